@@ -1,0 +1,25 @@
+"""Shared fixtures. Nothing here reaches a model hub."""
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: tests must pass without a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; deselect with -m 'not slow'")
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory) -> str:
+    """Folder with a tiny random Llama (safetensors) and a ChatML byte-level BPE tokenizer. Read only: it is shared."""
+    from tiny import write_tiny
+    return str(write_tiny(tmp_path_factory.mktemp("tiny") / "llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_dir):
+    """The tokenizer of `tiny_dir`. Read only: it is shared."""
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(tiny_dir)
