@@ -1,7 +1,7 @@
 """Shared fixtures. Nothing here reaches a model hub."""
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: tests must pass without a network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no network in tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
@@ -13,7 +13,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory) -> str:
-    """Folder with a tiny random Llama (safetensors) and a ChatML byte-level BPE tokenizer. Read only: it is shared."""
+    """Folder with a tiny random Llama (safetensors) and its ChatML tokenizer. Read only: it is shared."""
     from tiny import write_tiny
     return str(write_tiny(tmp_path_factory.mktemp("tiny") / "llama"))
 

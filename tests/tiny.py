@@ -12,24 +12,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"]
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
-    "{{ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CORPUS = [
     "Tom has 12 apples and buys 7 more. How many apples does he have now?",
     "12 + 7 = 19. The final answer is \\boxed{19}.",
     "A box holds 6 pens. There are 5 boxes, so 6 * 5 = 30 pens in total.",
     "First we subtract: 30 - 8 = 22. Then we divide: 22 / 2 = 11.",
-    "Put the final answer in \\boxed{}. Each child gets the same number of marbles. Therefore the answer is 4.",
+    "Put the final answer in \\boxed{}. Each child gets the same number of marbles, so the answer is 4.",
     "user assistant system problem solution step total left each bought gave away",
 ]
-FAMILIES = {  # what each adds to a plain Llama: the head, bias and attention variants that model.py must get right
+FAMILIES = {  # what each adds to a plain Llama: the head, bias and attention variants to get right
     "llama": {},
     "llama-untied": {"tie_word_embeddings": False},
     "qwen2": {},  # bias on q, k, v
     "qwen3": {"head_dim": 8},  # q and k norms
     "mistral": {"sliding_window": None},
-    "gemma2": {"head_dim": 8, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "sliding_window": 64,
-               "query_pre_attn_scalar": 8},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+               "sliding_window": 64, "query_pre_attn_scalar": 8},
     "granite": {"logits_scaling": 4.0},
     "cohere": {"logit_scale": 0.25},
 }
@@ -54,9 +55,10 @@ def _save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, family: str, s
     """Write config, generation config and safetensors of a seeded random fp32 model into `folder`."""
     kind = family.split("-")[0]
     fields = dict(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, use_cache=True,
-        initializer_range=0.2,  # at the usual 0.02 a model this small gives almost uniform logits: tests could not fail
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        tie_word_embeddings=True, use_cache=True,
+        initializer_range=0.2,  # at the usual 0.02 logits are almost uniform, and tests could not fail
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
     config = AutoConfig.for_model(kind, **{**fields, **FAMILIES[family]})
     with torch.random.fork_rng(devices=[]):
@@ -68,7 +70,7 @@ def _save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, family: str, s
 
 
 def tiny_model(folder: str | Path, family: str = "llama", seed: int = 0) -> Path:
-    """Write a tiny model (hidden 32, 2 layers, 4 heads, 2 kv heads) of `family` and its tokenizer; return the folder."""
+    """Write a tiny model (hidden 32, 2 layers, 4 heads, 2 kv heads) of `family` and its tokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer()
