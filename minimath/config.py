@@ -1,0 +1,287 @@
+"""Reads the options of a stage: class defaults, then the recipe's top-level keys, then the recipe's section for the
+stage (`sft:`, `rlaif:`, `eval:`), then `key=value` words of the command line, then `section.key=value` words.
+
+    cfg = load_config(SFTConfig, "my_recipe.yaml", ["lr=1e-4", "sft.epochs=3"])
+
+Whatever is wrong with a value raises UserError with the place (file:line or the word typed), the reason and the
+next step. Recipes are read as text and typed by the dataclass, not by YAML: YAML 1.1 reads 1e-4 as a string, `no` as
+a boolean and 1:30 as 90.
+"""
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from minimath.options import (AT_MOST_ONE, BELOW_ONE, CHOICES, POSITIVE, STAGES, AdapterConfig, EvalConfig,
+                              ModelConfig, RLAIFConfig, SFTConfig)
+
+__all__ = ["RECIPES", "SECTIONS", "STAGES", "AdapterConfig", "EvalConfig", "ModelConfig", "RLAIFConfig", "SFTConfig",
+           "UserError", "config_dict", "describe_config", "did_you_mean", "load_config", "save_config"]
+
+RECIPES = Path(__file__).parent / "recipes"
+SECTIONS = (*STAGES, "demo")  # the demo's own class is passed to load_config by the demo
+
+
+class UserError(Exception):
+    """Something the user can put right. The message says what was wrong, where, and what to do next."""
+
+
+class Setting(NamedTuple):
+    """One value as written, before it gets its type."""
+    text: str | None  # None: a list or a mapping stood where one value belongs
+    where: str        # file:line, or the word of the command line
+
+
+def load_config(cls, recipe: str | None, overrides: list[str], section: str = "", *, allow_other: bool = False):
+    """Build `cls` from defaults, a recipe (a path, or the name of a shipped one) and `key=value` words.
+
+    section: the recipe section read; default: the one that STAGES gives for `cls`. `other.key=value` words of other
+    sections are ignored here. allow_other: an unqualified word may also belong to another stage (used by `run`,
+    which loads several stages from one command line). Raises UserError.
+    """
+    section = section or next((name for name, stage in STAGES.items() if stage is cls), "")
+    classes = {**STAGES, **({section: cls} if section else {})}
+    shared, sections = read_recipe(recipe) if recipe else ({}, {})
+    for key, setting in shared.items():
+        owner = next((c for c in (cls, *classes.values()) if key in fields_of(c)), None)
+        if owner is None:
+            known = [*SECTIONS, *{f for c in (cls, *classes.values()) for f in fields_of(c)}]
+            raise UserError(f"{setting.where}: unknown key {key!r}{did_you_mean(key, known)}")
+        coerce(owner, key, setting)  # a wrong value is reported now, not when its stage starts
+    for name, settings in sections.items():
+        for key, setting in settings.items():
+            if name in classes:
+                coerce(classes[name], key, setting, section=name)
+    plain, qualified = read_overrides(cls, overrides, section, classes, allow_other)
+    values = {}
+    for layer in (shared, sections.get(section, {}), plain, qualified):
+        values |= {key: coerce(cls, key, setting) for key, setting in layer.items() if key in fields_of(cls)}
+    cfg = cls(**values)
+    check_together(cfg)
+    return cfg
+
+
+def read_recipe(recipe: str) -> tuple[dict[str, Setting], dict[str, dict[str, Setting]]]:
+    """Read a YAML recipe without typing its values -> (top-level settings, settings of each section)."""
+    path = find_recipe(recipe)
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not valid YAML: {error.problem or error.context}; a recipe is lines of "
+                        "'key: value'") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the recipe {path}: {error}") from None
+    shared, sections = {}, {}
+    for key, node, where in mapping_items(root, path):
+        if key not in SECTIONS:
+            shared[key] = Setting(scalar_text(node), where)
+        elif isinstance(node, yaml.MappingNode) or scalar_text(node) == "":
+            sections[key] = {k: Setting(scalar_text(n), w) for k, n, w in mapping_items(node, path)}
+        else:
+            raise UserError(f"{where}: {key!r} is a section: indent its 'key: value' lines below it")
+    return shared, sections
+
+
+def find_recipe(recipe: str) -> Path:
+    """A path as given, else the shipped recipe of that name."""
+    if Path(recipe).is_file():
+        return Path(recipe)
+    shipped = {path.stem: path for path in RECIPES.glob("*.yaml")}
+    name = recipe.removesuffix(".yaml")
+    if name in shipped:
+        return shipped[name]
+    raise UserError(f"no recipe {recipe!r}: not a file, and not one of the shipped recipes "
+                    f"({', '.join(sorted(shipped)) or 'none'}){did_you_mean(name, shipped)}")
+
+
+def mapping_items(node, path):
+    """Yield (key, value node, "file:line") of a YAML mapping; an empty document or section has none."""
+    if node is None or (isinstance(node, yaml.ScalarNode) and scalar_text(node) == ""):
+        return
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}:{node.start_mark.line + 1}: expected lines of 'key: value'")
+    seen = set()
+    for key_node, value in node.value:
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        key = scalar_text(key_node)
+        if not key:
+            raise UserError(f"{where}: a key must be a plain word")
+        if key in seen:
+            raise UserError(f"{where}: key {key!r} appears twice; keep one of the two lines")
+        seen.add(key)
+        yield key, value, where
+
+
+def scalar_text(node) -> str | None:
+    """Text of one YAML value ("" for null), None for a list or a mapping."""
+    if not isinstance(node, yaml.ScalarNode):
+        return None
+    return "" if node.style is None and node.value in ("null", "~") else node.value
+
+
+def read_overrides(cls, overrides, section, classes, allow_other):
+    """Split command-line words -> (unqualified settings, settings qualified with this section)."""
+    plain, qualified = {}, {}
+    for word in overrides:
+        key, equals, text = word.removeprefix("--").partition("=")
+        prefix, dot, name = key.partition(".")
+        if dot and prefix not in SECTIONS:
+            raise UserError(f"{word!r}: unknown section {prefix!r}{did_you_mean(prefix, SECTIONS)}")
+        name = (name if dot else key).replace("-", "_")
+        owner = classes.get(prefix) if dot else cls
+        if not dot and allow_other and name not in fields_of(cls):
+            owner = next((c for c in classes.values() if name in fields_of(c)), cls)
+        if not equals:  # `--resume` means resume=true; for anything but a switch the value is missing
+            if owner is None or fields_of(owner).get(name) is not bool:
+                raise UserError(f"{word!r}: expected key=value")
+            text = "true"
+        setting = Setting(text, f"{word!r}" if name != "judge_key_env" else name)
+        if owner is not None:
+            coerce(owner, name, setting, section=prefix if dot else "")
+        if dot and prefix == section:
+            qualified[name] = setting
+        elif not dot and name in fields_of(cls):
+            plain[name] = setting
+    return plain, qualified
+
+
+def coerce(cls, key: str, setting: Setting, section: str = ""):
+    """Text -> the value that field `key` of `cls` declares; UserError when unknown, of another type or out of range."""
+    types = fields_of(cls)
+    if key not in types:
+        inside = f" in section {section!r}" if section else ""
+        stages = [name for name, stage in STAGES.items() if key in fields_of(stage) and stage is not cls]
+        hint = f" (it is an option of {', '.join(stages)})" if stages else did_you_mean(key, types)
+        raise UserError(f"{setting.where}: unknown key {key!r}{inside}{hint}")
+    text, kind = setting.text, types[key]
+    if text is None:
+        extra = "; write a comma list: a,b" if kind is str else ""
+        raise UserError(f"{setting.where}: {key} takes one value ({kind.__name__}), not a list or a mapping{extra}")
+    try:
+        value = PARSERS[kind](text)
+    except ValueError:
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"{setting.where}: {key} must be {expected}, not {text!r}") from None
+    check_value(key, value, setting.where)
+    return value
+
+
+def parse_bool(text: str) -> bool:
+    word = text.strip().lower()
+    if word not in ("true", "yes", "on", "false", "no", "off"):
+        raise ValueError(text)
+    return word in ("true", "yes", "on")
+
+
+def parse_int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)  # 1e3 is a whole number too
+        if not number.is_integer():  # also true of nan and inf
+            raise
+        return int(number)
+
+
+def parse_float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+PARSERS = {str: str, bool: parse_bool, int: parse_int, float: parse_float}
+
+
+def check_value(key: str, value, where: str) -> None:
+    """Raise UserError when a value of the right type is not an allowed one."""
+    if key in CHOICES:
+        items = [item.strip() for item in value.split(",") if item.strip()] if key == "trackers" else [value]
+        for item in items:
+            if item not in CHOICES[key]:
+                raise UserError(f"{where}: {key} must be one of {', '.join(CHOICES[key])}, not {item!r}"
+                                f"{did_you_mean(item, CHOICES[key])}")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if key in POSITIVE and value <= 0:
+            raise UserError(f"{where}: {key} must be above 0, not {value}")
+        if value < 0:  # no option is meaningful below zero
+            raise UserError(f"{where}: {key} must not be negative, not {value}")
+        if (key in AT_MOST_ONE and value > 1) or (key in BELOW_ONE and value >= 1):
+            raise UserError(f"{where}: {key} must be {'at most' if key in AT_MOST_ONE else 'below'} 1, not {value}")
+    if key == "judge_key_env" and not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", value):
+        raise UserError(f"{where}: judge_key_env must be the NAME of an environment variable (letters, digits, _); "
+                        "its value is not shown here, in case it is a key: export the key under a name first")
+    if key == "budgets" and not re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", value):
+        raise UserError(f"{where}: budgets must be a comma list of token counts such as 128,256, not {value!r}")
+    if key == "prompt_template":
+        try:
+            shows = "problem-text" in value.format(problem="problem-text")
+        except (KeyError, IndexError, ValueError):
+            shows = False
+        if not shows:
+            raise UserError(f"{where}: prompt_template must contain {{problem}}, and other braces doubled, as in "
+                            "\\boxed{{}}")
+
+
+def check_together(cfg) -> None:
+    """Checks that need two options. Raises UserError."""
+    if isinstance(cfg, RLAIFConfig):
+        if cfg.group_size < 2:
+            raise UserError("group_size must be at least 2: rewards are compared within a group")
+        if cfg.temperature <= 0:
+            raise UserError("temperature must be above 0 in rlaif: greedy completions of a group are all the same")
+        if cfg.lam_judge + cfg.lam_length > 0.5:
+            raise UserError(f"lam_judge + lam_length is {cfg.lam_judge + cfg.lam_length:g}; keep it at 0.5 or less, "
+                            "so that a right answer always beats a wrong one")
+        if cfg.reward == "judge" and cfg.judge == "openai" and not (cfg.judge_url and cfg.judge_model):
+            raise UserError("judge=openai needs judge_url=http://.../v1 and judge_model=NAME")
+    if isinstance(cfg, EvalConfig) and cfg.samples > 1 and cfg.temperature == 0:
+        raise UserError(f"samples={cfg.samples} with temperature=0 would repeat one greedy completion; "
+                        "set temperature=0.6, or samples=1")
+
+
+def fields_of(cls) -> dict[str, type]:
+    """Field name -> type, in order."""
+    return {field.name: field.type for field in dataclasses.fields(cls)}
+
+
+def did_you_mean(name: str, options) -> str:
+    """" (did you mean 'x'?)" for the closest option, or nothing."""
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def describe_config(cls) -> list[tuple[str, str, object, str]]:
+    """(name, type name, default, docstring) of every field, the docstrings read from the source of the class."""
+    docs = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for field, text in zip(body, body[1:]):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                docs[field.target.id] = text.value.value
+    return [(f.name, f.type.__name__, f.default, docs.get(f.name, "")) for f in dataclasses.fields(cls)]
+
+
+def config_dict(cfg) -> dict:
+    """Option name -> value, in the order of the class."""
+    return dataclasses.asdict(cfg)
+
+
+def save_config(cfg, path) -> None:
+    """Write the resolved options as YAML; the file can be given back as a recipe. Holds no secrets: a judge's key is
+    only named (judge_key_env), never stored."""
+    text = yaml.safe_dump(config_dict(cfg), sort_keys=False, allow_unicode=True, width=1000)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; check the folder and the free space") from None
