@@ -1,11 +1,12 @@
-"""Reads the options of a stage: class defaults, then the recipe's top-level keys, then the recipe's section for the
-stage (`sft:`, `rlaif:`, `eval:`), then `key=value` words of the command line, then `section.key=value` words.
+"""Reads the options of a stage: class defaults, then the recipe's top-level keys, then the recipe's section
+for the stage (`sft:`, `rlaif:`, `eval:`), then the command line's `key=value` words, then
+`section.key=value`.
 
     cfg = load_config(SFTConfig, "my_recipe.yaml", ["lr=1e-4", "sft.epochs=3"])
 
-Whatever is wrong with a value raises UserError with the place (file:line or the word typed), the reason and the
-next step. Recipes are read as text and typed by the dataclass, not by YAML: YAML 1.1 reads 1e-4 as a string, `no` as
-a boolean and 1:30 as 90.
+Whatever is wrong with a value raises UserError with the place (file:line or the word typed), the reason and
+the next step. Recipes are read as text and typed by the dataclass, not by YAML: YAML 1.1 reads 1e-4 as a
+string, `no` as a boolean and 1:30 as 90.
 """
 import ast
 import dataclasses
@@ -19,11 +20,22 @@ from typing import NamedTuple
 
 import yaml
 
-from minimath.options import (AT_MOST_ONE, BELOW_ONE, CHOICES, POSITIVE, STAGES, AdapterConfig, EvalConfig,
-                              ModelConfig, RLAIFConfig, SFTConfig)
+from minimath.options import (
+    AT_MOST_ONE,
+    BELOW_ONE,
+    CHOICES,
+    POSITIVE,
+    STAGES,
+    AdapterConfig,
+    EvalConfig,
+    ModelConfig,
+    RLAIFConfig,
+    SFTConfig,
+)
 
-__all__ = ["RECIPES", "SECTIONS", "STAGES", "AdapterConfig", "EvalConfig", "ModelConfig", "RLAIFConfig", "SFTConfig",
-           "UserError", "config_dict", "describe_config", "did_you_mean", "load_config", "save_config"]
+__all__ = ["RECIPES", "SECTIONS", "STAGES", "AdapterConfig", "EvalConfig", "ModelConfig", "RLAIFConfig",
+           "SFTConfig", "UserError", "config_dict", "describe_config", "did_you_mean", "load_config",
+           "save_config"]
 
 RECIPES = Path(__file__).parent / "recipes"
 SECTIONS = (*STAGES, "demo")  # the demo's own class is passed to load_config by the demo
@@ -39,12 +51,12 @@ class Setting(NamedTuple):
     where: str        # file:line, or the word of the command line
 
 
-def load_config(cls, recipe: str | None, overrides: list[str], section: str = "", *, allow_other: bool = False):
+def load_config(cls, recipe: str | None, overrides: list[str], section: str = "", *, allow_other=False):
     """Build `cls` from defaults, a recipe (a path, or the name of a shipped one) and `key=value` words.
 
-    section: the recipe section read; default: the one that STAGES gives for `cls`. `other.key=value` words of other
-    sections are ignored here. allow_other: an unqualified word may also belong to another stage (used by `run`,
-    which loads several stages from one command line). Raises UserError.
+    section: the recipe section read; default: the one that STAGES gives for `cls`. `other.key=value` words of
+    other sections are ignored here. allow_other: an unqualified word may also belong to another stage (for
+    `run`, which loads several stages from one command line). Raises UserError.
     """
     section = section or next((name for name, stage in STAGES.items() if stage is cls), "")
     classes = {**STAGES, **({section: cls} if section else {})}
@@ -75,8 +87,8 @@ def read_recipe(recipe: str) -> tuple[dict[str, Setting], dict[str, dict[str, Se
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not valid YAML: {error.problem or error.context}; a recipe is lines of "
-                        "'key: value'") from None
+        raise UserError(f"{path}:{line}: not valid YAML: {error.problem or error.context}; "
+                        "a recipe is lines of 'key: value'") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the recipe {path}: {error}") from None
     shared, sections = {}, {}
@@ -154,7 +166,7 @@ def read_overrides(cls, overrides, section, classes, allow_other):
 
 
 def coerce(cls, key: str, setting: Setting, section: str = ""):
-    """Text -> the value that field `key` of `cls` declares; UserError when unknown, of another type or out of range."""
+    """Text -> the value that field `key` of `cls` declares; UserError if that can't be done."""
     types = fields_of(cls)
     if key not in types:
         inside = f" in section {section!r}" if section else ""
@@ -164,7 +176,8 @@ def coerce(cls, key: str, setting: Setting, section: str = ""):
     text, kind = setting.text, types[key]
     if text is None:
         extra = "; write a comma list: a,b" if kind is str else ""
-        raise UserError(f"{setting.where}: {key} takes one value ({kind.__name__}), not a list or a mapping{extra}")
+        raise UserError(f"{setting.where}: {key} takes one value ({kind.__name__}), not a list or a mapping"
+                        f"{extra}")
     try:
         value = PARSERS[kind](text)
     except ValueError:
@@ -172,6 +185,11 @@ def coerce(cls, key: str, setting: Setting, section: str = ""):
         raise UserError(f"{setting.where}: {key} must be {expected}, not {text!r}") from None
     check_value(key, value, setting.where)
     return value
+
+
+def comma_list(text: str) -> list[str]:
+    """"a, b," -> ["a", "b"]."""
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def parse_bool(text: str) -> bool:
@@ -204,8 +222,7 @@ PARSERS = {str: str, bool: parse_bool, int: parse_int, float: parse_float}
 def check_value(key: str, value, where: str) -> None:
     """Raise UserError when a value of the right type is not an allowed one."""
     if key in CHOICES:
-        items = [item.strip() for item in value.split(",") if item.strip()] if key == "trackers" else [value]
-        for item in items:
+        for item in comma_list(value) if key == "trackers" else [value]:
             if item not in CHOICES[key]:
                 raise UserError(f"{where}: {key} must be one of {', '.join(CHOICES[key])}, not {item!r}"
                                 f"{did_you_mean(item, CHOICES[key])}")
@@ -215,20 +232,21 @@ def check_value(key: str, value, where: str) -> None:
         if value < 0:  # no option is meaningful below zero
             raise UserError(f"{where}: {key} must not be negative, not {value}")
         if (key in AT_MOST_ONE and value > 1) or (key in BELOW_ONE and value >= 1):
-            raise UserError(f"{where}: {key} must be {'at most' if key in AT_MOST_ONE else 'below'} 1, not {value}")
+            bound = "at most 1" if key in AT_MOST_ONE else "below 1"
+            raise UserError(f"{where}: {key} must be {bound}, not {value}")
     if key == "judge_key_env" and not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", value):
-        raise UserError(f"{where}: judge_key_env must be the NAME of an environment variable (letters, digits, _); "
-                        "its value is not shown here, in case it is a key: export the key under a name first")
+        raise UserError(f"{where}: judge_key_env must be the NAME of an environment variable (letters, digits, "
+                        "_); what was given is not shown, in case it is a key: export it under a name first")
     if key == "budgets" and not re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", value):
-        raise UserError(f"{where}: budgets must be a comma list of token counts such as 128,256, not {value!r}")
+        raise UserError(f"{where}: budgets must be a comma list of token counts (128,256), not {value!r}")
     if key == "prompt_template":
         try:
             shows = "problem-text" in value.format(problem="problem-text")
         except (KeyError, IndexError, ValueError):
             shows = False
         if not shows:
-            raise UserError(f"{where}: prompt_template must contain {{problem}}, and other braces doubled, as in "
-                            "\\boxed{{}}")
+            raise UserError(f"{where}: prompt_template must contain {{problem}}, and other braces doubled, "
+                            "as in \\boxed{{}}")
 
 
 def check_together(cfg) -> None:
@@ -237,10 +255,10 @@ def check_together(cfg) -> None:
         if cfg.group_size < 2:
             raise UserError("group_size must be at least 2: rewards are compared within a group")
         if cfg.temperature <= 0:
-            raise UserError("temperature must be above 0 in rlaif: greedy completions of a group are all the same")
+            raise UserError("temperature must be above 0 in rlaif: a group of greedy completions is one text")
         if cfg.lam_judge + cfg.lam_length > 0.5:
-            raise UserError(f"lam_judge + lam_length is {cfg.lam_judge + cfg.lam_length:g}; keep it at 0.5 or less, "
-                            "so that a right answer always beats a wrong one")
+            raise UserError(f"lam_judge + lam_length is {cfg.lam_judge + cfg.lam_length:g}; keep it at most "
+                            "0.5, so that a right answer always beats a wrong one")
         if cfg.reward == "judge" and cfg.judge == "openai" and not (cfg.judge_url and cfg.judge_model):
             raise UserError("judge=openai needs judge_url=http://.../v1 and judge_model=NAME")
     if isinstance(cfg, EvalConfig) and cfg.samples > 1 and cfg.temperature == 0:
@@ -260,7 +278,7 @@ def did_you_mean(name: str, options) -> str:
 
 
 def describe_config(cls) -> list[tuple[str, str, object, str]]:
-    """(name, type name, default, docstring) of every field, the docstrings read from the source of the class."""
+    """(name, type name, default, docstring) of every field; docstrings are read from the class's source."""
     docs = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -278,10 +296,10 @@ def config_dict(cfg) -> dict:
 
 
 def save_config(cfg, path) -> None:
-    """Write the resolved options as YAML; the file can be given back as a recipe. Holds no secrets: a judge's key is
-    only named (judge_key_env), never stored."""
+    """Write the resolved options as YAML; the file can be given back as a recipe. It holds no secrets: a
+    judge's key is only named (judge_key_env), never stored."""
     text = yaml.safe_dump(config_dict(cfg), sort_keys=False, allow_unicode=True, width=1000)
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; check the folder and the free space") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; check the folder and free space") from None

@@ -1,8 +1,8 @@
 """Every option of every stage: one flat dataclass per stage, each field followed by its one-line docstring.
 
-Inheritance only shares groups of fields. `config.py` fills these classes from recipes and the command line and
-checks the values against the tables at the end of this file. The field style (a docstring below each field) follows
-litgpt.
+Inheritance only shares groups of fields. `config.py` fills these classes from recipes and the command line,
+and checks the values against the tables at the end of this file. The field style (a docstring below each
+field) follows litgpt.
 """
 from dataclasses import dataclass
 
@@ -258,9 +258,9 @@ CHOICES = {
     "scale_advantage": ("group", "none"),
     "trackers": ("wandb", "tensorboard", "trackio"),  # each item of the comma list
 }
-POSITIVE = {"lora_r", "lora_alpha", "lr", "micro_tokens", "keep", "log_every", "epochs", "batch_size", "max_len",
-            "eval_limit", "eval_max_new_tokens", "prompts_per_step", "group_size", "max_prompt_len", "max_new_tokens",
-            "judge_timeout_s", "judge_concurrency", "judge_max_chars", "updates_per_rollout", "minibatches",
-            "samples", "top_p", "clip_high"}
+POSITIVE = {"lora_r", "lora_alpha", "lr", "micro_tokens", "keep", "log_every", "epochs", "batch_size",
+            "max_len", "eval_limit", "eval_max_new_tokens", "prompts_per_step", "group_size",
+            "max_prompt_len", "max_new_tokens", "judge_timeout_s", "judge_concurrency", "judge_max_chars",
+            "updates_per_rollout", "minibatches", "samples", "top_p", "clip_high"}
 AT_MOST_ONE = {"min_lr_ratio", "top_p", "min_p", "overlong_buffer", "lam_judge", "lam_length", "clip_low"}
 BELOW_ONE = {"lora_dropout", "beta1", "beta2", "label_smoothing"}

@@ -1,0 +1,106 @@
+"""Optimisers by name, the learning-rate schedule, and a step that a non-finite gradient can't spoil.
+
+8-bit and paged optimisers come from bitsandbytes (8-bit block-wise states: Dettmers et al. 2021, arXiv
+2110.02861; paging: QLoRA, arXiv 2305.14314). Tensors below 4,096 elements keep 32-bit state there, so with
+low ranks on a small model `adamw8bit` saves little.
+"""
+import math
+from collections.abc import Iterable
+
+import torch
+
+from minimath.config import AdapterConfig, UserError
+
+BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit",
+                "paged_adamw32bit": "PagedAdamW32bit"}
+
+
+def make_optimizer(params: Iterable[torch.nn.Parameter], cfg: AdapterConfig) -> torch.optim.Optimizer:
+    """AdamW over the parameters that require a gradient; vectors (biases, DoRA magnitudes) get no weight
+    decay.
+
+    Raises UserError when nothing is trainable or bitsandbytes is needed and missing.
+    """
+    trained = [p for p in params if p.requires_grad]
+    if not trained:
+        raise UserError("no parameter requires a gradient: nothing to train; check lora_targets")
+    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+    groups = [{"params": group, "weight_decay": decay}
+              for group, decay in ((matrices, cfg.weight_decay), (vectors, 0.0)) if group]
+    options = {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": 1e-8}
+    if cfg.optimizer == "adamw":
+        # One fused kernel for all tensors: an adapter is hundreds of small ones, and a loop over them costs
+        # more than their arithmetic.
+        fused = all(p.device.type in ("cpu", "cuda") for p in trained)
+        return torch.optim.AdamW(groups, fused=fused, **options)
+    return getattr(import_bitsandbytes(cfg.optimizer).optim, BITSANDBYTES[cfg.optimizer])(groups, **options)
+
+
+def import_bitsandbytes(optimizer: str):
+    """The bitsandbytes module, or UserError that says what to use instead."""
+    try:
+        import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:  # without its native library: the latter
+        raise UserError(f"optimizer={optimizer} needs bitsandbytes, which can't be imported ({error}); "
+                        "use optimizer=adamw, or: pip install bitsandbytes") from None
+    return bitsandbytes
+
+
+def lr_at(step: int, total_steps: int, *, lr: float, schedule: str, warmup: float,
+          min_lr_ratio: float) -> float:
+    """Learning rate of step 0 .. total_steps - 1.
+
+    warmup below 1 is a share of the steps, from 1 on a number of them. Warm-up starts at lr / steps, not at
+    0, and the decay reaches lr * min_lr_ratio one step after the last, so that no step is spent at rate 0.
+    """
+    warmup_steps = math.ceil(warmup * total_steps - 1e-9) if warmup < 1 else round(warmup)
+    warmup_steps = min(warmup_steps, total_steps)
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return lr
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))  # 0 .. 1
+    if schedule == "linear":
+        shape = 1 - progress
+    elif schedule == "cosine":
+        shape = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        raise ValueError(f"unknown schedule {schedule!r}")
+    return lr * (min_lr_ratio + (1 - min_lr_ratio) * shape)
+
+
+@torch.no_grad()
+def clip_and_step(optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Parameter],
+                  max_grad_norm: float, lr: float) -> tuple[float, bool]:
+    """Clip the gradients to max_grad_norm (0: no clipping), step with rate lr, and clear the gradients.
+
+    Returns (gradient norm before clipping, whether a step was taken). With a non-finite norm, or no
+    gradient at all, weights and optimiser state stay bitwise as they were; the gradients are cleared all
+    the same, since NaN added to would stay NaN. The norm is accumulated in fp32.
+    """
+    params = list(params)
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([g.float() for g in grads])  # () fp32; no copy if fp32
+    grad_norm = float(norm)
+    stepped = bool(grads) and math.isfinite(grad_norm)
+    if stepped:
+        if max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(params, max_grad_norm, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    for p in params:
+        p.grad = None
+    return grad_norm, stepped
+
+
+def count_bad_steps(streak: int, grad_norm: float, *, limit: int = 3) -> int:
+    """Number of non-finite steps in a row, given the number before this step. UserError when it reaches
+    limit."""
+    if math.isfinite(grad_norm):
+        return 0
+    if streak + 1 >= limit:
+        raise UserError(f"the gradient norm was {grad_norm} in {streak + 1} steps in a row; they changed no weight "
+                        "and earlier checkpoints are intact: try a lower lr, dtype=bf16 or fp32 instead of fp16, "
+                        "a longer warmup, then resume=true")
+    return streak + 1
