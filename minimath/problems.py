@@ -1,8 +1,10 @@
 r"""Seeded arithmetic word problems of one to three steps with worked solutions: the data of `minimath demo`.
 
-Made for a 135M model that learns them in minutes on a CPU: operands mostly 2 to 20, results 1 to 199, exact division.
+Made for a 135M model that learns them in minutes on a CPU: operands mostly 2 to 20, results 1 to 199, exact
+division.
 A problem is a scene (a story whose running total goes through events, or a formula with its own steps); its
-solution is written in one of three registers, because a policy fitted to one wording has nothing left for RL to choose:
+solution is written in one of three registers, because a policy fitted to one wording has nothing left for RL
+to choose:
 
     terse    5*3=15. 15-4=11. \boxed{11}
     plain    one sentence with its equation for each step
@@ -24,7 +26,8 @@ REGISTERS = ("terse", "plain", "verbose")
 STYLE_WEIGHTS = {"terse": 0.25, "plain": 0.35, "verbose": 0.40}
 TEST_SHARE_PERCENT = 20  # share of all possible problem texts that is reserved for split="test"
 PRONOUNS = {"he", "she", "his", "her", "him"}
-VERBS = {"+": "add {b} to {a}", "-": "subtract {b} from {a}", "*": "multiply {a} by {b}", "/": "divide {a} by {b}"}
+VERBS = {"+": "add {b} to {a}", "-": "subtract {b} from {a}", "*": "multiply {a} by {b}",
+         "/": "divide {a} by {b}"}
 INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
 
 
@@ -46,9 +49,9 @@ class Problem(NamedTuple):
 
 def make_problems(n: int, *, seed: int, steps: tuple[int, ...] = (1, 2, 3), split: str = "train",
                   style_weights: dict[str, float] | None = None) -> list[Example]:
-    """Make n distinct problems of `split` ("train" or "test"), the same for the same arguments on every machine.
+    """Make n distinct problems of `split` ("train" or "test"): same arguments, same problems, everywhere.
 
-    steps: step counts to draw from, each 1, 2 or 3. style_weights: register -> weight (default STYLE_WEIGHTS).
+    steps: step counts to draw from, each 1, 2 or 3. style_weights: register -> weight, default STYLE_WEIGHTS.
     Example.id is "<split>-<seed>-<index>-<register>-<steps>". Raises UserError on a bad argument.
     """
     weights = STYLE_WEIGHTS if style_weights is None else style_weights
@@ -71,25 +74,25 @@ def make_problems(n: int, *, seed: int, steps: tuple[int, ...] = (1, 2, 3), spli
 
 def _check_arguments(n: int, steps: tuple[int, ...], split: str, weights: dict[str, float]) -> None:
     if n < 0 or n > 200_000:
-        raise UserError(f"make_problems: n={n} is outside 0..200000, the range where distinct problems are easy to find")
+        raise UserError(f"make_problems: n={n} is outside 0..200000; give a number of problems in this range")
     if not steps or any(s not in (1, 2, 3) for s in steps):
         raise UserError(f"make_problems: steps={steps!r}; give one or more of 1, 2, 3")
     if split not in ("train", "test"):
         raise UserError(f"make_problems: split={split!r}; give 'train' or 'test'")
     unknown = set(weights) - set(REGISTERS)
     if unknown or not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
-        raise UserError(f"make_problems: style_weights={weights!r}; give weights >= 0, not all 0, for {REGISTERS}")
+        raise UserError(f"make_problems: style_weights={weights!r}; give {REGISTERS} weights >= 0, not all 0")
 
 
 def canonical(text: str) -> str:
-    """Lower-case words and numbers of a problem without names and pronouns: what makes two problems the same."""
+    """Lower-case words and numbers of a problem without names and pronouns: equal means the same problem."""
     names = {name.lower() for name, _ in NAMES}
     words = re.findall(r"[a-z]+|\d+", text.lower())
     return " ".join("_" if w in names or w in PRONOUNS else w for w in words)
 
 
 def split_of(text: str) -> str:
-    """"test" for TEST_SHARE_PERCENT of all problem texts, else "train"; decided by the text alone, for every seed."""
+    """Side of a problem: "test" for TEST_SHARE_PERCENT of all texts, else "train"; the text alone decides."""
     bucket = int.from_bytes(hashlib.sha256(canonical(text).encode()).digest()[:8], "big") % 100
     return "test" if bucket < TEST_SHARE_PERCENT else "train"
 
@@ -100,7 +103,7 @@ def assert_disjoint(train: list[Example], test: list[Example]) -> None:
     for example in test:
         if (other := known.get(canonical(example.problem))) is not None:
             raise UserError(f"held-out problem {example.id or example.where} is the same as training problem "
-                            f"{other.id or other.where} ({example.problem[:80]!r}); remove it from one of the sets")
+                            f"{other.id or other.where} ({example.problem[:80]!r}); remove it from one set")
 
 
 # ---- from a scene to numbers
@@ -142,8 +145,8 @@ def _draw_formula(rng: random.Random, formula) -> Problem | None:
     results: list[Step] = []
     for expression, phrase in formula.steps:
         left, op, right = expression.split()
-        a, b = ({**values, **{f"r{i + 1}": s.value for i, s in enumerate(results)}}[x] if not x.isdigit() else int(x)
-                for x in (left, right))
+        known = {**values, **{f"r{i + 1}": s.value for i, s in enumerate(results)}}
+        a, b = (int(x) if x.isdigit() else known[x] for x in (left, right))
         value = apply(a, op, b)
         if value is None:
             return None
@@ -153,7 +156,7 @@ def _draw_formula(rng: random.Random, formula) -> Problem | None:
 
 
 def _draw_story(rng: random.Random, steps: int) -> Problem | None:
-    """A running total: a start, then events; the last event may bring its own question. None when numbers do not fit."""
+    """A running total: a start, then events; the last may bring the question. None when the numbers fail."""
     scene = rng.choice(STORIES)
     words = {**_people(rng), **{key: rng.choice(options) for key, options in scene.words.items()}}
     question, previous = rng.choice(scene.asks).format(**words), None
@@ -170,8 +173,8 @@ def _draw_story(rng: random.Random, steps: int) -> Problem | None:
         sentences = [rng.choice(scene.starts).format(**words, n=value)]
     while len(results) < steps:
         last = len(results) == steps - 1
-        kind = rng.choice([e for e in (scene.finals if last and scene.finals and rng.random() < 0.5 else scene.events)
-                           if e is not previous])
+        use_final = last and scene.finals and rng.random() < 0.5
+        kind = rng.choice([e for e in (scene.finals if use_final else scene.events) if e is not previous])
         previous = kind
         n = _operand(rng, value, kind.op)
         result = n and apply(value, kind.op, n)
@@ -219,12 +222,12 @@ def _terse(problem: Problem, rng: random.Random) -> str:
 
 
 def _plain(problem: Problem, rng: random.Random) -> str:
-    openers = rng.choice((("", "", ""), ("First, ", "Then, ", "Finally, "), ("To start, ", "Next, ", "Then, "),
-                          ("", "Next, ", "Then "), ("We see that ", "So ", "Now ")))
+    openers = rng.choice((("", "", ""), ("First, ", "Then, ", "Finally, "), ("", "Next, ", "Then "),
+                          ("To start, ", "Next, ", "Then, "), ("We see that ", "So ", "Now ")))
     lines = [_sentence(opener + step.phrase.format(eq=_equation(step))) + "."
              for opener, step in zip(openers, problem.steps)]
-    end = rng.choice(("The answer is {}.", "So the answer is {}.", "The final answer is {}.", "This gives {}.",
-                      "The result is {}.", "Final answer: {}"))
+    end = rng.choice(("The answer is {}.", "So the answer is {}.", "The final answer is {}.",
+                      "This gives {}.", "The result is {}.", "Final answer: {}"))
     return rng.choice((" ", "\n")).join([*lines, end.format(_boxed(problem))])
 
 
