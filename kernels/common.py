@@ -1,0 +1,227 @@
+"""What both operations share: argument checks, chunk sizes, and one chunk of rows in plain torch, which is the
+path of the CPU and of devices without Triton.
+
+Notation: N tokens, D hidden size, V vocabulary, C rows of one chunk, R rows of one cache-sized block.
+With s = hidden @ weight.T + bias (the raw logits), the distribution of a row is softmax(z) with
+z = cap(logit_scale * s) / temperature, cap(u) = softcap * tanh(u / softcap), or u where softcap is 0.
+
+The four statistics of a row and their gradients in z, with p = softmax(z) and t the target:
+    logp      = z_t - lse               1[j = t] - p_j
+    entropy   = lse - sum_j p_j z_j     -p_j (log p_j + entropy)
+    lse       = log sum_j exp z_j       p_j
+    mean_logp = mean_j z_j - lse        1/V - p_j
+so any loss of them is known to the kernel by four numbers a row (`Coefficients`).
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Scratch of the elementwise passes in torch: small enough to stay in the second-level cache, where a pass
+# over fp32 costs a fifth of what it costs in memory (measured on 2 MiB of L2 per core).
+BLOCK_BYTES = 1 << 20
+WORKSPACE_BYTES = 32 << 20
+LOG_TINY = -80.0  # exp of it is nothing in fp32; keeps 0 * log 0 finite
+
+
+class TokenStats(NamedTuple):
+    """Per-token numbers of softmax(logits), each (C,) fp32 (fp64 for fp64 input)."""
+
+    logp: torch.Tensor  # log-probability of the target
+    entropy: torch.Tensor  # in nats
+    lse: torch.Tensor  # log-sum-exp of the logits (z-loss is its square)
+    mean_logp: torch.Tensor  # mean over the vocabulary of the log-softmax (label smoothing)
+
+
+class Coefficients(NamedTuple):
+    """d loss / d statistic, each (C,), or None where the loss does not use that statistic."""
+
+    logp: torch.Tensor | None
+    entropy: torch.Tensor | None
+    lse: torch.Tensor | None
+    mean_logp: torch.Tensor | None
+
+
+class Scaling(NamedTuple):
+    """How raw logits become logits: cap(logit_scale * s) / temperature."""
+
+    temperature: float = 1.0
+    softcap: float = 0.0
+    logit_scale: float = 1.0
+
+
+class RowState(NamedTuple):
+    """What torch_gradient needs from the statistics pass; each (C,)."""
+
+    total: torch.Tensor  # sum_j exp(z_j - shift)
+    target_exp: torch.Tensor  # exp(z_t - shift)
+    rest: torch.Tensor  # total - target_exp, summed without the target: 1 - p_t keeps its relative accuracy
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and statistics use: fp32, or fp64 for fp64 input."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def check_arguments(hidden, weight, target, bias, scaling: Scaling) -> None:
+    """Raise ValueError naming the argument that does not fit: shapes, dtypes, devices, ranges."""
+    if hidden.dim() != 2 or weight.dim() != 2 or target.dim() != 1:
+        raise ValueError("expected hidden (N, D), weight (V, D), target (N,), got "
+                         f"{tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(target.shape)}")
+    if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != target.shape[0]:
+        raise ValueError(f"sizes differ: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
+                         f"target {tuple(target.shape)}")
+    if not hidden.dtype.is_floating_point or not weight.dtype.is_floating_point:
+        raise ValueError(f"hidden and weight must be floating point, got {hidden.dtype} and {weight.dtype}")
+    if target.dtype != torch.int64:
+        raise ValueError(f"target must be int64, got {target.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if len({each.device for each in (hidden, weight, target, bias) if each is not None}) > 1:
+        raise ValueError("hidden, weight, target and bias must be on one device")
+    if scaling.temperature <= 0 or scaling.softcap < 0:
+        raise ValueError(f"temperature must be above 0 and softcap not below 0, got {scaling}")
+
+
+def cast_operands(hidden, weight, bias):
+    """Bring the three to one dtype: autocast's where it is on, else the weight's. Casts are differentiable."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    if hidden.dtype == torch.float64:  # as F.linear under autocast does
+        dtype = torch.promote_types(torch.float64, weight.dtype)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def kept_rows(target: torch.Tensor, ignore_index: int, vocab: int) -> torch.Tensor:
+    """Rows whose target counts, (M,) int64. One read-back of the device. ValueError for a target outside the
+    vocabulary, which would otherwise read someone else's memory."""
+    rows = (target != ignore_index).nonzero().squeeze(1)
+    if len(rows):
+        low, high = torch.stack(target.index_select(0, rows).aminmax()).tolist()
+        if low < 0 or high >= vocab:
+            raise ValueError(f"targets must be ignore_index={ignore_index} or in [0, {vocab}), "
+                             f"got values from {low} to {high}")
+    return rows
+
+
+def rows_per_chunk(rows: int, vocab: int, itemsize: int, workspace_bytes: int) -> int:
+    """Rows whose (C, V) logits fit the byte budget: equal chunks, a multiple of 16 where there is room."""
+    most = max(1, workspace_bytes // (vocab * itemsize))
+    if rows <= most:
+        return max(1, rows)
+    chunks = -(-rows // most)
+    even = -(-rows // chunks)
+    return min(most, -(-even // 16) * 16)
+
+
+def raw_logits(x, weight, bias, out) -> None:
+    """out (C, V) = x (C, D) @ weight.T (+ bias), in place."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def raw_target_logit(x, weight, bias, target) -> torch.Tensor:
+    """s_t of each row, (C,) in the wide dtype. 16-bit logits are rounded to 2^-9 of their size, which is much
+    for the one number that the loss is about; a dot product of D gives it without that rounding."""
+    dtype = wide(x.dtype)
+    raw = (x.to(dtype) * weight.index_select(0, target).to(dtype)).sum(-1)
+    return raw if bias is None else raw + bias.index_select(0, target).to(dtype)
+
+
+def scaled(raw: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+    """z of raw logits s, elementwise; new tensor unless nothing is to do."""
+    if scaling.softcap:
+        return (raw * (scaling.logit_scale / scaling.softcap)).tanh_().mul_(scaling.softcap / scaling.temperature)
+    factor = scaling.logit_scale / scaling.temperature
+    return raw if factor == 1.0 else raw * factor
+
+
+def row_blocks(rows: int, vocab: int, dtype: torch.dtype) -> list[slice]:
+    """Slices of R rows whose wide copy fits BLOCK_BYTES."""
+    step = max(1, BLOCK_BYTES // (vocab * wide(dtype).itemsize))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def torch_stats(logits, target, raw_target, scaling: Scaling, *, keep_exp: bool) -> tuple[TokenStats, RowState]:
+    """Statistics of one chunk: logits (C, V) raw, target (C,), raw_target (C,) the exact s_t.
+
+    With keep_exp (and no softcap) the logits are overwritten by exp(z - row maximum) with 0 at the target: the
+    gradient's matrix product can use that as it stands, so that exp is taken once.
+    """
+    rows, vocab = logits.shape
+    dtype = wide(logits.dtype)
+    store = keep_exp and not scaling.softcap
+    shift, rest, weighted, total_z = torch.empty((4, rows), dtype=dtype, device=logits.device)
+    shrink = torch.ones_like(shift)
+    target_z = scaled(raw_target, scaling)
+    blocks = row_blocks(rows, vocab, logits.dtype)
+    scratch = torch.empty((2, blocks[0].stop, vocab), dtype=dtype, device=logits.device)
+    factor = scaling.logit_scale / scaling.temperature
+    for block in blocks:
+        z, e = scratch[:, : block.stop - block.start]
+        z.copy_(logits[block])
+        if scaling.softcap:
+            z.mul_(scaling.logit_scale / scaling.softcap).tanh_().mul_(scaling.softcap / scaling.temperature)
+        elif factor != 1.0:
+            z.mul_(factor)
+        torch.amax(z, -1, out=shift[block])
+        column = target[block, None]
+        z.sub_(shift[block, None]).scatter_(1, column, (target_z - shift)[block, None])
+        torch.sum(z, -1, out=total_z[block])
+        if store and logits.dtype == dtype:
+            e = logits[block]
+        torch.exp(z, out=e).scatter_(1, column, 0.0)
+        torch.sum(e, -1, out=rest[block])
+        torch.sum(z.mul_(e), -1, out=weighted[block])
+        if store and logits.dtype == torch.float16:  # keeps the product's sum over V below fp16's 65504
+            torch.div(1024.0, rest[block] + 1024.0, out=shrink[block])
+            e.mul_(shrink[block, None])
+        if store and logits.dtype != dtype:
+            logits[block].copy_(e)
+    offset = target_z - shift
+    target_exp = offset.exp()
+    total = rest + target_exp
+    log_total = total.log()
+    stats = TokenStats(offset - log_total, log_total - (weighted + target_exp * offset) / total, shift + log_total,
+                       total_z / vocab - log_total)
+    return stats, RowState(total * shrink, target_exp * shrink, rest * shrink)
+
+
+def torch_gradient(logits, target, raw_target, stats: TokenStats, state: RowState, coefs: Coefficients,
+                 scaling: Scaling) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Turn what torch_stats(keep_exp=True) left in `logits` into the gradient in the raw logits, in place.
+
+    Returns (row_scale, target_coef), each (C,) or None: the gradient is row_scale * logits, plus target_coef in
+    the target's column. With neither softcap, entropy nor mean_logp in the loss it costs no pass at all, since
+    the scale of a row commutes with the product that follows.
+    """
+    chain = scaling.logit_scale / scaling.temperature
+    zero = torch.zeros_like(stats.logp)
+    a, b, c, d = (zero if each is None else each * chain for each in coefs)
+    if not scaling.softcap and coefs.entropy is None and coefs.mean_logp is None:
+        return (c - a) / state.total, (a * state.rest + c * state.target_exp) / state.total
+    vocab = logits.shape[1]
+    blocks = row_blocks(len(target), vocab, logits.dtype)
+    scratch = torch.empty((3, blocks[0].stop, vocab), dtype=wide(logits.dtype), device=logits.device)
+    constant = c - a - d - b * stats.entropy
+    for block in blocks:
+        logp, p, slope = scratch[:, : block.stop - block.start]
+        column = target[block, None]
+        if scaling.softcap:
+            slope.copy_(logits[block]).scatter_(1, column, raw_target[block, None])
+            slope.mul_(scaling.logit_scale / scaling.softcap).tanh_()
+            torch.mul(slope, scaling.softcap / scaling.temperature, out=logp).sub_(stats.lse[block, None])
+            torch.exp(logp, out=p)
+            slope.square_().neg_().add_(1.0)  # 1 - tanh^2
+        else:
+            p.copy_(logits[block]).div_(state.total[block, None])
+            torch.log(p, out=logp).clamp_(min=LOG_TINY).scatter_(1, column, stats.logp[block, None])
+            p.scatter_(1, column, stats.logp[block, None].exp())
+        logp.mul_(-b[block, None]).add_(constant[block, None])
+        p.mul_(logp).add_(d[block, None] / vocab)
+        p.scatter_add_(1, column, a[block, None])
+        logits[block].copy_(p.mul_(slope) if scaling.softcap else p)
+    return None, None

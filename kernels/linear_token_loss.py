@@ -1,0 +1,155 @@
+"""Loss and gradient of any per-token loss of the targets' log-probs under softmax(hidden @ weight.T), in one sweep.
+
+For each chunk of C rows the logits go once into a reused (C, V) workspace; one pass reads them for the four
+statistics; the caller's loss function maps those C numbers to C losses, and autograd on them alone gives
+d loss / d statistic; a second pass turns the workspace into the gradient in place; one more matrix product gives
+the gradient in hidden. With a frozen weight that is two products of N * V * D, the least there is, and nothing of
+size N x V exists. Backward is a multiplication by the incoming scalar.
+"""
+from __future__ import annotations
+
+from typing import Callable, NamedTuple
+
+import torch
+
+from .common import (WORKSPACE_BYTES, Coefficients, Scaling, TokenStats, cast_operands, check_arguments, kept_rows,
+                     raw_logits, raw_target_logit, rows_per_chunk, torch_gradient, torch_stats, wide)
+
+LossFn = Callable[[TokenStats, torch.Tensor], torch.Tensor]
+
+
+class Gradients(NamedTuple):
+    """Buffers that the sweep fills; None where no gradient is asked for."""
+
+    hidden: torch.Tensor | None  # (N, D), fp32 for fp16 operands: a loss scaler multiplies only later
+    weight: torch.Tensor | None  # (V, D), fp32 sums over chunks
+    bias: torch.Tensor | None  # (V,)
+
+
+def empty_gradients(hidden, weight, bias, needs: tuple[bool, bool, bool]) -> Gradients:
+    """Zeroed buffers for (hidden, weight, bias), each only if needed."""
+    dtype = wide(hidden.dtype)
+    hidden_dtype = dtype if hidden.dtype == torch.float16 else hidden.dtype
+    return Gradients(
+        torch.zeros(hidden.shape, dtype=hidden_dtype, device=hidden.device) if needs[0] else None,
+        torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs[1] else None,
+        torch.zeros(bias.shape, dtype=dtype, device=bias.device) if needs[2] else None)
+
+
+def power_of_two(coefs: Coefficients) -> torch.Tensor:
+    """Scalar 2^k near the largest coefficient, 1 if all are zero: fp16 gradients are kept in range by dividing by
+    it, and being a power of two it changes no digit."""
+    largest = torch.stack([each.abs().max() for each in coefs if each is not None]).max()
+    return torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), torch.ones_like(largest))
+
+
+def chunk_backward(logits, x, weight, target, raw_target, rows, stats, state, coefs, scaling, grads) -> None:
+    """Add one chunk's share to the gradient buffers.
+
+    logits (C, V) as the statistics pass left it, overwritten; x (C, D); target, raw_target, rows (C,).
+    """
+    unit = None
+    if logits.dtype == torch.float16:
+        unit = power_of_two(coefs)
+        coefs = Coefficients(*(None if each is None else each / unit for each in coefs))
+    row_scale, target_coef = torch_gradient(logits, target, raw_target, stats, state, coefs, scaling)
+    dtype = wide(x.dtype)
+    if grads.hidden is not None:
+        grad = logits @ weight  # (C, D)
+        if row_scale is not None:
+            grad = grad.to(dtype).mul_(row_scale[:, None])
+            grad.addcmul_(weight.index_select(0, target).to(dtype), target_coef[:, None])
+        if unit is not None:
+            grad = grad.to(dtype) * unit
+        grads.hidden.index_copy_(0, rows, grad.to(grads.hidden.dtype))
+    if grads.weight is not None:
+        scaled_x = x if row_scale is None else (x * row_scale[:, None]).to(x.dtype)
+        update = (logits.t() @ scaled_x).to(dtype)  # (V, D)
+        if target_coef is not None:
+            update.index_add_(0, target, x.to(dtype) * target_coef[:, None])
+        grads.weight.add_(update if unit is None else update.mul_(unit))
+    if grads.bias is not None:
+        if row_scale is None:
+            update = logits.sum(0, dtype=dtype)
+        else:
+            update = (logits.t() @ row_scale.to(x.dtype)).to(dtype).index_add_(0, target, target_coef)
+        grads.bias.add_(update if unit is None else update * unit)
+
+
+def loss_and_coefficients(loss_fn: LossFn, stats: TokenStats, rows, *, need_grad: bool):
+    """Sum of loss_fn over one chunk, and its derivative in each of the four statistics (None if unused)."""
+    leaves = TokenStats(*(each.detach().requires_grad_(need_grad) for each in stats))
+    with torch.set_grad_enabled(need_grad):
+        per_token = loss_fn(leaves, rows)
+        if per_token.shape != rows.shape:
+            raise ValueError(f"loss_fn must return one loss per row, {tuple(rows.shape)}, got {tuple(per_token.shape)}")
+        loss = per_token.sum()
+    if not need_grad or not loss.requires_grad:
+        return loss.detach(), None
+    return loss.detach(), Coefficients(*torch.autograd.grad(loss, leaves, allow_unused=True))
+
+
+def sweep(hidden, weight, bias, target, loss_fn, scaling: Scaling, ignore_index, workspace_bytes, grads: Gradients):
+    """One pass over the rows that count. Returns (loss scalar, TokenStats of (N,)), and fills `grads`."""
+    count, vocab = hidden.shape[0], weight.shape[0]
+    dtype, device = wide(hidden.dtype), hidden.device
+    need_grad = any(each is not None for each in grads)
+    rows = kept_rows(target, ignore_index, vocab)
+    out = torch.zeros((4, count), dtype=dtype, device=device)
+    loss = torch.zeros((), dtype=dtype, device=device)
+    chunk = rows_per_chunk(len(rows), vocab, hidden.element_size(), workspace_bytes)
+    workspace = torch.empty((min(chunk, len(rows)), vocab), dtype=hidden.dtype, device=device)
+    for index in rows.split(chunk) if len(rows) else ():
+        x, wanted = hidden.index_select(0, index), target.index_select(0, index)
+        logits = workspace[: len(index)]  # (C, V)
+        raw_logits(x, weight, bias, logits)
+        raw_target = raw_target_logit(x, weight, bias, wanted)
+        stats, state = torch_stats(logits, wanted, raw_target, scaling, keep_exp=need_grad)
+        part, coefs = loss_and_coefficients(loss_fn, stats, index, need_grad=need_grad)
+        loss += part
+        out.index_copy_(1, index, torch.stack(stats))
+        if coefs is not None:
+            chunk_backward(logits, x, weight, wanted, raw_target, index, stats, state, coefs, scaling, grads)
+    return loss, TokenStats(*out)
+
+
+class _LinearTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, loss_fn, scaling, ignore_index, workspace_bytes):
+        needs = tuple(ctx.needs_input_grad[:3])
+        grads = empty_gradients(hidden, weight, bias, needs)
+        loss, stats = sweep(hidden, weight, bias, target, loss_fn, scaling, ignore_index, workspace_bytes, grads)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(*stats)
+        return loss, *stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_):
+        grads = (None if grad is None else (grad * grad_loss).to(dtype)
+                 for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        return *grads, None, None, None, None, None
+
+
+def linear_token_loss(hidden, weight, target, loss_fn: LossFn, *, bias=None, temperature=1.0, softcap=0.0,
+                      logit_scale=1.0, ignore_index=-100, workspace_bytes=WORKSPACE_BYTES):
+    """Sum over rows of loss_fn(statistics of the target), with its gradient, without the (N, V) logits.
+
+    hidden (N, D) and weight (V, D) floating point, bias (V,) or None, target (N,) int64; rows whose target is
+    ignore_index are dropped before any work. loss_fn(stats: TokenStats of (C,), rows (C,) int64) -> (C,) is called
+    once per chunk under autograd; rows are indices into the N given rows. It must not mix rows of a chunk and must
+    apply the caller's normaliser itself. Returns (loss, stats): loss a scalar, differentiable in hidden, weight and
+    bias where they require grad; stats a detached TokenStats of (N,), 0 at ignored rows. Both are fp32 (fp64 for
+    fp64 input). Peak extra memory: workspace_bytes plus one (N, D) gradient. Raises ValueError on bad arguments.
+    """
+    scaling = Scaling(float(temperature), float(softcap), float(logit_scale))
+    check_arguments(hidden, weight, target, bias, scaling)
+    hidden, weight, bias = cast_operands(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (hidden, weight, bias)):
+            loss, *stats = _LinearTokenLoss.apply(hidden, weight, bias, target, loss_fn, scaling, ignore_index,
+                                                  workspace_bytes)
+            return loss, TokenStats(*stats)
+        nothing = Gradients(None, None, None)
+        return sweep(hidden.detach(), weight, bias, target, loss_fn, scaling, ignore_index, workspace_bytes, nothing)
