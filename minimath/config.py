@@ -235,8 +235,8 @@ def check_value(key: str, value, where: str) -> None:
             bound = "at most 1" if key in AT_MOST_ONE else "below 1"
             raise UserError(f"{where}: {key} must be {bound}, not {value}")
     if key == "judge_key_env" and not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", value):
-        raise UserError(f"{where}: judge_key_env must be the NAME of an environment variable (letters, digits, "
-                        "_); what was given is not shown, in case it is a key: export it under a name first")
+        raise UserError(f"{where}: judge_key_env must be the NAME of an environment variable (letters, "
+                        "digits, _); what you gave is not shown, in case it is a key: export it under a name")
     if key == "budgets" and not re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", value):
         raise UserError(f"{where}: budgets must be a comma list of token counts (128,256), not {value!r}")
     if key == "prompt_template":

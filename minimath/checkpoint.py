@@ -1,0 +1,349 @@
+"""Checkpoints: written whole or not at all, verified before they are read, and never a pickle.
+
+    run/checkpoints/step-000050/
+        adapter_config.json  adapter_model.safetensors     the adapter, as peft writes it
+        optimizer.safetensors  optimizer.json              "<param index>.<name>" -> tensor, or number
+        rng.safetensors  rng.json                          torch and CUDA; Python and numpy
+        state.json                                         what the loop wants back (step, data cursor, ...)
+        manifest.json                                      bytes and sha256 of each file, written last
+
+A checkpoint is built in a hidden folder beside its final place, flushed to disk, then renamed: a reader
+sees the old one or the new one. The manifest also says whether the checkpoint was the best so far, so that
+this fact is as atomic as the rest.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import peft
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from minimath.config import UserError, did_you_mean
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: two writers are not noticed there
+    fcntl = None
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def save_checkpoint(run_dir, step: int, *, model, optimizer, state: dict, keep: int,
+                    best: bool = False) -> Path:
+    """Write run_dir/checkpoints/step-<step> and remove all but the `keep` newest and the best one.
+
+    state must be json-able; `step` is added to it. Random states are saved as well. Raises UserError with
+    the path and the bytes needed when the disk is full or not writable; earlier checkpoints are intact
+    then.
+    """
+    target = Path(run_dir) / "checkpoints" / f"step-{step:06d}"
+    tensors, numbers = optimizer_state(optimizer)
+    rng_tensors, rng_numbers = rng_state()
+    texts = {"optimizer.json": numbers, "rng.json": rng_numbers, "state.json": state | {"step": step}}
+    texts = {name: json.dumps(content) for name, content in texts.items()}  # fails before anything is written
+
+    def write(folder: Path) -> None:
+        write_adapter(model, folder)
+        save_file(tensors, folder / "optimizer.safetensors")
+        save_file(rng_tensors, folder / "rng.safetensors")
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    write_atomically(target, write, {"step": step, "best": best},
+                     bytes_needed=adapter_bytes(model) + sum(t.nbytes for t in tensors.values()))
+    folders = list_checkpoints(run_dir)
+    kept = {*folders[:keep], best_checkpoint(run_dir), target}
+    for folder in folders:
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def load_checkpoint(run_dir, *, model, optimizer=None) -> dict | None:
+    """Restore adapter, optimizer and random states from the newest valid checkpoint, bitwise -> its state.
+
+    None when the run has no checkpoint. A damaged one is skipped with a warning; UserError when all are
+    damaged, or when a sound one belongs to another adapter or optimizer (nothing is changed then).
+    """
+    finish_renames(run_dir)
+    folders = list_checkpoints(run_dir)
+    for folder in folders:
+        problems = verify(folder)
+        if problems:
+            warnings.warn(f"checkpoint {folder} is damaged ({problems[0]}); trying the one before",
+                          stacklevel=2)
+            continue
+        restore(folder, model, optimizer)
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if folders:
+        raise UserError(f"none of the {len(folders)} checkpoints of {run_dir} is intact; start again with "
+                        "another out=, or copy one back from a backup")
+    return None
+
+
+def verify(folder) -> list[str]:
+    """What is wrong with a checkpoint or saved adapter, against its manifest; [] when it is whole."""
+    folder = Path(folder)
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        expected = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"manifest.json: {type(error).__name__}"]
+    problems = [f"{name}: not in the manifest" for name in ADAPTER_FILES if name not in files]
+    for name, size, digest in expected:
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            problems.append(f"{name}: missing")
+        elif path.stat().st_size != size:
+            problems.append(f"{name}: {path.stat().st_size} bytes instead of {size}")
+        elif sha256(path) != digest:
+            problems.append(f"{name}: content differs from its hash")
+    return problems
+
+
+def list_checkpoints(run_dir) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    folder = Path(run_dir) / "checkpoints"
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def finish_renames(run_dir) -> None:
+    """Put back a checkpoint that a crash between the two renames of write_atomically left set aside."""
+    for old in (Path(run_dir) / "checkpoints").glob(".old-step-*"):
+        target = old.with_name(old.name.removeprefix(".old-"))
+        if not target.exists():
+            os.replace(old, target)
+
+
+def best_checkpoint(run_dir) -> Path | None:
+    """The newest checkpoint that was saved as the best so far."""
+    for folder in list_checkpoints(run_dir):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("best"):
+                return folder
+    return None
+
+
+def save_adapter(model, path) -> Path:
+    """Write the adapter alone, atomically, as a folder that peft reads. UserError as in save_checkpoint."""
+    write_atomically(Path(path), lambda folder: write_adapter(model, folder), {},
+                     bytes_needed=adapter_bytes(model))
+    return Path(path)
+
+
+def find_adapter(path) -> Path:
+    """The adapter folder meant by a run folder (its adapter/, else its newest sound checkpoint), a
+    checkpoint or an adapter folder. UserError says what was looked for, or why the adapter found can't be
+    read."""
+    path = Path(path)
+    if not path.is_dir():
+        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*")])
+        raise UserError(f"no adapter folder {path}{near}")
+    if any((path / name).exists() for name in (*ADAPTER_FILES, "adapter_model.bin")):
+        check_adapter(path)
+        return path
+    if (path / "adapter").is_dir():
+        check_adapter(path / "adapter")
+        return path / "adapter"
+    for folder in list_checkpoints(path):
+        try:
+            check_adapter(folder)
+            return folder
+        except UserError as error:
+            warnings.warn(f"{error}; trying the checkpoint before", stacklevel=2)
+    raise UserError(f"{path} holds no adapter: looked for {' and '.join(ADAPTER_FILES)}, a folder adapter/, "
+                    "and sound folders checkpoints/step-*")
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise UserError unless the folder holds an adapter that can be read without running code."""
+    if (folder / "adapter_model.bin").exists() and not (folder / "adapter_model.safetensors").exists():
+        raise UserError(f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is read: "
+                        "refused; save it again with safe_serialization=True where it was made")
+    problems = verify(folder) if (folder / "manifest.json").exists() else []
+    if problems:
+        raise UserError(f"the adapter in {folder} is damaged: {problems[0]}")
+    try:
+        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "adapter_model.safetensors", framework="pt"):
+            pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"the adapter in {folder} can't be read: {error}; it needs "
+                        f"{' and '.join(ADAPTER_FILES)}") from None
+
+
+@contextlib.contextmanager
+def lock_run(run_dir):
+    """Hold the run folder for this process. UserError when another one writes there, or it can't be made."""
+    path = Path(run_dir) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {run_dir}: {error.strerror}; "
+                        "choose another out=") from None
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "unknown"
+                raise UserError(f"{run_dir} is in use by process {owner}; wait for it, or choose another "
+                                "out=") from None
+            except OSError as error:  # some network file systems have no locks
+                warnings.warn(f"{run_dir} can't be locked ({error.strerror}); start one writer only",
+                              stacklevel=3)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def write_atomically(target: Path, write, facts: dict, *, bytes_needed: int) -> None:
+    """write(folder) fills a hidden folder; it gets its manifest (with `facts`), is flushed and renamed to
+    target."""
+    temp, old = target.with_name(f".tmp-{target.name}"), target.with_name(f".old-{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(".tmp-*"):  # of a killed process; lock_run keeps other writers out
+            shutil.rmtree(leftover, ignore_errors=True)
+        temp.mkdir()
+        write(temp)
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                 for path in sorted(temp.iterdir())}
+        manifest = json.dumps({**facts, "files": files}, indent=1)
+        (temp / "manifest.json").write_text(manifest, encoding="utf-8")
+        for path in (*temp.iterdir(), temp):
+            flush_to_disk(path)
+        if target.exists():  # a folder can't be renamed over a filled one
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+        os.replace(temp, target)
+        flush_to_disk(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temp, ignore_errors=True)
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        free = f", {shutil.disk_usage(target.parent).free:,} are free" if target.parent.is_dir() else ""
+        raise UserError(f"cannot write {target} ({error}): it needs {bytes_needed:,} bytes{free}; free some space "
+                        "or check the folder's permissions; what was saved before is intact") from error
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or a folder (the latter where the system can)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_adapter(model, folder: Path) -> None:
+    """Adapter files as peft writes them, without its empty model card."""
+    # "auto" would ask the hub whether the vocabulary was resized; trained embeddings are in modules_to_save
+    # anyway
+    model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"],
+                          save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def adapter_tensors(model) -> dict[str, torch.Tensor]:
+    return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def adapter_bytes(model) -> int:
+    return sum(tensor.nbytes for tensor in adapter_tensors(model).values())
+
+
+def optimizer_state(optimizer) -> tuple[dict[str, torch.Tensor], dict]:
+    """({"<param index>.<name>": CPU tensor}, {"class": ..., "numbers": {same keys: number}})."""
+    tensors, numbers = {}, {}
+    for index, param in enumerate(optimizer_params(optimizer)):
+        for name, value in optimizer.state.get(param, {}).items():
+            if torch.is_tensor(value):  # copied: bitsandbytes shares its code tables between tensors
+                tensors[f"{index}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
+            else:
+                numbers[f"{index}.{name}"] = value
+    return tensors, {"class": type(optimizer).__name__, "numbers": numbers}
+
+
+def optimizer_params(optimizer) -> list[torch.nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def restore(folder: Path, model, optimizer) -> None:
+    """Copy a verified checkpoint into model, optimizer and random generators; UserError when it doesn't
+    fit."""
+    saved, own = load_file(folder / "adapter_model.safetensors"), adapter_tensors(model)
+    differing = [name for name in {**saved, **own} if name not in saved or name not in own
+                 or (saved[name].shape, saved[name].dtype) != (own[name].shape, own[name].dtype)]
+    if differing:
+        raise UserError(f"{folder} was saved by another adapter ({len(differing)} tensors differ, first "
+                        f"{differing[0]}); use its model, dtype and lora_* options, or a new out=")
+    if optimizer is not None:
+        restore_optimizer(folder, optimizer)
+    peft.set_peft_model_state_dict(model, saved)
+    restore_rng(load_file(folder / "rng.safetensors"),
+                json.loads((folder / "rng.json").read_text(encoding="utf-8")))
+
+
+def restore_optimizer(folder: Path, optimizer) -> None:
+    """Per-tensor state as saved; learning rate, betas and weight decay stay those of `optimizer` (its
+    config)."""
+    meta = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
+    params = optimizer_params(optimizer)
+    state = {}
+    for key, value in {**meta["numbers"], **load_file(folder / "optimizer.safetensors")}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    if meta["class"] != type(optimizer).__name__ or any(index >= len(params) for index in state):
+        raise UserError(f"{folder} was saved by the optimizer {meta['class']}, not {type(optimizer).__name__} "
+                        f"over {len(params)} tensors; use the optimizer option it was made with, or a new out=")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if getattr(optimizer, "is_paged", False):  # bitsandbytes loads into plain tensors: back into paged ones
+        for param in params:
+            state = optimizer.state[param]
+            for name in {"state1", "state2"} & state.keys():
+                buffer = optimizer.get_state_buffer(param, dtype=state[name].dtype)
+                state[name] = buffer.copy_(state[name])
+
+
+def rng_state() -> tuple[dict[str, torch.Tensor], dict]:
+    """States of all generators: tensors of torch (CPU, each CUDA device), numbers of Python and numpy."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    name, keys, *rest = np.random.get_state()
+    return tensors, {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+
+
+def restore_rng(tensors: dict[str, torch.Tensor], numbers: dict) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    for name, state in tensors.items():
+        if name.startswith("cuda:") and int(name[5:]) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(name[5:]))
+    version, words, gauss = numbers["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = numbers["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
