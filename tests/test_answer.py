@@ -1,0 +1,185 @@
+"""Answers and steps. The LaTeX answers below are of the forms of MATH (Hendrycks et al., MIT licence)."""
+import os
+import threading
+import time
+
+import pytest
+
+from minimath.answer import AnswerChecker, check_steps, extract_answer
+from minimath.steps import plain_number
+
+
+@pytest.fixture(scope="module")
+def checker():
+    with AnswerChecker(timeout_s=4.0) as instance:
+        yield instance
+
+
+@pytest.mark.parametrize("text, answer", [
+    (r"So \boxed{12}. Wait, \boxed{13}.", "13"),
+    (r"\boxed{\frac{\sqrt{3}}{2}}", r"\frac{\sqrt{3}}{2}"),
+    (r"\boxed{\left\{ 1, 2 \right\}}", r"\left\{ 1, 2 \right\}"),
+    (r"\boxed{\boxed{7}}", "7"),
+    (r"first \boxed{5}, then cut off \boxed{6", "5"),
+    (r"\boxed{} after \boxed{4} and \boxed{}", "4"),
+    (r"\boxed 9.", "9"),
+    ("so 5*3=15\n#### 15", "15"),
+    ("#### 1,200\n", "1,200"),
+    ("The answer is $42$ because of that.", "42"),
+    ("The answer is: 3/4. Done", "3/4"),
+    ("There are 3 cats and 16-9 dogs", "9"),
+    ("it costs -$5.50", "-$5.50"),
+    ("no number here", None),
+    ("", None),
+])
+def test_extract_answer_takes_the_last_final_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_strict_extraction_accepts_boxed_only():
+    assert extract_answer("#### 15", strict=True) is None
+    assert extract_answer(r"#### 15 \boxed{16}", strict=True) == "16"
+
+
+EQUAL = [
+    ("18", "18"), ("$18", "18"), ("18 dollars", "18"), ("18.00", "18"), (r"\$18", "18"), ("1200", "1,200"),
+    ("72.0", "72"), ("6/8", "3/4"), ("0.75", r"\frac{3}{4}"), (r"\frac34", "0.75"), ("50%", "50"), ("50%", "0.5"),
+    (r"50\%", "50"), ("Evelyn", r"\text{Evelyn}"), ("x = 5", "5"), ("15 - 4 = 11", "11"), ("(C)", r"\text{C}"),
+    (r"10,\!236", "10236"), (r"1\frac{1}{2}", "1.5"), (r"90^\circ", "90"), ("0.333333", r"\frac{1}{3}"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"), ("5 million", "5,000,000"), ("-3", r"-3")]
+DIFFERENT = [
+    ("17", "18"), ("-18", "18"), ("18", "-18"), ("5000", "5 million"), ("eighteen", "18"), ("1/3", "0.33"),
+    ("1000000001", "1000000000"), (r"1\frac{1}{2}", "0.5"), ("18" * 300, "18"), ("", "18"), ("15 - 4", "12")]
+
+
+@pytest.mark.parametrize("answer, gold", EQUAL)
+def test_plain_answers_are_equal_without_the_child(answer, gold):
+    checker = AnswerChecker()
+    assert checker.equal(answer, gold) and checker.starts == 0
+
+
+@pytest.mark.parametrize("answer, gold", DIFFERENT)
+def test_plain_answers_differ_without_the_child(answer, gold):
+    checker = AnswerChecker()
+    assert not checker.equal(answer, gold) and checker.starts == 0
+
+
+@pytest.mark.parametrize("answer, gold, same", [
+    (r"2\sqrt{3}", r"\sqrt{12}", True),
+    (r"\{1,2\}", r"\{2,1\}", True),
+    ("(3,4)", "(4,3)", False),
+    (r"x \in [2,5)", "[2,5)", True),
+    ("[2,5]", "[2,5)", False),
+    ("x^2+2x+1", "(x+1)^2", True),
+    ("x^2+2x", "(x+1)^2", False),
+    (r"\begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix}", r"\begin{pmatrix}1&0\\0&1\end{pmatrix}", True),
+    ("6 - 5i", "-5i+6", True),
+    ("17 or 18", "18", False),
+    ("5x", "5", False),
+    ("3 apples and 5 oranges", "5", False),
+    (r"\sqrt{16}", "4", True),
+])
+def test_symbolic_answers_go_through_math_verify(checker, answer, gold, same):
+    assert checker.equal(answer, gold) is same
+
+
+def test_gold_is_the_first_argument_of_verify(checker):
+    """verify takes an interval for a gold inequality, but not an inequality for a gold interval."""
+    assert checker._ask(r"(-\infty,2)", "x<2")
+    assert not checker._ask("x<2", r"(-\infty,2)")
+
+
+@pytest.mark.parametrize("attack", ["9^{9^{9^{9}}}", "10^{10^{10}}x"])
+def test_a_hanging_answer_is_wrong_and_the_next_one_is_still_checked(attack):
+    with AnswerChecker(timeout_s=1.0) as checker:
+        assert checker.equal(r"2\sqrt{3}", r"\sqrt{12}") or checker.timeouts      # imports done, caches warm
+        start = time.monotonic()
+        assert not checker.equal(attack, "5")
+        assert time.monotonic() - start < 4.0 and checker.timeouts >= 1
+        checker.timeout_s = 20.0
+        assert checker.equal("x+1", "1+x") and checker.starts >= 2
+
+
+def test_a_dead_child_is_replaced():
+    with AnswerChecker(timeout_s=20.0) as checker:
+        assert checker.equal("x+1", "1+x")
+        checker._child.kill()
+        checker._child.wait()
+        assert checker.equal("y+1", "1+y") and checker.starts == 2
+
+
+def test_unreadable_gold_pays_nobody_and_is_counted(checker):
+    before = checker.bad_gold
+    assert not checker.equal("5", "") and not checker.equal("5", "   ")
+    assert checker.bad_gold == before + 2
+
+
+def test_checker_works_from_many_threads_with_one_child(checker):
+    rows = [(rf"so \boxed{{{k} + x}}", f"x+{k + k % 2}") for k in range(24)]
+    results = [None] * len(rows)
+
+    def work(k):
+        results[k] = checker.check(*rows[k])
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(rows))]
+    starts = checker.starts
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [k % 2 == 0 for k in range(24)] == checker.check_many(rows)
+    assert checker.starts <= max(1, starts)
+
+
+def test_the_child_gets_no_secrets(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "not-for-the-child")
+    with AnswerChecker(timeout_s=20.0) as checker:
+        checker.equal("x+1", "1+x")
+        path = f"/proc/{checker._child.pid}/environ"
+        if not os.path.exists(path):
+            pytest.skip("no /proc on this system")
+        with open(path, "rb") as file:
+            assert b"not-for-the-child" not in file.read()
+
+
+@pytest.mark.parametrize("text, right, total", [
+    (r"5*3=15. 15-4=11. \boxed{11}", 2, 2),
+    ("48/2 = 24", 1, 1), ("48/2 = 25", 0, 1),
+    ("$9 * 2 = $18 every day", 1, 1), (r"$5 \cdot 3 = 15$.", 1, 1),
+    ("3 x 4 = 12", 1, 1), ("3 \u00d7 4 = 12", 1, 1), ("12 \u00f7 4 = 3", 1, 1), ("5 \u2212 3 = 2", 1, 1),
+    ("1,200 + 300 = 1,500", 1, 1),
+    ("2 + 3 = 5 = 5", 1, 1), ("1 + 1 + 1 = 2 + 1 = 3", 2, 2), ("4 + 4 = 8 - 2 = 6", 1, 2),
+    ("2 + 3 * 4 = 14", 1, 1), ("(2 + 3) * 4 = 20", 1, 1), ("2(3+4)=14", 1, 1),
+    ("2^3 = 8", 1, 1), ("-2^2 + 1 = -3", 1, 1),
+    ("20% of 50 = 10", 1, 1), ("5/20*100 = 25%", 1, 1), ("50 * 20% = 10", 1, 1), ("1/2 of 48 = 24", 1, 1),
+    ("10/3 = 3.33", 1, 1), ("10/3 = 3.34", 0, 1), ("10/3 = 3", 0, 1), ("10/3 \u2248 3", 1, 1),
+    (r"\frac{3}{4} \times 8 = 6", 1, 1), ("2/2=<<2/2=1>>1 bolt", 1, 1),
+    ("- 5 * 3 = 15\n- 2 + 2 = 5", 1, 2), ("1. 5*3 = 15\n2) 4+4=8", 2, 2),
+    ("**15 - 4 = 11**", 1, 1), ("(5 * 3 = 15)", 1, 1),
+    ("5 + 3 apples = 8 apples", 1, 1), ("So -5 + 8 = 3", 1, 1), ("3 + 4\n= 7", 1, 1),
+    ("a total of 5 * 3 = 15", 1, 1),
+    # nothing to check: variables, units inside, bare values, no arithmetic
+    ("x + 5 + 3 = 12", 0, 0), ("2x + 3 = 7", 0, 0), ("y = 3 + 4 = 7", 1, 1), ("half of 10 + 2 = 7", 0, 0),
+    ("5 = 5", 0, 0), ("the answer = 5", 0, 0), ("3 apples + 4 = 7", 0, 0), ("", 0, 0),
+    ("1/0 = 3", 0, 0), ("9^9^9^9 = 3", 0, 0),
+])
+def test_check_steps_counts_equations_and_those_that_hold(text, right, total):
+    assert tuple(check_steps(text)) == (right, total)
+
+
+@pytest.mark.parametrize("piece", [
+    "1", "1+", "(", "1,234,", "= ", " ", r"\frac{", r"\boxed{", r"\boxed{1}", "5 apples ", "#### ", "answer is ", "1=",
+    "1+1=2 ", "\n ", "x ", "((1)", r"\left$", "**"])
+def test_hostile_text_is_read_in_linear_time(piece):
+    """A quadratic step would take minutes on 200,000 characters; linear reading takes a second or two."""
+    text = piece * (200_000 // len(piece))
+    start = time.monotonic()
+    extract_answer(text), check_steps(text), plain_number(text)
+    assert time.monotonic() - start < 10
+
+
+def test_power_towers_and_long_numbers_are_refused_not_computed():
+    start = time.monotonic()
+    for text in ("9^9^9^9", "((9^99)^99)^99", "9" * 390, "2^-99999999999", "9^0.5"):
+        assert plain_number(text) is None
+    assert time.monotonic() - start < 1
