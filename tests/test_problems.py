@@ -1,4 +1,4 @@
-"""The generator's promises: right solutions in every register, disjoint splits, variety, same text for a seed."""
+"""The generator's promises: right solutions in every register, disjoint splits, variety, seeds."""
 import re
 from fractions import Fraction
 
@@ -6,7 +6,7 @@ import pytest
 
 from minimath.config import UserError
 from minimath.data import Example
-from minimath.problems import assert_disjoint, canonical, make_problems, split_of
+from minimath.problems import REGISTERS, assert_disjoint, canonical, make_problems, split_of
 from minimath.scenes import FORMULAS, STORIES
 
 EQUATION = re.compile(r"(\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)")
@@ -88,12 +88,12 @@ def test_step_counts_and_registers_follow_the_arguments():
     two = make_problems(200, seed=0, steps=(2,), style_weights={"plain": 1.0})
     assert {register_and_steps(e) for e in two} == {("plain", 2)}
     mixed = make_problems(2000, seed=0)
-    share = {r: sum(register_and_steps(e)[0] == r for e in mixed) / 2000 for r in ("terse", "plain", "verbose")}
+    share = {r: sum(register_and_steps(e)[0] == r for e in mixed) / 2000 for r in REGISTERS}
     assert share == pytest.approx({"terse": 0.25, "plain": 0.35, "verbose": 0.40}, abs=0.05)
 
 
 def test_registers_differ_in_length(examples):
-    mean = {r: sum(len(e.solution) for e in chosen) / len(chosen) for r in ("terse", "plain", "verbose")
+    mean = {r: sum(len(e.solution) for e in chosen) / len(chosen) for r in REGISTERS
             if (chosen := [e for e in examples if register_and_steps(e)[0] == r])}
     assert mean["terse"] * 2 < mean["plain"] and mean["plain"] * 1.8 < mean["verbose"]
 
