@@ -3,9 +3,9 @@
 An answer is taken from the text (`extract_answer`) and compared with the gold one (`AnswerChecker`). Plain
 numbers, fractions, arithmetic and identical strings are decided here, exactly. Everything else goes to
 math-verify (https://github.com/huggingface/Math-Verify), which can hang or eat memory on hostile LaTeX and
-has no time-out of its own off the main thread: it runs in ONE child process, `python -m minimath.answer`, with a
-memory limit and no secrets in its environment, killed and restarted when an answer takes too long. The gold
-answer is always verify's first argument: verify is not symmetric.
+has no time-out of its own off the main thread: it runs in ONE child process, `python -m minimath.answer`,
+with a memory limit and no secrets in its environment, killed and restarted when an answer takes too long. The
+gold answer is always verify's first argument: verify is not symmetric.
 
 `check_steps` (from steps.py) counts the `a op b = c` steps of a solution. Nothing here is ever eval'd.
 """

@@ -269,9 +269,9 @@ class Plain(NamedTuple):
 
 
 _WORD_SCALE = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9, "dozen": 12}
-_NOT_UNITS = {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "mod", "and", "or", "to", "over", "in", "if",
-              "times", "plus", "minus", "not", "remainder", "base", "more", "less", "than", "infty", "cup", "cap",
-              "pm"}
+_NOT_UNITS = {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "mod", "and", "or", "to", "over", "in",
+              "if", "times", "plus", "minus", "not", "remainder", "base", "more", "less", "than", "infty",
+              "cup", "cap", "pm"}
 
 
 def plain_number(text: str) -> Plain | None:
