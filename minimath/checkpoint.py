@@ -15,18 +15,17 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import shutil
 import warnings
 from pathlib import Path
 
-import numpy as np
 import peft
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from minimath.config import UserError, did_you_mean
+from minimath.train_state import optimizer_state, restore_optimizer, restore_rng, rng_state
 
 try:
     import fcntl
@@ -57,13 +56,14 @@ def save_checkpoint(run_dir, step: int, *, model, optimizer, state: dict, keep: 
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
 
+    finish_renames(run_dir)
     write_atomically(target, write, {"step": step, "best": best},
                      bytes_needed=adapter_bytes(model) + sum(t.nbytes for t in tensors.values()))
     folders = list_checkpoints(run_dir)
     kept = {*folders[:keep], best_checkpoint(run_dir), target}
     for folder in folders:
         if folder not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
     return target
 
 
@@ -82,7 +82,7 @@ def load_checkpoint(run_dir, *, model, optimizer=None) -> dict | None:
                           stacklevel=2)
             continue
         restore(folder, model, optimizer)
-        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return read_json(folder / "state.json")
     if folders:
         raise UserError(f"none of the {len(folders)} checkpoints of {run_dir} is intact; start again with "
                         "another out=, or copy one back from a backup")
@@ -93,7 +93,7 @@ def verify(folder) -> list[str]:
     """What is wrong with a checkpoint or saved adapter, against its manifest; [] when it is whole."""
     folder = Path(folder)
     try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        files = read_json(folder / "manifest.json")["files"]
         expected = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"manifest.json: {type(error).__name__}"]
@@ -120,15 +120,25 @@ def finish_renames(run_dir) -> None:
     """Put back a checkpoint that a crash between the two renames of write_atomically left set aside."""
     for old in (Path(run_dir) / "checkpoints").glob(".old-step-*"):
         target = old.with_name(old.name.removeprefix(".old-"))
-        if not target.exists():
+        if target.exists():
+            discard(old)
+        else:
             os.replace(old, target)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder; renamed first, so that a crash leaves no half of it under its name."""
+    with contextlib.suppress(OSError):  # what stays costs space only, and the next save tries again
+        gone = folder.with_name(f".tmp-gone-{folder.name}")
+        os.replace(folder, gone)
+        shutil.rmtree(gone)
 
 
 def best_checkpoint(run_dir) -> Path | None:
     """The newest checkpoint that was saved as the best so far."""
     for folder in list_checkpoints(run_dir):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            if json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("best"):
+            if read_json(folder / "manifest.json").get("best"):
                 return folder
     return None
 
@@ -173,7 +183,7 @@ def check_adapter(folder: Path) -> None:
     if problems:
         raise UserError(f"the adapter in {folder} is damaged: {problems[0]}")
     try:
-        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        read_json(folder / "adapter_config.json")
         with safe_open(folder / "adapter_model.safetensors", framework="pt"):
             pass
     except (OSError, ValueError, SafetensorError) as error:
@@ -226,18 +236,18 @@ def write_atomically(target: Path, write, facts: dict, *, bytes_needed: int) -> 
         for path in (*temp.iterdir(), temp):
             flush_to_disk(path)
         if target.exists():  # a folder can't be renamed over a filled one
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
         os.replace(temp, target)
         flush_to_disk(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            discard(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temp, ignore_errors=True)
         if old.exists() and not target.exists():
             os.replace(old, target)
         free = f", {shutil.disk_usage(target.parent).free:,} are free" if target.parent.is_dir() else ""
-        raise UserError(f"cannot write {target} ({error}): it needs {bytes_needed:,} bytes{free}; free some space "
-                        "or check the folder's permissions; what was saved before is intact") from error
+        raise UserError(f"cannot write {target} ({error}): it needs {bytes_needed:,} bytes{free}; free some "
+                        "space or check the permissions; what was saved before is intact") from error
 
 
 def flush_to_disk(path: Path) -> None:
@@ -249,6 +259,10 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def sha256(path: Path) -> str:
@@ -276,22 +290,6 @@ def adapter_bytes(model) -> int:
     return sum(tensor.nbytes for tensor in adapter_tensors(model).values())
 
 
-def optimizer_state(optimizer) -> tuple[dict[str, torch.Tensor], dict]:
-    """({"<param index>.<name>": CPU tensor}, {"class": ..., "numbers": {same keys: number}})."""
-    tensors, numbers = {}, {}
-    for index, param in enumerate(optimizer_params(optimizer)):
-        for name, value in optimizer.state.get(param, {}).items():
-            if torch.is_tensor(value):  # copied: bitsandbytes shares its code tables between tensors
-                tensors[f"{index}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
-            else:
-                numbers[f"{index}.{name}"] = value
-    return tensors, {"class": type(optimizer).__name__, "numbers": numbers}
-
-
-def optimizer_params(optimizer) -> list[torch.nn.Parameter]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
 def restore(folder: Path, model, optimizer) -> None:
     """Copy a verified checkpoint into model, optimizer and random generators; UserError when it doesn't
     fit."""
@@ -302,48 +300,7 @@ def restore(folder: Path, model, optimizer) -> None:
         raise UserError(f"{folder} was saved by another adapter ({len(differing)} tensors differ, first "
                         f"{differing[0]}); use its model, dtype and lora_* options, or a new out=")
     if optimizer is not None:
-        restore_optimizer(folder, optimizer)
+        restore_optimizer(optimizer, load_file(folder / "optimizer.safetensors"),
+                          read_json(folder / "optimizer.json"), where=folder)
     peft.set_peft_model_state_dict(model, saved)
-    restore_rng(load_file(folder / "rng.safetensors"),
-                json.loads((folder / "rng.json").read_text(encoding="utf-8")))
-
-
-def restore_optimizer(folder: Path, optimizer) -> None:
-    """Per-tensor state as saved; learning rate, betas and weight decay stay those of `optimizer` (its
-    config)."""
-    meta = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
-    params = optimizer_params(optimizer)
-    state = {}
-    for key, value in {**meta["numbers"], **load_file(folder / "optimizer.safetensors")}.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    if meta["class"] != type(optimizer).__name__ or any(index >= len(params) for index in state):
-        raise UserError(f"{folder} was saved by the optimizer {meta['class']}, not {type(optimizer).__name__} "
-                        f"over {len(params)} tensors; use the optimizer option it was made with, or a new out=")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    if getattr(optimizer, "is_paged", False):  # bitsandbytes loads into plain tensors: back into paged ones
-        for param in params:
-            state = optimizer.state[param]
-            for name in {"state1", "state2"} & state.keys():
-                buffer = optimizer.get_state_buffer(param, dtype=state[name].dtype)
-                state[name] = buffer.copy_(state[name])
-
-
-def rng_state() -> tuple[dict[str, torch.Tensor], dict]:
-    """States of all generators: tensors of torch (CPU, each CUDA device), numbers of Python and numpy."""
-    tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    name, keys, *rest = np.random.get_state()
-    return tensors, {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
-
-
-def restore_rng(tensors: dict[str, torch.Tensor], numbers: dict) -> None:
-    torch.set_rng_state(tensors["cpu"])
-    for name, state in tensors.items():
-        if name.startswith("cuda:") and int(name[5:]) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(state, int(name[5:]))
-    version, words, gauss = numbers["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = numbers["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    restore_rng(load_file(folder / "rng.safetensors"), read_json(folder / "rng.json"))
