@@ -8,7 +8,7 @@ Accepted row shapes (`data_format`; "auto" takes the first that fits):
                        a final answer
     problem_solution   problem + solution (+ answer; a missing one is taken from "#### x" or \\boxed{x})
 A bad row is skipped, counted and named as file:line with the reason and the fix; `strict` makes it fatal.
-Rows with an id or a problem seen before are kept (resampled and augmented sets repeat them) and counted as a note.
+Rows with an id or a problem seen before are kept (resampled sets repeat them) and counted as a note.
 """
 import re
 from collections.abc import Iterable, Iterator
@@ -32,7 +32,7 @@ ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator marks
 
 @dataclass
 class Example:
-    """One problem. `messages` replaces problem and solution for chat rows; `where` is file:line for messages."""
+    """One problem. `messages` replaces problem and solution for chat rows; `where` is file:line, for errors."""
     problem: str
     solution: str = ""
     answer: str = ""
@@ -56,12 +56,13 @@ def load_examples(data: str | Path, *, split: str = "train", limit: int = 0, str
                   ) -> tuple[list[Example], DataReport]:
     """Load a file, a folder of files, or a hub data set "owner/name[:config]".
 
-    split: of a hub data set; of a folder, the files with it in their name, if any. limit: stop after this many
-    kept rows (0: all). need: what a row must have, of "solution" (SFT) and "answer" (RL, evaluation).
+    split: of a hub data set; of a folder, the files with it in their name, if any. limit: stop after this
+    many kept rows (0: all). need: what a row must have, of "solution" (SFT) and "answer" (RL, evaluation).
     Raises UserError: nothing there, no row kept, a spoiled file, or with strict the first bad row.
     """
     if data_format not in FORMATS:
-        raise UserError(f"data_format={data_format!r}{did_you_mean(data_format, FORMATS)}; use {', '.join(FORMATS)}")
+        near = did_you_mean(data_format, FORMATS)
+        raise UserError(f"data_format={data_format!r}{near}; use {', '.join(FORMATS)}")
     report, examples = DataReport(), []
     ids: set[str] = set()
     problems: set[str] = set()
@@ -74,7 +75,7 @@ def load_examples(data: str | Path, *, split: str = "train", limit: int = 0, str
             report.skipped[made.reason] = report.skipped.get(made.reason, 0) + 1
             report.rows = [*report.rows, line][:REPORTED_ROWS]
             continue
-        for seen, value, note in ((ids, made.id, "repeated id"), (problems, made.problem, "repeated problem")):
+        for seen, value, note in (ids, made.id, "repeated id"), (problems, made.problem, "repeated problem"):
             if value and value in seen:
                 report.notes[note] = report.notes.get(note, 0) + 1
             seen.add(value)
@@ -97,7 +98,8 @@ def describe_report(report: DataReport) -> str:
         lines.append(f"{report.kept} rows kept, {sum(report.skipped.values())} skipped: {reasons}")
         lines += [f"  {row}" for row in report.rows[:5]]
     if report.notes:
-        lines.append("kept, but note: " + ", ".join(f"{count} x {note}" for note, count in report.notes.items()))
+        notes = ", ".join(f"{count} x {note}" for note, count in report.notes.items())
+        lines.append(f"kept, but note: {notes}")
     return "\n".join(lines)
 
 
@@ -139,8 +141,8 @@ def _hub_rows(name: str, split: str) -> Iterator[Row]:
         rows = datasets.load_dataset(repo, config or None, split=split)
     except Exception as error:  # hub, network, disk and format errors share no other base
         text = " ".join(str(error).split())[:300]
-        raise UserError(f"data={name}: is no file here, and as a hub data set (split {split!r}) it can't be loaded: "
-                        f"{type(error).__name__}: {text}. Check name, config, split and network") from error
+        raise UserError(f"data={name}: is no file here, and as a hub data set (split {split!r}) it can't be "
+                        f"loaded: {type(error).__name__}: {text}. Check name, config, split and network") from error
     for number, row in enumerate(rows, 1):
         yield f"{name}:{split}:row {number}", row
 
@@ -182,7 +184,7 @@ def _text(value, name: str, *, number: bool = False) -> "str | BadRow":
     if "\0" in value:
         return BadRow("NUL character", f"remove it from {name}")
     if any("\ud800" <= c <= "\udfff" for c in value):
-        return BadRow("half of a surrogate pair", f"{name} was cut inside an emoji or rare letter; write it again")
+        return BadRow("half of a surrogate pair", f"{name} was cut inside an emoji; write it again")
     return value.strip()
 
 
@@ -194,8 +196,9 @@ def _pick(row: dict, columns: tuple[str, ...]) -> tuple[str, object]:
 def _from_columns(row: dict, where: str, data_format: str) -> "Example | BadRow":
     if data_format == "messages":
         return BadRow("no messages", f"data_format=messages, but the columns are {_names(row)}")
-    named = {"question_answer": ("question",), "problem_solution": ("problem",), "prompt_completion": ("prompt",)}
-    columns = {**COLUMNS, "problem": named.get(data_format, COLUMNS["problem"])}
+    columns = dict(COLUMNS)
+    if data_format != "auto":
+        columns["problem"] = (data_format.split("_")[0],)
     if not any(c in row for c in columns["problem"]):
         return _unknown_columns(row)
     values = {}
@@ -271,18 +274,18 @@ def _message(message, number: int, before: list[dict]) -> "dict | BadRow":
     if role not in ROLES:
         return BadRow(bad, f"message {number} has role {role!r}{did_you_mean(str(role), ROLES)}; "
                            f"use {', '.join(ROLES)}")
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        content = "".join(p["text"] for p in content)
+    if isinstance(content, list) and all(isinstance(p, dict) and "text" in p for p in content):
+        content = "".join(str(p["text"]) for p in content)  # the form with parts that hub data sets use
     text = _text(content, f"content of message {number}")
     if isinstance(text, BadRow):
         return text
     if not text:
         return BadRow(bad, f"message {number} is empty")
     last = before[-1]["role"] if before else "start"
-    follows = {"start": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
-    if role not in follows[last]:
-        return BadRow(bad, f"message {number} is from {role} after {last}; system may come first, then user and "
-                           "assistant take turns")
+    allowed = {"start": ("system", "user"), "user": ("assistant",)}.get(last, ("user",))
+    if role not in allowed:
+        return BadRow(bad, f"message {number} is from {role} after {last}; system may come first, then user "
+                           "and assistant take turns")
     return {"role": role, "content": text}
 
 

@@ -1,6 +1,6 @@
 """Files to rows: jsonl, json, csv, tsv and parquet, one row at a time, each with the place it came from.
 
-A row that can't be read comes out as a BadRow instead of an exception, so that data.py can count it and go on.
+A row that can't be read comes out as a BadRow instead of an exception: data.py counts it and goes on.
 Only what spoils the whole file (unreadable, UTF-16, not parquet) raises UserError.
 """
 import csv
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from minimath.config import UserError
 
-MAX_ROW_BYTES = 1_000_000  # a longer row is a broken file (a lost line end or quote), not a problem with a solution
+MAX_ROW_BYTES = 1_000_000  # longer is a broken file (a lost line end or quote), no problem with a solution
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 
 
@@ -28,7 +28,7 @@ NUL = BadRow("NUL byte", "rewrite the file: it was damaged or is not text")
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of one file with "file:line" (parquet: "file:row N", from 1). Raises UserError for a spoiled file."""
+    """Rows of a file with "file:line" (parquet: "file:row N", from 1). Raises UserError for a spoiled file."""
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv, ".tsv": _csv}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: unknown kind of file {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
@@ -39,7 +39,8 @@ def read_rows(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}: the file is UTF-16; save it as UTF-8")
         yield from readers[path.suffix.lower()](path)
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror or error}); check path and rights") from error
+        reason = error.strerror or error
+        raise UserError(f"{path}: can't be read ({reason}); check path and rights") from error
 
 
 def _object(value) -> "dict | BadRow":
@@ -53,7 +54,8 @@ def _utf8(raw: bytes) -> "str | BadRow":
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        return BadRow("not UTF-8", f"byte {error.start + 1} is 0x{raw[error.start]:02x}; save the file as UTF-8")
+        byte = f"byte {error.start + 1} is 0x{raw[error.start]:02x}"
+        return BadRow("not UTF-8", f"{byte}; save the file as UTF-8")
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -87,7 +89,7 @@ def _jsonl_row(raw: bytes) -> "dict | BadRow":
         return BadRow("JSON nested too deep", "flatten the row")
     except ValueError as error:  # JSONDecodeError, and integers with thousands of digits
         if not raw.endswith(b"\n"):
-            return BadRow("truncated last line", "write the last row again: the file ends in the middle of it")
+            return BadRow("truncated last line", "write the last row again: the file ends inside it")
         return BadRow("not JSON", f"{error}; one complete object per line")
 
 
@@ -99,12 +101,12 @@ def _json(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: {text.reason}; {text.fix}")
     start = re.match(r"\s*\[", text) or re.match(r'\s*\{\s*"data"\s*:\s*\[', text)
     if start is None:
-        if re.match(r"\s*\{[^\n]*\}\s*(\n|$)", text):  # one object on the first line: jsonl under another name
+        if re.match(r"\s*\{[^\n]*\}\s*(\n|$)", text):  # one object on line 1: really jsonl
             yield from _jsonl(path)
             return
         start = re.search(r'"data"\s*:\s*\[', text)
         if start is None:
-            raise UserError(f'{path}: no list of rows; write [{{...}}, ...], {{"data": [...]}} or a .jsonl file')
+            raise UserError(f'{path}: no list of rows; write [{{...}}], {{"data": [{{...}}]}} or a .jsonl file')
     position, line, counted = start.end(), 1, 0
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
     while True:
@@ -117,7 +119,8 @@ def _json(path: Path) -> Iterator[Row]:
             value, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:  # no way to find the next row after this
             cut = not text.rstrip().endswith(("]", "}"))
-            yield where, BadRow("truncated last row" if cut else "not JSON", f"{error}; rows after it are not read")
+            reason = "truncated last row" if cut else "not JSON"
+            yield where, BadRow(reason, f"{error}; rows after it are not read")
             return
         yield where, TOO_LONG if end - position > MAX_ROW_BYTES else _object(value)
         position = end
@@ -158,8 +161,8 @@ def _csv_row(header: list[str], cells: list[str]) -> "dict | BadRow | None":
     if len(text) > MAX_ROW_BYTES:
         return TOO_LONG
     if len(cells) != len(header):
-        return BadRow("wrong number of cells", f"{len(cells)} where the header has {len(header)}; quote cells that "
-                                               "hold commas")
+        counts = f"{len(cells)} where the header has {len(header)}"
+        return BadRow("wrong number of cells", f"{counts}; quote cells that hold commas")
     return dict(zip(header, cells))
 
 

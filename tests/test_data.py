@@ -40,13 +40,16 @@ BAD_LINES = {  # raw line -> (reason, part of the fix)
     b'{"problem": "p"}': ("no solution", "worked solution"),
     b'{"problem": "p", "solution": ""}': ("no solution", "worked solution"),
     b'{"problme": "p", "solution": "s"}': ("no column with the problem", "did you mean 'problem'"),
-    b'{"data": {"problem": "p", "solution": "s"}}': ("no column with the problem", "nested: move the content of 'data'"),
+    b'{"data": {"problem": "p", "solution": "s"}}':
+        ("no column with the problem", "nested: move the content of 'data'"),
     b'{"x": "' + b"y" * 1_000_001 + b'"}': ("row longer than 1 MB", "quote"),
     b"[" * 100_000: ("JSON nested too deep", "flatten"),
     b'{"messages": []}': ("malformed messages", "role"),
     b'{"messages": [{"role": "user"}]}': ("malformed messages", "message 1 needs role and content"),
-    b'{"messages": [{"role": "asistant", "content": "x"}]}': ("malformed messages", "did you mean 'assistant'"),
-    b'{"messages": [{"role": "assistant", "content": "x"}]}': ("malformed messages", "message 1 is from assistant"),
+    b'{"messages": [{"role": "asistant", "content": "x"}]}':
+        ("malformed messages", "did you mean 'assistant'"),
+    b'{"messages": [{"role": "assistant", "content": "x"}]}':
+        ("malformed messages", "message 1 is from assistant"),
     b'{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}':
         ("malformed messages", "message 2 is from user after user"),
     b'{"messages": [{"role": "user", "content": ""}]}': ("malformed messages", "message 1 is empty"),
@@ -115,8 +118,8 @@ def test_a_hub_name_that_cannot_be_loaded_is_one_clear_error():
 
 
 def test_gsm8k_answers_are_split_and_their_marks_removed(tmp_path):
-    e = load_one(tmp_path, {"question": "Clips?", "answer": "She sold 48/2 = <<48/2=24>>24.\nIn all 72.\n#### 72"})
-    assert (e.solution, e.answer) == ("She sold 48/2 = 24.\nIn all 72.", "72")
+    e = load_one(tmp_path, {"question": "Clips?", "answer": "She sold 48/2 = <<48/2=24>>24.\nAll: 72\n#### 72"})
+    assert (e.solution, e.answer) == ("She sold 48/2 = 24.\nAll: 72", "72")
 
 
 def test_a_short_answer_is_a_final_answer_and_no_solution(tmp_path):
@@ -177,7 +180,8 @@ def test_csv_rows_have_the_line_they_start_on(tmp_path):
     path = tmp_path / "a.csv"
     assert [e.where for e in examples] == [f"{path}:2", f"{path}:5"]
     assert examples[0].problem == "two\nlines"
-    assert [r.split("; ")[0] for r in report.rows] == [f"{path}:4: wrong number of cells", f"{path}:6: not UTF-8"]
+    reasons = [row.split("; ")[0] for row in report.rows]
+    assert reasons == [f"{path}:4: wrong number of cells", f"{path}:6: not UTF-8"]
 
 
 def test_csv_with_a_lost_quote_names_the_row(tmp_path):
