@@ -25,7 +25,7 @@ def optimizer_params(optimizer) -> list[torch.nn.Parameter]:
 
 
 def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], meta: dict, *, where) -> None:
-    """Inverse of optimizer_state; learning rate, betas and weight decay stay those of `optimizer` (its config).
+    """Inverse of optimizer_state; learning rate, betas and weight decay stay those of `optimizer`.
 
     Raises UserError, naming `where`, when the state belongs to another optimizer; nothing is changed then.
     """
