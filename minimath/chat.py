@@ -1,9 +1,9 @@
-"""Examples to token ids: chat template, exactly one BOS, a trained EOS, the loss mask, packing, and the preflight.
+"""Examples to token ids: chat template, exactly one BOS, a trained EOS, the loss mask, packing, preflight.
 
-Trained are the tokens of the assistant and the token that ends its turn, nothing else. Prompt and solution are
-tokenised together as the template writes them, when the prompt's ids are a prefix of the whole; when a merge
-crosses the border, or the template changes the solution (some cut the thinking out), they are tokenised apart,
-which is what generation sees too. A tokenizer without a chat template (base models) gets plain text:
+Trained are the tokens of the assistant and the token that ends its turn, nothing else. Prompt and solution
+are tokenised together as the template writes them, when the prompt's ids are a prefix of the whole; when a
+merge crosses the border, or the template changes the solution (some cut the thinking out), they are tokenised
+apart, which is what generation sees too. A tokenizer without a chat template (base models) gets plain text:
 "problem\\n\\nsolution<eos>".
 """
 from functools import lru_cache
@@ -16,7 +16,8 @@ from minimath.config import UserError
 from minimath.data import Example
 
 IGNORE = -100
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>", "<|endoftext|>")
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>",
+             "<|endoftext|>")
 MARK = "MINIMATH-MARK"  # stands for a text, to find what a template writes after it
 SHOWN_CHARS = 1600
 
@@ -35,19 +36,19 @@ def has_template(tokenizer) -> bool:
 
 
 def user_text(problem: str, prompt_template: str) -> str:
-    """The user message of a problem. Raises UserError for a template with unknown slots or without {problem}."""
+    """The user message of a problem. Raises UserError for unknown slots or none for the problem."""
     try:
         text = prompt_template.format(problem=problem)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"prompt_template={prompt_template!r}: {error!r}; only {{problem}} is a slot, "
                         "write other braces twice, {{ and }}") from error
     if "{problem}" not in prompt_template:
-        raise UserError(f"prompt_template={prompt_template!r} has no {{problem}}; add it where the problem goes")
+        raise UserError(f"prompt_template={prompt_template!r} has no {{problem}}: add it")
     return text
 
 
 def prompt_ids(tokenizer, problem: str, *, system: str = "", prompt_template: str) -> list[int]:
-    """Ids of the prompt that asks for a solution, up to where the assistant's text begins; one BOS at most."""
+    """Ids of the prompt that asks for a solution, up to where the assistant begins; one BOS at most."""
     return _prompt(tokenizer, _question(tokenizer, problem, system, prompt_template))
 
 
@@ -72,7 +73,7 @@ def _render(tokenizer, messages: list[dict], *, generate: bool = False) -> str:
 
 
 def _tokens(tokenizer, text: str) -> list[int]:
-    """Ids of a text from its beginning: a BOS that the tokenizer would add is added unless the text has it."""
+    """Ids of a text from its beginning: the BOS that the tokenizer adds by itself, unless the text has it."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     adds = bos is not None and tokenizer("a")["input_ids"][0] == bos
@@ -96,7 +97,7 @@ def special_tokens(tokenizer) -> dict[str, int]:
 # ---- the end of a turn
 
 def turn_end(tokenizer) -> int:
-    """The token that ends the assistant's turn: what the template writes after it, else the tokenizer's EOS."""
+    """The token that ends the assistant's turn: what the template writes there, else EOS."""
     return _turn_end(tokenizer, str(getattr(tokenizer, "chat_template", None)))
 
 
@@ -106,17 +107,18 @@ def _turn_end(tokenizer, template: str) -> int:  # the template is part of the k
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
         after = _render(tokenizer, talk).rpartition(MARK)[2]
         special = set(special_tokens(tokenizer).values())
-        found = next((i for i in tokenizer(after, add_special_tokens=False)["input_ids"] if i in special), None)
+        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+        found = next((i for i in ids if i in special), None)
         if found is not None:
             return found
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no EOS token and its template ends no turn: training could not teach the "
-                        "model to stop; set eos_token in tokenizer_config.json")
+        raise UserError("the tokenizer has no EOS token and its template ends no turn: no model could learn to "
+                        "stop; set eos_token in tokenizer_config.json")
     return tokenizer.eos_token_id
 
 
 def eos_ids(tokenizer, model=None) -> list[int]:
-    """All ids that end a turn, the trained one first: the template's, the tokenizer's, the generation config's
+    """All ids that end a turn, the trained one first: of the template, the tokenizer, the generation config,
     and the well-known ones that are special tokens of this tokenizer."""
     found = [turn_end(tokenizer), tokenizer.eos_token_id]
     config = getattr(model, "generation_config", None)
@@ -142,8 +144,8 @@ def final_text(solution: str, answer: str) -> str:
 def encode(tokenizer, example: Example, *, system: str = "", prompt_template: str, max_len: int) -> Encoded:
     """Prompt, solution and turn end as ids, cut at max_len from the right (the mask may then be all false).
 
-    Rows with messages keep them as they are (system is put first when they bring none) and train every assistant
-    turn; where the template rewrites earlier turns as the talk goes on, only the last assistant turn is trained.
+    Rows with messages keep them as they are (system is put first when they bring none) and train every
+    assistant turn; where the template rewrites earlier turns as the talk goes on, only the last is trained.
     """
     if example.messages:
         messages = [{**m, "content": neutral(tokenizer, m["content"])} for m in example.messages]
@@ -214,8 +216,8 @@ def _targets(row: Encoded) -> list[int]:
 
 
 def collate_packed(rows: list[Encoded]) -> dict[str, torch.Tensor]:
-    """One row of all examples, one after the other, int64: input_ids (1, T); position_ids (1, T), from 0 for each
-    example; target (T,), the next token or -100; segment (1, T), the number of the example."""
+    """One row of all examples, one after the other, int64: input_ids (1, T); position_ids (1, T), from 0 for
+    each example; target (T,), the next token or -100; segment (1, T), the number of the example."""
     return {
         "input_ids": torch.tensor([[i for row in rows for i in row.ids]]),
         "position_ids": torch.tensor([[p for row in rows for p in range(len(row.ids))]]),
@@ -225,7 +227,7 @@ def collate_packed(rows: list[Encoded]) -> dict[str, torch.Tensor]:
 
 
 def collate_padded(rows: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Examples padded on the right, int64: input_ids, attention_mask, position_ids (B, T); target (B * T,)."""
+    """Examples padded at the right, int64: input_ids, attention_mask, position_ids (B, T), target (B*T,)."""
     width = max(len(row.ids) for row in rows)
     gaps = [width - len(row.ids) for row in rows]
     return {
@@ -237,53 +239,56 @@ def collate_padded(rows: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 def packed_attention_mask(segment: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Causal within an example, nothing across: segment (1, T) -> bool (1, 1, T, T), true where attention is allowed.
+    """Causal within an example, nothing across: segment (1, T) -> bool (1, 1, T, T), true where allowed.
 
-    With a float dtype: 0 where allowed, the lowest number elsewhere. Eager attention adds its mask, so it takes
-    only that form (a bool mask there is silently wrong); sdpa takes both. Models with restarting position_ids,
-    use_cache=False and no mask find the borders themselves (transformers >= 5; with the default use_cache=True
-    they do not, without a word).
+    With a float dtype: 0 where allowed, the lowest number elsewhere. Eager attention adds its mask, so it
+    takes only that form (a bool mask there is silently wrong); sdpa takes both. Without a mask, with
+    restarting position_ids and use_cache=False, transformers finds the borders itself (seen in 5.23); with
+    its default use_cache=True, or a mask of ones, examples silently attend to each other.
     """
     same = segment[:, None, :, None] == segment[:, None, None, :]  # (1, 1, T, T)
     allowed = same & torch.ones_like(same).tril()
     if dtype is None:
         return allowed
-    return torch.zeros(allowed.shape, dtype=dtype, device=segment.device).masked_fill(~allowed, torch.finfo(dtype).min)
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=segment.device)
+    return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 # ---- preflight
 
 def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
-    """One example as trained, [[trained text]] marked, and the counts. Raises UserError for what would waste a run:
-    no trained tokens, more than one BOS, an EOS that is never trained."""
+    """One example, [[trained text]] marked, and the counts. Raises UserError for what would waste a run:
+    no trained tokens, more than one BOS, an example that trains no EOS."""
     trained = sum(map(sum, (row.mask for row in rows)))
     cut, tokens = sum(row.truncated for row in rows), sum(len(row.ids) for row in rows)
     longest = max((len(row.ids) for row in rows), default=0)
     if not trained:
-        raise UserError(f"no trained tokens in {len(rows)} rows ({cut} truncated, longest {longest} tokens); raise "
-                        "max_len if the prompts fill it, or check that the rows have solutions")
+        raise UserError(f"no trained tokens in {len(rows)} rows ({cut} truncated, longest {longest} tokens); "
+                        "raise max_len if the prompts fill it, or check that the rows have solutions")
     bos, opens_turns = tokenizer.bos_token_id, _bos_opens_turns(tokenizer)
     for number, row in enumerate(rows, 1):
         if bos is not None and (row.ids[:2] == [bos, bos] or row.ids.count(bos) > 1 and not opens_turns):
-            raise UserError(f"example {number} has more than one BOS ({tokenizer.bos_token}); take it out of the "
-                            f"data or the chat template: {tokenizer.decode(row.ids[:12])!r}")
+            raise UserError(f"example {number} has more than one BOS ({tokenizer.bos_token}): "
+                            f"{tokenizer.decode(row.ids[:12])!r}; take it out of data or chat template")
         if not row.truncated and not (row.mask[-1] and row.ids[-1] in eos):
-            raise UserError(f"example {number} trains no EOS at its end, {tokenizer.decode(row.ids[-8:])!r}: the "
-                            "model would never learn to stop. Check what the chat template writes after a turn")
+            raise UserError(f"example {number} trains no EOS at its end, {tokenizer.decode(row.ids[-8:])!r}: "
+                            "the model would not learn to stop; check what the chat template writes after a turn")
     shown = next((row for row in rows if any(row.mask) and not row.truncated), None)
     shown = shown or next(row for row in rows if any(row.mask))
+    share = f"{trained} trained ({100 * trained / tokens:.0f}%)"
     lines = ["an example, trained text in [[ ]]:", marked(tokenizer, shown), "",
-             f"{len(rows)} rows, {tokens} tokens, {trained} trained ({100 * trained / tokens:.0f}%), longest {longest}"]
+             f"{len(rows)} rows, {tokens} tokens, {share}, longest {longest}"]
     if cut:
         lost = sum(not any(row.mask) for row in rows)
-        lines.append(f"{cut} rows truncated at max_len, {lost} of them to nothing trained; raise max_len to keep them whole")
+        lines.append(f"{cut} rows truncated at max_len, {lost} of them to nothing trained; raise "
+                     "max_len to keep them whole")
     if not has_template(tokenizer):
         lines.append("the tokenizer has no chat template: plain text, problem, blank line, solution, EOS")
     return "\n".join(lines)
 
 
 def _bos_opens_turns(tokenizer) -> bool:
-    """Whether the template opens turns with BOS (SmolLM2, Llama 2): then only a doubled first one is wrong."""
+    """Whether the template opens turns with BOS (SmolLM2, Llama 2): then only a doubled first is wrong."""
     if tokenizer.bos_token is None or not has_template(tokenizer):
         return False
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
@@ -297,7 +302,8 @@ def marked(tokenizer, row: Encoded) -> str:
         if stop == len(row.ids) or row.mask[stop] != row.mask[start]:
             text = tokenizer.decode(row.ids[start:stop])
             if len(text) > SHOWN_CHARS:
-                text = f"{text[:SHOWN_CHARS // 2]} ...({len(text) - SHOWN_CHARS} characters)... {text[-SHOWN_CHARS // 2:]}"
+                half = SHOWN_CHARS // 2
+                text = f"{text[:half]} ...({len(text) - 2 * half} characters)... {text[-half:]}"
             parts.append(f"[[{text}]]" if row.mask[start] else text)
             start = stop
     return "".join(parts)

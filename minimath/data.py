@@ -32,7 +32,7 @@ ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator marks
 
 @dataclass
 class Example:
-    """One problem. `messages` replaces problem and solution for chat rows; `where` is file:line, for errors."""
+    """One problem. `messages` replaces problem and solution for chat rows; `where` is file:line."""
     problem: str
     solution: str = ""
     answer: str = ""
@@ -142,7 +142,7 @@ def _hub_rows(name: str, split: str) -> Iterator[Row]:
     except Exception as error:  # hub, network, disk and format errors share no other base
         text = " ".join(str(error).split())[:300]
         raise UserError(f"data={name}: is no file here, and as a hub data set (split {split!r}) it can't be "
-                        f"loaded: {type(error).__name__}: {text}. Check name, config, split and network") from error
+                        f"loaded: {type(error).__name__}: {text}. Check the name and the network") from error
     for number, row in enumerate(rows, 1):
         yield f"{name}:{split}:row {number}", row
 

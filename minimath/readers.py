@@ -28,7 +28,7 @@ NUL = BadRow("NUL byte", "rewrite the file: it was damaged or is not text")
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of a file with "file:line" (parquet: "file:row N", from 1). Raises UserError for a spoiled file."""
+    """Rows of a file with "file:line" (parquet: "file:row N" from 1). Raises UserError for a spoiled file."""
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv, ".tsv": _csv}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: unknown kind of file {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
@@ -106,7 +106,7 @@ def _json(path: Path) -> Iterator[Row]:
             return
         start = re.search(r'"data"\s*:\s*\[', text)
         if start is None:
-            raise UserError(f'{path}: no list of rows; write [{{...}}], {{"data": [{{...}}]}} or a .jsonl file')
+            raise UserError(f'{path}: no list of rows; write [{{...}}], {{"data": [{{...}}]}} or .jsonl')
     position, line, counted = start.end(), 1, 0
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
     while True:

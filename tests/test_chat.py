@@ -1,4 +1,4 @@
-"""One BOS, a trained EOS, the right mask under several templates, and packing without attention across examples."""
+"""One BOS, a trained EOS, the right mask under several templates, packing without cross attention."""
 import random
 
 import pytest
@@ -16,15 +16,15 @@ TEMPLATE = "{problem}\nPut the final answer in \\boxed{{}}."
 EXAMPLE = Example("What is 2 + 3?", "2 + 3 = 5. \\boxed{5}", "5")
 SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
            "{{ '<|im_start|>system\nYou are a helpful AI assistant<|im_end|>\n' }}{% endif %}"
-           "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+           "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-WITH_BOS = ("{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+WITH_BOS = ("{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>\n' }}"
+            "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
 MERGING = ("{% for m in messages %}{{ m['role'] + ' ap' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
            "{% if add_generation_prompt %}{{ 'assistant ap' }}{% endif %}")
-THINKING = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'].split('</think>')[-1] }}"
-            "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
-            "{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}")
+THINKING = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+            "{{ m['content'].split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}")
 
 
 def make_tokenizer(template: str | None, *, bos: bool = False):
@@ -78,8 +78,7 @@ def test_bos_that_opens_every_turn_is_accepted_once_per_turn_but_not_doubled():
 def test_when_tokens_merge_across_the_border_prompt_and_solution_are_tokenised_apart():
     tokenizer, example = make_tokenizer(MERGING), Example("p", "ples and pears")
     prompt = prompt_ids(tokenizer, "p", prompt_template=TEMPLATE)
-    messages = [{"role": "user", "content": user_text("p", TEMPLATE)}, {"role": "assistant", "content": "ples and pears"}]
-    whole = tokenizer.apply_chat_template(messages, return_dict=False)
+    whole = tokenizer.apply_chat_template(talk(user_text("p", TEMPLATE), "ples and pears"), return_dict=False)
     assert whole[:len(prompt)] != prompt  # otherwise this test shows nothing
     row = encoded(tokenizer, example)
     assert row.ids[:len(prompt)] == prompt
@@ -100,11 +99,12 @@ def talk(*contents: str) -> list[dict]:
 def test_every_assistant_turn_of_a_talk_is_trained_with_its_turn_end(tiny_tokenizer):
     row = encoded(tiny_tokenizer, Example("", messages=talk("u1", "a1", "u2", "a2")), system="sys")
     assert trained_text(tiny_tokenizer, row) == "a1<|im_end|>a2<|im_end|>"
-    assert prompt_text(tiny_tokenizer, row).startswith("<|im_start|>system\nsys<|im_end|>\n<|im_start|>user\nu1")
+    assert prompt_text(tiny_tokenizer, row).startswith("<|im_start|>system\nsys<|im_end|>\n<|im_start|>user")
 
 
 def test_a_template_that_rewrites_earlier_turns_trains_the_last_one_only():
-    row = encoded(tokenizer := make_tokenizer(THINKING), Example("", messages=talk("u", "t</think>a1", "u", "a2")))
+    tokenizer = make_tokenizer(THINKING)
+    row = encoded(tokenizer, Example("", messages=talk("u", "t</think>a1", "u", "a2")))
     assert trained_text(tokenizer, row) == "a2<|im_end|>"
 
 
@@ -115,7 +115,8 @@ def test_special_tokens_inside_a_row_neither_end_nor_open_a_turn(tiny_tokenizer)
 
 
 @pytest.mark.parametrize("solution, answer, expected", [
-    ("so \\boxed{5}", "5", "so \\boxed{5}"), ("2 + 3 = 5", "5", "2 + 3 = 5\n\\boxed{5}"), ("2 + 3 = 5", "", "2 + 3 = 5"),
+    ("so \\boxed{5}", "5", "so \\boxed{5}"), ("2 + 3 = 5", "5", "2 + 3 = 5\n\\boxed{5}"),
+    ("2 + 3 = 5", "", "2 + 3 = 5"),
     ("2 + 3 = 5\n#### 5", "", "2 + 3 = 5\n\\boxed{5}"), ("#### 5", "", "\\boxed{5}")])
 def test_the_final_answer_ends_up_in_a_box(solution, answer, expected):
     assert final_text(solution, answer) == expected
@@ -187,16 +188,19 @@ def test_pack_puts_every_index_in_one_bin_within_the_budget_and_is_deterministic
 
 
 def test_targets_are_the_next_trained_token_and_packed_and_padded_agree():
-    rows = [Encoded([10, 11, 12, 13], [False, False, True, True], False), Encoded([20, 21], [False, True], False)]
+    rows = [Encoded([10, 11, 12, 13], [False, False, True, True], False),
+            Encoded([20, 21], [False, True], False)]
     packed, padded = collate_packed(rows), collate_padded(rows, pad_id=3)
     assert packed["target"].tolist() == [IGNORE, 12, 13, IGNORE, 21, IGNORE]
-    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1]] and packed["segment"].tolist() == [[0, 0, 0, 0, 1, 1]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert packed["segment"].tolist() == [[0, 0, 0, 0, 1, 1]]
     assert padded["input_ids"].tolist() == [[10, 11, 12, 13], [20, 21, 3, 3]]
     assert padded["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert padded["target"].tolist() == [IGNORE, 12, 13, IGNORE, 21, IGNORE, IGNORE, IGNORE]
 
 
-@pytest.mark.parametrize("family, attention", [("llama", "sdpa"), ("qwen2", "sdpa"), ("llama", "eager"), ("gemma2", "eager")])
+@pytest.mark.parametrize("family, attention", [("llama", "sdpa"), ("qwen2", "sdpa"), ("llama", "eager"),
+                                               ("gemma2", "eager")])
 def test_packed_examples_have_the_hidden_states_of_separate_ones(tmp_path, family, attention):
     folder = tiny_model(tmp_path / family, family)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval().model

@@ -118,8 +118,8 @@ def test_a_hub_name_that_cannot_be_loaded_is_one_clear_error():
 
 
 def test_gsm8k_answers_are_split_and_their_marks_removed(tmp_path):
-    e = load_one(tmp_path, {"question": "Clips?", "answer": "She sold 48/2 = <<48/2=24>>24.\nAll: 72\n#### 72"})
-    assert (e.solution, e.answer) == ("She sold 48/2 = 24.\nAll: 72", "72")
+    e = load_one(tmp_path, {"question": "Clips?", "answer": "Sold 48/2 = <<48/2=24>>24.\nAll: 72\n#### 72"})
+    assert (e.solution, e.answer) == ("Sold 48/2 = 24.\nAll: 72", "72")
 
 
 def test_a_short_answer_is_a_final_answer_and_no_solution(tmp_path):
