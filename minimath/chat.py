@@ -112,7 +112,7 @@ def _turn_end(tokenizer, template: str) -> int:  # the template is part of the k
         if found is not None:
             return found
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no EOS token and its template ends no turn: no model could learn to "
+        raise UserError("the tokenizer has no EOS token and its template ends no turn: no model learns to "
                         "stop; set eos_token in tokenizer_config.json")
     return tokenizer.eos_token_id
 
@@ -272,7 +272,7 @@ def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
                             f"{tokenizer.decode(row.ids[:12])!r}; take it out of data or chat template")
         if not row.truncated and not (row.mask[-1] and row.ids[-1] in eos):
             raise UserError(f"example {number} trains no EOS at its end, {tokenizer.decode(row.ids[-8:])!r}: "
-                            "the model would not learn to stop; check what the chat template writes after a turn")
+                            "the model would not learn to stop; check what the template writes after a turn")
     shown = next((row for row in rows if any(row.mask) and not row.truncated), None)
     shown = shown or next(row for row in rows if any(row.mask))
     share = f"{trained} trained ({100 * trained / tokens:.0f}%)"

@@ -85,6 +85,13 @@ def test_when_tokens_merge_across_the_border_prompt_and_solution_are_tokenised_a
     assert trained_text(tokenizer, row) == "ples and pears<|im_end|>"
 
 
+def test_a_template_that_writes_another_prompt_for_generation_is_trained_on_that_prompt():
+    tokenizer = make_tokenizer("{{ '1' if add_generation_prompt else '2' }}" + tiny_tokenizer().chat_template)
+    row, prompt = encoded(tokenizer), prompt_ids(tokenizer, EXAMPLE.problem, prompt_template=TEMPLATE)
+    assert row.ids[:len(prompt)] == prompt
+    assert trained_text(tokenizer, row) == EXAMPLE.solution + "<|im_end|>"
+
+
 def test_a_template_that_cuts_the_thinking_out_still_trains_it_and_opens_it_once():
     tokenizer = make_tokenizer(THINKING)
     row = encoded(tokenizer, Example("p", "<think>\n2 + 3 = 5\n</think>\n\\boxed{5}"))
