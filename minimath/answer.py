@@ -26,7 +26,7 @@ from pathlib import Path
 from .config import UserError
 from .steps import MAX_TEXT_CHARS, StepCount, check_steps, plain_number, same_number
 
-__all__ = ["AnswerChecker", "StepCount", "check_steps", "extract_answer"]
+__all__ = ["AnswerChecker", "StepCount", "answer_end", "check_steps", "extract_answer"]
 
 MAX_ANSWER_CHARS = 400        # a longer "answer" is wrong: the longest gold answer of MATH-500 has 53
 CHILD_MEMORY_BYTES = 2 << 30
@@ -64,33 +64,44 @@ def extract_answer(text: str, *, strict: bool = False) -> str | None:
     return numbers[-1].replace(" ", "").strip() if numbers else None
 
 
-def _last_boxed(text: str) -> str | None:
-    """Contents of the \\boxed{...} that closes last, found in one pass with a stack (cut or nested boxes
-    must not make this quadratic); nested boxes are opened."""
+def _boxes(text: str) -> list[tuple[str, int]]:
+    """(contents, end offset) of each complete, non-empty \\boxed{...} in the order in which they close. One
+    pass with a stack: cut or nested boxes must not make this quadratic."""
     stack: list[int] = []          # start of the contents for a box, -1 for any other brace
-    best = None
+    boxes = []
     for token in _BRACE.finditer(text):
         mark = token.group()
         if mark == "}":
             start = stack.pop() if stack else -1
-            if start >= 0:
-                contents = text[start:token.start()] if token.start() - start <= 4 * MAX_ANSWER_CHARS else ""
-                if contents.strip():
-                    best = contents.strip()
+            if start >= 0 and token.start() - start <= 4 * MAX_ANSWER_CHARS:
+                contents = text[start:token.start()].strip()
+                if contents:
+                    boxes.append((contents, token.end()))
         elif mark.endswith("{") and mark != "\\{":
-            is_box = len(mark) > 1
-            stack.append(token.end() if is_box else -1)
-    if best is None:
+            stack.append(token.end() if len(mark) > 1 else -1)
+    return boxes
+
+
+def _last_boxed(text: str) -> str | None:
+    """Contents of the \\boxed{...} that closes last; boxes inside it are opened."""
+    boxes = _boxes(text)
+    if not boxes:
         bare = _BARE_BOX.findall(text)
         return bare[-1].rstrip(".,") if bare else None
+    best = boxes[-1][0]
     for _ in range(4):
-        if not re.match(r"\\(?:boxed|fbox)\s*\{", best):
+        inner = _boxes(best) if re.match(r"\\(?:boxed|fbox)\s*\{", best) else []
+        if not inner:
             break
-        inner = _last_boxed(best)
-        if inner is None or inner == best:
-            break
-        best = inner
+        best = inner[-1][0]
     return best
+
+
+def answer_end(text: str) -> int:
+    """Offset just after the place where the final answer is first given, len(text) when it is in no box. What
+    follows is not part of the solution: a judge does not get to see it."""
+    boxes = _boxes(text)
+    return next((end for contents, end in boxes if contents == boxes[-1][0]), len(text))
 
 
 # ---------------------------------------------------------------- comparison
