@@ -14,10 +14,22 @@ so any loss of them is known to the kernel by four numbers a row (`Coefficients`
 """
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
 
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:  # no wheel for this platform: the torch path does everything
+    triton = tl = None
+
+    def jit(function):
+        return function
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read at import, as triton itself does
 # Scratch of the elementwise passes in torch: small enough to stay in the second-level cache, where a pass
 # over fp32 costs a fifth of what it costs in memory (measured on 2 MiB of L2 per core).
 BLOCK_BYTES = 1 << 20
@@ -57,6 +69,20 @@ class RowState(NamedTuple):
     total: torch.Tensor  # sum_j exp(z_j - shift)
     target_exp: torch.Tensor  # exp(z_t - shift)
     rest: torch.Tensor  # total - target_exp, summed without the target: 1 - p_t keeps its relative accuracy
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether the Triton kernels take this tensor: CUDA and ROCm, or any device under Triton's interpreter."""
+    return triton is not None and (tensor.is_cuda or INTERPRET) and tensor.dtype != torch.float64
+
+
+def architecture(device: torch.device) -> str:
+    """Name of the chip that a kernel would be compiled for: "sm_86", "gfx1100"; "interpreter" without one."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_%d%d" % torch.cuda.get_device_capability(device)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -129,6 +155,13 @@ def raw_target_logit(x, weight, bias, target) -> torch.Tensor:
     dtype = wide(x.dtype)
     raw = (x.to(dtype) * weight.index_select(0, target).to(dtype)).sum(-1)
     return raw if bias is None else raw + bias.index_select(0, target).to(dtype)
+
+
+def kernel_factors(scaling: Scaling) -> tuple[float, float]:
+    """(inner, outer) such that z = outer * tanh(inner * s) with a softcap, and z = inner * s without."""
+    if scaling.softcap:
+        return scaling.logit_scale / scaling.softcap, scaling.softcap / scaling.temperature
+    return scaling.logit_scale / scaling.temperature, 1.0
 
 
 def scaled(raw: torch.Tensor, scaling: Scaling) -> torch.Tensor:

@@ -7,9 +7,122 @@ from __future__ import annotations
 
 import torch
 
-from .common import (WORKSPACE_BYTES, Coefficients, Scaling, TokenStats, cast_operands, check_arguments, kept_rows,
-                     raw_logits, raw_target_logit, rows_per_chunk, torch_stats, wide)
-from .linear_token_loss import chunk_backward, empty_gradients
+from .common import (INTERPRET, WORKSPACE_BYTES, Coefficients, Scaling, TokenStats, architecture, cast_operands,
+                     check_arguments, jit, kept_rows, kernel_factors, raw_logits, raw_target_logit, rows_per_chunk,
+                     runs_triton, tl, triton, wide)
+from .linear_token_loss import chunk_backward, chunk_stats, empty_gradients
+
+PARTIALS = 5  # running numbers of a (row, part of the vocabulary): maximum, sum, weighted sum, plain sum, target
+
+
+@jit
+def logp_kernel(hidden, weight, bias, target, out, rows, vocab, width, vocab_per_split, hidden_stride, weight_stride,
+                out_stride, inner, outer, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+                UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One program per (BLOCK_N rows, part of the vocabulary); a (BLOCK_N, BLOCK_V) tile of logits lives in registers.
+
+    hidden (N, D), weight (V, D), bias (V,), target (N,) -> out (splits, 5, N) fp32: PARTIALS of each part, which
+    `merge` adds up in a fixed order.
+    """
+    row_blocks = tl.cdiv(rows, BLOCK_N)
+    row = (tl.program_id(0) % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)  # neighbours share the weight tile in L2
+    split = tl.program_id(0) // row_blocks
+    here = row < rows
+    wanted = tl.load(target + row, mask=here, other=-1)
+    lanes = tl.arange(0, BLOCK_D)
+    hidden_rows = hidden + row.to(tl.int64)[:, None] * hidden_stride
+    top = tl.full([BLOCK_N], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    weighted = tl.zeros([BLOCK_N], tl.float32)
+    plain = tl.zeros([BLOCK_N], tl.float32)
+    target_z = tl.zeros([BLOCK_N], tl.float32)
+    first = split * vocab_per_split
+    last = tl.minimum(first + vocab_per_split, vocab)
+    for start in range(first, last, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        inside = column < last
+        weight_rows = weight + column.to(tl.int64)[None, :] * weight_stride
+        z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        for depth in range(0, width, BLOCK_D):
+            k = depth + lanes
+            x = tl.load(hidden_rows + k[None, :], mask=here[:, None] & (k < width)[None, :], other=0.0)
+            w = tl.load(weight_rows + k[:, None], mask=inside[None, :] & (k < width)[:, None], other=0.0)
+            if UPCAST:  # the interpreter's bf16 product is wrong
+                x = x.to(tl.float32)
+                w = w.to(tl.float32)
+            z = tl.dot(x, w, z, input_precision=PRECISION)
+        if HAS_BIAS:
+            z += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        z = z * inner
+        if HAS_CAP:
+            z = outer * (2.0 * tl.sigmoid(2.0 * z) - 1.0)
+        plain += tl.sum(tl.where(inside[None, :], z, 0.0), 1)
+        target_z += tl.sum(tl.where(column[None, :] == wanted[:, None], z, 0.0), 1)
+        z = tl.where(inside[None, :], z, -1e30)
+        new = tl.maximum(top, tl.max(z, 1))
+        rescale = tl.exp(top - new)
+        z -= new[:, None]
+        e = tl.exp(z)  # exactly 0 where z is -1e30, and so is its product with z
+        weighted = (weighted + total * (top - new)) * rescale + tl.sum(e * z, 1)
+        total = total * rescale + tl.sum(e, 1)
+        top = new
+    place = out + split * 5 * out_stride + row
+    tl.store(place, top, mask=here)
+    tl.store(place + out_stride, total, mask=here)
+    tl.store(place + 2 * out_stride, weighted, mask=here)
+    tl.store(place + 3 * out_stride, plain, mask=here)
+    tl.store(place + 4 * out_stride, target_z, mask=here)
+
+
+def logp_config(arch: str, dtype: torch.dtype, aligned: bool) -> dict:
+    """Tile of logp_kernel for a chip ("sm_86", "gfx1100", ...): chosen by hand so that no user waits for a search;
+    bench.compile shows that none spills and that each fits the chip's shared memory.
+
+    aligned: hidden size and strides are multiples of 16. Else loads go through registers one element at a time, and
+    the deeper tiles spill.
+    """
+    if dtype == torch.float32:
+        return {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
+    if not aligned or arch.startswith("gfx"):
+        return {"BLOCK_N": 128, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
+    wide_tile = arch in ("sm_90", "sm_100")
+    return {"BLOCK_N": 128, "BLOCK_V": 128 if wide_tile else 64, "BLOCK_D": 64, "num_warps": 8,
+            "num_stages": 4 if wide_tile else 3}
+
+
+def merge(partials: torch.Tensor, vocab: int) -> torch.Tensor:
+    """partials (splits, 5, N) -> (4, N) TokenStats rows; sums over splits in a fixed order."""
+    top, total, weighted, plain, target_z = partials.unbind(1)  # each (splits, N)
+    highest = top.amax(0)
+    gap = top - highest
+    rescale = gap.exp()
+    mass = (total * rescale).sum(0)
+    spread = ((weighted + total * gap) * rescale).sum(0)
+    lse = highest + mass.log()
+    return torch.stack((target_z.sum(0) - lse, mass.log() - spread / mass, lse, plain.sum(0) / vocab - lse))
+
+
+def triton_forward(x, weight, bias, target, scaling: Scaling) -> torch.Tensor:
+    """(4, M): TokenStats rows of x (M, D), all of whose targets count."""
+    rows, width = x.shape
+    vocab = weight.shape[0]
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    assert x.stride(1) == 1 and target.is_contiguous() and (bias is None or bias.is_contiguous())
+    aligned = all(number % 16 == 0 for number in (width, x.stride(0), weight.stride(0)))
+    config = logp_config(architecture(x.device), x.dtype, aligned)
+    row_blocks, columns = triton.cdiv(rows, config["BLOCK_N"]), triton.cdiv(vocab, config["BLOCK_V"])
+    # few rows would leave most of the chip idle: cut the vocabulary until there are two programs per processor
+    units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    splits = max(1, min(columns, -(-2 * units // row_blocks)))
+    per_split = triton.cdiv(columns, splits) * config["BLOCK_V"]
+    splits = triton.cdiv(vocab, per_split)
+    out = torch.empty((splits, PARTIALS, rows), dtype=torch.float32, device=x.device)
+    inner, outer = kernel_factors(scaling)
+    logp_kernel[(row_blocks * splits,)](
+        x, weight, x if bias is None else bias, target, out, rows, vocab, width, per_split, x.stride(0),
+        weight.stride(0), out.stride(1), inner, outer, HAS_BIAS=bias is not None, HAS_CAP=scaling.softcap > 0,
+        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", UPCAST=INTERPRET, **config)
+    return merge(out, vocab)
 
 
 def chunks(hidden, weight, bias, target, ignore_index, workspace_bytes):
@@ -27,9 +140,15 @@ def chunks(hidden, weight, bias, target, ignore_index, workspace_bytes):
 def forward_stats(hidden, weight, bias, target, scaling: Scaling, ignore_index, workspace_bytes) -> torch.Tensor:
     """(4, N): the TokenStats rows, 0 at ignored tokens."""
     out = torch.zeros((4, hidden.shape[0]), dtype=wide(hidden.dtype), device=hidden.device)
+    if runs_triton(hidden):
+        rows = kept_rows(target, ignore_index, weight.shape[0])
+        if len(rows):
+            x, wanted = hidden.index_select(0, rows), target.index_select(0, rows)
+            out.index_copy_(1, rows, triton_forward(x, weight, bias, wanted, scaling))
+        return out
     for index, x, wanted, logits in chunks(hidden, weight, bias, target, ignore_index, workspace_bytes):
         raw_target = raw_target_logit(x, weight, bias, wanted)
-        stats, _ = torch_stats(logits, wanted, raw_target, scaling, keep_exp=False)
+        stats, _ = chunk_stats(logits, wanted, raw_target, scaling, keep_exp=False)
         out.index_copy_(1, index, torch.stack(stats))
     return out
 
@@ -53,7 +172,7 @@ class _LinearLogp(torch.autograd.Function):
             for index, x, wanted, logits in chunks(hidden, weight, bias, target, ignore_index, workspace_bytes):
                 coefs = Coefficients(*(None if each is None else each.index_select(0, index) for each in grad_stats))
                 raw_target = raw_target_logit(x, weight, bias, wanted)
-                stats, state = torch_stats(logits, wanted, raw_target, scaling, keep_exp=True)
+                stats, state = chunk_stats(logits, wanted, raw_target, scaling, keep_exp=True)
                 chunk_backward(logits, x, weight, wanted, raw_target, index, stats, state, coefs, scaling, grads)
         cast = (None if grad is None else grad.to(like.dtype) for grad, like in zip(grads, (hidden, weight, bias)))
         return *cast, None, None, None, None

@@ -12,10 +12,129 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from .common import (WORKSPACE_BYTES, Coefficients, Scaling, TokenStats, cast_operands, check_arguments, kept_rows,
-                     raw_logits, raw_target_logit, rows_per_chunk, torch_gradient, torch_stats, wide)
+from .common import (WORKSPACE_BYTES, Coefficients, Scaling, TokenStats, cast_operands, check_arguments,
+                     jit, kept_rows, kernel_factors, raw_logits, raw_target_logit, rows_per_chunk, runs_triton, tl,
+                     torch_gradient, torch_stats, triton, wide)
 
 LossFn = Callable[[TokenStats, torch.Tensor], torch.Tensor]
+
+
+@jit
+def row_stats_kernel(logits, target, raw_target, out, row_stride, out_stride, vocab, inner, outer,
+                     HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row: logits (C, V) read once -> out (4, C) fp32 = logp, entropy, lse, mean_logp."""
+    row = tl.program_id(0).to(tl.int64)
+    wanted = tl.load(target + row)
+    exact = tl.load(raw_target + row)
+    lanes = tl.arange(0, BLOCK)
+    # running maximum is one scalar a row, the sums stay in BLOCK lanes until the end: one reduction per block
+    top = -1e30  # finite, so that 0 * (top - new) is 0
+    total = tl.zeros([BLOCK], tl.float32)  # sum of exp(z - top)
+    weighted = tl.zeros([BLOCK], tl.float32)  # sum of exp(z - top) * (z - top)
+    plain = tl.zeros([BLOCK], tl.float32)  # sum of z
+    target_z = 0.0
+    for start in range(0, vocab, BLOCK):
+        column = start + lanes
+        inside = column < vocab
+        z = tl.load(logits + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+        z = tl.where(column == wanted, exact, z) * inner
+        if HAS_CAP:
+            z = outer * (2.0 * tl.sigmoid(2.0 * z) - 1.0)
+        plain += tl.where(inside, z, 0.0)
+        target_z += tl.sum(tl.where(column == wanted, z, 0.0), 0)
+        new = tl.maximum(top, tl.max(tl.where(inside, z, -1e30), 0))
+        rescale = tl.exp(top - new)
+        weighted = (weighted + total * (top - new)) * rescale
+        total = total * rescale
+        e = tl.where(inside, tl.exp(z - new), 0.0)
+        total += e
+        weighted += e * (z - new)
+        top = new
+    mass = tl.sum(total, 0)
+    lse = top + tl.log(mass)
+    tl.store(out + row, target_z - lse)
+    tl.store(out + out_stride + row, tl.log(mass) - tl.sum(weighted, 0) / mass)
+    tl.store(out + 2 * out_stride + row, lse)
+    tl.store(out + 3 * out_stride + row, tl.sum(plain, 0) / vocab - lse)
+
+
+@jit
+def gradient_kernel(logits, target, raw_target, stats, coefs, row_stride, stats_stride, vocab, blocks, inner, outer,
+                    chain, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per (row, block of the vocabulary): logits (C, V) become the gradient in the raw logits, in place.
+
+    stats and coefs (4, C) fp32 in the order of TokenStats; chain = logit_scale / temperature.
+    """
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < vocab
+    wanted = tl.load(target + row)
+    exact = tl.load(raw_target + row)
+    entropy = tl.load(stats + stats_stride + row)
+    lse = tl.load(stats + 2 * stats_stride + row)
+    a = tl.load(coefs + row) * chain
+    b = tl.load(coefs + stats_stride + row) * chain
+    c = tl.load(coefs + 2 * stats_stride + row) * chain
+    d = tl.load(coefs + 3 * stats_stride + row) * chain
+    place = logits + row * row_stride + column
+    z = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    hit = column == wanted
+    z = tl.where(hit, exact, z) * inner
+    slope = 1.0
+    if HAS_CAP:
+        capped = 2.0 * tl.sigmoid(2.0 * z) - 1.0
+        slope = 1.0 - capped * capped
+        z = outer * capped
+    logp = z - lse
+    grad = tl.exp(logp) * (c - a - d - b * (entropy + logp)) + d / vocab
+    grad = (grad + tl.where(hit, a, 0.0)) * slope
+    tl.store(place, grad.to(logits.dtype.element_ty), mask=inside)
+
+
+def row_config(vocab: int) -> dict:
+    """Block and warps of the two row kernels: memory bound, so only wide enough loads matter; lanes stay few enough
+    that the five running values of row_stats_kernel sit in registers on every target."""
+    block = min(4096, triton.next_power_of_2(vocab))
+    return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
+
+
+def triton_stats(logits, target, raw_target, scaling: Scaling) -> TokenStats:
+    """row_stats_kernel on logits (C, V) raw, target (C,) int64, raw_target (C,) fp32."""
+    rows, vocab = logits.shape
+    assert logits.stride(1) == 1 and target.is_contiguous() and raw_target.is_contiguous()
+    out = torch.empty((4, rows), dtype=torch.float32, device=logits.device)
+    inner, outer = kernel_factors(scaling)
+    row_stats_kernel[(rows,)](logits, target, raw_target, out, logits.stride(0), out.stride(0), vocab, inner, outer,
+                              HAS_CAP=scaling.softcap > 0, **row_config(vocab))
+    return TokenStats(*out)
+
+
+def triton_gradient(logits, target, raw_target, stats: TokenStats, coefs: Coefficients, scaling: Scaling) -> None:
+    """gradient_kernel in place on logits (C, V) raw; stats and coefs (C,) each."""
+    rows, vocab = logits.shape
+    assert logits.stride(1) == 1 and target.is_contiguous() and raw_target.is_contiguous()
+    zero = torch.zeros_like(stats.logp)
+    packed, numbers = torch.stack(stats), torch.stack([zero if each is None else each for each in coefs])
+    inner, outer = kernel_factors(scaling)
+    config = row_config(vocab)
+    blocks = triton.cdiv(vocab, config["BLOCK"])
+    gradient_kernel[(rows * blocks,)](logits, target, raw_target, packed, numbers, logits.stride(0), packed.stride(0),
+                                      vocab, blocks, inner, outer, scaling.logit_scale / scaling.temperature,
+                                      HAS_CAP=scaling.softcap > 0, **config)
+
+
+def chunk_stats(logits, target, raw_target, scaling: Scaling, *, keep_exp: bool):
+    """(TokenStats, state) of one chunk of raw logits on whatever path the device has."""
+    if runs_triton(logits):
+        return triton_stats(logits, target, raw_target, scaling), None
+    return torch_stats(logits, target, raw_target, scaling, keep_exp=keep_exp)
+
+
+def chunk_gradient(logits, target, raw_target, stats, state, coefs: Coefficients, scaling: Scaling):
+    """Gradient in the raw logits, in place. Returns (row_scale, target_coef) as torch_gradient does."""
+    if runs_triton(logits):
+        return triton_gradient(logits, target, raw_target, stats, coefs, scaling), None
+    return torch_gradient(logits, target, raw_target, stats, state, coefs, scaling)
 
 
 class Gradients(NamedTuple):
@@ -52,7 +171,7 @@ def chunk_backward(logits, x, weight, target, raw_target, rows, stats, state, co
     if logits.dtype == torch.float16:
         unit = power_of_two(coefs)
         coefs = Coefficients(*(None if each is None else each / unit for each in coefs))
-    row_scale, target_coef = torch_gradient(logits, target, raw_target, stats, state, coefs, scaling)
+    row_scale, target_coef = chunk_gradient(logits, target, raw_target, stats, state, coefs, scaling)
     dtype = wide(x.dtype)
     if grads.hidden is not None:
         grad = logits @ weight  # (C, D)
@@ -104,7 +223,7 @@ def sweep(hidden, weight, bias, target, loss_fn, scaling: Scaling, ignore_index,
         logits = workspace[: len(index)]  # (C, V)
         raw_logits(x, weight, bias, logits)
         raw_target = raw_target_logit(x, weight, bias, wanted)
-        stats, state = torch_stats(logits, wanted, raw_target, scaling, keep_exp=need_grad)
+        stats, state = chunk_stats(logits, wanted, raw_target, scaling, keep_exp=need_grad)
         part, coefs = loss_and_coefficients(loss_fn, stats, index, need_grad=need_grad)
         loss += part
         out.index_copy_(1, index, torch.stack(stats))
