@@ -71,8 +71,10 @@ def lr_at(step: int, total_steps: int, *, lr: float, schedule: str, warmup: floa
 
 @torch.no_grad()
 def clip_and_step(optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Parameter],
-                  max_grad_norm: float, lr: float) -> tuple[float, bool]:
+                  max_grad_norm: float, lr: float, scale: float = 1.0) -> tuple[float, bool]:
     """Clip the gradients to max_grad_norm (0: no clipping), step with rate lr, and clear the gradients.
+
+    scale: what the loss was multiplied by (LossScale); the gradients are divided by it first.
 
     Returns (gradient norm before clipping, whether a step was taken). With a non-finite norm, or no
     gradient at all, weights and optimiser state stay bitwise as they were; the gradients are cleared all
@@ -80,6 +82,8 @@ def clip_and_step(optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Pa
     """
     params = list(params)
     grads = [p.grad for p in params if p.grad is not None]
+    if scale != 1.0 and grads:
+        torch._foreach_div_(grads, scale)
     norm = torch.nn.utils.get_total_norm([g.float() for g in grads])  # () fp32; no copy if fp32
     grad_norm = float(norm)
     stepped = bool(grads) and math.isfinite(grad_norm)
@@ -92,6 +96,28 @@ def clip_and_step(optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Pa
     for p in params:
         p.grad = None
     return grad_norm, stepped
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2017, arXiv 1710.03740); 1 for every other dtype.
+
+    Activation gradients below 6e-8 vanish in fp16, so the loss is multiplied by `value` before backward. A
+    step that overflows halves it; 500 good steps in a row double it.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        fp16 = any(p.dtype == torch.float16 for p in model.parameters())
+        self.value, self.good = (2.0 ** 14 if fp16 else 1.0), 0
+
+    def update(self, stepped: bool) -> bool:
+        """Adapt to a step's outcome; True when it failed by overflow of the scale, not of the model."""
+        if stepped:
+            self.good = self.good + 1 if self.value > 1 else 0
+            if self.good == 500:
+                self.value, self.good = self.value * 2, 0
+            return False
+        overflow, self.value, self.good = self.value > 1, max(1.0, self.value / 2), 0
+        return overflow
 
 
 def count_bad_steps(streak: int, grad_norm: float, *, limit: int = 3) -> int:

@@ -1,0 +1,1 @@
+"""minimath: SFT, then RLAIF, for mathematical language models on one GPU."""

@@ -1,0 +1,114 @@
+"""The command line: minimath demo | run | sft | rlaif | eval | solve. `minimath COMMAND --help` lists the options."""
+import os
+import sys
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch allocates first; see runs.keep_freed_memory
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GPU
+
+  minimath demo [--minutes N] [--full] [--out DIR]   the whole recipe on a small model and made problems
+  minimath run RECIPE.yaml [key=value ...]           SFT, RLAIF and evaluation of a recipe
+  minimath sft   [RECIPE.yaml] [key=value ...]       stage 1: fine-tune on worked solutions
+  minimath rlaif [RECIPE.yaml] [key=value ...]       stage 2: RL with an AI judge
+  minimath eval  [RECIPE.yaml] [key=value ...]       accuracy, tokens, steps, with intervals
+  minimath solve "PROBLEM" [key=value ...]           one solution, its steps checked
+
+`minimath sft --help` lists every option of a stage with its default. A recipe is YAML: `key: value` lines, shared
+or in a section (sft:, rlaif:, eval:); key=value words win. With `run`, `sft.lr=1e-4` is for one stage.
+"""
+
+
+def main() -> int:
+    """Entry point of the console script; returns the exit status."""
+    command, words = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    if command in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if command == "--version":
+        from importlib.metadata import version
+        print(f"minimath {version('minimath')}")
+        return 0
+    return run_command(lambda: dispatch(command, words))
+
+
+def run_command(action) -> int:
+    """Run a command; what a user can put right becomes one line on stderr and a non-zero status."""
+    from minimath.config import UserError
+    from minimath.runs import Stopped
+    try:
+        result = action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        return 128 + (stopped.args[0] if stopped.args else 2)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 128 + result["signal"] if isinstance(result, dict) and result.get("signal") else 0
+
+
+def dispatch(command: str, words: list[str]):
+    """Run one command. Imports are here so that help and errors come at once."""
+    from minimath.config import EvalConfig, RLAIFConfig, SFTConfig, UserError, did_you_mean, load_config
+    stages = {"sft": SFTConfig, "rlaif": RLAIFConfig, "eval": EvalConfig, "solve": EvalConfig}
+    if command not in (*stages, "run", "demo"):
+        raise UserError(f"unknown command {command!r}{did_you_mean(command, (*stages, 'run', 'demo'))}; "
+                        "see minimath --help")
+    if "--help" in words or "-h" in words:
+        print(help_text(command, stages))
+        return None
+    quiet_libraries()
+    if command == "demo":
+        from minimath.demo import demo
+        return demo(words)
+    if command == "solve":
+        from minimath.solve import solve
+        problem, *words = words or [""]
+        return solve(problem, load_config(EvalConfig, None, words))
+    recipe = words.pop(0) if words and "=" not in words[0] and not words[0].startswith("--") else None
+    if command == "run":
+        from minimath.pipeline import run
+        if recipe is None:
+            raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
+        return run(recipe, words)
+    cfg = load_config(stages[command], recipe, words)
+    if command == "sft":
+        from minimath.sft import sft
+        return sft(cfg)
+    if command == "rlaif":
+        from minimath.rlaif import rlaif
+        return rlaif(cfg)
+    from minimath.evaluate import evaluate
+    return evaluate(cfg)
+
+
+def help_text(command: str, stages: dict) -> str:
+    """All options of a command with type, default and meaning."""
+    from minimath.config import describe_config
+    if command == "demo":
+        from minimath.demo import __doc__ as doc
+        return doc
+    if command == "run":
+        return USAGE
+    lines = [f"minimath {command} [RECIPE.yaml] key=value ...", ""]
+    for name, kind, default, doc in describe_config(stages[command]):
+        kind = getattr(kind, "__name__", kind)
+        lines.append(f"  {f'{name}={default}':<44} {kind:<6} {doc}")
+    return "\n".join(lines)
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries print on import and a user can do nothing about."""
+    import logging
+    import warnings
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

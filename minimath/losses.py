@@ -1,0 +1,96 @@
+"""The per-token losses that run inside the fused sweep: functions of the log-prob of a token, and nothing wider.
+
+minimath.kernels.linear_token_loss calls such a function on a chunk of C rows and differentiates it on those C
+numbers alone; another loss is another small function. Divisors (trained tokens of the global step, group sizes) are
+folded into a per-row weight, so a loss is a plain sum and does not depend on how a step is cut into micro-batches.
+"""
+from typing import NamedTuple
+
+import torch
+
+from minimath.kernels import TokenStats
+
+
+def nll_loss(trained_tokens: int, *, label_smoothing: float = 0.0, z_loss: float = 0.0):
+    """Negative log-likelihood over the trained tokens of the global step, for SFT.
+
+    Per token: -(1 - e) logp - e mean_v logp_v + z lse^2 (label smoothing e: Szegedy et al. 2015, arXiv 1512.00567,
+    section 7; z-loss: PaLM, arXiv 2204.02311, section 5). Returns loss_fn(stats (C,), rows (C,)) -> (C,).
+    """
+    def loss_fn(stats: TokenStats, rows: torch.Tensor) -> torch.Tensor:  # (C,), (C,) -> (C,)
+        loss = -stats.logp
+        if label_smoothing:
+            loss = (1 - label_smoothing) * loss - label_smoothing * stats.mean_logp
+        if z_loss:
+            loss = loss + z_loss * stats.lse.square()
+        return loss / trained_tokens
+
+    return loss_fn
+
+
+class PolicyRows(NamedTuple):
+    """What the policy loss knows of each kernel row; (N,) fp32 each, 0 at untrained rows."""
+    advantage: torch.Tensor
+    weight: torch.Tensor  # 1 / divisor of the loss type, from token_weights
+    sampled_logp: torch.Tensor  # as recorded by the rollout, under the distribution sampled from
+    old_logp: torch.Tensor | None = None  # under the policy before this rollout's updates; None: strictly on-policy
+    ref_logp: torch.Tensor | None = None  # under the reference policy, needed for beta > 0
+    seq_log_ratio: torch.Tensor | None = None  # gspo off-policy: mean over the completion of logp - old_logp
+
+
+def token_weights(loss_type: str, lengths: list[int], max_new_tokens: int) -> list[float]:
+    """Weight of the tokens of each completion: one divisor for the whole step, whatever its micro-batches.
+
+    lengths: trained tokens of every completion of the step (0: masked out). dapo and cispo: 1 / all trained tokens
+    (arXiv 2503.14476 eq. 8; 2506.13585 eq. 4). grpo and gspo: 1 / (completions * own length) (arXiv 2402.03300 eq. 3;
+    2507.18071 eq. 5). dr_grpo: 1 / (completions * max_new_tokens), a constant (arXiv 2503.20783).
+    """
+    tokens, count = max(1, sum(lengths)), max(1, sum(n > 0 for n in lengths))
+    if loss_type in ("dapo", "cispo"):
+        return [1 / tokens] * len(lengths)
+    if loss_type in ("grpo", "gspo"):
+        return [1 / (count * max(1, n)) for n in lengths]
+    if loss_type == "dr_grpo":
+        return [1 / (count * max_new_tokens)] * len(lengths)
+    raise ValueError(f"unknown loss_type {loss_type!r}")
+
+
+def policy_loss(data: PolicyRows, *, loss_type: str = "dapo", clip_low: float = 0.2, clip_high: float = 0.28,
+                beta: float = 0.0, entropy_coef: float = 0.0, importance_cap: float = 2.0):
+    """The policy-gradient loss of a step, as a per-token function for linear_token_loss.
+
+    With r = exp(logp - old_logp), old_logp = logp (in value) when strictly on-policy, A the advantage:
+      dapo, grpo, dr_grpo: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)   (PPO's clip, arXiv 1707.06347 eq. 7,
+        with clip-higher of DAPO; they differ in token_weights)
+      cispo: -sg(min(r, 1 + clip_high)) A logp   (arXiv 2506.13585 eq. 4-5: no lower clip, gradient at every token)
+      gspo: the clip on the sequence's ratio s = exp(mean_t(logp - old_logp)), with the token form
+        s_t = sg(s) exp(logp - sg(logp))   (arXiv 2507.18071 eq. 7, 13-14)
+    each times the truncated importance weight min(exp(old_logp - sampled_logp), importance_cap) (0: no weight), which
+    corrects for sampling under other rounding and after top-p / min-p. Added: beta k3(ref), k3 = exp(d) - d - 1 with
+    d = ref_logp - logp (Schulman 2020), and -entropy_coef H. Strictly on-policy the ratio is 1 and the clips idle.
+
+    Returns loss_fn(stats (C,), rows (C,)) -> (C,), already multiplied by data.weight.
+    """
+    def loss_fn(stats: TokenStats, rows: torch.Tensor) -> torch.Tensor:
+        logp, fixed = stats.logp, stats.logp.detach()  # (C,)
+        advantage = data.advantage[rows]
+        old = fixed if data.old_logp is None else data.old_logp[rows]
+        if loss_type == "gspo":
+            mean = torch.zeros_like(fixed) if data.seq_log_ratio is None else data.seq_log_ratio[rows]
+            ratio = torch.exp(mean + logp - fixed)
+        else:
+            ratio = torch.exp(logp - old)
+        if loss_type == "cispo":
+            loss = -ratio.detach().clamp(max=1 + clip_high) * advantage * logp
+        else:
+            loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+        if importance_cap:
+            loss = loss * torch.exp(old - data.sampled_logp[rows]).clamp(max=importance_cap)
+        if beta:
+            distance = data.ref_logp[rows] - logp
+            loss = loss + beta * (torch.exp(distance) - distance - 1)
+        if entropy_coef:
+            loss = loss - entropy_coef * stats.entropy
+        return loss * data.weight[rows]
+
+    return loss_fn

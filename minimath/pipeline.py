@@ -1,0 +1,91 @@
+"""Both stages and their evaluation from one recipe: what `minimath run` and `minimath demo` do.
+
+    base -> eval;  base -> sft -> eval;  sft -> rlaif -> eval;  with full also base -> rlaif and sft -> rlaif (rules)
+
+Each stage has its own folder in the run folder. A stage that is complete is not run again with resume=true.
+"""
+import dataclasses
+import gc
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from minimath.checkpoint import find_adapter
+from minimath.config import EvalConfig, RLAIFConfig, SFTConfig, UserError, load_config, save_config
+from minimath.evaluate import COLUMNS, evaluate, row
+from minimath.log import RunLog, fmt_duration
+from minimath.report import plot_tradeoff
+from minimath.rlaif import rlaif
+from minimath.runs import Stopped, new_run_folder
+from minimath.sft import sft
+
+SUMMARY = "summary.json"  # in a stage's folder: the stage is complete
+
+
+def run(recipe: str | None, overrides: list[str], *, full: bool = False, command: str = "run") -> dict:
+    """Run the recipe. full adds RL without SFT and the paper's rules mode. Returns the summary.
+
+    A stage interrupted by a signal ends the run with its checkpoint saved; `resume=true out=...` goes on.
+    """
+    sft_cfg = load_config(SFTConfig, recipe, overrides, allow_other=True)
+    rl_cfg = load_config(RLAIFConfig, recipe, overrides, allow_other=True)
+    eval_cfg = load_config(EvalConfig, recipe, [w for w in overrides if not w.startswith("limit=")], allow_other=True)
+    if not (sft_cfg.data and rl_cfg.data and eval_cfg.data):
+        raise UserError("a run needs training and held-out problems: set sft.data=, rlaif.data= and eval.data=")
+    out = new_run_folder(sft_cfg.out, command)
+    if out.exists() and any(out.glob("*/config.yaml")) and not sft_cfg.resume:
+        raise UserError(f"{out} already holds a run; add resume=true to go on with it, or choose another out=")
+    started = time.monotonic()
+    with RunLog(out, f"minimath {command}") as log:
+        for name, cfg in (("sft", sft_cfg), ("rlaif", rl_cfg), ("eval", eval_cfg)):
+            save_config(cfg, out / f"{name}.yaml")
+        rows = {"base": evaluation(eval_cfg, out / "eval-base", "")}
+        after_sft = train_stage(sft, sft_cfg, out / "sft")
+        rows["SFT"] = evaluation(eval_cfg, out / "eval-sft", after_sft)
+        judged = f"{rl_cfg.judge} judge" if rl_cfg.reward == "judge" else "paper's rules"
+        after_rl = train_stage(rlaif, dataclasses.replace(rl_cfg, adapter=after_sft), out / "rlaif")
+        rows[f"SFT + RLAIF ({judged})"] = evaluation(eval_cfg, out / "eval-rlaif", after_rl)
+        if full:
+            alone = train_stage(rlaif, dataclasses.replace(rl_cfg, adapter=sft_cfg.adapter), out / "rlaif-only")
+            rows[f"RL only ({judged})"] = evaluation(eval_cfg, out / "eval-rlaif-only", alone)
+            rules = dataclasses.replace(rl_cfg, adapter=after_sft, reward="rules")
+            rows["SFT + RL (paper's rules)"] = evaluation(eval_cfg, out / "eval-rules",
+                                                          train_stage(rlaif, rules, out / "rules"))
+        summary = {"rows": rows, "minutes": (time.monotonic() - started) / 60, "model": sft_cfg.model,
+                   "problems": next(iter(rows.values()))["problems"]}
+        (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        plot_tradeoff(rows, out / "tradeoff.png", f"{Path(sft_cfg.model).name}, {summary['problems']} held-out problems")
+        log.table(f"{summary['problems']} held-out problems", COLUMNS, [row(name, r) for name, r in rows.items()])
+        log.say(f"{fmt_duration(60 * summary['minutes'])}; everything is in {out}")
+    return summary
+
+
+def train_stage(stage, cfg, out: Path) -> str:
+    """Run one stage in its folder, or find it complete; returns the run folder as the next stage's adapter."""
+    if (out / SUMMARY).exists():
+        find_adapter(out)
+        return str(out)
+    result = stage(dataclasses.replace(cfg, out=str(out), resume=cfg.resume and out.exists()))
+    free_memory()
+    if result["signal"]:
+        raise Stopped(result["signal"])
+    (out / SUMMARY).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return str(out)
+
+
+def evaluation(cfg: EvalConfig, out: Path, adapter: str) -> dict:
+    """Evaluate base + adapter, or read the result of a complete evaluation."""
+    if (out / "eval.json").exists():
+        return json.loads((out / "eval.json").read_text(encoding="utf-8"))
+    summary = evaluate(dataclasses.replace(cfg, out=str(out), adapter=adapter))
+    free_memory()
+    return summary
+
+
+def free_memory() -> None:
+    """Let go of the stage's model before the next one loads."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

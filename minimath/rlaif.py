@@ -1,0 +1,332 @@
+r"""Stage 2, efficiency: on-policy RL with an AI judge. Read top to bottom.
+
+    python -m minimath.rlaif model=... adapter=runs/my-sft data=problems.jsonl judge=self
+
+Each step: sample G completions of each of P problems; check the answers; let a judge compare the right ones in
+pairs; reward = right/wrong gate + judge wins + brevity among the right (DESIGN; `reward=rules` is the paper's own
+stage 2, arXiv 2507.08267 section 3.2, without a judge); advantages relative to the group (GRPO, arXiv 2402.03300);
+one or more policy updates through minimath.kernels.linear_token_loss. Groups whose rewards are all equal carry no
+gradient: they are dropped and, up to max_refill times, replaced by new problems (DAPO, arXiv 2503.14476).
+
+With one update per rollout the policy that sampled is the policy that trains: the ratio is 1 in value, the clips
+are idle, and `clipped` in the metrics says so. The recorded sampling log-probs enter as a truncated importance weight.
+"""
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from minimath.answer import AnswerChecker
+from minimath.batch import at_targets, forward_args, micro_batches, step_indices
+from minimath.chat import IGNORE, Encoded, eos_ids, prompt_ids
+from minimath.checkpoint import save_adapter, save_checkpoint
+from minimath.config import RLAIFConfig, UserError, config_dict, load_config
+from minimath.data import Example, describe_report, load_examples
+from minimath.judge import Candidate, Judge, judge_groups, make_judge
+from minimath.kernels import linear_logp, linear_token_loss
+from minimath.log import RunLog
+from minimath.losses import PolicyRows, policy_loss, token_weights
+from minimath.model import adapter_off, describe, head, hidden_states, inference, load_model
+from minimath.optim import LossScale, clip_and_step, count_bad_steps, lr_at, make_optimizer
+from minimath.reward import (format_score, group_advantages, judge_rewards, length_term, overlong_penalty,
+                             rules_rewards)
+from minimath.rollout import Completion, generate, stream_seed
+from minimath.runs import Stop, Stopped, open_run
+from minimath.sft import evaluate_step, load_held_out, resume_state
+from minimath.steps import check_steps
+
+
+@dataclass
+class Group:
+    """The G completions of one problem and what became of them; lists are per completion."""
+    example: Example
+    prompt: list[int]
+    completions: list[Completion]
+    texts: list[str]
+    right: list[bool]
+    valid: list[bool]  # False: left out of advantages and loss (overlong=mask)
+    rewards: list[float]
+    advantage: list[float]
+
+
+def rlaif(cfg: RLAIFConfig) -> dict:
+    """Train; leaves adapter/, checkpoints/, metrics.jsonl, samples.jsonl in the run folder. Returns a summary.
+
+    Raises UserError for anything the user can put right; the judge is tried before any long work.
+    """
+    examples, report = load_examples(cfg.data, split=cfg.split, limit=cfg.limit, strict=cfg.strict, need=("answer",),
+                                     data_format=cfg.data_format)
+    held_out = load_held_out(cfg)
+    with open_run(cfg, "rlaif") as (log, stop):
+        log.say(describe_report(report) or f"{len(examples)} problems")
+        torch.manual_seed(cfg.seed)
+        model, tokenizer = load_model(cfg, train=True)
+        log.say(describe(model, cfg))
+        judge = make_judge(cfg, model, tokenizer)
+        judge.ping()
+        prompts = [prompt_ids(tokenizer, e.problem, system=cfg.system, prompt_template=cfg.prompt_template)
+                   for e in examples]
+        problems = [(e, p) for e, p in zip(examples, prompts, strict=True) if len(p) <= cfg.max_prompt_len]
+        if len(problems) < max(1, cfg.prompts_per_step):
+            raise UserError(f"{len(problems)} of {len(examples)} prompts fit max_prompt_len={cfg.max_prompt_len}, but a "
+                            f"step needs {cfg.prompts_per_step}; raise max_prompt_len or lower prompts_per_step")
+        log.say(f"{len(problems)} problems ({len(examples) - len(problems)} too long), reward={cfg.reward}"
+                + (f" with judge {judge.name}" if cfg.reward == "judge" else "") + f", loss {cfg.loss_type}")
+        return train(cfg, model, tokenizer, problems, judge, held_out, log, stop)
+
+
+def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, log: RunLog, stop: Stop) -> dict:
+    """The loop. problems: (Example, prompt ids). Interrupted, it gives up the step's rollout and saves."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer, scale = make_optimizer(params, cfg), LossScale(model)
+    # `cursor` counts problems drawn; refills make it run ahead of the step
+    state = {"done": 0, "cursor": 0, "bad": 0, "best": -1.0, "scale": scale.value, "good": scale.good,
+             "config": config_dict(cfg)}
+    if cfg.resume:
+        state = resume_state(cfg, model, optimizer, log) or state
+        scale.value, scale.good = state["scale"], state["good"]
+    saved, started = state["done"], time.monotonic()
+
+    with log.progress(cfg.steps, "rlaif") as advance, AnswerChecker() as checker:
+        advance(state["done"])
+        while state["done"] < cfg.steps and not stop.requested():
+            step, clock = state["done"], time.monotonic()
+            try:
+                groups, facts = collect_groups(cfg, model, tokenizer, problems, judge, checker, state, stop)
+            except Stopped:
+                log.say("the rollout was interrupted; its step is not counted")
+                break
+            facts |= {"rollout_seconds": time.monotonic() - clock}
+            clock = time.monotonic()
+            if groups:
+                torch.manual_seed(stream_seed(cfg.seed, step))
+                facts |= update(cfg, model, tokenizer, groups, optimizer, params, scale, state)
+            facts |= {"update_seconds": time.monotonic() - clock}
+            state |= {"done": step + 1, "scale": scale.value, "good": scale.good}
+
+            if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
+                log.metrics(step + 1, **facts)
+            if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and groups:
+                log_group(groups[0], step + 1, log)
+            advance(1, reward=facts["reward"], right=facts["right"], tokens=facts["mean_tokens"])
+            is_best = False
+            if held_out and cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+                try:
+                    is_best = evaluate_step(cfg, model, tokenizer, held_out, state, log, stop)
+                except Stopped:
+                    log.say("the evaluation was interrupted")
+            if is_best or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+                save_checkpoint(log.run_dir, step + 1, model=model, optimizer=optimizer, state=state, keep=cfg.keep,
+                                best=is_best)
+                saved = step + 1
+
+    if state["done"] > saved:
+        save_checkpoint(log.run_dir, state["done"], model=model, optimizer=optimizer, state=state, keep=cfg.keep)
+    adapter = save_adapter(model, log.run_dir / "adapter")
+    if state["done"] < cfg.steps:
+        log.say(f"{stop.reason()}: stopped after step {state['done']} of {cfg.steps}; "
+                f"go on with out={log.run_dir} resume=true")
+    log.say(f"adapter: {adapter} ({time.monotonic() - started:.0f} s)")
+    return {"steps": state["done"], "run_dir": str(log.run_dir), "adapter": str(adapter), "signal": stop.signal}
+
+
+# ---- rollout, answers, judge, rewards, advantages
+
+def collect_groups(cfg: RLAIFConfig, model, tokenizer, problems, judge, checker, state, stop) -> tuple[list[Group], dict]:
+    """Sample and score groups until P of them carry a signal or max_refill rounds are used up; (groups, metrics)."""
+    kept, seen, judged = [], [], []
+    for _ in range(1 + cfg.max_refill):
+        wanted = cfg.prompts_per_step - len(kept)
+        drawn = [problems[step_indices(state["cursor"] + i, len(problems), 1, cfg.seed)[0]] for i in range(wanted)]
+        groups = sample_groups(cfg, model, tokenizer, drawn, checker, state, stop)
+        state["cursor"] += wanted
+        judged.append(score_groups(cfg, groups, judge))
+        seen += groups
+        kept += [group for group in groups if any(group.advantage)]
+        if len(kept) == cfg.prompts_per_step:
+            break
+    return kept, rollout_facts(seen, kept, judged)
+
+
+def sample_groups(cfg: RLAIFConfig, model, tokenizer, drawn, checker, state, stop: Stop) -> list[Group]:
+    """G completions of each drawn problem, with their texts and whether their answers are right."""
+    # the stream of a completion depends on the draw's place in the run and on its own number, not on the batch
+    keys = [state["cursor"] + i for i in range(len(drawn))]
+    sampled = generate(model, tokenizer, [prompt for _, prompt in drawn], samples=cfg.group_size, keys=keys,
+                       max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p,
+                       top_k=cfg.top_k, eos=eos_ids(tokenizer, model), seed=cfg.seed, slots=cfg.slots,
+                       on_progress=lambda _: stop.check())
+    groups = []
+    for (example, prompt), completions in zip(drawn, sampled, strict=True):
+        texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
+        right = checker.check_many([(text, example.answer) for text in texts])
+        valid = [c.ended or cfg.overlong != "mask" for c in completions]
+        # a completion that was cut has not answered, whatever number stands in it
+        right = [ok and c.ended for ok, c in zip(right, completions, strict=True)]
+        groups.append(Group(example, prompt, completions, texts, right, valid, [], []))
+    return groups
+
+
+def score_groups(cfg: RLAIFConfig, groups: list[Group], judge: Judge) -> dict:
+    """Fill in rewards and advantages; returns the judge's statistics ({} in reward=rules)."""
+    stats, wins = {}, [[None] * cfg.group_size for _ in groups]
+    if cfg.reward == "judge" and cfg.lam_judge:
+        wins, stats = judge_groups(judge, [(g.example.problem, candidates_of(g)) for g in groups])
+    for group, win in zip(groups, wins, strict=True):
+        tokens, form = [len(c.ids) for c in group.completions], [format_score(text) for text in group.texts]
+        if cfg.reward == "judge":
+            group.rewards = judge_rewards(group.right, win, length_term(tokens, group.right), form,
+                                          lam_judge=cfg.lam_judge, lam_length=cfg.lam_length, lam_format=cfg.lam_format)
+        else:
+            group.rewards = rules_rewards(group.right, tokens, form, max_tokens=cfg.max_new_tokens)
+        if cfg.overlong == "penalty":
+            penalties = overlong_penalty(tokens, max_new_tokens=cfg.max_new_tokens, buffer=cfg.overlong_buffer)
+            group.rewards = [r + p for r, p in zip(group.rewards, penalties, strict=True)]
+        group.advantage = group_advantages([group.rewards], scale=cfg.scale_advantage, valid=[group.valid])[0].tolist()
+    return stats
+
+
+def candidates_of(group: Group) -> list[Candidate]:
+    return [Candidate(text, right, check_steps(text), len(c.ids))
+            for text, right, c in zip(group.texts, group.right, group.completions, strict=True)]
+
+
+def rollout_facts(seen: list[Group], kept: list[Group], judged: list[dict]) -> dict:
+    """Metrics of a step's rollouts; token figures are over all completions sampled, right or wrong."""
+    completions = [c for g in seen for c in g.completions]
+    right_tokens = [len(c.ids) for g in seen for c, ok in zip(g.completions, g.right, strict=True) if ok]
+    judged = [stats for stats in judged if stats]
+    facts = {"reward": statistics.fmean(r for g in seen for r in g.rewards),
+             "right": statistics.fmean(ok for g in seen for ok in g.right),
+             "mean_tokens": statistics.fmean(len(c.ids) for c in completions),
+             "right_tokens": statistics.fmean(right_tokens) if right_tokens else None,
+             "ended": statistics.fmean(c.ended for c in completions), "sampled": len(completions),
+             "groups": len(kept), "dropped_groups": len(seen) - len(kept),
+             "surprisal": statistics.fmean(-lp for c in completions for lp in c.logp)}
+    if judged:
+        facts |= {f"judge_{k}": sum(s[k] for s in judged) for k in ("comparisons", "no_votes", "seconds")}
+        facts["judge_position_bias"] = statistics.fmean(s["position_bias"] for s in judged)
+        facts["judge_error"] = next((s["error"] for s in judged if s["error"]), "")
+    return facts
+
+
+# ---- the update
+
+def update(cfg: RLAIFConfig, model, tokenizer, groups: list[Group], optimizer, params, scale: LossScale, state) -> dict:
+    """updates_per_rollout passes over the completions of `groups`, in `minibatches` optimiser steps each."""
+    rows, samples = training_rows(groups)
+    lr = lr_at(state["done"], cfg.steps, lr=cfg.lr, schedule=cfg.lr_schedule, warmup=cfg.warmup,
+               min_lr_ratio=cfg.min_lr_ratio)
+    on_policy = cfg.updates_per_rollout == cfg.minibatches == 1
+    old = None if on_policy else logps(cfg, model, tokenizer, rows)
+    with adapter_off(model):
+        ref = logps(cfg, model, tokenizer, rows) if cfg.beta else None
+    totals = []
+    for index in range(cfg.updates_per_rollout * cfg.minibatches):
+        part = list(range(len(rows)))[index % cfg.minibatches::cfg.minibatches]
+        if not part:
+            continue
+        chosen = {"rows": [rows[i] for i in part], "samples": [samples[i] for i in part],
+                  "old": old and [old[i] for i in part], "ref": ref and [ref[i] for i in part]}
+        facts = policy_gradient(cfg, model, tokenizer, **chosen, scale=scale.value)
+        grad_norm, stepped = clip_and_step(optimizer, params, cfg.max_grad_norm, lr, scale=scale.value)
+        state["bad"] = 0 if scale.update(stepped) else count_bad_steps(state["bad"], grad_norm)
+        totals.append(facts | {"grad_norm": grad_norm, "stepped": float(stepped)})
+    means = {key: statistics.fmean(t[key] for t in totals) for key in totals[0]}
+    return means | {"lr": lr, "trained_tokens": sum(sum(row.mask) for row in rows)}
+
+
+def training_rows(groups: list[Group]) -> tuple[list[Encoded], list[tuple[list[float], float]]]:
+    """Prompt + completion rows with a non-zero advantage, and for each (sampled log-probs, advantage).
+
+    A row of advantage 0 has no policy gradient; it still counts in the divisors through its group's other rows only,
+    as in DAPO's token mean over the rows trained.
+    """
+    rows, samples = [], []
+    for group in groups:
+        for completion, advantage in zip(group.completions, group.advantage, strict=True):
+            if advantage:
+                ids = group.prompt + completion.ids
+                rows.append(Encoded(ids, [False] * len(group.prompt) + [True] * len(completion.ids), False))
+                samples.append((completion.logp, advantage))
+    return rows, samples
+
+
+def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, old, ref, scale: float) -> dict:
+    """Add the gradient of the policy loss over `rows`, times `scale`, to .grad; returns metrics."""
+    weights = token_weights(cfg.loss_type, [sum(row.mask) for row in rows], cfg.max_new_tokens)
+    seq = None
+    if cfg.loss_type == "gspo" and old is not None:  # the sequence ratio needs every token first: one forward sweep
+        now = logps(cfg, model, tokenizer, rows)
+        seq = [torch.full_like(a, float((a - b).mean())) for a, b in zip(now, old, strict=True)]
+    lm_head = head(model)
+    totals = {"loss": 0.0, "entropy": 0.0, "clipped": 0.0, "off_policy": 0.0, "kl_ref": 0.0}
+    tokens = sum(sum(row.mask) for row in rows)
+    for indices, batch in micro_batches(rows, packing=False, micro_tokens=cfg.micro_tokens,
+                                        pad_id=tokenizer.pad_token_id, device=model.device):
+        target = batch["target"]
+
+        def lay_out(values, target=target, indices=indices):
+            return None if values is None else at_targets([values[i] for i in indices], target)
+
+        data = PolicyRows(
+            advantage=lay_out([torch.full((sum(r.mask),), s[1]) for r, s in zip(rows, samples, strict=True)]),
+            weight=lay_out([torch.full((sum(r.mask),), w) for r, w in zip(rows, weights, strict=True)]),
+            sampled_logp=lay_out([torch.tensor(s[0]) for s in samples]),
+            old_logp=lay_out(old), ref_logp=lay_out(ref), seq_log_ratio=lay_out(seq))
+        loss_fn = policy_loss(data, loss_type=cfg.loss_type, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
+                              beta=cfg.beta, entropy_coef=cfg.entropy_coef, importance_cap=cfg.importance_cap)
+        hidden = hidden_states(model, **forward_args(batch))  # (B, T, D)
+        loss, stats = linear_token_loss(hidden.flatten(0, 1), lm_head.weight, target, loss_fn,
+                                        temperature=cfg.temperature, **lm_head.kernel_args())
+        (loss * scale).backward()
+        totals["loss"] += float(loss.detach())
+        for name, value in token_facts(cfg, data, stats, target != IGNORE).items():
+            totals[name] += value / tokens
+    return totals
+
+
+def token_facts(cfg: RLAIFConfig, data: PolicyRows, stats, trained: torch.Tensor) -> dict:
+    """Sums over the trained tokens of a micro-batch (stats (N,), trained (N,) bool)."""
+    logp = stats.logp[trained]
+    ratio = torch.exp(logp - data.old_logp[trained]) if data.old_logp is not None else torch.ones_like(logp)
+    drift = torch.exp(logp - data.sampled_logp[trained])
+    facts = {"entropy": stats.entropy[trained].sum(),
+             "clipped": ((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum(),
+             "off_policy": ((drift < 0.9) | (drift > 1.1)).sum()}
+    if data.ref_logp is not None:
+        d = data.ref_logp[trained] - logp
+        facts["kl_ref"] = (torch.exp(d) - d - 1).sum()
+    return {name: float(value) for name, value in facts.items()}
+
+
+def logps(cfg: RLAIFConfig, model, tokenizer, rows: list[Encoded]) -> list[torch.Tensor]:
+    """Log-probs of the trained tokens of each row, without gradient: old policy, and reference under adapter_off."""
+    lm_head, out = head(model), [None] * len(rows)
+    with inference(model):
+        for indices, batch in micro_batches(rows, packing=False, micro_tokens=cfg.micro_tokens,
+                                            pad_id=tokenizer.pad_token_id, device=model.device):
+            hidden = hidden_states(model, **forward_args(batch))
+            logp = linear_logp(hidden.flatten(0, 1), lm_head.weight, batch["target"], temperature=cfg.temperature,
+                               **lm_head.kernel_args())
+            parts = logp[batch["target"] != IGNORE].split([sum(rows[i].mask) for i in indices])
+            for i, part in zip(indices, parts, strict=True):
+                out[i] = part
+    return out
+
+
+def log_group(group: Group, step: int, log: RunLog) -> None:
+    """Keep one whole group in samples.jsonl and print its best and its worst completion."""
+    log.sample({"step": step, "problem": group.example.problem, "answer": group.example.answer, "texts": group.texts,
+                "right": group.right, "rewards": group.rewards, "advantage": group.advantage})
+    order = sorted(range(len(group.texts)), key=lambda i: group.rewards[i])
+    for what, i in (("best", order[-1]), ("worst", order[0])):
+        log.say(f"step {step}, {what} of {len(order)} (reward {group.rewards[i]:.2f}, "
+                f"{len(group.completions[i].ids)} tokens): {group.texts[i]}")
+
+
+if __name__ == "__main__":
+    from minimath.__main__ import run_command
+    sys.exit(run_command(lambda: rlaif(load_config(RLAIFConfig, None, sys.argv[1:]))))

@@ -1,0 +1,93 @@
+"""What every stage does around its loop: choose and lock the run folder, save the options, stop on a signal."""
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from minimath.checkpoint import list_checkpoints, lock_run
+from minimath.config import UserError, save_config
+from minimath.log import RunLog
+
+
+def keep_freed_memory() -> None:
+    """On Linux CPUs, keep freed memory in the process and use huge pages; a fifth faster training on 2 cores.
+
+    Every layer allocates and frees activations of megabytes; glibc would give each back to the system and fault it
+    in again. Must run before torch allocates its first tensor to have the second effect.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another libc
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            for option, value in ((-3, 1 << 25), (-1, (1 << 31) - 1), (-2, 1 << 26)):  # mmap and trim threshold, pad
+                mallopt(option, value)
+
+
+class Stopped(Exception):
+    """Raised by Stop.check inside long phases; the loop catches it and saves."""
+
+
+class Stop:
+    """Whether the run should end early: a signal came, or the minutes are used up."""
+
+    def __init__(self, max_minutes: float):
+        self.signal = 0  # number of the signal that asked for it
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+
+    def requested(self) -> bool:
+        return bool(self.signal) or time.monotonic() > self.deadline
+
+    def check(self) -> None:
+        """Raise Stopped after a signal; time running out lets the step finish."""
+        if self.signal:
+            raise Stopped
+
+    def reason(self) -> str:
+        return signal.Signals(self.signal).name if self.signal else "max_minutes reached"
+
+
+def new_run_folder(out: str, command: str) -> Path:
+    """The folder `out`, or a new runs/<command>-<timestamp>."""
+    return Path(out) if out else Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+@contextlib.contextmanager
+def open_run(cfg, command: str) -> Iterator[tuple[RunLog, Stop]]:
+    """Lock the run folder, save the resolved options as config.yaml, start the log and the signal handlers.
+
+    Raises UserError when the folder already holds a run that is not being resumed: nothing is ever overwritten.
+    """
+    keep_freed_memory()
+    if getattr(cfg, "resume", False) and not cfg.out:
+        raise UserError("resume=true needs the run folder to go on with: out=runs/...")
+    run_dir = new_run_folder(cfg.out, command)
+    if not getattr(cfg, "resume", False) and ((run_dir / "adapter").exists() or list_checkpoints(run_dir)):
+        raise UserError(f"{run_dir} already holds a run; add resume=true to go on with it, or choose another out=")
+    with lock_run(run_dir), RunLog(run_dir, f"minimath {command}", getattr(cfg, "trackers", "")) as log:
+        save_config(cfg, run_dir / "config.yaml")
+        stop = Stop(getattr(cfg, "max_minutes", 0.0))
+        with signals(stop, log):
+            yield log, stop
+
+
+@contextlib.contextmanager
+def signals(stop: Stop, log: RunLog):
+    """SIGINT and SIGTERM ask for a clean stop; a second one ends the process at once."""
+    def handler(number, _frame):
+        if stop.signal:
+            os._exit(128 + number)
+        stop.signal = number
+        log.say(f"{signal.Signals(number).name}: stopping after this step with a checkpoint; once more to stop at once")
+
+    before = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

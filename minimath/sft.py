@@ -1,0 +1,172 @@
+r"""Stage 1, accuracy: supervised fine-tuning of a LoRA adapter on worked solutions. Read top to bottom.
+
+    python -m minimath.sft model=HuggingFaceTB/SmolLM2-135M-Instruct data=problems.jsonl epochs=3
+
+The paper (arXiv 2507.08267, section 3.1) trains long: 10 to 20 epochs on the shortest right solution of hard
+problems; one epoch hurts. Each optimiser step takes `batch_size` examples, cuts them into micro-batches of at most
+`micro_tokens` tokens, and divides every loss by the trained tokens of the whole step, so neither loss nor gradient
+depends on the cutting. The LM head is never called: hidden states go to minimath.kernels.linear_token_loss, which
+returns loss and gradient without [tokens, vocab] logits.
+"""
+import sys
+import time
+
+import torch
+
+from minimath.batch import forward_args, micro_batches, step_indices
+from minimath.chat import encode, eos_ids, preflight, prompt_ids
+from minimath.checkpoint import load_checkpoint, save_adapter, save_checkpoint
+from minimath.config import EvalConfig, SFTConfig, UserError, config_dict, load_config
+from minimath.data import describe_report, load_examples
+from minimath.evaluate import evaluate_model
+from minimath.kernels import linear_token_loss
+from minimath.log import RunLog, truncate_metrics
+from minimath.losses import nll_loss
+from minimath.model import describe, head, hidden_states, load_model
+from minimath.optim import LossScale, clip_and_step, count_bad_steps, lr_at, make_optimizer
+from minimath.rollout import generate, stream_seed
+from minimath.runs import Stop, Stopped, open_run
+
+
+def sft(cfg: SFTConfig) -> dict:
+    """Train; leaves adapter/, checkpoints/, metrics.jsonl and config.yaml in the run folder. Returns a summary.
+
+    Raises UserError for anything the user can put right, before any long work where it can be known then.
+    """
+    examples, report = load_examples(cfg.data, split=cfg.split, limit=cfg.limit, strict=cfg.strict, need=("solution",),
+                                     data_format=cfg.data_format)
+    held_out = load_held_out(cfg)
+    with open_run(cfg, "sft") as (log, stop):
+        log.say(describe_report(report) or f"{len(examples)} examples")
+        torch.manual_seed(cfg.seed)  # adapter initialisation
+        model, tokenizer = load_model(cfg, train=True)
+        log.say(describe(model, cfg))
+        rows = [encode(tokenizer, e, system=cfg.system, prompt_template=cfg.prompt_template, max_len=cfg.max_len)
+                for e in examples]
+        log.say(preflight(tokenizer, rows, eos=eos_ids(tokenizer, model)))
+        rows = [row for row in rows if any(row.mask)]
+        return train(cfg, model, tokenizer, rows, held_out, log, stop)
+
+
+def train(cfg: SFTConfig, model, tokenizer, rows, held_out, log: RunLog, stop: Stop) -> dict:
+    """The loop. rows: Encoded examples. Interrupted or out of time, it saves a checkpoint and returns."""
+    total = cfg.steps or max(1, round(cfg.epochs * len(rows) / cfg.batch_size))
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer, scale = make_optimizer(params, cfg), LossScale(model)
+    state = {"done": 0, "bad": 0, "best": -1.0, "scale": scale.value, "good": scale.good, "config": config_dict(cfg)}
+    if cfg.resume:
+        state = resume_state(cfg, model, optimizer, log) or state
+        scale.value, scale.good = state["scale"], state["good"]
+    saved, started = state["done"], time.monotonic()
+
+    with log.progress(total, "sft") as advance:
+        advance(state["done"])
+        while state["done"] < total and not stop.requested():
+            step = state["done"]
+            lr = lr_at(step, total, lr=cfg.lr, schedule=cfg.lr_schedule, warmup=cfg.warmup, min_lr_ratio=cfg.min_lr_ratio)
+            batch = [rows[i] for i in step_indices(step, len(rows), cfg.batch_size, cfg.seed)]
+            # seeded by the step, so that dropout after a resume is what it would have been
+            torch.manual_seed(stream_seed(cfg.seed, step))
+            step_started = time.monotonic()
+            loss, tokens = loss_and_gradient(cfg, model, tokenizer, batch, scale.value)
+            grad_norm, stepped = clip_and_step(optimizer, params, cfg.max_grad_norm, lr, scale=scale.value)
+            state["bad"] = 0 if scale.update(stepped) else count_bad_steps(state["bad"], grad_norm)
+            state |= {"done": step + 1, "scale": scale.value, "good": scale.good}
+
+            if (step + 1) % cfg.log_every == 0 or step + 1 == total:
+                speed = tokens / max(time.monotonic() - step_started, 1e-9)
+                log.metrics(step + 1, loss=loss, lr=lr, grad_norm=grad_norm, stepped=stepped, tokens=tokens,
+                            tokens_per_s=speed, epoch=(step + 1) * cfg.batch_size / len(rows))
+                advance(1, loss=loss, tok_s=speed)
+            else:
+                advance(1)
+            is_best = False
+            try:
+                if cfg.sample_every and (step + 1) % cfg.sample_every == 0:
+                    print_sample(cfg, model, tokenizer, batch[0], step + 1, log)
+                if held_out and cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+                    is_best = evaluate_step(cfg, model, tokenizer, held_out, state, log, stop)
+            except Stopped:
+                log.say("the evaluation was interrupted")
+            if is_best or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+                save_checkpoint(log.run_dir, step + 1, model=model, optimizer=optimizer, state=state, keep=cfg.keep,
+                                best=is_best)
+                saved = step + 1
+
+    if state["done"] > saved:
+        save_checkpoint(log.run_dir, state["done"], model=model, optimizer=optimizer, state=state, keep=cfg.keep)
+    adapter = save_adapter(model, log.run_dir / "adapter")
+    if state["done"] < total:
+        log.say(f"{stop.reason()}: stopped after step {state['done']} of {total}; go on with out={log.run_dir} resume=true")
+    log.say(f"adapter: {adapter} ({time.monotonic() - started:.0f} s)")
+    return {"steps": state["done"], "run_dir": str(log.run_dir), "adapter": str(adapter), "signal": stop.signal}
+
+
+def loss_and_gradient(cfg: SFTConfig, model, tokenizer, batch, scale: float) -> tuple[float, int]:
+    """Add the gradient of the step's loss, times `scale`, to .grad; returns (loss, tokens of the step)."""
+    trained = sum(sum(row.mask[1:]) for row in batch)  # the first token has no prediction
+    loss_fn = nll_loss(max(1, trained), label_smoothing=cfg.label_smoothing, z_loss=cfg.z_loss)
+    lm_head, total = head(model), 0.0
+    for _, micro in micro_batches(batch, packing=cfg.packing, micro_tokens=cfg.micro_tokens,
+                                  pad_id=tokenizer.pad_token_id, device=model.device):
+        hidden = hidden_states(model, **forward_args(micro))  # (B, T, D)
+        loss, _ = linear_token_loss(hidden.flatten(0, 1), lm_head.weight, micro["target"], loss_fn,
+                                    **lm_head.kernel_args())
+        (loss * scale).backward()
+        total += float(loss.detach())
+    return total, sum(len(row.ids) for row in batch)
+
+
+def resume_state(cfg, model, optimizer, log: RunLog) -> dict | None:
+    """Load the newest sound checkpoint; say what changed in the options; drop metrics of lost steps."""
+    state = load_checkpoint(log.run_dir, model=model, optimizer=optimizer)
+    if state is None:
+        log.say("no checkpoint yet: starting from step 0")
+        truncate_metrics(log.run_dir, 0)
+        return None
+    now, before = config_dict(cfg), state["config"]
+    changed = {k: (before.get(k), now[k]) for k in now if before.get(k) != now[k] and k not in ("resume", "out")}
+    if changed:
+        log.say("options changed since the checkpoint: " + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items()))
+    truncate_metrics(log.run_dir, state["done"])
+    log.say(f"resumed after step {state['done']}")
+    return state | {"config": now}
+
+
+def load_held_out(cfg) -> list:
+    """The problems evaluated during training, or []. Raises UserError if evaluation is asked for without data."""
+    if cfg.eval_every and not cfg.eval_data:
+        raise UserError("eval_every needs held-out problems: set eval_data=, or eval_every=0")
+    if not cfg.eval_data:
+        return []
+    return load_examples(cfg.eval_data, split="test", limit=cfg.eval_limit, strict=cfg.strict, need=("answer",))[0]
+
+
+def evaluate_step(cfg, model, tokenizer, held_out, state: dict, log: RunLog, stop: Stop) -> bool:
+    """Greedy accuracy on the held-out problems; returns whether it is the best so far."""
+    longest = getattr(cfg, "eval_max_new_tokens", None) or cfg.max_new_tokens
+    eval_cfg = EvalConfig(system=cfg.system, prompt_template=cfg.prompt_template, max_new_tokens=longest)
+    summary, _ = evaluate_model(model, tokenizer, held_out, eval_cfg, log, stop)
+    log.metrics(state["done"], eval_accuracy=summary["accuracy"], eval_mean_tokens=summary["mean_tokens"])
+    low, high = summary["interval"]
+    log.say(f"step {state['done']}: accuracy {summary['accuracy']:.3f} ({low:.3f} to {high:.3f}), "
+            f"{summary['mean_tokens']:.0f} tokens on {summary['problems']} held-out problems")
+    # accuracy first; among equals the shorter
+    score = summary["accuracy"] - 1e-6 * summary["mean_tokens"]
+    is_best, state["best"] = score > state["best"], max(score, state["best"])
+    return is_best
+
+
+def print_sample(cfg: SFTConfig, model, tokenizer, row, step: int, log: RunLog) -> None:
+    """Show what the model now writes for a training problem."""
+    prompt = row.ids[:row.mask.index(True)]
+    [[completion]] = generate(model, tokenizer, [prompt], max_new_tokens=cfg.eval_max_new_tokens, temperature=0,
+                              eos=eos_ids(tokenizer, model))
+    text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+    log.sample({"step": step, "prompt": tokenizer.decode(prompt), "completion": text})
+    log.say(f"step {step}, sample: {text}")
+
+
+if __name__ == "__main__":
+    from minimath.__main__ import run_command
+    sys.exit(run_command(lambda: sft(load_config(SFTConfig, None, sys.argv[1:]))))

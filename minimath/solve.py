@@ -1,0 +1,46 @@
+"""Solve one problem and check its arithmetic: minimath solve "PROBLEM" model=... adapter=runs/..."""
+import sys
+
+from minimath.answer import extract_answer
+from minimath.chat import eos_ids, prompt_ids
+from minimath.config import EvalConfig, UserError, load_config
+from minimath.model import describe, load_model
+from minimath.rollout import generate
+from minimath.runs import keep_freed_memory
+from minimath.steps import check_steps
+
+
+def solve(problem: str, cfg: EvalConfig) -> None:
+    """Print a solution (greedy unless temperature is set), the checked steps of each line, and the answer.
+
+    samples > 1 prints several. Raises UserError for an empty problem or an unusable model.
+    """
+    if not problem.strip() or "=" in problem.split(maxsplit=1)[0]:
+        raise UserError('minimath solve needs the problem first: minimath solve "Tom has 3 apples ..." adapter=runs/...')
+    keep_freed_memory()
+    model, tokenizer = load_model(cfg, train=False)
+    print(describe(model, cfg) + (f", adapter {cfg.adapter}" if cfg.adapter else ""))
+    prompt = prompt_ids(tokenizer, problem, system=cfg.system, prompt_template=cfg.prompt_template)
+    [completions] = generate(model, tokenizer, [prompt], samples=cfg.samples, max_new_tokens=cfg.max_new_tokens,
+                             temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p, top_k=cfg.top_k,
+                             eos=eos_ids(tokenizer, model), seed=cfg.seed, slots=cfg.slots)
+    for completion in completions:
+        text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+        print()
+        for line in text.splitlines():
+            steps = check_steps(line)
+            mark = "" if not steps.total else "  [right]" if steps.right == steps.total else "  [WRONG]"
+            print(printable(line) + mark)
+        ended = "" if completion.ended else f", cut at max_new_tokens={cfg.max_new_tokens}"
+        print(f"answer: {printable(str(extract_answer(text)))} ({len(completion.ids)} tokens{ended})")
+
+
+def printable(text: str) -> str:
+    """Text without control characters: what a model writes must not drive the terminal."""
+    return "".join(c if c.isprintable() or c == "\t" else "?" for c in text)
+
+
+if __name__ == "__main__":
+    from minimath.__main__ import run_command
+    sys.exit(run_command(lambda: solve(sys.argv[1] if len(sys.argv) > 1 else "",
+                                       load_config(EvalConfig, None, sys.argv[2:]))))
