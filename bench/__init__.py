@@ -1,1 +1,2 @@
-"""Benchmarks: `python -m bench.kernels`, `bench.compile`, ... Results go to bench/results as json, table and plot."""
+"""Benchmarks: `python -m bench.kernels`, `bench.compile`, ... Results go to bench/results as json, table and
+plot."""

@@ -1,5 +1,5 @@
-"""What both operations share: argument checks, chunk sizes, and one chunk of rows in plain torch, which is the
-path of the CPU and of devices without Triton.
+"""What both operations share: argument checks, chunk sizes, and one chunk of rows in plain torch, which is
+the path of the CPU and of devices without Triton.
 
 Notation: N tokens, D hidden size, V vocabulary, C rows of one chunk, R rows of one cache-sized block.
 With s = hidden @ weight.T + bias (the raw logits), the distribution of a row is softmax(z) with
@@ -12,6 +12,7 @@ The four statistics of a row and their gradients in z, with p = softmax(z) and t
     mean_logp = mean_j z_j - lse        1/V - p_j
 so any loss of them is known to the kernel by four numbers a row (`Coefficients`).
 """
+
 from __future__ import annotations
 
 import os
@@ -22,6 +23,7 @@ import torch
 try:
     import triton
     import triton.language as tl
+
     jit = triton.jit
 except ImportError:  # no wheel for this platform: the torch path does everything
     triton = tl = None
@@ -29,10 +31,12 @@ except ImportError:  # no wheel for this platform: the torch path does everythin
     def jit(function):
         return function
 
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read at import, as triton itself does
 # Scratch of the elementwise passes in torch: small enough to stay in the second-level cache, where a pass
-# over fp32 costs a fifth of what it costs in memory (measured on 2 MiB of L2 per core).
-BLOCK_BYTES = 1 << 20
+# over fp32 costs a fifth of what it costs in memory. Of 0.5 to 4 MiB the fastest on two cores with 2 MiB of
+# L2 each.
+BLOCK_BYTES = 2 << 20
 WORKSPACE_BYTES = 32 << 20
 LOG_TINY = -80.0  # exp of it is nothing in fp32; keeps 0 * log 0 finite
 
@@ -72,7 +76,8 @@ class RowState(NamedTuple):
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
-    """Whether the Triton kernels take this tensor: CUDA and ROCm, or any device under Triton's interpreter."""
+    """Whether the Triton kernels take this tensor: CUDA and ROCm, or any device under Triton's
+    interpreter."""
     return triton is not None and (tensor.is_cuda or INTERPRET) and tensor.dtype != torch.float64
 
 
@@ -93,11 +98,15 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def check_arguments(hidden, weight, target, bias, scaling: Scaling) -> None:
     """Raise ValueError naming the argument that does not fit: shapes, dtypes, devices, ranges."""
     if hidden.dim() != 2 or weight.dim() != 2 or target.dim() != 1:
-        raise ValueError("expected hidden (N, D), weight (V, D), target (N,), got "
-                         f"{tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(target.shape)}")
+        raise ValueError(
+            "expected hidden (N, D), weight (V, D), target (N,), got "
+            f"{tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(target.shape)}"
+        )
     if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != target.shape[0]:
-        raise ValueError(f"sizes differ: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
-                         f"target {tuple(target.shape)}")
+        raise ValueError(
+            f"sizes differ: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
+            f"target {tuple(target.shape)}"
+        )
     if not hidden.dtype.is_floating_point or not weight.dtype.is_floating_point:
         raise ValueError(f"hidden and weight must be floating point, got {hidden.dtype} and {weight.dtype}")
     if target.dtype != torch.int64:
@@ -111,7 +120,8 @@ def check_arguments(hidden, weight, target, bias, scaling: Scaling) -> None:
 
 
 def cast_operands(hidden, weight, bias):
-    """Bring the three to one dtype: autocast's where it is on, else the weight's. Casts are differentiable."""
+    """Bring the three to one dtype: autocast's where it is on, else the weight's. Casts are
+    differentiable."""
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     if hidden.dtype == torch.float64:  # as F.linear under autocast does
@@ -126,19 +136,25 @@ def kept_rows(target: torch.Tensor, ignore_index: int, vocab: int) -> torch.Tens
     if len(rows):
         low, high = torch.stack(target.index_select(0, rows).aminmax()).tolist()
         if low < 0 or high >= vocab:
-            raise ValueError(f"targets must be ignore_index={ignore_index} or in [0, {vocab}), "
-                             f"got values from {low} to {high}")
+            raise ValueError(
+                f"targets must be ignore_index={ignore_index} or in [0, {vocab}), "
+                f"got values from {low} to {high}"
+            )
     return rows
 
 
-def rows_per_chunk(rows: int, vocab: int, itemsize: int, workspace_bytes: int) -> int:
-    """Rows whose (C, V) logits fit the byte budget: equal chunks, a multiple of 16 where there is room."""
+def chunk_sizes(rows: int, vocab: int, itemsize: int, workspace_bytes: int) -> list[int]:
+    """Rows of each chunk, so that its (C, V) logits fit the byte budget (one row at least): sizes as equal as
+    multiples of 16 allow, because a short last chunk costs a matrix product at its worst shape."""
     most = max(1, workspace_bytes // (vocab * itemsize))
     if rows <= most:
-        return max(1, rows)
-    chunks = -(-rows // most)
-    even = -(-rows // chunks)
-    return min(most, -(-even // 16) * 16)
+        return [rows] if rows else []
+    unit = 16 if most >= 16 else 1
+    units, most = -(-rows // unit), most // unit
+    chunks = -(-units // most)
+    sizes = [(units // chunks + (index < units % chunks)) * unit for index in range(chunks)]
+    sizes[-1] -= sum(sizes) - rows
+    return sizes
 
 
 def raw_logits(x, weight, bias, out) -> None:
@@ -166,10 +182,10 @@ def kernel_factors(scaling: Scaling) -> tuple[float, float]:
 
 def scaled(raw: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     """z of raw logits s, elementwise; new tensor unless nothing is to do."""
+    inner, outer = kernel_factors(scaling)
     if scaling.softcap:
-        return (raw * (scaling.logit_scale / scaling.softcap)).tanh_().mul_(scaling.softcap / scaling.temperature)
-    factor = scaling.logit_scale / scaling.temperature
-    return raw if factor == 1.0 else raw * factor
+        return (raw * inner).tanh_().mul_(outer)
+    return raw if inner == 1.0 else raw * inner
 
 
 def row_blocks(rows: int, vocab: int, dtype: torch.dtype) -> list[slice]:
@@ -178,37 +194,47 @@ def row_blocks(rows: int, vocab: int, dtype: torch.dtype) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def torch_stats(logits, target, raw_target, scaling: Scaling, *, keep_exp: bool) -> tuple[TokenStats, RowState]:
+def torch_stats(
+    logits, target, raw_target, scaling: Scaling, *, keep_exp: bool, all_four: bool = True
+) -> tuple[TokenStats, RowState]:
     """Statistics of one chunk: logits (C, V) raw, target (C,), raw_target (C,) the exact s_t.
 
-    With keep_exp (and no softcap) the logits are overwritten by exp(z - row maximum) with 0 at the target: the
-    gradient's matrix product can use that as it stands, so that exp is taken once.
+    With keep_exp (and no softcap) the logits are overwritten by exp(z - row maximum) with 0 at the target:
+    the gradient's matrix product can use that as it stands, so that exp is taken once. Without all_four,
+    entropy and mean_logp are not computed and come back as 0, which saves three passes of eight.
     """
     rows, vocab = logits.shape
     dtype = wide(logits.dtype)
     store = keep_exp and not scaling.softcap
-    shift, rest, weighted, total_z = torch.empty((4, rows), dtype=dtype, device=logits.device)
+    shift, rest, weighted, total_z = torch.zeros((4, rows), dtype=dtype, device=logits.device)
     shrink = torch.ones_like(shift)
     target_z = scaled(raw_target, scaling)
     blocks = row_blocks(rows, vocab, logits.dtype)
     scratch = torch.empty((2, blocks[0].stop, vocab), dtype=dtype, device=logits.device)
-    factor = scaling.logit_scale / scaling.temperature
+    inner, outer = kernel_factors(scaling)
     for block in blocks:
         z, e = scratch[:, : block.stop - block.start]
-        z.copy_(logits[block])
-        if scaling.softcap:
-            z.mul_(scaling.logit_scale / scaling.softcap).tanh_().mul_(scaling.softcap / scaling.temperature)
-        elif factor != 1.0:
-            z.mul_(factor)
-        torch.amax(z, -1, out=shift[block])
-        column = target[block, None]
-        z.sub_(shift[block, None]).scatter_(1, column, (target_z - shift)[block, None])
-        torch.sum(z, -1, out=total_z[block])
+        column, top = target[block, None], shift[block]
+        if inner == 1.0 and not scaling.softcap and logits.dtype == dtype:
+            torch.amax(logits[block], -1, out=top)
+            torch.sub(logits[block], top[:, None], out=z)
+        else:
+            z.copy_(logits[block])
+            if scaling.softcap:
+                z.mul_(inner).tanh_().mul_(outer)
+            elif inner != 1.0:
+                z.mul_(inner)
+            torch.amax(z, -1, out=top)
+            z.sub_(top[:, None])
+        z.scatter_(1, column, (target_z[block] - top)[:, None])
+        if all_four:
+            torch.sum(z, -1, out=total_z[block])
         if store and logits.dtype == dtype:
             e = logits[block]
         torch.exp(z, out=e).scatter_(1, column, 0.0)
         torch.sum(e, -1, out=rest[block])
-        torch.sum(z.mul_(e), -1, out=weighted[block])
+        if all_four:
+            torch.sum(z.mul_(e), -1, out=weighted[block])
         if store and logits.dtype == torch.float16:  # keeps the product's sum over V below fp16's 65504
             torch.div(1024.0, rest[block] + 1024.0, out=shrink[block])
             e.mul_(shrink[block, None])
@@ -218,18 +244,21 @@ def torch_stats(logits, target, raw_target, scaling: Scaling, *, keep_exp: bool)
     target_exp = offset.exp()
     total = rest + target_exp
     log_total = total.log()
-    stats = TokenStats(offset - log_total, log_total - (weighted + target_exp * offset) / total, shift + log_total,
-                       total_z / vocab - log_total)
+    entropy, mean_logp = log_total - (weighted + target_exp * offset) / total, total_z / vocab - log_total
+    if not all_four:
+        entropy, mean_logp = torch.zeros_like(rest), torch.zeros_like(rest)
+    stats = TokenStats(offset - log_total, entropy, shift + log_total, mean_logp)
     return stats, RowState(total * shrink, target_exp * shrink, rest * shrink)
 
 
-def torch_gradient(logits, target, raw_target, stats: TokenStats, state: RowState, coefs: Coefficients,
-                 scaling: Scaling) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def torch_gradient(
+    logits, target, raw_target, stats: TokenStats, state: RowState, coefs: Coefficients, scaling: Scaling
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Turn what torch_stats(keep_exp=True) left in `logits` into the gradient in the raw logits, in place.
 
-    Returns (row_scale, target_coef), each (C,) or None: the gradient is row_scale * logits, plus target_coef in
-    the target's column. With neither softcap, entropy nor mean_logp in the loss it costs no pass at all, since
-    the scale of a row commutes with the product that follows.
+    Returns (row_scale, target_coef), each (C,) or None: the gradient is row_scale * logits, plus target_coef
+    in the target's column. With neither softcap, entropy nor mean_logp in the loss it costs no pass at all,
+    since the scale of a row commutes with the product that follows.
     """
     chain = scaling.logit_scale / scaling.temperature
     zero = torch.zeros_like(stats.logp)
@@ -237,6 +266,7 @@ def torch_gradient(logits, target, raw_target, stats: TokenStats, state: RowStat
     if not scaling.softcap and coefs.entropy is None and coefs.mean_logp is None:
         return (c - a) / state.total, (a * state.rest + c * state.target_exp) / state.total
     vocab = logits.shape[1]
+    inner, outer = kernel_factors(scaling)
     blocks = row_blocks(len(target), vocab, logits.dtype)
     scratch = torch.empty((3, blocks[0].stop, vocab), dtype=wide(logits.dtype), device=logits.device)
     constant = c - a - d - b * stats.entropy
@@ -245,8 +275,8 @@ def torch_gradient(logits, target, raw_target, stats: TokenStats, state: RowStat
         column = target[block, None]
         if scaling.softcap:
             slope.copy_(logits[block]).scatter_(1, column, raw_target[block, None])
-            slope.mul_(scaling.logit_scale / scaling.softcap).tanh_()
-            torch.mul(slope, scaling.softcap / scaling.temperature, out=logp).sub_(stats.lse[block, None])
+            slope.mul_(inner).tanh_()
+            torch.mul(slope, outer, out=logp).sub_(stats.lse[block, None])
             torch.exp(logp, out=p)
             slope.square_().neg_().add_(1.0)  # 1 - tanh^2
         else:
@@ -258,3 +288,29 @@ def torch_gradient(logits, target, raw_target, stats: TokenStats, state: RowStat
         p.scatter_add_(1, column, a[block, None])
         logits[block].copy_(p.mul_(slope) if scaling.softcap else p)
     return None, None
+
+
+class Gradients(NamedTuple):
+    """Buffers that the sweep fills; None where no gradient is asked for."""
+
+    hidden: torch.Tensor | None  # (N, D), fp32 for fp16 operands: a loss scaler multiplies only later
+    weight: torch.Tensor | None  # (V, D), fp32 sums over chunks
+    bias: torch.Tensor | None  # (V,)
+
+
+def empty_gradients(hidden, weight, bias, needs: tuple[bool, bool, bool]) -> Gradients:
+    """Zeroed buffers for (hidden, weight, bias), each only if needed."""
+    dtype = wide(hidden.dtype)
+    hidden_dtype = dtype if hidden.dtype == torch.float16 else hidden.dtype
+    return Gradients(
+        torch.zeros(hidden.shape, dtype=hidden_dtype, device=hidden.device) if needs[0] else None,
+        torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs[1] else None,
+        torch.zeros(bias.shape, dtype=dtype, device=bias.device) if needs[2] else None,
+    )
+
+
+def power_of_two(coefs: Coefficients) -> torch.Tensor:
+    """Scalar 2^k near the largest coefficient, 1 if all are zero: fp16 gradients are kept in range by
+    dividing by it, and being a power of two it changes no digit."""
+    largest = torch.stack([each.abs().max() for each in coefs if each is not None]).max()
+    return torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), torch.ones_like(largest))

@@ -1,31 +1,76 @@
-"""Log-probability (and entropy, log-sum-exp, mean log-prob) of targets under softmax(hidden @ weight.T / temperature).
+"""Log-probability (and entropy, log-sum-exp, mean log-prob) of targets under softmax(hidden @ weight.T /
+temperature).
 
-Forward-only it is what the reference policy, the judge and evaluation need. Where a gradient is needed, backward
-recomputes the logits chunk by chunk, so nothing but (N,) numbers is kept between the two.
+Forward-only it is what the reference policy, the judge and evaluation need. Where a gradient is needed,
+backward recomputes the logits chunk by chunk, so nothing but (N,) numbers is kept between the two.
 """
+
 from __future__ import annotations
 
 import torch
 
-from .common import (INTERPRET, WORKSPACE_BYTES, Coefficients, Scaling, TokenStats, architecture, cast_operands,
-                     check_arguments, jit, kept_rows, kernel_factors, raw_logits, raw_target_logit, rows_per_chunk,
-                     runs_triton, tl, triton, wide)
-from .linear_token_loss import chunk_backward, chunk_stats, empty_gradients
+from .common import (
+    INTERPRET,
+    WORKSPACE_BYTES,
+    Coefficients,
+    Scaling,
+    TokenStats,
+    architecture,
+    cast_operands,
+    check_arguments,
+    chunk_sizes,
+    empty_gradients,
+    jit,
+    kept_rows,
+    kernel_factors,
+    raw_logits,
+    raw_target_logit,
+    runs_triton,
+    tl,
+    triton,
+    wide,
+)
+from .linear_token_loss import chunk_backward, chunk_stats
 
-PARTIALS = 5  # running numbers of a (row, part of the vocabulary): maximum, sum, weighted sum, plain sum, target
+PARTIALS = (
+    5  # running numbers of a (row, part of the vocabulary): maximum, sum, weighted sum, plain sum, target
+)
 
 
 @jit
-def logp_kernel(hidden, weight, bias, target, out, rows, vocab, width, vocab_per_split, hidden_stride, weight_stride,
-                out_stride, inner, outer, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
-                UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program per (BLOCK_N rows, part of the vocabulary); a (BLOCK_N, BLOCK_V) tile of logits lives in registers.
+def logp_kernel(
+    hidden,
+    weight,
+    bias,
+    target,
+    out,
+    rows,
+    vocab,
+    width,
+    vocab_per_split,
+    hidden_stride,
+    weight_stride,
+    out_stride,
+    inner,
+    outer,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program per (BLOCK_N rows, part of the vocabulary); a (BLOCK_N, BLOCK_V) tile of logits lives in
+    registers.
 
-    hidden (N, D), weight (V, D), bias (V,), target (N,) -> out (splits, 5, N) fp32: PARTIALS of each part, which
-    `merge` adds up in a fixed order.
+    hidden (N, D), weight (V, D), bias (V,), target (N,) -> out (splits, 5, N) fp32: PARTIALS of each part,
+    which `merge` adds up in a fixed order.
     """
     row_blocks = tl.cdiv(rows, BLOCK_N)
-    row = (tl.program_id(0) % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)  # neighbours share the weight tile in L2
+    row = (tl.program_id(0) % row_blocks) * BLOCK_N + tl.arange(
+        0, BLOCK_N
+    )  # neighbours share the weight tile in L2
     split = tl.program_id(0) // row_blocks
     here = row < rows
     wanted = tl.load(target + row, mask=here, other=-1)
@@ -75,19 +120,24 @@ def logp_kernel(hidden, weight, bias, target, out, rows, vocab, width, vocab_per
 
 
 def logp_config(arch: str, dtype: torch.dtype, aligned: bool) -> dict:
-    """Tile of logp_kernel for a chip ("sm_86", "gfx1100", ...): chosen by hand so that no user waits for a search;
-    bench.compile shows that none spills and that each fits the chip's shared memory.
+    """Tile of logp_kernel for a chip ("sm_86", "gfx1100", ...): chosen by hand so that no user waits for a
+    search; bench.compile shows that none spills and that each fits the chip's shared memory.
 
-    aligned: hidden size and strides are multiples of 16. Else loads go through registers one element at a time, and
-    the deeper tiles spill.
+    aligned: hidden size and strides are multiples of 16. Else loads go through registers one element at a
+    time, and the deeper tiles spill.
     """
     if dtype == torch.float32:
         return {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
     if not aligned or arch.startswith("gfx"):
         return {"BLOCK_N": 128, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
     wide_tile = arch in ("sm_90", "sm_100")
-    return {"BLOCK_N": 128, "BLOCK_V": 128 if wide_tile else 64, "BLOCK_D": 64, "num_warps": 8,
-            "num_stages": 4 if wide_tile else 3}
+    return {
+        "BLOCK_N": 128,
+        "BLOCK_V": 128 if wide_tile else 64,
+        "BLOCK_D": 64,
+        "num_warps": 8,
+        "num_stages": 4 if wide_tile else 3,
+    }
 
 
 def merge(partials: torch.Tensor, vocab: int) -> torch.Tensor:
@@ -111,7 +161,8 @@ def triton_forward(x, weight, bias, target, scaling: Scaling) -> torch.Tensor:
     aligned = all(number % 16 == 0 for number in (width, x.stride(0), weight.stride(0)))
     config = logp_config(architecture(x.device), x.dtype, aligned)
     row_blocks, columns = triton.cdiv(rows, config["BLOCK_N"]), triton.cdiv(vocab, config["BLOCK_V"])
-    # few rows would leave most of the chip idle: cut the vocabulary until there are two programs per processor
+    # few rows would leave most of the chip idle: cut the vocabulary until there are two programs per
+    # processor
     units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     splits = max(1, min(columns, -(-2 * units // row_blocks)))
     per_split = triton.cdiv(columns, splits) * config["BLOCK_V"]
@@ -119,26 +170,48 @@ def triton_forward(x, weight, bias, target, scaling: Scaling) -> torch.Tensor:
     out = torch.empty((splits, PARTIALS, rows), dtype=torch.float32, device=x.device)
     inner, outer = kernel_factors(scaling)
     logp_kernel[(row_blocks * splits,)](
-        x, weight, x if bias is None else bias, target, out, rows, vocab, width, per_split, x.stride(0),
-        weight.stride(0), out.stride(1), inner, outer, HAS_BIAS=bias is not None, HAS_CAP=scaling.softcap > 0,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", UPCAST=INTERPRET, **config)
+        x,
+        weight,
+        x if bias is None else bias,
+        target,
+        out,
+        rows,
+        vocab,
+        width,
+        per_split,
+        x.stride(0),
+        weight.stride(0),
+        out.stride(1),
+        inner,
+        outer,
+        HAS_BIAS=bias is not None,
+        HAS_CAP=scaling.softcap > 0,
+        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        UPCAST=INTERPRET,
+        **config,
+    )
     return merge(out, vocab)
 
 
 def chunks(hidden, weight, bias, target, ignore_index, workspace_bytes):
     """Yield (rows, x, target, logits workspace filled) for each chunk of the rows that count."""
     rows = kept_rows(target, ignore_index, weight.shape[0])
-    chunk = rows_per_chunk(len(rows), weight.shape[0], hidden.element_size(), workspace_bytes)
-    workspace = torch.empty((min(chunk, len(rows)), weight.shape[0]), dtype=hidden.dtype, device=hidden.device)
-    for index in rows.split(chunk) if len(rows) else ():
+    sizes = chunk_sizes(len(rows), weight.shape[0], hidden.element_size(), workspace_bytes)
+    workspace = torch.empty(
+        (max(sizes, default=0), weight.shape[0]), dtype=hidden.dtype, device=hidden.device
+    )
+    for index in rows.split(sizes):
         x = hidden.index_select(0, index)
         logits = workspace[: len(index)]
         raw_logits(x, weight, bias, logits)
         yield index, x, target.index_select(0, index), logits
 
 
-def forward_stats(hidden, weight, bias, target, scaling: Scaling, ignore_index, workspace_bytes) -> torch.Tensor:
-    """(4, N): the TokenStats rows, 0 at ignored tokens."""
+def forward_stats(
+    hidden, weight, bias, target, scaling: Scaling, ignore_index, workspace_bytes, all_four: bool
+) -> torch.Tensor:
+    """(4, N): the TokenStats rows, 0 at ignored tokens; entropy and mean_logp may be left at 0 without
+    all_four."""
     out = torch.zeros((4, hidden.shape[0]), dtype=wide(hidden.dtype), device=hidden.device)
     if runs_triton(hidden):
         rows = kept_rows(target, ignore_index, weight.shape[0])
@@ -148,18 +221,20 @@ def forward_stats(hidden, weight, bias, target, scaling: Scaling, ignore_index, 
         return out
     for index, x, wanted, logits in chunks(hidden, weight, bias, target, ignore_index, workspace_bytes):
         raw_target = raw_target_logit(x, weight, bias, wanted)
-        stats, _ = chunk_stats(logits, wanted, raw_target, scaling, keep_exp=False)
+        stats, _ = chunk_stats(logits, wanted, raw_target, scaling, keep_exp=False, all_four=all_four)
         out.index_copy_(1, index, torch.stack(stats))
     return out
 
 
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, scaling, ignore_index, workspace_bytes):
+    def forward(ctx, hidden, weight, bias, target, scaling, ignore_index, workspace_bytes, all_four):
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.options = scaling, ignore_index, workspace_bytes
         ctx.set_materialize_grads(False)
-        return tuple(forward_stats(hidden, weight, bias, target, scaling, ignore_index, workspace_bytes))
+        return tuple(
+            forward_stats(hidden, weight, bias, target, scaling, ignore_index, workspace_bytes, all_four)
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -169,26 +244,53 @@ class _LinearLogp(torch.autograd.Function):
         needs = tuple(ctx.needs_input_grad[:3])
         grads = empty_gradients(hidden, weight, bias, needs)
         if any(each is not None for each in grad_stats):
-            for index, x, wanted, logits in chunks(hidden, weight, bias, target, ignore_index, workspace_bytes):
-                coefs = Coefficients(*(None if each is None else each.index_select(0, index) for each in grad_stats))
+            for index, x, wanted, logits in chunks(
+                hidden, weight, bias, target, ignore_index, workspace_bytes
+            ):
+                coefs = Coefficients(
+                    *(None if each is None else each.index_select(0, index) for each in grad_stats)
+                )
                 raw_target = raw_target_logit(x, weight, bias, wanted)
-                stats, state = chunk_stats(logits, wanted, raw_target, scaling, keep_exp=True)
-                chunk_backward(logits, x, weight, wanted, raw_target, index, stats, state, coefs, scaling, grads)
-        cast = (None if grad is None else grad.to(like.dtype) for grad, like in zip(grads, (hidden, weight, bias)))
-        return *cast, None, None, None, None
+                needed = coefs.entropy is not None or coefs.mean_logp is not None
+                stats, state = chunk_stats(
+                    logits, wanted, raw_target, scaling, keep_exp=True, all_four=needed
+                )
+                chunk_backward(
+                    logits, x, weight, wanted, raw_target, index, stats, state, coefs, scaling, grads
+                )
+        cast = (
+            None if grad is None else grad.to(like.dtype) for grad, like in zip(grads, (hidden, weight, bias))
+        )
+        return *cast, None, None, None, None, None
 
 
-def linear_logp(hidden, weight, target, *, bias=None, temperature=1.0, softcap=0.0, logit_scale=1.0,
-                ignore_index=-100, return_stats=False, workspace_bytes=WORKSPACE_BYTES):
+def linear_logp(
+    hidden,
+    weight,
+    target,
+    *,
+    bias=None,
+    temperature=1.0,
+    softcap=0.0,
+    logit_scale=1.0,
+    ignore_index=-100,
+    return_stats=False,
+    workspace_bytes=WORKSPACE_BYTES,
+):
     """Per-token log-prob of target under the model's head, without the (N, V) logits.
 
-    hidden (N, D) and weight (V, D) floating point, bias (V,) or None, target (N,) int64. Returns logp (N,), or
-    TokenStats of four (N,) with return_stats; fp32 (fp64 for fp64 input), 0 at rows whose target is ignore_index.
-    Differentiable in hidden, weight and bias where they require grad. Raises ValueError on bad arguments.
+    hidden (N, D) and weight (V, D) floating point, bias (V,) or None, target (N,) int64. Returns logp (N,),
+    or TokenStats of four (N,) with return_stats; fp32 (fp64 for fp64 input), 0 at rows whose target is
+    ignore_index. Differentiable in hidden, weight and bias where they require grad. Raises ValueError on bad
+    arguments.
     """
     scaling = Scaling(float(temperature), float(softcap), float(logit_scale))
     check_arguments(hidden, weight, target, bias, scaling)
     hidden, weight, bias = cast_operands(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        stats = TokenStats(*_LinearLogp.apply(hidden, weight, bias, target, scaling, ignore_index, workspace_bytes))
+        stats = TokenStats(
+            *_LinearLogp.apply(
+                hidden, weight, bias, target, scaling, ignore_index, workspace_bytes, return_stats
+            )
+        )
     return stats if return_stats else stats.logp

@@ -1,27 +1,60 @@
-"""Loss and gradient of any per-token loss of the targets' log-probs under softmax(hidden @ weight.T), in one sweep.
+"""Loss and gradient of any per-token loss of the targets' log-probs under a linear head, in one sweep.
 
 For each chunk of C rows the logits go once into a reused (C, V) workspace; one pass reads them for the four
 statistics; the caller's loss function maps those C numbers to C losses, and autograd on them alone gives
-d loss / d statistic; a second pass turns the workspace into the gradient in place; one more matrix product gives
-the gradient in hidden. With a frozen weight that is two products of N * V * D, the least there is, and nothing of
-size N x V exists. Backward is a multiplication by the incoming scalar.
+the derivative in each statistic; a second pass turns the workspace into the gradient in place; one more
+matrix product gives the gradient in hidden. With a frozen weight that is two
+products of N * V * D, the least there is, and nothing of size N x V exists. Backward is a multiplication by
+the incoming scalar.
 """
+
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import torch
 
-from .common import (WORKSPACE_BYTES, Coefficients, Scaling, TokenStats, cast_operands, check_arguments,
-                     jit, kept_rows, kernel_factors, raw_logits, raw_target_logit, rows_per_chunk, runs_triton, tl,
-                     torch_gradient, torch_stats, triton, wide)
+from .common import (
+    WORKSPACE_BYTES,
+    Coefficients,
+    Gradients,
+    Scaling,
+    TokenStats,
+    cast_operands,
+    check_arguments,
+    chunk_sizes,
+    empty_gradients,
+    jit,
+    kept_rows,
+    kernel_factors,
+    power_of_two,
+    raw_logits,
+    raw_target_logit,
+    runs_triton,
+    tl,
+    torch_gradient,
+    torch_stats,
+    triton,
+    wide,
+)
 
 LossFn = Callable[[TokenStats, torch.Tensor], torch.Tensor]
 
 
 @jit
-def row_stats_kernel(logits, target, raw_target, out, row_stride, out_stride, vocab, inner, outer,
-                     HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
+def row_stats_kernel(
+    logits,
+    target,
+    raw_target,
+    out,
+    row_stride,
+    out_stride,
+    vocab,
+    inner,
+    outer,
+    HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program per row: logits (C, V) read once -> out (4, C) fp32 = logp, entropy, lse, mean_logp."""
     row = tl.program_id(0).to(tl.int64)
     wanted = tl.load(target + row)
@@ -59,11 +92,26 @@ def row_stats_kernel(logits, target, raw_target, out, row_stride, out_stride, vo
 
 
 @jit
-def gradient_kernel(logits, target, raw_target, stats, coefs, row_stride, stats_stride, vocab, blocks, inner, outer,
-                    chain, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per (row, block of the vocabulary): logits (C, V) become the gradient in the raw logits, in place.
+def gradient_kernel(
+    logits,
+    target,
+    raw_target,
+    stats,
+    coefs,
+    row_stride,
+    stats_stride,
+    vocab,
+    blocks,
+    inner,
+    outer,
+    chain,
+    HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per (row, block of the vocabulary): logits (C, V) become the gradient in place.
 
-    stats and coefs (4, C) fp32 in the order of TokenStats; chain = logit_scale / temperature.
+    The gradient is that in the raw logits; stats and coefs (4, C) fp32 in the order of TokenStats;
+    chain = logit_scale / temperature.
     """
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -92,8 +140,8 @@ def gradient_kernel(logits, target, raw_target, stats, coefs, row_stride, stats_
 
 
 def row_config(vocab: int) -> dict:
-    """Block and warps of the two row kernels: memory bound, so only wide enough loads matter; lanes stay few enough
-    that the five running values of row_stats_kernel sit in registers on every target."""
+    """Block and warps of the two row kernels: memory bound, so only wide enough loads matter; lanes stay few
+    enough that the five running values of row_stats_kernel sit in registers on every target."""
     block = min(4096, triton.next_power_of_2(vocab))
     return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
 
@@ -104,12 +152,25 @@ def triton_stats(logits, target, raw_target, scaling: Scaling) -> TokenStats:
     assert logits.stride(1) == 1 and target.is_contiguous() and raw_target.is_contiguous()
     out = torch.empty((4, rows), dtype=torch.float32, device=logits.device)
     inner, outer = kernel_factors(scaling)
-    row_stats_kernel[(rows,)](logits, target, raw_target, out, logits.stride(0), out.stride(0), vocab, inner, outer,
-                              HAS_CAP=scaling.softcap > 0, **row_config(vocab))
+    row_stats_kernel[(rows,)](
+        logits,
+        target,
+        raw_target,
+        out,
+        logits.stride(0),
+        out.stride(0),
+        vocab,
+        inner,
+        outer,
+        HAS_CAP=scaling.softcap > 0,
+        **row_config(vocab),
+    )
     return TokenStats(*out)
 
 
-def triton_gradient(logits, target, raw_target, stats: TokenStats, coefs: Coefficients, scaling: Scaling) -> None:
+def triton_gradient(
+    logits, target, raw_target, stats: TokenStats, coefs: Coefficients, scaling: Scaling
+) -> None:
     """gradient_kernel in place on logits (C, V) raw; stats and coefs (C,) each."""
     rows, vocab = logits.shape
     assert logits.stride(1) == 1 and target.is_contiguous() and raw_target.is_contiguous()
@@ -118,16 +179,29 @@ def triton_gradient(logits, target, raw_target, stats: TokenStats, coefs: Coeffi
     inner, outer = kernel_factors(scaling)
     config = row_config(vocab)
     blocks = triton.cdiv(vocab, config["BLOCK"])
-    gradient_kernel[(rows * blocks,)](logits, target, raw_target, packed, numbers, logits.stride(0), packed.stride(0),
-                                      vocab, blocks, inner, outer, scaling.logit_scale / scaling.temperature,
-                                      HAS_CAP=scaling.softcap > 0, **config)
+    gradient_kernel[(rows * blocks,)](
+        logits,
+        target,
+        raw_target,
+        packed,
+        numbers,
+        logits.stride(0),
+        packed.stride(0),
+        vocab,
+        blocks,
+        inner,
+        outer,
+        scaling.logit_scale / scaling.temperature,
+        HAS_CAP=scaling.softcap > 0,
+        **config,
+    )
 
 
-def chunk_stats(logits, target, raw_target, scaling: Scaling, *, keep_exp: bool):
+def chunk_stats(logits, target, raw_target, scaling: Scaling, *, keep_exp: bool, all_four: bool = True):
     """(TokenStats, state) of one chunk of raw logits on whatever path the device has."""
     if runs_triton(logits):
         return triton_stats(logits, target, raw_target, scaling), None
-    return torch_stats(logits, target, raw_target, scaling, keep_exp=keep_exp)
+    return torch_stats(logits, target, raw_target, scaling, keep_exp=keep_exp, all_four=all_four)
 
 
 def chunk_gradient(logits, target, raw_target, stats, state, coefs: Coefficients, scaling: Scaling):
@@ -135,31 +209,6 @@ def chunk_gradient(logits, target, raw_target, stats, state, coefs: Coefficients
     if runs_triton(logits):
         return triton_gradient(logits, target, raw_target, stats, coefs, scaling), None
     return torch_gradient(logits, target, raw_target, stats, state, coefs, scaling)
-
-
-class Gradients(NamedTuple):
-    """Buffers that the sweep fills; None where no gradient is asked for."""
-
-    hidden: torch.Tensor | None  # (N, D), fp32 for fp16 operands: a loss scaler multiplies only later
-    weight: torch.Tensor | None  # (V, D), fp32 sums over chunks
-    bias: torch.Tensor | None  # (V,)
-
-
-def empty_gradients(hidden, weight, bias, needs: tuple[bool, bool, bool]) -> Gradients:
-    """Zeroed buffers for (hidden, weight, bias), each only if needed."""
-    dtype = wide(hidden.dtype)
-    hidden_dtype = dtype if hidden.dtype == torch.float16 else hidden.dtype
-    return Gradients(
-        torch.zeros(hidden.shape, dtype=hidden_dtype, device=hidden.device) if needs[0] else None,
-        torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs[1] else None,
-        torch.zeros(bias.shape, dtype=dtype, device=bias.device) if needs[2] else None)
-
-
-def power_of_two(coefs: Coefficients) -> torch.Tensor:
-    """Scalar 2^k near the largest coefficient, 1 if all are zero: fp16 gradients are kept in range by dividing by
-    it, and being a power of two it changes no digit."""
-    largest = torch.stack([each.abs().max() for each in coefs if each is not None]).max()
-    return torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), torch.ones_like(largest))
 
 
 def chunk_backward(logits, x, weight, target, raw_target, rows, stats, state, coefs, scaling, grads) -> None:
@@ -201,14 +250,19 @@ def loss_and_coefficients(loss_fn: LossFn, stats: TokenStats, rows, *, need_grad
     with torch.set_grad_enabled(need_grad):
         per_token = loss_fn(leaves, rows)
         if per_token.shape != rows.shape:
-            raise ValueError(f"loss_fn must return one loss per row, {tuple(rows.shape)}, got {tuple(per_token.shape)}")
+            raise ValueError(
+                f"loss_fn must return one loss per row, {tuple(rows.shape)}, got {tuple(per_token.shape)}"
+            )
         loss = per_token.sum()
     if not need_grad or not loss.requires_grad:
         return loss.detach(), None
-    return loss.detach(), Coefficients(*torch.autograd.grad(loss, leaves, allow_unused=True))
+    coefs = Coefficients(*torch.autograd.grad(loss, leaves, allow_unused=True))
+    return loss.detach(), None if all(each is None for each in coefs) else coefs
 
 
-def sweep(hidden, weight, bias, target, loss_fn, scaling: Scaling, ignore_index, workspace_bytes, grads: Gradients):
+def sweep(
+    hidden, weight, bias, target, loss_fn, scaling: Scaling, ignore_index, workspace_bytes, grads: Gradients
+):
     """One pass over the rows that count. Returns (loss scalar, TokenStats of (N,)), and fills `grads`."""
     count, vocab = hidden.shape[0], weight.shape[0]
     dtype, device = wide(hidden.dtype), hidden.device
@@ -216,9 +270,9 @@ def sweep(hidden, weight, bias, target, loss_fn, scaling: Scaling, ignore_index,
     rows = kept_rows(target, ignore_index, vocab)
     out = torch.zeros((4, count), dtype=dtype, device=device)
     loss = torch.zeros((), dtype=dtype, device=device)
-    chunk = rows_per_chunk(len(rows), vocab, hidden.element_size(), workspace_bytes)
-    workspace = torch.empty((min(chunk, len(rows)), vocab), dtype=hidden.dtype, device=device)
-    for index in rows.split(chunk) if len(rows) else ():
+    sizes = chunk_sizes(len(rows), vocab, hidden.element_size(), workspace_bytes)
+    workspace = torch.empty((max(sizes, default=0), vocab), dtype=hidden.dtype, device=device)
+    for index in rows.split(sizes):
         x, wanted = hidden.index_select(0, index), target.index_select(0, index)
         logits = workspace[: len(index)]  # (C, V)
         raw_logits(x, weight, bias, logits)
@@ -237,7 +291,9 @@ class _LinearTokenLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target, loss_fn, scaling, ignore_index, workspace_bytes):
         needs = tuple(ctx.needs_input_grad[:3])
         grads = empty_gradients(hidden, weight, bias, needs)
-        loss, stats = sweep(hidden, weight, bias, target, loss_fn, scaling, ignore_index, workspace_bytes, grads)
+        loss, stats = sweep(
+            hidden, weight, bias, target, loss_fn, scaling, ignore_index, workspace_bytes, grads
+        )
         ctx.save_for_backward(*grads)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(*stats)
@@ -246,29 +302,48 @@ class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
-        grads = (None if grad is None else (grad * grad_loss).to(dtype)
-                 for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        grads = (
+            None if grad is None else (grad * grad_loss).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        )
         return *grads, None, None, None, None, None
 
 
-def linear_token_loss(hidden, weight, target, loss_fn: LossFn, *, bias=None, temperature=1.0, softcap=0.0,
-                      logit_scale=1.0, ignore_index=-100, workspace_bytes=WORKSPACE_BYTES):
+def linear_token_loss(
+    hidden,
+    weight,
+    target,
+    loss_fn: LossFn,
+    *,
+    bias=None,
+    temperature=1.0,
+    softcap=0.0,
+    logit_scale=1.0,
+    ignore_index=-100,
+    workspace_bytes=WORKSPACE_BYTES,
+):
     """Sum over rows of loss_fn(statistics of the target), with its gradient, without the (N, V) logits.
 
     hidden (N, D) and weight (V, D) floating point, bias (V,) or None, target (N,) int64; rows whose target is
-    ignore_index are dropped before any work. loss_fn(stats: TokenStats of (C,), rows (C,) int64) -> (C,) is called
-    once per chunk under autograd; rows are indices into the N given rows. It must not mix rows of a chunk and must
-    apply the caller's normaliser itself. Returns (loss, stats): loss a scalar, differentiable in hidden, weight and
-    bias where they require grad; stats a detached TokenStats of (N,), 0 at ignored rows. Both are fp32 (fp64 for
-    fp64 input). Peak extra memory: workspace_bytes plus one (N, D) gradient. Raises ValueError on bad arguments.
+    ignore_index are dropped before any work. loss_fn(stats: TokenStats of (C,), rows (C,) int64) -> (C,) is
+    called once per chunk under autograd; rows are indices into the N given rows. It must not mix rows of a
+    chunk and must apply the caller's normaliser itself. Returns (loss, stats): loss a scalar, differentiable
+    in hidden, weight and bias where they require grad; stats a detached TokenStats of (N,), 0 at ignored
+    rows. Both are fp32 (fp64 for fp64 input). Peak extra memory: workspace_bytes, one (N, D) gradient, and up
+    to 6 MiB of scratch on the CPU. Raises ValueError on bad arguments.
     """
     scaling = Scaling(float(temperature), float(softcap), float(logit_scale))
     check_arguments(hidden, weight, target, bias, scaling)
     hidden, weight, bias = cast_operands(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (hidden, weight, bias)):
-            loss, *stats = _LinearTokenLoss.apply(hidden, weight, bias, target, loss_fn, scaling, ignore_index,
-                                                  workspace_bytes)
+        if torch.is_grad_enabled() and any(
+            each is not None and each.requires_grad for each in (hidden, weight, bias)
+        ):
+            loss, *stats = _LinearTokenLoss.apply(
+                hidden, weight, bias, target, loss_fn, scaling, ignore_index, workspace_bytes
+            )
             return loss, TokenStats(*stats)
         nothing = Gradients(None, None, None)
-        return sweep(hidden.detach(), weight, bias, target, loss_fn, scaling, ignore_index, workspace_bytes, nothing)
+        return sweep(
+            hidden.detach(), weight, bias, target, loss_fn, scaling, ignore_index, workspace_bytes, nothing
+        )

@@ -1,6 +1,7 @@
-"""The specification: both operations in plain torch with the full (N, V) logits, in the dtype of the input but at
-least fp32. In float64 it is what every kernel is measured against. Use it for small inputs only.
+"""The specification: both operations in plain torch with the full (N, V) logits, in the dtype of the input
+but at least fp32. In float64 it is what every kernel is measured against. Use it for small inputs only.
 """
+
 from __future__ import annotations
 
 import torch
@@ -20,10 +21,22 @@ def full_logits(hidden, weight, *, bias=None, temperature=1.0, softcap=0.0, logi
     return logits / temperature
 
 
-def linear_logp(hidden, weight, target, *, bias=None, temperature=1.0, softcap=0.0, logit_scale=1.0,
-                ignore_index=-100, return_stats=False):
+def linear_logp(
+    hidden,
+    weight,
+    target,
+    *,
+    bias=None,
+    temperature=1.0,
+    softcap=0.0,
+    logit_scale=1.0,
+    ignore_index=-100,
+    return_stats=False,
+):
     """See kernels.linear_logp.linear_logp; differentiable by autograd."""
-    logits = full_logits(hidden, weight, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    logits = full_logits(
+        hidden, weight, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+    )
     kept = target != ignore_index
     log_softmax = torch.log_softmax(logits, -1)  # (N, V)
     picked = log_softmax.gather(1, target.masked_fill(~kept, 0)[:, None]).squeeze(1)
@@ -33,11 +46,31 @@ def linear_logp(hidden, weight, target, *, bias=None, temperature=1.0, softcap=0
     return stats if return_stats else stats.logp
 
 
-def linear_token_loss(hidden, weight, target, loss_fn, *, bias=None, temperature=1.0, softcap=0.0, logit_scale=1.0,
-                      ignore_index=-100):
-    """See kernels.linear_token_loss.linear_token_loss; the loss function is called once, on all rows that count."""
-    stats = linear_logp(hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap,
-                        logit_scale=logit_scale, ignore_index=ignore_index, return_stats=True)
+def linear_token_loss(
+    hidden,
+    weight,
+    target,
+    loss_fn,
+    *,
+    bias=None,
+    temperature=1.0,
+    softcap=0.0,
+    logit_scale=1.0,
+    ignore_index=-100,
+):
+    """See kernels.linear_token_loss.linear_token_loss; the loss function is called once, on all rows that
+    count."""
+    stats = linear_logp(
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        return_stats=True,
+    )
     rows = (target != ignore_index).nonzero().squeeze(1)
     loss = loss_fn(TokenStats(*(each[rows] for each in stats)), rows).sum()
     return loss, TokenStats(*(each.detach() for each in stats))

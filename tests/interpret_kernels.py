@@ -1,22 +1,32 @@
 """The Triton kernels under Triton's interpreter. test_triton.py runs this file in a process of its own, with
-TRITON_INTERPRET=1: the variable must be set before triton is imported and changes every kernel of the process.
+TRITON_INTERPRET=1: the variable must be set before triton is imported and changes every kernel of the
+process.
 
-The same promises as test_kernels.py (its tests are run again here, on the Triton path), plus shapes that need several
-blocks along every axis. The interpreter truncates where hardware rounds fp32 to bf16, which doubles that error.
+The same promises as test_kernels.py (its tests are run again here, on the Triton path), plus shapes that need
+several blocks along every axis. The interpreter truncates where hardware rounds fp32 to bf16, which doubles
+that error.
 """
+
 import pytest
 import torch
-from test_kernels import (HEADS, LOSSES, N, V, gradients, nll, problem,  # noqa: F401
-                          test_autocast_runs_in_its_dtype_and_returns_gradients_in_the_parameters_dtype,
-                          test_fp16_gradients_survive_a_small_normaliser,
-                          test_ignored_rows_get_zero_and_are_dropped_before_the_product,
-                          test_mixed_dtypes_and_strided_hidden_are_accepted, test_no_row_one_row_and_all_rows_ignored,
-                          test_nothing_of_size_tokens_times_vocab_is_allocated,
-                          test_result_does_not_depend_on_the_workspace_budget,
-                          test_same_input_gives_the_same_bits_twice)
+import test_kernels
+from test_kernels import HEADS, LOSSES, LargestStorage, N, V, gradients, nll, problem
 
 from minimath.kernels import linear_logp, linear_token_loss, reference
 from minimath.kernels.common import INTERPRET, runs_triton
+
+# pytest collects these here a second time
+for name in (
+    "test_autocast_runs_in_its_dtype_and_returns_gradients_in_the_parameters_dtype",
+    "test_fp16_gradients_survive_a_small_normaliser",
+    "test_ignored_rows_get_zero_and_are_dropped_before_the_product",
+    "test_mixed_dtypes_and_strided_hidden_are_accepted",
+    "test_no_row_one_row_and_all_rows_ignored",
+    "test_result_does_not_depend_on_the_workspace_budget",
+    "test_same_input_gives_the_same_bits_twice",
+    "test_a_loss_that_uses_no_statistic_has_a_zero_gradient",
+):
+    globals()[name] = getattr(test_kernels, name)
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 1.6e-2}
 
@@ -41,7 +51,9 @@ def test_loss_stats_and_every_gradient_equal_the_float64_reference(loss_name, he
     hidden, weight, bias, target = problem(dtype)
     exact = exact_copy(hidden, weight, bias)
     options, loss_fn = HEADS[head], LOSSES[loss_name]
-    loss, stats = linear_token_loss(hidden, weight, target, loss_fn, bias=bias, workspace_bytes=V * 4 * 20, **options)
+    loss, stats = linear_token_loss(
+        hidden, weight, target, loss_fn, bias=bias, workspace_bytes=V * 4 * 20, **options
+    )
     want, want_stats = reference.linear_token_loss(*exact[:2], target, loss_fn, bias=exact[2], **options)
     tolerance = TOLERANCE[dtype]
     for got, right in zip((loss, *stats), (want, *want_stats)):
@@ -53,7 +65,8 @@ def test_loss_stats_and_every_gradient_equal_the_float64_reference(loss_name, he
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("head", HEADS)
 def test_fused_logp_and_its_gradient_equal_the_float64_reference(head, dtype):
-    """Rows, vocabulary and hidden size each span several blocks with a ragged end; all of it is one product."""
+    """Rows, vocabulary and hidden size each span several blocks with a ragged end; all of it is one
+    product."""
     hidden, weight, bias, target = problem(dtype, n=131, d=75, v=517)
     exact = exact_copy(hidden, weight, bias)
     options = HEADS[head]
@@ -69,27 +82,48 @@ def test_fused_logp_and_its_gradient_equal_the_float64_reference(head, dtype):
 
 
 def test_vocabulary_of_several_blocks_with_extreme_logits():
-    """V above the row kernels' block of 4096, and logits of +-300 that overflow exp without the running maximum."""
+    """V above the row kernels' block of 4096, and logits of +-300 that overflow exp without the running
+    maximum."""
     hidden, weight, _, target = problem(torch.float32, n=5, d=6, v=9001, bias=False, ignored=(2,))
     with torch.no_grad():
         hidden.mul_(50.0)
     exact = exact_copy(hidden, weight)
     loss, stats = linear_token_loss(hidden, weight, target, nll)
     want, want_stats = reference.linear_token_loss(*exact, target, nll)
-    torch.testing.assert_close(tuple(each.double() for each in stats), tuple(want_stats), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        tuple(each.double() for each in stats), tuple(want_stats), rtol=1e-5, atol=1e-4
+    )
     for got, right in zip(gradients(loss, (hidden, weight)), gradients(want, exact)):
         close(got, right, 1e-4)
     got = linear_logp(hidden, weight, target, return_stats=True)
-    torch.testing.assert_close(tuple(each.detach().double() for each in got), tuple(want_stats), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        tuple(each.detach().double() for each in got), tuple(want_stats), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_nothing_of_size_tokens_times_vocab_is_allocated_on_the_triton_path():
+    n, v, budget = 150, 523, 1 << 15
+    hidden, weight, _, target = problem(torch.float32, n=n, d=16, v=v, bias=False)
+    weight.requires_grad_(False)
+    with LargestStorage(hidden, weight) as used:
+        linear_token_loss(hidden, weight, target, nll, workspace_bytes=budget)[0].backward()
+        linear_logp(hidden, weight, target, workspace_bytes=budget).sum().backward()
+    assert 0 < used.bytes <= budget < n * v * 4 / 4, (used.bytes, used.operation)
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_few_rows_split_the_vocabulary_and_merge_to_the_same(n):
     hidden, weight, bias, target = problem(torch.float32, n=n, d=8, v=1000, ignored=())
     got = linear_logp(hidden, weight, target, bias=bias, return_stats=True)
-    want = reference.linear_logp(*exact_copy(hidden, weight)[:2], target, bias=bias.double(), return_stats=True)
-    torch.testing.assert_close(tuple(each.detach().double() for each in got), tuple(each.detach() for each in want),
-                               rtol=1e-5, atol=1e-5)
+    want = reference.linear_logp(
+        *exact_copy(hidden, weight)[:2], target, bias=bias.double(), return_stats=True
+    )
+    torch.testing.assert_close(
+        tuple(each.detach().double() for each in got),
+        tuple(each.detach() for each in want),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_weight_with_a_stride_is_read_right():
