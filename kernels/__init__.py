@@ -5,12 +5,24 @@ loss, stats = linear_token_loss(hidden, weight, target, lambda stats, rows: -sta
 """
 
 if __name__ == "kernels":
-    # With the repository root on sys.path this folder would pass for Hugging Face's package of that name,
-    # which transformers and bitsandbytes look for.
-    raise ImportError("this folder is minimath.kernels, not the package `kernels`")
+    # The repository root on sys.path (`python -m ...` there) makes this folder pass for Hugging Face's package of
+    # that name, which transformers and bitsandbytes look for: hand over to it where it is installed, else look like
+    # a folder without code, which is what transformers skips. Raising here would stop the import of transformers.
+    import os
+    import sys
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
 
-from .common import TokenStats
-from .linear_logp import linear_logp
-from .linear_token_loss import linear_token_loss
+    here = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    spec = PathFinder.find_spec("kernels", [path for path in sys.path if os.path.realpath(path or ".") != here])
+    if spec and spec.origin:
+        sys.modules["kernels"] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["kernels"])
+    else:
+        __file__ = None
+else:
+    from .common import TokenStats
+    from .linear_logp import linear_logp
+    from .linear_token_loss import linear_token_loss
 
-__all__ = ["TokenStats", "linear_logp", "linear_token_loss"]
+    __all__ = ["TokenStats", "linear_logp", "linear_token_loss"]

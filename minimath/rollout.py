@@ -1,7 +1,7 @@
 """Sample completions with the weights that train: groups of G per prompt, batched KV-cache decoding.
 
-A group's prompt is prefilled once and its keys and values are copied into G slots. Slots decode side by side; a slot
-whose completion ends takes the next one at once, and when none is left the batch shrinks, so no step is spent on
+A group's prompt is prefilled once and its keys and values are copied into G slots. Slots decode side by side; when an
+eighth of them is free the next completions move in, and when none is left the batch shrinks, so no step is spent on
 rows that have ended. Every completion has its own random stream, seeded by (seed, prompt, sample): it does not
 depend on the batch it was decoded in (up to rounding). The log-prob of every token is recorded as it was sampled:
 under the temperature and after top-k / top-p / min-p.
@@ -110,8 +110,9 @@ def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, ma
         state = _Decode(model, tokenizer, prompts, how, slots, max_new_tokens, set(eos))
         done = {}
         while jobs or state.active:
-            if jobs and len(state.active) < slots:
-                take, jobs = jobs[:slots - len(state.active)], jobs[slots - len(state.active):]
+            free = slots - len(state.active)
+            if jobs and (free >= max(1, slots // 8) or not state.active):  # a forward per refilled row costs more
+                take, jobs = jobs[:free], jobs[free:]
                 state.start([(p, s, stream_seed(seed, keys[p], s)) for p, s in take])
             ended = state.step()
             done.update(ended)
@@ -273,7 +274,8 @@ def sample_tokens(logits: torch.Tensor, noise: torch.Tensor, how: Sampling) -> t
     logits = truncate(logits, how)
     probs = torch.softmax(logits, -1)
     cumulative = probs.cumsum(-1)
-    # scaled by the sum, so that rounding in the last entry can never leave the noise beyond the end
+    # scaled by the sum and kept below it: noise rounded to 1 would fall on the last token, whatever its probability
+    noise = noise.clamp(max=1 - 2 ** -24)
     token = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
     token = token.clamp_(max=logits.shape[-1] - 1)
     return token, torch.log(probs.gather(-1, token[:, None])[:, 0])
