@@ -34,6 +34,7 @@ def main() -> int:
 
 def run_command(action) -> int:
     """Run a command; what a user can put right becomes one line on stderr and a non-zero status."""
+    quiet_libraries()
     from minimath.config import UserError
     from minimath.runs import Stopped
     try:
@@ -61,7 +62,6 @@ def dispatch(command: str, words: list[str]):
     if "--help" in words or "-h" in words:
         print(help_text(command, stages))
         return None
-    quiet_libraries()
     if command == "demo":
         from minimath.demo import demo
         return demo(words)

@@ -64,10 +64,10 @@ def evaluate_model(model, tokenizer, examples: list[Example], cfg: EvalConfig, l
                           slots=cfg.slots, on_progress=on_progress)
     seconds = time.perf_counter() - started
     with AnswerChecker() as checker:
-        records = [grade(examples[i], completion, tokenizer, checker, s)
+        records = [{"number": i} | grade(examples[i], completion, tokenizer, checker, s)
                    for i, group in zip(fits, groups, strict=True) for s, completion in enumerate(group)]
-        skipped = [{"id": e.id, "problem": e.problem, "gold": e.answer, "sample": s, "text": "", "answer": None,
-                    "right": False, "tokens": 0, "ended": False, "right_steps": 0, "steps": 0}
+        skipped = [{"number": i, "id": e.id, "problem": e.problem, "gold": e.answer, "sample": s, "text": "",
+                    "answer": None, "right": False, "tokens": 0, "ended": False, "right_steps": 0, "steps": 0}
                    for i, e in enumerate(examples) if len(prompts[i]) > cfg.max_prompt_len for s in range(cfg.samples)]
         summary = summarise(records + skipped, cfg, checker)
     summary["tokens_per_s"] = sum(r["tokens"] for r in records) / seconds
@@ -85,9 +85,9 @@ def grade(example: Example, completion, tokenizer, checker: AnswerChecker, sampl
 
 def summarise(records: list[dict], cfg: EvalConfig, checker: AnswerChecker) -> dict:
     """All figures from the records of one evaluation; intervals treat problems, not samples, as independent."""
-    problems: dict[tuple, list[dict]] = {}
-    for record in records:
-        problems.setdefault((record["id"], record["problem"]), []).append(record)
+    problems: dict[int, list[dict]] = {}
+    for record in records:  # by place in the data: a problem that occurs twice there counts twice
+        problems.setdefault(record["number"], []).append(record)
     groups, k = list(problems.values()), cfg.samples
     rates = [sum(r["right"] for r in group) / len(group) for group in groups]
     right, tokens = sum(r["right"] for r in records), [r["tokens"] for r in records]

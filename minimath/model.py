@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from minimath.checkpoint import find_adapter
@@ -185,7 +186,7 @@ def _load_errors(name: str, what: str):
                         "give a folder saved by save_pretrained, or a hub id like owner/name")
     try:
         yield
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "check the folder" if looks_like_path else \
             "check the name and the network, or give the folder of a model on this disk"

@@ -92,11 +92,12 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
     with log.progress(cfg.steps, "rlaif") as advance, AnswerChecker() as checker:
         advance(state["done"])
         while state["done"] < cfg.steps and not stop.requested():
-            step, clock = state["done"], time.monotonic()
+            step, cursor, clock = state["done"], state["cursor"], time.monotonic()
             try:
                 groups, facts = collect_groups(cfg, model, tokenizer, problems, judge, checker, state, stop)
             except Stopped:
                 log.say("the rollout was interrupted; its step is not counted")
+                state["cursor"] = cursor  # its problems are drawn again after a resume
                 break
             facts |= {"rollout_seconds": time.monotonic() - clock}
             clock = time.monotonic()
@@ -241,8 +242,7 @@ def update(cfg: RLAIFConfig, model, tokenizer, groups: list[Group], optimizer, p
 def training_rows(groups: list[Group]) -> tuple[list[Encoded], list[tuple[list[float], float]]]:
     """Prompt + completion rows with a non-zero advantage, and for each (sampled log-probs, advantage).
 
-    A row of advantage 0 has no policy gradient; it still counts in the divisors through its group's other rows only,
-    as in DAPO's token mean over the rows trained.
+    A row of advantage 0 has no policy gradient: it is left out, of the KL, the entropy bonus and the divisors too.
     """
     rows, samples = [], []
     for group in groups:

@@ -3,7 +3,7 @@ import sys
 
 from minimath.answer import extract_answer
 from minimath.chat import eos_ids, prompt_ids
-from minimath.config import EvalConfig, UserError, load_config
+from minimath.config import EvalConfig, UserError, fields_of, load_config
 from minimath.model import describe, load_model
 from minimath.rollout import generate
 from minimath.runs import keep_freed_memory
@@ -15,7 +15,8 @@ def solve(problem: str, cfg: EvalConfig) -> None:
 
     samples > 1 prints several. Raises UserError for an empty problem or an unusable model.
     """
-    if not problem.strip() or "=" in problem.split(maxsplit=1)[0]:
+    # an option in its place is a slip; "x=3, y=x+1. What is y?" is a problem
+    if not problem.strip() or problem.partition("=")[0] in fields_of(EvalConfig):
         raise UserError('minimath solve needs the problem first: minimath solve "Tom has 3 apples ..." adapter=runs/...')
     keep_freed_memory()
     model, tokenizer = load_model(cfg, train=False)
