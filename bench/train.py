@@ -1,0 +1,330 @@
+"""One training step of minimath against one of TRL's, for both stages: speed and peak memory.
+
+    python -m bench.train                          # CPU: SFT and RLAIF, the demo's model, bf16
+    python -m bench.train --device cuda --model Qwen/Qwen2.5-0.5B-Instruct --batch-size 16 --prompts 8
+    python -m bench.train --only sft --trainers minimath minimath-packed trl trl-eager
+
+Each trainer runs its own real loop in its own process and takes one step when told to; steps alternate, and
+every other round goes in the reverse order, so that a change in the machine's load hits all alike. Both get
+the same model, LoRA adapter (peft's default: fp32 over the base's dtype), optimiser (fused AdamW), examples
+in the same order, and tokens per forward pass; neither recomputes activations nor packs. An RLAIF step is
+rollout, rewards and update: the same prompts, number of completions, limit of new tokens, loss (dapo) and
+rewards, which are made so that every completion has an advantage (train_worker.completion_rewards): dropping
+groups without signal, which saves minimath work in real runs, saves none here. minimath tunes malloc as its
+command line does; TRL runs as installed, and `trl-malloc` shows what the same tuning does for it.
+
+Reported are medians over rounds. speed: TRL's seconds per token over minimath's, paired by round (SFT:
+tokens of the batch, prompt included; RLAIF: sampled tokens). Peak memory: the highest of all steps above
+what was held once the model was loaded (CPU: resident size, GPU: allocator). Writes
+bench/results/train-<device>.json.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.kernels import RESULTS, machine
+from minimath.config import UserError
+
+ROOT = Path(__file__).parent.parent
+OURS = "minimath"
+DEFAULTS = {"attn": "sdpa", "autocast": True, "packing": False, "keep_freed_memory": False}
+TRAINERS = {
+    OURS: {"trainer": "minimath", "keep_freed_memory": True},
+    "minimath-packed": {"trainer": "minimath", "keep_freed_memory": True, "packing": True},  # SFT's default
+    "trl": {"trainer": "trl"},
+    "trl-eager": {"trainer": "trl", "attn": "eager"},
+    "trl-noautocast": {"trainer": "trl", "autocast": False},  # bf16=False over a bf16 base
+    "trl-malloc": {"trainer": "trl", "keep_freed_memory": True},
+}
+WARM_UP = 2  # rounds that are not counted
+PAUSE_S = 0.3  # between steps: OpenMP threads of the process that just ran spin for 0.2 s
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.train", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--model", default="", help="folder or hub id; default: the demo's SmolLM2-135M-Instruct"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the frozen base")
+    parser.add_argument(
+        "--steps", type=positive, default=6, help=f"measured rounds, after {WARM_UP} to warm up"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, help="SFT: examples per step")
+    parser.add_argument("--prompts", type=positive, default=4, help="RLAIF: prompts per step")
+    parser.add_argument("--group-size", type=positive, default=8, help="RLAIF: completions per prompt")
+    parser.add_argument("--max-new-tokens", type=positive, default=96, help="RLAIF: longest completion")
+    parser.add_argument("--micro-tokens", type=positive, default=4096, help="tokens per forward pass")
+    parser.add_argument("--only", choices=("sft", "rlaif"), help="one stage; default: both")
+    parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=[OURS, "trl"])
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny random model, to try the benchmark itself"
+    )
+    parser.add_argument("--out", type=Path, help="result file; default: bench/results/train-<device>.json")
+    options = parser.parse_args(words)
+    if OURS not in options.trainers or len(options.trainers) < 2:
+        parser.error(f"--trainers needs {OURS} and at least one other")
+    return options
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def require_peer(names: list[str]) -> None:
+    """Raises UserError with the install line when a trainer of `names` needs TRL and it is missing."""
+    if any(TRAINERS[name]["trainer"] == "trl" for name in names) and importlib.util.find_spec("trl") is None:
+        raise UserError("bench.train compares with TRL, which is not installed: pip install -e '.[bench]'")
+
+
+# ---- the trainers' processes
+
+
+def start_worker(name: str, stage: str, options: argparse.Namespace, model: str, log) -> subprocess.Popen:
+    """Start bench.train_worker for one trainer; log: the open file that takes its stderr."""
+    spec = {
+        **DEFAULTS,
+        **TRAINERS[name],
+        "stage": stage,
+        "model": model,
+        "total_steps": WARM_UP + options.steps,
+        **{
+            key: getattr(options, key)
+            for key in (
+                "device",
+                "dtype",
+                "batch_size",
+                "prompts",
+                "group_size",
+                "max_new_tokens",
+                "micro_tokens",
+            )
+        },
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "bench.train_worker", json.dumps(spec)],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+    )
+
+
+def answer(worker: subprocess.Popen, name: str, log) -> dict:
+    """The worker's next line; UserError with the end of its log when it died."""
+    line = worker.stdout.readline()
+    if line:
+        return json.loads(line)
+    worker.wait()
+    log.seek(0)
+    said = [text for text in log.read().splitlines() if text.strip()]
+    raise UserError(f"{name} ended with status {worker.returncode}: " + " | ".join(said[-3:]))
+
+
+def one_step(worker: subprocess.Popen, name: str, log) -> dict:
+    worker.stdin.write("step\n")
+    worker.stdin.flush()
+    return answer(worker, name, log)
+
+
+def measure(stage: str, options: argparse.Namespace, model: str) -> dict[str, list[dict]]:
+    """Name -> the facts of each measured step, of all trainers, taken in turns."""
+    names = [name for name in options.trainers if not (stage == "rlaif" and TRAINERS[name].get("packing"))]
+    steps, workers = {name: [] for name in names}, {}
+    logs = {name: tempfile.TemporaryFile("w+", errors="replace") for name in names}
+    try:
+        for name in names:  # one after the other, so that loading does not disturb loading
+            workers[name] = start_worker(name, stage, options, model, logs[name])
+            answer(workers[name], name, logs[name])
+        for turn in range(WARM_UP + options.steps):
+            facts = {}
+            for name in names if turn % 2 == 0 else reversed(names):
+                time.sleep(PAUSE_S)
+                facts[name] = one_step(workers[name], name, logs[name])
+                if turn >= WARM_UP:
+                    steps[name].append(facts[name])
+            what = "warm-up" if turn < WARM_UP else f"round {turn + 1 - WARM_UP} of {options.steps}"
+            times = ", ".join(f"{name} {facts[name]['seconds']:.2f} s" for name in names)
+            print(f"{stage} {what}: {times}", flush=True)
+    finally:
+        for worker in workers.values():
+            worker.stdin.close()
+            try:
+                worker.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
+        for log in logs.values():
+            log.close()
+    return steps
+
+
+# ---- figures
+
+
+def compare(ours: list[dict], other: list[dict]) -> dict:
+    """Medians of the ratios of paired steps; above 1 minimath is better in the speeds, below 1 in memory."""
+    by_time = [b["seconds"] / a["seconds"] for a, b in zip(ours, other, strict=True)]
+    by_token = [
+        (b["seconds"] / b["tokens"]) / (a["seconds"] / a["tokens"]) for a, b in zip(ours, other, strict=True)
+    ]
+    mine, theirs = ours[-1]["peak_extra_bytes"], other[-1]["peak_extra_bytes"]
+    return {
+        "step speed": statistics.median(by_time),
+        "token speed": statistics.median(by_token),
+        "token speed range": [min(by_token), max(by_token)],
+        "peak memory": mine / theirs if mine is not None and theirs else None,
+    }
+
+
+def summarise(steps: dict[str, list[dict]]) -> list[dict]:
+    """One row per trainer: medians, and for all but minimath the ratios to it."""
+    rows = []
+    for name, taken in steps.items():
+        row = {
+            "trainer": name,
+            "seconds": statistics.median(s["seconds"] for s in taken),
+            "tokens/s": statistics.median(s["tokens"] / s["seconds"] for s in taken),
+            "tokens": statistics.fmean(s["tokens"] for s in taken),
+            "peak_extra_bytes": taken[-1]["peak_extra_bytes"],
+        }
+        for phase in ("rollout_seconds", "update_seconds"):
+            if phase in taken[0]:
+                row[phase] = statistics.median(s[phase] for s in taken)
+        if name != OURS:
+            row["minimath against it"] = compare(steps[OURS], taken)
+        rows.append(row)
+    return rows
+
+
+def table_of(stage: str, rows: list[dict]) -> Table:
+    table = Table(title=f"one {stage.upper()} step; speed and memory are minimath's against that trainer")
+    for name in (
+        "trainer",
+        "step s",
+        "rollout s",
+        "update s",
+        "tokens/s",
+        "peak MB",
+        "speed",
+        "speed, range",
+        "memory",
+    ):
+        table.add_column(name, justify="left" if name == "trainer" else "right")
+    for row in rows:
+        ratios, phases = row.get("minimath against it"), ("seconds", "rollout_seconds", "update_seconds")
+        cells = [
+            row["trainer"],
+            *(f"{row[key]:.2f}" if key in row else "" for key in phases),
+            f"{row['tokens/s']:.0f}",
+            megabytes(row["peak_extra_bytes"]),
+        ]
+        if ratios:
+            low, high = ratios["token speed range"]
+            memory = ratios["peak memory"]
+            cells += [
+                f"{ratios['token speed']:.2f}x",
+                f"{low:.2f}-{high:.2f}",
+                "?" if memory is None else f"{memory:.2f}x",
+            ]
+        table.add_row(*cells, style="bold" if row["trainer"] == OURS else None)
+    return table
+
+
+def megabytes(count: int | None) -> str:
+    return "?" if count is None else f"{count / 1e6:.0f}"
+
+
+def about(options: argparse.Namespace, stage: str, model: str) -> dict:
+    """Machine, versions, commit, date and settings of one stage's measurement."""
+    facts = machine(options.device)
+    for name in ("transformers", "peft", "trl", "accelerate"):
+        try:
+            facts["versions"][name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts["versions"][name] = None
+    used = ("batch_size",) if stage == "sft" else ("prompts", "group_size", "max_new_tokens")
+    settings = {key: getattr(options, key) for key in ("device", "dtype", "steps", "micro_tokens", *used)}
+    settings |= {
+        "model": Path(model).name,
+        "warm_up": WARM_UP,
+        "lora_r": 16,
+        "lora_alpha": 32.0,
+        "lora_targets": "all-linear",
+        "optimizer": "adamw (fused)",
+        "gradient_checkpointing": False,
+    }
+    return {
+        **facts,
+        "date": datetime.date.today().isoformat(),
+        "settings": settings,
+    }
+
+
+def save(path: Path, key: str, result: dict) -> None:
+    """Put one stage's result into the file; the results of other stages and dtypes stay."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**known, key: result}, indent=1) + "\n", encoding="utf-8")
+
+
+def run(options: argparse.Namespace, model: str) -> None:
+    path = options.out or (None if options.tiny else RESULTS / f"train-{options.device}.json")
+    for stage in [options.only] if options.only else ["sft", "rlaif"]:
+        facts = about(options, stage, model)
+        steps = measure(stage, options, model)
+        rows = summarise(steps)
+        Console(width=130).print(table_of(f"{stage} {options.dtype}", rows))
+        if path:
+            trainers = {name: {**DEFAULTS, **TRAINERS[name]} for name in steps}
+            save(
+                path,
+                f"{stage} {options.dtype}",
+                {**facts, "trainers": trainers, "summary": rows, "steps": steps},
+            )
+            print(f"wrote {path.name}")
+
+
+def main(words: list[str] | None = None) -> int:
+    options = parse(words)
+    try:
+        require_peer(options.trainers)
+        if options.device == "cuda":
+            from minimath.model import pick_device
+
+            pick_device("cuda")
+        if options.tiny:
+            sys.path.insert(0, str(ROOT / "tests"))
+            from tiny import write_tiny
+
+            with tempfile.TemporaryDirectory() as folder:
+                run(options, str(write_tiny(folder)))
+            return 0
+        if not options.model:
+            from minimath.demo import demo_model
+
+            options.model = str(demo_model())
+        run(options, options.model)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

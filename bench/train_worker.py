@@ -1,0 +1,284 @@
+"""One trainer of bench.train in a process of its own, run step by step.
+
+    python -m bench.train_worker '{"trainer": "trl", "stage": "sft", ...}'    # bench.train starts it so
+
+The real loops run here (minimath.sft.train, minimath.rlaif.train, trl.SFTTrainer, trl.GRPOTrainer); each
+stops after every optimiser step, tells what it measured as one JSON line on stdout, and goes on when it reads
+a line. Whatever else is printed goes to stderr. It ends at the end of its stdin. The spec: bench.train.
+"""
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench.kernels import resident_bytes
+
+
+class Turns:
+    """Gives the parent one step at a time; measures seconds and the highest memory of all steps."""
+
+    def __init__(self, stdout, device: str):
+        self.stdout, self.device = stdout, device
+        self.started = self.loaded_bytes = None
+
+    def pause(self, facts: dict) -> None:
+        """Called once when all is loaded, then after each step, with the step's own facts."""
+        if self.device == "cuda":
+            import torch
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self.started is None:
+            self.reset_peak()
+            facts = {"loaded_bytes": self.loaded_bytes}
+        else:
+            facts = {"seconds": now - self.started, **facts, "peak_extra_bytes": self.peak_extra_bytes()}
+        print(json.dumps(facts), file=self.stdout, flush=True)
+        if not sys.stdin.readline():
+            raise SystemExit(0)
+        self.started = time.perf_counter()
+
+    def reset_peak(self) -> None:
+        """From here on, memory counts: weights are loaded, no step has run."""
+        if self.device == "cuda":
+            import torch
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.loaded_bytes = torch.cuda.memory_allocated()
+        elif sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # what loading freed must not hide what a step takes
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            self.loaded_bytes = resident_bytes("VmRSS")
+
+    def peak_extra_bytes(self) -> int | None:
+        """Highest memory since reset_peak above what was held then; None where it can't be measured."""
+        if self.loaded_bytes is None:
+            return None
+        if self.device == "cuda":
+            import torch
+            return torch.cuda.max_memory_allocated() - self.loaded_bytes
+        return resident_bytes("VmHWM") - self.loaded_bytes
+
+
+# ---- work that both trainers do alike
+
+def config_of(spec: dict):
+    """The minimath options of the spec; TRL gets its own from these."""
+    from minimath.config import RLAIFConfig, SFTConfig
+    common = {"model": spec["model"], "device": spec["device"], "dtype": spec["dtype"], "attn": spec["attn"],
+              "steps": spec["total_steps"], "micro_tokens": spec["micro_tokens"], "lr_schedule": "constant",
+              "warmup": 0.0, "save_every": 0}
+    if spec["stage"] == "sft":
+        return SFTConfig(**common, batch_size=spec["batch_size"], packing=spec["packing"])
+    # every group counts and none is drawn anew, so that both trainers update on every completion
+    return RLAIFConfig(**common, prompts_per_step=spec["prompts"], group_size=spec["group_size"],
+                       max_new_tokens=spec["max_new_tokens"], max_refill=0, overlong="none", sample_every=0)
+
+
+def examples_of(spec: dict, count: int) -> list:
+    """Examples in the order in which minimath's loops take them: the first batch first."""
+    from minimath.batch import step_indices
+    from minimath.problems import make_problems
+    examples = make_problems(count, seed=0)
+    return [examples[i] for i in step_indices(0, count, count, 0)] if spec["trainer"] == "trl" else examples
+
+
+def completion_rewards(right: list[bool], ids: list[list[int]]) -> list[float]:
+    """1 for a right answer plus a number in [0, 0.5) that differs between completions.
+
+    A base model is right too rarely: without the second term most groups would have no signal, and minimath,
+    which drops such groups where TRL trains on zeros, would win by doing less.
+    """
+    spread = [hashlib.sha256(str(i).encode()).digest()[0] / 512 for i in ids]
+    return [float(ok) + part for ok, part in zip(right, spread, strict=True)]
+
+
+def touch(model) -> None:
+    """Read every weight, so that pages of a mapped file count as loaded, not as taken by the first step."""
+    for parameter in model.parameters():
+        parameter.detach().sum()
+
+
+# ---- minimath
+
+class StepLog:
+    """Stands in for RunLog: keeps the metrics of the last step and pauses where a step ends."""
+
+    def __init__(self, run_dir: Path, turns: Turns):
+        self.run_dir, self.turns, self.last = run_dir, turns, {}
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def metrics(self, step: int, **numbers) -> None:
+        self.last = numbers
+
+    @contextlib.contextmanager
+    def progress(self, total: int, what: str):
+        yield lambda n=1, **shown: self.turns.pause(self.facts())
+
+    def facts(self) -> dict:
+        last = self.last
+        if "sampled" not in last:
+            return {"tokens": last.get("tokens")}
+        return {"tokens": round(last["mean_tokens"] * last["sampled"]), "completions": last["sampled"],
+                "trained_groups": last["groups"], "rollout_seconds": last["rollout_seconds"],
+                "update_seconds": last["update_seconds"]}
+
+
+def run_minimath(spec: dict, turns: Turns) -> None:
+    import torch
+
+    from minimath import rlaif, sft
+    from minimath.chat import encode, prompt_ids
+    from minimath.model import load_model
+    from minimath.runs import Stop
+    cfg = config_of(spec)
+    torch.manual_seed(cfg.seed)
+    model, tokenizer = load_model(cfg, train=True)
+    touch(model)
+    with tempfile.TemporaryDirectory() as folder:
+        log, stop = StepLog(Path(folder), turns), Stop(0.0)
+        if spec["stage"] == "sft":
+            rows = [encode(tokenizer, e, prompt_template=cfg.prompt_template, max_len=cfg.max_len)
+                    for e in examples_of(spec, cfg.batch_size * cfg.steps)]
+            sft.train(cfg, model, tokenizer, rows, [], log, stop)
+            return
+        rlaif.score_groups = score_groups  # the same rewards as TRL gets
+        problems = [(e, prompt_ids(tokenizer, e.problem, prompt_template=cfg.prompt_template))
+                    for e in examples_of(spec, cfg.prompts_per_step * cfg.steps)]
+        rlaif.train(cfg, model, tokenizer, problems, None, [], log, stop)
+
+
+def score_groups(cfg, groups: list, judge) -> dict:
+    """In place of minimath.rlaif.score_groups: completion_rewards, group advantages."""
+    from minimath.reward import group_advantages
+    for group in groups:
+        group.rewards = completion_rewards(group.right, [c.ids for c in group.completions])
+        group.advantage = group_advantages([group.rewards], scale="group", valid=[group.valid])[0].tolist()
+    return {}
+
+
+# ---- TRL
+
+def rows_per_forward(rows: int, longest: int, micro_tokens: int) -> int:
+    """Largest divisor of `rows` whose padded forward stays within micro_tokens, at least 1."""
+    return max([d for d in range(1, rows + 1) if rows % d == 0 and d * longest <= micro_tokens], default=1)
+
+
+def trl_arguments(spec: dict, cfg, rows: int, longest: int) -> dict:
+    """TrainingArguments that equal minimath's options, and what spares TRL work that minimath doesn't do."""
+    at_once = rows_per_forward(rows, longest, spec["micro_tokens"])
+    return {
+        "use_cpu": spec["device"] == "cpu", "bf16": spec["autocast"] and cfg.dtype == "bf16", "fp16": False,
+        "gradient_checkpointing": False, "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": rows // at_once, "max_steps": cfg.steps, "learning_rate": cfg.lr,
+        "lr_scheduler_type": "constant", "warmup_steps": 0, "optim": "adamw_torch_fused",
+        "adam_beta2": cfg.beta2, "weight_decay": cfg.weight_decay, "max_grad_norm": cfg.max_grad_norm,
+        "seed": cfg.seed, "save_strategy": "no", "logging_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "dataloader_pin_memory": False}
+
+
+def run_trl(spec: dict, turns: Turns) -> None:
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
+    from minimath.model import DTYPES, load_tokenizer
+    cfg = config_of(spec)
+    torch.manual_seed(cfg.seed)
+    tokenizer = load_tokenizer(cfg)
+    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=DTYPES[cfg.dtype],
+                                                 attn_implementation=cfg.attn)
+    model.to(cfg.device)
+    touch(model)
+    lora = LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
+                      target_modules=cfg.lora_targets, task_type="CAUSAL_LM")
+    facts = {}
+
+    class Pauses(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            turns.pause({})
+
+        def on_step_end(self, args, state, control, **kwargs):
+            now, done = time.perf_counter(), facts.get("rollout_done")
+            if done is not None:
+                facts.update(rollout_seconds=done - turns.started, update_seconds=now - done)
+            if "batches" in facts:
+                facts["tokens"] = facts["batches"][state.global_step - 1]
+            turns.pause({k: v for k, v in facts.items() if k not in ("rollout_done", "batches")})
+
+    make = trl_sft if spec["stage"] == "sft" else trl_grpo
+    with tempfile.TemporaryDirectory() as folder:
+        make(spec, cfg, folder, facts, model=model, processing_class=tokenizer, peft_config=lora,
+             callbacks=[Pauses()]).train()
+
+
+def trl_sft(spec, cfg, folder, facts: dict, **trainer):
+    """SFTTrainer on the token ids that minimath trains on, in the same order."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from minimath.chat import encode
+    rows = [encode(trainer["processing_class"], e, prompt_template=cfg.prompt_template, max_len=cfg.max_len)
+            for e in examples_of(spec, cfg.batch_size * cfg.steps)]
+    lengths = [len(row.ids) for row in rows]
+    facts["batches"] = [sum(lengths[i:i + cfg.batch_size]) for i in range(0, len(rows), cfg.batch_size)]
+    args = SFTConfig(**trl_arguments(spec, cfg, cfg.batch_size, max(lengths)), output_dir=folder,
+                     packing=False, max_length=None, completion_only_loss=True,
+                     train_sampling_strategy="sequential")
+    data = Dataset.from_list([{"input_ids": row.ids, "completion_mask": [int(m) for m in row.mask]}
+                              for row in rows])
+    return SFTTrainer(args=args, train_dataset=data, **trainer)
+
+
+def trl_grpo(spec, cfg, folder, facts: dict, **trainer):
+    """GRPOTrainer on the same prompts in the same order, with the loss and the rewards of run_minimath."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from minimath.answer import AnswerChecker
+    from minimath.chat import prompt_ids, user_text
+    examples, tokenizer = examples_of(spec, cfg.prompts_per_step * cfg.steps), trainer["processing_class"]
+    longest = max(len(prompt_ids(tokenizer, e.problem, prompt_template=cfg.prompt_template))
+                  for e in examples)
+    checker = AnswerChecker()
+    checker.__enter__()  # its child ends with this process
+
+    def reward(prompts, completions, completion_ids, answer, **kwargs):
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids]
+        right = checker.check_many(list(zip(texts, answer, strict=True)))
+        rewards = completion_rewards(right, completion_ids)
+        facts.update(tokens=sum(map(len, completion_ids)), completions=len(texts),
+                     rollout_done=time.perf_counter())
+        return rewards
+
+    args = GRPOConfig(
+        **trl_arguments(spec, cfg, cfg.prompts_per_step * cfg.group_size, longest + cfg.max_new_tokens),
+        output_dir=folder, num_generations=cfg.group_size, max_completion_length=cfg.max_new_tokens,
+        temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, beta=cfg.beta, loss_type="dapo",
+        epsilon=cfg.clip_low, epsilon_high=cfg.clip_high, scale_rewards="group", shuffle_dataset=False)
+    asked = [[{"role": "user", "content": user_text(e.problem, cfg.prompt_template)}] for e in examples]
+    data = Dataset.from_list([{"prompt": prompt, "answer": e.answer}
+                              for prompt, e in zip(asked, examples, strict=True)])
+    return GRPOTrainer(args=args, train_dataset=data, reward_funcs=reward, **trainer)
+
+
+def main() -> int:
+    spec = json.loads(sys.argv[1])
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print; the protocol has its own file
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if spec["keep_freed_memory"]:
+        from minimath.runs import keep_freed_memory
+        keep_freed_memory()
+    {"minimath": run_minimath, "trl": run_trl}[spec["trainer"]](spec, Turns(stdout, spec["device"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
