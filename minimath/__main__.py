@@ -35,8 +35,7 @@ def main() -> int:
 def run_command(action) -> int:
     """Run a command; what a user can put right becomes one line on stderr and a non-zero status."""
     quiet_libraries()
-    from minimath.config import UserError
-    from minimath.runs import Stopped
+    from minimath.config import Stopped, UserError
     try:
         result = action()
     except UserError as error:

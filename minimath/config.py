@@ -34,7 +34,7 @@ from minimath.options import (
 )
 
 __all__ = ["RECIPES", "SECTIONS", "STAGES", "AdapterConfig", "EvalConfig", "ModelConfig", "RLAIFConfig",
-           "SFTConfig", "UserError", "config_dict", "describe_config", "did_you_mean", "load_config",
+           "SFTConfig", "Stopped", "UserError", "config_dict", "describe_config", "did_you_mean", "load_config",
            "save_config"]
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -43,6 +43,10 @@ SECTIONS = (*STAGES, "demo")  # the demo's own class is passed to load_config by
 
 class UserError(Exception):
     """Something the user can put right. The message says what was wrong, where, and what to do next."""
+
+
+class Stopped(Exception):
+    """Raised with the number of the signal by runs.Stop.check inside long phases; the loops catch it and save."""
 
 
 class Setting(NamedTuple):

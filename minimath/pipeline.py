@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from minimath.checkpoint import find_adapter
-from minimath.config import EvalConfig, RLAIFConfig, SFTConfig, UserError, load_config, save_config
+from minimath.config import EvalConfig, RLAIFConfig, SFTConfig, Stopped, UserError, load_config, save_config
 from minimath.evaluate import COLUMNS, evaluate, row
 from minimath.log import RunLog, fmt_duration
 from minimath.report import plot_tradeoff
 from minimath.rlaif import rlaif
-from minimath.runs import Stopped, new_run_folder
+from minimath.runs import new_run_folder
 from minimath.sft import sft
 
 SUMMARY = "summary.json"  # in a stage's folder: the stage is complete

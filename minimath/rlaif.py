@@ -22,7 +22,7 @@ from minimath.answer import AnswerChecker
 from minimath.batch import at_targets, forward_args, micro_batches, step_indices
 from minimath.chat import IGNORE, Encoded, eos_ids, prompt_ids
 from minimath.checkpoint import save_adapter, save_checkpoint
-from minimath.config import RLAIFConfig, UserError, config_dict, load_config
+from minimath.config import RLAIFConfig, Stopped, UserError, config_dict, load_config
 from minimath.data import Example, describe_report, load_examples
 from minimath.judge import Candidate, Judge, judge_groups, make_judge
 from minimath.kernels import linear_logp, linear_token_loss
@@ -33,7 +33,7 @@ from minimath.optim import LossScale, clip_and_step, count_bad_steps, lr_at, mak
 from minimath.reward import (format_score, group_advantages, judge_rewards, length_term, overlong_penalty,
                              rules_rewards)
 from minimath.rollout import Completion, generate, stream_seed
-from minimath.runs import Stop, Stopped, open_run
+from minimath.runs import Stop, open_run
 from minimath.sft import evaluate_step, load_held_out, resume_state
 from minimath.steps import check_steps
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minimath.checkpoint import list_checkpoints, lock_run
-from minimath.config import UserError, save_config
+from minimath.config import Stopped, UserError, save_config
 from minimath.log import RunLog
 
 
@@ -27,10 +27,6 @@ def keep_freed_memory() -> None:
                 mallopt(option, value)
 
 
-class Stopped(Exception):
-    """Raised by Stop.check inside long phases; the loop catches it and saves."""
-
-
 class Stop:
     """Whether the run should end early: a signal came, or the minutes are used up."""
 
@@ -44,7 +40,7 @@ class Stop:
     def check(self) -> None:
         """Raise Stopped after a signal; time running out lets the step finish."""
         if self.signal:
-            raise Stopped
+            raise Stopped(self.signal)
 
     def reason(self) -> str:
         return signal.Signals(self.signal).name if self.signal else "max_minutes reached"
@@ -65,8 +61,10 @@ def open_run(cfg, command: str) -> Iterator[tuple[RunLog, Stop]]:
     if getattr(cfg, "resume", False) and not cfg.out:
         raise UserError("resume=true needs the run folder to go on with: out=runs/...")
     run_dir = new_run_folder(cfg.out, command)
-    if not getattr(cfg, "resume", False) and ((run_dir / "adapter").exists() or list_checkpoints(run_dir)):
-        raise UserError(f"{run_dir} already holds a run; add resume=true to go on with it, or choose another out=")
+    used = any((run_dir / name).exists() for name in ("adapter", "eval.json")) or list_checkpoints(run_dir)
+    if used and not getattr(cfg, "resume", False):
+        go_on = "add resume=true to go on with it, or " if hasattr(cfg, "resume") else ""
+        raise UserError(f"{run_dir} already holds a run; {go_on}choose another out=")
     with lock_run(run_dir), RunLog(run_dir, f"minimath {command}", getattr(cfg, "trackers", "")) as log:
         save_config(cfg, run_dir / "config.yaml")
         stop = Stop(getattr(cfg, "max_minutes", 0.0))

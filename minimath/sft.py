@@ -16,7 +16,7 @@ import torch
 from minimath.batch import forward_args, micro_batches, step_indices
 from minimath.chat import encode, eos_ids, preflight, prompt_ids
 from minimath.checkpoint import load_checkpoint, save_adapter, save_checkpoint
-from minimath.config import EvalConfig, SFTConfig, UserError, config_dict, load_config
+from minimath.config import EvalConfig, SFTConfig, Stopped, UserError, config_dict, load_config
 from minimath.data import describe_report, load_examples
 from minimath.evaluate import evaluate_model
 from minimath.kernels import linear_token_loss
@@ -25,7 +25,7 @@ from minimath.losses import nll_loss
 from minimath.model import describe, head, hidden_states, load_model
 from minimath.optim import LossScale, clip_and_step, count_bad_steps, lr_at, make_optimizer
 from minimath.rollout import generate, stream_seed
-from minimath.runs import Stop, Stopped, open_run
+from minimath.runs import Stop, open_run
 
 
 def sft(cfg: SFTConfig) -> dict:
