@@ -48,19 +48,22 @@ class Problem(NamedTuple):
 
 
 def make_problems(n: int, *, seed: int, steps: tuple[int, ...] = (1, 2, 3), split: str = "train",
-                  style_weights: dict[str, float] | None = None) -> list[Example]:
+                  style_weights: dict[str, float] | None = None, largest: int = 199) -> list[Example]:
     """Make n distinct problems of `split` ("train" or "test"): same arguments, same problems, everywhere.
 
-    steps: step counts to draw from, each 1, 2 or 3. style_weights: register -> weight, default STYLE_WEIGHTS.
+    steps: step counts to draw from, each 1, 2 or 3; repeat one to draw it more often. style_weights: register ->
+    weight, default STYLE_WEIGHTS. largest: no step has a greater number, at least 20.
     Example.id is "<split>-<seed>-<index>-<register>-<steps>". Raises UserError on a bad argument.
     """
     weights = STYLE_WEIGHTS if style_weights is None else style_weights
-    _check_arguments(n, steps, split, weights)
+    _check_arguments(n, steps, split, weights, largest)
     rng = random.Random(f"minimath problems {split} {seed}")
     seen: set[str] = set()
     examples: list[Example] = []
     while len(examples) < n:
         problem = _draw(rng, rng.choice(steps))
+        if any(max(step.a, step.b, step.value) > largest for step in problem.steps):
+            continue
         text = f"{problem.story} {problem.question}"
         register = rng.choices(list(weights), list(weights.values()))[0]
         if text in seen or split_of(text) != split:
@@ -72,13 +75,16 @@ def make_problems(n: int, *, seed: int, steps: tuple[int, ...] = (1, 2, 3), spli
     return examples
 
 
-def _check_arguments(n: int, steps: tuple[int, ...], split: str, weights: dict[str, float]) -> None:
+def _check_arguments(n: int, steps: tuple[int, ...], split: str, weights: dict[str, float],
+                     largest: int) -> None:
     if n < 0 or n > 200_000:
         raise UserError(f"make_problems: n={n} is outside 0..200000; give a number of problems in this range")
     if not steps or any(s not in (1, 2, 3) for s in steps):
         raise UserError(f"make_problems: steps={steps!r}; give one or more of 1, 2, 3")
     if split not in ("train", "test"):
         raise UserError(f"make_problems: split={split!r}; give 'train' or 'test'")
+    if largest < 20:
+        raise UserError(f"make_problems: largest={largest} leaves too few problems; give 20 or more")
     unknown = set(weights) - set(REGISTERS)
     if unknown or not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
         raise UserError(f"make_problems: style_weights={weights!r}; give {REGISTERS} weights >= 0, not all 0")

@@ -6,6 +6,7 @@ rows that have ended. Every completion has its own random stream, seeded by (see
 depend on the batch it was decoded in (up to rounding). The log-prob of every token is recorded as it was sampled:
 under the temperature and after top-k / top-p / min-p.
 """
+import contextlib
 import hashlib
 import time
 from typing import NamedTuple
@@ -106,7 +107,7 @@ def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, ma
     jobs = [(p, s) for p in range(len(prompts)) for s in range(samples)]
     slots = min(slots or len(jobs), len(jobs))
     keys = list(range(len(prompts))) if keys is None else keys
-    with inference(model), compute_dtype(model):  # one autocast around all steps: adapter weights are cast once
+    with inference(model), sdpa_on_cpu(model), compute_dtype(model):  # one autocast around all steps: adapter weights are cast once
         state = _Decode(model, tokenizer, prompts, how, slots, max_new_tokens, set(eos))
         done = {}
         while jobs or state.active:
@@ -119,6 +120,22 @@ def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, ma
             if ended and on_progress is not None:
                 on_progress(len(ended))
     return [[done[p, s] for s in range(samples)] for p in range(len(prompts))]
+
+
+@contextlib.contextmanager
+def sdpa_on_cpu(model):
+    """Decode with sdpa where training uses eager attention: eager copies the keys of every group of heads per token."""
+    base = base_causal_lm(model)
+    config = base.config.get_text_config()
+    swap = (config._attn_implementation == "eager" and base.device.type == "cpu" and base._supports_sdpa
+            and not getattr(config, "attn_logit_softcapping", None))
+    if swap:
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        if swap:
+            config._attn_implementation = "eager"
 
 
 def stream_seed(*parts: int) -> int:
