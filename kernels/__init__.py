@@ -5,16 +5,17 @@ loss, stats = linear_token_loss(hidden, weight, target, lambda stats, rows: -sta
 """
 
 if __name__ == "kernels":
-    # The repository root on sys.path (`python -m ...` there) makes this folder pass for Hugging Face's package of
-    # that name, which transformers and bitsandbytes look for: hand over to it where it is installed, else look like
-    # a folder without code, which is what transformers skips. Raising here would stop the import of transformers.
+    # With the repository root on sys.path (`python -m ...` there) this folder passes for the package of Hugging
+    # Face of that name, which transformers and bitsandbytes look for: hand over to it where it is installed, else
+    # look like a folder without code, which transformers skips. Raising would stop its import.
     import os
     import sys
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 
     here = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    spec = PathFinder.find_spec("kernels", [path for path in sys.path if os.path.realpath(path or ".") != here])
+    elsewhere = [path for path in sys.path if os.path.realpath(path or ".") != here]
+    spec = PathFinder.find_spec("kernels", elsewhere)
     if spec and spec.origin:
         sys.modules["kernels"] = module_from_spec(spec)
         spec.loader.exec_module(sys.modules["kernels"])

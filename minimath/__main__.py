@@ -70,9 +70,9 @@ def dispatch(command: str, words: list[str]):
         return solve(problem, load_config(EvalConfig, None, words))
     recipe = words.pop(0) if words and "=" not in words[0] and not words[0].startswith("--") else None
     if command == "run":
-        from minimath.pipeline import run
         if recipe is None:
             raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
+        from minimath.pipeline import run
         return run(recipe, words)
     cfg = load_config(stages[command], recipe, words)
     if command == "sft":

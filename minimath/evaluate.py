@@ -15,7 +15,7 @@ import numpy as np
 
 from minimath.answer import AnswerChecker, extract_answer
 from minimath.chat import eos_ids, prompt_ids
-from minimath.config import EvalConfig, UserError, comma_list, load_config
+from minimath.config import EvalConfig, UserError, comma_list
 from minimath.data import Example, describe_report, load_examples
 from minimath.log import RunLog
 from minimath.model import describe, load_model
@@ -154,5 +154,5 @@ def write_results(folder, summary: dict, records: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    from minimath.__main__ import run_command
-    sys.exit(run_command(lambda: evaluate(load_config(EvalConfig, None, sys.argv[1:]))))
+    from minimath.__main__ import dispatch, run_command
+    sys.exit(run_command(lambda: dispatch("eval", sys.argv[1:])))

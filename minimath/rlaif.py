@@ -22,7 +22,7 @@ from minimath.answer import AnswerChecker
 from minimath.batch import at_targets, forward_args, micro_batches, step_indices
 from minimath.chat import IGNORE, Encoded, eos_ids, prompt_ids
 from minimath.checkpoint import save_adapter, save_checkpoint
-from minimath.config import RLAIFConfig, Stopped, UserError, config_dict, load_config
+from minimath.config import RLAIFConfig, Stopped, UserError, config_dict
 from minimath.data import Example, describe_report, load_examples
 from minimath.judge import Candidate, Judge, judge_groups, make_judge
 from minimath.kernels import linear_logp, linear_token_loss
@@ -328,5 +328,5 @@ def log_group(group: Group, step: int, log: RunLog) -> None:
 
 
 if __name__ == "__main__":
-    from minimath.__main__ import run_command
-    sys.exit(run_command(lambda: rlaif(load_config(RLAIFConfig, None, sys.argv[1:]))))
+    from minimath.__main__ import dispatch, run_command
+    sys.exit(run_command(lambda: dispatch("rlaif", sys.argv[1:])))

@@ -14,9 +14,9 @@ import time
 import torch
 
 from minimath.batch import forward_args, micro_batches, step_indices
-from minimath.chat import encode, eos_ids, preflight, prompt_ids
+from minimath.chat import encode, eos_ids, preflight
 from minimath.checkpoint import load_checkpoint, save_adapter, save_checkpoint
-from minimath.config import EvalConfig, SFTConfig, Stopped, UserError, config_dict, load_config
+from minimath.config import EvalConfig, SFTConfig, Stopped, UserError, config_dict
 from minimath.data import describe_report, load_examples
 from minimath.evaluate import evaluate_model
 from minimath.kernels import linear_token_loss
@@ -168,5 +168,5 @@ def print_sample(cfg: SFTConfig, model, tokenizer, row, step: int, log: RunLog) 
 
 
 if __name__ == "__main__":
-    from minimath.__main__ import run_command
-    sys.exit(run_command(lambda: sft(load_config(SFTConfig, None, sys.argv[1:]))))
+    from minimath.__main__ import dispatch, run_command
+    sys.exit(run_command(lambda: dispatch("sft", sys.argv[1:])))

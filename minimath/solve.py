@@ -3,7 +3,7 @@ import sys
 
 from minimath.answer import extract_answer
 from minimath.chat import eos_ids, prompt_ids
-from minimath.config import EvalConfig, UserError, fields_of, load_config
+from minimath.config import EvalConfig, UserError, fields_of
 from minimath.model import describe, load_model
 from minimath.rollout import generate
 from minimath.runs import keep_freed_memory
@@ -42,6 +42,5 @@ def printable(text: str) -> str:
 
 
 if __name__ == "__main__":
-    from minimath.__main__ import run_command
-    sys.exit(run_command(lambda: solve(sys.argv[1] if len(sys.argv) > 1 else "",
-                                       load_config(EvalConfig, None, sys.argv[2:]))))
+    from minimath.__main__ import dispatch, run_command
+    sys.exit(run_command(lambda: dispatch("solve", sys.argv[1:])))

@@ -1,4 +1,5 @@
 """Evaluation: figures against known values and brute force, and one evaluation end to end."""
+
 import itertools
 import json
 import statistics
@@ -11,14 +12,34 @@ import minimath.evaluate as module
 from minimath.answer import AnswerChecker
 from minimath.config import EvalConfig, Stopped, UserError
 from minimath.data import Example
-from minimath.evaluate import COLUMNS, bootstrap, evaluate, evaluate_model, majority_right, pass_at, row, summarise, wilson
+from minimath.evaluate import (
+    COLUMNS,
+    bootstrap,
+    evaluate,
+    evaluate_model,
+    majority_right,
+    pass_at,
+    row,
+    summarise,
+    wilson,
+)
 from minimath.log import RunLog
 from minimath.runs import Stop
 
 
 def record(number, right, answer="1", tokens=10, ended=True, steps=(1, 2)):
-    return {"number": number, "id": "", "problem": "p", "gold": "1", "answer": answer, "right": right, "tokens": tokens,
-            "ended": ended, "right_steps": steps[0], "steps": steps[1]}
+    return {
+        "number": number,
+        "id": "",
+        "problem": "p",
+        "gold": "1",
+        "answer": answer,
+        "right": right,
+        "tokens": tokens,
+        "ended": ended,
+        "right_steps": steps[0],
+        "steps": steps[1],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +50,11 @@ def checker():
 
 # ---- figures
 
-@pytest.mark.parametrize("right, n, low, high", [(8, 10, 0.4902, 0.9433), (0, 20, 0.0, 0.1611), (20, 20, 0.8389, 1.0),
-                                                 (50, 100, 0.4038, 0.5962)])
+
+@pytest.mark.parametrize(
+    "right, n, low, high",
+    [(8, 10, 0.4902, 0.9433), (0, 20, 0.0, 0.1611), (20, 20, 0.8389, 1.0), (50, 100, 0.4038, 0.5962)],
+)
 def test_wilson_equals_published_values(right, n, low, high):
     assert wilson(right, n) == pytest.approx((low, high), abs=1e-4)
 
@@ -58,16 +82,27 @@ def test_majority_takes_the_most_frequent_answer(checker):
 
     assert majority_right(group("2", "1", "1"), checker)
     assert not majority_right(group("2", "2", "1"), checker)
-    assert majority_right(group("1", "2"), checker) and not majority_right(group("2", "1"), checker)  # first of a tie
+    assert majority_right(group("1", "2"), checker) and not majority_right(
+        group("2", "1"), checker
+    )  # first of a tie
     assert majority_right(group(None, None, "1"), checker) and not majority_right(group(None, None), checker)
 
 
 def test_summary_of_hand_made_records(checker):
-    records = [record(0, True, tokens=8), record(0, False, "2", 20), record(1, False, None, 16, ended=False),
-               record(1, False, "3", 12)]
+    records = [
+        record(0, True, tokens=8),
+        record(0, False, "2", 20),
+        record(1, False, None, 16, ended=False),
+        record(1, False, "3", 12),
+    ]
     cfg = EvalConfig(samples=2, temperature=1.0, budgets="8,100")
     summary = summarise(records, cfg, checker)
-    assert (summary["problems"], summary["accuracy"], summary["pass@1"], summary["pass@2"]) == (2, 0.25, 0.25, 0.5)
+    assert (summary["problems"], summary["accuracy"], summary["pass@1"], summary["pass@2"]) == (
+        2,
+        0.25,
+        0.25,
+        0.5,
+    )
     assert (summary["maj@2"], summary["accuracy@8"], summary["accuracy@100"]) == (0.5, 0.25, 0.25)
     assert (summary["mean_tokens"], summary["median_tokens"], summary["tokens_per_right"]) == (14, 14, 56)
     assert (summary["right_steps"], summary["ended"]) == (0.5, 0.75)
@@ -87,10 +122,15 @@ def test_a_table_row_without_right_answers(checker):
 
 # ---- end to end
 
+
 @pytest.fixture
 def options(tiny_dir, tmp_path):
-    return {"model": tiny_dir, "data": write_problems(tmp_path / "test.jsonl", n=5), "out": str(tmp_path / "eval"),
-            "max_new_tokens": 8}
+    return {
+        "model": tiny_dir,
+        "data": write_problems(tmp_path / "test.jsonl", n=5),
+        "out": str(tmp_path / "eval"),
+        "max_new_tokens": 8,
+    }
 
 
 def test_greedy_evaluation_end_to_end(options, tmp_path, capsys):
@@ -114,8 +154,12 @@ def test_an_existing_evaluation_is_not_overwritten(options):
 def test_sampled_evaluation_reports_pass_and_majority(options):
     summary = evaluate(make_config(EvalConfig, **options, samples=3, temperature=1.0))
     assert {"pass@1", "pass@2", "pass@3", "maj@3"} <= summary.keys()
-    again = evaluate(make_config(EvalConfig, **{**options, "out": options["out"] + "2"}, samples=3, temperature=1.0))
-    assert {k: v for k, v in again.items() if "per_s" not in k} == {k: v for k, v in summary.items() if "per_s" not in k}
+    again = evaluate(
+        make_config(EvalConfig, **{**options, "out": options["out"] + "2"}, samples=3, temperature=1.0)
+    )
+    assert {k: v for k, v in again.items() if "per_s" not in k} == {
+        k: v for k, v in summary.items() if "per_s" not in k
+    }
 
 
 @pytest.fixture
@@ -125,6 +169,7 @@ def evaluate_examples(tiny_dir, tmp_path):
         cfg = make_config(EvalConfig, tiny_dir, max_new_tokens=4, **options)
         with RunLog(tmp_path / "log", "test") as log:
             return evaluate_model(model, tokenizer, examples, cfg, log, stop)
+
     return run
 
 
@@ -145,12 +190,15 @@ def test_a_problem_that_occurs_twice_counts_twice(evaluate_examples, monkeypatch
 
 def test_grades_follow_the_text(evaluate_examples, monkeypatch, tiny_tokenizer):
     from minimath.rollout import Completion
+
     texts = ["2 + 2 = 5, so \\boxed{4}", "1 + 1 = 2. 2 + 2 = 4 \\boxed{3}"]
     made = [[Completion(tiny_tokenizer(t, add_special_tokens=False)["input_ids"], [], True)] for t in texts]
     monkeypatch.setattr(module, "generate", lambda *a, **k: made)
     summary, records = evaluate_examples([Example("2 + 2?", answer="4")] * 2)
-    assert [(r["right"], r["right_steps"], r["steps"], r["answer"]) for r in records] == [(True, 0, 1, "4"),
-                                                                                        (False, 2, 2, "3")]
+    assert [(r["right"], r["right_steps"], r["steps"], r["answer"]) for r in records] == [
+        (True, 0, 1, "4"),
+        (False, 2, 2, "3"),
+    ]
     assert summary["accuracy"] == 0.5 and summary["right_steps"] == pytest.approx(2 / 3)
 
 

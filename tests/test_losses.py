@@ -1,4 +1,5 @@
 """Losses: values against a few lines of numpy, gradients against what the formulas say by hand."""
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ LENGTHS = [5, 3, 7]
 
 
 def make_rows(seed=0, drift=0.5):
-    """(logp (N,) with grad, entropy, PolicyRows) of three completions; ratios spread well beyond the clips."""
+    """(logp (N,) with grad, entropy, PolicyRows) of three completions; ratios spread beyond the clips."""
     rng = np.random.default_rng(seed)
     n = sum(LENGTHS)
     logp = -rng.uniform(0.1, 3, n)
@@ -33,7 +34,7 @@ def evaluate(logp, entropy, rows, **options):
         zeros = torch.zeros(len(chunk))
         parts.append(loss_fn(TokenStats(logp[chunk], entropy[chunk], zeros, zeros), chunk))
     losses = torch.cat(parts)
-    gradient, = torch.autograd.grad(losses.sum(), logp)
+    (gradient,) = torch.autograd.grad(losses.sum(), logp)
     return losses.detach().numpy(), gradient.numpy()
 
 
@@ -44,8 +45,11 @@ def numpy_loss(loss_type, logp, entropy, rows, *, low, high, beta, entropy_coef,
     if loss_type == "cispo":
         gain = np.where(ratio > 1 + high, 1 + high, ratio) * a * logp
     else:
-        gain = np.where(a > 0, np.where(ratio > 1 + high, 1 + high, ratio) * a,
-                        np.where(ratio < 1 - low, 1 - low, ratio) * a)
+        gain = np.where(
+            a > 0,
+            np.where(ratio > 1 + high, 1 + high, ratio) * a,
+            np.where(ratio < 1 - low, 1 - low, ratio) * a,
+        )
     if cap:
         gain = gain * np.minimum(np.exp(old - sampled), cap)
     k3 = np.exp(ref - logp) - (ref - logp) - 1
@@ -56,10 +60,28 @@ def numpy_loss(loss_type, logp, entropy, rows, *, low, high, beta, entropy_coef,
 @pytest.mark.parametrize("cap", [0.0, 1.5])
 def test_policy_loss_equals_numpy(loss_type, cap):
     logp, entropy, rows = make_rows()
-    ours, _ = evaluate(logp, entropy, rows, loss_type=loss_type, clip_low=0.2, clip_high=0.28, beta=0.1,
-                       entropy_coef=0.02, importance_cap=cap)
-    wanted = numpy_loss(loss_type, logp.detach().numpy().astype(np.float64), entropy.numpy(), rows, low=0.2, high=0.28,
-                        beta=0.1, entropy_coef=0.02, cap=cap)
+    ours, _ = evaluate(
+        logp,
+        entropy,
+        rows,
+        loss_type=loss_type,
+        clip_low=0.2,
+        clip_high=0.28,
+        beta=0.1,
+        entropy_coef=0.02,
+        importance_cap=cap,
+    )
+    wanted = numpy_loss(
+        loss_type,
+        logp.detach().numpy().astype(np.float64),
+        entropy.numpy(),
+        rows,
+        low=0.2,
+        high=0.28,
+        beta=0.1,
+        entropy_coef=0.02,
+        cap=cap,
+    )
     np.testing.assert_allclose(ours, wanted, rtol=2e-5, atol=1e-7)
 
 
@@ -76,8 +98,9 @@ def one_token(ratio, advantage, **options):
     """d loss / d logp of one token with weight 1 and the given ratio to the old policy."""
     logp = torch.tensor([-1.0], requires_grad=True)
     old = logp.detach() - np.log(ratio)
-    rows = PolicyRows(torch.tensor([advantage]), torch.ones(1), old, old, None,
-                      torch.full((1,), float(np.log(ratio))))
+    rows = PolicyRows(
+        torch.tensor([advantage]), torch.ones(1), old, old, None, torch.full((1,), float(np.log(ratio)))
+    )
     return float(evaluate(logp, torch.zeros(1), rows, clip_low=0.2, clip_high=0.28, **options)[1][0])
 
 
@@ -87,7 +110,9 @@ def test_clip_stops_the_gradient_only_where_the_policy_already_moved(loss_type):
     assert one_token(0.7, -1.0, loss_type=loss_type) == 0  # worse and already below 0.8
     assert one_token(1.3, -1.0, loss_type=loss_type) == pytest.approx(1.3, rel=1e-5)
     assert one_token(0.7, 1.0, loss_type=loss_type) == pytest.approx(-0.7, rel=1e-5)
-    assert one_token(1.25, 1.0, loss_type=loss_type) == pytest.approx(-1.25, rel=1e-5)  # clip-higher: still inside
+    assert one_token(1.25, 1.0, loss_type=loss_type) == pytest.approx(
+        -1.25, rel=1e-5
+    )  # clip-higher: inside
     assert one_token(0.78, -1.0, loss_type=loss_type) == 0  # the bounds are not symmetric
 
 
@@ -98,10 +123,17 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens():
 
 def test_gspo_weighs_all_tokens_of_a_completion_by_one_ratio():
     logp, entropy, rows = make_rows(drift=0.1)
-    _, gradient = evaluate(logp, entropy, rows, loss_type="gspo", clip_low=0.9, clip_high=9.0, importance_cap=0)
+    _, gradient = evaluate(
+        logp, entropy, rows, loss_type="gspo", clip_low=0.9, clip_high=9.0, importance_cap=0
+    )
     shares = gradient / (-rows.advantage * rows.weight).numpy()
-    for part, old, new in zip(*(np.split(x, np.cumsum(LENGTHS)[:-1])
-                                for x in (shares, rows.old_logp.numpy(), logp.detach().numpy())), strict=True):
+    for part, old, new in zip(
+        *(
+            np.split(x, np.cumsum(LENGTHS)[:-1])
+            for x in (shares, rows.old_logp.numpy(), logp.detach().numpy())
+        ),
+        strict=True,
+    ):
         np.testing.assert_allclose(part, np.exp((new - old).mean()), rtol=1e-5)
 
 
@@ -133,7 +165,10 @@ def test_entropy_bonus_lowers_the_loss():
 def test_token_weights():
     assert token_weights("dapo", [2, 6, 0], 10) == token_weights("cispo", [2, 6, 0], 10) == [1 / 8] * 3
     for name in ("grpo", "gspo"):
-        assert token_weights(name, [2, 6, 0], 10)[:2] == [1 / (2 * 2), 1 / (2 * 6)]  # completions weigh the same
+        assert token_weights(name, [2, 6, 0], 10)[:2] == [
+            1 / (2 * 2),
+            1 / (2 * 6),
+        ]  # completions weigh the same
     assert token_weights("dr_grpo", [2, 6, 0], 10) == [1 / (2 * 10)] * 3  # does not depend on the lengths
     with pytest.raises(ValueError, match="ppo"):
         token_weights("ppo", [1], 1)
@@ -147,8 +182,10 @@ def test_nll_equals_cross_entropy_with_label_smoothing_and_z_loss(smoothing, z_l
     weight, target = torch.randn(101, 16), torch.randint(0, 101, (23,))
     target[::3] = -100
     kept = int((target != -100).sum())
-    loss, _ = linear_token_loss(hidden, weight, target, nll_loss(kept, label_smoothing=smoothing, z_loss=z_loss))
-    gradient, = torch.autograd.grad(loss, hidden)
+    loss, _ = linear_token_loss(
+        hidden, weight, target, nll_loss(kept, label_smoothing=smoothing, z_loss=z_loss)
+    )
+    (gradient,) = torch.autograd.grad(loss, hidden)
     logits = hidden @ weight.T
     wanted = torch.nn.functional.cross_entropy(logits, target, label_smoothing=smoothing)
     wanted = wanted + z_loss * logits.logsumexp(-1)[target != -100].square().mean()

@@ -1,4 +1,5 @@
-"""Loading: adapters, 4-bit weights that must stay trainable, what the config says of the head, errors in one line."""
+"""Loading: adapters, 4-bit weights that stay trainable, what the config says of the head, errors in one line."""
+
 import pickle
 from pathlib import Path
 
@@ -9,8 +10,16 @@ from toy import load, make_config, wake_adapter
 
 from minimath.checkpoint import save_adapter
 from minimath.config import AdapterConfig, ModelConfig, UserError
-from minimath.model import (adapter_off, describe, head, hidden_states, inference, keep_4bit_weights_trainable,
-                            pick_device, pick_dtype)
+from minimath.model import (
+    adapter_off,
+    describe,
+    head,
+    hidden_states,
+    inference,
+    keep_4bit_weights_trainable,
+    pick_device,
+    pick_dtype,
+)
 from minimath.rollout import generate
 
 IDS = torch.arange(10, 26)[None]  # (1, 16)
@@ -23,14 +32,23 @@ def nf4_dir(tmp_path_factory):
     tokenizer = tiny.tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     from transformers import AutoModelForCausalLM, LlamaConfig
+
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=4, initializer_range=0.2)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        initializer_range=0.2,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
 # ---- the adapter
+
 
 def test_adapter_off_gives_the_base_model(tiny_dir):
     base, _ = load(tiny_dir)
@@ -67,12 +85,22 @@ def test_a_saved_adapter_is_loaded_for_inference_and_for_more_training(tiny_dir,
     with torch.no_grad():
         torch.testing.assert_close(hidden_states(frozen, IDS), wanted)
     trained, _ = load(tiny_dir, AdapterConfig, train=True, adapter=str(tmp_path / "run"))
-    assert {n for n, p in trained.named_parameters() if p.requires_grad} == \
-        {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in trained.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
-@pytest.mark.parametrize("options", [{"dora": True}, {"rslora": True}, {"lora_init": "pissa"},
-                                     {"lora_init": "gaussian"}, {"lora_init": "olora"}, {"lora_targets": "q_proj, v_proj"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dora": True},
+        {"rslora": True},
+        {"lora_init": "pissa"},
+        {"lora_init": "gaussian"},
+        {"lora_init": "olora"},
+        {"lora_targets": "q_proj, v_proj"},
+    ],
+)
 def test_adapter_variants_get_gradients(tiny_dir, options):
     model, _ = load(tiny_dir, AdapterConfig, train=True, lora_r=4, **options)
     hidden_states(model, IDS).square().sum().backward()
@@ -80,8 +108,11 @@ def test_adapter_variants_get_gradients(tiny_dir, options):
     assert grads and all(g is not None and torch.isfinite(g).all() for g in grads)
     assert sum(float(g.abs().sum()) for g in grads) > 0
     names = {n.split(".")[-4] for n, p in model.named_parameters() if "lora_A" in n}
-    assert names == ({"q_proj", "v_proj"} if "lora_targets" in options else
-                     {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+    assert names == (
+        {"q_proj", "v_proj"}
+        if "lora_targets" in options
+        else {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    )
 
 
 def test_rslora_scales_by_the_root_of_the_rank(tiny_dir):
@@ -94,6 +125,7 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny_dir):
 
 # ---- 4-bit weights
 
+
 def lora_gradients(model):
     """{name: gradient} of one forward and backward in train mode."""
     model.train()
@@ -104,9 +136,11 @@ def lora_gradients(model):
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_nf4_gradients_after_generate_equal_those_of_a_fresh_model(nf4_dir, double_quant):
-    """The repack trap: on CPUs with avx512_bf16, bitsandbytes repacks 4-bit weights in the first no-grad forward, and
-    every LoRA gradient after it is wrong. An RL loop generates and trains with the same weights."""
-    fresh, tokenizer = load(nf4_dir, AdapterConfig, train=True, quant="nf4", dtype="bf16", double_quant=double_quant)
+    """The repack trap: on CPUs with avx512_bf16, bitsandbytes repacks 4-bit weights in the first no-grad
+    forward, and every LoRA gradient after it is wrong. An RL loop generates and trains with the same weights."""
+    fresh, tokenizer = load(
+        nf4_dir, AdapterConfig, train=True, quant="nf4", dtype="bf16", double_quant=double_quant
+    )
     wake_adapter(fresh)
     wanted = lora_gradients(fresh)
     used, _ = load(nf4_dir, AdapterConfig, train=True, quant="nf4", dtype="bf16", double_quant=double_quant)
@@ -120,6 +154,7 @@ def test_nf4_gradients_after_generate_equal_those_of_a_fresh_model(nf4_dir, doub
 
 def test_the_guard_reaches_every_4bit_layer(nf4_dir):
     import bitsandbytes
+
     model, _ = load(nf4_dir, AdapterConfig, train=True, quant="nf4", dtype="bf16")
     layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 14 and keep_4bit_weights_trainable(model) >= 14
@@ -128,8 +163,17 @@ def test_the_guard_reaches_every_4bit_layer(nf4_dir):
 
 # ---- the head
 
-@pytest.mark.parametrize("family, softcap, scale", [("llama", 0.0, 1.0), ("gemma2", 30.0, 1.0), ("granite", 0.0, 0.25),
-                                                    ("cohere", 0.0, 0.25), ("llama-untied", 0.0, 1.0)])
+
+@pytest.mark.parametrize(
+    "family, softcap, scale",
+    [
+        ("llama", 0.0, 1.0),
+        ("gemma2", 30.0, 1.0),
+        ("granite", 0.0, 0.25),
+        ("cohere", 0.0, 0.25),
+        ("llama-untied", 0.0, 1.0),
+    ],
+)
 def test_head_reads_softcap_and_scale_from_the_config(tmp_path, family, softcap, scale):
     model, _ = load(tiny.tiny_model(tmp_path, family), attn="eager")
     lm_head = head(model)
@@ -152,6 +196,7 @@ def test_head_has_the_bias_of_the_output_layer(tiny_dir):
 
 # ---- errors
 
+
 def one_line(caught) -> str:
     text = str(caught.value)
     assert "\n" not in text and len(text) < 600
@@ -173,7 +218,9 @@ def test_a_model_that_cannot_be_downloaded_is_named():
 
 def test_a_folder_with_broken_weights_is_named(tiny_dir, tmp_path):
     for file in Path(tiny_dir).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes()[:1000] if file.suffix == ".safetensors" else file.read_bytes())
+        (tmp_path / file.name).write_bytes(
+            file.read_bytes()[:1000] if file.suffix == ".safetensors" else file.read_bytes()
+        )
     with pytest.raises(UserError) as caught:
         load(tmp_path)
     assert str(tmp_path) in one_line(caught)
@@ -206,7 +253,9 @@ def test_an_adapter_of_another_model_is_refused(tiny_dir, nf4_dir, tmp_path):
     one_line(caught)
 
 
-@pytest.mark.parametrize("targets, said", [("lm_head", "LM head"), ("q_proj,lm_head", "LM head"), ("q_prj", "q_proj")])
+@pytest.mark.parametrize(
+    "targets, said", [("lm_head", "LM head"), ("q_proj,lm_head", "LM head"), ("q_prj", "q_proj")]
+)
 def test_lora_targets_that_cannot_work_are_refused(tmp_path, targets, said):
     folder = tiny.tiny_model(tmp_path, "llama-untied")
     with pytest.raises(UserError, match=said) as caught:
@@ -222,6 +271,7 @@ def test_an_unknown_lora_init_is_refused(tiny_dir):
 
 # ---- device and dtype
 
+
 def test_device_choices():
     assert pick_device("cpu").type == "cpu"
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
@@ -232,8 +282,11 @@ def test_device_choices():
 
 def test_dtype_choices():
     cpu = torch.device("cpu")
-    assert [pick_dtype(name, cpu)[0] for name in ("fp32", "bf16", "fp16")] == \
-        [torch.float32, torch.bfloat16, torch.float16]
+    assert [pick_dtype(name, cpu)[0] for name in ("fp32", "bf16", "fp16")] == [
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ]
     dtype, reason = pick_dtype("auto", cpu)
     assert dtype in (torch.float32, torch.bfloat16) and reason
 

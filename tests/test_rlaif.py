@@ -1,4 +1,5 @@
-"""Stage 2: the real loop on a tiny random model, whose answers are called right by the parity of their bytes."""
+"""Stage 2: the real loop on a tiny random model, with answers called right by their parity."""
+
 import json
 import math
 
@@ -7,16 +8,15 @@ import torch
 from toy import adapter, load, make_config, metrics, same_tensors, without_times, write_problems
 
 import minimath.rlaif as loop
-from minimath.config import RLAIFConfig, UserError
+from minimath.config import RLAIFConfig, Stopped, UserError
 from minimath.data import Example
 from minimath.rollout import Completion
-from minimath.config import Stopped
 
 LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "cispo", "gspo")
 
 
 class ParityChecker:
-    """Stands in for AnswerChecker. Answers to problems whose answer is odd are never right: no signal there."""
+    """Stands in for AnswerChecker. Problems with an odd answer are never solved: no signal there."""
 
     def __enter__(self):
         return self
@@ -54,10 +54,23 @@ def train(tiny_dir, data, tmp_path, monkeypatch):
 
     def run(name="run", checker=EvenChecker, **options):
         monkeypatch.setattr(loop, "AnswerChecker", checker)
-        options = {"data": data, "steps": 2, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 16, "lora_r": 4,
-                   "lr": 1e-2, "judge": "rules", "save_every": 0, "sample_every": 1, "warmup": 0.0, **options}
+        options = {
+            "data": data,
+            "steps": 2,
+            "prompts_per_step": 2,
+            "group_size": 4,
+            "max_new_tokens": 16,
+            "lora_r": 4,
+            "lr": 1e-2,
+            "judge": "rules",
+            "save_every": 0,
+            "sample_every": 1,
+            "warmup": 0.0,
+            **options,
+        }
         loop.rlaif(make_config(RLAIFConfig, tiny_dir, out=str(tmp_path / name), **options))
         return tmp_path / name
+
     return run
 
 
@@ -85,8 +98,11 @@ def lora_b(run_dir):
 
 # ---- steps
 
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize("options", [{}, {"updates_per_rollout": 2, "minibatches": 2, "beta": 0.05, "entropy_coef": 0.01}])
+@pytest.mark.parametrize(
+    "options", [{}, {"updates_per_rollout": 2, "minibatches": 2, "beta": 0.05, "entropy_coef": 0.01}]
+)
 def test_every_loss_type_changes_the_adapter(train, loss_type, options):
     run_dir = train(loss_type=loss_type, **options)
     assert lora_b(run_dir) > 0
@@ -108,7 +124,7 @@ def test_the_gradient_is_the_policy_gradient_of_the_sampled_groups(train, update
             if advantage == 0:
                 continue
             n = len(completion.ids)
-            logits = model(input_ids=torch.tensor([group.prompt + completion.ids])).logits[0, -n - 1:-1]
+            logits = model(input_ids=torch.tensor([group.prompt + completion.ids])).logits[0, -n - 1 : -1]
             logp = torch.log_softmax(logits / 0.8, -1).gather(1, torch.tensor(completion.ids)[:, None])
             total, tokens = total - advantage * logp.sum(), tokens + n
     (total / tokens).backward()
@@ -119,7 +135,13 @@ def test_the_gradient_is_the_policy_gradient_of_the_sampled_groups(train, update
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_micro_batches_leave_the_update_unchanged(train, loss_type):
-    options = {"loss_type": loss_type, "updates_per_rollout": 2, "beta": 0.1, "steps": 1, "prompts_per_step": 3}
+    options = {
+        "loss_type": loss_type,
+        "updates_per_rollout": 2,
+        "beta": 0.1,
+        "steps": 1,
+        "prompts_per_step": 3,
+    }
     whole, cut = (metrics(train(f"{micro}", micro_tokens=micro, **options))[0] for micro in (4096, 70))
     for name in ("loss", "grad_norm", "entropy", "kl_ref", "clipped"):
         assert cut[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
@@ -138,9 +160,18 @@ def test_the_reference_is_the_base_model(train):
     assert first["kl_ref"] == pytest.approx(0, abs=1e-6) and second["kl_ref"] > 1e-5
 
 
-@pytest.mark.parametrize("options", [{"judge": "self"}, {"reward": "rules"}, {"scale_advantage": "none"},
-                                     {"overlong": "penalty"}, {"top_p": 0.9, "min_p": 0.02, "temperature": 1.2},
-                                     {"slots": 3}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"judge": "self"},
+        {"reward": "rules"},
+        {"scale_advantage": "none"},
+        {"overlong": "penalty"},
+        {"top_p": 0.9, "min_p": 0.02, "temperature": 1.2},
+        {"slots": 3},
+        {"gradient_checkpointing": True},
+    ],
+)
 def test_other_options_train(train, options):
     run_dir = train(**options)
     assert lora_b(run_dir) > 0
@@ -156,6 +187,7 @@ def test_evaluation_during_training_keeps_the_best(train, data):
 
 # ---- groups without a signal
 
+
 def test_groups_without_a_signal_are_dropped_refilled_and_counted(train, updates):
     records = metrics(train(checker=ParityChecker, steps=4, max_refill=2))
     assert sum(r["dropped_groups"] for r in records) > 0
@@ -163,7 +195,9 @@ def test_groups_without_a_signal_are_dropped_refilled_and_counted(train, updates
         rounds_left = record["groups"] < 2  # gave up only after max_refill rounds
         assert record["sampled"] == 4 * (record["groups"] + record["dropped_groups"])
         assert record["groups"] <= 2 and (not rounds_left or record["dropped_groups"] >= 3)
-    assert any(record["dropped_groups"] and record["groups"] == 2 for record in records)  # a refill that worked
+    assert any(
+        record["dropped_groups"] and record["groups"] == 2 for record in records
+    )  # a refill that worked
     assert all(any(group.advantage) for groups, _ in updates for group in groups)
 
 
@@ -174,6 +208,7 @@ def test_a_run_without_any_signal_changes_nothing_and_ends(train, updates):
 
 
 # ---- reruns and interruptions
+
 
 def test_the_same_seed_gives_the_same_run(train):
     one, two, other = train("one"), train("two"), train("other", seed=1)
@@ -204,7 +239,13 @@ def test_resume_after_an_interrupted_rollout_equals_an_unbroken_run(train, monke
 def test_an_unreachable_judge_stops_the_run_before_any_work(train, monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "generate", lambda *a, **k: pytest.fail("sampled without a judge"))
     with pytest.raises(UserError, match="127.0.0.1:9"):
-        train(judge="openai", judge_url="http://127.0.0.1:9/v1", judge_model="m", judge_retries=0, judge_timeout_s=2.0)
+        train(
+            judge="openai",
+            judge_url="http://127.0.0.1:9/v1",
+            judge_model="m",
+            judge_retries=0,
+            judge_timeout_s=2.0,
+        )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -214,6 +255,7 @@ def test_too_few_problems_for_a_step_are_refused(train):
 
 
 # ---- rewards as the loop assigns them
+
 
 def test_wrong_never_outranks_right_in_the_logged_samples(train):
     logged = samples(train(steps=4, lam_format=0.2, prompts_per_step=3))
@@ -233,7 +275,9 @@ def scored(overlong, checker=EvenChecker, **options):
     completions = [Completion([9] * n, [-1.0] * n, n < 16) for n in lengths]
     right = [True, True, False, False]
     valid = [c.ended or overlong != "mask" for c in completions]
-    group = loop.Group(Example("1 + 1?", answer="2"), [5, 6], completions, ["2", "two", "3", "3 and"], right, valid, [], [])
+    group = loop.Group(
+        Example("1 + 1?", answer="2"), [5, 6], completions, ["2", "two", "3", "3 and"], right, valid, [], []
+    )
     loop.score_groups(cfg, [group], loop.make_judge(cfg))
     return group
 
@@ -255,7 +299,9 @@ def test_overlong_penalty_and_none_train_on_the_cut_completion():
 
 def test_a_cut_completion_is_never_right(train, updates):
     train(max_new_tokens=3, overlong="none")
-    completions = [(c, ok) for groups, _ in updates for g in groups for c, ok in zip(g.completions, g.right, strict=True)]
+    completions = [
+        (c, ok) for groups, _ in updates for g in groups for c, ok in zip(g.completions, g.right, strict=True)
+    ]
     assert any(not c.ended for c, _ in completions)
     assert not any(ok and not c.ended for c, ok in completions)
 

@@ -1,4 +1,5 @@
-"""Rollouts: the tokens are those of transformers, the recorded log-probs those of training, in any batch shape."""
+"""Rollouts: the tokens are those of transformers, the log-probs those of training, in any batch shape."""
+
 import math
 
 import numpy as np
@@ -55,20 +56,28 @@ def full_logps(model, prompt, completion, temperature=1.0):
     """Log-probs (n, V) at each place of a completion, from one full forward through the model's own head."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + completion.ids])).logits[0].double()
-    return torch.log_softmax(logits[len(prompt) - 1:-1] / temperature, -1)
+    return torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, -1)
 
 
 # ---- tokens
+
 
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "mistral-window"])
 def test_greedy_equals_transformers_token_for_token(family_dir, family):
     model, tokenizer = load_family(family_dir(family), family)
     new = 60  # gemma2's window of 64 and mistral's of 16 are left behind
-    ours = generate(model, tokenizer, prompts_of(), max_new_tokens=new, temperature=0,
-                    eos=[tokenizer.eos_token_id], slots=2)
+    ours = generate(
+        model,
+        tokenizer,
+        prompts_of(),
+        max_new_tokens=new,
+        temperature=0,
+        eos=[tokenizer.eos_token_id],
+        slots=2,
+    )
     for prompt, [completion] in zip(prompts_of(), ours, strict=True):
         theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=new, use_cache=True)
-        assert completion.ids == theirs[0, len(prompt):].tolist()
+        assert completion.ids == theirs[0, len(prompt) :].tolist()
 
 
 def test_a_sliding_window_changes_the_tokens_of_the_tiny_model(family_dir):
@@ -83,11 +92,27 @@ def test_a_sliding_window_changes_the_tokens_of_the_tiny_model(family_dir):
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "mistral-window"])
 def test_recorded_logp_equals_the_full_forward(family_dir, family):
     model, tokenizer = load_family(family_dir(family), family)
-    groups = generate(model, tokenizer, prompts_of(), samples=2, max_new_tokens=50, temperature=0.7, eos=[], seed=3)
+    groups = generate(
+        model, tokenizer, prompts_of(), samples=2, max_new_tokens=50, temperature=0.7, eos=[], seed=3
+    )
     for prompt, group in zip(prompts_of(), groups, strict=True):
         for completion in group:
-            picked = full_logps(model, prompt, completion, 0.7).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+            picked = full_logps(model, prompt, completion, 0.7).gather(
+                1, torch.tensor(completion.ids)[:, None]
+            )[:, 0]
             torch.testing.assert_close(torch.tensor(completion.logp).double(), picked, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral-window"])
+def test_decoding_agrees_with_eager_training(family_dir, family):
+    """Where decoding takes another attention than training, log-probs are the same."""
+    model, tokenizer = load(family_dir(family), attn="eager")
+    [[completion]] = generate(model, tokenizer, prompts_of()[1:2], max_new_tokens=40, eos=[])
+    assert model.config._attn_implementation == "eager"
+    picked = full_logps(model, prompts_of()[1], completion).gather(1, torch.tensor(completion.ids)[:, None])[
+        :, 0
+    ]
+    torch.testing.assert_close(torch.tensor(completion.logp).double(), picked, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "granite", "cohere"])
@@ -96,15 +121,22 @@ def test_recorded_logp_equals_linear_logp_of_the_training_forward(family_dir, fa
     model, tokenizer = load_family(family_dir(family), family, cls=AdapterConfig, train=True)
     wake_adapter(model)
     prompts = prompts_of()
-    groups = generate(model, tokenizer, prompts, samples=2, max_new_tokens=20, temperature=temperature, eos=[], seed=3)
+    groups = generate(
+        model, tokenizer, prompts, samples=2, max_new_tokens=20, temperature=temperature, eos=[], seed=3
+    )
     assert model.training  # restored
-    rows = [Encoded(p + c.ids, [False] * len(p) + [True] * len(c.ids), False)
-            for p, group in zip(prompts, groups, strict=True) for c in group]
+    rows = [
+        Encoded(p + c.ids, [False] * len(p) + [True] * len(c.ids), False)
+        for p, group in zip(prompts, groups, strict=True)
+        for c in group
+    ]
     recorded = [torch.tensor(c.logp) for group in groups for c in group]
     lm_head = head(model)
     for indices, batch in micro_batches(rows, packing=False, micro_tokens=150, pad_id=3, device="cpu"):
         hidden = hidden_states(model, **forward_args(batch)).flatten(0, 1)
-        logp = linear_logp(hidden, lm_head.weight, batch["target"], temperature=temperature, **lm_head.kernel_args())
+        logp = linear_logp(
+            hidden, lm_head.weight, batch["target"], temperature=temperature, **lm_head.kernel_args()
+        )
         wanted = torch.cat([recorded[i] for i in indices])
         torch.testing.assert_close(logp[batch["target"] != IGNORE].detach(), wanted, atol=1e-4, rtol=0)
 
@@ -112,7 +144,7 @@ def test_recorded_logp_equals_linear_logp_of_the_training_forward(family_dir, fa
 def renormalised(logp, how: Sampling):
     """Independent truncation of one distribution (V,): top-k, then min-p, then top-p, each on what is left."""
     order = sorted(range(len(logp)), key=lambda i: -logp[i])
-    kept = order[:how.top_k] if how.top_k else order
+    kept = order[: how.top_k] if how.top_k else order
     kept = [i for i in kept if math.exp(logp[i]) >= how.min_p * math.exp(logp[order[0]])]
     total, mass, nucleus = sum(math.exp(logp[i]) for i in kept), 0.0, []
     for i in kept:
@@ -124,19 +156,31 @@ def renormalised(logp, how: Sampling):
     return {i: logp[i] - left for i in nucleus}
 
 
-@pytest.mark.parametrize("how", [Sampling(0.9, top_p=0.8), Sampling(0.9, min_p=0.1), Sampling(0.9, top_k=5),
-                                 Sampling(1.1, top_p=0.7, min_p=0.02, top_k=20)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        Sampling(0.9, top_p=0.8),
+        Sampling(0.9, min_p=0.1),
+        Sampling(0.9, top_k=5),
+        Sampling(1.1, top_p=0.7, min_p=0.02, top_k=20),
+    ],
+)
 def test_truncated_sampling_records_the_renormalised_logp(llama, how):
     model, tokenizer = llama
     groups = generate(model, tokenizer, prompts_of(), samples=2, max_new_tokens=12, eos=[], **how._asdict())
     for prompt, group in zip(prompts_of(), groups, strict=True):
         for completion in group:
-            for token, logp, row in zip(completion.ids, completion.logp,
-                                        full_logps(model, prompt, completion, how.temperature).tolist(), strict=True):
+            for token, logp, row in zip(
+                completion.ids,
+                completion.logp,
+                full_logps(model, prompt, completion, how.temperature).tolist(),
+                strict=True,
+            ):
                 assert logp == pytest.approx(renormalised(row, how)[token], abs=1e-4)
 
 
 # ---- batching
+
 
 def sampled(llama, **options):
     model, tokenizer = llama
@@ -150,7 +194,9 @@ def test_completions_do_not_depend_on_the_number_of_slots(llama):
     assert len(lengths) > 5  # rows end at different times: slots are refilled and the batch is compacted
     for slots in (1, 3, 5):
         other = sampled(llama, slots=slots)
-        assert [[c.ids for c in group] for group in other] == [[c.ids for c in group] for group in all_at_once]
+        assert [[c.ids for c in group] for group in other] == [
+            [c.ids for c in group] for group in all_at_once
+        ]
         for one, two in zip(sum(other, []), sum(all_at_once, []), strict=True):
             assert one.ended == two.ended
             np.testing.assert_allclose(one.logp, two.logp, atol=1e-5)
@@ -160,8 +206,16 @@ def test_completions_come_back_in_the_order_of_the_prompts(llama):
     model, tokenizer = llama
     groups = sampled(llama, slots=4)
     for i, prompt in enumerate(prompts_of()):
-        [alone] = generate(model, tokenizer, [prompt], samples=3, keys=[i], max_new_tokens=24, seed=7,
-                           eos=list(range(20, 50)))
+        [alone] = generate(
+            model,
+            tokenizer,
+            [prompt],
+            samples=3,
+            keys=[i],
+            max_new_tokens=24,
+            seed=7,
+            eos=list(range(20, 50)),
+        )
         assert [c.ids for c in alone] == [c.ids for c in groups[i]]
 
 
@@ -210,6 +264,7 @@ def test_no_prompts_give_no_completions(llama):
 
 # ---- the choice of a token
 
+
 def chi_square(counts, probs):
     expected = np.asarray(probs) * counts.sum()
     return float(((counts - expected) ** 2 / expected).sum())
@@ -222,7 +277,9 @@ def test_sampling_frequencies_match_the_softmax(temperature):
     noise = torch.rand(n, generator=torch.Generator().manual_seed(0))
     token, logp = sample_tokens(logits.repeat(n, 1), noise, Sampling(temperature))
     wanted = torch.log_softmax(logits / temperature, -1)
-    assert chi_square(torch.bincount(token, minlength=5).numpy(), wanted.exp().numpy()) < 18.5  # 4 d.o.f., p = 0.001
+    assert (
+        chi_square(torch.bincount(token, minlength=5).numpy(), wanted.exp().numpy()) < 18.5
+    )  # 4 d.o.f., p = 0.001
     torch.testing.assert_close(logp, wanted[token])
 
 
@@ -241,7 +298,7 @@ def test_first_tokens_of_many_samples_follow_the_model(llama):
 
 def test_noise_at_the_top_never_picks_a_token_without_probability():
     logits = torch.tensor([[1.0, 2.0, -torch.inf, -torch.inf]])
-    for noise in (1.0, 1 - 2 ** -24):  # the first is what rounding makes of a double just below 1
+    for noise in (1.0, 1 - 2**-24):  # the first is what rounding makes of a double just below 1
         token, logp = sample_tokens(logits.clone(), torch.tensor([noise]), Sampling())
         assert token.tolist() == [1] and math.isfinite(logp)
 

@@ -1,4 +1,5 @@
-"""Stage 1: the loop's loss is plain cross-entropy, memory options change nothing, interrupted runs go on bitwise."""
+"""Stage 1: the loop's loss is plain cross-entropy, memory options change nothing, resume is bitwise equal."""
+
 import json
 import os
 import signal
@@ -29,10 +30,20 @@ def data(tmp_path_factory):
 @pytest.fixture
 def train(tiny_dir, data, tmp_path):
     """train(name, **options) -> (summary, run folder) of an SFT run of the tiny Llama."""
+
     def run(name="run", **options):
-        options = {"data": data, "steps": 3, "batch_size": 6, "lora_r": 4, "lr": 1e-2, "save_every": 0, **options}
+        options = {
+            "data": data,
+            "steps": 3,
+            "batch_size": 6,
+            "lora_r": 4,
+            "lr": 1e-2,
+            "save_every": 0,
+            **options,
+        }
         cfg = make_config(SFTConfig, tiny_dir, out=str(tmp_path / name), **options)
         return sft(cfg), tmp_path / name
+
     return run
 
 
@@ -49,11 +60,14 @@ def assert_close(a, b, rtol=1e-5):
 
 # ---- what a step computes
 
+
 def test_loss_goes_down(train):
     summary, run_dir = train(steps=25, lr=2e-2)
     first, last = losses(run_dir)[0]["loss"], losses(run_dir)[-1]["loss"]
     assert summary["steps"] == 25 and last < 0.6 * first
-    assert (run_dir / "adapter" / "adapter_model.safetensors").is_file() and (run_dir / "config.yaml").is_file()
+    assert (run_dir / "adapter" / "adapter_model.safetensors").is_file() and (
+        run_dir / "config.yaml"
+    ).is_file()
 
 
 def test_the_first_loss_and_gradient_are_plain_cross_entropy(train, tiny_dir, data):
@@ -76,8 +90,10 @@ def test_the_first_loss_and_gradient_are_plain_cross_entropy(train, tiny_dir, da
 
 
 def test_micro_batches_and_packing_leave_loss_and_gradient_unchanged(train):
-    runs = [train(f"{packing}-{micro}", packing=packing, micro_tokens=micro)[1]
-            for packing, micro in ((True, 4096), (True, 150), (False, 4096), (False, 150), (False, 1))]
+    runs = [
+        train(f"{packing}-{micro}", packing=packing, micro_tokens=micro)[1]
+        for packing, micro in ((True, 4096), (True, 150), (False, 4096), (False, 150), (False, 1))
+    ]
     for other in runs[1:]:
         assert_close(losses(other), losses(runs[0]))
 
@@ -88,8 +104,10 @@ def test_gradient_checkpointing_changes_nothing(train):
 
 
 def test_label_smoothing_and_z_loss_reach_the_loss(train):
-    values = [losses(train(f"run{i}", steps=1, **options)[1])[0]["loss"]
-              for i, options in enumerate(({}, {"label_smoothing": 0.2}, {"z_loss": 0.1}))]
+    values = [
+        losses(train(f"run{i}", steps=1, **options)[1])[0]["loss"]
+        for i, options in enumerate(({}, {"label_smoothing": 0.2}, {"z_loss": 0.1}))
+    ]
     assert len({round(v, 3) for v in values}) == 3
 
 
@@ -97,8 +115,16 @@ def test_epochs_give_the_number_of_steps(train):
     assert train(steps=0, epochs=1.5, batch_size=6)[0]["steps"] == 6  # 24 problems
 
 
-@pytest.mark.parametrize("options", [{"optimizer": "adamw8bit"}, {"dtype": "fp16"}, {"dtype": "bf16"},
-                                     {"dora": True, "rslora": True}, {"lora_dropout": 0.2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "adamw8bit"},
+        {"dtype": "fp16"},
+        {"dtype": "bf16"},
+        {"dora": True, "rslora": True},
+        {"lora_dropout": 0.2},
+    ],
+)
 def test_other_optimisers_dtypes_and_adapters_train(train, options):
     _, run_dir = train(steps=6, **options)
     records = metrics(run_dir)
@@ -113,7 +139,9 @@ def test_fp16_loss_scale_is_divided_out_of_the_gradient(train):
 
 
 def test_evaluation_and_samples_during_training(train, data):
-    _, run_dir = train(steps=4, eval_data=data, eval_every=2, eval_limit=4, eval_max_new_tokens=5, sample_every=4)
+    _, run_dir = train(
+        steps=4, eval_data=data, eval_every=2, eval_limit=4, eval_max_new_tokens=5, sample_every=4
+    )
     evaluated = [r for r in metrics(run_dir) if "eval_accuracy" in r]
     assert [r["step"] for r in evaluated] == [2, 4] and evaluated[0]["eval_mean_tokens"] <= 5
     assert len((run_dir / "samples.jsonl").read_text().splitlines()) == 1
@@ -121,6 +149,7 @@ def test_evaluation_and_samples_during_training(train, data):
 
 
 # ---- interrupted runs
+
 
 def test_an_existing_run_folder_is_refused(train):
     _, run_dir = train(steps=1)
@@ -151,17 +180,39 @@ def test_resume_of_a_finished_run_trains_no_further(train):
     assert same_tensors(before, adapter(run_dir)) and len(metrics(run_dir)) == 2
 
 
-OPTIONS = {"steps": STEPS, "batch_size": 6, "lora_r": 4, "lr": 0.01, "save_every": 2, "optimizer": "adamw",
-           "sample_every": 1, "eval_max_new_tokens": 200}  # a long sample: a signal arrives within a step or after it
+OPTIONS = {
+    "steps": STEPS,
+    "batch_size": 6,
+    "lora_r": 4,
+    "lr": 0.01,
+    "save_every": 2,
+    "optimizer": "adamw",
+    "sample_every": 1,
+    "eval_max_new_tokens": 200,
+}  # a long sample: a signal arrives within a step or after it
 
 
 def start(out, tiny_dir, data, **options):
     """`python -m minimath sft` as a user runs it, in a process of its own, with one thread."""
-    options = {"model": tiny_dir, "data": data, "out": out, "device": "cpu", "dtype": "fp32",
-               "prompt_template": "{problem}", **OPTIONS, **options}
+    options = {
+        "model": tiny_dir,
+        "data": data,
+        "out": out,
+        "device": "cpu",
+        "dtype": "fp32",
+        "prompt_template": "{problem}",
+        **OPTIONS,
+        **options,
+    }
     command = [sys.executable, "-m", "minimath", "sft", *(f"{key}={value}" for key, value in options.items())]
-    return subprocess.Popen(command, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        command,
+        cwd=out.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def signal_at(process, run_dir: Path, step: int, number) -> str:
@@ -182,8 +233,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("options", [{"packing": False},
-                                     {"packing": True, "lora_dropout": 0.2, "micro_tokens": 200}])
+@pytest.mark.parametrize(
+    "options", [{"packing": False}, {"packing": True, "lora_dropout": 0.2, "micro_tokens": 200}]
+)
 def test_resume_after_kill_is_bitwise_equal(tiny_dir, data, tmp_path, train, one_thread, options):
     _, unbroken = train("unbroken", **OPTIONS, **options)
     run_dir = tmp_path / "killed"

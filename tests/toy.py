@@ -1,4 +1,5 @@
 """Toy problems, options and readers of run folders for the tests of the loops."""
+
 import json
 import random
 from pathlib import Path
@@ -11,21 +12,31 @@ from minimath.model import load_model
 
 
 def write_problems(path: Path, n: int = 24, seed: int = 0) -> str:
-    """n sums as problem, solution, answer rows of a jsonl file; short, so that a tiny model is quick on them."""
+    """n sums as problem, solution, answer rows of a jsonl file; short, to be quick."""
     rng = random.Random(seed)
     with open(path, "w", encoding="utf-8") as file:
         for i in range(n):
             a, b = rng.randint(2, 40), rng.randint(2, 40)
             extra = " So we add them." * rng.randint(0, 2)  # solutions of different lengths
-            file.write(json.dumps({"id": f"p{i}", "problem": f"Tom has {a} apples and buys {b} more. How many?",
-                                   "solution": f"{a} + {b} = {a + b}.{extra} \\boxed{{{a + b}}}",
-                                   "answer": str(a + b)}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "id": f"p{i}",
+                        "problem": f"Tom has {a} apples and buys {b} more. How many?",
+                        "solution": f"{a} + {b} = {a + b}.{extra} \\boxed{{{a + b}}}",
+                        "answer": str(a + b),
+                    }
+                )
+                + "\n"
+            )
     return str(path)
 
 
 def make_config(cls, model: str, **options):
     """A config for CPU and fp32, where results are exact."""
-    return cls(**{"model": model, "device": "cpu", "dtype": "fp32", "prompt_template": "{problem}", **options})
+    return cls(
+        **{"model": model, "device": "cpu", "dtype": "fp32", "prompt_template": "{problem}", **options}
+    )
 
 
 def load(folder, cls=ModelConfig, *, train: bool = False, **options):
@@ -35,7 +46,7 @@ def load(folder, cls=ModelConfig, *, train: bool = False, **options):
 
 
 def wake_adapter(model, scale: float = 0.1, seed: int = 1) -> None:
-    """Give lora_B random values: at its initial zeros an adapter changes nothing, and a test could not fail."""
+    """Give lora_B random values: at its initial zeros an adapter changes nothing."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, param in model.named_parameters():

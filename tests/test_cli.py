@@ -1,0 +1,241 @@
+"""The real command line, in processes of their own: each costs seconds of imports, so there are few."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy import write_problems
+
+from minimath.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["device=cpu", "dtype=fp32", "prompt_template={problem}", "max_new_tokens=6"]
+TRAIN = ["lora_r=4", "lr=0.01", "steps=2", "save_every=0"]
+
+
+def minimath(*words, cwd, module="minimath"):
+    """python -m minimath WORDS -> CompletedProcess; no traceback, whatever happens."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture
+def here(monkeypatch, capsys, tmp_path):
+    """here(WORDS) -> (status, stdout, stderr) of the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["minimath", *words])
+        status = main()
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_problems(tmp_path / "problems.jsonl", n=8)
+
+
+def assert_one_line(status, out, err, *parts):
+    """Status 2 and one line on stderr that starts with error: and contains the parts."""
+    assert status == 2, out + err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    for part in parts:
+        assert part in err
+
+
+# ---- help and slips: answered at once, without loading torch
+
+
+def test_help_names_every_command(tmp_path):
+    done = minimath("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert all(f"minimath {name}" in done.stdout for name in ("demo", "run", "sft", "rlaif", "eval", "solve"))
+    assert minimath(cwd=tmp_path).stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    "command, option",
+    [
+        ("sft", "label_smoothing"),
+        ("rlaif", "loss_type"),
+        ("eval", "budgets"),
+        ("solve", "temperature"),
+        ("run", "RECIPE"),
+        ("demo", "minutes"),
+    ],
+)
+def test_help_of_a_command_lists_its_options(here, command, option):
+    status, out, _ = here(command, "--help")
+    assert status == 0 and option in out
+
+
+def test_help_shows_default_and_meaning_of_each_option(here):
+    _, out, _ = here("rlaif", "--help")
+    [line] = [line for line in out.splitlines() if "group_size" in line]
+    assert line.split() == ["group_size=8", "int", "completions", "per", "problem"]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["sfft"], "did you mean 'sft'?"),
+        (["sft", "learning_rte=1"], "learning_rte"),
+        (["rlaif", "grup_size=4"], "did you mean 'group_size'?"),
+        (["eval", "samples=many"], "samples"),
+        (["run"], "needs a recipe"),
+    ],
+)
+def test_slips_get_one_line_with_the_nearest_name(tmp_path, words, said):
+    done = minimath(*words, cwd=tmp_path)
+    assert_one_line(done.returncode, done.stdout, done.stderr, said)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["run", "nowhere.yaml"], "nowhere.yaml"),
+        (["solve"], "problem"),
+        (["solve", "adapter=runs/x"], "problem"),
+    ],
+)
+def test_a_missing_recipe_or_problem_is_asked_for(here, words, said):
+    assert_one_line(*here(*words), said)
+
+
+def test_it_runs_from_the_root_of_the_repository(tiny_dir):
+    """There the folder kernels/ would pass for the package of that name, which transformers looks for."""
+    done = minimath("solve", "x=3. What is x?", f"model={tiny_dir}", *SMALL, cwd=ROOT)
+    assert done.returncode == 0 and "answer:" in done.stdout, done.stderr
+
+
+# ---- bad input
+
+
+def test_a_missing_model_is_named(here, data):
+    assert_one_line(*here("sft", f"data={data}", "model=./no-model", "out=run"), "./no-model", "config.json")
+
+
+def test_missing_empty_and_unusable_data_are_named(here, tiny_dir, tmp_path):
+    assert_one_line(*here("sft", f"model={tiny_dir}", "data=problms.jsonl"), "problms.jsonl")
+    assert_one_line(*here("sft", f"model={tiny_dir}"), "data")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert_one_line(*here("rlaif", f"model={tiny_dir}", "data=empty.jsonl"), "empty.jsonl")
+
+
+def test_a_bad_row_is_skipped_and_counted_or_with_strict_fatal(here, tiny_dir, tmp_path, data):
+    rows = Path(data).read_text().splitlines()
+    rows[2] = '{"problem": "no solution here"}'
+    (tmp_path / "bad.jsonl").write_text("\n".join(rows))
+    words = ["sft", f"model={tiny_dir}", "data=bad.jsonl", *SMALL[:3], *TRAIN]
+    assert_one_line(*here(*words, "strict=true", "out=strict"), "bad.jsonl:3", "strict")
+    assert not (tmp_path / "strict" / "metrics.jsonl").exists()
+    status, out, _ = here(*words, "out=lenient")
+    assert status == 0 and "bad.jsonl:3" in out
+
+
+def test_an_unreadable_adapter_is_named(here, tiny_dir, tmp_path, data):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter_config.json").write_text("{}")
+    (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"not a tensor")
+    for command in ("eval", "rlaif"):
+        said = here(command, f"model={tiny_dir}", f"data={data}", "adapter=broken", *SMALL, "out=run")
+        assert_one_line(*said, "broken")
+
+
+def test_evaluation_during_training_needs_its_data(here, tiny_dir, data):
+    assert_one_line(*here("sft", f"model={tiny_dir}", f"data={data}", "eval_every=2"), "eval_data")
+
+
+# ---- the stages
+
+
+def test_the_stages_one_after_another(here, tiny_dir, tmp_path, data):
+    base = [f"model={tiny_dir}", f"data={data}", *SMALL]
+    own = [w for w in base if "max_new" not in w]
+    done = minimath(*own, *TRAIN, "out=sft", cwd=tmp_path, module="minimath.sft")
+    assert done.returncode == 0, done.stderr  # each stage is a script of its own too
+    status, out, err = here(
+        "rlaif", *base, *TRAIN, "adapter=sft", "out=rl", "judge=rules", "group_size=2", "prompts_per_step=2"
+    )
+    assert status == 0, out + err
+    status, out, err = here("eval", *base, "adapter=rl", "out=eval", "limit=3")
+    assert status == 0 and "95% interval" in out, out + err
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["problems"] == 3
+    status, out, err = here("solve", "Tom has 3 apples and buys 4 more.", *base[:1], *SMALL, "adapter=rl")
+    assert status == 0 and "answer:" in out and "adapter rl" in out, out + err
+    assert_one_line(*here("sft", *own, "out=sft"), "resume=true")
+    for folder in ("sft", "rl"):
+        assert (tmp_path / folder / "adapter" / "adapter_model.safetensors").is_file()
+        assert (tmp_path / folder / "environment.json").is_file() and (
+            tmp_path / folder / "config.yaml"
+        ).is_file()
+
+
+@pytest.fixture
+def recipe(tiny_dir, tmp_path, data):
+    text = f"""
+model: {tiny_dir}
+device: cpu
+dtype: fp32
+prompt_template: "{{problem}}"
+lora_r: 4
+data: {data}
+sft:
+  steps: 2
+  batch_size: 4
+rlaif:
+  steps: 1
+  prompts_per_step: 2
+  group_size: 2
+  max_new_tokens: 6
+  judge: rules
+eval:
+  limit: 3
+  max_new_tokens: 6
+"""
+    (tmp_path / "small.yaml").write_text(text)
+    return "small.yaml"
+
+
+def test_run_does_both_stages_and_resume_skips_what_is_finished(here, recipe, tmp_path):
+    status, out, err = here("run", recipe, "out=whole")
+    assert status == 0, out + err
+    assert all(name in out for name in ("base", "SFT", "SFT + RLAIF (rules judge)"))
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert list(summary["rows"]) == ["base", "SFT", "SFT + RLAIF (rules judge)"] and summary["problems"] == 3
+    assert (tmp_path / "whole" / "tradeoff.png").stat().st_size > 1000
+
+    assert_one_line(*here("run", recipe, "out=whole"), "resume=true")
+
+    (tmp_path / "whole" / "eval-rlaif" / "eval.json").unlink()
+    finished = [p for name in ("sft", "rlaif", "eval-base") for p in (tmp_path / "whole" / name).rglob("*")]
+    times = {p: p.stat().st_mtime_ns for p in finished}
+    status, out, err = here("run", recipe, "out=whole", "resume=true")
+    assert status == 0, out + err
+    assert times == {p: p.stat().st_mtime_ns for p in times}  # finished stages were not touched
+    again = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert [r["accuracy"] for r in again["rows"].values()] == [
+        r["accuracy"] for r in summary["rows"].values()
+    ]
+
+
+def test_run_needs_data_of_every_stage(here, recipe, tmp_path):
+    text = (tmp_path / recipe).read_text()
+    (tmp_path / recipe).write_text(
+        "\n".join(line for line in text.splitlines() if not line.startswith("data"))
+    )
+    assert_one_line(*here("run", recipe), "rlaif.data=")
