@@ -259,7 +259,8 @@ def main() -> int:
     rows = compile_all(quick=options.quick, archs=tuple(options.arch or SHARED_LIMIT))
     show(rows, everything=options.all)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "compile.json").write_text(json.dumps(rows, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(row) for row in rows)  # one row a line
+    (RESULTS / "compile.json").write_text(f"[\n{lines}\n]\n")
     bad = sum(not row["ok"] for row in rows)
     print(f"{len(rows)} compilations, {bad} with spills or too much shared memory")
     return 1 if bad else 0
