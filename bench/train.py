@@ -11,7 +11,9 @@ in the same order, and tokens per forward pass; neither recomputes activations n
 rollout, rewards and update: the same prompts, number of completions, limit of new tokens, loss (dapo) and
 rewards, which are made so that every completion has an advantage (train_worker.completion_rewards): dropping
 groups without signal, which saves minimath work in real runs, saves none here. minimath tunes malloc as its
-command line does; TRL runs as installed, and `trl-malloc` shows what the same tuning does for it.
+command line does; TRL runs as installed, and `trl-malloc` shows what the same tuning does for it. TRL's
+fused loss has no fast path on CPUs; `trl-logits` is its SFTTrainer with the model's own loss over full
+logits instead.
 
 Reported are medians over rounds. speed: TRL's seconds per token over minimath's, paired by round (SFT:
 tokens of the batch, prompt included; RLAIF: sampled tokens). Peak memory: the highest of all steps above
@@ -39,16 +41,24 @@ from minimath.config import UserError
 
 ROOT = Path(__file__).parent.parent
 OURS = "minimath"
-DEFAULTS = {"attn": "sdpa", "autocast": True, "packing": False, "keep_freed_memory": False}
+DEFAULTS = {
+    "attn": "sdpa",
+    "autocast": True,
+    "packing": False,
+    "full_logits": False,
+    "keep_freed_memory": False,
+}
 TRAINERS = {
     OURS: {"trainer": "minimath", "keep_freed_memory": True},
     "minimath-packed": {"trainer": "minimath", "keep_freed_memory": True, "packing": True},  # SFT's default
     "trl": {"trainer": "trl"},
     "trl-eager": {"trainer": "trl", "attn": "eager"},
     "trl-noautocast": {"trainer": "trl", "autocast": False},  # bf16=False over a bf16 base
+    "trl-logits": {"trainer": "trl", "full_logits": True},  # the model's own loss, in place of TRL's chunks
     "trl-malloc": {"trainer": "trl", "keep_freed_memory": True},
 }
-WARM_UP = 2  # rounds that are not counted
+SFT_ONLY = {"minimath-packed", "trl-logits"}
+WARM_UP = 1  # rounds that are not counted: compilation, first allocation
 PAUSE_S = 0.3  # between steps: OpenMP threads of the process that just ran spin for 0.2 s
 
 
@@ -60,15 +70,15 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the frozen base")
     parser.add_argument(
-        "--steps", type=positive, default=6, help=f"measured rounds, after {WARM_UP} to warm up"
+        "--steps", type=positive, default=5, help=f"measured rounds, after {WARM_UP} to warm up"
     )
     parser.add_argument("--batch-size", type=positive, default=8, help="SFT: examples per step")
     parser.add_argument("--prompts", type=positive, default=4, help="RLAIF: prompts per step")
     parser.add_argument("--group-size", type=positive, default=8, help="RLAIF: completions per prompt")
     parser.add_argument("--max-new-tokens", type=positive, default=96, help="RLAIF: longest completion")
-    parser.add_argument("--micro-tokens", type=positive, default=4096, help="tokens per forward pass")
+    parser.add_argument("--micro-tokens", type=positive, default=2048, help="tokens per forward pass")
     parser.add_argument("--only", choices=("sft", "rlaif"), help="one stage; default: both")
-    parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=[OURS, "trl"])
+    parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=[OURS, "trl", "trl-logits"])
     parser.add_argument(
         "--tiny", action="store_true", help="a tiny random model, to try the benchmark itself"
     )
@@ -133,7 +143,8 @@ def answer(worker: subprocess.Popen, name: str, log) -> dict:
     worker.wait()
     log.seek(0)
     said = [text for text in log.read().splitlines() if text.strip()]
-    raise UserError(f"{name} ended with status {worker.returncode}: " + " | ".join(said[-3:]))
+    hint = " (out of memory? use fewer --trainers or --micro-tokens)" if worker.returncode == -9 else ""
+    raise UserError(f"{name} ended with status {worker.returncode}{hint}: " + " | ".join(said[-3:]))
 
 
 def one_step(worker: subprocess.Popen, name: str, log) -> dict:
@@ -144,7 +155,7 @@ def one_step(worker: subprocess.Popen, name: str, log) -> dict:
 
 def measure(stage: str, options: argparse.Namespace, model: str) -> dict[str, list[dict]]:
     """Name -> the facts of each measured step, of all trainers, taken in turns."""
-    names = [name for name in options.trainers if not (stage == "rlaif" and TRAINERS[name].get("packing"))]
+    names = [name for name in options.trainers if stage == "sft" or name not in SFT_ONLY]
     steps, workers = {name: [] for name in names}, {}
     logs = {name: tempfile.TemporaryFile("w+", errors="replace") for name in names}
     try:

@@ -233,7 +233,15 @@ def trl_sft(spec, cfg, folder, facts: dict, **trainer):
                      train_sampling_strategy="sequential")
     data = Dataset.from_list([{"input_ids": row.ids, "completion_mask": [int(m) for m in row.mask]}
                               for row in rows])
-    return SFTTrainer(args=args, train_dataset=data, **trainer)
+
+    class ModelLoss(SFTTrainer):
+        """With the loss of the model's own forward over full logits, as TRL before 1.x and plain Trainer."""
+
+        def compute_loss(self, *args, **kwargs):
+            return super(SFTTrainer, self).compute_loss(*args, **kwargs)
+
+    kind = ModelLoss if spec["full_logits"] else SFTTrainer
+    return kind(args=args, train_dataset=data, **trainer)
 
 
 def trl_grpo(spec, cfg, folder, facts: dict, **trainer):

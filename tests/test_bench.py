@@ -23,7 +23,7 @@ def step(seconds: float, tokens: int, peak: int | None = 0, **more) -> dict:
 
 def test_arguments_default_to_both_stages_against_trl():
     options = train.parse([])
-    assert options.only is None and options.trainers == ["minimath", "trl"] and options.device == "cpu"
+    assert options.only is None and options.trainers == ["minimath", "trl", "trl-logits"] and options.device == "cpu"
     assert train.parse(["--only", "rlaif", "--steps", "9"]).steps == 9
 
 
@@ -153,6 +153,7 @@ def test_tiny_run_measures_both_stages_at_equal_work(tmp_path):
     result = json.loads(out.read_text())
     sft, rlaif = result["sft fp32"]["steps"], result["rlaif fp32"]["steps"]
     assert [s["tokens"] for s in sft["minimath"]] == [s["tokens"] for s in sft["trl"]]
+    assert len(sft["trl-logits"]) == 2 and "trl-logits" not in rlaif
     for name in ("minimath", "trl"):
         assert len(sft[name]) == len(rlaif[name]) == 2 and all(
             s["seconds"] > 0 for s in sft[name] + rlaif[name]
