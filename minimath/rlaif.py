@@ -240,14 +240,14 @@ def update(cfg: RLAIFConfig, model, tokenizer, groups: list[Group], optimizer, p
 
 
 def training_rows(groups: list[Group]) -> tuple[list[Encoded], list[tuple[list[float], float]]]:
-    """Prompt + completion rows with a non-zero advantage, and for each (sampled log-probs, advantage).
+    """Prompt + completion rows of the kept groups, without masked completions, and (sampled log-probs, advantage).
 
-    A row of advantage 0 has no policy gradient: it is left out, of the KL, the entropy bonus and the divisors too.
+    A row of advantage 0 stays: it has no policy gradient, but it counts in the divisors, the KL and the entropy.
     """
     rows, samples = [], []
     for group in groups:
-        for completion, advantage in zip(group.completions, group.advantage, strict=True):
-            if advantage:
+        for completion, advantage, valid in zip(group.completions, group.advantage, group.valid, strict=True):
+            if valid:
                 ids = group.prompt + completion.ids
                 rows.append(Encoded(ids, [False] * len(group.prompt) + [True] * len(completion.ids), False))
                 samples.append((completion.logp, advantage))
