@@ -120,8 +120,8 @@ def test_the_gradient_is_the_policy_gradient_of_the_sampled_groups(train, update
     model, _ = load(tiny_dir, RLAIFConfig, train=True, lora_r=4)
     total, tokens = 0.0, 0
     for group in groups:
-        for completion, advantage in zip(group.completions, group.advantage, strict=True):
-            if advantage == 0:
+        for completion, advantage, valid in zip(group.completions, group.advantage, group.valid, strict=True):
+            if not valid:
                 continue
             n = len(completion.ids)
             logits = model(input_ids=torch.tensor([group.prompt + completion.ids])).logits[0, -n - 1 : -1]
