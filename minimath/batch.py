@@ -15,13 +15,17 @@ def step_indices(step: int, size: int, batch_size: int, seed: int) -> list[int]:
 
     No index appears twice before all have appeared once; a batch may reach into the next epoch.
     """
-    start, order = step * batch_size, []
-    epoch = start // size
-    while len(order) < start % size + batch_size:
+    return stream_indices(step * batch_size, batch_size, size, seed)
+
+
+def stream_indices(start: int, count: int, size: int, seed: int) -> list[int]:
+    """Places start .. start + count - 1 of the stream that step_indices cuts into batches."""
+    order, epoch = [], start // size
+    while len(order) < start % size + count:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order += torch.randperm(size, generator=generator).tolist()
         epoch += 1
-    return order[start % size:start % size + batch_size]
+    return order[start % size:start % size + count]
 
 
 def micro_batches(rows: list[Encoded], *, packing: bool, micro_tokens: int, pad_id: int,

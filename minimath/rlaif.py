@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 
 from minimath.answer import AnswerChecker
-from minimath.batch import at_targets, forward_args, micro_batches, step_indices
+from minimath.batch import at_targets, forward_args, micro_batches, stream_indices
 from minimath.chat import IGNORE, Encoded, eos_ids, prompt_ids
-from minimath.checkpoint import save_adapter, save_checkpoint
+from minimath.checkpoint import save_checkpoint
 from minimath.config import RLAIFConfig, Stopped, UserError, config_dict
 from minimath.data import Example, describe_report, load_examples
 from minimath.judge import Candidate, Judge, judge_groups, make_judge
@@ -34,7 +34,7 @@ from minimath.reward import (format_score, group_advantages, judge_rewards, leng
                              rules_rewards)
 from minimath.rollout import Completion, generate, stream_seed
 from minimath.runs import Stop, open_run
-from minimath.sft import evaluate_step, load_held_out, resume_state
+from minimath.sft import evaluate_step, finish, load_held_out, resume_state
 from minimath.steps import check_steps
 
 
@@ -123,14 +123,7 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
                                 best=is_best)
                 saved = step + 1
 
-    if state["done"] > saved:
-        save_checkpoint(log.run_dir, state["done"], model=model, optimizer=optimizer, state=state, keep=cfg.keep)
-    adapter = save_adapter(model, log.run_dir / "adapter")
-    if state["done"] < cfg.steps:
-        log.say(f"{stop.reason()}: stopped after step {state['done']} of {cfg.steps}; "
-                f"go on with out={log.run_dir} resume=true")
-    log.say(f"adapter: {adapter} ({time.monotonic() - started:.0f} s)")
-    return {"steps": state["done"], "run_dir": str(log.run_dir), "adapter": str(adapter), "signal": stop.signal}
+    return finish(cfg, model, optimizer, state, saved, cfg.steps, started, log, stop)
 
 
 # ---- rollout, answers, judge, rewards, advantages
@@ -140,7 +133,7 @@ def collect_groups(cfg: RLAIFConfig, model, tokenizer, problems, judge, checker,
     kept, seen, judged = [], [], []
     for _ in range(1 + cfg.max_refill):
         wanted = cfg.prompts_per_step - len(kept)
-        drawn = [problems[step_indices(state["cursor"] + i, len(problems), 1, cfg.seed)[0]] for i in range(wanted)]
+        drawn = [problems[i] for i in stream_indices(state["cursor"], wanted, len(problems), cfg.seed)]
         groups = sample_groups(cfg, model, tokenizer, drawn, checker, state, stop)
         state["cursor"] += wanted
         judged.append(score_groups(cfg, groups, judge))
@@ -263,19 +256,17 @@ def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, old, r
         seq = [torch.full_like(a, float((a - b).mean())) for a, b in zip(now, old, strict=True)]
     lm_head = head(model)
     totals = {"loss": 0.0, "entropy": 0.0, "clipped": 0.0, "off_policy": 0.0, "kl_ref": 0.0}
-    tokens = sum(sum(row.mask) for row in rows)
+    lengths = [sum(row.mask) for row in rows]
+    tokens = sum(lengths)
+    per_token = {"advantage": [torch.full((n,), s[1]) for n, s in zip(lengths, samples, strict=True)],
+                 "weight": [torch.full((n,), w) for n, w in zip(lengths, weights, strict=True)],
+                 "sampled_logp": [torch.tensor(s[0]) for s in samples],
+                 "old_logp": old, "ref_logp": ref, "seq_log_ratio": seq}
     for indices, batch in micro_batches(rows, packing=False, micro_tokens=cfg.micro_tokens,
                                         pad_id=tokenizer.pad_token_id, device=model.device):
         target = batch["target"]
-
-        def lay_out(values, target=target, indices=indices):
-            return None if values is None else at_targets([values[i] for i in indices], target)
-
-        data = PolicyRows(
-            advantage=lay_out([torch.full((sum(r.mask),), s[1]) for r, s in zip(rows, samples, strict=True)]),
-            weight=lay_out([torch.full((sum(r.mask),), w) for r, w in zip(rows, weights, strict=True)]),
-            sampled_logp=lay_out([torch.tensor(s[0]) for s in samples]),
-            old_logp=lay_out(old), ref_logp=lay_out(ref), seq_log_ratio=lay_out(seq))
+        data = PolicyRows(**{name: None if values is None else at_targets([values[i] for i in indices], target)
+                             for name, values in per_token.items()})
         loss_fn = policy_loss(data, loss_type=cfg.loss_type, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
                               beta=cfg.beta, entropy_coef=cfg.entropy_coef, importance_cap=cfg.importance_cap)
         hidden = hidden_states(model, **forward_args(batch))  # (B, T, D)

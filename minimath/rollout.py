@@ -8,7 +8,6 @@ under the temperature and after top-k / top-p / min-p.
 """
 import contextlib
 import hashlib
-import time
 from typing import NamedTuple
 
 import torch
@@ -309,9 +308,3 @@ def truncate(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
         drop = best.cumsum(-1) - best >= how.top_p  # mass before a token already suffices; the first always stays
         logits.masked_fill_(torch.zeros_like(drop).scatter_(-1, order, drop), -torch.inf)
     return logits
-
-
-def throughput(started_s: float, completions: list[list[Completion]]) -> dict[str, float]:
-    """Tokens and tokens per second since started_s (time.perf_counter)."""
-    tokens = sum(len(c.ids) for group in completions for c in group)
-    return {"tokens": tokens, "tokens_per_s": tokens / max(time.perf_counter() - started_s, 1e-9)}

@@ -93,13 +93,7 @@ def train(cfg: SFTConfig, model, tokenizer, rows, held_out, log: RunLog, stop: S
                                 best=is_best)
                 saved = step + 1
 
-    if state["done"] > saved:
-        save_checkpoint(log.run_dir, state["done"], model=model, optimizer=optimizer, state=state, keep=cfg.keep)
-    adapter = save_adapter(model, log.run_dir / "adapter")
-    if state["done"] < total:
-        log.say(f"{stop.reason()}: stopped after step {state['done']} of {total}; go on with out={log.run_dir} resume=true")
-    log.say(f"adapter: {adapter} ({time.monotonic() - started:.0f} s)")
-    return {"steps": state["done"], "run_dir": str(log.run_dir), "adapter": str(adapter), "signal": stop.signal}
+    return finish(cfg, model, optimizer, state, saved, total, started, log, stop)
 
 
 def loss_and_gradient(cfg: SFTConfig, model, tokenizer, batch, scale: float) -> tuple[float, int]:
@@ -115,6 +109,17 @@ def loss_and_gradient(cfg: SFTConfig, model, tokenizer, batch, scale: float) -> 
         (loss * scale).backward()
         total += float(loss.detach())
     return total, sum(len(row.ids) for row in batch)
+
+
+def finish(cfg, model, optimizer, state: dict, saved: int, total: int, started: float, log: RunLog, stop: Stop) -> dict:
+    """Save what the last checkpoint (after step `saved`) lacks, and the adapter; say how far it got; the summary."""
+    if state["done"] > saved:
+        save_checkpoint(log.run_dir, state["done"], model=model, optimizer=optimizer, state=state, keep=cfg.keep)
+    adapter = save_adapter(model, log.run_dir / "adapter")
+    if state["done"] < total:
+        log.say(f"{stop.reason()}: stopped after step {state['done']} of {total}; go on with out={log.run_dir} resume=true")
+    log.say(f"adapter: {adapter} ({time.monotonic() - started:.0f} s)")
+    return {"steps": state["done"], "run_dir": str(log.run_dir), "adapter": str(adapter), "signal": stop.signal}
 
 
 def resume_state(cfg, model, optimizer, log: RunLog) -> dict | None:
