@@ -30,8 +30,7 @@ from minimath.log import RunLog
 from minimath.losses import PolicyRows, policy_loss, token_weights
 from minimath.model import adapter_off, describe, head, hidden_states, inference, load_model
 from minimath.optim import LossScale, clip_and_step, count_bad_steps, lr_at, make_optimizer
-from minimath.reward import (format_score, group_advantages, judge_rewards, length_term, overlong_penalty,
-                             rules_rewards)
+from minimath.reward import format_score, group_advantages, judge_rewards, length_term, overlong_penalty, rules_rewards
 from minimath.rollout import Completion, generate, stream_seed
 from minimath.runs import Stop, open_run
 from minimath.sft import evaluate_step, finish, load_held_out, resume_state
@@ -92,12 +91,11 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
     with log.progress(cfg.steps, "rlaif") as advance, AnswerChecker() as checker:
         advance(state["done"])
         while state["done"] < cfg.steps and not stop.requested():
-            step, cursor, clock = state["done"], state["cursor"], time.monotonic()
+            step, clock = state["done"], time.monotonic()
             try:
                 groups, facts = collect_groups(cfg, model, tokenizer, problems, judge, checker, state, stop)
             except Stopped:
                 log.say("the rollout was interrupted; its step is not counted")
-                state["cursor"] = cursor  # its problems are drawn again after a resume
                 break
             facts |= {"rollout_seconds": time.monotonic() - clock}
             clock = time.monotonic()
@@ -130,24 +128,25 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
 
 def collect_groups(cfg: RLAIFConfig, model, tokenizer, problems, judge, checker, state, stop) -> tuple[list[Group], dict]:
     """Sample and score groups until P of them carry a signal or max_refill rounds are used up; (groups, metrics)."""
-    kept, seen, judged = [], [], []
+    kept, seen, judged, cursor = [], [], [], state["cursor"]
     for _ in range(1 + cfg.max_refill):
         wanted = cfg.prompts_per_step - len(kept)
-        drawn = [problems[i] for i in stream_indices(state["cursor"], wanted, len(problems), cfg.seed)]
-        groups = sample_groups(cfg, model, tokenizer, drawn, checker, state, stop)
-        state["cursor"] += wanted
+        drawn = [problems[i] for i in stream_indices(cursor, wanted, len(problems), cfg.seed)]
+        groups = sample_groups(cfg, model, tokenizer, drawn, checker, cursor, stop)
+        cursor += wanted
         judged.append(score_groups(cfg, groups, judge))
         seen += groups
         kept += [group for group in groups if any(group.advantage)]
         if len(kept) == cfg.prompts_per_step:
             break
+    state["cursor"] = cursor  # only now: the problems of an interrupted rollout are drawn again after a resume
     return kept, rollout_facts(seen, kept, judged)
 
 
-def sample_groups(cfg: RLAIFConfig, model, tokenizer, drawn, checker, state, stop: Stop) -> list[Group]:
+def sample_groups(cfg: RLAIFConfig, model, tokenizer, drawn, checker, cursor: int, stop: Stop) -> list[Group]:
     """G completions of each drawn problem, with their texts and whether their answers are right."""
     # the stream of a completion depends on the draw's place in the run and on its own number, not on the batch
-    keys = [state["cursor"] + i for i in range(len(drawn))]
+    keys = list(range(cursor, cursor + len(drawn)))
     sampled = generate(model, tokenizer, [prompt for _, prompt in drawn], samples=cfg.group_size, keys=keys,
                        max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p,
                        top_k=cfg.top_k, eos=eos_ids(tokenizer, model), seed=cfg.seed, slots=cfg.slots,
@@ -249,14 +248,14 @@ def training_rows(groups: list[Group]) -> tuple[list[Encoded], list[tuple[list[f
 
 def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, old, ref, scale: float) -> dict:
     """Add the gradient of the policy loss over `rows`, times `scale`, to .grad; returns metrics."""
-    weights = token_weights(cfg.loss_type, [sum(row.mask) for row in rows], cfg.max_new_tokens)
+    lengths = [sum(row.mask) for row in rows]
+    weights = token_weights(cfg.loss_type, lengths, cfg.max_new_tokens)
     seq = None
     if cfg.loss_type == "gspo" and old is not None:  # the sequence ratio needs every token first: one forward sweep
         now = logps(cfg, model, tokenizer, rows)
         seq = [torch.full_like(a, float((a - b).mean())) for a, b in zip(now, old, strict=True)]
     lm_head = head(model)
     totals = {"loss": 0.0, "entropy": 0.0, "clipped": 0.0, "off_policy": 0.0, "kl_ref": 0.0}
-    lengths = [sum(row.mask) for row in rows]
     tokens = sum(lengths)
     per_token = {"advantage": [torch.full((n,), s[1]) for n, s in zip(lengths, samples, strict=True)],
                  "weight": [torch.full((n,), w) for n, w in zip(lengths, weights, strict=True)],
