@@ -1,6 +1,6 @@
 """Fused linear loss and log-prob kernels for an LM head. Imports torch and triton only; works without triton.
 
-from minimath.kernels import linear_logp, linear_token_loss
+from minimath.kernels import linear_cross_entropy, linear_logp, linear_token_loss
 loss, stats = linear_token_loss(hidden, weight, target, lambda stats, rows: -stats.logp / n_trained)
 """
 
@@ -23,7 +23,8 @@ if __name__ == "kernels":
         __file__ = None
 else:
     from .common import TokenStats
+    from .linear_cross_entropy import linear_cross_entropy
     from .linear_logp import linear_logp
     from .linear_token_loss import linear_token_loss
 
-    __all__ = ["TokenStats", "linear_logp", "linear_token_loss"]
+    __all__ = ["TokenStats", "linear_cross_entropy", "linear_logp", "linear_token_loss"]

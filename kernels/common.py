@@ -15,6 +15,7 @@ so any loss of them is known to the kernel by four numbers a row (`Coefficients`
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -23,13 +24,17 @@ import torch
 try:
     import triton
     import triton.language as tl
-
-    jit = triton.jit
 except ImportError:  # no wheel for this platform: the torch path does everything
     triton = tl = None
 
-    def jit(function):
-        return function
+
+def jit(*changing: str):
+    """Decorator: a Triton function, not compiled anew for values of the arguments named in `changing`.
+
+    Triton compiles a variant for each integer argument that is 1 or a multiple of 16. What follows the number of
+    tokens changes with every batch and gains nothing from that.
+    """
+    return triton.jit(do_not_specialize=changing) if triton else lambda function: function
 
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read at import, as triton itself does
@@ -37,7 +42,9 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read at import, as trit
 # over fp32 costs a fifth of what it costs in memory. Of 0.5 to 4 MiB the fastest on two cores with 2 MiB of
 # L2 each.
 BLOCK_BYTES = 2 << 20
-WORKSPACE_BYTES = 32 << 20
+WORKSPACE_BYTES = 32 << 20  # of the logits of a chunk on a CPU
+GPU_CHUNK_ROWS = 1024
+PAD = 16  # elements; a row that starts at a multiple of it is read in 16-byte pieces
 LOG_TINY = -80.0  # exp of it is nothing in fp32; keeps 0 * log 0 finite
 
 
@@ -155,6 +162,46 @@ def chunk_sizes(rows: int, vocab: int, itemsize: int, workspace_bytes: int) -> l
     sizes = [(units // chunks + (index < units % chunks)) * unit for index in range(chunks)]
     sizes[-1] -= sum(sizes) - rows
     return sizes
+
+
+def runs_as_it_is(function):
+    """Decorator: a torch.compile around a call steps over it. The sweep reads sizes back from the device and launches
+    its own kernels; traced, it would only break into pieces. (torch.compiler.disable imports Dynamo, about a second,
+    so it waits until somebody compiles.)"""
+
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*arguments, **options)
+        return function(*arguments, **options)
+
+    return call
+
+
+def padded(vocab: int) -> int:
+    """vocab rounded up to PAD."""
+    return -(-vocab // PAD) * PAD
+
+
+def default_workspace_bytes(device: torch.device, row_bytes: int) -> int:
+    """Bytes of logits at a time where the caller names no budget; row_bytes: of the logits of one token."""
+    if device.type == "cpu":
+        return WORKSPACE_BYTES
+    return GPU_CHUNK_ROWS * row_bytes
+
+
+def empty_workspace(hidden, vocab: int, workspace_bytes: int | None) -> tuple[list[int], torch.Tensor]:
+    """(rows of each chunk, uninitialised logits (C, V) for the largest) for hidden (M, D), all rows of which count.
+
+    On the Triton path a row's stride is padded(V), so that any vocabulary (50,257 too) is read in whole 16-byte
+    pieces and the matrix products see aligned rows.
+    """
+    stride = padded(vocab) if runs_triton(hidden) else vocab
+    if workspace_bytes is None:
+        workspace_bytes = default_workspace_bytes(hidden.device, stride * hidden.element_size())
+    sizes = chunk_sizes(len(hidden), stride, hidden.element_size(), workspace_bytes)
+    whole = torch.empty((max(sizes, default=0), stride), dtype=hidden.dtype, device=hidden.device)
+    return sizes, whole[:, :vocab]
 
 
 def raw_logits(x, weight, bias, out) -> None:

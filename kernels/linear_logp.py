@@ -11,20 +11,20 @@ import torch
 
 from .common import (
     INTERPRET,
-    WORKSPACE_BYTES,
     Coefficients,
     Scaling,
     TokenStats,
     architecture,
     cast_operands,
     check_arguments,
-    chunk_sizes,
     empty_gradients,
+    empty_workspace,
     jit,
     kept_rows,
     kernel_factors,
     raw_logits,
     raw_target_logit,
+    runs_as_it_is,
     runs_triton,
     tl,
     triton,
@@ -37,7 +37,7 @@ PARTIALS = (
 )
 
 
-@jit
+@jit("rows", "out_stride")
 def logp_kernel(
     hidden,
     weight,
@@ -57,6 +57,7 @@ def logp_kernel(
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -65,7 +66,7 @@ def logp_kernel(
     registers.
 
     hidden (N, D), weight (V, D), bias (V,), target (N,) -> out (splits, 5, N) fp32: PARTIALS of each part,
-    which `merge` adds up in a fixed order.
+    which `merge` adds up in a fixed order. EVEN_D: D is a multiple of BLOCK_D.
     """
     row_blocks = tl.cdiv(rows, BLOCK_N)
     row = (tl.program_id(0) % row_blocks) * BLOCK_N + tl.arange(
@@ -75,7 +76,9 @@ def logp_kernel(
     here = row < rows
     wanted = tl.load(target + row, mask=here, other=-1)
     lanes = tl.arange(0, BLOCK_D)
-    hidden_rows = hidden + row.to(tl.int64)[:, None] * hidden_stride
+    # rows and columns past the end read the last one instead: no mask in the inner loop, and `inside` and `here`
+    # drop them afterwards
+    hidden_rows = hidden + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * hidden_stride
     top = tl.full([BLOCK_N], -1e30, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     weighted = tl.zeros([BLOCK_N], tl.float32)
@@ -86,12 +89,16 @@ def logp_kernel(
     for start in range(first, last, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         inside = column < last
-        weight_rows = weight + column.to(tl.int64)[None, :] * weight_stride
+        weight_rows = weight + tl.minimum(column, vocab - 1).to(tl.int64)[None, :] * weight_stride
         z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         for depth in range(0, width, BLOCK_D):
             k = depth + lanes
-            x = tl.load(hidden_rows + k[None, :], mask=here[:, None] & (k < width)[None, :], other=0.0)
-            w = tl.load(weight_rows + k[:, None], mask=inside[None, :] & (k < width)[:, None], other=0.0)
+            if EVEN_D:
+                x = tl.load(hidden_rows + k[None, :])
+                w = tl.load(weight_rows + k[:, None])
+            else:
+                x = tl.load(hidden_rows + k[None, :], mask=(k < width)[None, :], other=0.0)
+                w = tl.load(weight_rows + k[:, None], mask=(k < width)[:, None], other=0.0)
             if UPCAST:  # the interpreter's bf16 product is wrong
                 x = x.to(tl.float32)
                 w = w.to(tl.float32)
@@ -111,7 +118,7 @@ def logp_kernel(
         weighted = (weighted + total * (top - new)) * rescale + tl.sum(e * z, 1)
         total = total * rescale + tl.sum(e, 1)
         top = new
-    place = out + split * 5 * out_stride + row
+    place = out + split.to(tl.int64) * 5 * out_stride + row
     tl.store(place, top, mask=here)
     tl.store(place + out_stride, total, mask=here)
     tl.store(place + 2 * out_stride, weighted, mask=here)
@@ -188,6 +195,7 @@ def triton_forward(x, weight, bias, target, scaling: Scaling) -> torch.Tensor:
         HAS_CAP=scaling.softcap > 0,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         UPCAST=INTERPRET,
+        EVEN_D=width % config["BLOCK_D"] == 0,
         **config,
     )
     return merge(out, vocab)
@@ -196,10 +204,7 @@ def triton_forward(x, weight, bias, target, scaling: Scaling) -> torch.Tensor:
 def chunks(hidden, weight, bias, target, ignore_index, workspace_bytes):
     """Yield (rows, x, target, logits workspace filled) for each chunk of the rows that count."""
     rows = kept_rows(target, ignore_index, weight.shape[0])
-    sizes = chunk_sizes(len(rows), weight.shape[0], hidden.element_size(), workspace_bytes)
-    workspace = torch.empty(
-        (max(sizes, default=0), weight.shape[0]), dtype=hidden.dtype, device=hidden.device
-    )
+    sizes, workspace = empty_workspace(hidden[: len(rows)], weight.shape[0], workspace_bytes)
     for index in rows.split(sizes):
         x = hidden.index_select(0, index)
         logits = workspace[: len(index)]
@@ -264,6 +269,7 @@ class _LinearLogp(torch.autograd.Function):
         return *cast, None, None, None, None, None
 
 
+@runs_as_it_is
 def linear_logp(
     hidden,
     weight,
@@ -275,7 +281,7 @@ def linear_logp(
     logit_scale=1.0,
     ignore_index=-100,
     return_stats=False,
-    workspace_bytes=WORKSPACE_BYTES,
+    workspace_bytes=None,
 ):
     """Per-token log-prob of target under the model's head, without the (N, V) logits.
 

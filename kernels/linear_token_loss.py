@@ -15,21 +15,23 @@ from typing import Callable
 import torch
 
 from .common import (
-    WORKSPACE_BYTES,
+    PAD,
     Coefficients,
     Gradients,
     Scaling,
     TokenStats,
     cast_operands,
     check_arguments,
-    chunk_sizes,
     empty_gradients,
+    empty_workspace,
     jit,
     kept_rows,
     kernel_factors,
+    padded,
     power_of_two,
     raw_logits,
     raw_target_logit,
+    runs_as_it_is,
     runs_triton,
     tl,
     torch_gradient,
@@ -41,7 +43,7 @@ from .common import (
 LossFn = Callable[[TokenStats, torch.Tensor], torch.Tensor]
 
 
-@jit
+@jit("out_stride")
 def row_stats_kernel(
     logits,
     target,
@@ -50,12 +52,16 @@ def row_stats_kernel(
     row_stride,
     out_stride,
     vocab,
+    whole,
     inner,
     outer,
     HAS_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per row: logits (C, V) read once -> out (4, C) fp32 = logp, entropy, lse, mean_logp."""
+    """One program per row: logits (C, V) read once -> out (4, C) fp32 = logp, entropy, lse, mean_logp.
+
+    whole: columns that may be touched, V or padded(V); the columns between hold anything.
+    """
     row = tl.program_id(0).to(tl.int64)
     wanted = tl.load(target + row)
     exact = tl.load(raw_target + row)
@@ -69,8 +75,8 @@ def row_stats_kernel(
     for start in range(0, vocab, BLOCK):
         column = start + lanes
         inside = column < vocab
-        z = tl.load(logits + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
-        z = tl.where(column == wanted, exact, z) * inner
+        z = tl.load(logits + row * row_stride + column, mask=column < whole, other=0.0).to(tl.float32)
+        z = tl.where(column == wanted, exact, tl.where(inside, z, 0.0)) * inner
         if HAS_CAP:
             z = outer * (2.0 * tl.sigmoid(2.0 * z) - 1.0)
         plain += tl.where(inside, z, 0.0)
@@ -91,7 +97,7 @@ def row_stats_kernel(
     tl.store(out + 3 * out_stride + row, tl.sum(plain, 0) / vocab - lse)
 
 
-@jit
+@jit("stats_stride")
 def gradient_kernel(
     logits,
     target,
@@ -101,6 +107,7 @@ def gradient_kernel(
     row_stride,
     stats_stride,
     vocab,
+    whole,
     blocks,
     inner,
     outer,
@@ -111,11 +118,11 @@ def gradient_kernel(
     """One program per (row, block of the vocabulary): logits (C, V) become the gradient in place.
 
     The gradient is that in the raw logits; stats and coefs (4, C) fp32 in the order of TokenStats;
-    chain = logit_scale / temperature.
+    whole as in row_stats_kernel, its columns past V become 0; chain = logit_scale / temperature.
     """
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < vocab
+    touched = column < whole
     wanted = tl.load(target + row)
     exact = tl.load(raw_target + row)
     entropy = tl.load(stats + stats_stride + row)
@@ -125,7 +132,7 @@ def gradient_kernel(
     c = tl.load(coefs + 2 * stats_stride + row) * chain
     d = tl.load(coefs + 3 * stats_stride + row) * chain
     place = logits + row * row_stride + column
-    z = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(place, mask=touched, other=0.0).to(tl.float32)
     hit = column == wanted
     z = tl.where(hit, exact, z) * inner
     slope = 1.0
@@ -136,7 +143,14 @@ def gradient_kernel(
     logp = z - lse
     grad = tl.exp(logp) * (c - a - d - b * (entropy + logp)) + d / vocab
     grad = (grad + tl.where(hit, a, 0.0)) * slope
-    tl.store(place, grad.to(logits.dtype.element_ty), mask=inside)
+    grad = tl.where(column < vocab, grad, 0.0)  # a matrix product may read past a row's end, times nothing
+    tl.store(place, grad.to(logits.dtype.element_ty), mask=touched)
+
+
+def touchable(logits) -> int:
+    """Columns of logits (C, V) that the row kernels may read and write: padded(V) where the stride leaves room."""
+    vocab, stride = logits.shape[1], logits.stride(0)
+    return padded(vocab) if stride % PAD == 0 and stride >= vocab else vocab
 
 
 def row_config(vocab: int) -> dict:
@@ -160,6 +174,7 @@ def triton_stats(logits, target, raw_target, scaling: Scaling) -> TokenStats:
         logits.stride(0),
         out.stride(0),
         vocab,
+        touchable(logits),
         inner,
         outer,
         HAS_CAP=scaling.softcap > 0,
@@ -188,6 +203,7 @@ def triton_gradient(
         logits.stride(0),
         packed.stride(0),
         vocab,
+        touchable(logits),
         blocks,
         inner,
         outer,
@@ -270,8 +286,7 @@ def sweep(
     rows = kept_rows(target, ignore_index, vocab)
     out = torch.zeros((4, count), dtype=dtype, device=device)
     loss = torch.zeros((), dtype=dtype, device=device)
-    sizes = chunk_sizes(len(rows), vocab, hidden.element_size(), workspace_bytes)
-    workspace = torch.empty((max(sizes, default=0), vocab), dtype=hidden.dtype, device=device)
+    sizes, workspace = empty_workspace(hidden[: len(rows)], vocab, workspace_bytes)
     for index in rows.split(sizes):
         x, wanted = hidden.index_select(0, index), target.index_select(0, index)
         logits = workspace[: len(index)]  # (C, V)
@@ -309,6 +324,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
+@runs_as_it_is
 def linear_token_loss(
     hidden,
     weight,
@@ -320,7 +336,7 @@ def linear_token_loss(
     softcap=0.0,
     logit_scale=1.0,
     ignore_index=-100,
-    workspace_bytes=WORKSPACE_BYTES,
+    workspace_bytes=None,
 ):
     """Sum over rows of loss_fn(statistics of the target), with its gradient, without the (N, V) logits.
 

@@ -7,9 +7,12 @@ several blocks along every axis. The interpreter truncates where hardware rounds
 that error.
 """
 
+from importlib import import_module
+
 import pytest
-import torch
+import test_kernel_limits
 import test_kernels
+import torch
 from test_kernels import HEADS, LOSSES, LargestStorage, N, V, gradients, nll, problem
 
 from minimath.kernels import linear_logp, linear_token_loss, reference
@@ -27,6 +30,13 @@ for name in (
     "test_a_loss_that_uses_no_statistic_has_a_zero_gradient",
 ):
     globals()[name] = getattr(test_kernels, name)
+for name in (
+    "test_every_16_bit_gradient_element_is_as_close_as_torchs",
+    "test_an_expanded_or_flipped_hidden_is_accepted",
+    "test_inside_a_compiled_function_and_inside_a_checkpoint",
+    "test_under_torch_compile_of_the_model_and_gradient_checkpointing",
+):
+    globals()[name] = getattr(test_kernel_limits, name)
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 1.6e-2}
 
@@ -137,3 +147,54 @@ def test_weight_with_a_stride_is_read_right():
         torch.testing.assert_close(linear_logp(hidden, other, target), want)
         torch.testing.assert_close(linear_token_loss(hidden, other, target, nll)[1].logp, want)
     assert want.shape == (N,)
+
+
+@pytest.mark.parametrize("vocab", [500, 517, 523])
+def test_padding_columns_of_the_workspace_are_neither_read_nor_left_dirty(vocab):
+    """Rows of the workspace start at multiples of 16 elements; what lies between V and the next row is nan here."""
+    loss_module = import_module("minimath.kernels.linear_token_loss")
+    common = import_module("minimath.kernels.common")
+    hidden, weight, _, target = problem(torch.float32, n=7, d=6, v=vocab, bias=False, ignored=())
+    hidden, weight = hidden.detach(), weight.detach()
+    whole = torch.full((7, common.padded(vocab)), float("nan"))
+    logits = whole[:, :vocab]
+    common.raw_logits(hidden, weight, None, logits)
+    scaling = common.Scaling()
+    raw_target = common.raw_target_logit(hidden, weight, None, target)
+    stats = loss_module.triton_stats(logits, target, raw_target, scaling)
+    want = reference.linear_logp(hidden, weight, target, return_stats=True)
+    torch.testing.assert_close(tuple(stats), tuple(want), rtol=1e-5, atol=1e-5)
+    one = torch.ones(7)
+    loss_module.triton_gradient(logits, target, raw_target, stats, common.Coefficients(one, None, None, None), scaling)
+    exact = torch.nn.functional.one_hot(target, vocab) - torch.softmax(hidden @ weight.t(), -1)
+    torch.testing.assert_close(logits, exact.float(), rtol=1e-5, atol=1e-6)
+    assert (whole[:, vocab:] == 0).all()
+
+
+def test_a_row_stride_beyond_32_bits_is_read_and_written_right():
+    """Two rows of logits 2^31 elements apart: memory that is reserved, and touched only where the rows lie."""
+    loss_module = import_module("minimath.kernels.linear_token_loss")
+    common = import_module("minimath.kernels.common")
+    vocab, stride = 203, 2**31 + 16
+    logits = torch.empty(stride + vocab + 16, dtype=torch.float16).as_strided((2, vocab), (stride, 1))
+    hidden, weight, _, target = problem(torch.float32, n=2, d=6, v=vocab, bias=False, ignored=())
+    full = (hidden @ weight.t()).detach()
+    logits.copy_(full)
+    raw_target = full.gather(1, target[:, None]).squeeze(1)
+    stats = loss_module.triton_stats(logits, target, raw_target, common.Scaling())
+    want = torch.log_softmax(full.double(), -1).gather(1, target[:, None]).squeeze(1)
+    torch.testing.assert_close(stats.logp.double(), want, rtol=1e-2, atol=1e-2)
+    coefs = common.Coefficients(torch.ones(2), None, None, None)
+    loss_module.triton_gradient(logits, target, raw_target, stats, coefs, common.Scaling())
+    exact = torch.nn.functional.one_hot(target, vocab) - torch.softmax(full, -1)
+    torch.testing.assert_close(logits.float(), exact.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_hidden_sizes_with_and_without_a_ragged_last_block_agree():
+    """EVEN_D drops the masks of the inner loop; zeros behind the hidden size must change nothing."""
+    hidden, weight, bias, target = problem(torch.float32, n=70, d=64, v=150)
+    whole = linear_logp(hidden, weight, target, bias=bias)
+    ragged = linear_logp(
+        torch.nn.functional.pad(hidden, (0, 3)), torch.nn.functional.pad(weight, (0, 3)), target, bias=bias
+    )
+    torch.testing.assert_close(whole, ragged, rtol=1e-5, atol=1e-5)
