@@ -1,0 +1,308 @@
+"""Counted work of every way to get a linear head's loss, and gradient in hidden, with a frozen weight.
+
+N tokens, D hidden size, V vocabulary, C rows of a chunk; hidden (N, D) and weight (V, D) are 16-bit. Each
+method is a list of `Pass`es; a pass is bound by the slowest of arithmetic, memory and L2, passes follow one
+another. That is a lower bound on time, not a forecast: no method reaches it, and all miss it by the same
+things (clocks under load, pipeline bubbles), except where noted.
+
+Rules of the count:
+- A matrix product takes the tile, and the cut of its inner dimension ("split-K"), that make it fastest. Its
+  L2 traffic is m n k (1 / BLOCK_M + 1 / BLOCK_N) elements. Tiles run in waves of one per processor, so a last
+  wave that is nearly empty is paid in full (`fill`). Sums of a cut inner dimension go through L2 in fp32.
+- The weight comes from memory once per group of row tiles that march over it together; the other operand
+  comes from memory again where the group's rows do not fit half of the L2.
+- A (C, V) workspace that fits RESIDENT of the L2 is charged to the L2 alone, else to memory as well.
+- Exponentials inside a matrix-product kernel are not hidden behind its tensor cores (`epilogue` passes).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from .cards import REGISTER_BYTES, Card, Head
+
+ITEM = 2  # bytes of an operand
+# Share of L2 that a reused buffer can count on while weights stream by: measured on an A100, 28 of 40 MB.
+RESIDENT = 0.7
+LAUNCH_SECONDS = 2e-6  # device side of one small kernel
+# fmt: off
+TILES = (
+    (256, 128), (128, 256), (192, 128), (128, 192), (128, 128),
+    (256, 64), (64, 256), (128, 64), (64, 128), (64, 64),
+)
+# fmt: on
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+# fp32 flops per logit, an exponential counted as 16 (one per lane of 16 special-function units against 256
+# flops per clock and multiprocessor): online statistics; gradient; each with a softcap's tanh.
+STATS_FLOPS, GRADIENT_FLOPS, CAP_FLOPS = 28, 24, 24
+# Small kernels of one chunk in kernels.linear_token_loss: gathers, exact target logits, stacks.
+SWEEP_LAUNCHES = 18
+# Share of tiles that cut-cross-entropy's gradient filter keeps, as its own cost model assumes.
+FILTER_KEPT = 0.2
+
+
+class Pass(NamedTuple):
+    """Work of one kernel, or of `launches` equal ones."""
+
+    name: str
+    flops: float
+    tensor: bool  # on the tensor cores
+    hbm: float  # bytes from and to memory
+    l2: float  # bytes from and to L2
+    launches: int = 1
+    fill: float = 1.0  # share of the processors busy, for the arithmetic
+
+    def seconds(self, card: Card) -> float:
+        rate = card.tensor_flops if self.tensor else card.fp32_flops
+        bound = max(self.flops / (rate * self.fill), self.hbm / card.bandwidth, self.l2 / card.l2_bandwidth)
+        return bound + self.launches * LAUNCH_SECONDS
+
+    def times(self, count: float) -> Pass:
+        return self._replace(
+            flops=self.flops * count,
+            hbm=self.hbm * count,
+            l2=self.l2 * count,
+            launches=round(self.launches * count),
+        )
+
+
+class Method(NamedTuple):
+    """passes, and the most memory held beyond hidden, weight and the (N, D) gradient, bytes."""
+
+    name: str
+    passes: list[Pass]
+    extra_bytes: float
+
+    def seconds(self, card: Card) -> float:
+        return sum(each.seconds(card) for each in self.passes)
+
+    def tensor_flops(self) -> float:
+        return sum(each.flops for each in self.passes if each.tensor)
+
+
+def floor_seconds(card: Card, head: Head, tokens: int, gemms: int) -> float:
+    """Time of `gemms` products of N V D at the card's full tensor rate: nothing exact can be faster."""
+    return gemms * 2 * tokens * head.v * head.d / card.tensor_flops
+
+
+def resident(card: Card, size: float) -> bool:
+    return size <= RESIDENT * card.l2_bytes
+
+
+def product(card, name, m, n, k, *, a_cached=False, c_cached=False, tiles=TILES, split_k=True) -> Pass:
+    """C (m, n) = A (m, k) @ B (k, n), B being the weight, with the fastest of tiles and splits.
+
+    a_cached, c_cached: A or C lies in L2 and costs no memory traffic. split_k: may cut k. Hopper's blocks
+    come in clusters of two that share what they read of B.
+    """
+    rows, columns, split = grid(tiles, split_k)
+    keep = (split == 1) | (k / split >= 1024)
+    rows, columns, split = rows[keep], columns[keep], split[keep]
+    down, across = np.ceil(m / rows), np.ceil(n / columns)
+    slots = np.maximum(1, card.processors // split)  # tiles of one slice of k that run together
+    waves = np.ceil(down * across * split / card.processors)
+    fill = m * n * split / (waves * card.processors * rows * columns)
+    hbm = np.full(rows.shape, np.inf)
+    held = card.l2_bytes / 2 // (rows * k * ITEM)  # row tiles whose A stays in half of the L2
+    for group in (np.sqrt(slots) // 1, slots, held):  # row tiles that march over B together
+        group = np.clip(group, 1, down)
+        fits = group * rows * k * ITEM <= RESIDENT * card.l2_bytes
+        again = 0 if a_cached else np.where(fits, 1, np.ceil(across / np.maximum(1, slots // group)))
+        hbm = np.minimum(hbm, n * k * np.ceil(down / group) + m * k * again)
+    hbm += 0 if c_cached else m * n
+    multicast = 2 if card.arch == "sm_90" else 1
+    partial = np.where(split > 1, 8 * split * m * n, 0)
+    l2 = (k * (n * np.maximum(1, down / multicast) + m * across) + m * n) * ITEM + partial
+    flops = 2 * m * n * k
+    time = np.maximum(flops / (card.tensor_flops * fill), hbm * ITEM / card.bandwidth)
+    best = int(np.argmin(np.maximum(time, l2 / card.l2_bandwidth) + (split > 1) * LAUNCH_SECONDS))
+    moved = float(hbm[best]) * ITEM, float(l2[best])
+    return Pass(name, flops, True, *moved, 1 + int(split[best] > 1), float(fill[best]))
+
+
+@functools.cache
+def grid(tiles, split_k: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, columns and split of every candidate, as three equal columns."""
+    cells = [(*tile, split) for split in (SPLITS if split_k else (1,)) for tile in tiles]
+    return tuple(np.array(cells, dtype=np.float64).T)
+
+
+def rowwise(
+    name: str, logits: float, bytes_each: float, flops_each: float, cached: bool, fill=1.0, launches=1
+) -> Pass:
+    """A pass over `logits` numbers that moves bytes_each of each."""
+    moved = logits * bytes_each
+    return Pass(name, logits * flops_each, False, 0.0 if cached else moved, moved, launches, fill)
+
+
+def epilogue(logits: float, flops_each: float) -> Pass:
+    return Pass("epilogue", logits * flops_each, False, 0.0, 0.0, 0)
+
+
+def cap(head: Head) -> int:
+    return CAP_FLOPS if head.softcap else 0
+
+
+def eager(card: Card, head: Head, tokens: int, gradient: bool) -> Method:
+    """transformers' ForCausalLMLoss: 16-bit logits, cast to fp32, log_softmax (its kernel reads its input
+    three times), nll_loss; backward: a zeroed (N, V), log_softmax's backward (two reads of the incoming
+    gradient, one of the output, one write), the cast back. The 16-bit logits stay alive as the model's
+    output."""
+    logits = tokens * head.v
+    capped = 12 if head.softcap else 0  # divide, tanh, multiply: 2 B in and 2 B out each
+    passes = [
+        product(card, "logits", tokens, head.v, head.d),
+        rowwise("cast, softcap", logits, 6 + capped, cap(head), False),
+        rowwise("log_softmax", logits, 16, STATS_FLOPS, False),
+    ]
+    if gradient:
+        passes += [
+            rowwise("nll backward", logits, 4, 0, False),
+            rowwise("log_softmax backward", logits, 16, GRADIENT_FLOPS, False),
+            rowwise("cast back, softcap", logits, 6 + 1.5 * capped, 0, False),
+            product(card, "dX", tokens, head.d, head.v),
+        ]
+    return Method("eager", passes, logits * (14 if gradient else 10))
+
+
+def liger_rows(head: Head, tokens: int) -> int:
+    """Chunk of liger-kernel 0.8.5, ops/fused_linear_cross_entropy.py: logits of about the size of hidden."""
+    most = math.ceil(tokens / math.ceil(head.v / head.d))
+    return min(tokens, 1 << (most - 1).bit_length())
+
+
+def liger(card: Card, head: Head, tokens: int, gradient: bool) -> Method:
+    """Liger's chunks: a product, one kernel that reads the logits twice and overwrites them, a product. With
+    weight.requires_grad False it computes no dW (0.8.5; a trainable head adds a third product)."""
+    rows = liger_rows(head, tokens)
+    logits, count = rows * head.v, tokens / rows
+    cached = resident(card, 2 * logits)
+    fill = min(1.0, rows / card.processors)  # one block of 1024 threads a row
+    flops = STATS_FLOPS + cap(head) + (GRADIENT_FLOPS + cap(head) if gradient else 0)
+    passes = [
+        product(card, "logits", rows, head.v, head.d, c_cached=cached),
+        rowwise("cross entropy", logits, 6 if gradient else 2, flops, cached, fill),
+    ]
+    if gradient:
+        passes.append(product(card, "dX", rows, head.d, head.v, a_cached=cached))
+    return Method("Liger", [each.times(count) for each in passes], 2 * logits)
+
+
+def cut_cross_entropy(card: Card, head: Head, tokens: int, gradient: bool, kept: float = 1.0) -> Method:
+    """cut-cross-entropy 25.1.1: forward tiles 256 x 128; backward recomputes 128 x 128 tiles of logits and
+    adds each tile's share of dX into memory under a lock, in 16 bit: three products.
+
+    kept: share of tiles that its filter (on by default: a tile is dropped where all of |softmax - onehot| are
+    below eps/32, 2^-12 in bf16) lets through to the third product. A frozen head costs no dW. Not charged:
+    waiting for the locks, the sort of the vocabulary.
+    """
+    logits = tokens * head.v
+    passes = [
+        product(card, "logits", tokens, head.v, head.d, c_cached=True, tiles=((256, 128),), split_k=False),
+        epilogue(logits, STATS_FLOPS + cap(head)),
+    ]
+    if gradient:
+        again = product(
+            card, "logits again", tokens, head.v, head.d, c_cached=True, tiles=((128, 128),), split_k=False
+        )
+        # per tile the weight's rows once more, and a read and a write of its rows of dX
+        moved = kept * 3 * 2 * logits * head.d / 128
+        passes += [
+            again,
+            epilogue(logits, GRADIENT_FLOPS + cap(head)),
+            Pass("dX", kept * 2 * logits * head.d, True, 0.0, moved, 0, again.fill),
+        ]
+    name = "CCE" if kept == 1.0 else "CCE filtered"
+    return Method(name, passes, tokens * 8)
+
+
+def chunk_passes(card: Card, head: Head, rows: int, loss_launches: int, split_k: bool = True) -> list[Pass]:
+    """One chunk of C rows of kernels.linear_token_loss."""
+    logits = rows * head.v
+    cached = resident(card, 2 * logits)
+    return [
+        product(card, "logits", rows, head.v, head.d, c_cached=cached),
+        rowwise("statistics", logits, 2, STATS_FLOPS + cap(head), cached),
+        Pass("loss function and gathers", 0, False, 0, 0, SWEEP_LAUNCHES + loss_launches),
+        rowwise("gradient", logits, 4, GRADIENT_FLOPS + cap(head), cached),
+        product(card, "dX", rows, head.d, head.v, a_cached=cached, split_k=split_k),
+    ]
+
+
+def ours(card: Card, head: Head, tokens: int, rows: int, loss_launches: int, split_k: bool = True) -> Method:
+    """Loss and gradient over a (C, V) workspace, chunks made equal as kernels.common.chunk_sizes does."""
+    chunks = math.ceil(tokens / rows)
+    equal = min(tokens, math.ceil(tokens / chunks / 16) * 16)
+    passes = [each.times(tokens / equal) for each in chunk_passes(card, head, equal, loss_launches, split_k)]
+    return Method("ours", passes, 2 * equal * head.v)
+
+
+def ours_forward(card: Card, head: Head, tokens: int, tile: tuple[int, int]) -> Method:
+    """kernels.linear_logp: logits stay in registers; five partial numbers per row and part of the
+    vocabulary."""
+    splits = max(1, math.ceil(2 * card.processors / math.ceil(tokens / tile[0])))
+    passes = [
+        product(card, "logits", tokens, head.v, head.d, c_cached=True, tiles=(tile,), split_k=False),
+        epilogue(tokens * head.v, STATS_FLOPS + cap(head)),
+        Pass("merge", 0, False, 0, 40 * splits * tokens, 12),
+    ]
+    return Method("ours", passes, 20 * splits * tokens)
+
+
+def inlined(card: Card, head: Head, tokens: int, rows: int, loss_launches: int) -> Method:
+    """Not built: the workspace without passes over it. Statistics in the epilogue of the first product; the
+    second turns logits into the gradient as it loads them, once per 256 columns of D."""
+    passes = []
+    for each in ours(card, head, tokens, rows, loss_launches).passes:
+        if each.name == "logits":
+            passes += [each, epilogue(tokens * head.v, STATS_FLOPS + cap(head))]
+        elif each.name == "dX":
+            passes += [each, epilogue(tokens * head.v * math.ceil(head.d / 256), GRADIENT_FLOPS + cap(head))]
+        elif not each.flops:
+            passes.append(each)
+    return Method("inlined", passes, 2 * rows * head.v)
+
+
+def fused_rows(head: Head) -> int:
+    """Rows whose (rows, D) fp32 accumulator of dX fits three quarters of a register file, in steps of the 16
+    rows of one tensor-core instruction; 0 where not even 16 fit."""
+    return int(0.75 * REGISTER_BYTES / (4 * head.d)) // 16 * 16
+
+
+def fused(card: Card, head: Head, tokens: int, *, online: bool) -> Method | None:
+    """Not built: no workspace; each block owns some rows and sweeps a part of the vocabulary, dX in
+    registers. None where the accumulator does not fit.
+
+    online: dX = E_p[w] rescaled as the running maximum grows, as flash attention does with K = V = weight:
+    two products; losses of logp and lse only (entropy needs a second accumulator). Else a sweep for lse
+    first, then logits again: three products, any loss. Every block reads its part of the weight through L2,
+    twice where a tile of 16 vocabulary rows, double-buffered, does not fit shared memory. Parts are added up
+    in a fixed order.
+    """
+    if not fused_rows(head):
+        return None
+    logits, weight = tokens * head.v, 2 * head.v * head.d
+    reads = (1 if 2 * 16 * head.d * 2 <= card.block_shared_bytes else 2) / (2 if card.arch == "sm_90" else 1)
+    sweeps = []
+    for rows in range(16, fused_rows(head) + 1, 16):
+        blocks = math.ceil(tokens / rows)
+        for splits in range(1, 9):
+            waves = math.ceil(blocks * splits / card.processors)
+            fill = tokens / rows * splits / (waves * card.processors)
+            partial = 8 * splits * tokens * head.d if splits > 1 else 0
+            moved = blocks * weight * reads + partial
+            launches = 1 + (splits > 1)
+            sweeps.append(
+                Pass("logits and dX", 4 * logits * head.d, True, weight * waves, moved, launches, fill)
+            )
+    passes = [min(sweeps, key=lambda each: each.seconds(card)), epilogue(logits, STATS_FLOPS + cap(head))]
+    if not online:
+        first = product(
+            card, "lse", tokens, head.v, head.d, c_cached=True, tiles=((128, 128),), split_k=False
+        )
+        passes += [first, epilogue(logits, GRADIENT_FLOPS + cap(head))]
+    return Method("fused online" if online else "fused recompute", passes, 4 * tokens * head.d)
