@@ -1,7 +1,6 @@
-"""What both operations share: argument checks, chunk sizes, and one chunk of rows in plain torch, which is
-the path of the CPU and of devices without Triton.
+"""What the operations share: argument checks, scalings, tile sizes, buffers.
 
-Notation: N tokens, D hidden size, V vocabulary, C rows of one chunk, R rows of one cache-sized block.
+Notation: N tokens, D hidden size, V vocabulary; a tile of logits has C rows and K columns of the vocabulary.
 With s = hidden @ weight.T + bias (the raw logits), the distribution of a row is softmax(z) with
 z = cap(logit_scale * s) / temperature, cap(u) = softcap * tanh(u / softcap), or u where softcap is 0.
 
@@ -42,10 +41,11 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read at import, as trit
 # over fp32 costs a fifth of what it costs in memory. Of 0.5 to 4 MiB the fastest on two cores with 2 MiB of
 # L2 each.
 BLOCK_BYTES = 2 << 20
-WORKSPACE_BYTES = 32 << 20  # of the logits of a chunk on a CPU
-GPU_CHUNK_ROWS = 1024
+WORKSPACE_BYTES = 32 << 20  # of a tile of logits: what the second-level cache of a card of 40 MB and more holds
+# Columns of a tile. The more, the fewer times the (C, D) sum is read and written, and the fewer rows fit.
+VOCAB_TILE = {"cpu": 4096, "cuda": 8192}
+FEWEST_ROWS = 64  # below it a matrix product is all reading of the weight: rather take fewer columns
 PAD = 16  # elements; a row that starts at a multiple of it is read in 16-byte pieces
-LOG_TINY = -80.0  # exp of it is nothing in fp32; keeps 0 * log 0 finite
 
 
 class TokenStats(NamedTuple):
@@ -74,12 +74,16 @@ class Scaling(NamedTuple):
     logit_scale: float = 1.0
 
 
-class RowState(NamedTuple):
-    """What torch_gradient needs from the statistics pass; each (C,)."""
+class Chunk(NamedTuple):
+    """The rows of one walk over the vocabulary, and where it works."""
 
-    total: torch.Tensor  # sum_j exp(z_j - shift)
-    target_exp: torch.Tensor  # exp(z_t - shift)
-    rest: torch.Tensor  # total - target_exp, summed without the target: 1 - p_t keeps its relative accuracy
+    x: torch.Tensor  # (C, D)
+    weight: torch.Tensor  # (V, D)
+    bias: torch.Tensor | None  # (V,)
+    target: torch.Tensor  # (C,) int64
+    raw_target: torch.Tensor  # (C,) raw logit of the target, in the wide dtype
+    workspace: torch.Tensor  # (at least C * columns,) of x's dtype, overwritten
+    columns: int  # K of every tile but the last
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
@@ -94,7 +98,7 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return "sm_%d%d" % torch.cuda.get_device_capability(device)
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -150,18 +154,29 @@ def kept_rows(target: torch.Tensor, ignore_index: int, vocab: int) -> torch.Tens
     return rows
 
 
-def chunk_sizes(rows: int, vocab: int, itemsize: int, workspace_bytes: int) -> list[int]:
-    """Rows of each chunk, so that its (C, V) logits fit the byte budget (one row at least): sizes as equal as
-    multiples of 16 allow, because a short last chunk costs a matrix product at its worst shape."""
-    most = max(1, workspace_bytes // (vocab * itemsize))
-    if rows <= most:
-        return [rows] if rows else []
+def equal_parts(count: int, most: int) -> list[int]:
+    """count cut into parts of at most `most`, as equal as multiples of 16 allow: a short last part costs a matrix
+    product at its worst shape."""
+    if count <= most:
+        return [count] if count else []
     unit = 16 if most >= 16 else 1
-    units, most = -(-rows // unit), most // unit
-    chunks = -(-units // most)
-    sizes = [(units // chunks + (index < units % chunks)) * unit for index in range(chunks)]
-    sizes[-1] -= sum(sizes) - rows
+    units, most = -(-count // unit), most // unit
+    parts = -(-units // most)
+    sizes = [(units // parts + (index < units % parts)) * unit for index in range(parts)]
+    sizes[-1] -= sum(sizes) - count
     return sizes
+
+
+def tile_shape(
+    rows: int, vocab: int, itemsize: int, workspace_bytes: int, device: str = "cpu"
+) -> tuple[list[int], int]:
+    """(rows of each chunk, K columns of a tile) whose logits fit the budget; at least one row of PAD columns."""
+    elements = max(1, workspace_bytes // itemsize)
+    columns = min(VOCAB_TILE.get(device, VOCAB_TILE["cuda"]), padded(vocab))
+    few = max(1, min(rows, FEWEST_ROWS))
+    if columns * few > elements:
+        columns = max(PAD, elements // few // PAD * PAD)
+    return equal_parts(rows, max(1, elements // columns)), columns
 
 
 def runs_as_it_is(function):
@@ -181,27 +196,6 @@ def runs_as_it_is(function):
 def padded(vocab: int) -> int:
     """vocab rounded up to PAD."""
     return -(-vocab // PAD) * PAD
-
-
-def default_workspace_bytes(device: torch.device, row_bytes: int) -> int:
-    """Bytes of logits at a time where the caller names no budget; row_bytes: of the logits of one token."""
-    if device.type == "cpu":
-        return WORKSPACE_BYTES
-    return GPU_CHUNK_ROWS * row_bytes
-
-
-def empty_workspace(hidden, vocab: int, workspace_bytes: int | None) -> tuple[list[int], torch.Tensor]:
-    """(rows of each chunk, uninitialised logits (C, V) for the largest) for hidden (M, D), all rows of which count.
-
-    On the Triton path a row's stride is padded(V), so that any vocabulary (50,257 too) is read in whole 16-byte
-    pieces and the matrix products see aligned rows.
-    """
-    stride = padded(vocab) if runs_triton(hidden) else vocab
-    if workspace_bytes is None:
-        workspace_bytes = default_workspace_bytes(hidden.device, stride * hidden.element_size())
-    sizes = chunk_sizes(len(hidden), stride, hidden.element_size(), workspace_bytes)
-    whole = torch.empty((max(sizes, default=0), stride), dtype=hidden.dtype, device=hidden.device)
-    return sizes, whole[:, :vocab]
 
 
 def raw_logits(x, weight, bias, out) -> None:
@@ -235,106 +229,13 @@ def scaled(raw: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     return raw if inner == 1.0 else raw * inner
 
 
-def row_blocks(rows: int, vocab: int, dtype: torch.dtype) -> list[slice]:
-    """Slices of R rows whose wide copy fits BLOCK_BYTES."""
-    step = max(1, BLOCK_BYTES // (vocab * wide(dtype).itemsize))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+def slack_and_lift(dtype: torch.dtype) -> tuple[float, float]:
+    """(how far a logit may exceed the shift before the shift follows, how far the shift then goes above it).
 
-
-def torch_stats(
-    logits, target, raw_target, scaling: Scaling, *, keep_exp: bool, all_four: bool = True
-) -> tuple[TokenStats, RowState]:
-    """Statistics of one chunk: logits (C, V) raw, target (C,), raw_target (C,) the exact s_t.
-
-    With keep_exp (and no softcap) the logits are overwritten by exp(z - row maximum) with 0 at the target:
-    the gradient's matrix product can use that as it stands, so that exp is taken once. Without all_four,
-    entropy and mean_logp are not computed and come back as 0, which saves three passes of eight.
+    16 nats cost fp32 and bf16 nothing, as their precision is relative. fp16 ends at 65,504: there every stored number
+    stays below 1/64, so that a product with a tile of 8,192 columns stays finite for weights up to 500.
     """
-    rows, vocab = logits.shape
-    dtype = wide(logits.dtype)
-    store = keep_exp and not scaling.softcap
-    shift, rest, weighted, total_z = torch.zeros((4, rows), dtype=dtype, device=logits.device)
-    shrink = torch.ones_like(shift)
-    target_z = scaled(raw_target, scaling)
-    blocks = row_blocks(rows, vocab, logits.dtype)
-    scratch = torch.empty((2, blocks[0].stop, vocab), dtype=dtype, device=logits.device)
-    inner, outer = kernel_factors(scaling)
-    for block in blocks:
-        z, e = scratch[:, : block.stop - block.start]
-        column, top = target[block, None], shift[block]
-        if inner == 1.0 and not scaling.softcap and logits.dtype == dtype:
-            torch.amax(logits[block], -1, out=top)
-            torch.sub(logits[block], top[:, None], out=z)
-        else:
-            z.copy_(logits[block])
-            if scaling.softcap:
-                z.mul_(inner).tanh_().mul_(outer)
-            elif inner != 1.0:
-                z.mul_(inner)
-            torch.amax(z, -1, out=top)
-            z.sub_(top[:, None])
-        z.scatter_(1, column, (target_z[block] - top)[:, None])
-        if all_four:
-            torch.sum(z, -1, out=total_z[block])
-        if store and logits.dtype == dtype:
-            e = logits[block]
-        torch.exp(z, out=e).scatter_(1, column, 0.0)
-        torch.sum(e, -1, out=rest[block])
-        if all_four:
-            torch.sum(z.mul_(e), -1, out=weighted[block])
-        if store and logits.dtype == torch.float16:  # keeps the product's sum over V below fp16's 65504
-            torch.div(1024.0, rest[block] + 1024.0, out=shrink[block])
-            e.mul_(shrink[block, None])
-        if store and logits.dtype != dtype:
-            logits[block].copy_(e)
-    offset = target_z - shift
-    target_exp = offset.exp()
-    total = rest + target_exp
-    log_total = total.log()
-    entropy, mean_logp = log_total - (weighted + target_exp * offset) / total, total_z / vocab - log_total
-    if not all_four:
-        entropy, mean_logp = torch.zeros_like(rest), torch.zeros_like(rest)
-    stats = TokenStats(offset - log_total, entropy, shift + log_total, mean_logp)
-    return stats, RowState(total * shrink, target_exp * shrink, rest * shrink)
-
-
-def torch_gradient(
-    logits, target, raw_target, stats: TokenStats, state: RowState, coefs: Coefficients, scaling: Scaling
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Turn what torch_stats(keep_exp=True) left in `logits` into the gradient in the raw logits, in place.
-
-    Returns (row_scale, target_coef), each (C,) or None: the gradient is row_scale * logits, plus target_coef
-    in the target's column. With neither softcap, entropy nor mean_logp in the loss it costs no pass at all,
-    since the scale of a row commutes with the product that follows.
-    """
-    chain = scaling.logit_scale / scaling.temperature
-    zero = torch.zeros_like(stats.logp)
-    a, b, c, d = (zero if each is None else each * chain for each in coefs)
-    if not scaling.softcap and coefs.entropy is None and coefs.mean_logp is None:
-        return (c - a) / state.total, (a * state.rest + c * state.target_exp) / state.total
-    vocab = logits.shape[1]
-    inner, outer = kernel_factors(scaling)
-    blocks = row_blocks(len(target), vocab, logits.dtype)
-    scratch = torch.empty((3, blocks[0].stop, vocab), dtype=wide(logits.dtype), device=logits.device)
-    constant = c - a - d - b * stats.entropy
-    for block in blocks:
-        logp, p, slope = scratch[:, : block.stop - block.start]
-        column = target[block, None]
-        if scaling.softcap:
-            slope.copy_(logits[block]).scatter_(1, column, raw_target[block, None])
-            slope.mul_(inner).tanh_()
-            torch.mul(slope, outer, out=logp).sub_(stats.lse[block, None])
-            torch.exp(logp, out=p)
-            slope.square_().neg_().add_(1.0)  # 1 - tanh^2
-        else:
-            p.copy_(logits[block]).div_(state.total[block, None])
-            torch.log(p, out=logp).clamp_(min=LOG_TINY).scatter_(1, column, stats.logp[block, None])
-            p.scatter_(1, column, stats.logp[block, None].exp())
-        logp.mul_(-b[block, None]).add_(constant[block, None])
-        p.mul_(logp).add_(d[block, None] / vocab)
-        p.scatter_add_(1, column, a[block, None])
-        logits[block].copy_(p.mul_(slope) if scaling.softcap else p)
-    return None, None
+    return (0.0, 4.16) if dtype == torch.float16 else (16.0, 0.0)
 
 
 class Gradients(NamedTuple):
@@ -354,6 +255,11 @@ def empty_gradients(hidden, weight, bias, needs: tuple[bool, bool, bool]) -> Gra
         torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs[1] else None,
         torch.zeros(bias.shape, dtype=dtype, device=bias.device) if needs[2] else None,
     )
+
+
+def empty_sum(x: torch.Tensor) -> torch.Tensor:
+    """Zeros like x (C, D) in the wide dtype."""
+    return torch.zeros(x.shape, dtype=wide(x.dtype), device=x.device)
 
 
 def power_of_two(coefs: Coefficients) -> torch.Tensor:

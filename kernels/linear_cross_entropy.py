@@ -63,7 +63,7 @@ def linear_cross_entropy(
     if reduction == "none":
         stats = linear_logp(hidden, linear_weight, target, return_stats=True, **head)
         return token_loss(stats, torch.arange(len(target), device=target.device)).reshape(shape)
-    loss, _ = linear_token_loss(hidden, linear_weight, target, token_loss, **head)
+    loss, _ = linear_token_loss(hidden, linear_weight, target, token_loss, all_stats=label_smoothing > 0, **head)
     if reduction == "sum":
         return loss
     return loss / (kept.sum() if class_weight is None else class_weight.sum())

@@ -1,8 +1,9 @@
 """Log-probability (and entropy, log-sum-exp, mean log-prob) of targets under softmax(hidden @ weight.T /
 temperature).
 
-Forward-only it is what the reference policy, the judge and evaluation need. Where a gradient is needed,
-backward recomputes the logits chunk by chunk, so nothing but (N,) numbers is kept between the two.
+Forward-only it is what the reference policy, the judge and evaluation need: on a GPU one kernel whose logits never
+leave the registers. Where a gradient is needed, forward and backward make the same tiles of logits (`tiles`), so that
+the probabilities of backward sum to 1, and nothing but (N,) numbers is kept between the two.
 """
 
 from __future__ import annotations
@@ -18,19 +19,16 @@ from .common import (
     cast_operands,
     check_arguments,
     empty_gradients,
-    empty_workspace,
     jit,
     kept_rows,
     kernel_factors,
-    raw_logits,
-    raw_target_logit,
     runs_as_it_is,
     runs_triton,
     tl,
     triton,
     wide,
 )
-from .linear_token_loss import chunk_backward, chunk_stats
+from .tiles import chunks, forward_tiles, gradient_tiles
 
 PARTIALS = (
     5  # running numbers of a (row, part of the vocabulary): maximum, sum, weighted sum, plain sum, target
@@ -201,32 +199,20 @@ def triton_forward(x, weight, bias, target, scaling: Scaling) -> torch.Tensor:
     return merge(out, vocab)
 
 
-def chunks(hidden, weight, bias, target, ignore_index, workspace_bytes):
-    """Yield (rows, x, target, logits workspace filled) for each chunk of the rows that count."""
-    rows = kept_rows(target, ignore_index, weight.shape[0])
-    sizes, workspace = empty_workspace(hidden[: len(rows)], weight.shape[0], workspace_bytes)
-    for index in rows.split(sizes):
-        x = hidden.index_select(0, index)
-        logits = workspace[: len(index)]
-        raw_logits(x, weight, bias, logits)
-        yield index, x, target.index_select(0, index), logits
-
-
 def forward_stats(
-    hidden, weight, bias, target, scaling: Scaling, ignore_index, workspace_bytes, all_four: bool
+    hidden, weight, bias, target, scaling: Scaling, ignore_index, workspace_bytes, *, all_four=True, in_tiles=False
 ) -> torch.Tensor:
-    """(4, N): the TokenStats rows, 0 at ignored tokens; entropy and mean_logp may be left at 0 without
-    all_four."""
+    """(4, N): the TokenStats rows, 0 at ignored tokens. Without all_four, entropy and mean_logp may be left at 0.
+    in_tiles: from the logits that gradient_tiles will make, else on a GPU from fp32 logits in registers."""
     out = torch.zeros((4, hidden.shape[0]), dtype=wide(hidden.dtype), device=hidden.device)
-    if runs_triton(hidden):
-        rows = kept_rows(target, ignore_index, weight.shape[0])
+    rows = kept_rows(target, ignore_index, weight.shape[0])
+    if runs_triton(hidden) and not in_tiles:
         if len(rows):
             x, wanted = hidden.index_select(0, rows), target.index_select(0, rows)
             out.index_copy_(1, rows, triton_forward(x, weight, bias, wanted, scaling))
         return out
-    for index, x, wanted, logits in chunks(hidden, weight, bias, target, ignore_index, workspace_bytes):
-        raw_target = raw_target_logit(x, weight, bias, wanted)
-        stats, _ = chunk_stats(logits, wanted, raw_target, scaling, keep_exp=False, all_four=all_four)
+    for index, chunk in chunks(hidden, weight, bias, target, rows, workspace_bytes):
+        stats, _, _ = forward_tiles(chunk, scaling, pull=False, all_four=all_four)
         out.index_copy_(1, index, torch.stack(stats))
     return out
 
@@ -234,35 +220,27 @@ def forward_stats(
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scaling, ignore_index, workspace_bytes, all_four):
-        ctx.save_for_backward(hidden, weight, bias, target)
+        options = {"all_four": all_four, "in_tiles": True}
+        out = forward_stats(hidden, weight, bias, target, scaling, ignore_index, workspace_bytes, **options)
+        ctx.save_for_backward(hidden, weight, bias, target, out)
         ctx.options = scaling, ignore_index, workspace_bytes
         ctx.set_materialize_grads(False)
-        return tuple(
-            forward_stats(hidden, weight, bias, target, scaling, ignore_index, workspace_bytes, all_four)
-        )
+        return tuple(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grad_stats):
-        hidden, weight, bias, target = ctx.saved_tensors
+        hidden, weight, bias, target, out = ctx.saved_tensors
         scaling, ignore_index, workspace_bytes = ctx.options
-        needs = tuple(ctx.needs_input_grad[:3])
-        grads = empty_gradients(hidden, weight, bias, needs)
+        grads = empty_gradients(hidden, weight, bias, tuple(ctx.needs_input_grad[:3]))
         if any(each is not None for each in grad_stats):
-            for index, x, wanted, logits in chunks(
-                hidden, weight, bias, target, ignore_index, workspace_bytes
-            ):
+            rows = kept_rows(target, ignore_index, weight.shape[0])
+            for index, chunk in chunks(hidden, weight, bias, target, rows, workspace_bytes):
+                stats = TokenStats(*out.index_select(1, index))
                 coefs = Coefficients(
                     *(None if each is None else each.index_select(0, index) for each in grad_stats)
                 )
-                raw_target = raw_target_logit(x, weight, bias, wanted)
-                needed = coefs.entropy is not None or coefs.mean_logp is not None
-                stats, state = chunk_stats(
-                    logits, wanted, raw_target, scaling, keep_exp=True, all_four=needed
-                )
-                chunk_backward(
-                    logits, x, weight, wanted, raw_target, index, stats, state, coefs, scaling, grads
-                )
+                gradient_tiles(chunk, index, stats, coefs, scaling, grads)
         cast = (
             None if grad is None else grad.to(like.dtype) for grad, like in zip(grads, (hidden, weight, bias))
         )
@@ -293,10 +271,14 @@ def linear_logp(
     scaling = Scaling(float(temperature), float(softcap), float(logit_scale))
     check_arguments(hidden, weight, target, bias, scaling)
     hidden, weight, bias = cast_operands(hidden, weight, bias)
+    arguments = hidden, weight, bias, target, scaling, ignore_index, workspace_bytes
+    differentiable = torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (hidden, weight, bias)
+    )
     with torch.autocast(hidden.device.type, enabled=False):
-        stats = TokenStats(
-            *_LinearLogp.apply(
-                hidden, weight, bias, target, scaling, ignore_index, workspace_bytes, return_stats
-            )
-        )
+        if differentiable:
+            stats = TokenStats(*_LinearLogp.apply(*arguments, return_stats))
+        else:
+            with torch.no_grad():
+                stats = TokenStats(*forward_stats(*arguments, all_four=return_stats))
     return stats if return_stats else stats.logp

@@ -7,16 +7,14 @@ several blocks along every axis. The interpreter truncates where hardware rounds
 that error.
 """
 
-from importlib import import_module
-
 import pytest
 import test_kernel_limits
 import test_kernels
 import torch
 from test_kernels import HEADS, LOSSES, LargestStorage, N, V, gradients, nll, problem
 
-from minimath.kernels import linear_logp, linear_token_loss, reference
-from minimath.kernels.common import INTERPRET, runs_triton
+from minimath.kernels import linear_logp, linear_token_loss, reference, tile_triton, tiles
+from minimath.kernels.common import INTERPRET, Chunk, Coefficients, Scaling, empty_gradients, padded, runs_triton
 
 # pytest collects these here a second time
 for name in (
@@ -28,6 +26,7 @@ for name in (
     "test_result_does_not_depend_on_the_workspace_budget",
     "test_same_input_gives_the_same_bits_twice",
     "test_a_loss_that_uses_no_statistic_has_a_zero_gradient",
+    "test_bf16_log_prob_of_a_sure_target_does_not_exceed_zero_or_lose_its_gradient",
 ):
     globals()[name] = getattr(test_kernels, name)
 for name in (
@@ -80,10 +79,14 @@ def test_fused_logp_and_its_gradient_equal_the_float64_reference(head, dtype):
     hidden, weight, bias, target = problem(dtype, n=131, d=75, v=517)
     exact = exact_copy(hidden, weight, bias)
     options = HEADS[head]
+    with torch.no_grad():
+        alone = linear_logp(hidden, weight, target, bias=bias, return_stats=True, **options)
     got = linear_logp(hidden, weight, target, bias=bias, return_stats=True, **options)
     want = reference.linear_logp(*exact[:2], target, bias=exact[2], return_stats=True, **options)
-    for mine, right in zip(got, want):  # logits stay in fp32 registers, so 16-bit inputs lose nothing
-        torch.testing.assert_close(mine.detach().double(), right.detach(), rtol=2e-5, atol=2e-5)
+    for mine, tiled, right in zip(alone, got, want):
+        # without a gradient the logits stay in fp32 registers, so 16-bit inputs lose nothing
+        torch.testing.assert_close(mine.double(), right.detach(), rtol=2e-5, atol=2e-5)
+        close(tiled.detach(), right.detach(), TOLERANCE[dtype])
     kept = (target != -100).double()
     mixed = sum((factor * each * kept).sum() for factor, each in zip((1.0, -0.3, 0.2, 0.5), got))
     right = sum((factor * each * kept).sum() for factor, each in zip((1.0, -0.3, 0.2, 0.5), want))
@@ -150,42 +153,49 @@ def test_weight_with_a_stride_is_read_right():
 
 
 @pytest.mark.parametrize("vocab", [500, 517, 523])
-def test_padding_columns_of_the_workspace_are_neither_read_nor_left_dirty(vocab):
-    """Rows of the workspace start at multiples of 16 elements; what lies between V and the next row is nan here."""
-    loss_module = import_module("minimath.kernels.linear_token_loss")
-    common = import_module("minimath.kernels.common")
-    hidden, weight, _, target = problem(torch.float32, n=7, d=6, v=vocab, bias=False, ignored=())
-    hidden, weight = hidden.detach(), weight.detach()
-    whole = torch.full((7, common.padded(vocab)), float("nan"))
-    logits = whole[:, :vocab]
-    common.raw_logits(hidden, weight, None, logits)
-    scaling = common.Scaling()
-    raw_target = common.raw_target_logit(hidden, weight, None, target)
-    stats = loss_module.triton_stats(logits, target, raw_target, scaling)
-    want = reference.linear_logp(hidden, weight, target, return_stats=True)
-    torch.testing.assert_close(tuple(stats), tuple(want), rtol=1e-5, atol=1e-5)
-    one = torch.ones(7)
-    loss_module.triton_gradient(logits, target, raw_target, stats, common.Coefficients(one, None, None, None), scaling)
-    exact = torch.nn.functional.one_hot(target, vocab) - torch.softmax(hidden @ weight.t(), -1)
-    torch.testing.assert_close(logits, exact.float(), rtol=1e-5, atol=1e-6)
-    assert (whole[:, vocab:] == 0).all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_lies_between_the_rows_of_a_tile_is_not_used(vocab, dtype):
+    """Rows of a tile start at multiples of 16 elements; all of the workspace is nan before, as reused memory may be."""
+    hidden, weight, _, target = problem(dtype, n=7, d=6, v=vocab, bias=False, ignored=())
+    hidden, weight, rows = hidden.detach(), weight.detach(), torch.arange(7)
+    (_, chunk), *others = tiles.chunks(hidden, weight, None, target, rows, 7 * 128 * hidden.element_size())
+    assert chunk.columns == 128 and not others
+    chunk.workspace.fill_(float("nan"))
+    stats, end, pulled = tiles.forward_tiles(chunk, Scaling(), pull=True)
+    want = reference.linear_logp(hidden.double(), weight.double(), target, return_stats=True)
+    tolerance = {"rtol": 2 * TOLERANCE[dtype], "atol": 4 * TOLERANCE[dtype]}
+    torch.testing.assert_close(tuple(each.double() for each in stats), tuple(want), **tolerance)
+    coefs = Coefficients(torch.ones(7), None, None, None)
+    direct = tiles.pulled_gradient(chunk, pulled, end, coefs, Scaling())
+    chunk.workspace.fill_(float("nan"))
+    grads = empty_gradients(hidden, weight, None, (True, False, False))
+    tiles.gradient_tiles(chunk, rows, stats, coefs, Scaling(), grads)
+    p = torch.softmax(hidden.double() @ weight.double().t(), -1)
+    exact = (torch.nn.functional.one_hot(target, vocab) - p) @ weight.double()
+    close(direct, exact, 2 * TOLERANCE[dtype])
+    close(grads.hidden, exact, 2 * TOLERANCE[dtype])
 
 
 def test_a_row_stride_beyond_32_bits_is_read_and_written_right():
     """Two rows of logits 2^31 elements apart: memory that is reserved, and touched only where the rows lie."""
-    loss_module = import_module("minimath.kernels.linear_token_loss")
-    common = import_module("minimath.kernels.common")
     vocab, stride = 203, 2**31 + 16
     logits = torch.empty(stride + vocab + 16, dtype=torch.float16).as_strided((2, vocab), (stride, 1))
     hidden, weight, _, target = problem(torch.float32, n=2, d=6, v=vocab, bias=False, ignored=())
     full = (hidden @ weight.t()).detach()
-    logits.copy_(full)
     raw_target = full.gather(1, target[:, None]).squeeze(1)
-    stats = loss_module.triton_stats(logits, target, raw_target, common.Scaling())
+    chunk = Chunk(hidden, weight, None, target, raw_target, logits, padded(vocab))
+    logits.copy_(full)
+    sums, factor = torch.zeros(4, 2), torch.ones(2)
+    sums[0] = tiles.LOWEST
+    tile_triton.triton_tile(chunk, logits, 0, sums, factor, Scaling(), keep=True)
+    stats, _ = tiles.finish(chunk, sums, Scaling(), all_four=True)
     want = torch.log_softmax(full.double(), -1).gather(1, target[:, None]).squeeze(1)
     torch.testing.assert_close(stats.logp.double(), want, rtol=1e-2, atol=1e-2)
-    coefs = common.Coefficients(torch.ones(2), None, None, None)
-    loss_module.triton_gradient(logits, target, raw_target, stats, coefs, common.Scaling())
+    logits.copy_(full)
+    numbers = torch.stack((-torch.expm1(stats.logp), stats.entropy, stats.lse))
+    coefs = torch.zeros(4, 2)
+    coefs[0] = 1.0
+    tile_triton.triton_gradient(chunk, logits, 0, numbers, coefs, Scaling())
     exact = torch.nn.functional.one_hot(target, vocab) - torch.softmax(full, -1)
     torch.testing.assert_close(logits.float(), exact.float(), rtol=1e-2, atol=1e-2)
 

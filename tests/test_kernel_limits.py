@@ -153,13 +153,14 @@ def test_nothing_that_follows_the_number_of_tokens_makes_triton_compile_again():
     from importlib import import_module
 
     followers = {
-        "logp_kernel": {"rows", "out_stride"},
-        "row_stats_kernel": {"out_stride"},
-        "gradient_kernel": {"stats_stride"},
+        "linear_logp.logp_kernel": {"rows", "out_stride"},
+        "tile_triton.tile_kernel": {"sums_stride", "first", "columns"},
+        "tile_triton.gradient_kernel": {"numbers_stride", "first", "columns"},
+        "tile_triton.pull_kernel": set(),
     }
     for name, arguments in followers.items():
-        module = "linear_logp" if name == "logp_kernel" else "linear_token_loss"
-        kernel = getattr(import_module(f"minimath.kernels.{module}"), name)
+        module, kernel = name.split(".")
+        kernel = getattr(import_module(f"minimath.kernels.{module}"), kernel)
         assert isinstance(kernel, triton.runtime.KernelInterface)
         if hasattr(kernel, "params"):  # the interpreter's stand-in has none
             assert {each.name for each in kernel.params if each.do_not_specialize} == arguments

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minimath.kernels import TokenStats, linear_logp, linear_token_loss, reference
-from minimath.kernels.common import BLOCK_BYTES, chunk_sizes
+from minimath.kernels.common import BLOCK_BYTES, PAD, equal_parts, tile_shape
 
 N, D, V = 37, 19, 203
 HEADS = {
@@ -251,11 +251,20 @@ class LargestStorage(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 170, 171, 1024, 4097])
-@pytest.mark.parametrize("budget", [1, 700 * 15, 700 * 170])
-def test_chunks_cover_the_rows_within_the_budget_and_are_nearly_equal(rows, budget):
-    sizes = chunk_sizes(rows, 175, 4, budget)
-    assert sum(sizes) == rows and all(0 < size <= max(1, budget // 700) for size in sizes)
+@pytest.mark.parametrize("most", [1, 15, 170])
+def test_chunks_cover_the_rows_and_are_nearly_equal(rows, most):
+    sizes = equal_parts(rows, most)
+    assert sum(sizes) == rows and all(0 < size <= most for size in sizes)
     assert not sizes or max(sizes) - min(sizes) <= 32
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("rows, vocab", [(1, 50_257), (37, 203), (2048, 151_936), (100_000, 256_000)])
+@pytest.mark.parametrize("budget", [1, 4 * 16 * 37, 1 << 20, 32 << 20])
+def test_a_tile_fits_the_budget_down_to_one_row_of_16_columns(rows, vocab, budget, device):
+    sizes, columns = tile_shape(rows, vocab, 4, budget, device)
+    assert sum(sizes) == rows and columns % PAD == 0
+    assert max(sizes) * columns * 4 <= max(budget, PAD * 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,178 @@
+"""One walk over the logits of C rows, K columns at a time, for both operations.
+
+`forward_tiles` keeps running sums relative to a shift m of each row, raised as larger logits appear:
+    rest = sum_{j != t} exp(z_j - m),  weighted = sum_{j != t} exp(z_j - m) (z_j - m),  plain = sum_j z_j
+and, if asked for, the vector sum that a loss of the log-prob needs, whatever that loss is:
+    pulled = sum_{j != t} exp(z_j - m) cap'(z_j) w_j    (C, D)
+With the four coefficients (a, b, c, d) of a row known afterwards, and b = 0, the gradient in hidden is
+    chain * (a s_t w_t + (c - a - d) E_p[s w] + d mean_j w_j),   s = cap'(z), chain = logit_scale / temperature
+with E_p[s w] = (pulled + exp(z_t - m) s_t w_t) / total: no tile is looked at twice, the weight is read once per C
+rows and the loss sees its C numbers all at once. It is attention with one head of size D whose keys and values are
+both the weight (Milakov and Gimelshein, arXiv 1805.02867, for the running sums). The target is left out of the sums:
+1 - p_t = rest / total keeps its relative accuracy where p_t is nearly 1.
+
+`gradient_tiles` makes the logits again, for what that does not cover: the entropy, a trainable head, backward of
+linear_logp.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .common import (
+    WORKSPACE_BYTES,
+    Chunk,
+    Coefficients,
+    Gradients,
+    Scaling,
+    TokenStats,
+    empty_sum,
+    kernel_factors,
+    power_of_two,
+    raw_logits,
+    raw_target_logit,
+    runs_triton,
+    scaled,
+    tile_shape,
+    wide,
+)
+from .tile_torch import torch_gradient, torch_scratch, torch_tile
+from .tile_triton import triton_gradient, triton_pull, triton_tile
+
+LOWEST = -1e30  # shift of a row before its first tile: finite, so that 0 * (LOWEST - m) is 0
+
+
+class RowEnd(NamedTuple):
+    """What is left of the running sums after the last tile, relative to max(m, z_t); each (C,)."""
+
+    total: torch.Tensor  # sum_j exp(z_j - max)
+    target_exp: torch.Tensor  # exp(z_t - max)
+    rest: torch.Tensor  # total - target_exp, summed without the target
+    lift: torch.Tensor  # exp(m - max): puts `pulled` on the same scale
+
+
+def chunks(hidden, weight, bias, target, rows, workspace_bytes: int | None):
+    """Yield (rows of the chunk (C,) int64, Chunk) for the given rows of hidden (N, D) and target (N,)."""
+    budget = WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+    sizes, columns = tile_shape(len(rows), weight.shape[0], hidden.element_size(), budget, hidden.device.type)
+    workspace = torch.empty(max(sizes, default=0) * columns, dtype=hidden.dtype, device=hidden.device)
+    for index in rows.split(sizes):
+        x, wanted = hidden.index_select(0, index), target.index_select(0, index)
+        yield index, Chunk(x, weight, bias, wanted, raw_target_logit(x, weight, bias, wanted), workspace, columns)
+
+
+def tiles(chunk: Chunk):
+    """Yield (first, weight[first : first + K] (K, D), logits (C, K) raw) for each tile of the vocabulary."""
+    rows, vocab = len(chunk.x), chunk.weight.shape[0]
+    for first in range(0, vocab, chunk.columns):
+        columns = min(chunk.columns, vocab - first)
+        stride = chunk.columns if runs_triton(chunk.x) else columns  # see PAD
+        logits = chunk.workspace[: rows * stride].view(rows, stride)[:, :columns]
+        span = slice(first, first + columns)
+        raw_logits(chunk.x, chunk.weight[span], None if chunk.bias is None else chunk.bias[span], logits)
+        yield first, chunk.weight[span], logits
+
+
+def finish(chunk: Chunk, sums, scaling: Scaling, *, all_four: bool) -> tuple[TokenStats, RowEnd]:
+    """The statistics of each row from its running sums (4, C)."""
+    shift, rest, weighted, plain = sums
+    target_z = scaled(chunk.raw_target, scaling)
+    top = torch.maximum(shift, target_z)
+    gap = shift - top
+    lift = gap.exp()
+    weighted, rest = (weighted + rest * gap) * lift, rest * lift
+    offset = target_z - top
+    target_exp = offset.exp()
+    total = rest + target_exp
+    log_total = total.log()
+    # where the target is most of the mass, 1 - p_t keeps its digits in the log-prob too
+    logp = torch.where(rest < target_exp, -torch.log1p(rest / target_exp), offset - log_total)
+    entropy, mean_logp = torch.zeros_like(rest), torch.zeros_like(rest)
+    if all_four:
+        entropy = log_total - (weighted + target_exp * offset) / total
+        mean_logp = plain / chunk.weight.shape[0] - (top + log_total)
+    return TokenStats(logp, entropy, top + log_total, mean_logp), RowEnd(total, target_exp, rest, lift)
+
+
+def forward_tiles(chunk: Chunk, scaling: Scaling, *, pull: bool, all_four: bool = True):
+    """(TokenStats, RowEnd, pulled (C, D) or None without `pull`) of a chunk. Without all_four, entropy and mean_logp
+    may come back as 0."""
+    x, dtype, on_triton = chunk.x, wide(chunk.x.dtype), runs_triton(chunk.x)
+    sums = torch.zeros((4, len(x)), dtype=dtype, device=x.device)
+    sums[0] = LOWEST
+    factor = torch.ones(len(x), dtype=dtype, device=x.device)
+    pulled = empty_sum(x) if pull else None
+    scratch = None if on_triton else torch_scratch(chunk)
+    for first, part, logits in tiles(chunk):
+        if on_triton:
+            triton_tile(chunk, logits, first, sums, factor, scaling, keep=pull)
+            if pull:
+                triton_pull(pulled, logits @ part, factor)
+            continue
+        torch_tile(chunk, logits, first, sums, factor, scratch, scaling, keep=pull, all_four=all_four)
+        if pull:
+            if (factor != 1.0).any():
+                pulled.mul_(factor[:, None])
+            if x.dtype == dtype:
+                torch.addmm(pulled, logits, part, out=pulled)
+            else:
+                pulled.add_(logits @ part)
+    return *finish(chunk, sums, scaling, all_four=all_four or on_triton), pulled
+
+
+def covers(coefs: Coefficients, scaling: Scaling) -> bool:
+    """Whether `pulled` is all that the gradient in hidden needs."""
+    return coefs.entropy is None and (coefs.mean_logp is None or not scaling.softcap)
+
+
+def pulled_gradient(chunk: Chunk, pulled, end: RowEnd, coefs: Coefficients, scaling: Scaling) -> torch.Tensor:
+    """Gradient in x (C, D), wide, from what forward_tiles returned; overwrites `pulled`."""
+    chain = scaling.logit_scale / scaling.temperature
+    zero = torch.zeros_like(end.total)
+    a, _, c, d = (zero if each is None else each * chain for each in coefs)
+    at_target = (a * end.rest + (c - d) * end.target_exp) / end.total
+    if scaling.softcap:
+        capped = torch.tanh(chunk.raw_target * kernel_factors(scaling)[0])
+        at_target = at_target * (1.0 - capped * capped)
+    grad = pulled.mul_(((c - a - d) * end.lift / end.total)[:, None])
+    grad.addcmul_(chunk.weight.index_select(0, chunk.target).to(grad.dtype), at_target[:, None])
+    if coefs.mean_logp is not None:
+        vocab = chunk.weight.shape[0]
+        grad.addcmul_(chunk.weight.sum(0, dtype=grad.dtype)[None, :], (d / vocab)[:, None])
+    return grad
+
+
+def gradient_tiles(
+    chunk: Chunk, rows, stats: TokenStats, coefs: Coefficients, scaling: Scaling, grads: Gradients
+) -> None:
+    """Add a chunk's share to the gradient buffers, making its logits again.
+
+    rows (C,) int64: their places in grads.hidden; stats, coefs (C,) each.
+    """
+    x, unit = chunk.x, None
+    if x.dtype == torch.float16:  # keeps the gradient in range
+        unit = power_of_two(coefs)
+        coefs = Coefficients(*(None if each is None else each / unit for each in coefs))
+    zero = torch.zeros_like(stats.logp)
+    packed = torch.stack([zero if each is None else each for each in coefs])
+    numbers = torch.stack((-torch.expm1(stats.logp), stats.entropy, stats.lse))
+    total = None if grads.hidden is None else empty_sum(x)
+    scratch = None if runs_triton(x) else torch_scratch(chunk)
+    for first, part, logits in tiles(chunk):
+        if runs_triton(x):
+            triton_gradient(chunk, logits, first, numbers, packed, scaling)
+        else:
+            torch_gradient(chunk, logits, first, numbers, packed, scratch, scaling)
+        span = slice(first, first + len(part))
+        if total is not None:
+            total.add_(logits @ part)
+        if grads.weight is not None:
+            update = (logits.t() @ x).to(grads.weight.dtype)  # (K, D)
+            grads.weight[span].add_(update if unit is None else update.mul_(unit))
+        if grads.bias is not None:
+            update = logits.sum(0, dtype=grads.bias.dtype)
+            grads.bias[span].add_(update if unit is None else update * unit)
+    if total is not None:
+        grads.hidden.index_copy_(0, rows, (total if unit is None else total * unit).to(grads.hidden.dtype))
