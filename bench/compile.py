@@ -1,12 +1,15 @@
-"""Compile every Triton kernel for every supported chip, without a GPU, and look at what the compiler made of
-it.
+"""Compile every Triton kernel for every supported chip, without a GPU, and look at what the compiler made.
 
-    python -m bench.compile            # every dtype, head and alignment; about two minutes on 2 cores
+    python -m bench.compile            # every dtype, head and alignment; minutes on 2 cores
     python -m bench.compile --quick    # what CI runs
+    python -m bench.compile --peers    # Liger's and cut-cross-entropy's kernels beside ours
+    python -m bench.compile --space    # which tiles of logp_kernel are worth having, per chip
 
-Prints registers, spills, stack and shared memory per kernel and chip, writes bench/results/compile.json, and
-exits 1 if anything spills to memory or needs more shared memory than the chip has. triton.compile itself does
-not check that: it builds a kernel for 131,072 B on a chip with 101,376 B.
+Prints registers, spills, stack, shared memory, occupancy, and the tensor and memory instructions of the
+inner loop per kernel and chip; writes bench/results/compile.json (compile-peers.json, compile-space.json).
+Exits 1 if anything spills to memory, needs more shared memory than the chip has (triton.compile does not
+check that: it builds a kernel for 131,072 B on a chip with 101,376 B), or moves an aligned tile in pieces
+under 16 bytes.
 """
 
 from __future__ import annotations
@@ -14,10 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from itertools import product
@@ -29,29 +29,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-# Shared memory (LDS on AMD) that one block may take, bytes: CUDA C programming guide, table "technical
-# specifications per compute capability"; AMD ISA guides.
-SHARED_LIMIT = {
-    "sm_80": 166_912,
-    "sm_86": 101_376,
-    "sm_89": 101_376,
-    "sm_90": 232_448,
-    "sm_120": 101_376,
-    "gfx1100": 65_536,
-    "gfx942": 65_536,
-}
+from .disassembly import amd_resources, hot_code, moved_wide, nvidia_resources
+from .occupancy import PROCESSORS, SHARED_LIMIT, occupancy
+
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 RESULTS = Path(__file__).parent / "results"
-ROW_TYPES = {
-    "target": "*i64",
-    "raw_target": "*fp32",
-    "out": "*fp32",
-    "stats": "*fp32",
-    "coefs": "*fp32",
-    "inner": "fp32",
-    "outer": "fp32",
-    "chain": "fp32",
-}
+TYPES = {"target": "*i64"}
+TYPES |= dict.fromkeys(("raw_target", "out", "sums", "factor", "numbers", "coefs", "pulled"), "*fp32")
+TYPES |= dict.fromkeys(("inner", "outer", "chain", "slack", "lift"), "fp32")
+# Integer arguments that are multiples of 16 at run time where the operands are aligned. The vocabulary is not
+# among them: 50,257 has to be read as wide as 151,936.
+ROUND = ("width", "hidden_stride", "weight_stride", "vocab_per_split", "row_stride", "whole")
+ROUND += ("pulled_stride", "part_stride")
+MODULES = ("linear_logp", "tile_triton")  # of minimath.kernels, where the Triton functions live
 
 
 class Case(NamedTuple):
@@ -65,11 +55,17 @@ class Case(NamedTuple):
     constants: dict
     options: dict
     aligned: bool
+    round: tuple = ROUND  # integer arguments known to be multiples of 16
+    module: str = ""  # of a peer; ours are looked up by name
 
 
-def kernel_function(name: str):
-    module = "linear_logp" if name == "logp_kernel" else "linear_token_loss"
-    return getattr(import_module(f"minimath.kernels.{module}"), name)
+def kernel_function(name: str, module: str = ""):
+    """The Triton function, without its autotuner or heuristics."""
+    places = [module] if module else [f"minimath.kernels.{each}" for each in MODULES]
+    function = next(vars(each)[name] for each in map(import_module, places) if name in vars(each))
+    while not hasattr(function, "params"):
+        function = function.fn
+    return function
 
 
 def split_config(config: dict) -> tuple[dict, dict]:
@@ -78,45 +74,65 @@ def split_config(config: dict) -> tuple[dict, dict]:
     return {key: value for key, value in config.items() if key not in options}, options
 
 
-def cases(arch: str, *, quick: bool) -> list[Case]:
-    """Every specialisation that a run on this chip can ask for; with quick, a fifth of them, all kernels
-    among them."""
-    logp, loss = (import_module(f"minimath.kernels.{name}") for name in ("linear_logp", "linear_token_loss"))
-    found = []
-    for dtype, aligned in product(
-        (torch.bfloat16, torch.float32) if quick else tuple(POINTER), (True, False)
-    ):
-        name = str(dtype).split(".")[1]
-        constants, options = split_config(logp.logp_config(arch, dtype, aligned))
-        types = dict.fromkeys(("hidden", "weight", "bias"), POINTER[dtype]) | ROW_TYPES
-        precisions = (
-            ("ieee", "tf32") if dtype == torch.float32 and arch != "gfx1100" and not quick else ("ieee",)
+def logp_case(
+    arch: str, dtype, config: dict, bias: bool, cap: bool, precision: str, even: bool, aligned: bool
+):
+    constants, options = split_config(config)
+    types = dict.fromkeys(("hidden", "weight", "bias"), POINTER[dtype]) | TYPES
+    fixed = {"HAS_BIAS": bias, "HAS_CAP": cap, "PRECISION": precision, "UPCAST": False, "EVEN_D": even}
+    variant = f"bias={bias:d} cap={cap:d} even={even:d} {precision}" + ("" if aligned else " unaligned")
+    name = str(dtype).split(".")[1]
+    return Case("logp_kernel", arch, name, variant, types, constants | fixed, options, aligned)
+
+
+def row_case(kernel: str, arch: str, dtype, config: dict, flags: dict, aligned: bool) -> Case:
+    constants, options = split_config(config)
+    words = [f"{name.removeprefix('HAS_').lower()}={value:d}" for name, value in flags.items()]
+    types = dict.fromkeys(("logits", "part"), POINTER[dtype]) | TYPES
+    variant = " ".join([*words, *([] if aligned else ["unaligned"])])
+    name = str(dtype).split(".")[1]
+    return Case(kernel, arch, name, variant, types, constants | flags, options, aligned)
+
+
+def row_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
+    """Cases of the kernels that work on one row: whole tiles, and without quick also the narrow ones of a
+    small vocabulary."""
+    common, tiles = (import_module(f"minimath.kernels.{each}") for each in ("common", "tile_triton"))
+    found = [row_case("pull_kernel", arch, dtype, tiles.pull_config(896), {}, aligned)]
+    if not aligned:  # the workspace's rows are aligned, whatever the vocabulary; the hidden size may be odd
+        return found
+    for columns in (common.VOCAB_TILE["cuda"],) if quick else (common.VOCAB_TILE["cuda"], 1000):
+        config = tiles.row_config(columns)
+        for cap in (True,) if quick else (False, True):
+            flags = {"HAS_CAP": cap}
+            found.append(row_case("gradient_kernel", arch, dtype, config, flags, aligned))
+            for keep in (True,) if quick else (False, True):
+                found.append(row_case("tile_kernel", arch, dtype, config, flags | {"KEEP": keep}, aligned))
+    return found
+
+
+def logp_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
+    config = import_module("minimath.kernels.linear_logp").logp_config(arch, dtype, aligned)
+    tf32 = dtype == torch.float32 and arch not in ("gfx1100", "sm_75") and not quick
+    evens = (True, False) if aligned else (False,)  # an odd width is no multiple of BLOCK_D
+    found = [
+        logp_case(arch, dtype, config, bias, cap, precision, even, aligned)
+        for bias, cap, even, precision in product(
+            (False, True), (False, True), evens, ("ieee", "tf32") if tf32 else ("ieee",)
         )
-        for bias, cap, precision in product((False, True), (False, True), precisions):
-            if quick and bias != cap:
-                continue
-            fixed = constants | {"HAS_BIAS": bias, "HAS_CAP": cap, "PRECISION": precision, "UPCAST": False}
-            variant = f"bias={bias:d} cap={cap:d} {precision}"
-            found.append(Case("logp_kernel", arch, name, variant, types, fixed, options, aligned))
-        if quick and not aligned:
-            continue
-        types = {"logits": POINTER[dtype]} | ROW_TYPES
-        for kernel, vocab, cap in product(
-            ("row_stats_kernel", "gradient_kernel"), (49152,) if quick else (49152, 1000), (False, True)
-        ):
-            constants, options = split_config(loss.row_config(vocab))
-            found.append(
-                Case(
-                    kernel,
-                    arch,
-                    name,
-                    f"cap={cap:d} block={constants['BLOCK']}",
-                    types,
-                    constants | {"HAS_CAP": cap},
-                    options,
-                    aligned,
-                )
-            )
+    ]
+    return [found[0], found[-1]] if quick and aligned else found[-1:] if quick else found
+
+
+def cases(arch: str, *, quick: bool) -> list[Case]:
+    """Every specialisation that a run on this chip can ask for; with quick, the extremes of each choice for
+    every kernel."""
+    half = torch.float16 if arch == "sm_75" else torch.bfloat16  # Turing has no bf16 arithmetic
+    found = []
+    for dtype, aligned in product((half, torch.float32) if quick else tuple(POINTER), (True, False)):
+        found += logp_cases(arch, dtype, aligned, quick=quick)
+        if aligned or not quick:
+            found += row_cases(arch, dtype, aligned, quick=quick)
     return found
 
 
@@ -125,144 +141,165 @@ def gpu_target(arch: str):
 
     if arch.startswith("sm_"):
         return GPUTarget("cuda", int(arch[3:]), 32)
-    return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    return GPUTarget("hip", arch, PROCESSORS[arch].warp_size)
 
 
-def ptx_resources(ptx: str, arch: str) -> dict:
-    """Registers, spilled and stack bytes that ptxas reports."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    number = int(arch[3:])
-    name = arch + ("a" if number >= 90 else "")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        done = subprocess.run(
-            [
-                get_ptxas(number).path,
-                "-v",
-                f"--gpu-name={name}",
-                str(source),
-                "-o",
-                str(Path(folder) / "kernel.cubin"),
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    stack, stores, loads = map(
-        int,
-        re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", done.stderr).groups(),
-    )
-    return {
-        "registers": int(re.search(r"Used (\d+) registers", done.stderr).group(1)),
-        "spills": stores + loads,
-        "stack": stack,
-    }
+def tile_bytes(case: Case) -> tuple[int, int]:
+    """Bytes of global memory that one block (loads, stores) per step of its inner loop, without the numbers
+    of a row, which are narrow by nature."""
+    size, constants = getattr(torch, case.dtype).itemsize, case.constants
+    if case.kernel == "logp_kernel":
+        return (constants["BLOCK_N"] + constants["BLOCK_V"]) * constants["BLOCK_D"] * size, 0
+    if case.kernel == "pull_kernel":
+        return constants["BLOCK"] * (size + 4), constants["BLOCK"] * 4
+    row = constants["BLOCK"] * size
+    return row, row if constants.get("KEEP", True) else 0
 
 
-def gcn_resources(text: str) -> dict:
-    """Vector registers, spills and scratch bytes in the kernel's metadata. Spilled scalar registers are not
-    counted: they go to lanes of vector registers, not to memory."""
-
-    def number(key):
-        return int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
-
-    return {
-        "registers": number("vgpr_count"),
-        "spills": number("vgpr_spill_count"),
-        "stack": number("private_segment_fixed_size"),
-    }
-
-
-def compile_case(case: Case) -> dict:
-    """Compile one case and return its row of the table. Needs no GPU."""
+def build(case: Case):
+    """Triton's compiled kernel. Needs no GPU."""
     import triton
     from triton.compiler import ASTSource
 
-    function = kernel_function(case.kernel)
+    function = kernel_function(case.kernel, case.module)
     signature = {
         name: "constexpr" if name in case.constants else case.types.get(name, "i32")
         for name in function.arg_names
     }
+    general = {each.name for each in function.params if each.do_not_specialize}
     divisible = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(function.arg_names)
-        if signature[name].startswith("*") or (case.aligned and signature[name] == "i32" and name != "rows")
+        if signature[name].startswith("*") or (case.aligned and name in case.round and name not in general)
     }
-    built = triton.compile(
-        ASTSource(function, signature=signature, constexprs=case.constants, attrs=divisible),
-        target=gpu_target(case.arch),
-        options=case.options,
-    )
-    found = (
-        gcn_resources(built.asm["amdgcn"])
-        if "amdgcn" in built.asm
-        else ptx_resources(built.asm["ptx"], case.arch)
-    )
-    row = {
-        "kernel": case.kernel,
-        "arch": case.arch,
-        "dtype": case.dtype,
-        "variant": case.variant + ("" if case.aligned else " unaligned"),
-        **found,
-        "shared": built.metadata.shared,
-        "shared_limit": SHARED_LIMIT[case.arch],
-    }
-    row["ok"] = row["spills"] == 0 and row["stack"] == 0 and row["shared"] <= row["shared_limit"]
+    constants = {name: value for name, value in case.constants.items() if name in signature}
+    source = ASTSource(function, signature=signature, constexprs=constants, attrs=divisible)
+    return triton.compile(source, target=gpu_target(case.arch), options=case.options)
+
+
+def compile_case(case: Case) -> dict:
+    """Compile one case and return its row of the table: `wide` is whether the inner loop moves its tile in
+    pieces of 16 bytes (None where nothing is promised), `ok` whether it passes the gate."""
+    built = build(case)
+    nvidia = "cubin" in built.asm
+    found, code = nvidia_resources(built.asm["cubin"]) if nvidia else amd_resources(built.asm["amdgcn"])
+    threads = case.options["num_warps"] * PROCESSORS[case.arch].warp_size
+    shared, columns = built.metadata.shared, getattr(built.metadata, "tmem_size", 0) or 0
+    loops = hot_code(code)
+    row = {key: getattr(case, key) for key in ("kernel", "arch", "dtype", "variant")}
+    row |= {"config": config_text(case), **found, "shared": shared, "shared_limit": SHARED_LIMIT[case.arch]}
+    row["occupancy"] = round(occupancy(case.arch, threads, found["registers"], shared, columns), 3)
+    row["loops"] = [each._asdict() for each in loops]
+    row["wide"] = is_wide(case, loops, threads) if case.aligned and not case.module else None
+    fits = row["spills"] == 0 and row["stack"] == 0 and shared <= row["shared_limit"]
+    row["ok"] = fits and row["wide"] is not False
     return row
 
 
-def compile_all(*, quick: bool, archs=tuple(SHARED_LIMIT), workers: int = 0) -> list[dict]:
-    """Rows of every case for every chip, in a pool of fresh processes."""
-    wanted = [case for arch in archs for case in cases(arch, quick=quick)]
+def is_wide(case: Case, loops, threads: int) -> bool:
+    """Whether 16-byte instructions move the whole tile in every inner loop."""
+    loaded, stored = tile_bytes(case)
+    return all(
+        moved_wide(each.loads, threads) >= loaded and moved_wide(each.stores, threads) >= stored
+        for each in loops
+    )
+
+
+def config_text(case: Case) -> str:
+    """ "128x64x32 w8 s2": the tile, warps and stages."""
+    tile = "x".join(str(case.constants[key]) for key in case.constants if key.startswith("BLOCK"))
+    stages = f" s{case.options['num_stages']}" if "num_stages" in case.options else ""
+    return f"{tile} w{case.options['num_warps']}{stages}"
+
+
+def compile_many(wanted: list[Case], *, workers: int = 0) -> list[dict]:
+    """Rows of the cases, in a pool of fresh processes; in this one for a single worker."""
+    if workers == 1 or len(wanted) < 2:
+        return [compile_case(case) for case in wanted]
     with ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_case, wanted, chunksize=4))
 
 
-def show(rows: list[dict], *, everything: bool) -> None:
-    """Worst case per kernel, chip and dtype; every row with `everything`; all failing rows in any case."""
-    table = Table(title="Ahead-of-time compilation")
-    for name in ("kernel", "chip", "dtype", "variant", "registers", "spills", "stack", "shared", "limit", ""):
+def compile_all(*, quick: bool, archs=tuple(SHARED_LIMIT), workers: int = 0) -> list[dict]:
+    """Rows of every case for every chip."""
+    return compile_many([case for arch in archs for case in cases(arch, quick=quick)], workers=workers)
+
+
+def loop_text(counts: dict) -> str:
+    """ "4 LDGSTS.128, 1 LDG.16" of the loads or stores of a loop, widest first."""
+    order = sorted(counts, key=lambda key: -int(key.split(".")[1]))
+    return ", ".join(f"{counts[key]} {key}" for key in order)
+
+
+def show(rows: list[dict], title: str) -> None:
+    """Prints rows of compile_case; numbers of several inner loops are separated by |."""
+    table = Table(title=title)
+    for name in ("kernel", "chip", "dtype", "variant", "config", "regs", "spill", "stack", "shared", "occ."):
+        table.add_column(
+            name, justify="right" if name in ("regs", "spill", "stack", "shared", "occ.") else "left"
+        )
+    for name in ("tensor", "loads", "stores", ""):
         table.add_column(name)
+    for row in rows:
+        resources = (f"{row[key]:,}" for key in ("registers", "spills", "stack", "shared"))
+        loops = row["loops"]
+        table.add_row(
+            *(row[key] for key in ("kernel", "arch", "dtype", "variant", "config")),
+            *resources,
+            f"{row['occupancy']:.0%}",
+            "|".join(str(each["tensor"]) for each in loops),
+            *("|".join(loop_text(each[key]) or "-" for each in loops) for key in ("loads", "stores")),
+            "ok" if row["ok"] else "[red]FAIL[/]",
+        )
+    Console(width=230).print(table)
+
+
+def worst_rows(rows: list[dict]) -> list[dict]:
+    """Worst case per kernel, chip and dtype: failing, then narrow, then most registers."""
     worst = {}
     for row in rows:
         key = (row["kernel"], row["arch"], row["dtype"])
         rank = (not row["ok"], row["registers"], row["shared"])
         if key not in worst or rank > worst[key][0]:
             worst[key] = rank, row
-    for row in rows if everything else [row for _, row in worst.values()]:
-        table.add_row(
-            row["kernel"],
-            row["arch"],
-            row["dtype"],
-            row["variant"],
-            *(f"{row[key]:,}" for key in ("registers", "spills", "stack", "shared", "shared_limit")),
-            "ok" if row["ok"] else "[red]FAIL[/]",
-        )
-    Console(width=130).print(table)
+    return [row for _, row in worst.values()]
+
+
+def write_rows(name: str, rows: list[dict]) -> None:
+    """bench/results/<name>, one row a line, so that a change is a line in a diff."""
+    RESULTS.mkdir(exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    (RESULTS / name).write_text(f"[\n{lines}\n]\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the extremes of each choice, as CI does")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--peers", action="store_true", help="other packages' kernels beside ours")
+    what.add_argument("--space", action="store_true", help="search logp_kernel's tiles")
+    what.add_argument("--quick", action="store_true", help="the extremes of each choice, as CI does")
     parser.add_argument(
         "--arch", action="append", choices=list(SHARED_LIMIT), help="only this chip; repeatable"
     )
     parser.add_argument(
         "--all", action="store_true", help="print every row, not the worst of each kernel and chip"
     )
+    parser.add_argument("--workers", type=int, default=0, help="processes; all cores by default")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.compile: unset TRITON_INTERPRET, the interpreter replaces the compiler")
         return 2
-    rows = compile_all(quick=options.quick, archs=tuple(options.arch or SHARED_LIMIT))
-    show(rows, everything=options.all)
-    RESULTS.mkdir(exist_ok=True)
-    lines = ",\n".join(json.dumps(row) for row in rows)  # one row a line
-    (RESULTS / "compile.json").write_text(f"[\n{lines}\n]\n")
-    bad = sum(not row["ok"] for row in rows)
-    print(f"{len(rows)} compilations, {bad} with spills or too much shared memory")
+    archs = tuple(options.arch or SHARED_LIMIT)
+    if options.peers or options.space:
+        other = import_module("bench.peer_kernels" if options.peers else "bench.tile_space")
+        return other.run(archs, everything=options.all, workers=options.workers)
+    rows = compile_all(quick=options.quick, archs=archs, workers=options.workers)
+    show(rows if options.all else worst_rows(rows), "Ahead-of-time compilation")
+    write_rows("compile.json", rows)
+    bad = [row for row in rows if not row["ok"]]
+    if bad and not options.all:
+        show(bad, "Failing")
+    print(f"{len(rows)} compilations, {len(bad)} with spills, too much shared memory or narrow loads")
     return 1 if bad else 0
 
 
