@@ -333,3 +333,26 @@ def test_tiles_are_pruned_by_what_can_be_told_without_compiling():
     assert len(all_tiles()) == 192
     rows = [{"tile": tile | {"BLOCK_V": edge}, "occupancy": share} for edge, share in ((64, 0.5), (128, 0.1))]
     assert sorted(rows, key=rank)[0]["tile"]["BLOCK_V"] == 128
+
+
+def test_the_tile_search_writes_the_first_tile_that_passes_for_every_head(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("triton")
+    import json
+
+    from bench import compile as bench_compile
+    from bench import tile_space
+
+    def compiled(cases, workers):
+        rows = [stand_in(case) | {"config": bench_compile.config_text(case)} for case in cases]
+        for row, case in zip(rows, cases):  # the largest tile spills for one head only, the next for none
+            row["ok"] = not (case.constants["BLOCK_D"] == 64 and "cap=0" in row["variant"])
+        return rows
+
+    monkeypatch.setattr(tile_space, "compile_many", compiled)
+    monkeypatch.setattr(bench_compile, "RESULTS", tmp_path)
+    assert tile_space.run(("sm_86", "sm_75"), everything=False, workers=1) == 0
+    rows = json.loads((tmp_path / "compile-space.json").read_text())
+    winners = {row["arch"]: row["config"] for row in rows if row["winner"]}
+    assert winners == {"sm_86": "128x128x32 w8 s4", "sm_75": "128x128x32 w8 s4"}
+    assert "128x128x32 w8 s4" in capsys.readouterr().out
+    assert {row["dtype"] for row in rows if row["arch"] == "sm_75"} == {"float16"}
