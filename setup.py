@@ -37,6 +37,7 @@ setup(
         # llama-cpp-python is a C++ build of several minutes, and only the GGUF file is needed.
         "demo": ["gguf>=0.17", "sentencepiece>=0.2"],
         "test": ["pytest>=8"],
+        "liger": ["liger-kernel>=0.8"],
         "bench": ["trl>=1.16,<2", "liger-kernel>=0.8", "cut-cross-entropy>=25.1"],
     },
     entry_points={"console_scripts": ["minimath = minimath.__main__:main"]},

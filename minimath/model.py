@@ -101,6 +101,8 @@ def load_model(cfg: ModelConfig, *, train: bool):
     if cfg.quant != "nf4":
         model.to(device)
     keep_4bit_weights_trainable(model)
+    if cfg.liger:
+        patch_with_liger(model)
     model.config.use_cache = False
     model.requires_grad_(False)
     if cfg.adapter:
@@ -122,6 +124,27 @@ def _nf4_config(cfg: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
         raise UserError("quant=nf4 needs bitsandbytes: pip install bitsandbytes, or use quant=none") from None
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
                               bnb_4bit_use_double_quant=cfg.double_quant)
+
+
+def patch_with_liger(model) -> None:
+    """Put liger-kernel's RMSNorm, RoPE and SwiGLU into `model`, never its losses: those stay minimath.kernels.
+
+    RoPE is a function of transformers' module of the model's family, so it changes for every model of that family in
+    this process. Raises UserError without a GPU, without the package, for a family that it does not know.
+    """
+    if model.device.type != "cuda":
+        raise UserError(f"liger=true needs a GPU (its kernels are Triton); the model is on {model.device.type}: "
+                        "use liger=false here")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as families
+    except ImportError:
+        raise UserError("liger=true needs liger-kernel: pip install -e '.[liger]', or use liger=false") from None
+    if model.config.model_type not in families:
+        raise UserError(f"liger=true: liger-kernel has no kernels for {model.config.model_type} models "
+                        f"(it has {', '.join(sorted(families))}); use liger=false")
+    _apply_liger_kernel_to_instance(model=model, rope=True, rms_norm=True, swiglu=True, geglu=True,
+                                    cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def keep_4bit_weights_trainable(model) -> int:

@@ -25,6 +25,8 @@ class ModelConfig:
     """run Python code that ships with the model; only for models you trust"""
     attn: str = "sdpa"
     """attention: sdpa, eager or flash_attention_2"""
+    liger: bool = False
+    """RMSNorm, RoPE and SwiGLU by liger-kernel's Triton kernels; a GPU, and pip install -e '.[liger]'"""
     seed: int = 0
     """seed of data order, adapter initialisation and sampling"""
     out: str = ""

@@ -105,7 +105,7 @@ def loss_and_gradient(cfg: SFTConfig, model, tokenizer, batch, scale: float) -> 
                                   pad_id=tokenizer.pad_token_id, device=model.device):
         hidden = hidden_states(model, **forward_args(micro))  # (B, T, D)
         loss, _ = linear_token_loss(hidden.flatten(0, 1), lm_head.weight, micro["target"], loss_fn,
-                                    **lm_head.kernel_args())
+                                    all_stats=cfg.label_smoothing > 0, **lm_head.kernel_args())
         (loss * scale).backward()
         total += float(loss.detach())
     return total, sum(len(row.ids) for row in batch)
