@@ -112,8 +112,11 @@ def row_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
 
 
 def logp_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
-    config = import_module("minimath.kernels.linear_logp").logp_config(arch, dtype, aligned)
-    tf32 = dtype == torch.float32 and arch not in ("gfx1100", "sm_75") and not quick
+    logp = import_module("minimath.kernels.linear_logp")
+    if not logp.keeps_registers(arch):  # never launched there
+        return []
+    config = logp.logp_config(arch, dtype, aligned)
+    tf32 = dtype == torch.float32 and arch != "gfx1100" and not quick
     evens = (True, False) if aligned else (False,)  # an odd width is no multiple of BLOCK_D
     found = [
         logp_case(arch, dtype, config, bias, cap, precision, even, aligned)

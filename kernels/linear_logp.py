@@ -124,25 +124,35 @@ def logp_kernel(
     tl.store(place + 4 * out_stride, target_z, mask=here)
 
 
+# (BLOCK_N, BLOCK_V, BLOCK_D, num_warps, num_stages) of logp_kernel for 16-bit aligned operands: the largest tile that
+# `bench.compile --space` found to keep everything in registers and within the chip's shared memory.
+TILES = {
+    "sm_90": (128, 128, 64, 8, 4),
+    "sm_100": (128, 64, 64, 8, 4),  # 128 columns spill there
+    "gfx1100": (128, 128, 32, 8, 2),
+    "gfx942": (128, 128, 64, 8, 2),
+}
+OTHER_TILE = (128, 128, 64, 8, 3)
+
+
 def logp_config(arch: str, dtype: torch.dtype, aligned: bool) -> dict:
-    """Tile of logp_kernel for a chip ("sm_86", "gfx1100", ...): chosen by hand so that no user waits for a
-    search; bench.compile shows that none spills and that each fits the chip's shared memory.
+    """Tile of logp_kernel for a chip ("sm_86", "gfx1100", ...): one for each, so that no user waits for a search;
+    bench.compile shows that none spills and that each fits the chip's shared memory.
 
     aligned: hidden size and strides are multiples of 16. Else loads go through registers one element at a
     time, and the deeper tiles spill.
     """
+    tile = TILES.get(arch, OTHER_TILE) if aligned else (128, 64, 32, 8, 2)
     if dtype == torch.float32:
-        return {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2}
-    if not aligned or arch.startswith("gfx"):
-        return {"BLOCK_N": 128, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
-    wide_tile = arch in ("sm_90", "sm_100")
-    return {
-        "BLOCK_N": 128,
-        "BLOCK_V": 128 if wide_tile else 64,
-        "BLOCK_D": 64,
-        "num_warps": 8,
-        "num_stages": 4 if wide_tile else 3,
-    }
+        stages = 1 if arch == "sm_120" and not aligned else 2
+        tile = (64, 64, 16, 4 if arch == "gfx942" else 8, stages)
+    return dict(zip(("BLOCK_N", "BLOCK_V", "BLOCK_D", "num_warps", "num_stages"), tile))
+
+
+def keeps_registers(arch: str) -> bool:
+    """Whether logp_kernel is the better forward on a chip: for Volta and Turing Triton 3.7 makes no tensor-core
+    instructions, and the library's products over tiles use them."""
+    return arch not in ("sm_70", "sm_72", "sm_75")
 
 
 def merge(partials: torch.Tensor, vocab: int) -> torch.Tensor:
@@ -206,7 +216,7 @@ def forward_stats(
     in_tiles: from the logits that gradient_tiles will make, else on a GPU from fp32 logits in registers."""
     out = torch.zeros((4, hidden.shape[0]), dtype=wide(hidden.dtype), device=hidden.device)
     rows = kept_rows(target, ignore_index, weight.shape[0])
-    if runs_triton(hidden) and not in_tiles:
+    if runs_triton(hidden) and not in_tiles and keeps_registers(architecture(hidden.device)):
         if len(rows):
             x, wanted = hidden.index_select(0, rows), target.index_select(0, rows)
             out.index_copy_(1, rows, triton_forward(x, weight, bias, wanted, scaling))

@@ -144,9 +144,9 @@ def row_config(columns: int) -> dict:
 
 
 def pull_config(width: int) -> dict:
-    """Block and warps of pull_kernel."""
+    """Block and warps of pull_kernel: 8 elements a thread or more, also where a warp has 64."""
     block = min(1024, triton.next_power_of_2(width))
-    return {"BLOCK": block, "num_warps": 4 if block >= 512 else 1}
+    return {"BLOCK": block, "num_warps": 2 if block == 1024 else 1}
 
 
 def touchable(logits) -> int:
