@@ -102,7 +102,7 @@ def row_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
     if not aligned:  # the workspace's rows are aligned, whatever the vocabulary; the hidden size may be odd
         return found
     for columns in (common.VOCAB_TILE["cuda"],) if quick else (common.VOCAB_TILE["cuda"], 1000):
-        config = tiles.row_config(columns)
+        config = tiles.row_config(columns, arch)
         for cap in (True,) if quick else (False, True):
             flags = {"HAS_CAP": cap}
             found.append(row_case("gradient_kernel", arch, dtype, config, flags, aligned))

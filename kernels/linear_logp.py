@@ -142,7 +142,8 @@ def logp_config(arch: str, dtype: torch.dtype, aligned: bool) -> dict:
     aligned: hidden size and strides are multiples of 16. Else loads go through registers one element at a
     time, and the deeper tiles spill.
     """
-    tile = TILES.get(arch, OTHER_TILE) if aligned else (128, 64, 32, 8, 2)
+    unaligned = (64 if arch == "sm_100" else 128, 64, 32, 8, 2)
+    tile = TILES.get(arch, OTHER_TILE) if aligned else unaligned
     if dtype == torch.float32:
         stages = 1 if arch == "sm_120" and not aligned else 2
         tile = (64, 64, 16, 4 if arch == "gfx942" else 8, stages)

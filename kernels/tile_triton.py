@@ -7,6 +7,7 @@ from .common import (
     PAD,
     Chunk,
     Scaling,
+    architecture,
     jit,
     kernel_factors,
     padded,
@@ -136,11 +137,12 @@ def gradient_kernel(
     tl.store(place, grad.to(logits.dtype.element_ty), mask=lanes < whole)
 
 
-def row_config(columns: int) -> dict:
-    """Block and warps of the kernels that keep a row of a tile in registers: 16 elements a thread, so that loads are
+def row_config(columns: int, arch: str) -> dict:
+    """Block and warps of the kernels that keep a row of a tile in registers: 8 elements a thread, so that loads are
     16 bytes wide and the few arrays of that length fit the registers of every chip."""
     block = triton.next_power_of_2(columns)
-    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
+    warp_size = 64 if arch.startswith("gfx9") else 32
+    return {"BLOCK": block, "num_warps": max(1, block // (8 * warp_size))}
 
 
 def pull_config(width: int) -> dict:
@@ -163,7 +165,7 @@ def triton_tile(chunk: Chunk, logits, first: int, sums, factor, scaling: Scaling
     tile_kernel[(len(logits),)](
         logits, target, raw_target, sums, factor, logits.stride(0), sums.stride(0), first, logits.shape[1],
         touchable(logits), inner, outer, *slack_and_lift(logits.dtype), HAS_CAP=scaling.softcap > 0, KEEP=keep,
-        **row_config(chunk.columns),
+        **row_config(chunk.columns, architecture(logits.device)),
     )  # fmt: skip
 
 
@@ -186,5 +188,5 @@ def triton_gradient(chunk: Chunk, logits, first: int, numbers, coefs, scaling: S
     gradient_kernel[(len(logits),)](
         logits, target, raw_target, numbers, coefs, logits.stride(0), numbers.stride(0), first, logits.shape[1],
         touchable(logits), chunk.weight.shape[0], inner, outer, scaling.logit_scale / scaling.temperature,
-        HAS_CAP=scaling.softcap > 0, **row_config(chunk.columns),
+        HAS_CAP=scaling.softcap > 0, **row_config(chunk.columns, architecture(logits.device)),
     )  # fmt: skip
