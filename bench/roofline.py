@@ -1,121 +1,98 @@
-"""How long a linear head's loss must take on each card, by counted work: ours, peers, forms not built.
+"""How long a linear head's loss must take on each card, by counted work: ours, peers, forms not used.
 
-    python -m bench.roofline                                # every card and model head, 4096 tokens, bf16
-    python -m bench.roofline --cards "RTX 3090" --shapes Qwen2.5-7B 4096x151936 --tokens 16384
+    python -m bench.roofline                       # every card and model head, 4096 tokens, bf16
+    python -m bench.roofline --cards "RTX 3090" --shapes Qwen2.5-7B 4096x151936 --workspace-mib 16
 
 Needs no GPU. bench/cards.py has each card's figures and their sources, bench/work.py counts the passes,
-bench/side_kernels.py the policy loss and NF4. Writes roofline.json and roofline.png to bench/results, or to
-the folder named by --out. Times are bounds: columns of the table are loss+gradient up to "loss", forward
-after "fwd"; "32 MiB" and "no split" are ours with that workspace and without split-K, as multiples of ours;
-"loss" is the policy loss's share. What the numbers decided, for a frozen head in 16 bit:
+bench/other_forms.py those of forms that we do not use, bench/side_kernels.py the policy loss and NF4. Writes
+roofline.json and .png to bench/results, or to the folder named by --out. Times are bounds, as multiples of
+the products at full rate: loss+gradient up to "loss", which is the policy loss's share, then forward. What
+the numbers decide, for a frozen head in 16 bit:
 
-Rows of a chunk: 10 times the multiprocessors, rounded up to 256, within 512 MiB of workspace (`rule_rows`).
-  A chunk reads all of the weight twice, so its rows must exceed the ridge (flops per byte of memory: 71 on an
-  RTX 3060, 164 on a 4090, 403 on an L4) several times over before that is hidden; its (C, D) product must
-  fill the processors; and some 60 small launches are paid. All three grow with the size of the chip. The
-  modelled time is within 5% of the best chunk under 512 MiB on every card and head here (5.2% for Llama-3 on
-  an L4); any factor from 9 to 13 does that. A workspace small enough for L2 has 4 to 270 rows at these
-  vocabularies, and then the weight's traffic costs what the workspace's saves: it never wins by 3%. The
-  32 MiB that suit a CPU are 65 to 130 rows: 1.01 to 4.5 times slower, 1.3 to 2.4 times on a 4090.
-Tile of the forward kernel: the smallest that reads from L2 at no more than 80% of its rate (`choose_tile`).
-Workspace or fused: the workspace. A kernel that keeps dX on chip needs (rows, D) fp32 accumulators; the
-  register file is 64k x 4 B, of which a quarter goes to logits and operands, so 16 rows, one tensor-core
-  instruction, fit up to D = 3072. For 7B models and larger there is no fused form; at D = 2304 it has 16 rows
-  and is bound by L2, 1.3 to 2.5 times slower. At D = 896 and 1536 it saves the passes over the workspace, and
-  its ratio to ours in the table is the share of the library's matrix rate that it must reach to win: 0.77 and
-  0.85 on a 4090, 0.89 and 0.93 on a 3090, 0.57 and 0.66 on an L4. An attention kernel of that shape, head
-  sizes 896 and 1024, is published at 0.76 and 0.56 of a 4090's peak (github.com/DefTruth/
-  faster-prefill-attention, release 0.0.1): a draw at best, for two small heads, without entropy, which needs
-  a second accumulator. Only an L4 or an H100 with such a head would gain. "inlined" keeps the workspace
-  without the passes over it: 16% faster on a 4090 at D = 896, 9% at 1536, nothing from 2304 on, slower on an
-  A100 or H100, whose fp32 units are few for the exponentials that it takes again.
-Recomputing the logits (the third product): slower than ours everywhere but at D <= 1536 on an L4.
-Peers: Liger's chunk is 32 rows at D = 896 (4 times slower than ours on a 4090) and 128 at D = 3584, there as
-  good as ours on four cards. cut-cross-entropy with its filter does nearly two products too, and is ahead of
-  us at D = 896: by 14% on a 4090, 36% on an L4; what it drops is gradient, and it adds up in 16 bit in no
-  fixed order. Without the filter it is behind everywhere but on an L4 at D = 896.
-Policy loss: left to torch, 39 launches, 0.1 to 1.6% of a chunk on GeForce cards, 6% at most (H200, D = 896).
-NF4: nothing to write. At 2048 tokens and more a fused product gains 11% at most and loses on an A100; for
-  decoding (64 tokens) it is 2 to 7 times faster, and bitsandbytes 0.50 has that kernel.
+Tile of logits: 2048 rows x 8192 columns, 32 MiB (`BUILT_IN`). Many rows, as the weight is read, and a hundred
+  small launches are paid, once per chunk; many columns, as each tile moves 10 bytes for every number of a
+  (C, D) sum; no more than L2 holds, or each logit costs 8 bytes of memory traffic. Within 5% of the best tile
+  of up to 32 MiB on every card and head but an L4's, which would be 6 to 14% faster with 16 MiB: tile and sum
+  are both in L2 then. More workspace is for cards of fast memory or little L2: 256 MiB as 4096 x 32768 gain 4
+  to 11% on an A100, 6 to 13% on an H100 or H200, 2 to 3% on a 3060 or 3090, nothing on a 4090 or L4. Twice
+  the rows alone ("64 as is", workspace_bytes=) gain 6% at most; 4090 and L4 fall to 0.91 and 0.80 in speed.
+Rows workspace, the design before: up to 512 MiB. With them it takes 1.06 to 1.48 times our time on an L4,
+  0.98 to 1.19 on a 4090, 0.98 to 1.01 on a 3060 or 3090, 0.93 (D = 5120) to 1.07 (D = 896) on an H100. Held
+  to our 32 MiB it takes 1.0 to 5.3 times our time.
+Fully fused: no. Our sum over tiles is its online form (attention with keys = values = weight), the products
+  left to the library. One kernel needs (rows, D) fp32 accumulators on chip: 16 rows, one tensor-core
+  instruction, up to D = 3072, nothing above, so not for a 7B model. At D = 2304 it is bound by L2 and takes
+  1.2 to 3.0 times our time. At D = 896 and 1536 its ratio to ours is the share of the library's rate that it
+  must reach: 0.91 and 0.94 on a 4090, 0.89 and 0.91 on a 3090, 0.83 and 0.83 on an L4, 0.69 and 0.78 on an
+  H100. Published attention kernels of head size 896 and 1024 reach 0.76 and 0.56 of a 4090's peak
+  (github.com/DefTruth/faster-prefill-attention, release 0.0.1): only an H100 with a small head could gain.
+  Recomputing the logits takes 1.1 to 3.4 times our time. "inlined", products of our own that do the passes
+  between them, would be up to 9% faster if they ran at the library's rate.
+Peers: Liger takes up to 10 times our time at D = 896 (chunks of 32 rows); at D = 5120 its chunks are full,
+  and it takes 0.90 to 0.98 of our time but on an L4 and an H100. cut-cross-entropy takes 1.3 to 2.0 times our
+  time; with its filter, which drops gradient, 0.93 (L4) to 1.18 (H200).
+Policy loss: left to torch, 39 launches per chunk: 1.3% at most on GeForce cards, 4.3% on an H200 (D = 896).
+NF4: nothing to write. At 2048 tokens a fused product gains 11% at most and loses on an A100; for decoding (64
+  tokens) it is 2 to 7 times faster, and bitsandbytes 0.50 has that kernel.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from .cards import CARDS, KIB, MIB, REGISTER_BYTES, SHAPES, Card, Head, card_named, nearest_names
+from .cards import CARDS, KIB, MIB, SHAPES, Card, Head, card_named, nearest_names
+from .other_forms import fused, inlined, row_workspace, rule_rows
 from .side_kernels import POLICY_LAUNCHES, nf4, policy_share
 from .work import (
     FILTER_KEPT,
     Method,
-    chunk_passes,
+    choose_tile,
     cut_cross_entropy,
     eager,
     floor_seconds,
-    fused,
-    inlined,
     liger,
     ours,
     ours_forward,
+    share_floor,
 )
 
-__all__ = ["CARDS", "SHAPES", "Card", "Head", "card_named", "choose_chunk", "choose_tile", "rule_rows"]
+__all__ = ["CARDS", "SHAPES", "best_tile", "card_named", "choose_tile", "share_of_roofline"]
 
 RESULTS = Path(__file__).parent / "results"
-WORKSPACE_CAP = 512 * MIB
-CPU_WORKSPACE = 32 * MIB  # kernels.common.WORKSPACE_BYTES as tuned on a CPU
-ROWS_PER_PROCESSOR = 10
-FORWARD_TILES = ((64, 64), (128, 64), (128, 128), (128, 256), (256, 128))  # rows x vocabulary, small to large
+ROWS, COLUMNS = (512, 1024, 2048, 4096, 8192), (2048, 4096, 8192, 16_384, 32_768)
+BUILT_IN = (2048, 8192)  # of kernels.common.tile_shape, 16-bit logits on a GPU
+WORKSPACE = 32 * MIB  # kernels.common.WORKSPACE_BYTES
+LARGER = tuple(size * MIB for size in (64, 128, 256))
 DECODE_TOKENS = (64, 512, 2048, 4096)
 
 
-def chunk_seconds(card: Card, head: Head, rows: int) -> float:
-    """Modelled seconds of loss and gradient per row, in chunks of `rows`."""
-    return sum(each.seconds(card) for each in chunk_passes(card, head, rows, POLICY_LAUNCHES)) / rows
+class TileChoice(NamedTuple):
+    """The fastest tile of logits within a workspace."""
+
+    rows: int
+    columns: int
+    seconds: float
 
 
-def choose_chunk(card: Card, head: Head, itemsize: int = 2, cap_bytes: int = WORKSPACE_CAP) -> int:
-    """Smallest number of rows, a multiple of 128 up to 8192, whose modelled time per row is within 3% of the
-    best of those whose workspace of rows x V x itemsize stays within cap_bytes; 128 where none does. The time
-    is of 16-bit operands."""
-    most = max(128, min(8192, cap_bytes // (head.v * itemsize) // 128 * 128))
-    times = {rows: chunk_seconds(card, head, rows) for rows in range(128, most + 1, 128)}
-    best = min(times.values())
-    return next(rows for rows, seconds in times.items() if seconds <= 1.03 * best)
+def best_tile(card: Card, head: Head, tokens: int, cap_bytes: int = WORKSPACE) -> TileChoice:
+    """The fastest of ROWS x COLUMNS whose 16-bit logits stay within cap_bytes; the smallest if none does."""
+    shapes = [(r, c) for r in ROWS for c in COLUMNS if 2 * r * c <= cap_bytes] or [(ROWS[0], COLUMNS[0])]
+    times = [ours(card, head, tokens, *each, POLICY_LAUNCHES).seconds(card) for each in shapes]
+    found = [TileChoice(*each, seconds) for each, seconds in zip(shapes, times)]
+    return min(found, key=lambda each: each.seconds)
 
 
-def rule_rows(processors: int, vocab: int, itemsize: int = 2, cap_bytes: int = WORKSPACE_CAP) -> int:
-    """The closed rule of this file's head: rows of a chunk from the multiprocessor count and the vocabulary.
-    (ROCm counts an RX 7900 XTX as 48 pairs of units instead of 96; the rule holds there too.)"""
-    wanted = math.ceil(ROWS_PER_PROCESSOR * processors / 256) * 256
-    return min(wanted, max(256, cap_bytes // (vocab * itemsize) // 256 * 256))
-
-
-def choose_tile(card: Card, dtype: str) -> tuple[int, int]:
-    """(BLOCK_N, BLOCK_V) of the forward kernel, dtype "bf16", "fp16" or "fp32" (fp32 runs outside the tensor
-    cores).
-
-    The smallest tile that reads operands from L2 at no more than 80% of its rate while the product runs at
-    its peak, else the largest that fits: accumulators within half the register file, two stages of 64 columns
-    (fp32: 16) within a block's shared memory.
-    """
-    itemsize, depth = (4, 16) if dtype == "fp32" else (2, 64)
-    peak = card.fp32_flops if dtype == "fp32" else card.tensor_flops
-    fitting = [
-        (rows, columns)
-        for rows, columns in FORWARD_TILES
-        if 4 * rows * columns <= REGISTER_BYTES / 2
-        and 2 * (rows + columns) * depth * itemsize <= card.block_shared_bytes
-    ]
-    for rows, columns in fitting:
-        flops_per_byte = 2 * rows * columns / ((rows + columns) * itemsize)
-        if flops_per_byte * 0.8 * card.l2_bandwidth >= peak:
-            return rows, columns
-    return fitting[-1]
+def share_of_roofline(
+    card: Card, head_d: int, head_v: int, tokens: int, dtype_name: str, gradient: bool, seconds: float
+) -> float:
+    """Time that no exact method can beat over the time measured: 1.0 at the roof. The roof is one product of
+    2 N V D flops (two with the gradient) at the peak of dtype_name ("fp32" outside the tensor cores, "bf16",
+    "fp16"), or weight and hidden read once and the gradient written once, whichever takes longer."""
+    return share_floor(card, head_d, head_v, tokens, dtype_name, gradient) / seconds
 
 
 def methods(card: Card, head: Head, tokens: int, gradient: bool) -> list[Method]:
@@ -123,25 +100,24 @@ def methods(card: Card, head: Head, tokens: int, gradient: bool) -> list[Method]
     if not gradient:
         own = ours_forward(card, head, tokens, choose_tile(card, "bf16"))
         return [own, *(each(card, head, tokens, False) for each in (eager, liger, cut_cross_entropy))]
-    rows = rule_rows(card.processors, head.v)
     found = [
-        ours(card, head, tokens, rows, POLICY_LAUNCHES),
+        ours(card, head, tokens, *BUILT_IN, POLICY_LAUNCHES),
+        row_workspace(card, head, tokens, rule_rows(card.processors, head.v), POLICY_LAUNCHES),
         eager(card, head, tokens, True),
         liger(card, head, tokens, True),
         cut_cross_entropy(card, head, tokens, True),
         cut_cross_entropy(card, head, tokens, True, FILTER_KEPT),
-        inlined(card, head, tokens, rows, POLICY_LAUNCHES),
+        inlined(card, head, tokens, *BUILT_IN, POLICY_LAUNCHES),
         fused(card, head, tokens, online=True),
         fused(card, head, tokens, online=False),
     ]
     return [each for each in found if each is not None]
 
 
-def row_of(card: Card, head: Head, tokens: int) -> dict:
-    """All numbers of one card and head; times in ms, memory in MB."""
+def row_of(card: Card, head: Head, tokens: int, workspace: int = WORKSPACE) -> dict:
+    """All numbers of one card and head; times in ms, memory in MB; "tiles": the best (rows, columns) of each
+    workspace in MiB, and the time of the built-in tile over its time."""
     row = {"card": card.name, "head": head.name, "d": head.d, "v": head.v, "tokens": tokens}
-    rows = rule_rows(card.processors, head.v)
-    row["rows"], row["least rows within 3%"] = rows, choose_chunk(card, head)
     for phase, gemms in (("forward", 1), ("loss+gradient", 2)):
         found = methods(card, head, tokens, gemms == 2)
         row[phase] = {
@@ -149,60 +125,80 @@ def row_of(card: Card, head: Head, tokens: int) -> dict:
             "ms": {each.name: round(each.seconds(card) * 1e3, 3) for each in found},
             "extra MB": {each.name: round(each.extra_bytes / 1e6, 1) for each in found},
         }
-    own = row["loss+gradient"]["ms"]["ours"] / 1e3
-    small = ours(card, head, tokens, max(1, CPU_WORKSPACE // (2 * head.v)), POLICY_LAUNCHES)
-    whole = ours(card, head, tokens, rows, POLICY_LAUNCHES, split_k=False)
-    row["32 MiB workspace"] = round(small.seconds(card) / own, 2)
-    row["no split-K"] = round(whole.seconds(card) / own, 2)
-    row["policy loss share"] = round(policy_share(card, head, rows).share, 4)
+    own = ours(card, head, tokens, *BUILT_IN, POLICY_LAUNCHES).seconds(card)
+    row["tiles"] = {}
+    for cap_bytes in (workspace, *(size for size in LARGER if size > workspace)):
+        best = best_tile(card, head, tokens, cap_bytes)
+        speedup = round(own / best.seconds, 3)
+        row["tiles"][f"{cap_bytes // MIB}"] = {"rows": best.rows, "columns": best.columns, "speedup": speedup}
+    taller = ours(card, head, tokens, 2 * BUILT_IN[0], BUILT_IN[1], POLICY_LAUNCHES).seconds(card)
+    speedup = round(own / taller, 3)  # what workspace_bytes=64 MiB does: more rows, the columns are fixed
+    row["tiles"]["64 as is"] = {"rows": 2 * BUILT_IN[0], "columns": BUILT_IN[1], "speedup": speedup}
+    small = row_workspace(card, head, tokens, max(1, WORKSPACE // (2 * head.v)), POLICY_LAUNCHES)
+    row["rows workspace in 32 MiB"] = round(small.seconds(card) * 1e3, 3)
+    row["policy loss share"] = round(policy_share(card, head, *BUILT_IN).share, 4)
+    row["host bound"] = policy_share(card, head, *BUILT_IN).host_bound
     return row
 
 
-def ratio(value: float | None, own: float) -> str:
-    return "-" if value is None else f"{value / own:.2f}x"
+def show_times(rows: list[dict], card: Card, console) -> None:
+    """Every method's time as a multiple of the floor."""
+    from rich.table import Table
+
+    methods = "ours|rows workspace|eager|Liger|CCE|CCE filtered|inlined|fused online|fused recompute".split(
+        "|"
+    )
+    tile = "x".join(map(str, choose_tile(card, "bf16")))
+    title = (
+        f"{card.name}: {card.tensor_flops / 1e12:.0f} TFLOP/s, {card.bandwidth / 1e9:.0f} GB/s, ridge "
+        f"{card.ridge:.0f}, L2 {card.l2_bytes / MIB:.0f} MiB, block {card.block_shared_bytes // KIB} KiB; "
+        f"forward tile {tile}; {rows[0]['tokens']} tokens, times as multiples of the floor"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("head", no_wrap=True)
+    for name in ("floor ms", *methods, "rows in 32 MiB", "loss", "fwd", "eager", "Liger", "CCE"):
+        table.add_column(name, justify="right")
+    for row in (each for each in rows if each["card"] == card.name):
+        both, first = row["loss+gradient"], row["forward"]
+        times, floor = both["ms"], both["floor"]
+        table.add_row(
+            *(row["head"], f"{floor:.1f}"),
+            *(f"{times[name] / floor:.2f}" if name in times else "-" for name in methods),
+            *(f"{row['rows workspace in 32 MiB'] / floor:.2f}", f"{row['policy loss share']:.1%}"),
+            *(f"{first['ms'][name] / first['floor']:.2f}" for name in ("ours", "eager", "Liger", "CCE")),
+        )
+    console.print(table)
+
+
+def show_tiles(rows: list[dict], console) -> None:
+    """What each workspace would buy over the built-in tile, per card and head."""
+    from rich.table import Table
+
+    sizes, heads = list(rows[0]["tiles"]), list(dict.fromkeys(row["head"] for row in rows))
+    built_in = "x".join(map(str, BUILT_IN))
+    title = f"loss+gradient: best tile (rows x columns) of a workspace; times faster than {built_in}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("card", no_wrap=True)
+    table.add_column("MiB", justify="right")
+    for name in heads:
+        table.add_column(name, justify="right")
+    for card in dict.fromkeys(row["card"] for row in rows):
+        for size in sizes:
+            cells = [row["tiles"][size] for row in rows if row["card"] == card]
+            texts = (f"{each['rows']}x{each['columns']} {each['speedup']:.3f}" for each in cells)
+            table.add_row(card if size == sizes[0] else "", size, *texts)
+    console.print(table)
 
 
 def show(rows: list[dict], cards: list[Card]) -> None:
-    """Print a table per card, then NF4's."""
+    """Print a table per card, the tiles, then NF4's."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=172)
-    peers = ("eager", "Liger", "CCE", "CCE filtered", "inlined", "fused online", "fused recompute")
     for card in cards:
-        tile = "x".join(map(str, choose_tile(card, "bf16")))
-        title = (
-            f"{card.name}: {card.tensor_flops / 1e12:.0f} TFLOP/s, {card.bandwidth / 1e9:.0f} GB/s, ridge "
-            f"{card.ridge:.0f}, L2 {card.l2_bytes / MIB:.0f} MiB, block "
-            f"{card.block_shared_bytes // KIB} KiB; "
-            f"forward tile {tile}; ms for {rows[0]['tokens']} tokens, others as multiples of ours"
-        )
-        table = Table(title=title, title_justify="left")
-        table.add_column("head", no_wrap=True)
-        for name in (
-            "floor",
-            "ours",
-            *peers,
-            "rows",
-            "32 MiB",
-            "no split",
-            "loss",
-            "fwd",
-            "eager",
-            "Liger",
-            "CCE",
-        ):
-            table.add_column(name, justify="right")
-        for row in (each for each in rows if each["card"] == card.name):
-            both, first = row["loss+gradient"]["ms"], row["forward"]["ms"]
-            table.add_row(
-                *(row["head"], f"{row['loss+gradient']['floor']:.1f}", f"{both['ours']:.1f}"),
-                *(ratio(both.get(name), both["ours"]) for name in peers),
-                *(f"{row['rows']}", f"{row['32 MiB workspace']:.2f}x", f"{row['no split-K']:.2f}x"),
-                *(f"{row['policy loss share']:.1%}", f"{first['ours']:.1f}"),
-                *(ratio(first[name], first["ours"]) for name in ("eager", "Liger", "CCE")),
-            )
-        console.print(table)
+        show_times(rows, card, console)
+    show_tiles(rows, console)
     table = Table(
         title="NF4 product that dequantises its tiles, against dequantise + product (write it at 1.2x)"
     )
@@ -222,9 +218,10 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     heads = list(dict.fromkeys(row["head"] for row in rows))
-    notes = {"CCE filtered": "CCE filtered (drops gradient)", "fused online": "fused online (not built)"}
+    notes = {"CCE filtered": "CCE filtered (drops gradient)", "fused online": "fused online (not used)"}
+    notes["rows workspace"] = "rows workspace (replaced)"
     heads = heads if len(heads) <= 3 else [heads[0], heads[len(heads) // 2], heads[-1]]
-    names = ("ours", "eager", "Liger", "CCE", "CCE filtered", "fused online")
+    names = ("ours", "rows workspace", "eager", "Liger", "CCE", "CCE filtered", "fused online")
     top = 6.0
     figure, axes = plt.subplots(
         len(heads), 1, figsize=(11, 2.6 * len(heads) + 0.8), sharex=True, squeeze=False
@@ -234,10 +231,10 @@ def plot(rows: list[dict], path: Path) -> None:
         for place, name in enumerate(names):
             for index, row in enumerate(mine):
                 time = row["loss+gradient"]["ms"].get(name)
-                left = index + (place - (len(names) - 1) / 2) * 0.13
+                left = index + (place - (len(names) - 1) / 2) * 0.115
                 height = 0 if time is None else time / row["loss+gradient"]["floor"]
                 label = notes.get(name, name) if index == 0 else None
-                axis.bar(left, min(height, top), 0.12, color=f"C{place}", label=label)
+                axis.bar(left, min(height, top), 0.105, color=f"C{place}", label=label)
                 if height > top:  # cut off; the number says how far
                     axis.text(
                         left, top - 0.1, f"{height:.0f}", ha="center", va="top", fontsize=6.5, color="white"
@@ -308,9 +305,18 @@ def main(words: list[str] | None = None) -> int:
         help="of: " + ", ".join(each.name for each in SHAPES),
     )
     parser.add_argument("--tokens", type=positive, default=4096, help="rows whose loss is asked for")
+    parser.add_argument(
+        "--workspace-mib",
+        type=positive,
+        default=WORKSPACE // MIB,
+        help="what the best tile's logits may take",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the json and the plot")
     options = parser.parse_args(words)
-    rows = [row_of(card, head, options.tokens) for card in options.cards for head in options.shapes]
+    workspace = options.workspace_mib * MIB
+    rows = [
+        row_of(card, head, options.tokens, workspace) for card in options.cards for head in options.shapes
+    ]
     products = [
         {"card": c.name, "tokens": t, **nf4(c, t)._asdict()} for c in options.cards for t in DECODE_TOKENS
     ]

@@ -14,16 +14,33 @@ POLICY_LAUNCHES = 39
 NO_KERNEL = (  # operators that only move a pointer, set a shape or allocate
     "detach view as_strided expand to _to_copy empty empty_strided empty_like ones_like zeros_like "
     "resize_ alias unsqueeze squeeze select slice reshape _unsafe_view result_type lift_fresh item "
-    "_local_scalar_dense"
+    "_local_scalar_dense promote_types resolve_conj resolve_neg unbind transpose is_nonzero split_with_sizes "
+    "as_strided_"
 ).split()
 NF4_BYTES = 0.5 + 4 / 64  # a weight, and an fp32 absmax for each 64 of them
 DEQUANT_FLOPS = 8  # table look-up, scale, cast, of one weight
 WORTH = 1.2  # a kernel of our own must be this much faster on paper
 
 
+def count_launches(step) -> int:
+    """Kernels that a call of step() launches, counted by torch's profiler on the CPU: operators that call no
+    other."""
+    import torch
+
+    def launches(event) -> bool:
+        return event.name.startswith("aten::") and event.name[6:] not in NO_KERNEL
+
+    def within(event) -> bool:
+        return any(launches(child) or within(child) for child in event.cpu_children)
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    return sum(launches(event) and not within(event) for event in profile.events())
+
+
 def count_policy_launches() -> int:
-    """Kernels that the dapo loss of one chunk and its gradient launch, counted by torch's profiler on the
-    CPU. Imports torch and minimath."""
+    """Kernels of the dapo loss of one chunk and its gradient. Imports torch and minimath."""
     import torch
 
     from minimath.kernels import TokenStats
@@ -33,21 +50,32 @@ def count_policy_launches() -> int:
     ones, rows = torch.ones(count), torch.arange(count)
     loss_fn = policy_loss(PolicyRows(advantage=ones, weight=ones, sampled_logp=-ones))
     leaves = TokenStats(*(torch.randn(count).requires_grad_() for _ in TokenStats._fields))
+    return count_launches(lambda: torch.autograd.grad(loss_fn(leaves, rows).sum(), leaves, allow_unused=True))
 
-    def step():
-        torch.autograd.grad(loss_fn(leaves, rows).sum(), leaves, allow_unused=True)
 
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step()
+def count_sweep_launches() -> int:
+    """Kernels that one more chunk of kernels.linear_token_loss adds, its tiles left out: what a second chunk
+    adds less what a second tile adds. With the plainest loss, which is four of them."""
+    import torch
 
-    def launches(event) -> bool:
-        return event.name.startswith("aten::") and event.name[6:] not in NO_KERNEL
+    from minimath.kernels import linear_token_loss
 
-    def within(event) -> bool:
-        return any(launches(child) or within(child) for child in event.cpu_children)
+    rows, columns, width = 64, 4096, 32  # columns: a whole tile on a CPU
 
-    return sum(launches(event) and not within(event) for event in profile.events())
+    def count(chunks: int, tiles: int) -> int:
+        hidden = torch.randn(rows * chunks, width).bfloat16().requires_grad_()
+        weight = torch.randn(columns * tiles, width).bfloat16()
+        target = torch.arange(rows * chunks)
+        budget = rows * columns * 2
+
+        def step():
+            loss_fn = lambda stats, index: -stats.logp
+            linear_token_loss(hidden, weight, target, loss_fn, workspace_bytes=budget)[0].backward()
+
+        return count_launches(step)
+
+    one = count(1, 1)
+    return count(2, 1) - one - (count(1, 2) - one)
 
 
 class LossShare(NamedTuple):
@@ -59,10 +87,10 @@ class LossShare(NamedTuple):
     host_bound: bool  # issuing a chunk's operators takes the host longer than the device needs for the chunk
 
 
-def policy_share(card: Card, head: Head, rows: int, host_seconds: float = 8e-6) -> LossShare:
+def policy_share(card: Card, head: Head, rows: int, columns: int, host_seconds: float = 8e-6) -> LossShare:
     """Share of the policy loss, left to torch, in one chunk; host_seconds: issue of one operator with
     autograd."""
-    passes = chunk_passes(card, head, rows, POLICY_LAUNCHES)
+    passes = chunk_passes(card, head, rows, columns, POLICY_LAUNCHES)
     total, loss = sum(each.seconds(card) for each in passes), POLICY_LAUNCHES * LAUNCH_SECONDS
     issued = sum(each.launches for each in passes) * host_seconds
     return LossShare(total, loss, loss / total, issued > total)

@@ -1,9 +1,9 @@
-"""Counted work of every way to get a linear head's loss, and gradient in hidden, with a frozen weight.
+"""Counted work of our way and others' to a linear head's loss, and gradient in hidden, with a frozen weight.
 
-N tokens, D hidden size, V vocabulary, C rows of a chunk; hidden (N, D) and weight (V, D) are 16-bit. Each
-method is a list of `Pass`es; a pass is bound by the slowest of arithmetic, memory and L2, passes follow one
-another. That is a lower bound on time, not a forecast: no method reaches it, and all miss it by the same
-things (clocks under load, pipeline bubbles), except where noted.
+N tokens, D hidden size, V vocabulary, C rows of a chunk, K columns of a tile of the vocabulary; hidden (N, D)
+and weight (V, D) are 16-bit. Each method is a list of `Pass`es; a pass is bound by the slowest of arithmetic,
+memory and L2, passes follow one another. That is a lower bound on time, not a forecast: no method reaches it,
+and all miss it by the same things (clocks under load, pipeline bubbles), except where noted.
 
 Rules of the count:
 - A matrix product takes the tile, and the cut of its inner dimension ("split-K"), that make it fastest. Its
@@ -11,7 +11,9 @@ Rules of the count:
   wave that is nearly empty is paid in full (`fill`). Sums of a cut inner dimension go through L2 in fp32.
 - The weight comes from memory once per group of row tiles that march over it together; the other operand
   comes from memory again where the group's rows do not fit half of the L2.
-- A (C, V) workspace that fits RESIDENT of the L2 is charged to the L2 alone, else to memory as well.
+- Reused buffers that fit RESIDENT of the L2 together are charged to the L2 alone, others to memory as well.
+  Of a tile's buffers the logits have the first claim, then the product's 16-bit part, the fp32 sum, and the
+  tile's slice of the weight, which the second product reads again.
 - Exponentials inside a matrix-product kernel are not hidden behind its tensor cores (`epilogue` passes).
 """
 
@@ -26,6 +28,7 @@ import numpy as np
 from .cards import REGISTER_BYTES, Card, Head
 
 ITEM = 2  # bytes of an operand
+ITEMS = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Share of L2 that a reused buffer can count on while weights stream by: measured on an A100, 28 of 40 MB.
 RESIDENT = 0.7
 LAUNCH_SECONDS = 2e-6  # device side of one small kernel
@@ -35,12 +38,22 @@ TILES = (
     (256, 64), (64, 256), (128, 64), (64, 128), (64, 64),
 )
 # fmt: on
+FORWARD_TILES = ((64, 64), (128, 64), (128, 128), (128, 256), (256, 128))  # rows x vocabulary, small to large
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 # fp32 flops per logit, an exponential counted as 16 (one per lane of 16 special-function units against 256
 # flops per clock and multiprocessor): online statistics; gradient; each with a softcap's tanh.
 STATS_FLOPS, GRADIENT_FLOPS, CAP_FLOPS = 28, 24, 24
-# Small kernels of one chunk in kernels.linear_token_loss: gathers, exact target logits, stacks.
-SWEEP_LAUNCHES = 18
+# Small kernels of one chunk beside the caller's loss: gathers, exact target logits, the statistics from the
+# running sums, the scaled sum (side_kernels.count_sweep_launches).
+SWEEP_LAUNCHES = 64
+# Bytes that those move per number of (C, D). Rows gathered 4, exact target logits 32 (two casts 12, a gather
+# 4, product 12, sum 4), zeros of the running sum 4, that sum times a scale 8, plus the targets' rows 22
+# (gather 4, cast 6, addition 12), cast 6, put in place 4.
+END_BYTES = 80
+OUTER_BYTES = 8  # of them that memory must move: x, the targets' rows twice, the gradient
+# Held per number of (C, D) while exact target logits are made: two operands in both widths, their product, x.
+END_HELD = 14
+ADD_FLOPS = 2  # per number: scale, add
 # Share of tiles that cut-cross-entropy's gradient filter keeps, as its own cost model assumes.
 FILTER_KEPT = 0.2
 
@@ -93,11 +106,22 @@ def resident(card: Card, size: float) -> bool:
     return size <= RESIDENT * card.l2_bytes
 
 
-def product(card, name, m, n, k, *, a_cached=False, c_cached=False, tiles=TILES, split_k=True) -> Pass:
+def held(card: Card, sizes: list[float]) -> list[bool]:
+    """Which buffers stay in L2, the first having the first claim."""
+    used, kept = 0.0, []
+    for size in sizes:
+        kept.append(resident(card, used + size))
+        used += size * kept[-1]
+    return kept
+
+
+def product(
+    card, name, m, n, k, *, a_cached=False, b_cached=False, c_cached=False, tiles=TILES, split_k=True
+) -> Pass:
     """C (m, n) = A (m, k) @ B (k, n), B being the weight, with the fastest of tiles and splits.
 
-    a_cached, c_cached: A or C lies in L2 and costs no memory traffic. split_k: may cut k. Hopper's blocks
-    come in clusters of two that share what they read of B.
+    a_cached, b_cached, c_cached: that operand lies in L2 and costs no memory traffic. split_k: may cut k.
+    Hopper's blocks come in clusters of two that share what they read of B.
     """
     rows, columns, split = grid(tiles, split_k)
     keep = (split == 1) | (k / split >= 1024)
@@ -112,7 +136,8 @@ def product(card, name, m, n, k, *, a_cached=False, c_cached=False, tiles=TILES,
         group = np.clip(group, 1, down)
         fits = group * rows * k * ITEM <= RESIDENT * card.l2_bytes
         again = 0 if a_cached else np.where(fits, 1, np.ceil(across / np.maximum(1, slots // group)))
-        hbm = np.minimum(hbm, n * k * np.ceil(down / group) + m * k * again)
+        again_b = 0 if b_cached else np.ceil(down / group)
+        hbm = np.minimum(hbm, n * k * again_b + m * k * again)
     hbm += 0 if c_cached else m * n
     multicast = 2 if card.arch == "sm_90" else 1
     partial = np.where(split > 1, 8 * split * m * n, 0)
@@ -220,25 +245,71 @@ def cut_cross_entropy(card: Card, head: Head, tokens: int, gradient: bool, kept:
     return Method(name, passes, tokens * 8)
 
 
-def chunk_passes(card: Card, head: Head, rows: int, loss_launches: int, split_k: bool = True) -> list[Pass]:
-    """One chunk of C rows of kernels.linear_token_loss."""
-    logits = rows * head.v
-    cached = resident(card, 2 * logits)
+def ends(card: Card, numbers: float, bytes_each: float, launches: int) -> Pass:
+    """The small kernels around a chunk's passes, over (C, D) numbers."""
+    moved = bytes_each * numbers
+    memory = OUTER_BYTES * numbers if resident(card, END_HELD * numbers) else moved
+    return Pass("ends and loss function", 0, False, memory, moved, launches)
+
+
+def tile_passes(card: Card, head: Head, rows: int, columns: int) -> list[Pass]:
+    """One tile of kernels.tiles: logits (C, K), probabilities in their place, their product with the weight's
+    rows, and its addition to a (C, D) fp32 sum."""
+    logits, numbers = rows * columns, rows * head.d
+    tile, part, total, weight = held(card, [2 * logits, 2 * numbers, 4 * numbers, 2 * columns * head.d])
+    added = (0 if part else 2) + (0 if total else 8)
     return [
-        product(card, "logits", rows, head.v, head.d, c_cached=cached),
-        rowwise("statistics", logits, 2, STATS_FLOPS + cap(head), cached),
-        Pass("loss function and gathers", 0, False, 0, 0, SWEEP_LAUNCHES + loss_launches),
-        rowwise("gradient", logits, 4, GRADIENT_FLOPS + cap(head), cached),
-        product(card, "dX", rows, head.d, head.v, a_cached=cached, split_k=split_k),
+        product(card, "logits", rows, columns, head.d, c_cached=tile),
+        rowwise("tile", logits, 4, STATS_FLOPS + cap(head), tile),
+        product(card, "pull", rows, head.d, columns, a_cached=tile, b_cached=weight, c_cached=part),
+        Pass("sum", ADD_FLOPS * numbers, False, added * numbers, 10 * numbers),
     ]
 
 
-def ours(card: Card, head: Head, tokens: int, rows: int, loss_launches: int, split_k: bool = True) -> Method:
-    """Loss and gradient over a (C, V) workspace, chunks made equal as kernels.common.chunk_sizes does."""
-    chunks = math.ceil(tokens / rows)
-    equal = min(tokens, math.ceil(tokens / chunks / 16) * 16)
-    passes = [each.times(tokens / equal) for each in chunk_passes(card, head, equal, loss_launches, split_k)]
-    return Method("ours", passes, 2 * equal * head.v)
+def chunk_passes(card: Card, head: Head, rows: int, columns: int, loss_launches: int) -> list[Pass]:
+    """One chunk of C rows of kernels.linear_token_loss, a loss without the entropy, a frozen head."""
+    columns = min(columns, head.v)
+    passes = [each.times(head.v // columns) for each in tile_passes(card, head, rows, columns)]
+    if head.v % columns:
+        passes += tile_passes(card, head, rows, head.v % columns)
+    return [*passes, ends(card, rows * head.d, END_BYTES, SWEEP_LAUNCHES + loss_launches)]
+
+
+def equal_rows(tokens: int, rows: int) -> int:
+    """Rows of equal chunks of at most `rows`, as kernels.common.equal_parts makes them."""
+    return min(tokens, math.ceil(tokens / math.ceil(tokens / rows) / 16) * 16)
+
+
+@functools.cache
+def ours(card: Card, head: Head, tokens: int, rows: int, columns: int, loss_launches: int) -> Method:
+    """Loss and gradient in tiles of the vocabulary. The weight is read twice per C rows (once where its tile
+    stays in L2), the loss function runs once per C rows."""
+    rows = equal_rows(tokens, rows)
+    passes = [each.times(tokens / rows) for each in chunk_passes(card, head, rows, columns, loss_launches)]
+    return Method("ours", passes, 2 * rows * min(columns, head.v) + END_HELD * rows * head.d)
+
+
+def choose_tile(card: Card, dtype: str) -> tuple[int, int]:
+    """(BLOCK_N, BLOCK_V) of the forward kernel, dtype "bf16", "fp16" or "fp32" (fp32 runs outside the tensor
+    cores).
+
+    The smallest tile that reads operands from L2 at no more than 80% of its rate while the product runs at
+    its peak, else the largest that fits: accumulators within half the register file, two stages of 64 columns
+    (fp32: 16) within a block's shared memory.
+    """
+    itemsize, depth = (4, 16) if dtype == "fp32" else (2, 64)
+    peak = card.fp32_flops if dtype == "fp32" else card.tensor_flops
+    fitting = [
+        (rows, columns)
+        for rows, columns in FORWARD_TILES
+        if 4 * rows * columns <= REGISTER_BYTES / 2
+        and 2 * (rows + columns) * depth * itemsize <= card.block_shared_bytes
+    ]
+    for rows, columns in fitting:
+        flops_per_byte = 2 * rows * columns / ((rows + columns) * itemsize)
+        if flops_per_byte * 0.8 * card.l2_bandwidth >= peak:
+            return rows, columns
+    return fitting[-1]
 
 
 def ours_forward(card: Card, head: Head, tokens: int, tile: tuple[int, int]) -> Method:
@@ -253,56 +324,10 @@ def ours_forward(card: Card, head: Head, tokens: int, tile: tuple[int, int]) -> 
     return Method("ours", passes, 20 * splits * tokens)
 
 
-def inlined(card: Card, head: Head, tokens: int, rows: int, loss_launches: int) -> Method:
-    """Not built: the workspace without passes over it. Statistics in the epilogue of the first product; the
-    second turns logits into the gradient as it loads them, once per 256 columns of D."""
-    passes = []
-    for each in ours(card, head, tokens, rows, loss_launches).passes:
-        if each.name == "logits":
-            passes += [each, epilogue(tokens * head.v, STATS_FLOPS + cap(head))]
-        elif each.name == "dX":
-            passes += [each, epilogue(tokens * head.v * math.ceil(head.d / 256), GRADIENT_FLOPS + cap(head))]
-        elif not each.flops:
-            passes.append(each)
-    return Method("inlined", passes, 2 * rows * head.v)
-
-
-def fused_rows(head: Head) -> int:
-    """Rows whose (rows, D) fp32 accumulator of dX fits three quarters of a register file, in steps of the 16
-    rows of one tensor-core instruction; 0 where not even 16 fit."""
-    return int(0.75 * REGISTER_BYTES / (4 * head.d)) // 16 * 16
-
-
-def fused(card: Card, head: Head, tokens: int, *, online: bool) -> Method | None:
-    """Not built: no workspace; each block owns some rows and sweeps a part of the vocabulary, dX in
-    registers. None where the accumulator does not fit.
-
-    online: dX = E_p[w] rescaled as the running maximum grows, as flash attention does with K = V = weight:
-    two products; losses of logp and lse only (entropy needs a second accumulator). Else a sweep for lse
-    first, then logits again: three products, any loss. Every block reads its part of the weight through L2,
-    twice where a tile of 16 vocabulary rows, double-buffered, does not fit shared memory. Parts are added up
-    in a fixed order.
-    """
-    if not fused_rows(head):
-        return None
-    logits, weight = tokens * head.v, 2 * head.v * head.d
-    reads = (1 if 2 * 16 * head.d * 2 <= card.block_shared_bytes else 2) / (2 if card.arch == "sm_90" else 1)
-    sweeps = []
-    for rows in range(16, fused_rows(head) + 1, 16):
-        blocks = math.ceil(tokens / rows)
-        for splits in range(1, 9):
-            waves = math.ceil(blocks * splits / card.processors)
-            fill = tokens / rows * splits / (waves * card.processors)
-            partial = 8 * splits * tokens * head.d if splits > 1 else 0
-            moved = blocks * weight * reads + partial
-            launches = 1 + (splits > 1)
-            sweeps.append(
-                Pass("logits and dX", 4 * logits * head.d, True, weight * waves, moved, launches, fill)
-            )
-    passes = [min(sweeps, key=lambda each: each.seconds(card)), epilogue(logits, STATS_FLOPS + cap(head))]
-    if not online:
-        first = product(
-            card, "lse", tokens, head.v, head.d, c_cached=True, tiles=((128, 128),), split_k=False
-        )
-        passes += [first, epilogue(logits, GRADIENT_FLOPS + cap(head))]
-    return Method("fused online" if online else "fused recompute", passes, 4 * tokens * head.d)
+def share_floor(card: Card, d: int, v: int, tokens: int, dtype_name: str, gradient: bool) -> float:
+    """Seconds below which nothing exact is: a product of 2 N V D flops, or two with the gradient, at the
+    dtype's full rate, or the weight and hidden read (and the gradient written) once, whichever is more."""
+    peak = card.fp32_flops if dtype_name == "fp32" else card.tensor_flops
+    products = 2 if gradient else 1
+    moved = ITEMS[dtype_name] * (v * d + products * tokens * d)
+    return max(products * 2 * tokens * v * d / peak, moved / card.bandwidth)
