@@ -1,14 +1,15 @@
 """minimath's loss kernel against its peers: speed, memory, and error against float64.
 
-    python -m bench.kernels                  # CPU, N = 1024 and 4096 tokens, fp32 and bf16
+    python -m bench.kernels                  # CPU, SmolLM2's and Qwen2.5-0.5B's heads, fp32 and bf16
     python -m bench.kernels --device cuda    # the same on a GPU, with Liger's and CCE's own kernels
     python -m bench.kernels --shapes 4096x896x151936 --dtypes bf16 --rounds 9
 
 The task is mean NLL of N tokens under a frozen head (V, D), forward, and forward plus the gradient in hidden.
 All methods take turns within each round in one process, so that a change in the machine's load hits all
-alike; times are the best of the rounds, since other work on the machine only adds, and speeds are given of
-the best and of the medians. Peak extra memory is measured in a process per method: on the CPU the highest
-resident size during one warm call above what was resident before it, on a GPU the allocator's peak. Writes
+alike; speeds are ratios of medians and of the best of the rounds. A process per method, with empty compiler
+caches, tells the peak extra memory (on the CPU the highest resident size during one warm call above what was
+resident before it, on a GPU the allocator's peak), how long the first call takes, and the first at another
+number of tokens. On a GPU that bench/cards.py knows, times are also given as a share of its roofline. Writes
 kernels-<device>.json and .png to bench/results, or to the folder named by --out.
 """
 
@@ -16,13 +17,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,10 @@ from rich.table import Table
 
 from minimath.kernels import linear_cross_entropy, reference
 
-RESULTS = Path(__file__).parent / "results"
+from .cards import Card, card_named, nearest_names
+from .measure import RESULTS, machine, resident_bytes
+from .roofline import share_of_roofline
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OURS = "minimath"
 ERROR_ROWS = 256  # rows compared with float64
@@ -116,14 +119,6 @@ def seconds(phase, method, arguments, device: str) -> float:
     return time.perf_counter() - start
 
 
-def resident_bytes(key: str) -> int:
-    """VmRSS or VmHWM (the highest since it was last reset) of this process, from /proc."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {key} in /proc/self/status")
-
-
 def peak_extra_bytes(method, phase, arguments, device: str) -> int:
     """Highest memory during one warm call above what is held before it."""
     phase(method, *arguments)
@@ -143,25 +138,37 @@ def peak_extra_bytes(method, phase, arguments, device: str) -> int:
     return resident_bytes("VmHWM") - before
 
 
-def peak_in_child(name: str, shape: Shape, dtype: str, phase: str, device: str) -> int | None:
-    """peak_extra_bytes of one method in a process of its own; None where it can't be measured."""
-    command = [
-        sys.executable,
-        "-m",
-        "bench.kernels",
-        "--device",
-        device,
-        "--shapes",
-        str(shape),
-        "--dtypes",
-        dtype,
-        "--memory-of",
-        name,
-        phase,
-    ]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    lines = done.stdout.split()
-    return int(lines[-1]) if done.returncode == 0 and lines else None
+class Cold(NamedTuple):
+    """What a fresh process tells of a method."""
+
+    peak_bytes: int  # extra, during a warm call
+    first_s: float  # the first call, compilation and all
+    other_n_s: float  # the first call at another number of tokens
+
+
+def cold(name: str, shape: Shape, dtype: str, phase: str, device: str) -> Cold:
+    """Measure one method in this process, which must be fresh."""
+    method, arguments = methods(device)[name], inputs(shape, DTYPES[dtype], device)
+    first = seconds(PHASES[phase], method, arguments, device)
+    peak = peak_extra_bytes(method, PHASES[phase], arguments, device)
+    other = inputs(shape._replace(n=max(1, shape.n * 3 // 4 - 5)), DTYPES[dtype], device)
+    return Cold(peak, first, seconds(PHASES[phase], method, other, device))
+
+
+def cold_in_child(name: str, shape: Shape, dtype: str, phase: str, device: str) -> Cold | None:
+    """`cold` in a process of its own, with empty compiler caches; None where it fails."""
+    words = ["--device", device, "--shapes", str(shape), "--dtypes", dtype, "--cold", name, phase]
+    with tempfile.TemporaryDirectory() as empty:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{empty}/inductor", "TRITON_CACHE_DIR": f"{empty}/triton"}
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.kernels", *words],
+            cwd=Path(__file__).parent.parent,
+            env=os.environ | caches,
+            capture_output=True,
+            text=True,
+        )
+    lines = done.stdout.splitlines()
+    return Cold(*json.loads(lines[-1])) if done.returncode == 0 and lines else None
 
 
 def errors(method, shape: Shape, dtype: torch.dtype, device: str) -> dict:
@@ -180,8 +187,9 @@ def errors(method, shape: Shape, dtype: torch.dtype, device: str) -> dict:
     }
 
 
-def measure(shape: Shape, dtype_name: str, device: str, rounds: int) -> list[dict]:
-    """One row per method that runs: seconds of both phases, peak extra bytes, errors."""
+def measure(shape: Shape, dtype_name: str, device: str, rounds: int, card: Card | None = None) -> list[dict]:
+    """One row per method that runs: seconds of both phases, what a fresh process tells, errors, and on a known card
+    the share of its roofline."""
     dtype, arguments, running, rows = DTYPES[dtype_name], inputs(shape, DTYPES[dtype_name], device), {}, []
     for name, method in methods(device).items():
         try:
@@ -201,7 +209,15 @@ def measure(shape: Shape, dtype_name: str, device: str, rounds: int) -> list[dic
         for phase in PHASES:
             row[f"{phase} median s"] = statistics.median(times[name, phase])
             row[f"{phase} best s"] = min(times[name, phase])
-            row[f"{phase} peak bytes"] = peak_in_child(name, shape, dtype_name, phase, device)
+            fresh = cold_in_child(name, shape, dtype_name, phase, device)
+            row[f"{phase} peak bytes"] = fresh and fresh.peak_bytes
+            row[f"{phase} first call s"] = fresh and round(fresh.first_s, 3)
+            row[f"{phase} other N s"] = fresh and round(fresh.other_n_s, 3)
+            if card:
+                share = share_of_roofline(
+                    card, shape.d, shape.v, shape.n, dtype_name, phase != "forward", row[f"{phase} median s"]
+                )
+                row[f"{phase} share of roofline"] = float(f"{share:.3g}")
         rows.append(row)
     for row in rows:
         for phase in PHASES:
@@ -212,71 +228,29 @@ def measure(shape: Shape, dtype_name: str, device: str, rounds: int) -> list[dic
     return rows
 
 
-def machine(device: str) -> dict:
-    """What a reader needs to place the numbers: processor, versions, commit."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        names = [
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for name in ("triton", "liger-kernel", "cut-cross-entropy"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "load before": os.getloadavg()[0],
-        "versions": versions,
-        "commit": commit,
-    }
-
-
 def show(rows: list[dict]) -> None:
-    table = Table(
-        title="mean NLL with a frozen head: best of the rounds; speed against the fastest peer: best, median"
-    )
-    for name in (
-        "tokens x hidden x vocab",
-        "dtype",
-        "method",
-        "fwd ms",
-        "fwd+bwd ms",
-        "speed fwd",
-        "speed fwd+bwd",
-        "peak MB fwd+bwd",
-        "loss error",
-        "grad error",
-    ):
+    """Print the table: medians, and of ours the speed against the fastest peer (of medians, of the best)."""
+    table = Table(title="mean NLL with a frozen head; speed: ours against the fastest peer, of medians, of the best")
+    share = any("forward share of roofline" in row for row in rows)
+    names = ["tokens x hidden x vocab", "dtype", "method", "fwd ms", "fwd+bwd ms", "speed fwd", "speed fwd+bwd"]
+    names += ["peak MB", "first call s", "other N s", "loss error", "grad error"] + ["roofline"] * share
+    for name in names:
         table.add_column(name, justify="left" if name in ("dtype", "method") else "right")
+    both = "forward+backward"
     for row in rows:
-        peak = row["forward+backward peak bytes"]
-        cells = [
-            row["shape"],
-            row["dtype"],
-            row["method"],
-            f"{row['forward best s'] * 1e3:.1f}",
-            f"{row['forward+backward best s'] * 1e3:.1f}",
-        ]
+        cells = [row["shape"], row["dtype"], row["method"]]
+        cells += [f"{row[f'{phase} median s'] * 1e3:.1f}" for phase in PHASES]
         for phase in PHASES:
-            speeds = [row[f"{phase} {kind} speed vs fastest peer"] for kind in ("best", "median")]
+            speeds = [row[f"{phase} {kind} speed vs fastest peer"] for kind in ("median", "best")]
             known = row["method"] == OURS and None not in speeds
             cells.append("{:.2f}x {:.2f}x".format(*speeds) if known else "")
-        cells += [
-            "?" if peak is None else f"{peak / 1e6:.0f}",
-            f"{row['loss_error']:.1e}",
-            f"{row['grad_error']:.1e}",
-        ]
+        peak, first, other = (row[f"{both} {name}"] for name in ("peak bytes", "first call s", "other N s"))
+        cells += ["?"] * 3 if peak is None else [f"{peak / 1e6:.0f}", f"{first:.1f}", f"{other:.2f}"]
+        cells += [f"{row['loss_error']:.1e}", f"{row['grad_error']:.1e}"]
+        if share:
+            cells.append(" ".join(f"{row[f'{phase} share of roofline']:.0%}" for phase in PHASES))
         table.add_row(*cells, style="bold" if row["method"] == OURS else None)
-    Console(width=150).print(table)
+    Console(width=172).print(table)
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -290,7 +264,7 @@ def plot(rows: list[dict], path: Path) -> None:
     names = list(dict.fromkeys(row["method"] for row in rows))
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
     for axis, key, factor, label in (
-        (axes[0], "forward+backward best s", 1e3, "forward + backward, ms"),
+        (axes[0], "forward+backward median s", 1e3, "forward + backward, ms (median)"),
         (axes[1], "forward+backward peak bytes", 1e-6, "peak extra memory, MB"),
     ):
         for place, name in enumerate(names):
@@ -320,16 +294,25 @@ def parse_shape(text: str) -> Shape:
     return Shape(n, d, v)
 
 
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--shapes", nargs="+", type=parse_shape, default=[Shape(1024, 576, 49152), Shape(4096, 576, 49152)]
+        "--shapes",
+        nargs="+",
+        type=parse_shape,
+        default=[Shape(1024, 576, 49152), Shape(4096, 576, 49152), Shape(2048, 896, 151936)],
     )
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=7, help="turns of each method")
     parser.add_argument(
-        "--memory-of", nargs=2, metavar=("METHOD", "PHASE"), help="print one method's peak bytes only"
+        "--cold", nargs=2, metavar=("METHOD", "PHASE"), help="print what this fresh process tells of one method"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the json and the plot")
     options = parser.parse_args()
@@ -338,15 +321,18 @@ def main() -> int:
             "bench.kernels: torch sees no GPU here; use --device cpu, or a machine with one", file=sys.stderr
         )
         return 2
-    if options.memory_of:
-        name, phase = options.memory_of
-        arguments = inputs(options.shapes[0], DTYPES[options.dtypes[0]], options.device)
-        print(peak_extra_bytes(methods(options.device)[name], PHASES[phase], arguments, options.device))
+    if options.cold:
+        name, phase = options.cold
+        print(json.dumps(cold(name, options.shapes[0], options.dtypes[0], phase, options.device)))
         return 0
     about, rows = machine(options.device), []
+    card = card_named(about["device"]) if options.device == "cuda" else None
+    if options.device == "cuda" and card is None:
+        print(f"{about['device']} is not in bench/cards.py: no share of its roofline; nearest there: "
+              f"{', '.join(nearest_names(about['device']))}")
     for shape in options.shapes:
         for dtype in options.dtypes:
-            rows += measure(shape, dtype, options.device, options.rounds)
+            rows += measure(shape, dtype, options.device, options.rounds, card)
     show(rows)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"kernels-{options.device}.json"

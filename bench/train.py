@@ -36,7 +36,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench.kernels import RESULTS, machine
+from bench.measure import RESULTS, machine
 from minimath.config import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.kernels import resident_bytes
+from bench.measure import resident_bytes
 
 
 class Turns:

@@ -42,8 +42,10 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read at import, as trit
 # L2 each.
 BLOCK_BYTES = 2 << 20
 WORKSPACE_BYTES = 32 << 20  # of a tile of logits: what the second-level cache of a card of 40 MB and more holds
-# Columns of a tile. The more, the fewer times the (C, D) sum is read and written, and the fewer rows fit.
+# Columns of a tile. The more, the fewer times the (C, D) sum is read and written, and the fewer rows fit. On a GPU
+# 8,192 is also what one block of threads can hold of a row; bench.roofline compares it with other tiles.
 VOCAB_TILE = {"cpu": 4096, "cuda": 8192}
+GATHER_BYTES = 8 << 20  # of the rows of the weight that are picked for the targets at a time
 FEWEST_ROWS = 64  # below it a matrix product is all reading of the weight: rather take fewer columns
 PAD = 16  # elements; a row that starts at a multiple of it is read in 16-byte pieces
 
@@ -206,11 +208,20 @@ def raw_logits(x, weight, bias, out) -> None:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
+def row_spans(rows: int, width: int) -> list[slice]:
+    """Slices of rows whose (rows, width) fp32 copy fits GATHER_BYTES."""
+    step = max(1, GATHER_BYTES // (4 * width))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
 def raw_target_logit(x, weight, bias, target) -> torch.Tensor:
     """s_t of each row, (C,) in the wide dtype. 16-bit logits are rounded to 2^-9 of their size, which is much
     for the one number that the loss is about; a dot product of D gives it without that rounding."""
     dtype = wide(x.dtype)
-    raw = (x.to(dtype) * weight.index_select(0, target).to(dtype)).sum(-1)
+    raw = torch.empty(len(x), dtype=dtype, device=x.device)
+    for span in row_spans(*x.shape):
+        picked = weight.index_select(0, target[span]).to(dtype)
+        torch.sum(picked.mul_(x[span]), -1, out=raw[span])
     return raw if bias is None else raw + bias.index_select(0, target).to(dtype)
 
 

@@ -4,8 +4,8 @@ C rows at a time (`tiles`): the logits of a tile of the vocabulary go into a sma
 them into running sums and, in place, into unnormalised probabilities; a matrix product pulls the weight's rows
 together under them. After the last tile the caller's loss function maps the C log-probs to C losses, autograd on
 those numbers alone gives the derivative in each statistic, and the gradient in hidden is a scaled sum of what is there
-already. With a frozen weight that is two products of N * V * D, the least there is, the weight is read once per C
-rows, and nothing of size N x V exists. Backward is a multiplication by the incoming scalar.
+already. With a frozen weight that is two products of N * V * D, the least there is, and nothing of size N x V exists.
+Backward is a multiplication by the incoming scalar.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def linear_token_loss(
 
     Returns (loss, stats): loss a scalar, differentiable in hidden, weight and bias where they require grad; stats a
     detached TokenStats of (N,), 0 at ignored rows. Both are fp32 (fp64 for fp64 input). Peak extra memory:
-    workspace_bytes (None: 32 MiB) of logits, a (C, D) sum in fp32, the (N, D) gradient, and up to 6 MiB of scratch on
-    a CPU. Raises ValueError on bad arguments.
+    workspace_bytes (None: 32 MiB) of logits, a (C, D) sum in fp32, the (N, D) gradient, and up to 16 MiB of scratch.
+    Raises ValueError on bad arguments.
     """
     scaling = Scaling(float(temperature), float(softcap), float(logit_scale))
     check_arguments(hidden, weight, target, bias, scaling)

@@ -6,8 +6,8 @@ and, if asked for, the vector sum that a loss of the log-prob needs, whatever th
     pulled = sum_{j != t} exp(z_j - m) cap'(z_j) w_j    (C, D)
 With the four coefficients (a, b, c, d) of a row known afterwards, and b = 0, the gradient in hidden is
     chain * (a s_t w_t + (c - a - d) E_p[s w] + d mean_j w_j),   s = cap'(z), chain = logit_scale / temperature
-with E_p[s w] = (pulled + exp(z_t - m) s_t w_t) / total: no tile is looked at twice, the weight is read once per C
-rows and the loss sees its C numbers all at once. It is attention with one head of size D whose keys and values are
+with E_p[s w] = (pulled + exp(z_t - m) s_t w_t) / total: no tile is made twice, both products use the same rows of the
+weight while a large cache still has them, and the loss sees its C numbers all at once. It is attention with one head of size D whose keys and values are
 both the weight (Milakov and Gimelshein, arXiv 1805.02867, for the running sums). The target is left out of the sums:
 1 - p_t = rest / total keeps its relative accuracy where p_t is nearly 1.
 
@@ -33,6 +33,7 @@ from .common import (
     power_of_two,
     raw_logits,
     raw_target_logit,
+    row_spans,
     runs_triton,
     scaled,
     tile_shape,
@@ -137,7 +138,9 @@ def pulled_gradient(chunk: Chunk, pulled, end: RowEnd, coefs: Coefficients, scal
         capped = torch.tanh(chunk.raw_target * kernel_factors(scaling)[0])
         at_target = at_target * (1.0 - capped * capped)
     grad = pulled.mul_(((c - a - d) * end.lift / end.total)[:, None])
-    grad.addcmul_(chunk.weight.index_select(0, chunk.target).to(grad.dtype), at_target[:, None])
+    for span in row_spans(*grad.shape):
+        picked = chunk.weight.index_select(0, chunk.target[span]).to(grad.dtype)
+        grad[span].addcmul_(picked, at_target[span, None])
     if coefs.mean_logp is not None:
         vocab = chunk.weight.shape[0]
         grad.addcmul_(chunk.weight.sum(0, dtype=grad.dtype)[None, :], (d / vocab)[:, None])
