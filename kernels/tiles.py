@@ -7,9 +7,9 @@ and, if asked for, the vector sum that a loss of the log-prob needs, whatever th
 With the four coefficients (a, b, c, d) of a row known afterwards, and b = 0, the gradient in hidden is
     chain * (a s_t w_t + (c - a - d) E_p[s w] + d mean_j w_j),   s = cap'(z), chain = logit_scale / temperature
 with E_p[s w] = (pulled + exp(z_t - m) s_t w_t) / total: no tile is made twice, both products use the same rows of the
-weight while a large cache still has them, and the loss sees its C numbers all at once. It is attention with one head of size D whose keys and values are
-both the weight (Milakov and Gimelshein, arXiv 1805.02867, for the running sums). The target is left out of the sums:
-1 - p_t = rest / total keeps its relative accuracy where p_t is nearly 1.
+weight while a large cache still has them, and the loss sees its C numbers all at once. It is attention with one head of
+size D whose keys and values are both the weight (Milakov and Gimelshein, arXiv 1805.02867, for the running sums). The
+target is left out of the sums: 1 - p_t = rest / total keeps its relative accuracy where p_t is nearly 1.
 
 `gradient_tiles` makes the logits again, for what that does not cover: the entropy, a trainable head, backward of
 linear_logp.
