@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from minimath.answer import AnswerChecker
-from minimath.batch import at_targets, forward_args, micro_batches, stream_indices
+from minimath.batch import at_targets, forward_args, stream_indices
 from minimath.chat import IGNORE, Encoded, eos_ids, prompt_ids
 from minimath.checkpoint import save_checkpoint
 from minimath.config import RLAIFConfig, Stopped, UserError, config_dict
@@ -30,6 +30,7 @@ from minimath.log import RunLog
 from minimath.losses import PolicyRows, policy_loss, token_weights
 from minimath.model import adapter_off, describe, head, hidden_states, inference, load_model
 from minimath.optim import LossScale, clip_and_step, count_bad_steps, lr_at, make_optimizer
+from minimath.prefix import forward_batches, trained_states
 from minimath.reward import format_score, group_advantages, judge_rewards, length_term, overlong_penalty, rules_rewards
 from minimath.rollout import Completion, generate, stream_seed
 from minimath.runs import Stop, open_run
@@ -261,16 +262,15 @@ def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, old, r
                  "weight": [torch.full((n,), w) for n, w in zip(lengths, weights, strict=True)],
                  "sampled_logp": [torch.tensor(s[0]) for s in samples],
                  "old_logp": old, "ref_logp": ref, "seq_log_ratio": seq}
-    for indices, batch in micro_batches(rows, packing=False, micro_tokens=cfg.micro_tokens,
-                                        pad_id=tokenizer.pad_token_id, device=model.device):
+    for indices, batch in forward_batches(cfg, model, rows, tokenizer.pad_token_id):
         target = batch["target"]
         data = PolicyRows(**{name: None if values is None else at_targets([values[i] for i in indices], target)
                              for name, values in per_token.items()})
         loss_fn = policy_loss(data, loss_type=cfg.loss_type, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
                               beta=cfg.beta, entropy_coef=cfg.entropy_coef, importance_cap=cfg.importance_cap)
-        hidden = hidden_states(model, **forward_args(batch))  # (B, T, D)
-        loss, stats = linear_token_loss(hidden.flatten(0, 1), lm_head.weight, target, loss_fn,
-                                        temperature=cfg.temperature, **lm_head.kernel_args())
+        hidden = trained_states(hidden_states(model, **forward_args(batch)), batch)  # (N, D)
+        loss, stats = linear_token_loss(hidden, lm_head.weight, target, loss_fn, temperature=cfg.temperature,
+                                        **lm_head.kernel_args())
         (loss * scale).backward()
         totals["loss"] += float(loss.detach())
         for name, value in token_facts(cfg, data, stats, target != IGNORE).items():
@@ -296,10 +296,9 @@ def logps(cfg: RLAIFConfig, model, tokenizer, rows: list[Encoded]) -> list[torch
     """Log-probs of the trained tokens of each row, without gradient: old policy, and reference under adapter_off."""
     lm_head, out = head(model), [None] * len(rows)
     with inference(model):
-        for indices, batch in micro_batches(rows, packing=False, micro_tokens=cfg.micro_tokens,
-                                            pad_id=tokenizer.pad_token_id, device=model.device):
-            hidden = hidden_states(model, **forward_args(batch))
-            logp = linear_logp(hidden.flatten(0, 1), lm_head.weight, batch["target"], temperature=cfg.temperature,
+        for indices, batch in forward_batches(cfg, model, rows, tokenizer.pad_token_id):
+            hidden = trained_states(hidden_states(model, **forward_args(batch)), batch)
+            logp = linear_logp(hidden, lm_head.weight, batch["target"], temperature=cfg.temperature,
                                **lm_head.kernel_args())
             parts = logp[batch["target"] != IGNORE].split([sum(rows[i].mask) for i in indices])
             for i, part in zip(indices, parts, strict=True):
