@@ -190,6 +190,7 @@ def errors(method, shape: Shape, dtype: torch.dtype, device: str) -> dict:
 def measure(shape: Shape, dtype_name: str, device: str, rounds: int, card: Card | None = None) -> list[dict]:
     """One row per method that runs: seconds of both phases, what a fresh process tells, errors, and on a known card
     the share of its roofline."""
+    torch.compiler.reset()  # else its limit of variants per function sends the later cells of torch.compile to eager
     dtype, arguments, running, rows = DTYPES[dtype_name], inputs(shape, DTYPES[dtype_name], device), {}, []
     for name, method in methods(device).items():
         try:
