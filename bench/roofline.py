@@ -65,7 +65,7 @@ __all__ = ["CARDS", "SHAPES", "best_tile", "card_named", "choose_tile", "share_o
 RESULTS = Path(__file__).parent / "results"
 ROWS, COLUMNS = (512, 1024, 2048, 4096, 8192), (2048, 4096, 8192, 16_384, 32_768)
 BUILT_IN = (2048, 8192)  # of kernels.common.tile_shape, 16-bit logits on a GPU
-WORKSPACE = 32 * MIB  # kernels.common.WORKSPACE_BYTES
+WORKSPACE = 32 * MIB  # kernels.common.WORKSPACE_BYTES on a GPU
 LARGER = tuple(size * MIB for size in (64, 128, 256))
 DECODE_TOKENS = (64, 512, 2048, 4096)
 

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 
 from .common import (
-    WORKSPACE_BYTES,
     Chunk,
     Coefficients,
     Gradients,
@@ -56,8 +55,7 @@ class RowEnd(NamedTuple):
 
 def chunks(hidden, weight, bias, target, rows, workspace_bytes: int | None):
     """Yield (rows of the chunk (C,) int64, Chunk) for the given rows of hidden (N, D) and target (N,)."""
-    budget = WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
-    sizes, columns = tile_shape(len(rows), weight.shape[0], hidden.element_size(), budget, hidden.device.type)
+    sizes, columns = tile_shape(len(rows), weight.shape[0], hidden.element_size(), workspace_bytes, hidden.device.type)
     workspace = torch.empty(max(sizes, default=0) * columns, dtype=hidden.dtype, device=hidden.device)
     for index in rows.split(sizes):
         x, wanted = hidden.index_select(0, index), target.index_select(0, index)
