@@ -134,8 +134,8 @@ def linear_token_loss(
 
     Returns (loss, stats): loss a scalar, differentiable in hidden, weight and bias where they require grad; stats a
     detached TokenStats of (N,), 0 at ignored rows. Both are fp32 (fp64 for fp64 input). Peak extra memory:
-    workspace_bytes (None: 32 MiB, on a CPU 24) of logits, a (C, D) sum in fp32, the (N, D) gradient, and up to 16 MiB of scratch.
-    Raises ValueError on bad arguments.
+    workspace_bytes (None: 32 MiB, on a CPU 24) of logits, a (C, D) sum in fp32, the (N, D) gradient, and up to 16 MiB
+    of scratch. Raises ValueError on bad arguments.
     """
     scaling = Scaling(float(temperature), float(softcap), float(logit_scale))
     check_arguments(hidden, weight, target, bias, scaling)
