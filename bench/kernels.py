@@ -276,7 +276,9 @@ def plot(rows: list[dict], path: Path) -> None:
                 0.8 / len(names),
                 label=name,
             )
-        axis.set_xticks(range(len(groups)), [f"{shape}\n{dtype}" for shape, dtype in groups], fontsize=7)
+        labels = [shape.replace("x", "\n") + f"\n{dtype}" for shape, dtype in groups]
+        axis.set_xticks(range(len(groups)), labels, fontsize=7)
+        axis.set_xlabel("tokens, hidden, vocabulary, dtype", fontsize=7)
         axis.set_yscale("log")
         axis.set_title(label, fontsize=10)
     axes[0].legend(fontsize=7)
