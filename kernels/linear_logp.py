@@ -124,8 +124,8 @@ def logp_kernel(
     tl.store(place + 4 * out_stride, target_z, mask=here)
 
 
-# (BLOCK_N, BLOCK_V, BLOCK_D, num_warps, num_stages) of logp_kernel for 16-bit aligned operands: the largest tile found
-# (`bench.compile --space`) that keeps everything in registers and within the chip's shared memory.
+# (BLOCK_N, BLOCK_V, BLOCK_D, num_warps, num_stages) of logp_kernel for 16-bit aligned operands: one of the largest
+# tiles (`bench.compile --space`) that keep everything in registers and within the chip's shared memory.
 TILES = {
     "sm_90": (128, 128, 64, 8, 4),
     "sm_100": (128, 64, 64, 8, 4),  # 128 columns spill there
