@@ -36,7 +36,7 @@ from minimath.kernels import linear_cross_entropy, reference
 
 from .cards import Card, card_named, nearest_names
 from .measure import RESULTS, machine, resident_bytes
-from .roofline import share_of_roofline
+from .roofline import positive, share_of_roofline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OURS = "minimath"
@@ -295,12 +295,6 @@ def parse_shape(text: str) -> Shape:
             f"{text!r}: expected tokens x hidden x vocab, like 4096x576x49152"
         ) from None
     return Shape(n, d, v)
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
-    return int(text)
 
 
 def main() -> int:

@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import RESULTS, machine
+from bench.roofline import positive
 from minimath.config import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -87,12 +88,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     if OURS not in options.trainers or len(options.trainers) < 2:
         parser.error(f"--trainers needs {OURS} and at least one other")
     return options
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def require_peer(names: list[str]) -> None:

@@ -211,12 +211,11 @@ def triton_forward(x, weight, bias, target, scaling: Scaling) -> torch.Tensor:
 
 
 def forward_stats(
-    hidden, weight, bias, target, scaling: Scaling, ignore_index, workspace_bytes, *, all_four=True, in_tiles=False
+    hidden, weight, bias, target, scaling: Scaling, rows, workspace_bytes, *, all_four=True, in_tiles=False
 ) -> torch.Tensor:
-    """(4, N): the TokenStats rows, 0 at ignored tokens. Without all_four, entropy and mean_logp may be left at 0.
-    in_tiles: from the logits that gradient_tiles will make, else on a GPU from fp32 logits in registers."""
+    """(4, N): the TokenStats rows, 0 where not in `rows` (M,) int64. Without all_four, entropy and mean_logp may be
+    left at 0. in_tiles: from the logits that gradient_tiles will make, else on a GPU from fp32 logits in registers."""
     out = torch.zeros((4, hidden.shape[0]), dtype=wide(hidden.dtype), device=hidden.device)
-    rows = kept_rows(target, ignore_index, weight.shape[0])
     if runs_triton(hidden) and not in_tiles and keeps_registers(architecture(hidden.device)):
         if len(rows):
             x, wanted = hidden.index_select(0, rows), target.index_select(0, rows)
@@ -230,22 +229,21 @@ def forward_stats(
 
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, scaling, ignore_index, workspace_bytes, all_four):
+    def forward(ctx, hidden, weight, bias, target, scaling, rows, workspace_bytes, all_four):
         options = {"all_four": all_four, "in_tiles": True}
-        out = forward_stats(hidden, weight, bias, target, scaling, ignore_index, workspace_bytes, **options)
-        ctx.save_for_backward(hidden, weight, bias, target, out)
-        ctx.options = scaling, ignore_index, workspace_bytes
+        out = forward_stats(hidden, weight, bias, target, scaling, rows, workspace_bytes, **options)
+        ctx.save_for_backward(hidden, weight, bias, target, rows, out)
+        ctx.options = scaling, workspace_bytes
         ctx.set_materialize_grads(False)
         return tuple(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grad_stats):
-        hidden, weight, bias, target, out = ctx.saved_tensors
-        scaling, ignore_index, workspace_bytes = ctx.options
+        hidden, weight, bias, target, rows, out = ctx.saved_tensors
+        scaling, workspace_bytes = ctx.options
         grads = empty_gradients(hidden, weight, bias, tuple(ctx.needs_input_grad[:3]))
         if any(each is not None for each in grad_stats):
-            rows = kept_rows(target, ignore_index, weight.shape[0])
             for index, chunk in chunks(hidden, weight, bias, target, rows, workspace_bytes):
                 stats = TokenStats(*out.index_select(1, index))
                 coefs = Coefficients(
@@ -282,7 +280,8 @@ def linear_logp(
     scaling = Scaling(float(temperature), float(softcap), float(logit_scale))
     check_arguments(hidden, weight, target, bias, scaling)
     hidden, weight, bias = cast_operands(hidden, weight, bias)
-    arguments = hidden, weight, bias, target, scaling, ignore_index, workspace_bytes
+    rows = kept_rows(target, ignore_index, weight.shape[0])
+    arguments = hidden, weight, bias, target, scaling, rows, workspace_bytes
     differentiable = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad for each in (hidden, weight, bias)
     )

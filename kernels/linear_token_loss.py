@@ -148,11 +148,9 @@ def linear_token_loss(
                 hidden, weight, bias, target, loss_fn, scaling, ignore_index, workspace_bytes, all_stats
             )
             return loss, TokenStats(*stats)
-        with torch.no_grad():
-            out = forward_stats(
-                hidden, weight, bias, target, scaling, ignore_index, workspace_bytes, all_four=all_stats
-            )
         rows = kept_rows(target, ignore_index, weight.shape[0])
+        with torch.no_grad():
+            out = forward_stats(hidden, weight, bias, target, scaling, rows, workspace_bytes, all_four=all_stats)
         loss = out.new_zeros(())
         if len(rows):
             loss, _ = loss_and_coefficients(loss_fn, TokenStats(*out[:, rows]), rows, need_grad=False)
