@@ -54,14 +54,14 @@ def evaluate_model(model, tokenizer, examples: list[Example], cfg: EvalConfig, l
                 "and count as wrong")
     started = time.perf_counter()
     with log.progress(len(fits) * cfg.samples, "evaluating") as advance:
-        def on_progress(n):
-            advance(n)
+        def on_done(prompt, sample, completion):
+            advance(1)
             if stop is not None:
                 stop.check()
         groups = generate(model, tokenizer, [prompts[i] for i in fits], samples=cfg.samples, keys=fits,
                           max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
                           min_p=cfg.min_p, top_k=cfg.top_k, eos=eos_ids(tokenizer, model), seed=cfg.seed,
-                          slots=cfg.slots, on_progress=on_progress)
+                          slots=cfg.slots, on_done=on_done)
     seconds = time.perf_counter() - started
     with AnswerChecker() as checker:
         records = [{"number": i} | grade(examples[i], completion, tokenizer, checker, s)

@@ -151,7 +151,7 @@ def sample_groups(cfg: RLAIFConfig, model, tokenizer, drawn, checker, cursor: in
     sampled = generate(model, tokenizer, [prompt for _, prompt in drawn], samples=cfg.group_size, keys=keys,
                        max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p,
                        top_k=cfg.top_k, eos=eos_ids(tokenizer, model), seed=cfg.seed, slots=cfg.slots,
-                       on_progress=lambda _: stop.check())
+                       on_done=lambda *_: stop.check())
     groups = []
     for (example, prompt), completions in zip(drawn, sampled, strict=True):
         texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]

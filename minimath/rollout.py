@@ -22,6 +22,7 @@ class Completion(NamedTuple):
     ids: list[int]  # with the end token, if it was reached
     logp: list[float]  # log-prob of each id under the distribution that it was sampled from
     ended: bool  # False: cut at max_new_tokens
+    full_logp: list[float] | None = None  # after temperature, before top-k, top-p and min-p; None: the same as logp
 
 
 class Sampling(NamedTuple):
@@ -92,23 +93,25 @@ class SlotCache(Cache):
 
 def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int,
              temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0, eos: list[int],
-             seed: int = 0, slots: int = 64, keys: list[int] | None = None, on_progress=None) -> list[list[Completion]]:
+             seed: int = 0, slots: int = 64, keys: list[int] | None = None, done: dict | None = None,
+             on_done=None) -> list[list[Completion]]:
     """Sample `samples` completions of each prompt.
 
     prompts: token ids, one list per prompt, none empty. eos: ids that end a completion. seed, keys: the random stream
     of sample s of prompt p is seeded by (seed, keys[p], s); keys default to the prompt's index. slots: rows decoded
-    side by side (memory), 0 for all. on_progress(n) is called with the number of completions that just ended.
+    side by side (memory), 0 for all. done: {(prompt, sample): Completion} that an earlier call left; they are not
+    sampled again. on_done(prompt, sample, completion) is called as each one ends.
     Returns one list of `samples` completions per prompt. Raises UserError if the model has no standard KV cache.
     """
     if not prompts:
         return []
     how = Sampling(temperature, top_p, min_p, top_k)
-    jobs = [(p, s) for p in range(len(prompts)) for s in range(samples)]
+    done = dict(done or {})
+    jobs = [(p, s) for p in range(len(prompts)) for s in range(samples) if (p, s) not in done]
     slots = min(slots or len(jobs), len(jobs))
     keys = list(range(len(prompts))) if keys is None else keys
     with inference(model), sdpa_on_cpu(model), compute_dtype(model):  # one autocast around all steps: adapter weights are cast once
         state = _Decode(model, tokenizer, prompts, how, slots, max_new_tokens, set(eos))
-        done = {}
         while jobs or state.active:
             free = slots - len(state.active)
             if jobs and (free >= max(1, slots // 8) or not state.active):  # a forward per refilled row costs more
@@ -116,8 +119,9 @@ def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, ma
                 state.start([(p, s, stream_seed(seed, keys[p], s)) for p, s in take])
             ended = state.step()
             done.update(ended)
-            if ended and on_progress is not None:
-                on_progress(len(ended))
+            if on_done is not None:
+                for (p, s), completion in ended.items():
+                    on_done(p, s, completion)
     return [[done[p, s] for s in range(samples)] for p in range(len(prompts))]
 
 

@@ -252,10 +252,24 @@ def test_an_end_token_in_the_last_place_has_ended(llama):
     assert any(c.ids == longest.ids and c.ended for c in sum(again, []))
 
 
-def test_on_progress_counts_every_completion_once(llama):
-    counted = []
-    sampled(llama, slots=5, on_progress=counted.append)
-    assert sum(counted) == 3 * len(LENGTHS) and min(counted) > 0
+def test_on_done_tells_every_completion_once(llama):
+    told = {}
+
+    def on_done(prompt, sample, completion):
+        assert (prompt, sample) not in told
+        told[prompt, sample] = completion
+
+    groups = sampled(llama, slots=5, on_done=on_done)
+    assert told == {(p, s): c for p, group in enumerate(groups) for s, c in enumerate(group)}
+
+
+def test_completions_that_are_there_are_not_sampled_again(llama):
+    groups = sampled(llama)
+    done = {(p, s): c for p, group in enumerate(groups) for s, c in enumerate(group) if (p + s) % 2}
+    told = []
+    again = sampled(llama, done=done, on_done=lambda p, s, c: told.append((p, s)))
+    assert [[c.ids for c in group] for group in again] == [[c.ids for c in group] for group in groups]
+    assert sorted(told) == [(p, s) for p in range(len(LENGTHS)) for s in range(3) if (p + s) % 2 == 0]
 
 
 def test_no_prompts_give_no_completions(llama):
