@@ -245,6 +245,8 @@ class EvalConfig(ModelConfig):
     """sequences decoded side by side; 0: all of them"""
     budgets: str = ""
     """comma list of token budgets at which accuracy is reported too"""
+    resume: bool = False
+    """go on with the unfinished evaluation in the run folder `out`"""
 
 
 STAGES = {"sft": SFTConfig, "rlaif": RLAIFConfig, "eval": EvalConfig}
