@@ -1,51 +1,90 @@
 """Evaluate a model on problems with known answers: python -m minimath.evaluate data=... model=... adapter=...
 
+Completions are kept as they end: after an interrupt, a crash or kill -9 the same command with resume=true goes on.
+
 Greedy (temperature=0) or k samples per problem. Reports accuracy with a 95% interval, pass@k, maj@k, tokens, tokens
 per right answer, accuracy at token budgets, the share of right steps, and the share of completions that ended.
 Step consistency (every `a op b = c`) is a tripwire, not a quality score: most wrong solutions pass it too.
 """
-import collections
+import contextlib
 import json
 import math
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
 from minimath.answer import AnswerChecker, extract_answer
 from minimath.chat import eos_ids, prompt_ids
-from minimath.config import EvalConfig, UserError, comma_list
+from minimath.config import EvalConfig, Stopped, UserError, comma_list
 from minimath.data import Example, describe_report, load_examples
 from minimath.log import RunLog
-from minimath.model import describe, load_model
-from minimath.rollout import generate
-from minimath.runs import open_run
+from minimath.model import base_causal_lm, describe, load_model
+from minimath.partial import PartFile, fingerprint, holds_part, model_hash, open_part, refuse_changes
+from minimath.rollout import Completion, generate
+from minimath.runs import PART, open_run, write_whole
 from minimath.steps import check_steps
 
 COLUMNS = ["model", "accuracy", "95% interval", "mean tokens", "tokens per right", "right steps", "ended"]
 
 
-def evaluate(cfg: EvalConfig) -> dict:
-    """Evaluate cfg.model (with cfg.adapter) on cfg.data; writes eval.json and completions.jsonl; returns the summary."""
-    examples, report = load_examples(cfg.data, split=cfg.split, limit=cfg.limit, strict=cfg.strict, need=("answer",),
-                                     data_format=cfg.data_format)
+def evaluate(cfg: EvalConfig, *, hint: bool = True) -> dict:
+    """Evaluate cfg.model (with cfg.adapter) on cfg.data -> the summary; writes eval.json and completions.jsonl.
+
+    Stopped by a signal, it says what is done and, with `hint`, how to go on (a pipeline says that itself). With
+    cfg.resume, a complete evaluation in cfg.out is returned as it is. Raises Stopped, and UserError also when what
+    decides the completions is not what the evaluation to go on with was begun with.
+    """
+    examples, report = load_examples(cfg.data, split=cfg.split, limit=cfg.limit, strict=cfg.strict,
+                                     need=("answer",), data_format=cfg.data_format)
+    decides = fingerprint(cfg, examples)
+    if cfg.resume and cfg.out and (Path(cfg.out) / "eval.json").exists():
+        return complete(Path(cfg.out), decides)
+    if cfg.resume and cfg.out and holds_part(cfg.out):
+        refuse_changes(Path(cfg.out), decides)  # now, not after a large model has loaded
     with open_run(cfg, "eval") as (log, stop):
         log.say(describe_report(report) or f"{len(examples)} problems")
         model, tokenizer = load_model(cfg, train=False)
         log.say(describe(model, cfg))
-        summary, records = evaluate_model(model, tokenizer, examples, cfg, log, stop)
-        write_results(log.run_dir, summary, records)
-        log.table(f"{cfg.adapter or cfg.model} on {len(examples)} problems", COLUMNS, [row(cfg.adapter or cfg.model, summary)])
+        decides["model files"] = model_hash(model, tokenizer)
+        with open_part(log, decides, len(examples), cfg) as part:
+            try:
+                summary, records = evaluate_model(model, tokenizer, examples, cfg, log, stop, part)
+            except Stopped:
+                go_on = f"; the same command with out={log.run_dir} resume=true goes on" if hint else ""
+                log.say(f"{stop.reason()}: stopped, {len(part.done)} of {part.total} completions are done{go_on}")
+                raise
+            write_results(log.run_dir, summary, records)
+            part.remove()
+        name = cfg.adapter or cfg.model
+        log.table(f"{name} on {len(examples)} problems", COLUMNS, [row(name, summary)])
         for name, value in summary.items():
             if name.startswith(("pass@", "maj@", "accuracy@")):
                 log.say(f"{name}: {value:.3f}")
         return summary
 
 
-def evaluate_model(model, tokenizer, examples: list[Example], cfg: EvalConfig, log: RunLog, stop=None):
-    """Generate and grade. Returns (summary, records): one record per completion. Raises runs.Stopped on a signal."""
-    prompts = [prompt_ids(tokenizer, e.problem, system=cfg.system, prompt_template=cfg.prompt_template) for e in examples]
+def complete(folder: Path, decides: dict) -> dict:
+    """The summary of a complete evaluation; UserError if it was made with other options than `decides`."""
+    refuse_changes(folder, decides)
+    summary = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    (folder / PART).unlink(missing_ok=True)  # killed just before it would have been removed
+    print(f"{folder} holds the complete evaluation, nothing is left to do: accuracy {summary['accuracy']:.3f} "
+          f"on {summary['problems']} problems")
+    return summary
+
+
+def evaluate_model(model, tokenizer, examples: list[Example], cfg: EvalConfig, log: RunLog, stop=None,
+                   part: PartFile | None = None):
+    """Generate and grade. Returns (summary, records): one record per completion. Raises runs.Stopped on a signal.
+
+    part: where completions are kept as they end, and those that an earlier process left; None (an evaluation
+    within a training): nowhere.
+    """
+    prompts = [prompt_ids(tokenizer, e.problem, system=cfg.system, prompt_template=cfg.prompt_template)
+               for e in examples]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= cfg.max_prompt_len]
     if not fits:
         raise UserError(f"no prompt fits max_prompt_len={cfg.max_prompt_len}; raise it")
@@ -53,34 +92,83 @@ def evaluate_model(model, tokenizer, examples: list[Example], cfg: EvalConfig, l
         log.say(f"{len(prompts) - len(fits)} problems are longer than max_prompt_len={cfg.max_prompt_len} "
                 "and count as wrong")
     started = time.perf_counter()
-    with log.progress(len(fits) * cfg.samples, "evaluating") as advance:
-        def on_done(prompt, sample, completion):
-            advance(1)
-            if stop is not None:
-                stop.check()
-        groups = generate(model, tokenizer, [prompts[i] for i in fits], samples=cfg.samples, keys=fits,
-                          max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
-                          min_p=cfg.min_p, top_k=cfg.top_k, eos=eos_ids(tokenizer, model), seed=cfg.seed,
-                          slots=cfg.slots, on_done=on_done)
+    groups, new_tokens = sample_completions(model, tokenizer, prompts, fits, cfg, log, stop, part)
     seconds = time.perf_counter() - started
     with AnswerChecker() as checker:
-        records = [{"number": i} | grade(examples[i], completion, tokenizer, checker, s)
-                   for i, group in zip(fits, groups, strict=True) for s, completion in enumerate(group)]
+        records = []
+        for i, group in zip(fits, groups, strict=True):
+            if stop is not None:
+                stop.check()
+            records += [{"number": i} | grade(examples[i], c, tokenizer, checker, s) for s, c in enumerate(group)]
         skipped = [{"number": i, "id": e.id, "problem": e.problem, "gold": e.answer, "sample": s, "text": "",
                     "answer": None, "right": False, "tokens": 0, "ended": False, "right_steps": 0, "steps": 0}
                    for i, e in enumerate(examples) if len(prompts[i]) > cfg.max_prompt_len for s in range(cfg.samples)]
         summary = summarise(records + skipped, cfg, checker)
-    summary["tokens_per_s"] = sum(r["tokens"] for r in records) / seconds
+    summary["tokens_per_s"] = new_tokens / seconds  # of this process, when an earlier one left completions
     return summary, records + skipped
 
 
-def grade(example: Example, completion, tokenizer, checker: AnswerChecker, sample: int) -> dict:
+def sample_completions(model, tokenizer, prompts: list[list[int]], fits: list[int], cfg: EvalConfig, log: RunLog,
+                       stop, part: PartFile | None) -> tuple[list[list[Completion]], int]:
+    """The completions of prompts[i] for i in fits, and the tokens sampled now: those in `part` are not again."""
+    before = part.done if part else {}
+    done = {(p, s): before[i, s] for p, i in enumerate(fits) for s in range(cfg.samples) if (i, s) in before}
+    if part:
+        part.total = len(fits) * cfg.samples
+    tokens, count, new_tokens = sum(len(c.ids) for c in done.values()), len(done), 0
+    started = time.perf_counter()
+
+    def on_done(prompt, sample, completion):
+        nonlocal tokens, count, new_tokens
+        if part:
+            part.add(fits[prompt], sample, completion)
+        n = len(completion.ids)
+        tokens, new_tokens, count = tokens + n, new_tokens + n, count + 1
+        advance(1, tok_s=new_tokens / (time.perf_counter() - started), mean_tokens=tokens / count)
+
+    what = f"evaluating ({count} done before)" if count else "evaluating"  # not in the bar: they took no time now
+    with log.progress(len(fits) * cfg.samples - count, what) as advance, stop_at_forward(model, stop):
+        groups = generate(model, tokenizer, [prompts[i] for i in fits], samples=cfg.samples, keys=fits,
+                          max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
+                          min_p=cfg.min_p, top_k=cfg.top_k, eos=eos_ids(tokenizer, model), seed=cfg.seed,
+                          slots=cfg.slots, done=done, on_done=on_done)
+    return groups, new_tokens
+
+
+@contextlib.contextmanager
+def stop_at_forward(model, stop):
+    """Inside, a signal raises Stopped at the next forward: it waits for a decode step, not for a completion."""
+    if stop is None:
+        yield
+        return
+    hook = base_causal_lm(model).get_input_embeddings().register_forward_pre_hook(lambda *_: stop.check())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def grade(example: Example, completion: Completion, tokenizer, checker: AnswerChecker, sample: int) -> dict:
     """The record of one completion: text, answer, right or wrong, tokens, steps."""
     text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+    answer = extract_answer(text) if completion.ended else boxed_before_cut(text)
     steps = check_steps(text)
     return {"id": example.id, "problem": example.problem, "gold": example.answer, "sample": sample, "text": text,
-            "answer": extract_answer(text), "right": checker.check(text, example.answer),
-            "tokens": len(completion.ids), "ended": completion.ended, "right_steps": steps.right, "steps": steps.total}
+            "answer": answer, "right": answer is not None and checker.equal(answer, example.answer),
+            "tokens": len(completion.ids), "ended": completion.ended, "right_steps": steps.right,
+            "steps": steps.total}
+
+
+def boxed_before_cut(text: str) -> str | None:
+    """The final answer of a completion that was cut at max_new_tokens: only one in a \\boxed{...} that was closed.
+
+    lighteval and Qwen2.5-Math's grader do not look at why a completion ended: they take the last box, and else any
+    last number. A box is the answer that the prompt asks for, so it counts here too; the last number of a solution
+    that was cut is a place in it, and as an answer it would pay for luck.
+    """
+    # what stands after the last of these may lack its end: \boxed 12 of \boxed 120
+    end = max(text.rfind(mark) for mark in " \n}") + 1
+    return extract_answer(text[:end], strict=True)
 
 
 def summarise(records: list[dict], cfg: EvalConfig, checker: AnswerChecker) -> dict:
@@ -132,9 +220,23 @@ def pass_at(n: int, k: int, right: int) -> float:
 
 
 def majority_right(group: list[dict], checker: AnswerChecker) -> bool:
-    """Whether the most frequent answer is right; the answer seen first wins a tie."""
-    answers = collections.Counter(r["answer"] for r in group if r["answer"] is not None)
-    return bool(answers) and checker.equal(answers.most_common(1)[0][0], group[0]["gold"])
+    """Whether the most frequent answer is right; the answer seen first wins a tie.
+
+    Answers count as one when they are equal as mathematics: 1,200 and 1200, 1/2 and \\frac{1}{2}. The right ones
+    all equal the gold answer, so only wrong ones are compared, and only where the outcome can depend on it.
+    """
+    answered = [r for r in group if r["answer"] is not None]
+    right = sum(r["right"] for r in answered)
+    if right == 0 or 2 * right > len(answered):
+        return right > 0
+    votes: list[list] = []  # [answer, right, count] in the order seen first
+    for r in answered:
+        vote = next((v for v in votes if (r["right"] and v[1]) or (not r["right"] and not v[1] and (
+            r["answer"] == v[0] or checker.equal(r["answer"], v[0])))), None)
+        if vote is None:
+            votes.append(vote := [r["answer"], r["right"], 0])
+        vote[2] += 1
+    return max(votes, key=lambda vote: vote[2])[1]
 
 
 def row(name: str, summary: dict) -> list:
@@ -146,11 +248,11 @@ def row(name: str, summary: dict) -> list:
             f"{100 * summary['right_steps']:.1f}%", f"{100 * summary['ended']:.1f}%"]
 
 
-def write_results(folder, summary: dict, records: list[dict]) -> None:
-    """eval.json (the summary) and completions.jsonl (one line per completion)."""
-    with open(folder / "completions.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    (folder / "eval.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+def write_results(folder: Path, summary: dict, records: list[dict]) -> None:
+    """completions.jsonl (one line per completion), then eval.json (the summary): where it is, both are whole."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_whole(folder / "completions.jsonl", lines)
+    write_whole(folder / "eval.json", json.dumps(summary, indent=1) + "\n")
 
 
 if __name__ == "__main__":

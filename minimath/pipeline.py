@@ -4,6 +4,7 @@
 
 Each stage has its own folder in the run folder. A stage that is complete is not run again with resume=true.
 """
+import contextlib
 import dataclasses
 import gc
 import json
@@ -18,7 +19,7 @@ from minimath.evaluate import COLUMNS, evaluate, row
 from minimath.log import RunLog, fmt_duration
 from minimath.report import plot_tradeoff
 from minimath.rlaif import rlaif
-from minimath.runs import new_run_folder
+from minimath.runs import PART, new_run_folder, write_whole
 from minimath.sft import sft
 
 SUMMARY = "summary.json"  # in a stage's folder: the stage is complete
@@ -27,7 +28,8 @@ SUMMARY = "summary.json"  # in a stage's folder: the stage is complete
 def run(recipe: str | None, overrides: list[str], *, full: bool = False, command: str = "run") -> dict:
     """Run the recipe. full adds RL without SFT and the paper's rules mode. Returns the summary.
 
-    A stage interrupted by a signal ends the run with its checkpoint saved; `resume=true out=...` goes on.
+    A signal ends the run with the stage's checkpoint, or the evaluation's completions, saved; `resume=true out=...`
+    goes on.
     """
     sft_cfg = load_config(SFTConfig, recipe, overrides, allow_other=True)
     rl_cfg = load_config(RLAIFConfig, recipe, overrides, allow_other=True)
@@ -38,7 +40,7 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
     if out.exists() and any(out.glob("*/config.yaml")) and not sft_cfg.resume:
         raise UserError(f"{out} already holds a run; add resume=true to go on with it, or choose another out=")
     started = time.monotonic()
-    with RunLog(out, f"minimath {command}") as log:
+    with RunLog(out, f"minimath {command}") as log, how_to_go_on(log, command):
         for name, cfg in (("sft", sft_cfg), ("rlaif", rl_cfg), ("eval", eval_cfg)):
             save_config(cfg, out / f"{name}.yaml")
         rows = {"base": evaluation(eval_cfg, out / "eval-base", "")}
@@ -55,11 +57,23 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
                                                           train_stage(rlaif, rules, out / "rules"))
         summary = {"rows": rows, "minutes": (time.monotonic() - started) / 60, "model": sft_cfg.model,
                    "problems": next(iter(rows.values()))["problems"]}
-        (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        plot_tradeoff(rows, out / "tradeoff.png", f"{Path(sft_cfg.model).name}, {summary['problems']} held-out problems")
+        write_whole(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        title = f"{Path(sft_cfg.model).name}, {summary['problems']} held-out problems"
+        plot_tradeoff(rows, out / "tradeoff.png", title)
         log.table(f"{summary['problems']} held-out problems", COLUMNS, [row(name, r) for name, r in rows.items()])
         log.say(f"{fmt_duration(60 * summary['minutes'])}; everything is in {out}")
     return summary
+
+
+@contextlib.contextmanager
+def how_to_go_on(log: RunLog, command: str):
+    """When a signal stops a stage, say the words that go on with the whole run: the stage names only its own folder."""
+    try:
+        yield
+    except Stopped:
+        out = f"--out {log.run_dir}" if command == "demo" else f"out={log.run_dir}"
+        log.say(f"the run goes on from there with the same command and {out} resume=true")
+        raise
 
 
 def train_stage(stage, cfg, out: Path) -> str:
@@ -71,15 +85,16 @@ def train_stage(stage, cfg, out: Path) -> str:
     free_memory()
     if result["signal"]:
         raise Stopped(result["signal"])
-    (out / SUMMARY).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole(out / SUMMARY, json.dumps(result, indent=1) + "\n")
     return str(out)
 
 
 def evaluation(cfg: EvalConfig, out: Path, adapter: str) -> dict:
-    """Evaluate base + adapter, or read the result of a complete evaluation."""
+    """Evaluate base + adapter, go on with an unfinished evaluation, or read the result of a complete one."""
     if (out / "eval.json").exists():
         return json.loads((out / "eval.json").read_text(encoding="utf-8"))
-    summary = evaluate(dataclasses.replace(cfg, out=str(out), adapter=adapter))
+    resume = cfg.resume and (out / PART).exists()
+    summary = evaluate(dataclasses.replace(cfg, out=str(out), adapter=adapter, resume=resume), hint=False)
     free_memory()
     return summary
 

@@ -12,6 +12,8 @@ from minimath.checkpoint import list_checkpoints, lock_run
 from minimath.config import Stopped, UserError, save_config
 from minimath.log import RunLog
 
+PART = "completions.part.jsonl"  # in a run folder: completions of an evaluation that is not complete
+
 
 def keep_freed_memory() -> None:
     """On Linux CPUs, keep freed memory in the process and use huge pages; a fifth faster training on 2 cores.
@@ -58,28 +60,61 @@ def open_run(cfg, command: str) -> Iterator[tuple[RunLog, Stop]]:
     Raises UserError when the folder already holds a run that is not being resumed: nothing is ever overwritten.
     """
     keep_freed_memory()
-    if getattr(cfg, "resume", False) and not cfg.out:
+    if cfg.resume and not cfg.out:
         raise UserError("resume=true needs the run folder to go on with: out=runs/...")
     run_dir = new_run_folder(cfg.out, command)
-    used = any((run_dir / name).exists() for name in ("adapter", "eval.json")) or list_checkpoints(run_dir)
-    if used and not getattr(cfg, "resume", False):
-        go_on = "add resume=true to go on with it, or " if hasattr(cfg, "resume") else ""
-        raise UserError(f"{run_dir} already holds a run; {go_on}choose another out=")
+    held = held_run(run_dir)
+    own = ("evaluation" in held) == (command == "eval")
+    if held and not (own and cfg.resume):
+        go_on = "add resume=true to go on with it, or " if own and "complete evaluation" not in held else ""
+        raise UserError(f"{run_dir} already holds {held}; {go_on}choose another out=")
     with lock_run(run_dir), RunLog(run_dir, f"minimath {command}", getattr(cfg, "trackers", "")) as log:
         save_config(cfg, run_dir / "config.yaml")
         stop = Stop(getattr(cfg, "max_minutes", 0.0))
-        with signals(stop, log):
+        kept = "stopping; the completions that have ended are kept" if command == "eval" else \
+            "stopping after this step with a checkpoint"
+        with signals(stop, log, kept):
             yield log, stop
 
 
+def held_run(run_dir: Path) -> str:
+    """What a run folder holds already, in words; "" when it is free."""
+    if (run_dir / "adapter").exists() or list_checkpoints(run_dir):
+        return "a run"
+    if (run_dir / "eval.json").exists():
+        return "a complete evaluation"
+    part = run_dir / PART
+    return "an unfinished evaluation" if part.is_file() and part.stat().st_size else ""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file atomically: a reader, or who comes after a crash, finds the old file or the new one.
+
+    Raises UserError when the disk is full or not writable; the old file is intact then.
+    """
+    temp = path.with_name(f".tmp-{path.name}")
+    try:
+        with open(temp, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space or check the permissions, then "
+                        "go on with resume=true") from None
+
+
 @contextlib.contextmanager
-def signals(stop: Stop, log: RunLog):
-    """SIGINT and SIGTERM ask for a clean stop; a second one ends the process at once."""
+def signals(stop: Stop, log: RunLog, kept: str):
+    """SIGINT and SIGTERM ask for a clean stop, told in the words `kept`; a second one ends the process at once."""
     def handler(number, _frame):
         if stop.signal:
             os._exit(128 + number)
         stop.signal = number
-        log.say(f"{signal.Signals(number).name}: stopping after this step with a checkpoint; once more to stop at once")
+        with contextlib.suppress(RuntimeError):  # it came while a line was being printed
+            log.say(f"{signal.Signals(number).name}: {kept}; once more to stop at once")
 
     before = {}
     with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals

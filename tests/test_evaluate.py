@@ -24,6 +24,7 @@ from minimath.evaluate import (
     wilson,
 )
 from minimath.log import RunLog
+from minimath.rollout import Completion
 from minimath.runs import Stop
 
 
@@ -88,6 +89,26 @@ def test_majority_takes_the_most_frequent_answer(checker):
     assert majority_right(group(None, None, "1"), checker) and not majority_right(group(None, None), checker)
 
 
+@pytest.mark.parametrize("same", [("1,200", "1200"), (r"\frac{1}{2}", "0.5"), ("x+1", "1 + x")])
+def test_equal_answers_vote_together(checker, same):
+    """Wrong ones too: two ways of writing one wrong answer outvote a right one, not each other."""
+    def group(right, *answers):
+        return [record(0, a in right, a) for a in answers]
+
+    assert majority_right(group(same, "7", same[0], "7", same[1], same[0]), checker)
+    wrong = group(["7"], "7", same[0], same[1])
+    assert not majority_right(wrong, checker)
+    assert not majority_right([wrong[1], wrong[2], wrong[0]], checker)
+
+
+def test_a_majority_that_is_decided_compares_nothing():
+    def group(*answers):
+        return [record(0, a == "1", a) for a in answers]
+
+    assert majority_right(group("1", "1", "x+1"), None)
+    assert not majority_right(group("x+1", "1 + x", "y"), None)
+
+
 def test_summary_of_hand_made_records(checker):
     records = [
         record(0, True, tokens=8),
@@ -148,7 +169,7 @@ def test_an_existing_evaluation_is_not_overwritten(options):
     evaluate(make_config(EvalConfig, **options))
     with pytest.raises(UserError, match="already holds") as caught:
         evaluate(make_config(EvalConfig, **options))
-    assert "resume" not in str(caught.value)  # an option that eval does not have
+    assert "resume" not in str(caught.value)  # nothing is left to go on with
 
 
 def test_sampled_evaluation_reports_pass_and_majority(options):
@@ -183,14 +204,13 @@ def test_a_problem_longer_than_max_prompt_len_counts_as_wrong(evaluate_examples)
 
 def test_a_problem_that_occurs_twice_counts_twice(evaluate_examples, monkeypatch):
     """Also when all samples of both are right, which breaks pass@k if they are merged."""
-    monkeypatch.setattr(AnswerChecker, "check", lambda *_: True)
+    monkeypatch.setattr(AnswerChecker, "equal", lambda *_: True)
+    monkeypatch.setattr(module, "boxed_before_cut", lambda _: "2")
     summary, _ = evaluate_examples([Example("1 + 1 = ?", answer="2")] * 2, samples=2, temperature=1.0)
     assert (summary["problems"], summary["accuracy"], summary["pass@2"]) == (2, 1.0, 1.0)
 
 
 def test_grades_follow_the_text(evaluate_examples, monkeypatch, tiny_tokenizer):
-    from minimath.rollout import Completion
-
     texts = ["2 + 2 = 5, so \\boxed{4}", "1 + 1 = 2. 2 + 2 = 4 \\boxed{3}"]
     made = [[Completion(tiny_tokenizer(t, add_special_tokens=False)["input_ids"], [], True)] for t in texts]
     monkeypatch.setattr(module, "generate", lambda *a, **k: made)
@@ -200,6 +220,31 @@ def test_grades_follow_the_text(evaluate_examples, monkeypatch, tiny_tokenizer):
         (False, 2, 2, "3"),
     ]
     assert summary["accuracy"] == 0.5 and summary["right_steps"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("2 + 2 = 4", None),
+        ("The answer is 4", None),
+        ("#### 4", None),
+        (r"so \boxed{4}", "4"),
+        (r"so \boxed{4}. Now I check: 2 + 3 = 5 and", "4"),
+        (r"so \boxed{4", None),
+        (r"so \boxed{4} or rather \boxed{5", "4"),
+        (r"so \boxed 4", None),  # of \boxed 40, for all we know
+        (r"so \boxed 4 and", "4"),
+        ("", None),
+    ],
+)
+def test_a_completion_that_was_cut_counts_only_with_a_closed_box(
+    evaluate_examples, monkeypatch, tiny_tokenizer, text, answer
+):
+    ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(module, "generate", lambda *a, **k: [[Completion(ids, [], False)]])
+    summary, [record] = evaluate_examples([Example("2 + 2?", answer="4")])
+    assert (record["answer"], record["right"]) == (answer, answer == "4")
+    assert summary["accuracy"] == (answer == "4") and not record["ended"]
 
 
 def test_a_signal_stops_the_evaluation_and_keeps_its_number(evaluate_examples):
