@@ -97,6 +97,11 @@ def _last_boxed(text: str) -> str | None:
     return best
 
 
+def box_closed(text: str) -> bool:
+    """Whether a non-empty \\boxed{...} is complete in text."""
+    return bool(_boxes(text))
+
+
 def answer_end(text: str) -> int:
     """Offset just after the place where the final answer is first given, len(text) when it is in no box. What
     follows is not part of the solution: a judge does not get to see it."""

@@ -1,314 +1,351 @@
-"""Sample completions with the weights that train: groups of G per prompt, batched KV-cache decoding.
+"""Sample completions with the weights that train: groups of G per prompt, in slots that are refilled as rows end.
 
-A group's prompt is prefilled once and its keys and values are copied into G slots. Slots decode side by side; when an
-eighth of them is free the next completions move in, and when none is left the batch shrinks, so no step is spent on
-rows that have ended. Every completion has its own random stream, seeded by (seed, prompt, sample): it does not
-depend on the batch it was decoded in (up to rounding). The log-prob of every token is recorded as it was sampled:
-under the temperature and after top-k / top-p / min-p.
+Slots decode side by side, one token per row and step. A prompt is prefilled once for the completions that start with
+it and its keys and values are copied into their slots. Rows that end free their slots; when a sixteenth is free the
+next completions move in, and when none is left the batch shrinks. Prompts likely to take longest go first, so that few
+rows are left at the end. How many slots there are follows from the memory (memory.py); should it run out all the same,
+the slots are halved and everything goes on from the tokens sampled so far.
+
+Every completion has its own random stream, seeded by (seed, prompt, sample), and every token its place in it: a
+completion does not depend on the batch it was decoded in (up to rounding). The log-prob of every token is recorded as
+it was sampled and, where top-k, top-p, min-p or a penalty cut the distribution, also before that.
+
+sampling.py chooses the tokens, slots.py holds keys and values, linears.py makes the adapter's products cheap, and
+graphs.py replays the step on CUDA.
 """
 import contextlib
-import hashlib
+import warnings
 from typing import NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from minimath.config import UserError
-from minimath.model import base_causal_lm, compute_dtype, head, hidden_states, inference
+from minimath.graphs import StepGraphs
+from minimath.linears import copied_bytes, decoding_linears, is_4bit
+from minimath.memory import fitting_slots, free_bytes
+from minimath.model import base_causal_lm, compute_dtype, head, inference
+from minimath.sampling import Sampling, sample_tokens, stream_noise, stream_seed
+from minimath.slots import SlotCache, decode_mask, decoding_attention, standard_cache
+from minimath.stopping import BoxWatch, in_loop
+
+BLOCK = 16  # rows that attention treats alike on a CPU
+SYNC = {"cuda": 4}  # steps between looks at which rows have ended; a look makes the host wait for the device
+WINDOW = 256  # lengths of attention on CUDA are multiples of this
+PREFILL_TOKENS = 4096  # of prompts in one forward
 
 
 class Completion(NamedTuple):
     """One sampled completion."""
     ids: list[int]  # with the end token, if it was reached
     logp: list[float]  # log-prob of each id under the distribution that it was sampled from
-    ended: bool  # False: cut at max_new_tokens
+    ended: bool  # False: cut at max_new_tokens, or by the loop guard
     full_logp: list[float] | None = None  # after temperature, before top-k, top-p and min-p; None: the same as logp
 
 
-class Sampling(NamedTuple):
-    """How a token is chosen. temperature 0 is greedy; its log-probs are those at temperature 1."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
-
-
-class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer: a buffer (S, H, T, Dh) whose rows stand at different positions."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
-        super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
-        self.rows = self.pos = None  # set by SlotCache.at for the coming forward
-        self.length = 0
-
-    def lazy_initialization(self, key_states, value_states):
-        raise RuntimeError("a SlotLayer is allocated by SlotCache")
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Write one token per row at its position; return the filled part. key_states (n, H, 1, Dh)."""
-        n = key_states.shape[0]
-        self.keys[self.rows, :, self.pos] = key_states[:, :, 0]
-        self.values[self.rows, :, self.pos] = value_states[:, :, 0]
-        return self.keys[:n, :, :self.length], self.values[:n, :, :self.length]
-
-    def get_seq_length(self) -> int:
-        return self.length - 1  # without the token that the coming forward adds
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length, 0
-
-    def get_max_length(self) -> int:
-        return self.keys.shape[2]
-
-
-class SlotCache(Cache):
-    """A transformers cache in which each of S rows has its own length."""
-
-    def __init__(self, prefilled: DynamicCache, slots: int, max_len: int):
-        layers = []
-        for layer in prefilled.layers:
-            heads, dim_k, dim_v = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
-            layers.append(SlotLayer(layer.keys.new_zeros(slots, heads, max_len, dim_k),
-                                    layer.values.new_zeros(slots, heads, max_len, dim_v)))
-        super().__init__(layers=layers)
-
-    def fill(self, slots: list[int], prefilled: DynamicCache, row: int, length: int):
-        """Copy a prefilled prompt (its row of a right-padded batch) into several slots."""
-        for mine, theirs in zip(self.layers, prefilled.layers, strict=True):
-            mine.keys[slots, :, :length] = theirs.keys[row, :, :length]
-            mine.values[slots, :, :length] = theirs.values[row, :, :length]
-
-    def move(self, source: int, target: int, length: int):
-        for layer in self.layers:
-            layer.keys[target, :, :length] = layer.keys[source, :, :length]
-            layer.values[target, :, :length] = layer.values[source, :, :length]
-
-    def at(self, pos: torch.Tensor):
-        """Set the position (n,) at which each row's next token is written."""
-        rows, length = torch.arange(len(pos), device=pos.device), int(pos.max()) + 1
-        for layer in self.layers:
-            layer.rows, layer.pos, layer.length = rows, pos, length
-
-
 def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int,
-             temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0, eos: list[int],
-             seed: int = 0, slots: int = 64, keys: list[int] | None = None, done: dict | None = None,
-             on_done=None) -> list[list[Completion]]:
+             temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0,
+             repetition_penalty: float = 1.0, eos: list[int], stop_boxed: bool = False, loop_guard: int = 0,
+             seed: int = 0, slots: int = 0, keys: list[int] | None = None, expected: list[float] | None = None,
+             done: dict | None = None, on_done=None, facts: dict | None = None, say=None) -> list[list[Completion]]:
     """Sample `samples` completions of each prompt.
 
-    prompts: token ids, one list per prompt, none empty. eos: ids that end a completion. seed, keys: the random stream
-    of sample s of prompt p is seeded by (seed, keys[p], s); keys default to the prompt's index. slots: rows decoded
-    side by side (memory), 0 for all. done: {(prompt, sample): Completion} that an earlier call left; they are not
-    sampled again. on_done(prompt, sample, completion) is called as each one ends.
-    Returns one list of `samples` completions per prompt. Raises UserError if the model has no standard KV cache.
+    prompts: token ids, one list per prompt, none empty. eos: ids that end a completion. stop_boxed: a closed
+    \\boxed{...} ends it too. loop_guard: a completion whose last `loop_guard` tokens repeat themselves is cut (0: off).
+    seed, keys: the random stream of sample s of prompt p is seeded by (seed, keys[p], s); keys default to the prompt's
+    index. slots: rows decoded side by side, 0 for as many as memory allows. expected: guess of each prompt's completion
+    length, the longest go first; default: long prompts. done: {(prompt, sample): Completion} that an earlier call left;
+    they are not sampled again. on_done(prompt, sample, completion) is called as each one ends. facts: a dict that gets
+    slots, steps, slot_fill (share of slots in use, over all steps), slot_fill_full (the same while completions waited),
+    halved, graphs. say(text): messages; default: a warning.
+    Returns one list of `samples` completions per prompt. Raises UserError if the model has no standard KV cache, or if
+    memory is too small for one sequence.
     """
-    if not prompts:
-        return []
-    how = Sampling(temperature, top_p, min_p, top_k)
-    done = dict(done or {})
-    jobs = [(p, s) for p in range(len(prompts)) for s in range(samples) if (p, s) not in done]
-    slots = min(slots or len(jobs), len(jobs))
+    done, say = dict(done or {}), say or warnings.warn
     keys = list(range(len(prompts))) if keys is None else keys
-    with inference(model), sdpa_on_cpu(model), compute_dtype(model):  # one autocast around all steps: adapter weights are cast once
-        state = _Decode(model, tokenizer, prompts, how, slots, max_new_tokens, set(eos))
-        while jobs or state.active:
-            free = slots - len(state.active)
-            if jobs and (free >= max(1, slots // 8) or not state.active):  # a forward per refilled row costs more
-                take, jobs = jobs[:free], jobs[free:]
-                state.start([(p, s, stream_seed(seed, keys[p], s)) for p, s in take])
-            ended = state.step()
-            done.update(ended)
-            if on_done is not None:
-                for (p, s), completion in ended.items():
-                    on_done(p, s, completion)
+    expected = [len(p) for p in prompts] if expected is None else expected
+    order = sorted(range(len(prompts)), key=lambda p: -expected[p])
+    queue = [_Row((p, s), stream_seed(seed, keys[p], s), prompts[p])
+             for p in order for s in range(samples) if (p, s) not in done]
+    if not queue:
+        return [[done[p, s] for s in range(samples)] for p in range(len(prompts))]
+    how = Sampling(temperature, top_p, min_p, top_k, repetition_penalty)
+    longest = max(len(row.prompt) for row in queue) + max_new_tokens
+    slots = min(slots, len(queue)) if slots else fitting_slots(model, longest, len(queue))
+    with inference(model), decoding_attention(model) as blocks, fast_linears(model, slots):
+        state = _Decode(model, tokenizer, queue, how, slots, max_new_tokens, eos, blocks=blocks)
+        watch = BoxWatch(tokenizer) if stop_boxed else None
+        while state.queue or state.rows or state.over:
+            try:
+                for row in state.advance(watch, loop_guard):
+                    done[row.job] = row.completion(how)
+                    if on_done is not None:
+                        on_done(*row.job, done[row.job])
+            except torch.OutOfMemoryError:
+                state.halve(say)
+        if facts is not None:
+            facts.update(state.facts())
     return [[done[p, s] for s in range(samples)] for p in range(len(prompts))]
 
 
 @contextlib.contextmanager
-def sdpa_on_cpu(model):
-    """Decode with sdpa where training uses eager attention: eager copies the keys of every group of heads per token."""
+def fast_linears(model, slots: int):
+    """linears.decoding_linears with a copy of the weights where it pays and fits: on a CPU, and for NF4 weights.
+    Autocast around all steps where an adapter runs by itself."""
     base = base_causal_lm(model)
-    config = base.config.get_text_config()
-    swap = (config._attn_implementation == "eager" and base.device.type == "cpu" and base._supports_sdpa
-            and not getattr(config, "attn_logit_softcapping", None))
-    if swap:
-        config._attn_implementation = "sdpa"
-    try:
-        yield
-    finally:
-        if swap:
-            config._attn_implementation = "eager"
-
-
-def stream_seed(*parts: int) -> int:
-    """A 63-bit seed from several integers; unlike hash(), the same in every process."""
-    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    wanted = base.device.type == "cpu" or any(is_4bit(m) for m in base.modules())
+    copy = wanted and 3 * copied_bytes(model, base.dtype) < free_bytes(base.device)
+    with decoding_linears(model, copy=copy, rows=slots) as all_of_them:
+        with contextlib.nullcontext() if all_of_them else compute_dtype(model):
+            yield
 
 
 class _Row:
-    """One running completion."""
+    """One completion, running or waiting."""
 
-    def __init__(self, job: tuple[int, int], length: int, noise: torch.Tensor):
-        self.job, self.length, self.noise = job, length, noise  # noise (max_new_tokens,) uniform in [0, 1)
-        self.ids, self.logp = [], []
+    def __init__(self, job: tuple[int, int], seed: int, prompt: list[int]):
+        self.job, self.seed, self.prompt = job, seed, prompt
+        self.ids, self.logp, self.full_logp = [], [], []  # filled in when it ends, or is put back
+        self.ended, self.length = False, 0  # length: tokens in the cache, as far as the host knows
+
+    def tokens(self) -> list[int]:
+        return self.prompt + self.ids
+
+    def completion(self, how: Sampling) -> Completion:
+        return Completion(self.ids, self.logp, self.ended, None if how.full() else self.full_logp)
 
 
 class _Decode:
-    """The running batch: rows 0..n-1 of the cache are active, each with the hidden state of its last token."""
+    """The running batch. Slot i < len(rows) belongs to rows[i]; its state lives on the device, in tensors (S, ...):
+    token: sampled last, not yet in the cache; pos: its place; count: tokens sampled; alive: goes on."""
 
-    def __init__(self, model, tokenizer, prompts, how, slots, max_new_tokens, eos):
-        self.model, self.prompts, self.how, self.eos = model, prompts, how, eos
-        self.pad, self.max_new, self.slots = tokenizer.pad_token_id, max_new_tokens, slots
-        self.device = base_causal_lm(model).device
-        self.head = head(model)
+    def __init__(self, model, tokenizer, queue: list[_Row], how: Sampling, slots: int, max_new: int, eos, *, blocks):
+        self.model, self.queue, self.how, self.slots, self.max_new = model, queue, how, slots, max_new
+        self.decoder, self.head, self.blocks = base_causal_lm(model).base_model, head(model), blocks
+        self.device, self.pad = base_causal_lm(model).device, tokenizer.pad_token_id
+        self.eos = torch.tensor(sorted(set(eos)), device=self.device, dtype=torch.long)
+        self.sync = SYNC.get(self.device.type, 1)
+        self.longest = max(len(row.prompt) for row in queue) + max_new
+        self.steps = self.used = self.full_steps = self.full_used = self.halved = 0
+        self.over: list[_Row] = []  # ended, not yet handed out
+        self.graphs = StepGraphs(self.device)
+        self.reset()
+
+    def reset(self) -> None:
+        """No rows and an empty cache for self.slots slots."""
+        slots, cuda = self.slots, {"device": self.device}
+        self.rows: list[_Row] = []
         self.cache = None
-        self.active: list[_Row] = []
-        self.hidden = None  # (n, D)
+        self.token, self.pos, self.count = (torch.zeros(slots, dtype=torch.long, **cuda) for _ in range(3))
+        self.alive = torch.zeros(slots, dtype=torch.bool, **cuda)
+        self.noise = torch.zeros(slots, self.max_new, **cuda)
+        self.logp, self.full_logp = torch.zeros(slots, self.max_new, **cuda), torch.zeros(slots, self.max_new, **cuda)
+        self.ids = torch.full((slots, self.longest + 1), self.pad, dtype=torch.long, **cuda)  # prompt and completion
+        self.graphs.forget()
 
-    def start(self, jobs: list[tuple[int, int, int]]):
-        """Prefill the prompts of new jobs (prompt, sample, seed), each once, and put them into free slots."""
-        rows_of: dict[int, list[_Row]] = {}
-        for prompt, sample, seed in jobs:
-            generator = torch.Generator().manual_seed(seed)
-            noise = torch.rand(self.max_new, generator=generator, dtype=torch.float64).to(torch.float32)
-            rows_of.setdefault(prompt, []).append(_Row((prompt, sample), len(self.prompts[prompt]), noise))
-        unique = sorted(rows_of, key=lambda p: len(self.prompts[p]))
-        for first in range(0, len(unique), 32):  # 32 prompts of like length per forward bound the padding
-            self._prefill(unique[first:first + 32], rows_of)
+    def facts(self) -> dict:
+        return {"slots": self.slots, "steps": self.steps, "halved": self.halved, "graphs": self.graphs.used,
+                "slot_fill": self.used / max(1, self.steps * self.slots),
+                "slot_fill_full": self.full_used / max(1, self.full_steps * self.slots)}
 
-    def _prefill(self, batch: list[int], rows_of):
-        lengths = [len(self.prompts[p]) for p in batch]
-        ids = torch.full((len(batch), max(lengths)), self.pad)
-        for i, p in enumerate(batch):
-            ids[i, :lengths[i]] = torch.tensor(self.prompts[p])
-        mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]  # (B, T)
-        prefilled = DynamicCache()  # without a config: full length in every layer, whatever its window
-        hidden = hidden_states(self.model, ids.to(self.device), attention_mask=mask.long().to(self.device),
-                               past_key_values=prefilled)
-        if self.cache is None:
-            if any(getattr(layer, "keys", None) is None for layer in prefilled.layers) or not prefilled.layers:
-                raise UserError(f"{type(base_causal_lm(self.model)).__name__} does not use the standard KV cache, "
-                                "which minimath's rollouts need; use a transformer with softmax attention")
-            longest = max(map(len, self.prompts)) + self.max_new
-            self.cache = SlotCache(prefilled, self.slots, longest)
-        last = hidden[torch.arange(len(batch)), torch.tensor(lengths, device=self.device) - 1]  # (B, D)
-        new = []
-        for i, p in enumerate(batch):
-            free = list(range(len(self.active), len(self.active) + len(rows_of[p])))
-            self.cache.fill(free, prefilled, i, lengths[i])
-            self.active += rows_of[p]
-            new.append(last[i].expand(len(free), -1))
-        self.hidden = torch.cat(([] if self.hidden is None else [self.hidden]) + new)
-
-    def step(self) -> dict[tuple[int, int], Completion]:
-        """Sample one token for every active row, retire rows that ended, run the others one token on."""
-        noise = torch.stack([row.noise[len(row.ids)] for row in self.active]).to(self.device)
-        token, logp = sample_tokens(logits_of(self.hidden, self.head), noise, self.how)
-        ended = {}
-        for row, t, lp in zip(self.active, token.tolist(), logp.tolist(), strict=True):
-            row.ids.append(t)
-            row.logp.append(lp)
-            row.length += 1
-            if t in self.eos or len(row.ids) == self.max_new:
-                ended[row.job] = Completion(row.ids, row.logp, t in self.eos)
-        if ended:
-            token = token[self._retire(ended)]
-        if self.active:
-            self._forward(token)
+    def advance(self, watch, loop_guard: int) -> list[_Row]:
+        """A few steps for all rows, or a refill; returns the rows that ended."""
+        if not self.rows or (self.queue and self.slots - len(self.rows) >= max(1, self.slots // 16)):
+            self.admit()
         else:
-            self.hidden = None
-        return ended
+            for _ in range(self.sync):
+                self.step()
+        self.collect(watch, loop_guard)
+        over, self.over = self.over, []
+        return over
 
-    def _retire(self, ended) -> torch.Tensor:
-        """Fill the places of ended rows with rows from the back; returns the order of the survivors (n,)."""
-        order = list(range(len(self.active)))
-        i = 0
-        while i < len(order):
-            if self.active[order[i]].job not in ended:
-                i += 1
-                continue
-            while len(order) > i and self.active[order[-1]].job in ended:
-                order.pop()
-            if len(order) > i:
-                order[i] = order.pop()
-                row = self.active[order[i]]
-                self.cache.move(order[i], i, row.length - 1)  # the newest token is not in the cache yet
-        self.active = [self.active[j] for j in order]
-        return torch.tensor(order, dtype=torch.long, device=self.device)
+    # ---- the step
 
-    def _forward(self, token: torch.Tensor):
-        pos = torch.tensor([row.length - 1 for row in self.active], device=self.device)
-        self.cache.at(pos)
-        out = hidden_states(self.model, token[:, None], position_ids=pos[:, None], past_key_values=self.cache,
-                            attention_mask=decode_mask(self.model, pos))
-        self.hidden = out[:, 0]
+    def step(self) -> None:
+        """One more token for every row."""
+        n = len(self.rows)
+        for row in self.rows:
+            row.length += 1
+        length, spans = max(row.length for row in self.rows), None
+        if self.device.type == "cuda":  # few lengths, each of which is recorded
+            length = min(-(-length // WINDOW) * WINDOW, self.cache.capacity())
+        else:
+            self.cache.reserve(length)
+        if self.device.type == "cpu" and self.blocks:
+            spans = [(a, min(a + BLOCK, n), max(row.length for row in self.rows[a:a + BLOCK]))
+                     for a in range(0, n, BLOCK)]
+        self.graphs.run(self.run_step, n, length, spans)
+        self.steps += 1
+        self.used += n
+        if self.queue:
+            self.full_steps += 1
+            self.full_used += n
 
+    def run_step(self, n: int, length: int, spans) -> None:
+        """The device's part of a step: forward of the n newest tokens, then the choice of the next ones. No read-back;
+        fixed shapes for fixed (n, length)."""
+        pos = self.pos[:n]
+        self.cache.at(pos, length)
+        kwargs = {"spans": spans} if spans else {}
+        output = self.decoder(input_ids=self.token[:n, None], position_ids=pos[:, None], use_cache=True,
+                              past_key_values=self.cache, attention_mask=decode_mask(self.model, pos, length), **kwargs)
+        self.pos[:n] += self.alive[:n]
+        self.choose(output.last_hidden_state[:, 0], torch.arange(n, device=self.device))
 
-def decode_mask(model, pos: torch.Tensor):
-    """The attention mask for one new token per row at position pos (n,), in the form the model takes.
+    def choose(self, hidden: torch.Tensor, slots: torch.Tensor) -> None:
+        """Sample the next token of the given slots (k,) from the hidden states (k, D) of their last ones."""
+        count, pos, alive = self.count[slots], self.pos[slots], self.alive[slots]
+        place = count.clamp(max=self.max_new - 1)
+        seen = None
+        if self.how.repetition_penalty != 1:
+            ids = self.ids[slots]
+            seen = torch.where(torch.arange(ids.shape[1], device=self.device) < pos[:, None], ids, ids[:, :1])
+        token, logp, full = sample_tokens(logits_of(hidden, self.head), self.noise[slots, place], self.how, seen)
+        token = torch.where(alive, token, self.token[slots])
+        self.token[slots] = token
+        self.ids[slots, pos] = token
+        # a row that is over keeps what it has
+        self.logp[slots, place] = torch.where(alive, logp, self.logp[slots, place])
+        self.full_logp[slots, place] = torch.where(alive, full, self.full_logp[slots, place])
+        self.count[slots] = count + alive
+        self.alive[slots] = alive & ~(token[:, None] == self.eos).any(-1) & (count + 1 < self.max_new)
 
-    Without a sliding window in play, a plain (n, T) mask of filled places. With one, transformers would count the
-    window from the longest row, so the masks are made here: additive (n, 1, 1, T), by layer type where the model
-    has layers of several types. A window w lets a token see itself and the w - 1 before it.
-    """
-    config = base_causal_lm(model).config.get_text_config()
-    age = pos[:, None] - torch.arange(int(pos.max()) + 1, device=pos.device)[None]  # (n, T)
-    window = getattr(config, "sliding_window", None)
-    if not window or getattr(config, "use_sliding_window", True) is False or age.shape[1] <= window:
-        return (age >= 0).long()
-    dtype = base_causal_lm(model).dtype
+    # ---- rows come and go
 
-    def additive(seen):
-        mask = torch.zeros(seen.shape, dtype=dtype, device=pos.device)
-        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None, None]
+    def collect(self, watch, loop_guard: int) -> None:
+        """Take out the rows that are over, close the gaps, sort the others into blocks of like length."""
+        n = len(self.rows)
+        alive = self.alive[:n].tolist()
+        over = [not a for a in alive]
+        if watch is not None or loop_guard and self.steps % 16 < self.sync:
+            for i in range(n):
+                over[i] = over[i] or self.cut_early(i, watch, loop_guard)
+        if not any(over):
+            return
+        eos = set(self.eos.tolist())
+        for i in range(n):
+            if over[i]:
+                self.read(i)
+                self.rows[i].ended = self.rows[i].ended or self.rows[i].ids[-1] in eos
+                self.over.append(self.rows[i])
+        self.arrange([i for i in range(n) if not over[i]])
 
-    sliding = additive((age >= 0) & (age < window))
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        return {"full_attention": additive(age >= 0), "sliding_attention": sliding}
-    return sliding
+    def cut_early(self, i: int, watch, loop_guard: int) -> bool:
+        """Whether a running row has closed its box or goes round in circles; sets what was found on the row."""
+        row, count = self.rows[i], int(self.count[i])
+        if watch is not None and watch.may_close(int(self.token[i])):
+            start = len(row.prompt)
+            row.ended = watch.closed(self.ids[i, start:start + count].tolist())
+        return row.ended or bool(loop_guard) and count >= loop_guard and in_loop(
+            self.ids[i, len(row.prompt) + count - loop_guard:len(row.prompt) + count].tolist())
+
+    def read(self, i: int) -> None:
+        """Copy what slot i has sampled to its row."""
+        row, count = self.rows[i], int(self.count[i])
+        row.ids = self.ids[i, len(row.prompt):len(row.prompt) + count].tolist()
+        row.logp, row.full_logp = self.logp[i, :count].tolist(), self.full_logp[i, :count].tolist()
+
+    def arrange(self, keep: list[int]) -> None:
+        """Make the rows of slots `keep` the rows 0..n-1, in blocks from long to short, moving as few as possible."""
+        ranked = sorted(keep, key=lambda i: -self.rows[i].length)
+        n, targets, free = len(ranked), {}, []
+        for a in range(0, n, BLOCK):  # a row that is in its block already stays where it is
+            block, places = ranked[a:a + BLOCK], range(a, min(a + BLOCK, n))
+            staying = {i for i in block if i in places} if self.blocks else {i for i in block if i < n}
+            targets |= {i: i for i in staying}
+        free = iter(sorted(set(range(n)) - set(targets.values())))
+        moved = [i for i in ranked if i not in targets]
+        targets |= {i: next(free) for i in moved}
+        if moved:
+            places = [targets[i] for i in moved]
+            self.cache.move(moved, places, max(self.rows[i].length for i in moved))
+            for state in (self.token, self.pos, self.count, self.alive, self.noise, self.logp, self.full_logp, self.ids):
+                state[places] = state[moved]
+        at = {j: self.rows[i] for i, j in targets.items()}
+        self.rows = [at[j] for j in range(n)]
+
+    def admit(self) -> None:
+        """Prefill the next rows of the queue, each prompt once, into the free slots, and sample their first tokens."""
+        new = self.queue[:self.slots - len(self.rows)]
+        by_tokens: dict[tuple, list[_Row]] = {}
+        for row in new:
+            by_tokens.setdefault(tuple(row.tokens()), []).append(row)
+        batch: list[tuple] = []
+        for tokens in sorted(by_tokens, key=len):  # prompts of like length in a forward: little padding
+            if batch and (len(batch) + 1) * len(tokens) > PREFILL_TOKENS:
+                self.prefill(batch, by_tokens)
+                batch = []
+            batch.append(tokens)
+        self.prefill(batch, by_tokens)
+
+    def prefill(self, batch: list[tuple], by_tokens: dict[tuple, list[_Row]]) -> None:
+        lengths = torch.tensor([len(tokens) for tokens in batch])
+        ids = torch.full((len(batch), int(lengths.max())), self.pad)
+        for i, tokens in enumerate(batch):
+            ids[i, :len(tokens)] = torch.tensor(tokens)
+        mask = torch.arange(ids.shape[1])[None] < lengths[:, None]  # (B, T)
+        prefilled = DynamicCache()  # without a config: full length in every layer, whatever its window
+        hidden = self.decoder(input_ids=ids.to(self.device), attention_mask=mask.long().to(self.device),
+                              past_key_values=prefilled, use_cache=True).last_hidden_state
+        if self.cache is None:
+            standard_cache(self.model, prefilled)
+            self.cache = SlotCache(prefilled, self.slots)
+        # recorded steps hold the buffers' addresses: on CUDA they are made once, as large as they can become
+        self.cache.reserve(self.longest if self.device.type == "cuda" else int(lengths.max()) + 1)
+        first, source = len(self.rows), []
+        for i, tokens in enumerate(batch):
+            rows = by_tokens[tokens]
+            taken = list(range(len(self.rows), len(self.rows) + len(rows)))
+            self.cache.fill(taken, prefilled, i, len(tokens))
+            for slot, row in zip(taken, rows, strict=True):
+                self.place(slot, row, tokens)
+            self.rows += rows
+            source += [i] * len(rows)
+        started = {id(row) for row in self.rows[first:]}
+        self.queue = [row for row in self.queue if id(row) not in started]
+        last = hidden[torch.arange(len(batch)), lengths.to(self.device) - 1]  # (B, D)
+        self.choose(last[source], torch.arange(first, len(self.rows), device=self.device))
+
+    def place(self, slot: int, row: _Row, tokens: tuple) -> None:
+        """The state of a row that starts, or goes on with the tokens it has, in a slot."""
+        count, row.length = len(row.ids), len(tokens)
+        self.ids[slot, :len(tokens)] = torch.tensor(tokens, device=self.device)
+        self.noise[slot] = stream_noise(row.seed, self.max_new).to(self.device)
+        self.pos[slot], self.count[slot], self.alive[slot] = len(tokens), count, True
+        if count:
+            self.logp[slot, :count] = torch.tensor(row.logp, device=self.device)
+            self.full_logp[slot, :count] = torch.tensor(row.full_logp, device=self.device)
+
+    def halve(self, say) -> None:
+        """After an out-of-memory: put all rows back with the tokens they have, and go on with half the slots."""
+        if self.slots == 1:
+            raise UserError(f"memory is too small for one sequence of {self.longest} tokens; lower max_new_tokens, use "
+                            "quant=nf4, or a smaller model")
+        for i, row in enumerate(self.rows):
+            if row not in self.over:
+                self.read(i)
+        running = [row for row in self.rows if row not in self.over]
+        self.queue = running + [row for row in self.queue if row not in running]
+        say(f"out of memory with {self.slots} sequences side by side: going on with {self.slots // 2}")
+        self.slots //= 2
+        self.halved += 1
+        self.reset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def logits_of(hidden: torch.Tensor, lm_head) -> torch.Tensor:
     """Next-token logits (n, V) in fp32 of hidden (n, D): n is the number of slots, not of tokens."""
-    logits = torch.nn.functional.linear(hidden.to(lm_head.weight.dtype), lm_head.weight, lm_head.bias).float()
+    weight, bias = lm_head.weight, lm_head.bias
+    hidden = hidden.to(weight.dtype)
+    if weight.is_cuda and weight.dtype != torch.float32:  # not rounded to 16 bits, like linear_logp's
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        if bias is not None:
+            logits += bias
+    else:
+        logits = torch.nn.functional.linear(hidden, weight, bias).float()
     if lm_head.logit_scale != 1.0:
         logits *= lm_head.logit_scale
     if lm_head.softcap:
         logits = lm_head.softcap * torch.tanh(logits / lm_head.softcap)
-    return logits
-
-
-def sample_tokens(logits: torch.Tensor, noise: torch.Tensor, how: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose one token per row by inverting the cumulative distribution at noise.
-
-    logits (n, V) fp32 (overwritten), noise (n,) in [0, 1) -> token (n,) int64, logp (n,) fp32: the log-prob under the
-    distribution sampled from, that is after temperature and renormalised after top-k, top-p and min-p.
-    """
-    if how.temperature == 0:
-        token = logits.argmax(-1)
-        return token, logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
-    if how.temperature != 1:
-        logits /= how.temperature
-    logits = truncate(logits, how)
-    probs = torch.softmax(logits, -1)
-    cumulative = probs.cumsum(-1)
-    # scaled by the sum and kept below it: noise rounded to 1 would fall on the last token, whatever its probability
-    noise = noise.clamp(max=1 - 2 ** -24)
-    token = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    token = token.clamp_(max=logits.shape[-1] - 1)
-    return token, torch.log(probs.gather(-1, token[:, None])[:, 0])
-
-
-def truncate(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
-    """Set the logits (n, V) outside top-k, min-p and top-p to -inf, in this order."""
-    if 0 < how.top_k < logits.shape[-1]:
-        logits.masked_fill_(logits < logits.topk(how.top_k, -1).values[:, -1:], -torch.inf)
-    if how.min_p > 0:
-        logits.masked_fill_(logits < logits.amax(-1, keepdim=True) + torch.log(torch.tensor(how.min_p)), -torch.inf)
-    if how.top_p < 1:
-        best, order = torch.softmax(logits, -1).sort(-1, descending=True)
-        drop = best.cumsum(-1) - best >= how.top_p  # mass before a token already suffices; the first always stays
-        logits.masked_fill_(torch.zeros_like(drop).scatter_(-1, order, drop), -torch.inf)
     return logits

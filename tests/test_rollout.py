@@ -13,7 +13,8 @@ from minimath.chat import IGNORE, Encoded
 from minimath.config import AdapterConfig
 from minimath.kernels import linear_logp
 from minimath.model import head, hidden_states
-from minimath.rollout import Sampling, generate, sample_tokens
+from minimath.rollout import generate
+from minimath.sampling import Sampling, sample_tokens
 
 LENGTHS = (5, 41, 23, 12)  # of prompts: unsorted, and of no nice number
 WINDOW = 16
@@ -289,7 +290,7 @@ def test_sampling_frequencies_match_the_softmax(temperature):
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
     n = 40_000
     noise = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    token, logp = sample_tokens(logits.repeat(n, 1), noise, Sampling(temperature))
+    token, logp, _ = sample_tokens(logits.repeat(n, 1), noise, Sampling(temperature))
     wanted = torch.log_softmax(logits / temperature, -1)
     assert (
         chi_square(torch.bincount(token, minlength=5).numpy(), wanted.exp().numpy()) < 18.5
@@ -313,12 +314,12 @@ def test_first_tokens_of_many_samples_follow_the_model(llama):
 def test_noise_at_the_top_never_picks_a_token_without_probability():
     logits = torch.tensor([[1.0, 2.0, -torch.inf, -torch.inf]])
     for noise in (1.0, 1 - 2**-24):  # the first is what rounding makes of a double just below 1
-        token, logp = sample_tokens(logits.clone(), torch.tensor([noise]), Sampling())
+        token, logp, _ = sample_tokens(logits.clone(), torch.tensor([noise]), Sampling())
         assert token.tolist() == [1] and math.isfinite(logp)
 
 
 def test_greedy_records_the_logp_at_temperature_one():
     logits = torch.tensor([[0.0, 3.0, 1.0]])
-    token, logp = sample_tokens(logits.clone(), torch.zeros(1), Sampling(0.0))
+    token, logp, _ = sample_tokens(logits.clone(), torch.zeros(1), Sampling(0.0))
     assert token.tolist() == [1]
     torch.testing.assert_close(logp, torch.log_softmax(logits, -1)[:, 1])

@@ -1,0 +1,112 @@
+"""Choose tokens: temperature, repetition penalty, top-k, min-p, top-p, for all rows at once and without a read-back.
+
+A token is found by inverting the cumulative distribution at a number in [0, 1) that belongs to the completion and the
+place in it alone. What a completion becomes therefore depends on its own logits and its own seed, not on the batch it
+was decoded in, nor on how many tokens were tried at once.
+"""
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+BLOCK = 256  # tokens of the vocabulary that the cumulative distribution is first looked up in
+
+
+class Sampling(NamedTuple):
+    """How a token is chosen. temperature 0 is greedy; its log-probs are those at temperature 1."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0  # logits of tokens that occurred: divided by it above 0, multiplied below
+
+    def full(self) -> bool:
+        """Whether tokens come from the whole softmax, so that there is only one log-prob to speak of."""
+        return self.top_p >= 1 and self.min_p <= 0 and self.top_k <= 0 and self.repetition_penalty == 1
+
+
+def stream_seed(*parts: int) -> int:
+    """A 63-bit seed from several integers; unlike hash(), the same in every process."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def stream_noise(seed: int, count: int) -> torch.Tensor:
+    """(count,) fp32 in [0, 1): the random numbers of one completion's tokens, the same for every count."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, generator=generator, dtype=torch.float64).to(torch.float32)
+
+
+def sample_tokens(logits: torch.Tensor, noise: torch.Tensor, how: Sampling,
+                  seen: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose one token per row.
+
+    logits (n, V) fp32, overwritten; noise (n,) in [0, 1); seen (n, T) int64: the row's tokens so far, for the
+    repetition penalty. Returns token (n,) int64, logp (n,) fp32 under the distribution sampled from (after temperature,
+    penalty, and renormalised after top-k, min-p and top-p, in this order), full_logp (n,) after temperature alone: what
+    linear_logp gives for the token.
+    """
+    if how.temperature > 0 and how.temperature != 1:
+        logits /= how.temperature
+    whole = None if how.full() else logits.clone()
+    if how.repetition_penalty != 1:
+        penalise(logits, seen, how.repetition_penalty)
+    if how.temperature == 0:
+        token = logits.argmax(-1)
+        logp = gather(logits, token) - logits.logsumexp(-1)
+    else:
+        truncate(logits, how)
+        token, logp = invert(logits, noise)
+    full_logp = logp if whole is None else gather(whole, token) - whole.logsumexp(-1)
+    return token, logp, full_logp
+
+
+def invert(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """token, logp (n,) of the softmax of logits (n, V) (overwritten) at cumulative probability noise (n,).
+
+    In two levels, sums of blocks and then one block: a running sum over the whole vocabulary is slower by far.
+    """
+    n, size = logits.shape
+    block = math.gcd(size, BLOCK)
+    if block < 16:  # a vocabulary of no nice size
+        block = BLOCK
+        logits = F.pad(logits, (0, -size % block), value=-torch.inf)
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_().view(n, -1, block)  # (n, V / block, block)
+    sums = weights.sum(-1).cumsum(-1)
+    total = sums[:, -1:]
+    # kept below the sum: noise rounded to 1 would fall on the last token, whatever its probability
+    below = 1 - 2 ** -24
+    level = noise.clamp(max=below)[:, None] * total
+    which = torch.searchsorted(sums, level, right=True).clamp_(max=sums.shape[1] - 1)  # (n, 1)
+    inside = weights.gather(1, which[..., None].expand(-1, 1, block))[:, 0].cumsum(-1)  # (n, block)
+    before = torch.where(which > 0, sums.gather(1, (which - 1).clamp_(min=0)), torch.zeros_like(total))
+    rest = torch.minimum((level - before).clamp_(min=0), inside[:, -1:] * below)
+    place = torch.searchsorted(inside, rest, right=True).clamp_(max=block - 1)
+    token = (which * block + place)[:, 0]
+    return token, torch.log(gather(weights.view(n, -1), token) / total[:, 0])
+
+
+def gather(values: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """values (n, V) at token (n,) -> (n,)."""
+    return values.gather(-1, token[:, None])[:, 0]
+
+
+def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> None:
+    """Repetition penalty (Keskar et al. 2019, arXiv 1909.05858, section 4.1, as transformers applies it), in place:
+    every token of seen (n, T) once, prompt included."""
+    values = logits.gather(-1, seen)
+    logits.scatter_(-1, seen, torch.where(values > 0, values / penalty, values * penalty))
+
+
+def truncate(logits: torch.Tensor, how: Sampling) -> None:
+    """Set the logits (n, V) outside top-k, min-p and top-p to -inf, in this order, in place."""
+    if 0 < how.top_k < logits.shape[-1]:
+        logits.masked_fill_(logits < logits.topk(how.top_k, -1).values[:, -1:], -torch.inf)
+    if how.min_p > 0:
+        logits.masked_fill_(logits < logits.amax(-1, keepdim=True) + math.log(how.min_p), -torch.inf)
+    if how.top_p < 1:
+        best, order = torch.softmax(logits, -1).sort(-1, descending=True)
+        drop = best.cumsum(-1) - best >= how.top_p  # mass before a token already suffices; the first always stays
+        logits.masked_fill_(torch.zeros_like(drop).scatter_(-1, order, drop), -torch.inf)
