@@ -30,7 +30,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from rich.console import Console
@@ -38,9 +37,9 @@ from rich.table import Table
 
 from bench.measure import RESULTS, machine
 from bench.roofline import positive
+from bench.turns import ROOT, start_worker, take_turns
 from minimath.config import UserError
 
-ROOT = Path(__file__).parent.parent
 OURS = "minimath"
 DEFAULTS = {
     "attn": "sdpa",
@@ -48,6 +47,7 @@ DEFAULTS = {
     "packing": False,
     "full_logits": False,
     "keep_freed_memory": False,
+    "split": False,
 }
 TRAINERS = {
     OURS: {"trainer": "minimath", "keep_freed_memory": True},
@@ -57,10 +57,11 @@ TRAINERS = {
     "trl-noautocast": {"trainer": "trl", "autocast": False},  # bf16=False over a bf16 base
     "trl-logits": {"trainer": "trl", "full_logits": True},  # the model's own loss, in place of TRL's chunks
     "trl-malloc": {"trainer": "trl", "keep_freed_memory": True},
+    "trl-split": {"trainer": "trl", "split": True},  # completions of --generate-batch rows at a time
 }
+RLAIF_ONLY = {"trl-split"}
 SFT_ONLY = {"minimath-packed", "trl-logits"}
 WARM_UP = 1  # rounds that are not counted: compilation, first allocation
-PAUSE_S = 0.3  # between steps: OpenMP threads of the process that just ran spin for 0.2 s
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -77,6 +78,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=positive, default=4, help="RLAIF: prompts per step")
     parser.add_argument("--group-size", type=positive, default=8, help="RLAIF: completions per prompt")
     parser.add_argument("--max-new-tokens", type=positive, default=96, help="RLAIF: longest completion")
+    parser.add_argument("--generate-batch", type=positive, default=64, help="RLAIF: rows per call, trl-split")
     parser.add_argument("--micro-tokens", type=positive, default=2048, help="tokens per forward pass")
     parser.add_argument("--only", choices=("sft", "rlaif"), help="one stage; default: both")
     parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=[OURS, "trl", "trl-logits"])
@@ -92,21 +94,29 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def require_peer(names: list[str]) -> None:
     """Raises UserError with the install line when a trainer of `names` needs TRL and it is missing."""
-    if any(TRAINERS[name]["trainer"] == "trl" for name in names) and importlib.util.find_spec("trl") is None:
-        raise UserError("bench.train compares with TRL, which is not installed: pip install -e '.[bench]'")
+    if any(TRAINERS[name]["trainer"] == "trl" for name in names):
+        require_trl("bench.train")
+
+
+def require_trl(command: str) -> None:
+    """Raises UserError with the install line when TRL, with which `command` compares, is missing."""
+    if importlib.util.find_spec("trl") is None:
+        raise UserError(f"{command} compares with TRL, which is not installed: pip install -e '.[bench]'")
 
 
 # ---- the trainers' processes
 
 
-def start_worker(name: str, stage: str, options: argparse.Namespace, model: str, log) -> subprocess.Popen:
-    """Start bench.train_worker for one trainer; log: the open file that takes its stderr."""
-    spec = {
+def spec_of(name: str, stage: str, options: argparse.Namespace, model: str, rounds: int) -> dict:
+    """What bench.train_worker is told for one trainer; rounds: with the warm-up."""
+    return {
         **DEFAULTS,
         **TRAINERS[name],
         "stage": stage,
         "model": model,
-        "total_steps": WARM_UP + options.steps,
+        "total_steps": rounds,
+        "slots": getattr(options, "step_slots", None),
+        "rows_per_generation": options.generate_batch if TRAINERS[name].get("split") else None,
         **{
             key: getattr(options, key)
             for key in (
@@ -120,64 +130,20 @@ def start_worker(name: str, stage: str, options: argparse.Namespace, model: str,
             )
         },
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", "bench.train_worker", json.dumps(spec)],
-        cwd=ROOT,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-    )
 
 
-def answer(worker: subprocess.Popen, name: str, log) -> dict:
-    """The worker's next line; UserError with the end of its log when it died."""
-    line = worker.stdout.readline()
-    if line:
-        return json.loads(line)
-    worker.wait()
-    log.seek(0)
-    said = [text for text in log.read().splitlines() if text.strip()]
-    hint = " (out of memory? use fewer --trainers or --micro-tokens)" if worker.returncode == -9 else ""
-    raise UserError(f"{name} ended with status {worker.returncode}{hint}: " + " | ".join(said[-3:]))
-
-
-def one_step(worker: subprocess.Popen, name: str, log) -> dict:
-    worker.stdin.write("step\n")
-    worker.stdin.flush()
-    return answer(worker, name, log)
-
-
-def measure(stage: str, options: argparse.Namespace, model: str) -> dict[str, list[dict]]:
+def measure(
+    stage: str, options: argparse.Namespace, model: str, warm_up: int = WARM_UP, failed: dict | None = None
+) -> dict[str, list[dict]]:
     """Name -> the facts of each measured step, of all trainers, taken in turns."""
-    names = [name for name in options.trainers if stage == "sft" or name not in SFT_ONLY]
-    steps, workers = {name: [] for name in names}, {}
-    logs = {name: tempfile.TemporaryFile("w+", errors="replace") for name in names}
-    try:
-        for name in names:  # one after the other, so that loading does not disturb loading
-            workers[name] = start_worker(name, stage, options, model, logs[name])
-            answer(workers[name], name, logs[name])
-        for turn in range(WARM_UP + options.steps):
-            facts = {}
-            for name in names if turn % 2 == 0 else reversed(names):
-                time.sleep(PAUSE_S)
-                facts[name] = one_step(workers[name], name, logs[name])
-                if turn >= WARM_UP:
-                    steps[name].append(facts[name])
-            what = "warm-up" if turn < WARM_UP else f"round {turn + 1 - WARM_UP} of {options.steps}"
-            times = ", ".join(f"{name} {facts[name]['seconds']:.2f} s" for name in names)
-            print(f"{stage} {what}: {times}", flush=True)
-    finally:
-        for worker in workers.values():
-            worker.stdin.close()
-            try:
-                worker.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.wait()
-        for log in logs.values():
-            log.close()
-    return steps
+    absent = RLAIF_ONLY if stage == "sft" else SFT_ONLY
+    names = [name for name in options.trainers if name not in absent]
+
+    def start(name: str, log) -> subprocess.Popen:
+        spec = spec_of(name, stage, options, model, warm_up + options.steps)
+        return start_worker("bench.train_worker", spec, log)
+
+    return take_turns(names, start, options.steps, stage, warm_up, failed)
 
 
 # ---- figures
@@ -198,8 +164,8 @@ def compare(ours: list[dict], other: list[dict]) -> dict:
     }
 
 
-def summarise(steps: dict[str, list[dict]]) -> list[dict]:
-    """One row per trainer: medians, and for all but minimath the ratios to it."""
+def summarise(steps: dict[str, list[dict]], ours: str = OURS) -> list[dict]:
+    """One row per trainer: medians, and for all but `ours` the ratios to it."""
     rows = []
     for name, taken in steps.items():
         row = {
@@ -212,8 +178,8 @@ def summarise(steps: dict[str, list[dict]]) -> list[dict]:
         for phase in ("rollout_seconds", "update_seconds"):
             if phase in taken[0]:
                 row[phase] = statistics.median(s[phase] for s in taken)
-        if name != OURS:
-            row["minimath against it"] = compare(steps[OURS], taken)
+        if name != ours:
+            row["minimath against it"] = compare(steps[ours], taken)
         rows.append(row)
     return rows
 
@@ -310,26 +276,31 @@ def main(words: list[str] | None = None) -> int:
     options = parse(words)
     try:
         require_peer(options.trainers)
-        if options.device == "cuda":
-            from minimath.model import pick_device
-
-            pick_device("cuda")
-        if options.tiny:
-            sys.path.insert(0, str(ROOT / "tests"))
-            from tiny import write_tiny
-
-            with tempfile.TemporaryDirectory() as folder:
-                run(options, str(write_tiny(folder)))
-            return 0
-        if not options.model:
-            from minimath.demo import demo_model
-
-            options.model = str(demo_model())
-        run(options, options.model)
+        run_on_model(options, run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def run_on_model(options: argparse.Namespace, run) -> None:
+    """run(options, model folder) with --tiny's model, --model, or the demo's, after a look at the device."""
+    if options.device == "cuda":
+        from minimath.model import pick_device
+
+        pick_device("cuda")
+    if options.tiny:
+        sys.path.insert(0, str(ROOT / "tests"))
+        from tiny import write_tiny
+
+        with tempfile.TemporaryDirectory() as folder:
+            run(options, str(write_tiny(folder)))
+        return
+    if not options.model:
+        from minimath.demo import demo_model
+
+        options.model = str(demo_model())
+    run(options, options.model)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -74,6 +75,8 @@ def config_of(spec: dict):
               "warmup": 0.0, "save_every": 0}
     if spec["stage"] == "sft":
         return SFTConfig(**common, batch_size=spec["batch_size"], packing=spec["packing"])
+    if spec.get("slots"):
+        common["slots"] = spec["slots"]
     # every group counts and none is drawn anew, so that both trainers update on every completion
     return RLAIFConfig(**common, prompts_per_step=spec["prompts"], group_size=spec["group_size"],
                        max_new_tokens=spec["max_new_tokens"], max_refill=0, overlong="none", sample_every=0)
@@ -172,7 +175,8 @@ def rows_per_forward(rows: int, longest: int, micro_tokens: int) -> int:
 
 def trl_arguments(spec: dict, cfg, rows: int, longest: int) -> dict:
     """TrainingArguments that equal minimath's options, and what spares TRL work that minimath doesn't do."""
-    at_once = rows_per_forward(rows, longest, spec["micro_tokens"])
+    at_once = rows_per_forward(math.gcd(rows, spec.get("rows_per_generation") or rows), longest,
+                               spec["micro_tokens"])
     return {
         "use_cpu": spec["device"] == "cpu", "bf16": spec["autocast"] and cfg.dtype == "bf16", "fp16": False,
         "gradient_checkpointing": False, "per_device_train_batch_size": at_once,
@@ -185,9 +189,9 @@ def trl_arguments(spec: dict, cfg, rows: int, longest: int) -> dict:
 
 def run_trl(spec: dict, turns: Turns) -> None:
     import torch
-    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, TrainerCallback
 
+    from minimath.chat import eos_ids
     from minimath.model import DTYPES, load_tokenizer
     cfg = config_of(spec)
     torch.manual_seed(cfg.seed)
@@ -196,8 +200,8 @@ def run_trl(spec: dict, turns: Turns) -> None:
                                                  attn_implementation=cfg.attn)
     model.to(cfg.device)
     touch(model)
-    lora = LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
-                      target_modules=cfg.lora_targets, task_type="CAUSAL_LM")
+    model.generation_config.eos_token_id = eos_ids(tokenizer, model)  # what ends minimath's rows
+    lora = lora_of(cfg)
     facts = {}
 
     class Pauses(TrainerCallback):
@@ -205,17 +209,24 @@ def run_trl(spec: dict, turns: Turns) -> None:
             turns.pause({})
 
         def on_step_end(self, args, state, control, **kwargs):
-            now, done = time.perf_counter(), facts.get("rollout_done")
-            if done is not None:
-                facts.update(rollout_seconds=done - turns.started, update_seconds=now - done)
             if "batches" in facts:
-                facts["tokens"] = facts["batches"][state.global_step - 1]
-            turns.pause({k: v for k, v in facts.items() if k not in ("rollout_done", "batches")})
+                turns.pause({"tokens": facts["batches"][state.global_step - 1]})
+                return
+            rest = time.perf_counter() - turns.started - facts["rollout_seconds"]
+            turns.pause({**facts, "update_seconds": rest})
+            facts.clear()
 
     make = trl_sft if spec["stage"] == "sft" else trl_grpo
     with tempfile.TemporaryDirectory() as folder:
         make(spec, cfg, folder, facts, model=model, processing_class=tokenizer, peft_config=lora,
              callbacks=[Pauses()]).train()
+
+
+def lora_of(cfg):
+    """The adapter that minimath gives the model, as peft's config."""
+    from peft import LoraConfig
+    return LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
+                      target_modules=cfg.lora_targets, task_type="CAUSAL_LM")
 
 
 def trl_sft(spec, cfg, folder, facts: dict, **trainer):
@@ -261,19 +272,28 @@ def trl_grpo(spec, cfg, folder, facts: dict, **trainer):
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids]
         right = checker.check_many(list(zip(texts, answer, strict=True)))
         rewards = completion_rewards(right, completion_ids)
-        facts.update(tokens=sum(map(len, completion_ids)), completions=len(texts),
-                     rollout_done=time.perf_counter())
+        facts["tokens"] = facts.get("tokens", 0) + sum(map(len, completion_ids))
+        facts["completions"] = facts.get("completions", 0) + len(texts)
         return rewards
 
     args = GRPOConfig(
         **trl_arguments(spec, cfg, cfg.prompts_per_step * cfg.group_size, longest + cfg.max_new_tokens),
         output_dir=folder, num_generations=cfg.group_size, max_completion_length=cfg.max_new_tokens,
         temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, beta=cfg.beta, loss_type="dapo",
-        epsilon=cfg.clip_low, epsilon_high=cfg.clip_high, scale_rewards="group", shuffle_dataset=False)
+        epsilon=cfg.clip_low, epsilon_high=cfg.clip_high, scale_rewards="group", shuffle_dataset=False,
+        generation_batch_size=spec.get("rows_per_generation") or None)
     asked = [[{"role": "user", "content": user_text(e.problem, cfg.prompt_template)}] for e in examples]
     data = Dataset.from_list([{"prompt": prompt, "answer": e.answer}
                               for prompt, e in zip(asked, examples, strict=True)])
-    return GRPOTrainer(args=args, train_dataset=data, reward_funcs=reward, **trainer)
+
+    class TimesRollouts(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            started = time.perf_counter()
+            scored = super()._generate_and_score_completions(inputs)
+            facts["rollout_seconds"] = facts.get("rollout_seconds", 0.0) + time.perf_counter() - started
+            return scored
+
+    return TimesRollouts(args=args, train_dataset=data, reward_funcs=reward, **trainer)
 
 
 def main() -> int:

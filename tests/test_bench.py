@@ -13,7 +13,7 @@ from rich.console import Console
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import train, train_worker  # noqa: E402
+from bench import train, train_worker, turns  # noqa: E402
 from minimath.config import UserError  # noqa: E402
 
 
@@ -102,7 +102,7 @@ def test_a_trainer_that_dies_is_named_with_its_last_words(tmp_path):
         code = "import sys; sys.exit('no such thing')"
         worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=log, text=True)
         with pytest.raises(UserError, match="trl ended with status 1: no such thing"):
-            train.answer(worker, "trl", log)
+            turns.answer(worker, "trl", log)
 
 
 @pytest.mark.parametrize(
