@@ -125,6 +125,8 @@ def sample_completions(model, tokenizer, prompts: list[list[int]], fits: list[in
         n = len(completion.ids)
         tokens, new_tokens, count = tokens + n, new_tokens + n, count + 1
         advance(1, tok_s=new_tokens / (time.perf_counter() - started), mean_tokens=tokens / count)
+        if stop is not None:
+            stop.check()
 
     what = f"evaluating ({count} done before)" if count else "evaluating"  # not in the bar: they took no time now
     with log.progress(len(fits) * cfg.samples - count, what) as advance, stop_at_forward(model, stop):
@@ -137,7 +139,8 @@ def sample_completions(model, tokenizer, prompts: list[list[int]], fits: list[in
 
 @contextlib.contextmanager
 def stop_at_forward(model, stop):
-    """Inside, a signal raises Stopped at the next forward: it waits for a decode step, not for a completion."""
+    """Inside, a signal raises Stopped at the next forward: it waits for a decode step, not for a completion.
+    Only a decode step that is replayed as a CUDA graph passes this by, to the next completion or prompt."""
     if stop is None:
         yield
         return

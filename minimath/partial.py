@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minimath.chat import eos_ids
 from minimath.checkpoint import ADAPTER_FILES, find_adapter, read_json, sha256
-from minimath.config import EvalConfig, UserError
+from minimath.config import EvalConfig, UserError, config_dict
 from minimath.data import Example
 from minimath.log import RunLog
 from minimath.model import pick_device, pick_dtype
@@ -21,10 +21,11 @@ from minimath.rollout import Completion
 from minimath.runs import PART, write_whole
 
 FINGERPRINT = "fingerprint.json"
-# Not among them: device and slots, which change rounding only and may have to change before a resume works
-# (another card, less memory), and budgets, which are looked at afterwards.
-DECISIVE = ("quant", "double_quant", "attn", "liger", "seed", "prompt_template", "system", "samples",
-            "temperature", "top_p", "min_p", "top_k", "max_new_tokens", "max_prompt_len")
+# Every other option decides the completions. Of these, model, adapter, dtype and data are told apart by what they
+# lead to; device and slots change rounding only, and may have to change before a resume works (another card, less
+# memory); budgets are looked at afterwards.
+NOT_DECISIVE = {"model", "adapter", "dtype", "data", "split", "limit", "data_format", "strict", "device", "slots",
+                "budgets", "trust_remote_code", "out", "resume"}
 
 
 class PartFile:
@@ -119,8 +120,9 @@ def fingerprint(cfg: EvalConfig, examples: list[Example]) -> dict:
         folder = find_adapter(cfg.adapter)
         adapter = " ".join(sha256(folder / name)[:16] for name in ADAPTER_FILES)
     dtype, _ = pick_dtype(cfg.dtype, pick_device(cfg.device))
+    options = {name: value for name, value in config_dict(cfg).items() if name not in NOT_DECISIVE}
     return {"model": Path(cfg.model).name, "adapter": adapter, "dtype": str(dtype).removeprefix("torch."),
-            "data": f"{len(examples)} problems {problems[:16]}", **{name: getattr(cfg, name) for name in DECISIVE}}
+            "data": f"{len(examples)} problems {problems[:16]}", **options}
 
 
 def model_hash(model, tokenizer) -> str:

@@ -1,5 +1,6 @@
 """An evaluation that was interrupted, killed or cut short goes on, and equals an unbroken one."""
 
+import dataclasses
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from minimath.data import Example
 from minimath.evaluate import evaluate, evaluate_model
 from minimath.log import RunLog
 from minimath.model import load_model
-from minimath.partial import FINGERPRINT, PartFile, read_part
+from minimath.partial import FINGERPRINT, NOT_DECISIVE, PartFile, fingerprint, read_part
 from minimath.pipeline import evaluation, how_to_go_on
 from minimath.rollout import Completion
 from minimath.runs import PART, Stop
@@ -155,6 +156,7 @@ def test_an_evaluation_within_a_training_keeps_no_part_file(tiny_dir, tmp_path):
         b'{"number": 0, "sample": 0, "ids": [], "ended": true}\n',
         b"3\n",
     ],
+    ids=["torn", "zeros", "number", "sample", "empty", "no record"],
 )
 def test_a_torn_or_damaged_line_is_dropped_and_told(run, interrupt, tmp_path, capsys, damage):
     left_at("run", 5, run, interrupt)
@@ -262,6 +264,13 @@ def test_another_adapter_or_model_under_the_same_path_is_refused(run, interrupt,
     tiny_model(tmp_path / "model", seed=1)
     with pytest.raises(UserError, match=": model files was"):
         run("run", **where, resume=True)
+
+
+def test_an_option_decides_unless_it_is_known_not_to(tiny_dir):
+    names = {field.name for field in dataclasses.fields(EvalConfig)}
+    assert NOT_DECISIVE < names
+    told = fingerprint(make_config(EvalConfig, tiny_dir), [Example("1 + 1 = ?", answer="2")])
+    assert set(told) == names - NOT_DECISIVE | {"model", "adapter", "dtype", "data"}
 
 
 def test_slots_and_budgets_may_change(run, interrupt):
