@@ -1,4 +1,4 @@
-"""CUDA graphs of the decode step: one launch for its thousand kernels. Elsewhere, and where capture fails, plain calls."""
+"""CUDA graphs of the decode step: one launch for a thousand kernels. Elsewhere, or where capture fails, plain calls."""
 import warnings
 
 import torch

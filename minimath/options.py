@@ -153,8 +153,16 @@ class RLAIFConfig(AdapterConfig):
     """drop tokens below this share of the likeliest one; 0: off"""
     top_k: int = 0
     """only the k likeliest tokens; 0: off"""
+    repetition_penalty: float = 1.0
+    """logits of tokens that occurred are divided by this (multiplied below 0); 1: off"""
+    stop_boxed: bool = False
+    """a closed \\boxed{...} ends a completion, as the end token does"""
+    loop_guard: int = 0
+    """cut a completion whose last N tokens repeat a piece four times or more; 0: off"""
     slots: int = 0
-    """sequences decoded side by side; 0: all of them"""
+    """sequences decoded side by side; 0: as many as memory allows"""
+    rollout: str = "auto"
+    """what samples: auto (minimath's engine, transformers' generate for models it can't serve), transformers or vllm"""
     reward: str = "judge"
     """judge (right/wrong gate, judge wins, brevity) or rules (the paper's: format, cosine over length)"""
     judge: str = "self"
@@ -241,8 +249,16 @@ class EvalConfig(ModelConfig):
     """longest completion in tokens"""
     max_prompt_len: int = 1024
     """longest prompt in tokens, longer problems count as wrong"""
-    slots: int = 64
-    """sequences decoded side by side; 0: all of them"""
+    repetition_penalty: float = 1.0
+    """logits of tokens that occurred are divided by this (multiplied below 0); 1: off"""
+    stop_boxed: bool = False
+    """a closed \\boxed{...} ends a completion, as the end token does"""
+    loop_guard: int = 0
+    """cut a completion whose last N tokens repeat a piece four times or more; 0: off"""
+    slots: int = 0
+    """sequences decoded side by side; 0: as many as memory allows"""
+    rollout: str = "auto"
+    """what samples: auto (minimath's engine, transformers' generate for models it can't serve) or transformers"""
     budgets: str = ""
     """comma list of token budgets at which accuracy is reported too"""
     resume: bool = False
@@ -257,6 +273,7 @@ CHOICES = {
     "attn": ("sdpa", "eager", "flash_attention_2"),
     "optimizer": ("adamw", "adamw8bit", "paged_adamw8bit", "paged_adamw32bit"),
     "lr_schedule": ("cosine", "linear", "constant"),
+    "rollout": ("auto", "transformers", "vllm"),
     "reward": ("judge", "rules"),
     "judge": ("self", "openai", "rules"),
     "loss_type": ("dapo", "grpo", "dr_grpo", "cispo", "gspo"),
@@ -267,6 +284,6 @@ CHOICES = {
 POSITIVE = {"lora_r", "lora_alpha", "lr", "micro_tokens", "keep", "log_every", "epochs", "batch_size",
             "max_len", "eval_limit", "eval_max_new_tokens", "prompts_per_step", "group_size",
             "max_prompt_len", "max_new_tokens", "judge_timeout_s", "judge_concurrency", "judge_max_chars",
-            "updates_per_rollout", "minibatches", "samples", "top_p", "clip_high"}
+            "updates_per_rollout", "minibatches", "samples", "top_p", "clip_high", "repetition_penalty"}
 AT_MOST_ONE = {"min_lr_ratio", "top_p", "min_p", "overlong_buffer", "lam_judge", "lam_length", "clip_low"}
 BELOW_ONE = {"lora_dropout", "beta1", "beta2", "label_smoothing"}

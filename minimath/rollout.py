@@ -259,7 +259,8 @@ class _Decode:
         if moved:
             places = [targets[i] for i in moved]
             self.cache.move(moved, places, max(self.rows[i].length for i in moved))
-            for state in (self.token, self.pos, self.count, self.alive, self.noise, self.logp, self.full_logp, self.ids):
+            for state in (self.token, self.pos, self.count, self.alive, self.noise, self.logp, self.full_logp,
+                          self.ids):
                 state[places] = state[moved]
         at = {j: self.rows[i] for i, j in targets.items()}
         self.rows = [at[j] for j in range(n)]

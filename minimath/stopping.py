@@ -7,7 +7,7 @@ _CLOSING: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # tokenizer
 
 
 class BoxWatch:
-    """Tells when a completion has closed a non-empty \\boxed{...}. Text is made only when a token can have closed one."""
+    """Tells when a completion has closed a \\boxed{...}. Text is made only when a token can have closed one."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

@@ -116,7 +116,9 @@ def test_decoding_agrees_with_eager_training(family_dir, family):
     torch.testing.assert_close(torch.tensor(completion.logp).double(), picked, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "granite", "cohere"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "mistral-window", "gemma2", "gemma3_text", "phi3", "granite", "cohere"]
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_recorded_logp_equals_linear_logp_of_the_training_forward(family_dir, family, temperature):
     model, tokenizer = load_family(family_dir(family), family, cls=AdapterConfig, train=True)

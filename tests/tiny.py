@@ -31,6 +31,9 @@ FAMILIES = {  # what each adds to a plain Llama: the head, bias and attention va
     "mistral": {"sliding_window": None},
     "gemma2": {"head_dim": 8, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
                "sliding_window": 64, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8, "layer_types":
+                    ["sliding_attention", "full_attention"]},  # a window and another rope base by layer
+    "phi3": {"rope_scaling": None, "original_max_position_embeddings": 4096},  # q, k, v in one layer, as gate and up
     "granite": {"logits_scaling": 4.0},
     "cohere": {"logit_scale": 0.25},
 }
