@@ -64,7 +64,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=positive, default=8, help="completions per prompt")
     parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest completion")
     parser.add_argument("--rounds", type=positive, default=2, help="measured rounds")
-    parser.add_argument("--slots", type=positive, nargs="+", default=[64], help="a minimath engine each")
+    parser.add_argument(
+        "--slots",
+        type=slot_count,
+        nargs="+",
+        default=[64],
+        help="a minimath engine each; 0: as many as memory allows, its default",
+    )
     parser.add_argument("--generate-batch", type=positive, default=64, help="rows per call of generate")
     parser.add_argument("--micro-tokens", type=positive, default=2048, help="whole step: tokens per forward")
     parser.add_argument(
@@ -88,16 +94,21 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def slot_count(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
 def engines_of(options: argparse.Namespace) -> dict[str, dict]:
     """Name -> what tells it apart; minimath first, at one or several numbers of slots."""
     ours = {"engine": OURS, "keep_freed_memory": True}
-    found = {f"{OURS}-{slots}": {**ours, "slots": slots} for slots in dict.fromkeys(options.slots)}
+    found = {f"{OURS}-{slots or 'auto'}": {**ours, "slots": slots} for slots in dict.fromkeys(options.slots)}
     return found | {name: PEERS[name] for name in dict.fromkeys(options.engines) if name != OURS}
 
 
 def spec_of(engine: dict, options: argparse.Namespace, model: str) -> dict:
-    """What bench.rollout_worker is told; its train_worker half sees an RL step of the same shape."""
-    spec = {**DEFAULTS, "slots": options.slots[0], **engine}
+    """What bench.rollout_worker is told; what it takes from train_worker sees an RL step of this shape."""
+    requests = next((slots for slots in options.slots if slots), 64)  # at a time, of continuous batching
+    spec = {**DEFAULTS, "slots": requests, **engine}
     return {
         **spec,
         "trainer": "trl" if engine["engine"] == "trl" else "minimath",

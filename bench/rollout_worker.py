@@ -3,9 +3,9 @@
     python -m bench.rollout_worker '{"engine": "generate", ...}'    # bench.rollout starts it so
 
 Each engine loads the same model with a new LoRA adapter (minimath's options) and samples the completions of
-the round's prompts when the parent says so (train_worker.Turns). A first, short rollout warms up. TRL's engine
-is the `_generate` of a GRPOTrainer in the middle of its train(), with whatever accelerate and TRL put around
-the model there; no update follows. The spec: bench.rollout.
+the round's prompts when the parent says so (train_worker.Turns), after a first, short rollout that warms up.
+TRL's engine is the `_generate` of a GRPOTrainer in the middle of its train(), with what accelerate and TRL
+put around the model there; no update follows. The spec: bench.rollout.
 """
 import inspect
 import json

@@ -54,7 +54,7 @@ def test_arguments_default_to_the_published_shape():
         ["--engines", "minimath", "vllm"],
         ["--engines", "minimath"],
         ["--engines", "generate", "trl"],
-        ["--slots", "0"],
+        ["--slots", "-1"],
         ["--rounds", "none"],
         ["--samples", "1"],
     ],
@@ -71,6 +71,13 @@ def test_each_number_of_slots_is_an_engine_and_minimath_comes_first():
     assert list(engines) == ["minimath-64", "minimath-128", "trl", "generate"]
     assert rollout.spec_of(engines["minimath-128"], options, "m")["slots"] == 128
     assert rollout.spec_of(engines["trl"], options, "m")["slots"] == 64
+
+
+def test_no_slots_leaves_their_number_to_minimath_but_not_to_continuous_batching():
+    options = rollout.parse(["--slots", "0", "16", "--engines", "minimath", "continuous"])
+    engines = rollout.engines_of(options)
+    slots = {name: rollout.spec_of(engine, options, "m")["slots"] for name, engine in engines.items()}
+    assert slots == {"minimath-auto": 0, "minimath-16": 16, "continuous": 16}
 
 
 def test_malloc_is_tuned_for_minimath_only():
