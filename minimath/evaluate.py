@@ -6,7 +6,6 @@ Greedy (temperature=0) or k samples per problem. Reports accuracy with a 95% int
 per right answer, accuracy at token budgets, the share of right steps, and the share of completions that ended.
 Step consistency (every `a op b = c`) is a tripwire, not a quality score: most wrong solutions pass it too.
 """
-import contextlib
 import json
 import math
 import statistics
@@ -17,13 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from minimath.answer import AnswerChecker, extract_answer
-from minimath.chat import eos_ids, prompt_ids
+from minimath.chat import prompt_ids
 from minimath.config import EvalConfig, Stopped, UserError, comma_list
 from minimath.data import Example, describe_report, load_examples
+from minimath.engines import open_engine
 from minimath.log import RunLog
-from minimath.model import base_causal_lm, describe, load_model
+from minimath.model import describe, load_model
 from minimath.partial import PartFile, fingerprint, holds_part, model_hash, open_part, refuse_changes
-from minimath.rollout import Completion, generate
+from minimath.rollout import Completion
 from minimath.runs import PART, open_run, write_whole
 from minimath.steps import check_steps
 
@@ -129,26 +129,11 @@ def sample_completions(model, tokenizer, prompts: list[list[int]], fits: list[in
             stop.check()
 
     what = f"evaluating ({count} done before)" if count else "evaluating"  # not in the bar: they took no time now
-    with log.progress(len(fits) * cfg.samples - count, what) as advance, stop_at_forward(model, stop):
-        groups = generate(model, tokenizer, [prompts[i] for i in fits], samples=cfg.samples, keys=fits,
-                          max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
-                          min_p=cfg.min_p, top_k=cfg.top_k, eos=eos_ids(tokenizer, model), seed=cfg.seed,
-                          slots=cfg.slots, done=done, on_done=on_done)
+    with (log.progress(len(fits) * cfg.samples - count, what) as advance,
+          open_engine(cfg, model, tokenizer, say=log.say) as sample):
+        groups = sample([prompts[i] for i in fits], samples=cfg.samples, keys=fits, done=done, on_done=on_done,
+                        on_step=stop and stop.check)
     return groups, new_tokens
-
-
-@contextlib.contextmanager
-def stop_at_forward(model, stop):
-    """Inside, a signal raises Stopped at the next forward: it waits for a decode step, not for a completion.
-    Only a decode step that is replayed as a CUDA graph passes this by, to the next completion or prompt."""
-    if stop is None:
-        yield
-        return
-    hook = base_causal_lm(model).get_input_embeddings().register_forward_pre_hook(lambda *_: stop.check())
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def grade(example: Example, completion: Completion, tokenizer, checker: AnswerChecker, sample: int) -> dict:

@@ -20,10 +20,11 @@ import torch
 
 from minimath.answer import AnswerChecker
 from minimath.batch import at_targets, forward_args, stream_indices
-from minimath.chat import IGNORE, Encoded, eos_ids, prompt_ids
+from minimath.chat import IGNORE, Encoded, prompt_ids
 from minimath.checkpoint import save_checkpoint
 from minimath.config import RLAIFConfig, Stopped, UserError, config_dict
 from minimath.data import Example, describe_report, load_examples
+from minimath.engines import open_engine
 from minimath.judge import Candidate, Judge, judge_groups, make_judge
 from minimath.kernels import linear_logp, linear_token_loss
 from minimath.log import RunLog
@@ -32,8 +33,9 @@ from minimath.model import adapter_off, describe, head, hidden_states, inference
 from minimath.optim import LossScale, clip_and_step, count_bad_steps, lr_at, make_optimizer
 from minimath.prefix import forward_batches, trained_states
 from minimath.reward import format_score, group_advantages, judge_rewards, length_term, overlong_penalty, rules_rewards
-from minimath.rollout import Completion, generate, stream_seed
+from minimath.rollout import Completion
 from minimath.runs import Stop, open_run
+from minimath.sampling import stream_seed
 from minimath.sft import evaluate_step, finish, load_held_out, resume_state
 from minimath.steps import check_steps
 
@@ -89,12 +91,13 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
         scale.value, scale.good = state["scale"], state["good"]
     saved, started = state["done"], time.monotonic()
 
-    with log.progress(cfg.steps, "rlaif") as advance, AnswerChecker() as checker:
+    with (log.progress(cfg.steps, "rlaif") as advance, AnswerChecker() as checker,
+          open_engine(cfg, model, tokenizer, say=log.say, run_dir=log.run_dir) as sample):
         advance(state["done"])
         while state["done"] < cfg.steps and not stop.requested():
             step, clock = state["done"], time.monotonic()
             try:
-                groups, facts = collect_groups(cfg, model, tokenizer, problems, judge, checker, state, stop)
+                groups, facts = collect_groups(cfg, sample, tokenizer, problems, judge, checker, state, stop)
             except Stopped:
                 log.say("the rollout was interrupted; its step is not counted")
                 break
@@ -127,13 +130,14 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
 
 # ---- rollout, answers, judge, rewards, advantages
 
-def collect_groups(cfg: RLAIFConfig, model, tokenizer, problems, judge, checker, state, stop) -> tuple[list[Group], dict]:
+def collect_groups(cfg: RLAIFConfig, sample, tokenizer, problems, judge, checker, state,
+                   stop) -> tuple[list[Group], dict]:
     """Sample and score groups until P of them carry a signal or max_refill rounds are used up; (groups, metrics)."""
-    kept, seen, judged, cursor = [], [], [], state["cursor"]
+    kept, seen, judged, cursor, engine = [], [], [], state["cursor"], {}
     for _ in range(1 + cfg.max_refill):
         wanted = cfg.prompts_per_step - len(kept)
         drawn = [problems[i] for i in stream_indices(cursor, wanted, len(problems), cfg.seed)]
-        groups = sample_groups(cfg, model, tokenizer, drawn, checker, cursor, stop)
+        groups = sample_groups(cfg, sample, tokenizer, drawn, checker, cursor, stop, engine)
         cursor += wanted
         judged.append(score_groups(cfg, groups, judge))
         seen += groups
@@ -141,17 +145,14 @@ def collect_groups(cfg: RLAIFConfig, model, tokenizer, problems, judge, checker,
         if len(kept) == cfg.prompts_per_step:
             break
     state["cursor"] = cursor  # only now: the problems of an interrupted rollout are drawn again after a resume
-    return kept, rollout_facts(seen, kept, judged)
+    return kept, rollout_facts(seen, kept, judged) | {k: engine[k] for k in ("slots", "slot_fill") if k in engine}
 
 
-def sample_groups(cfg: RLAIFConfig, model, tokenizer, drawn, checker, cursor: int, stop: Stop) -> list[Group]:
+def sample_groups(cfg: RLAIFConfig, sample, tokenizer, drawn, checker, cursor: int, stop: Stop, facts: dict) -> list[Group]:
     """G completions of each drawn problem, with their texts and whether their answers are right."""
     # the stream of a completion depends on the draw's place in the run and on its own number, not on the batch
     keys = list(range(cursor, cursor + len(drawn)))
-    sampled = generate(model, tokenizer, [prompt for _, prompt in drawn], samples=cfg.group_size, keys=keys,
-                       max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p,
-                       top_k=cfg.top_k, eos=eos_ids(tokenizer, model), seed=cfg.seed, slots=cfg.slots,
-                       on_done=lambda *_: stop.check())
+    sampled = sample([prompt for _, prompt in drawn], samples=cfg.group_size, keys=keys, on_step=stop.check, facts=facts)
     groups = []
     for (example, prompt), completions in zip(drawn, sampled, strict=True):
         texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
@@ -232,8 +233,8 @@ def update(cfg: RLAIFConfig, model, tokenizer, groups: list[Group], optimizer, p
     return means | {"lr": lr, "trained_tokens": sum(sum(row.mask) for row in rows)}
 
 
-def training_rows(groups: list[Group]) -> tuple[list[Encoded], list[tuple[list[float], float]]]:
-    """Prompt + completion rows of the kept groups, without masked completions, and (sampled log-probs, advantage).
+def training_rows(groups: list[Group]) -> tuple[list[Encoded], list[tuple[Completion, float]]]:
+    """Prompt + completion rows of the kept groups, without masked completions, and (completion, advantage) of each.
 
     A row of advantage 0 stays: it has no policy gradient, but it counts in the divisors, the KL and the entropy.
     """
@@ -243,7 +244,7 @@ def training_rows(groups: list[Group]) -> tuple[list[Encoded], list[tuple[list[f
             if valid:
                 ids = group.prompt + completion.ids
                 rows.append(Encoded(ids, [False] * len(group.prompt) + [True] * len(completion.ids), False))
-                samples.append((completion.logp, advantage))
+                samples.append((completion, advantage))
     return rows, samples
 
 
@@ -258,9 +259,9 @@ def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, old, r
     lm_head = head(model)
     totals = {"loss": 0.0, "entropy": 0.0, "clipped": 0.0, "off_policy": 0.0, "kl_ref": 0.0}
     tokens = sum(lengths)
-    per_token = {"advantage": [torch.full((n,), s[1]) for n, s in zip(lengths, samples, strict=True)],
+    per_token = {"advantage": [torch.full((n,), a) for n, (_, a) in zip(lengths, samples, strict=True)],
                  "weight": [torch.full((n,), w) for n, w in zip(lengths, weights, strict=True)],
-                 "sampled_logp": [torch.tensor(s[0]) for s in samples],
+                 "sampled_logp": [torch.tensor(c.logp) for c, _ in samples],
                  "old_logp": old, "ref_logp": ref, "seq_log_ratio": seq}
     for indices, batch in forward_batches(cfg, model, rows, tokenizer.pad_token_id):
         target = batch["target"]
@@ -273,16 +274,18 @@ def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, old, r
                                         **lm_head.kernel_args())
         (loss * scale).backward()
         totals["loss"] += float(loss.detach())
-        for name, value in token_facts(cfg, data, stats, target != IGNORE).items():
+        full_logp = at_targets([torch.tensor(samples[i][0].full_logp or samples[i][0].logp) for i in indices], target)
+        for name, value in token_facts(cfg, data, stats, full_logp, target != IGNORE).items():
             totals[name] += value / tokens
     return totals
 
 
-def token_facts(cfg: RLAIFConfig, data: PolicyRows, stats, trained: torch.Tensor) -> dict:
-    """Sums over the trained tokens of a micro-batch (stats (N,), trained (N,) bool)."""
+def token_facts(cfg: RLAIFConfig, data: PolicyRows, stats, full_logp: torch.Tensor, trained: torch.Tensor) -> dict:
+    """Sums over the trained tokens of a micro-batch (stats (N,), full_logp (N,), trained (N,) bool). off_policy: tokens
+    whose probability in this forward is beyond [0.9, 1.1] of that in the rollout, both before any truncation."""
     logp = stats.logp[trained]
     ratio = torch.exp(logp - data.old_logp[trained]) if data.old_logp is not None else torch.ones_like(logp)
-    drift = torch.exp(logp - data.sampled_logp[trained])
+    drift = torch.exp(logp - full_logp[trained])
     facts = {"entropy": stats.entropy[trained].sum(),
              "clipped": ((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum(),
              "off_policy": ((drift < 0.9) | (drift > 1.1)).sum()}

@@ -18,14 +18,15 @@ from minimath.chat import encode, eos_ids, preflight
 from minimath.checkpoint import load_checkpoint, save_adapter, save_checkpoint
 from minimath.config import EvalConfig, SFTConfig, Stopped, UserError, config_dict
 from minimath.data import describe_report, load_examples
+from minimath.engines import open_engine
 from minimath.evaluate import evaluate_model
 from minimath.kernels import linear_token_loss
 from minimath.log import RunLog, truncate_metrics
 from minimath.losses import nll_loss
 from minimath.model import describe, head, hidden_states, load_model
 from minimath.optim import LossScale, clip_and_step, count_bad_steps, lr_at, make_optimizer
-from minimath.rollout import generate, stream_seed
 from minimath.runs import Stop, open_run
+from minimath.sampling import stream_seed
 
 
 def sft(cfg: SFTConfig) -> dict:
@@ -165,8 +166,9 @@ def evaluate_step(cfg, model, tokenizer, held_out, state: dict, log: RunLog, sto
 def print_sample(cfg: SFTConfig, model, tokenizer, row, step: int, log: RunLog) -> None:
     """Show what the model now writes for a training problem."""
     prompt = row.ids[:row.mask.index(True)]
-    [[completion]] = generate(model, tokenizer, [prompt], max_new_tokens=cfg.eval_max_new_tokens, temperature=0,
-                              eos=eos_ids(tokenizer, model))
+    greedy = EvalConfig(max_new_tokens=cfg.eval_max_new_tokens)
+    with open_engine(greedy, model, tokenizer, say=log.say) as sample:
+        [[completion]] = sample([prompt])
     text = tokenizer.decode(completion.ids, skip_special_tokens=True)
     log.sample({"step": step, "prompt": tokenizer.decode(prompt), "completion": text})
     log.say(f"step {step}, sample: {text}")

@@ -90,14 +90,17 @@ class SlotCache(Cache):
             layer.rows, layer.pos, layer.length = rows, pos, length
 
 
+class NoStandardCache(UserError):
+    """The model keeps something else than keys and values of every token in every layer."""
+
+
 def standard_cache(model, prefilled: DynamicCache) -> None:
-    """Raises UserError when a forward of the model did not leave keys and values of every layer in `prefilled`, or when
-    its layers attend in a way that `decode_mask` does not know."""
+    """Raises NoStandardCache when a forward of the model did not leave keys and values of every layer in `prefilled`, or
+    when its layers attend in a way that `decode_mask` does not know."""
     kinds = set(getattr(base_causal_lm(model).config.get_text_config(), "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"} or not prefilled.layers or any(
             getattr(layer, "keys", None) is None or layer.keys.dim() != 4 for layer in prefilled.layers):
-        raise UserError(f"{type(base_causal_lm(model)).__name__} does not use the standard KV cache, which minimath's "
-                        "rollouts need; use a transformer with softmax attention, or rollout=transformers")
+        raise NoStandardCache(f"{type(base_causal_lm(model)).__name__} has no standard KV cache")
 
 
 # ---- attention

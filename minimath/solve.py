@@ -2,10 +2,10 @@
 import sys
 
 from minimath.answer import extract_answer
-from minimath.chat import eos_ids, prompt_ids
+from minimath.chat import prompt_ids
 from minimath.config import EvalConfig, UserError, fields_of
+from minimath.engines import open_engine
 from minimath.model import describe, load_model
-from minimath.rollout import generate
 from minimath.runs import keep_freed_memory
 from minimath.steps import check_steps
 
@@ -22,9 +22,8 @@ def solve(problem: str, cfg: EvalConfig) -> None:
     model, tokenizer = load_model(cfg, train=False)
     print(describe(model, cfg) + (f", adapter {cfg.adapter}" if cfg.adapter else ""))
     prompt = prompt_ids(tokenizer, problem, system=cfg.system, prompt_template=cfg.prompt_template)
-    [completions] = generate(model, tokenizer, [prompt], samples=cfg.samples, max_new_tokens=cfg.max_new_tokens,
-                             temperature=cfg.temperature, top_p=cfg.top_p, min_p=cfg.min_p, top_k=cfg.top_k,
-                             eos=eos_ids(tokenizer, model), seed=cfg.seed, slots=cfg.slots)
+    with open_engine(cfg, model, tokenizer) as sample:
+        [completions] = sample([prompt], samples=cfg.samples)
     for completion in completions:
         text = tokenizer.decode(completion.ids, skip_special_tokens=True)
         print()

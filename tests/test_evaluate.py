@@ -9,6 +9,7 @@ import pytest
 from toy import load, make_config, write_problems
 
 import minimath.evaluate as module
+from minimath import engines
 from minimath.answer import AnswerChecker
 from minimath.config import EvalConfig, Stopped, UserError
 from minimath.data import Example
@@ -213,7 +214,7 @@ def test_a_problem_that_occurs_twice_counts_twice(evaluate_examples, monkeypatch
 def test_grades_follow_the_text(evaluate_examples, monkeypatch, tiny_tokenizer):
     texts = ["2 + 2 = 5, so \\boxed{4}", "1 + 1 = 2. 2 + 2 = 4 \\boxed{3}"]
     made = [[Completion(tiny_tokenizer(t, add_special_tokens=False)["input_ids"], [], True)] for t in texts]
-    monkeypatch.setattr(module, "generate", lambda *a, **k: made)
+    monkeypatch.setattr(engines, "generate", lambda *a, **k: made)
     summary, records = evaluate_examples([Example("2 + 2?", answer="4")] * 2)
     assert [(r["right"], r["right_steps"], r["steps"], r["answer"]) for r in records] == [
         (True, 0, 1, "4"),
@@ -241,7 +242,7 @@ def test_a_completion_that_was_cut_counts_only_with_a_closed_box(
     evaluate_examples, monkeypatch, tiny_tokenizer, text, answer
 ):
     ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr(module, "generate", lambda *a, **k: [[Completion(ids, [], False)]])
+    monkeypatch.setattr(engines, "generate", lambda *a, **k: [[Completion(ids, [], False)]])
     summary, [record] = evaluate_examples([Example("2 + 2?", answer="4")])
     assert (record["answer"], record["right"]) == (answer, answer == "4")
     assert summary["accuracy"] == (answer == "4") and not record["ended"]

@@ -8,6 +8,7 @@ import torch
 from toy import adapter, load, make_config, metrics, same_tensors, without_times, write_problems
 
 import minimath.rlaif as loop
+from minimath import engines
 from minimath.config import RLAIFConfig, Stopped, UserError
 from minimath.data import Example
 from minimath.rollout import Completion
@@ -50,7 +51,7 @@ def data(tmp_path_factory):
 def train(tiny_dir, data, tmp_path, monkeypatch):
     """train(name, checker=..., **options) -> run folder of an RL run of the tiny Llama."""
     # many end tokens: a random model would hardly ever stop by itself
-    monkeypatch.setattr(loop, "eos_ids", lambda tokenizer, model=None: list(range(20, 60)))
+    monkeypatch.setattr(engines, "eos_ids", lambda tokenizer, model=None: list(range(20, 60)))
 
     def run(name="run", checker=EvenChecker, **options):
         monkeypatch.setattr(loop, "AnswerChecker", checker)
@@ -220,7 +221,7 @@ def test_the_same_seed_gives_the_same_run(train):
 def test_resume_after_an_interrupted_rollout_equals_an_unbroken_run(train, monkeypatch, interrupted_at):
     """Stopped in any rollout, refills too: its problems are drawn again, and everything after is the same."""
     options = {"checker": ParityChecker, "steps": 3, "lora_dropout": 0.1, "updates_per_rollout": 2}
-    unbroken, calls, real = train("unbroken", **options), [], loop.generate
+    unbroken, calls, real = train("unbroken", **options), [], engines.generate
 
     def generate(*args, **kwargs):
         calls.append(1)
@@ -228,7 +229,7 @@ def test_resume_after_an_interrupted_rollout_equals_an_unbroken_run(train, monke
             raise Stopped(15)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "generate", generate)
+    monkeypatch.setattr(engines, "generate", generate)
     train("broken", **options)
     assert len(calls) == interrupted_at
     broken = train("broken", resume=True, **options)
@@ -237,7 +238,7 @@ def test_resume_after_an_interrupted_rollout_equals_an_unbroken_run(train, monke
 
 
 def test_an_unreachable_judge_stops_the_run_before_any_work(train, monkeypatch, tmp_path):
-    monkeypatch.setattr(loop, "generate", lambda *a, **k: pytest.fail("sampled without a judge"))
+    monkeypatch.setattr(engines, "generate", lambda *a, **k: pytest.fail("sampled without a judge"))
     with pytest.raises(UserError, match="127.0.0.1:9"):
         train(
             judge="openai",

@@ -1,0 +1,89 @@
+"""Which engine samples: minimath's own (rollout.py), transformers' generate (rollout_hf.py) or vLLM (rollout_vllm.py).
+
+    with open_engine(cfg, model, tokenizer) as sample:
+        groups = sample(prompts, samples=8, keys=..., on_done=..., on_step=stop.check)
+"""
+import contextlib
+
+from minimath.chat import eos_ids
+from minimath.config import UserError
+from minimath.model import base_causal_lm
+from minimath.rollout import Completion, generate
+from minimath.slots import NoStandardCache
+
+OWN_ENGINE_ONLY = {"repetition_penalty": 1.0, "stop_boxed": False, "loop_guard": 0}  # and what stands for "off"
+
+
+@contextlib.contextmanager
+def open_engine(cfg, model, tokenizer, *, say=print, run_dir=""):
+    """Yield sample(prompts, *, samples, keys, done, on_done, on_step, facts) -> one list of completions per prompt.
+
+    cfg: RLAIFConfig or EvalConfig, for its rollout and sampling options. run_dir: where vLLM finds the adapters. With
+    rollout=auto, a model without a standard KV cache goes to transformers' generate, which is said once. Raises
+    UserError for options that the engine does not have.
+    """
+    common = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature, "top_p": cfg.top_p,
+              "min_p": cfg.min_p, "top_k": cfg.top_k, "eos": eos_ids(tokenizer, model), "seed": cfg.seed}
+    own = {name: getattr(cfg, name) for name in OWN_ENGINE_ONLY}
+    with contextlib.ExitStack() as stack:
+        if cfg.rollout == "vllm":
+            refuse_own_options(cfg)
+            yield open_vllm_engine(cfg, model, tokenizer, run_dir, common, stack)
+            return
+        plain = cfg.rollout == "transformers"
+        if plain:
+            refuse_own_options(cfg)
+
+        def sample(prompts, *, on_step=None, facts=None, **options) -> list[list[Completion]]:
+            nonlocal plain
+            if not plain:
+                try:
+                    return generate(model, tokenizer, prompts, slots=cfg.slots, on_step=on_step, facts=facts, say=say,
+                                    **common, **own, **options)
+                except NoStandardCache as error:
+                    refuse_own_options(cfg)
+                    say(f"{error}: rollouts go through transformers' generate, which is slower")
+                    plain = True
+            from minimath.rollout_hf import generate_hf
+            with at_each_forward(model, on_step):
+                return generate_hf(model, tokenizer, prompts, slots=cfg.slots or 64, **common, **options)
+
+        yield sample
+
+
+def open_vllm_engine(cfg, model, tokenizer, run_dir, common: dict, stack: contextlib.ExitStack):
+    """The vLLM engine: the adapter as it is now is swapped in before each call, and vLLM sleeps after it."""
+    from minimath.rollout_vllm import open_vllm
+    vllm = stack.enter_context(contextlib.closing(open_vllm(cfg, model, tokenizer, run_dir)))
+    calls = 0
+
+    def sample(prompts, *, on_step=None, facts=None, **options) -> list[list[Completion]]:
+        nonlocal calls
+        calls += 1
+        vllm.swap(model, calls)
+        try:
+            return vllm.generate(prompts, slots=cfg.slots, **common, **options)
+        finally:
+            vllm.sleep()
+
+    return sample
+
+
+def refuse_own_options(cfg) -> None:
+    for name, off in OWN_ENGINE_ONLY.items():
+        if getattr(cfg, name) != off:
+            raise UserError(f"{name}={getattr(cfg, name)} needs minimath's own engine; leave it out with "
+                            f"rollout={cfg.rollout}, or use rollout=auto with a model that has a standard KV cache")
+
+
+@contextlib.contextmanager
+def at_each_forward(model, on_step):
+    """Inside, on_step() is called at every forward: a signal waits for one token, not for a completion."""
+    if on_step is None:
+        yield
+        return
+    hook = base_causal_lm(model).get_input_embeddings().register_forward_pre_hook(lambda *_: on_step())
+    try:
+        yield
+    finally:
+        hook.remove()
