@@ -109,22 +109,27 @@ def left_pad(prompts: list[list[int]], length: int, pad: int) -> dict[str, torch
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def check_logp(model, prompt: list[int], completion: Completion, temperature: float, most: int = 64) -> None:
-    """UserError unless the first `most` log-probs of a completion are, in the median, those of the training forward.
+def check_logp(model, prompt: list[int], completion: Completion, temperature: float) -> None:
+    """UserError unless the log-probs of a completion are, in the median, those of the training forward.
 
     `generate` of a seldom used model can be wrong without a sign of it (RWKV's, for more than one row), and a head
     can have a scale that minimath.model.head does not know.
     """
-    base, lm_head = base_causal_lm(model), head(model)
-    ids = torch.tensor([prompt + completion.ids[:most]], device=base.device)
-    hidden = hidden_states(model, ids[:, :-1])[0, len(prompt) - 1:]  # (n, D)
-    logp = linear_logp(hidden, lm_head.weight, ids[0, len(prompt):], temperature=temperature or 1.0,
-                       **lm_head.kernel_args())
-    recorded = torch.tensor((completion.full_logp or completion.logp)[:most], device=base.device)
-    difference = float((logp - recorded).abs().median())
+    base, difference = base_causal_lm(model), logp_difference(model, prompt, completion, temperature)
     if not difference <= LOGP_TOLERANCE.get(base.dtype, 0.1):
         raise UserError(f"transformers' generate of {type(base).__name__} records log-probs {difference:.2g} away from "
                         "those of the training forward; try slots=1, or use a transformer with softmax attention")
+
+
+def logp_difference(model, prompt: list[int], completion: Completion, temperature: float, most: int = 64) -> float:
+    """Median difference of the first `most` log-probs recorded (before truncation) from the training forward's."""
+    lm_head, device = head(model), base_causal_lm(model).device
+    ids = torch.tensor([prompt + completion.ids[:most]], device=device)
+    hidden = hidden_states(model, ids[:, :-1])[0, len(prompt) - 1:]  # (n, D)
+    logp = linear_logp(hidden, lm_head.weight, ids[0, len(prompt):], temperature=temperature or 1.0,
+                       **lm_head.kernel_args())
+    recorded = torch.tensor((completion.full_logp or completion.logp)[:most], device=device)
+    return float((logp.detach() - recorded).abs().median())
 
 
 class _Sampler(LogitsProcessor):
