@@ -62,7 +62,8 @@ def weight_of(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
 class Group:
     """Linear layers that get the same input one after another, computed in one go at the first one's call."""
 
-    def __init__(self, parts: list[Parts], dtype: torch.dtype, *, copy: bool, rows: int):
+    def __init__(self, modules: list[nn.Module], parts: list[Parts], dtype: torch.dtype, *, copy: bool, rows: int):
+        self.modules = tuple(modules)
         self.widths = [p.base.out_features for p in parts]
         self.width = sum(self.widths)
         self.x = self.y = None
@@ -146,10 +147,9 @@ def plain_product(weight: torch.Tensor, bias):
 
 
 def copied_bytes(model, dtype: torch.dtype) -> int:
-    """Bytes of a copy in dtype of the weights of all linear layers but the head."""
-    head = base_causal_lm(model).get_output_embeddings()
+    """Bytes of a copy in dtype of the weights of all linear layers, the head included."""
     return sum(m.in_features * m.out_features for m in model.modules()
-               if (type(m) is nn.Linear or is_4bit(m)) and m is not head) * dtype.itemsize
+               if type(m) is nn.Linear or is_4bit(m)) * dtype.itemsize
 
 
 def called_together(model) -> list[list[nn.Module]]:
@@ -184,9 +184,10 @@ def called_together(model) -> list[list[nn.Module]]:
 
 @contextlib.contextmanager
 def decoding_linears(model, *, copy: bool, rows: int):
-    """Inside, the decoder's linear layers run in groups. Yields True if every adapted layer does, so that nothing
-    needs autocast. rows: how many are decoded side by side, for the layout. Weights must not change inside."""
-    dtype, patched, adapted = base_causal_lm(model).dtype, [], 0
+    """Inside, the decoder's linear layers run in groups. Yields ({layer: its group}, whether every adapted layer is in
+    one, so that nothing needs autocast). rows: how many are decoded side by side, for the layout. Weights must not
+    change inside."""
+    dtype, patched, adapted, group_of = base_causal_lm(model).dtype, [], 0, {}
     if isinstance(model, PeftModel):
         adapted = sum(isinstance(m, LoraLayer) and isinstance(getattr(m, "base_layer", None), nn.Module)
                       for m in model.modules())
@@ -195,12 +196,13 @@ def decoding_linears(model, *, copy: bool, rows: int):
             known = [(m, parts) for m in modules if (parts := parts_of(m)) is not None]
             if not known:
                 continue
-            group = Group([parts for _, parts in known], dtype, copy=copy, rows=rows)
+            group = Group([m for m, _ in known], [parts for _, parts in known], dtype, copy=copy, rows=rows)
             for index, (module, _) in enumerate(known):
                 patched.append((module, module.__dict__.get("forward")))
                 module.forward = group.forward_of(index)
                 adapted -= isinstance(module, LoraLayer)
-        yield adapted == 0
+                group_of[module] = group
+        yield group_of, adapted == 0
     finally:
         for module, before in patched:
             if before is None:

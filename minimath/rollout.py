@@ -22,9 +22,10 @@ from transformers.cache_utils import DynamicCache
 
 from minimath.config import UserError
 from minimath.graphs import StepGraphs
-from minimath.linears import copied_bytes, decoding_linears, is_4bit
+from minimath.linears import copied_bytes, decoding_linears, is_4bit, packed_product, packs
 from minimath.memory import fitting_slots, free_bytes
 from minimath.model import base_causal_lm, compute_dtype, head, inference
+from minimath.plain_step import plain_layers, plain_step
 from minimath.sampling import Sampling, sample_tokens, stream_noise, stream_seed
 from minimath.slots import SlotCache, decode_mask, decoding_attention, standard_cache
 from minimath.stopping import BoxWatch, in_loop
@@ -73,8 +74,8 @@ def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, ma
     how = Sampling(temperature, top_p, min_p, top_k, repetition_penalty)
     longest = max(len(row.prompt) for row in queue) + max_new_tokens
     slots = min(slots, len(queue)) if slots else fitting_slots(model, longest, len(queue))
-    with inference(model), decoding_attention(model) as blocks, fast_linears(model, slots):
-        state = _Decode(model, tokenizer, queue, how, slots, max_new_tokens, eos, blocks=blocks)
+    with inference(model), decoding_attention(model) as blocks, fast_linears(model, slots) as fast:
+        state = _Decode(model, tokenizer, queue, how, slots, max_new_tokens, eos, blocks, *fast)
         watch = BoxWatch(tokenizer) if stop_boxed else None
         while state.queue or state.rows or state.over:
             try:
@@ -94,13 +95,15 @@ def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, ma
 @contextlib.contextmanager
 def fast_linears(model, slots: int):
     """linears.decoding_linears with a copy of the weights where it pays and fits: on a CPU, and for NF4 weights.
-    Autocast around all steps where an adapter runs by itself."""
+    Autocast around all steps where an adapter runs by itself. Yields the groups, and the head's product (None: plain)."""
     base = base_causal_lm(model)
     wanted = base.device.type == "cpu" or any(is_4bit(m) for m in base.modules())
     copy = wanted and 3 * copied_bytes(model, base.dtype) < free_bytes(base.device)
-    with decoding_linears(model, copy=copy, rows=slots) as all_of_them:
-        with contextlib.nullcontext() if all_of_them else compute_dtype(model):
-            yield
+    with decoding_linears(model, copy=copy, rows=slots) as (groups, every):
+        lm_head = head(model)
+        product = packed_product(lm_head.weight, lm_head.bias, slots) if copy and packs(lm_head.weight) else None
+        with contextlib.nullcontext() if every else compute_dtype(model):
+            yield groups, product
 
 
 class _Row:
@@ -122,11 +125,13 @@ class _Decode:
     """The running batch. Slot i < len(rows) belongs to rows[i]; its state lives on the device, in tensors (S, ...):
     token: sampled last, not yet in the cache; pos: its place; count: tokens sampled; alive: goes on."""
 
-    def __init__(self, model, tokenizer, queue: list[_Row], how: Sampling, slots: int, max_new: int, eos, *, blocks):
+    def __init__(self, model, tokenizer, queue: list[_Row], how: Sampling, slots: int, max_new: int, eos, blocks: bool,
+                 groups: dict, product):
         self.model, self.queue, self.how, self.slots, self.max_new = model, queue, how, slots, max_new
-        self.decoder, self.head, self.blocks = base_causal_lm(model).base_model, head(model), blocks
+        self.decoder, self.head, self.product = base_causal_lm(model).base_model, head(model), product
         self.device, self.pad = base_causal_lm(model).device, tokenizer.pad_token_id
         self.eos = torch.tensor(sorted(set(eos)), device=self.device, dtype=torch.long)
+        self.blocks, self.plain = blocks, plain_layers(model, groups) if blocks else None
         self.sync = SYNC.get(self.device.type, 1)
         self.longest = max(len(row.prompt) for row in queue) + max_new
         self.steps = self.used = self.full_steps = self.full_used = self.halved = 0
@@ -189,11 +194,15 @@ class _Decode:
         fixed shapes for fixed (n, length)."""
         pos = self.pos[:n]
         self.cache.at(pos, length)
-        kwargs = {"spans": spans} if spans else {}
-        output = self.decoder(input_ids=self.token[:n, None], position_ids=pos[:, None], use_cache=True,
-                              past_key_values=self.cache, attention_mask=decode_mask(self.model, pos, length), **kwargs)
+        mask = decode_mask(self.model, pos, length)
+        if self.plain and spans:
+            hidden = plain_step(self.model, self.plain, self.token[:n], pos, self.cache, mask, spans)
+        else:
+            kwargs = {"spans": spans} if spans else {}
+            hidden = self.decoder(input_ids=self.token[:n, None], position_ids=pos[:, None], use_cache=True,
+                                  past_key_values=self.cache, attention_mask=mask, **kwargs).last_hidden_state[:, 0]
         self.pos[:n] += self.alive[:n]
-        self.choose(output.last_hidden_state[:, 0], torch.arange(n, device=self.device))
+        self.choose(hidden, torch.arange(n, device=self.device))
 
     def choose(self, hidden: torch.Tensor, slots: torch.Tensor) -> None:
         """Sample the next token of the given slots (k,) from the hidden states (k, D) of their last ones."""
@@ -203,7 +212,8 @@ class _Decode:
         if self.how.repetition_penalty != 1:
             ids = self.ids[slots]
             seen = torch.where(torch.arange(ids.shape[1], device=self.device) < pos[:, None], ids, ids[:, :1])
-        token, logp, full = sample_tokens(logits_of(hidden, self.head), self.noise[slots, place], self.how, seen)
+        token, logp, full = sample_tokens(logits_of(hidden, self.head, self.product), self.noise[slots, place],
+                                          self.how, seen)
         token = torch.where(alive, token, self.token[slots])
         self.token[slots] = token
         self.ids[slots, pos] = token
@@ -338,11 +348,14 @@ class _Decode:
             torch.cuda.empty_cache()
 
 
-def logits_of(hidden: torch.Tensor, lm_head) -> torch.Tensor:
-    """Next-token logits (n, V) in fp32 of hidden (n, D): n is the number of slots, not of tokens."""
+def logits_of(hidden: torch.Tensor, lm_head, product=None) -> torch.Tensor:
+    """Next-token logits (n, V) in fp32 of hidden (n, D): n is the number of slots, not of tokens. product: what
+    multiplies by the head's weight, if not a plain product."""
     weight, bias = lm_head.weight, lm_head.bias
     hidden = hidden.to(weight.dtype)
-    if weight.is_cuda and weight.dtype != torch.float32:  # not rounded to 16 bits, like linear_logp's
+    if product is not None:
+        logits = product(hidden).float()
+    elif weight.is_cuda and weight.dtype != torch.float32:  # not rounded to 16 bits, like linear_logp's
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
         if bias is not None:
             logits += bias

@@ -64,7 +64,7 @@ def sample_tokens(logits: torch.Tensor, noise: torch.Tensor, how: Sampling,
 
 
 def invert(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """token, logp (n,) of the softmax of logits (n, V) (overwritten) at cumulative probability noise (n,).
+    """token, logp (n,) of the softmax of logits (n, V) at cumulative probability noise (n,).
 
     In two levels, sums of blocks and then one block: a running sum over the whole vocabulary is slower by far.
     """
@@ -73,7 +73,7 @@ def invert(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, tor
     if block < 16:  # a vocabulary of no nice size
         block = BLOCK
         logits = F.pad(logits, (0, -size % block), value=-torch.inf)
-    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_().view(n, -1, block)  # (n, V / block, block)
+    weights = torch.softmax(logits, -1).view(n, -1, block)  # (n, V / block, block)
     sums = weights.sum(-1).cumsum(-1)
     total = sums[:, -1:]
     # kept below the sum: noise rounded to 1 would fall on the last token, whatever its probability

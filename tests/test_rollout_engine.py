@@ -283,7 +283,7 @@ def test_grouped_layers_compute_what_the_model_computes(folder, copy, dtype, off
     ids = torch.tensor(prompts_of((9, 9)))
     with inference(model), adapter_off(model) if off else inference(model):
         wanted = hidden_states(model, ids)
-        with decoding_linears(model, copy=copy, rows=2) as every:
+        with decoding_linears(model, copy=copy, rows=2) as (_, every):
             assert every
             got = hidden_states(model, ids)
         again = hidden_states(model, ids)
@@ -325,7 +325,7 @@ def test_nf4_weights_dequantised_once_give_the_layers_own_products(folder):
     ids = torch.tensor(prompts_of((9, 9)))
     with inference(model):
         wanted = hidden_states(model, ids)
-        with decoding_linears(model, copy=True, rows=2) as every:
+        with decoding_linears(model, copy=True, rows=2) as (_, every):
             assert every
             got = hidden_states(model, ids)
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
