@@ -18,7 +18,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from minimath.config import UserError
 from minimath.kernels import linear_logp
 from minimath.model import base_causal_lm, compute_dtype, head, hidden_states, inference
-from minimath.rollout import Completion, Sampling, sample_tokens, stream_seed
+from minimath.rollout import Completion
+from minimath.sampling import Sampling, sample_tokens, stream_noise, stream_seed
 
 PADDING_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the log-probs' spread
 LOGP_TOLERANCE = {torch.float32: 0.01}  # median difference from the training forward; 0.1 in 16 bits
@@ -137,18 +138,14 @@ class _Sampler(LogitsProcessor):
 
     def __init__(self, noise: torch.Tensor, how: Sampling):
         self.noise, self.how = noise, how  # (n, T) in [0, 1)
-        self.truncates = how.temperature > 0 and (how.top_k > 0 or how.top_p < 1 or how.min_p > 0)
-        self.tokens, self.logp, self.full_logp = [], [], []  # a tensor (n,) for each step
+        self.steps = []  # (tokens, logp, full_logp), each (n,)
         self.scores = None  # (n, V) of the newest step
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.scores = scores
-        token, logp = sample_tokens(scores.clone(), self.noise[:, len(self.tokens)].to(scores.device), self.how)[:2]
-        self.tokens.append(token)
-        self.logp.append(logp)
-        if self.truncates:
-            scaled = scores / self.how.temperature
-            self.full_logp.append(scaled.gather(-1, token[:, None])[:, 0] - scaled.logsumexp(-1))
+        noise = self.noise[:, len(self.steps)].to(scores.device)
+        self.steps.append(sample_tokens(scores.clone(), noise, self.how))
+        token = self.steps[-1][0]
         return torch.full_like(scores, -torch.inf).scatter_(-1, token[:, None], 0.0)
 
 
@@ -161,18 +158,15 @@ def _generate(model, pad: int, prompts: list[list[int]], seeds: list[int], how: 
               eos: list[int]) -> list[Completion]:
     """One batch of `generate`, cut at the end tokens."""
     base = base_causal_lm(model)
-    noise = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed),
-                                    dtype=torch.float64).to(torch.float32) for seed in seeds])
-    sampler = _Sampler(noise, how)
+    sampler = _Sampler(torch.stack([stream_noise(seed, max_new_tokens) for seed in seeds]), how)
     inputs = left_pad(prompts, max(map(len, prompts)), pad)
     if all(inputs["attention_mask"].flatten().tolist()):
         del inputs["attention_mask"]  # not every model takes one
     base.generate(**{name: value.to(base.device) for name, value in inputs.items()},
                   generation_config=_config(max_new_tokens, eos, pad), logits_processor=LogitsProcessorList([sampler]))
-    kept = [torch.stack(steps, 1).tolist() for steps in (sampler.tokens, sampler.logp, sampler.full_logp) if steps]
+    tokens, logps, full_logps = (torch.stack(part, 1).tolist() for part in zip(*sampler.steps, strict=True))
     ends, completions = set(eos), []
-    for ids, *logps in zip(*kept, strict=True):
+    for ids, logp, full in zip(tokens, logps, full_logps, strict=True):
         n = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
-        logp, full = logps[0][:n], logps[1][:n] if sampler.truncates else None
-        completions.append(Completion(ids[:n], logp, ids[n - 1] in ends, full))
+        completions.append(Completion(ids[:n], logp[:n], ids[n - 1] in ends, None if how.full() else full[:n]))
     return completions

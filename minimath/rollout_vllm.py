@@ -33,8 +33,9 @@ from peft import PeftModel
 from minimath.checkpoint import discard, save_adapter
 from minimath.config import UserError
 from minimath.model import base_causal_lm, inference
-from minimath.rollout import Completion, Sampling, stream_seed
+from minimath.rollout import Completion
 from minimath.rollout_hf import logp_difference
+from minimath.sampling import Sampling, stream_seed
 from minimath.train_state import restore_rng, rng_state
 from minimath.vllm_client import Job, Server, completion_of
 
@@ -154,7 +155,7 @@ def check_adapter_is_servable(model) -> None:
               if init.startswith(("pissa", "olora", "corda", "loftq")) else
               "trained whole modules (modules_to_save)" if lora.modules_to_save else "")
     if reason:
-        raise UserError(f"rollout=vllm cannot serve an adapter with {reason}; use a plain LoRA, or leave out rollout=vllm")
+        raise UserError(f"rollout=vllm cannot serve an adapter with {reason}; use a plain LoRA, or another rollout=")
 
 
 class Colocated:

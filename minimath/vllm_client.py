@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from minimath.config import UserError
 from minimath.endpoint import RETRIED_STATUS
-from minimath.rollout import Completion, Sampling
+from minimath.rollout import Completion
+from minimath.sampling import Sampling
 
 CONNECT_S = 30.0  # until a connection stands; an answer may take vllm_timeout_s
 MAX_BYTES_PER_TOKEN = 2000  # of a reply

@@ -14,9 +14,9 @@ from toy import load, wake_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minimath.config import UserError
-from minimath.rollout import stream_seed
 from minimath.rollout_hf import generate_hf, logp_difference
 from minimath.rollout_vllm import generate_vllm, open_vllm
+from minimath.sampling import stream_seed
 
 pytest_plugins = ["vllm_fixtures"]
 
