@@ -54,7 +54,7 @@ def driver() -> str | None:
 
 
 def resident_bytes(key: str) -> int:
-    """VmRSS or VmHWM (the highest since it was last reset) of this process, from /proc."""
+    """VmRSS, VmHWM (the highest since it was last reset) or VmSize of this process, from /proc."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024

@@ -11,10 +11,16 @@ its own completions, and tokens count up to and including the one that ends a co
 
     minimath             minimath.rollout.generate, malloc tuned as its command line does; one per --slots
     generate             transformers' generate on a peft model, --generate-batch left-padded rows a call
-    generate-autocast    the same under bf16 autocast, as in a bf16 trainer; generate-malloc: malloc tuned
+    generate-malloc      the same with malloc tuned as minimath's
+    generate-autocast    generate under bf16 autocast, as in a bf16 trainer
     continuous           transformers' continuous batching (generate_batch), --slots requests at a time
     trl                  GRPOTrainer's _generate inside its train(): all rows in one call, TRL's default
     trl-split            the same, --generate-batch rows a call (generation_batch_size)
+    trl-malloc           trl with malloc tuned as minimath's
+
+On CPUs, generate ends its prefill with the LM head on a strided slice of the hidden states, for which torch
+copies the head once per row (57 MB each for SmolLM2-135M): most of its peak, and of that of TRL. Where the
+system is slow to hand out memory, malloc tuned to keep it makes these two much faster: compare both.
 
 The second table is a whole RL step (rollout, rewards, update) of minimath and TRL by bench.train, in the same
 shape, without a warm-up round: the first step pays for what is compiled and allocated then, minimath's too.
@@ -49,6 +55,7 @@ PEERS = {
     "continuous": {"engine": "continuous"},
     "trl": {"engine": "trl", "autocast": True},  # GRPOConfig's default for a bf16 model
     "trl-split": {"engine": "trl", "autocast": True, "split": True},
+    "trl-malloc": {"engine": "trl", "autocast": True, "keep_freed_memory": True},
 }
 DEFAULTS = {"attn": "sdpa", "autocast": False, "keep_freed_memory": False, "split": False, "temperature": 1.0}
 
@@ -78,7 +85,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=[OURS, *PEERS],
         metavar="ENGINE",
-        default=[OURS, "generate", "continuous", "trl"],
+        default=[OURS, "generate", "generate-malloc", "continuous", "trl"],
         help=f"of {OURS}, {', '.join(PEERS)}",
     )
     parser.add_argument("--only", choices=("rollout", "step"), help="one table; default: both")

@@ -54,6 +54,7 @@ class Turns:
             ctypes.CDLL(None).malloc_trim(0)  # what loading freed must not hide what a step takes
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
             self.loaded_bytes = resident_bytes("VmRSS")
+            stay_within_memory()
 
     def peak_extra_bytes(self) -> int | None:
         """Highest memory since reset_peak above what was held then; None where it can't be measured."""
@@ -63,6 +64,18 @@ class Turns:
             import torch
             return torch.cuda.max_memory_allocated() - self.loaded_bytes
         return resident_bytes("VmHWM") - self.loaded_bytes
+
+
+def stay_within_memory() -> None:
+    """Let this process grow by no more than is free: else Linux would kill something, maybe not this."""
+    import resource
+    free = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
+                if line.startswith("MemAvailable:"))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = resident_bytes("VmSize") + free
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 # ---- work that both trainers do alike

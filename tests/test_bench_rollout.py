@@ -45,7 +45,8 @@ def round_of(seconds: float, tokens: int, peak: int | None = 0, **more) -> dict:
 def test_arguments_default_to_the_published_shape():
     options = rollout.parse([])
     assert (options.prompts, options.samples, options.max_new_tokens, options.rounds) == (64, 8, 256, 2)
-    assert options.engines == ["minimath", "generate", "continuous", "trl"] and options.only is None
+    assert options.engines == ["minimath", "generate", "generate-malloc", "continuous", "trl"]
+    assert options.only is None
 
 
 @pytest.mark.parametrize(
@@ -80,14 +81,14 @@ def test_no_slots_leaves_their_number_to_minimath_but_not_to_continuous_batching
     assert slots == {"minimath-auto": 0, "minimath-16": 16, "continuous": 16}
 
 
-def test_malloc_is_tuned_for_minimath_only():
+def test_malloc_is_tuned_for_minimath_and_peers_that_say_so():
     options = rollout.parse(["--engines", "minimath", *rollout.PEERS])
     tuned = {
         name
         for name, engine in rollout.engines_of(options).items()
         if rollout.spec_of(engine, options, "m")["keep_freed_memory"]
     }
-    assert tuned == {"minimath-64", "generate-malloc"}  # the second by its name
+    assert tuned == {"minimath-64", "generate-malloc", "trl-malloc"}
 
 
 def test_whole_steps_take_the_shape_and_the_slots_of_the_rollouts():
@@ -293,6 +294,7 @@ def test_tiny_run_of_all_engines_and_whole_steps(tmp_path):
         "minimath",
         "trl",
         "trl-split",
+        "trl-malloc",
     ]
     for taken in step["steps"].values():
         assert all(s["completions"] == 6 and 0 < s["rollout_seconds"] < s["seconds"] for s in taken)
