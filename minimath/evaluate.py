@@ -130,7 +130,7 @@ def sample_completions(model, tokenizer, prompts: list[list[int]], fits: list[in
 
     what = f"evaluating ({count} done before)" if count else "evaluating"  # not in the bar: they took no time now
     with (log.progress(len(fits) * cfg.samples - count, what) as advance,
-          open_engine(cfg, model, tokenizer, say=log.say) as sample):
+          open_engine(cfg, model, tokenizer, say=log.say, run_dir=log.run_dir) as sample):
         groups = sample([prompts[i] for i in fits], samples=cfg.samples, keys=fits, done=done, on_done=on_done,
                         on_step=stop and stop.check)
     return groups, new_tokens

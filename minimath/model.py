@@ -286,13 +286,15 @@ def head_module(model) -> torch.nn.Module:
 
 
 def head(model) -> Head:
-    """The LM head as the kernels take it, with Gemma's softcap and Cohere's / Granite's logit scale."""
+    """The LM head as the kernels take it, with the softcap of Gemma and RecurrentGemma and the logit scale of Cohere,
+    Granite and Falcon-H1."""
     config = base_causal_lm(model).config.get_text_config()
     module = head_module(model)
     scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    return Head(module.weight, getattr(module, "bias", None), float(getattr(config, "final_logit_softcapping", None) or 0),
-                scale)
+    softcap = float(getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None) or 0)
+    return Head(module.weight, getattr(module, "bias", None), softcap, scale)
 
 
 def describe(model, cfg: ModelConfig) -> str:

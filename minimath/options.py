@@ -130,7 +130,33 @@ class SFTConfig(AdapterConfig):
 
 
 @dataclass
-class RLAIFConfig(AdapterConfig):
+class EngineConfig:
+    repetition_penalty: float = 1.0
+    """logits of tokens that occurred are divided by this (multiplied below 0); 1: off"""
+    stop_boxed: bool = False
+    """a closed \\boxed{...} ends a completion, as the end token does"""
+    loop_guard: int = 0
+    """cut a completion whose last N tokens repeat a piece four times or more; 0: off"""
+    slots: int = 0
+    """sequences decoded side by side; 0: as many as memory allows"""
+    rollout: str = "auto"
+    """what samples: auto (minimath's engine, transformers' generate for models it can't serve), transformers or vllm"""
+    vllm_url: str = ""
+    """base URL of a vLLM server, for rollout=vllm; empty: vLLM in this process"""
+    vllm_model: str = ""
+    """name of the base model at vllm_url; empty: what the server serves"""
+    vllm_key_env: str = "VLLM_API_KEY"
+    """NAME of the environment variable that holds the server's key, if it wants one"""
+    vllm_timeout_s: float = 1200.0
+    """seconds before a request to the server is given up"""
+    vllm_adapter_dir: str = ""
+    """folder that trainer and server both see, for the adapters; empty: in the run folder"""
+    vllm_gpu_share: float = 0.4
+    """share of the card's memory that vLLM takes in this process"""
+
+
+@dataclass
+class RLAIFConfig(EngineConfig, AdapterConfig):
     lr: float = 1e-5
     """peak learning rate"""
     lr_schedule: str = "constant"
@@ -153,16 +179,6 @@ class RLAIFConfig(AdapterConfig):
     """drop tokens below this share of the likeliest one; 0: off"""
     top_k: int = 0
     """only the k likeliest tokens; 0: off"""
-    repetition_penalty: float = 1.0
-    """logits of tokens that occurred are divided by this (multiplied below 0); 1: off"""
-    stop_boxed: bool = False
-    """a closed \\boxed{...} ends a completion, as the end token does"""
-    loop_guard: int = 0
-    """cut a completion whose last N tokens repeat a piece four times or more; 0: off"""
-    slots: int = 0
-    """sequences decoded side by side; 0: as many as memory allows"""
-    rollout: str = "auto"
-    """what samples: auto (minimath's engine, transformers' generate for models it can't serve), transformers or vllm"""
     reward: str = "judge"
     """judge (right/wrong gate, judge wins, brevity) or rules (the paper's: format, cosine over length)"""
     judge: str = "self"
@@ -224,7 +240,7 @@ class RLAIFConfig(AdapterConfig):
 
 
 @dataclass
-class EvalConfig(ModelConfig):
+class EvalConfig(EngineConfig, ModelConfig):
     data: str = ""
     """problems with answers: a file, a folder or a datasets name"""
     split: str = "test"
@@ -249,16 +265,6 @@ class EvalConfig(ModelConfig):
     """longest completion in tokens"""
     max_prompt_len: int = 1024
     """longest prompt in tokens, longer problems count as wrong"""
-    repetition_penalty: float = 1.0
-    """logits of tokens that occurred are divided by this (multiplied below 0); 1: off"""
-    stop_boxed: bool = False
-    """a closed \\boxed{...} ends a completion, as the end token does"""
-    loop_guard: int = 0
-    """cut a completion whose last N tokens repeat a piece four times or more; 0: off"""
-    slots: int = 0
-    """sequences decoded side by side; 0: as many as memory allows"""
-    rollout: str = "auto"
-    """what samples: auto (minimath's engine, transformers' generate for models it can't serve) or transformers"""
     budgets: str = ""
     """comma list of token budgets at which accuracy is reported too"""
     resume: bool = False
@@ -284,6 +290,7 @@ CHOICES = {
 POSITIVE = {"lora_r", "lora_alpha", "lr", "micro_tokens", "keep", "log_every", "epochs", "batch_size",
             "max_len", "eval_limit", "eval_max_new_tokens", "prompts_per_step", "group_size",
             "max_prompt_len", "max_new_tokens", "judge_timeout_s", "judge_concurrency", "judge_max_chars",
-            "updates_per_rollout", "minibatches", "samples", "top_p", "clip_high", "repetition_penalty"}
-AT_MOST_ONE = {"min_lr_ratio", "top_p", "min_p", "overlong_buffer", "lam_judge", "lam_length", "clip_low"}
+            "updates_per_rollout", "minibatches", "samples", "top_p", "clip_high", "repetition_penalty",
+            "vllm_timeout_s", "vllm_gpu_share"}
+AT_MOST_ONE = {"vllm_gpu_share", "min_lr_ratio", "top_p", "min_p", "overlong_buffer", "lam_judge", "lam_length", "clip_low"}
 BELOW_ONE = {"lora_dropout", "beta1", "beta2", "label_smoothing"}

@@ -27,7 +27,7 @@ from minimath.memory import fitting_slots, free_bytes
 from minimath.model import base_causal_lm, compute_dtype, head, inference
 from minimath.plain_step import plain_layers, plain_step
 from minimath.sampling import Sampling, sample_tokens, stream_noise, stream_seed
-from minimath.slots import SlotCache, decode_mask, decoding_attention, standard_cache
+from minimath.slots import SlotCache, check_cache, check_model, decode_mask, decoding_attention
 from minimath.stopping import BoxWatch, in_loop
 
 BLOCK = 16  # rows that attention treats alike on a CPU
@@ -63,6 +63,7 @@ def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, ma
     Returns one list of `samples` completions per prompt. Raises NoStandardCache, a UserError, for models that keep other
     state than keys and values, and UserError if memory is too small for one sequence.
     """
+    check_model(model)
     done, say = dict(done or {}), say or warnings.warn
     keys = list(range(len(prompts))) if keys is None else keys
     expected = [len(p) for p in prompts] if expected is None else expected
@@ -302,7 +303,7 @@ class _Decode:
         hidden = self.decoder(input_ids=ids.to(self.device), attention_mask=mask.long().to(self.device),
                               past_key_values=prefilled, use_cache=True).last_hidden_state
         if self.cache is None:
-            standard_cache(self.model, prefilled)
+            check_cache(self.model, prefilled)
             self.cache = SlotCache(prefilled, self.slots)
         # recorded steps hold the buffers' addresses: on CUDA they are made once, as large as they can become
         self.cache.reserve(self.longest if self.device.type == "cuda" else int(lengths.max()) + 1)

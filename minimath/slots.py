@@ -94,12 +94,18 @@ class NoStandardCache(UserError):
     """The model keeps something else than keys and values of every token in every layer."""
 
 
-def standard_cache(model, prefilled: DynamicCache) -> None:
-    """Raises NoStandardCache when a forward of the model did not leave keys and values of every layer in `prefilled`, or
-    when its layers attend in a way that `decode_mask` does not know."""
-    kinds = set(getattr(base_causal_lm(model).config.get_text_config(), "layer_types", None) or ())
-    if kinds - {"full_attention", "sliding_attention"} or not prefilled.layers or any(
-            getattr(layer, "keys", None) is None or layer.keys.dim() != 4 for layer in prefilled.layers):
+def check_model(model) -> None:
+    """Raises NoStandardCache for models with recurrent layers, or layers that `decode_mask` does not know."""
+    base = base_causal_lm(model)
+    kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"} or getattr(base, "_is_stateful", False):
+        raise NoStandardCache(f"{type(base).__name__} has no standard KV cache")
+
+
+def check_cache(model, prefilled: DynamicCache) -> None:
+    """Raises NoStandardCache when a forward did not leave keys and values of every layer in `prefilled`."""
+    if not prefilled.layers or any(getattr(layer, "keys", None) is None or layer.keys.dim() != 4
+                                   for layer in prefilled.layers):
         raise NoStandardCache(f"{type(base_causal_lm(model)).__name__} has no standard KV cache")
 
 

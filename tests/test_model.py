@@ -9,9 +9,11 @@ import pytest
 import tiny
 import torch
 from toy import load, make_config, wake_adapter
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from minimath.checkpoint import save_adapter
 from minimath.config import AdapterConfig, ModelConfig, UserError
+from minimath.kernels.reference import full_logits
 from minimath.model import (
     adapter_off,
     describe,
@@ -339,3 +341,24 @@ def test_liger_patches_norm_and_mlp_of_the_model_but_no_loss(tiny_dir):
     pytest.importorskip("liger_kernel")
     done = subprocess.run([sys.executable, "-c", LIGER, str(tiny_dir)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "refused" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "kind, fields",
+    [("falcon_h1", {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "head_dim": 8}),
+     ("recurrent_gemma", {"logits_soft_cap": 2.0, "lru_width": 32, "num_key_value_heads": 1})],
+)
+def test_the_head_of_recurrent_models_has_their_scale_and_cap(kind, fields):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+                 "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.5, **fields})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ids, lm_head = torch.arange(3, 12)[None], head(model)
+    with torch.no_grad():
+        hidden = hidden_states(model, ids)[0]
+        wanted = model(input_ids=ids).logits[0]
+        got = full_logits(hidden, lm_head.weight, **lm_head.kernel_args())
+        plain = full_logits(hidden, lm_head.weight)
+    torch.testing.assert_close(got.float(), wanted, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain.float(), wanted, atol=1e-2)
