@@ -145,7 +145,7 @@ def collect_groups(cfg: RLAIFConfig, sample, tokenizer, problems, judge, checker
         if len(kept) == cfg.prompts_per_step:
             break
     state["cursor"] = cursor  # only now: the problems of an interrupted rollout are drawn again after a resume
-    return kept, rollout_facts(seen, kept, judged) | {k: engine[k] for k in ("slots", "slot_fill") if k in engine}
+    return kept, rollout_facts(seen, kept, judged) | {k: engine[k] for k in ("slots", "slot_fill", "weights") if k in engine}
 
 
 def sample_groups(cfg: RLAIFConfig, sample, tokenizer, drawn, checker, cursor: int, stop: Stop, facts: dict) -> list[Group]:

@@ -59,7 +59,8 @@ def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, ma
     length, the longest go first; default: long prompts. done: {(prompt, sample): Completion} that an earlier call left;
     they are not sampled again. on_done(prompt, sample, completion) is called as each one ends, on_step() after every
     step: it may raise to stop. facts: a dict that gets slots, steps, slot_fill (share of slots in use, over all steps),
-    slot_fill_full (the same while completions waited), halved, graphs. say(text): messages; default: a warning.
+    slot_fill_full (the same while completions waited), halved, graphs (CUDA), weights (copied once, NF4 dequantised, or
+    in place). say(text): messages; default: a warning.
     Returns one list of `samples` completions per prompt. Raises NoStandardCache, a UserError, for models that keep other
     state than keys and values, and UserError if memory is too small for one sequence.
     """
@@ -96,7 +97,8 @@ def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, ma
 @contextlib.contextmanager
 def fast_linears(model, slots: int):
     """linears.decoding_linears with a copy of the weights where it pays and fits: on a CPU, and for NF4 weights.
-    Autocast around all steps where an adapter runs by itself. Yields the groups, and the head's product (None: plain)."""
+    Autocast around all steps where an adapter runs by itself. Yields the groups, the head's product (None: plain), and whether
+    the weights are copied."""
     base = base_causal_lm(model)
     wanted = base.device.type == "cpu" or any(is_4bit(m) for m in base.modules())
     copy = wanted and 3 * copied_bytes(model, base.dtype) < free_bytes(base.device)
@@ -104,7 +106,7 @@ def fast_linears(model, slots: int):
         lm_head = head(model)
         product = packed_product(lm_head.weight, lm_head.bias, slots) if copy and packs(lm_head.weight) else None
         with contextlib.nullcontext() if every else compute_dtype(model):
-            yield groups, product
+            yield groups, product, copy
 
 
 class _Row:
@@ -127,12 +129,12 @@ class _Decode:
     token: sampled last, not yet in the cache; pos: its place; count: tokens sampled; alive: goes on."""
 
     def __init__(self, model, tokenizer, queue: list[_Row], how: Sampling, slots: int, max_new: int, eos, blocks: bool,
-                 groups: dict, product):
+                 groups: dict, product, copied: bool):
         self.model, self.queue, self.how, self.slots, self.max_new = model, queue, how, slots, max_new
         self.decoder, self.head, self.product = base_causal_lm(model).base_model, head(model), product
         self.device, self.pad = base_causal_lm(model).device, tokenizer.pad_token_id
         self.eos = torch.tensor(sorted(set(eos)), device=self.device, dtype=torch.long)
-        self.blocks, self.plain = blocks, plain_layers(model, groups) if blocks else None
+        self.copied, self.blocks, self.plain = copied, blocks, plain_layers(model, groups) if blocks else None
         self.sync = SYNC.get(self.device.type, 1)
         self.longest = max(len(row.prompt) for row in queue) + max_new
         self.steps = self.used = self.full_steps = self.full_used = self.halved = 0
@@ -154,6 +156,7 @@ class _Decode:
 
     def facts(self) -> dict:
         return {"slots": self.slots, "steps": self.steps, "halved": self.halved, "graphs": self.graphs.used,
+                "weights": "copied once" if self.copied else "in place",
                 "slot_fill": self.used / max(1, self.steps * self.slots),
                 "slot_fill_full": self.full_used / max(1, self.full_steps * self.slots)}
 

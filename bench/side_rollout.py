@@ -1,0 +1,153 @@
+"""Two decisions of the rollout engine, measured: NF4 weights dequantised once, and drafts by prompt look-up.
+
+    python -m bench.side_rollout                       # the demo's model on a CPU; about 6 minutes
+    python -m bench.side_rollout --device cuda --model Qwen/Qwen2.5-0.5B-Instruct
+
+1. Seconds of a decode step with NF4 weights dequantised in every layer and step (what the model does by itself)
+   and once per rollout into a copy (linears.decoding_linears), alternating, for several numbers of rows.
+2. Drafting the next tokens from an earlier place where the last ones occurred (prompt look-up) is lossless here for
+   nothing: a token is a function of its logits and its own random number. It pays if the tokens gained outweigh the
+   dearer step: gained are counted on worked solutions (of the demo's made problems, and of --data, a jsonl file with
+   problem and solution), a step that tries k more tokens a row is timed as one of (1 + k) times the rows, without
+   more keys and values to read: its least cost.
+"""
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from bench.measure import RESULTS, machine
+from minimath.config import AdapterConfig, UserError
+from minimath.data import load_examples
+from minimath.problems import make_problems
+
+ROWS = (1, 8, 32, 64)
+DRAFT = 2  # tokens tried beside the next one
+NGRAM = 3  # longest run of tokens that is looked up, down to 2
+ROUNDS = 3
+STEPS = 16
+
+
+def drafted(context: list[int], ngram: int, draft: int) -> list[int]:
+    """Up to `draft` tokens that followed the latest earlier occurrence of the context's last tokens."""
+    for length in range(ngram, 1, -1):
+        last = context[-length:]
+        for start in range(len(context) - length - 1, -1, -1):
+            if context[start:start + length] == last:
+                return context[start + length:start + length + draft]
+    return []
+
+
+def tokens_per_step(pairs: list[tuple[list[int], list[int]]], ngram: int = NGRAM, draft: int = DRAFT) -> float:
+    """Tokens that a step yields, the next one and the drafted ones that are right, over (prompt, completion) ids."""
+    steps = tokens = 0
+    for prompt, completion in pairs:
+        place = 0
+        while place < len(completion):
+            guess = drafted(prompt + completion[:place], ngram, draft)
+            right = 0
+            while right < len(guess) and completion[place + right:place + right + 1] == guess[right:right + 1]:
+                right += 1
+            place += right + 1
+            steps += 1
+        tokens += len(completion)
+    return tokens / steps
+
+
+def step_seconds(model, tokenizer, prompt: list[int], rows: int) -> float:
+    """Seconds of one decode step of `rows` rows: a longer rollout less a shorter one."""
+    from minimath.rollout import generate
+    took = []
+    for new in (4, 4 + STEPS):
+        start = time.perf_counter()
+        generate(model, tokenizer, [prompt], samples=rows, max_new_tokens=new, eos=[], slots=rows)
+        took.append(time.perf_counter() - start)
+    return (took[1] - took[0]) / STEPS
+
+
+def measure_nf4(cfg: AdapterConfig, prompt: list[int], load) -> list[dict]:
+    """Seconds per step by number of rows, dequantised per layer and once."""
+    from minimath import rollout
+    model, tokenizer = load(dataclasses.replace(cfg, quant="nf4"))
+    free = rollout.free_bytes
+    table = []
+    try:
+        for rows in ROWS:
+            took = {"per layer": [], "once": []}
+            for _ in range(ROUNDS):
+                for name in took:  # no free memory, no copy
+                    rollout.free_bytes = (lambda device: 0) if name == "per layer" else free
+                    took[name].append(step_seconds(model, tokenizer, prompt, rows))
+            medians = {name: statistics.median(each) for name, each in took.items()}
+            table.append({"rows": rows, **{f"{name}_s": s for name, s in medians.items()},
+                          "speed-up": medians["per layer"] / medians["once"], "rounds": took})
+    finally:
+        rollout.free_bytes = free
+    return table
+
+
+def measure_lookup(cfg: AdapterConfig, prompt: list[int], load, pairs: dict) -> dict:
+    """Tokens per step of each set of solutions, and what a step of (1 + DRAFT) tokens a row costs at least."""
+    model, tokenizer = load(cfg)
+    ids = {name: [tuple(tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair) for pair in each]
+           for name, each in pairs.items()}
+    gain = {name: tokens_per_step(each) for name, each in ids.items()}
+    costs = []
+    for rows in ROWS:
+        took = [[step_seconds(model, tokenizer, prompt, n) for n in (rows, (1 + DRAFT) * rows)] for _ in range(ROUNDS)]
+        cost = statistics.median(more for _, more in took) / statistics.median(one for one, _ in took)
+        costs.append({"rows": rows, "cost": cost, **{name: g / cost for name, g in gain.items()}})
+    return {"tokens per step": gain, "speed-up at most": costs}
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.side_rollout", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="", help="folder or hub id; default: the demo's SmolLM2-135M-Instruct")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--data", nargs="*", default=[], help="jsonl files with problem and solution")
+    parser.add_argument("--out", type=Path, help="result file; default: bench/results/side-rollout-<device>.json")
+    options = parser.parse_args(words)
+    try:
+        run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    from minimath.chat import prompt_ids
+    from minimath.demo import demo_model
+    from minimath.model import load_model
+    from minimath.runs import keep_freed_memory
+    keep_freed_memory()
+    facts = machine(options.device)
+    pairs = {"made": [(e.problem, e.solution) for e in make_problems(60, seed=1)]}
+    for path in options.data:
+        examples, _ = load_examples(path, limit=60, need=("solution",))
+        pairs[Path(path).stem] = [(e.problem, e.solution) for e in examples]
+    cfg = AdapterConfig(model=options.model or str(demo_model()), device=options.device)
+    _, tokenizer = load_model(cfg, train=True)
+    prompt = prompt_ids(tokenizer, pairs["made"][0][0], prompt_template=cfg.prompt_template)
+
+    def load(cfg):
+        return load_model(cfg, train=True)
+
+    result = facts | {"nf4": measure_nf4(cfg, prompt, load), "lookup": measure_lookup(cfg, prompt, load, pairs)}
+    for row in result["nf4"]:
+        print(f"NF4, {row['rows']:3} rows: {1e3 * row['per layer_s']:.0f} ms a step dequantised per layer, "
+              f"{1e3 * row['once_s']:.0f} ms once, {row['speed-up']:.2f}x")
+    print("tokens per step with look-up:", {name: round(g, 2) for name, g in result["lookup"]["tokens per step"].items()})
+    for row in result["lookup"]["speed-up at most"]:
+        told = ", ".join(f"{name} {row[name]:.2f}x" for name in pairs)
+        print(f"look-up, {row['rows']:3} rows: a step costs {row['cost']:.2f} as much; at most {told}")
+    path = options.out or RESULTS / f"side-rollout-{options.device}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
