@@ -1,12 +1,12 @@
 """One decode step of Llama-like models on a CPU, in two dozen operations a layer.
 
-A step of a small model on a CPU is bound by overhead: transformers' modules take about 1.3 ms a layer for few rows, most
-of it in Python and in some fifty small operations. This is the same computation for the families whose layers are all
+A step of a small model on a CPU is bound by overhead. This spares transformers' modules and half of their operations
+(SmolLM2-135M on 2 cores: 63 -> 48 ms a step for 8 rows, 113 -> 92 for 64), for the families whose layers are all
 
     x += W_o attention(rope(W_qkv norm(x)))        x += W_down (silu(W_gate norm(x)) * W_up norm(x))
 
-with grouped products (linears.py), norms in one operation, and rope on queries and keys together. On CUDA a recorded
-graph does better, and other families go through transformers.
+with grouped products (linears.py) and rope on queries and keys together. On CUDA the step is recorded as a graph, and
+other families go through transformers.
 """
 import torch
 import torch.nn.functional as F

@@ -145,14 +145,17 @@ def collect_groups(cfg: RLAIFConfig, sample, tokenizer, problems, judge, checker
         if len(kept) == cfg.prompts_per_step:
             break
     state["cursor"] = cursor  # only now: the problems of an interrupted rollout are drawn again after a resume
-    return kept, rollout_facts(seen, kept, judged) | {k: engine[k] for k in ("slots", "slot_fill", "weights") if k in engine}
+    engine = {name: engine[name] for name in ("slots", "slot_fill", "weights") if name in engine}
+    return kept, rollout_facts(seen, kept, judged) | engine
 
 
-def sample_groups(cfg: RLAIFConfig, sample, tokenizer, drawn, checker, cursor: int, stop: Stop, facts: dict) -> list[Group]:
+def sample_groups(cfg: RLAIFConfig, sample, tokenizer, drawn, checker, cursor: int, stop: Stop,
+                  facts: dict) -> list[Group]:
     """G completions of each drawn problem, with their texts and whether their answers are right."""
     # the stream of a completion depends on the draw's place in the run and on its own number, not on the batch
     keys = list(range(cursor, cursor + len(drawn)))
-    sampled = sample([prompt for _, prompt in drawn], samples=cfg.group_size, keys=keys, on_step=stop.check, facts=facts)
+    sampled = sample([prompt for _, prompt in drawn], samples=cfg.group_size, keys=keys, on_step=stop.check,
+                     facts=facts)
     groups = []
     for (example, prompt), completions in zip(drawn, sampled, strict=True):
         texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]

@@ -72,9 +72,9 @@ def test_options_of_the_own_engine_are_never_ignored(llama, mamba, name, value):
 def test_own_options_reach_the_engine(llama, monkeypatch):
     seen = {}
     monkeypatch.setattr(engines, "generate", lambda *a, **k: seen.update(k) or [])
-    with open_engine(config(repetition_penalty=1.2, stop_boxed=True, loop_guard=32, slots=7, top_k=5), *llama) as sample:
-        sample(prompts_of())
     wanted = {"repetition_penalty": 1.2, "stop_boxed": True, "loop_guard": 32, "slots": 7, "top_k": 5}
+    with open_engine(config(**wanted), *llama) as sample:
+        sample(prompts_of())
     assert {name: seen[name] for name in wanted} == wanted
 
 

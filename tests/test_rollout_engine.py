@@ -7,10 +7,10 @@ import pytest
 import tiny
 import torch
 from test_rollout import LENGTHS, full_logps, prompts_of, renormalised, sampled
-from toy import load, wake_adapter
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from toy import load, wake_adapter
 
-from minimath import memory, rollout
+from minimath import decoding, memory, rollout
 from minimath.config import AdapterConfig, ModelConfig, UserError
 from minimath.linears import called_together, decoding_linears, parts_of
 from minimath.model import adapter_off, base_causal_lm, hidden_states, inference
@@ -191,9 +191,9 @@ class Failing:
 @pytest.mark.parametrize("where", ["run_step", "choose", "prefill", "admit"])
 def test_out_of_memory_halves_the_slots_and_changes_no_completion(llama, monkeypatch, where):
     whole, said, facts = sampled(llama, slots=8), [], {}
-    method = getattr(rollout._Decode, where)
+    method = getattr(decoding.Decode, where)
     failing = Failing(method, {2, 9} if where in ("run_step", "choose") else {1})
-    monkeypatch.setattr(rollout._Decode, where, lambda *args: failing(*args))
+    monkeypatch.setattr(decoding.Decode, where, lambda *args: failing(*args))
     again = sampled(llama, slots=8, say=said.append, facts=facts)
     assert ids_of(again) == ids_of(whole)
     for one, two in zip(sum(whole, []), sum(again, []), strict=True):
@@ -206,7 +206,7 @@ def test_memory_too_small_for_one_sequence_is_an_error_that_says_what_to_do(llam
     def full(*args):
         raise torch.OutOfMemoryError("simulated")
 
-    monkeypatch.setattr(rollout._Decode, "run_step", full)
+    monkeypatch.setattr(decoding.Decode, "run_step", full)
     with pytest.raises(UserError, match="lower max_new_tokens"):
         sampled(llama, slots=4, say=lambda text: None)
 
@@ -248,14 +248,14 @@ def test_prompts_expected_to_take_longest_start_first(llama):
 def test_rows_are_kept_in_blocks_of_like_length(llama, monkeypatch):
     """Attention reads a block only as far as its longest row, so short rows must not stand among long ones."""
     seen = []
-    arrange = rollout._Decode.arrange
+    arrange = decoding.Decode.arrange
 
     def spy(self, keep):
         arrange(self, keep)
         seen.append([row.length for row in self.rows])
 
-    monkeypatch.setattr(rollout._Decode, "arrange", spy)
-    monkeypatch.setattr(rollout, "BLOCK", 4)
+    monkeypatch.setattr(decoding.Decode, "arrange", spy)
+    monkeypatch.setattr(decoding, "BLOCK", 4)
     sampled(llama, samples=16, slots=16, max_new_tokens=40)
     assert len(seen) > 10
     for lengths in seen:
@@ -358,9 +358,9 @@ def test_a_decode_step_never_waits_for_the_device(folder):
     """Under fake tensors anything that reads a value back raises: what a CUDA graph cannot hold."""
     model, tokenizer = load(folder, ModelConfig)
     steps = []
-    run_step = rollout._Decode.run_step
+    run_step = decoding.Decode.run_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout._Decode, "run_step",
+        patch.setattr(decoding.Decode, "run_step",
                       lambda self, *args: (steps.append((self, args)), run_step(self, *args)))
         how = {"top_p": 0.9, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1, "temperature": 0.8}
         generate(model, tokenizer, prompts_of(), max_new_tokens=4, eos=[1, 2], **how)
@@ -373,9 +373,9 @@ def test_a_decode_step_never_waits_for_the_device(folder):
 
 def test_one_block_attends_as_many_do(llama, monkeypatch):
     """A CUDA device gets all rows as one block, over a length that is a multiple of a window."""
-    monkeypatch.setattr(rollout, "BLOCK", 4)
+    monkeypatch.setattr(decoding, "BLOCK", 4)
     many = sampled(llama, samples=8, slots=16)
-    monkeypatch.setattr(rollout, "BLOCK", 10_000)
+    monkeypatch.setattr(decoding, "BLOCK", 10_000)
     one = sampled(llama, samples=8, slots=16)
     assert ids_of(many) == ids_of(one)
     assert math.isclose(many[0][0].logp[-1], one[0][0].logp[-1], abs_tol=1e-5)
@@ -384,7 +384,7 @@ def test_one_block_attends_as_many_do(llama, monkeypatch):
 def test_rows_that_ended_between_looks_keep_what_they_had(llama, monkeypatch):
     """A CUDA device is looked at every fourth step: rows that are over run on without effect."""
     whole = sampled(llama, samples=8, slots=16)
-    monkeypatch.setitem(rollout.SYNC, "cpu", 4)
+    monkeypatch.setitem(decoding.SYNC, "cpu", 4)
     rare = sampled(llama, samples=8, slots=16)
     assert ids_of(rare) == ids_of(whole)
     for one, two in zip(sum(whole, []), sum(rare, []), strict=True):
