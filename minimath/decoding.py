@@ -22,7 +22,7 @@ class Row:
     def __init__(self, job: tuple[int, int], seed: int, prompt: list[int]):
         self.job, self.seed, self.prompt = job, seed, prompt
         self.ids, self.logp, self.full_logp = [], [], []  # filled in when it ends, or is put back
-        self.ended, self.length = False, 0  # length: tokens in the cache, as far as the host knows
+        self.ended, self.length, self.seen = False, 0, 0  # length: tokens in the cache; seen: of ids, by early_ends
 
     def tokens(self) -> list[int]:
         return self.prompt + self.ids
@@ -136,33 +136,47 @@ class Decode:
     def collect(self, watch, loop_guard: int) -> None:
         """Take out the rows that are over, close the gaps, sort the others into blocks of like length."""
         n = len(self.rows)
-        alive = self.alive[:n].tolist()
-        over = [not a for a in alive]
-        if watch is not None or loop_guard and self.steps % 16 < self.sync:
-            for i in range(n):
-                over[i] = over[i] or self.cut_early(i, watch, loop_guard)
-        if not any(over):
+        over = [not alive for alive in self.alive[:n].tolist()]
+        early = self.early_ends(watch, loop_guard) if watch is not None or loop_guard else {}
+        if not any(over) and not early:
             return
         eos = set(self.eos.tolist())
         for i in range(n):
-            if over[i]:
-                self.read(i)
-                self.rows[i].ended = self.rows[i].ended or self.rows[i].ids[-1] in eos
-                self.over.append(self.rows[i])
-        self.arrange([i for i in range(n) if not over[i]])
+            if over[i] or i in early:
+                row = self.rows[i]
+                self.read(i, early.get(i))
+                row.ended = row.ended or row.ids[-1] in eos
+                self.over.append(row)
+        self.arrange([i for i in range(n) if not over[i] and i not in early])
 
-    def cut_early(self, i: int, watch, loop_guard: int) -> bool:
-        """Whether a running row has closed its box or goes round in circles; sets what was found on the row."""
-        row, count = self.rows[i], int(self.count[i])
-        if watch is not None and watch.may_close(int(self.token[i])):
+    def early_ends(self, watch, loop_guard: int) -> dict[int, int]:
+        """Slots whose rows have closed their box, or go round in circles, and the tokens that these then have.
+
+        Every new token is looked at, and loops at every 16th of a row: where a completion ends does not depend on when
+        the host looks.
+        """
+        n, early = len(self.rows), {}
+        back = torch.arange(self.sync - 1, -1, -1, device=self.device)
+        slots = torch.arange(n, device=self.device)[:, None]
+        recent = self.ids[slots, (self.pos[:n, None] - back).clamp(min=0)].tolist()  # (n, sync), the newest last
+        for i, (row, count) in enumerate(zip(self.rows, self.count[:n].tolist(), strict=True)):
             start = len(row.prompt)
-            row.ended = watch.closed(self.ids[i, start:start + count].tolist())
-        return row.ended or bool(loop_guard) and count >= loop_guard and in_loop(
-            self.ids[i, len(row.prompt) + count - loop_guard:len(row.prompt) + count].tolist())
+            for place in range(row.seen + 1, count + 1):
+                closes = watch is not None and watch.may_close(recent[i][place - count - 1])
+                turns = loop_guard and place >= loop_guard and place % 16 == 0
+                if not closes and not turns:
+                    continue
+                ids = self.ids[i, start:start + place].tolist()
+                row.ended = closes and watch.closed(ids)
+                if row.ended or turns and in_loop(ids[-loop_guard:]):
+                    early[i] = place
+                    break
+            row.seen = count
+        return early
 
-    def read(self, i: int) -> None:
-        """Copy what slot i has sampled to its row."""
-        row, count = self.rows[i], int(self.count[i])
+    def read(self, i: int, count: int | None = None) -> None:
+        """Copy what slot i has sampled, or the first `count` tokens of it, to its row."""
+        row, count = self.rows[i], int(self.count[i]) if count is None else count
         row.ids = self.ids[i, len(row.prompt):len(row.prompt) + count].tolist()
         row.logp, row.full_logp = self.logp[i, :count].tolist(), self.full_logp[i, :count].tolist()
 
@@ -230,7 +244,7 @@ class Decode:
 
     def place(self, slot: int, row: Row, tokens: tuple) -> None:
         """The state of a row that starts, or goes on with the tokens it has, in a slot."""
-        count, row.length = len(row.ids), len(tokens)
+        count, row.length, row.seen = len(row.ids), len(tokens), len(row.ids)
         self.ids[slot, :len(tokens)] = torch.tensor(tokens, device=self.device)
         self.noise[slot] = stream_noise(row.seed, self.max_new).to(self.device)
         self.pos[slot], self.count[slot], self.alive[slot] = len(tokens), count, True

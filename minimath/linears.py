@@ -85,7 +85,7 @@ class Group:
             self.product = packed_product(weight, bias, rows) if packs(weight) else plain_product(weight, bias)
             self.bases = None
         else:
-            self.bases = [(p.base, w) for p, w in zip(parts, self.widths, strict=True)]
+            self.bases = [p.base for p in parts]
 
     def adapters(self, parts: list[Parts], dtype: torch.dtype):
         """All A of the group (R, in), and their B as one (R, width) with zeros between the layers."""
@@ -109,7 +109,7 @@ class Group:
             if self.a is not None:
                 y = torch.addmm(y[:, :self.width], y[:, self.width:], self.b)
         else:
-            y = [base(flat) for base, _ in self.bases]
+            y = [type(base).forward(base, flat) for base in self.bases]  # the layer's own, whatever stands in its place
             y = y[0] if len(y) == 1 else torch.cat(y, -1)
             if self.a is not None:
                 y = torch.addmm(y, flat @ self.a.T, self.b)
@@ -194,7 +194,8 @@ def decoding_linears(model, *, copy: bool, rows: int):
     try:
         for modules in called_together(model):
             known = [(m, parts) for m in modules if (parts := parts_of(m)) is not None]
-            if not known:
+            if not known or not copy and all(parts.a is None for _, parts in known):  # nothing to gain
+                adapted -= sum(isinstance(m, LoraLayer) for m, _ in known)
                 continue
             group = Group([m for m, _ in known], [parts for _, parts in known], dtype, copy=copy, rows=rows)
             for index, (module, _) in enumerate(known):

@@ -173,6 +173,19 @@ def test_the_loop_guard_cuts_a_completion_and_marks_it_as_not_ended(llama):
     assert shorter > 0
 
 
+@pytest.mark.parametrize("options", [{"loop_guard": 32, "temperature": 0.2}, {"stop_boxed": True}])
+def test_early_ends_do_not_depend_on_slots_or_on_when_the_host_looks(llama, monkeypatch, options):
+    monkeypatch.setattr(BoxWatch, "may_close", lambda self, token: token == 60)
+    monkeypatch.setattr(BoxWatch, "closed", lambda self, ids: 60 in ids)
+    told = []
+    for slots, sync in ((16, 1), (3, 1), (16, 4), (5, 4)):
+        monkeypatch.setitem(decoding.SYNC, "cpu", sync)
+        groups = sampled(llama, samples=4, slots=slots, eos=[], max_new_tokens=120, **options)
+        told.append([[(c.ids, c.ended) for c in group] for group in groups])
+    assert told[0] == told[1] == told[2] == told[3]
+    assert any(len(ids) < 120 for group in told[0] for ids, _ in group)
+
+
 # ---- memory
 
 
@@ -290,6 +303,28 @@ def test_grouped_layers_compute_what_the_model_computes(folder, copy, dtype, off
     assert torch.equal(wanted, again)  # nothing is left behind
     size = wanted.float().norm()
     assert (got.float() - wanted.float()).norm() / size < (1e-5 if dtype == "fp32" else 0.02)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_model_without_an_adapter_decodes_the_same(folder, copy):
+    model, _ = load(folder)
+    ids = torch.tensor(prompts_of((9, 9)))
+    with inference(model):
+        wanted = hidden_states(model, ids)
+        with decoding_linears(model, copy=copy, rows=2) as (groups, every):
+            assert every and bool(groups) == copy  # in place there is nothing to gain
+            torch.testing.assert_close(hidden_states(model, ids), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_rollouts_without_a_copy_of_the_weights_are_the_same(folder, monkeypatch, quant):
+    model, tokenizer = load(folder, AdapterConfig, train=True, quant=quant)
+    wake_adapter(model)
+    copied = sampled((model, tokenizer), facts=(facts := {}))
+    assert facts["weights"] == "copied once"
+    monkeypatch.setattr(rollout, "free_bytes", lambda device: 0)
+    in_place = sampled((model, tokenizer), facts=facts)
+    assert facts["weights"] == "in place" and ids_of(in_place) == ids_of(copied)
 
 
 def test_grouped_layers_keep_the_adapter_apart_in_16_bits(folder):

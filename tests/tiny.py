@@ -27,6 +27,7 @@ FAMILIES = {  # what each adds to a plain Llama: the head, bias and attention va
     "llama": {},
     "llama-untied": {"tie_word_embeddings": False},
     "qwen2": {},  # bias on q, k, v
+    "qwen2-window": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},  # in the second layer
     "qwen3": {"head_dim": 8},  # q and k norms
     "mistral": {"sliding_window": None},
     "gemma2": {"head_dim": 8, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
