@@ -16,6 +16,11 @@ WINDOW = 256  # lengths of attention on CUDA are multiples of this
 PREFILL_TOKENS = 4096  # of prompts in one forward
 
 
+def fixed_shapes(device: torch.device) -> bool:
+    """Whether steps have few shapes, as recording them needs: rows and lengths are rounded up."""
+    return device.type == "cuda"
+
+
 class Row:
     """One completion, running or waiting."""
 
@@ -39,6 +44,7 @@ class Decode:
         self.device, self.pad = base_causal_lm(model).device, tokenizer.pad_token_id
         self.eos = torch.tensor(sorted(set(eos)), device=self.device, dtype=torch.long)
         self.copied, self.blocks, self.plain = copied, blocks, plain_layers(model, groups) if blocks else None
+        self.fixed = fixed_shapes(self.device)
         self.sync = SYNC.get(self.device.type, 1)
         self.longest = max(len(row.prompt) for row in queue) + max_new
         self.steps = self.used = self.full_steps = self.full_used = self.halved = 0
@@ -79,18 +85,20 @@ class Decode:
 
     def step(self) -> None:
         """One more token for every row."""
-        n = len(self.rows)
+        n = width = len(self.rows)
         for row in self.rows:
             row.length += 1
         length, spans = max(row.length for row in self.rows), None
-        if self.device.type == "cuda":  # few lengths, each of which is recorded
-            length = min(-(-length // WINDOW) * WINDOW, self.cache.capacity())
+        if self.fixed:  # few shapes, each of which is recorded; the slots beyond n are dead
+            length, width = min(-(-length // WINDOW) * WINDOW, self.cache.capacity()), self.slots
+            while width // 2 >= n:
+                width //= 2
         else:
             self.cache.reserve(length)
-        if self.device.type == "cpu" and self.blocks:
+        if self.device.type == "cpu" and self.blocks and not self.fixed:
             spans = [(a, min(a + BLOCK, n), max(row.length for row in self.rows[a:a + BLOCK]))
                      for a in range(0, n, BLOCK)]
-        self.graphs.run(self.run_step, n, length, spans)
+        self.graphs.run(self.run_step, width, length, spans)
         self.steps += 1
         self.used += n
         if self.queue:
@@ -197,6 +205,7 @@ class Decode:
             for state in (self.token, self.pos, self.count, self.alive, self.noise, self.logp, self.full_logp,
                           self.ids):
                 state[places] = state[moved]
+        self.alive[n:] = False
         at = {j: self.rows[i] for i, j in targets.items()}
         self.rows = [at[j] for j in range(n)]
 
@@ -226,8 +235,8 @@ class Decode:
         if self.cache is None:
             check_cache(self.model, prefilled)
             self.cache = SlotCache(prefilled, self.slots)
-        # recorded steps hold the buffers' addresses: on CUDA they are made once, as large as they can become
-        self.cache.reserve(self.longest if self.device.type == "cuda" else int(lengths.max()) + 1)
+        # recorded steps hold the buffers' addresses: there they are made once, as large as they can become
+        self.cache.reserve(self.longest if self.fixed else int(lengths.max()) + 1)
         first, source = len(self.rows), []
         for i, tokens in enumerate(batch):
             rows = by_tokens[tokens]

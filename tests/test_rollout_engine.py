@@ -416,6 +416,24 @@ def test_one_block_attends_as_many_do(llama, monkeypatch):
     assert math.isclose(many[0][0].logp[-1], one[0][0].logp[-1], abs_tol=1e-5)
 
 
+@pytest.mark.parametrize("slots", [16, 5, 1])
+def test_steps_of_fixed_shapes_sample_the_same(llama, monkeypatch, slots):
+    """What a CUDA device gets, on a CPU: whole halves of the slots, rounded lengths, looks at every fourth step."""
+    whole, shapes = sampled(llama, samples=8, slots=slots), set()
+    monkeypatch.setattr(decoding, "fixed_shapes", lambda device: True)
+    monkeypatch.setattr(decoding, "WINDOW", 32)
+    monkeypatch.setitem(decoding.SYNC, "cpu", 4)
+    run_step = decoding.Decode.run_step
+    monkeypatch.setattr(decoding.Decode, "run_step",
+                        lambda self, *args: (shapes.add(args), run_step(self, *args)))
+    fixed = sampled(llama, samples=8, slots=slots)
+    assert ids_of(fixed) == ids_of(whole)
+    for one, two in zip(sum(whole, []), sum(fixed, []), strict=True):
+        assert two.logp == pytest.approx(one.logp, abs=1e-5) and two.ended == one.ended
+    assert {n for n, _, _ in shapes} <= {slots >> i for i in range(5)}
+    assert len({length for _, length, _ in shapes}) <= 3 and all(spans is None for *_, spans in shapes)
+
+
 def test_rows_that_ended_between_looks_keep_what_they_had(llama, monkeypatch):
     """A CUDA device is looked at every fourth step: rows that are over run on without effect."""
     whole = sampled(llama, samples=8, slots=16)
