@@ -93,8 +93,6 @@ class Decode:
             length, width = min(-(-length // WINDOW) * WINDOW, self.cache.capacity()), self.slots
             while width // 2 >= n:
                 width //= 2
-        else:
-            self.cache.reserve(length)
         if self.device.type == "cpu" and self.blocks and not self.fixed:
             spans = [(a, min(a + BLOCK, n), max(row.length for row in self.rows[a:a + BLOCK]))
                      for a in range(0, n, BLOCK)]
@@ -234,9 +232,7 @@ class Decode:
                               past_key_values=prefilled, use_cache=True).last_hidden_state
         if self.cache is None:
             check_cache(self.model, prefilled)
-            self.cache = SlotCache(prefilled, self.slots)
-        # recorded steps hold the buffers' addresses: there they are made once, as large as they can become
-        self.cache.reserve(self.longest if self.fixed else int(lengths.max()) + 1)
+            self.cache = SlotCache(prefilled, self.slots, self.longest)
         first, source = len(self.rows), []
         for i, tokens in enumerate(batch):
             rows = by_tokens[tokens]

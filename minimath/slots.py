@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from minimath.config import UserError
 from minimath.model import base_causal_lm
 
-GROW = 64  # places by which the buffers grow; also keeps rows of a mask aligned for CUDA's sdpa kernels
+ALIGN = 64  # places are a multiple of this, which keeps the rows of a mask aligned for CUDA's sdpa kernels
 ATTENTION = "minimath_slots"
 
 
@@ -50,26 +50,18 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """A transformers cache in which each of S rows has its own length."""
 
-    def __init__(self, prefilled: DynamicCache, slots: int):
-        """Buffers for `slots` rows, shaped after a prefilled cache; they have no places yet, see `reserve`."""
-        layers = [SlotLayer(layer.keys.new_zeros(slots, layer.keys.shape[1], 0, layer.keys.shape[3]),
-                            layer.values.new_zeros(slots, layer.values.shape[1], 0, layer.values.shape[3]))
+    def __init__(self, prefilled: DynamicCache, slots: int, length: int):
+        """Buffers for `slots` rows of up to `length` places, shaped after a prefilled cache. They are made once: buffers
+        that grow leave holes in the heap, and recorded steps hold their addresses. Zeros, for what attention masks must
+        be finite."""
+        places = -(-length // ALIGN) * ALIGN
+        layers = [SlotLayer(layer.keys.new_zeros(slots, layer.keys.shape[1], places, layer.keys.shape[3]),
+                            layer.values.new_zeros(slots, layer.values.shape[1], places, layer.values.shape[3]))
                   for layer in prefilled.layers]
         super().__init__(layers=layers)
 
     def capacity(self) -> int:
         return self.layers[0].keys.shape[2]
-
-    def reserve(self, length: int) -> bool:
-        """Make room for rows of `length` places; True if the buffers moved. New places are zeros: what attention
-        masks must be finite."""
-        if length <= self.capacity():
-            return False
-        more = -(-length // GROW) * GROW - self.capacity()
-        for layer in self.layers:
-            layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, 0, more))
-            layer.values = torch.nn.functional.pad(layer.values, (0, 0, 0, more))
-        return True
 
     def fill(self, slots: list[int], prefilled: DynamicCache, row: int, length: int) -> None:
         """Copy a prefilled prompt (its row of a right-padded batch) into several slots."""
