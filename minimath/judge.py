@@ -1,123 +1,64 @@
 """Pairwise AI judges, and the win probabilities of the right candidates of a group.
 
-A judge is asked "is the first one better?" and answers with a probability, or None for no vote. Both orders
-are asked of every pair, by `judge_groups` and never by a judge itself: p_ij = (v(i, j) + 1 - v(j, i)) / 2, so
-that a judge that likes position A whatever stands there says 1/2. Three judges: `rules_judge`
-(deterministic), `self_judge` (the training model with its adapter off), `openai_judge` (an OpenAI-compatible
-endpoint).
+A judge is asked "is the first one better?" and answers with a probability, or None for no vote. Three judges:
+`rules_judge` (deterministic), `self_judge` (the training model with its adapter off), `openai_judge` (an
+OpenAI-compatible endpoint). What they are shown is in rubrics.py, which pairs they are asked about in compare.py.
 
-A candidate is text of the policy in training, which is paid for being liked: it is shown up to its final
-answer, with control characters, special tokens and role marks defused, capped in length, between marks that
-it can't know. """
+Both orders are asked of every pair, by `judge_groups` and never by a judge itself:
+p_ij = (v(i, j) + 1 - v(j, i)) / 2, so that a judge that likes position A whatever stands there says 1/2.
+"""
 from __future__ import annotations
 
-import hashlib
+import math
 import re
 import time
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-
-from .answer import answer_end
+from .compare import Fit, round_robin, swiss_pairs, swiss_rounds
+from .compare import win_probabilities as wins_of
 from .config import UserError
 from .endpoint import ChatClient
-from .kernels import linear_logp
-from .model import adapter_off, base_causal_lm, head, hidden_states, inference
+from .rubrics import Candidate, Pair, judge_prompt, load_rubric, make_nonce
+from .self_judge import self_compare
 from .steps import StepCount
 
-RUBRIC = Path(__file__).parent / "rubric.txt"
+__all__ = ["Candidate", "Judge", "Pair", "StepCount", "both_orders", "judge_groups", "make_judge", "openai_judge",
+           "read_verdict", "rules_judge", "self_judge", "win_probabilities"]
+
 VERDICTS = {"A": 1.0, "B": 0.0, "TIE": 0.5}
-
-
-class Candidate(NamedTuple):
-    """One completion: its text, whether its answer is right, its checked steps, its length in tokens."""
-    text: str
-    right: bool
-    steps: StepCount
-    tokens: int
-
-
-class Pair(NamedTuple):
-    """One question to a judge: is `first` the better solution?"""
-    problem: str
-    first: Candidate
-    second: Candidate
 
 
 @dataclass
 class Judge:
     """compare(pairs) -> one probability in [0, 1] that `first` is better, or None (no vote), per pair. ping()
     raises UserError when the judge can't be used; it is called before any long work. `counts`: what it cost
-    so far."""
+    so far. `soft`: its votes are probabilities, not verdicts (see both_orders). `plan`: round_robin or swiss."""
     name: str
     compare: Callable[[list[Pair]], list[float | None]]
     ping: Callable[[], None] = lambda: None
     counts: dict = field(default_factory=dict)
+    soft: bool = False
+    plan: str = "round_robin"
 
 
 def make_judge(cfg, model=None, tokenizer=None) -> Judge:
     """The judge that cfg.judge names: rules, self (needs model and tokenizer), openai."""
     if cfg.judge == "rules":
-        return rules_judge()
-    if cfg.judge == "self":
-        return self_judge(model, tokenizer, max_chars=cfg.judge_max_chars, micro_tokens=cfg.micro_tokens)
-    if cfg.judge == "openai":
-        return openai_judge(cfg.judge_url, cfg.judge_model, key_env=cfg.judge_key_env,
-                            timeout_s=cfg.judge_timeout_s, retries=cfg.judge_retries,
-                            concurrency=cfg.judge_concurrency, max_chars=cfg.judge_max_chars)
-    raise UserError(f"judge={cfg.judge!r}: use self, openai or rules")
-
-
-# ---------------------------------------------------------------- prompts
-
-_SPECIAL = re.compile(r"<(?=[^\s\d=<>-])")                    # <|im_end|>, </s>, <think>, <start_of_turn>
-_BRACKETS = re.compile(r"\[(?=/?(?:INST|SYS|AVAILABLE|TOOL|IMG|BOS|EOS)\b)", re.I)
-_ROLE = re.compile(r"^([ \t>#*]{0,9}(?:system|user|human|assistant|judge|verdict|instructions?)[ \t*]{0,9}):",
-                   re.I | re.M)
-_HIDDEN = ("Cc", "Cf", "Co", "Cs", "Cn")     # Unicode categories: control, format, private, surrogate, none
-
-
-def clean(text: str, max_chars: int, specials: list[str] = ()) -> str:
-    """Candidate text as a judge may see it: up to the final answer, without control, format and private
-    characters, special tokens broken by a space, role marks at line starts without their colon, the middle
-    cut beyond max_chars."""
-    text = text[:answer_end(text)]
-    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in _HIDDEN)
-    for special in specials:
-        text = text.replace(special, f"{special[:1]} {special[1:]}")
-    text = _ROLE.sub(r"\1 -", _BRACKETS.sub("[ ", _SPECIAL.sub("< ", text))).strip()
-    if len(text) > max_chars:
-        tail = max_chars // 3
-        text = f"{text[:max_chars - tail]}\n[cut]\n{text[len(text) - tail:]}"
-    return text
-
-
-def load_rubric(path: str | Path = RUBRIC) -> str:
-    """The judge's instructions: a text file with {problem}, {first}, {second} and {nonce}."""
-    try:
-        rubric = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"rubric {path}: {error}; give a readable text file") from None
-    missing = [name for name in ("{problem}", "{first}", "{second}", "{nonce}") if name not in rubric]
-    if missing:
-        raise UserError(f"rubric {path}: {', '.join(missing)} not found in it; "
-                        "all of {problem}, {first}, {second} and {nonce} must stand in a rubric")
-    return rubric
-
-
-def judge_prompt(rubric: str, pair: Pair, max_chars: int, specials: list[str] = ()) -> str:
-    """The rubric with its places filled in one pass. The nonce is a hash of the texts, the same for both
-    orders: a candidate would have to contain the hash of itself to forge a mark, and a run stays
-    reproducible."""
-    shown = {"problem": pair.problem, "first": pair.first.text, "second": pair.second.text}
-    parts = {name: clean(text, max_chars, specials) for name, text in shown.items()}
-    texts = "\x00".join([parts["problem"], *sorted((parts["first"], parts["second"]))])
-    parts["nonce"] = hashlib.sha256(texts.encode("utf-8", "replace")).hexdigest()[:12]
-    return re.sub(r"\{(problem|first|second|nonce)\}", lambda match: parts[match.group(1)], rubric)
+        judge = rules_judge()
+    elif cfg.judge == "self":
+        judge = self_judge(model, tokenizer, rubric=cfg.judge_rubric, max_chars=cfg.judge_max_chars,
+                           micro_tokens=cfg.micro_tokens)
+    elif cfg.judge == "openai":
+        judge = openai_judge(cfg.judge_url, cfg.judge_model, key_env=cfg.judge_key_env,
+                             timeout_s=cfg.judge_timeout_s, retries=cfg.judge_retries,
+                             concurrency=cfg.judge_concurrency, rubric=cfg.judge_rubric,
+                             max_chars=cfg.judge_max_chars)
+    else:
+        raise UserError(f"judge={cfg.judge!r}: use self, openai or rules")
+    judge.plan = cfg.judge_plan
+    return judge
 
 
 # ---------------------------------------------------------------- the three judges
@@ -130,92 +71,22 @@ def rules_judge() -> Judge:
         return candidate.right, share, -candidate.tokens
 
     def compare(pairs: list[Pair]) -> list[float | None]:
-        return [0.5 if merit(a) == merit(b) else float(merit(a) > merit(b)) for _, a, b in pairs]
+        return [0.5 if merit(a) == merit(b) else float(merit(a) > merit(b)) for _, a, b, _ in pairs]
 
     return Judge("rules", compare)
 
 
-def self_judge(model, tokenizer, *, rubric: str | Path = RUBRIC, max_chars: int = 4000,
+def self_judge(model, tokenizer, *, rubric: str | Path = "maths", max_chars: int = 4000,
                micro_tokens: int = 4096) -> Judge:
-    """The model itself, adapter off, in eval mode: P(A) / (P(A) + P(B)) of the first token of its reply, from
-    `linear_logp` on the last hidden state of each prompt. No text is generated or parsed. micro_tokens bounds
-    the padded tokens of one forward; prompts longer than the model's context get no vote."""
-    rubric = load_rubric(rubric)
-    letters = letter_ids(tokenizer)
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    config = base_causal_lm(model).config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or 1 << 30
-    counts = {"prompts": 0, "prompt_tokens": 0, "too_long": 0}
-
-    def compare(pairs: list[Pair]) -> list[float | None]:
-        prompts = [_chat_ids(tokenizer, judge_prompt(rubric, pair, max_chars, specials)) for pair in pairs]
-        votes: list[float | None] = [None] * len(pairs)
-        fitting = [i for i, ids in enumerate(prompts) if len(ids) <= limit]
-        counts["prompts"] += len(pairs)
-        counts["prompt_tokens"] += sum(map(len, prompts))
-        counts["too_long"] += len(pairs) - len(fitting)
-        with inference(model), adapter_off(model):
-            for rows in _batches(sorted(fitting, key=lambda i: len(prompts[i])), prompts, micro_tokens):
-                chances = first_letter_chances(model, [prompts[i] for i in rows], letters)
-                for i, chance in zip(rows, chances, strict=True):
-                    votes[i] = chance
-        return votes
-
-    return Judge("self", compare, counts=counts)
-
-
-def letter_ids(tokenizer) -> tuple[int, int]:
-    """Token ids of "A" and "B", or of " A" and " B" where the bare letters are not single tokens."""
-    for form in ("{}", " {}"):
-        ids = [tokenizer.encode(form.format(letter), add_special_tokens=False) for letter in "AB"]
-        if all(len(one) == 1 for one in ids) and ids[0] != ids[1]:
-            return ids[0][0], ids[1][0]
-    raise UserError("judge=self: the tokenizer has no single token for the letters A and B; "
-                    "use judge=openai or judge=rules")
-
-
-def _chat_ids(tokenizer, prompt: str) -> list[int]:
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                             add_generation_prompt=True)
-        return tokenizer.encode(text, add_special_tokens=False)
-    return tokenizer.encode(prompt + "\nVerdict:")
-
-
-def _batches(rows: list[int], prompts: list[list[int]], micro_tokens: int):
-    """Splits rows, sorted by length, into batches of at most micro_tokens padded tokens (at least one
-    row)."""
-    batch: list[int] = []
-    for row in rows:
-        if batch and len(prompts[row]) * (len(batch) + 1) > micro_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def first_letter_chances(model, prompts: list[list[int]], letters: tuple[int, int]) -> list[float]:
-    """P(A) / (P(A) + P(B)) of the token after each prompt; None where that is not a number. Right-padded:
-    with a causal model, padding after the last token changes nothing before it."""
-    lengths = torch.tensor([len(ids) for ids in prompts])
-    width = int(lengths.max())
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)                       # (B, T)
-    for row, ids in enumerate(prompts):
-        input_ids[row, :len(ids)] = torch.tensor(ids)
-    mask = (torch.arange(width)[None] < lengths[:, None]).long()                         # (B, T)
-    lm_head = head(model)
-    device = lm_head.weight.device
-    hidden = hidden_states(model, input_ids.to(device), attention_mask=mask.to(device))  # (B, T, D)
-    last = hidden[torch.arange(len(prompts), device=device), lengths.to(device) - 1]     # (B, D)
-    targets = torch.tensor(letters, device=device).repeat_interleave(len(prompts))       # (2B,) A..., B...
-    logp = linear_logp(last.repeat(2, 1), lm_head.weight, targets, **lm_head.kernel_args()).view(2, -1)
-    chances = torch.sigmoid(logp[0] - logp[1]).tolist()                                  # (B,)
-    return [chance if chance == chance else None for chance in chances]
+    """The model itself, adapter off: P(A) + P(TIE) / 2 among the three verdicts, of the first token of its reply.
+    No text is generated or parsed. Prompts longer than the model's context get no vote."""
+    compare, counts = self_compare(model, tokenizer, rubric=load_rubric(rubric), max_chars=max_chars,
+                                   micro_tokens=micro_tokens)
+    return Judge("self", compare, counts=counts, soft=True)
 
 
 def openai_judge(url: str, model: str = "", *, key_env: str = "OPENAI_API_KEY", timeout_s: float = 30.0,
-                 retries: int = 3, concurrency: int = 8, rubric: str | Path = RUBRIC,
+                 retries: int = 3, concurrency: int = 8, rubric: str | Path = "maths",
                  max_chars: int = 4000) -> Judge:
     """Any OpenAI-compatible chat endpoint. The reply must be A, B or TIE; everything else is no vote."""
     rubric = load_rubric(rubric)
@@ -240,77 +111,138 @@ def read_verdict(reply: str) -> float | None:
 
 # ---------------------------------------------------------------- win probabilities
 
-def judge_groups(judge: Judge,
-                 groups: list[tuple[str, list[Candidate]]]) -> tuple[list[list[float | None]], dict]:
-    """Judges all groups, each (problem, candidates), in one batch of comparisons.
+@dataclass
+class Contest:
+    """The right candidates of a group, one of each text, and what came of their comparisons."""
+    problem: str
+    texts: list[Candidate]
+    copies: list[int]
+    place: list[int | None]  # of each candidate of the group in `texts`; None: wrong
+    nonce: str
+    asked: set[tuple[int, int]] = field(default_factory=set)
+    results: list[tuple[int, int, float]] = field(default_factory=list)
 
-    Returns (wins, stats). wins[g][i] is the mean of p_ij over the other right candidates j of the group that
-    got a vote in both orders; None for wrong candidates, for those without a vote, and in groups with fewer
-    than two right candidates, which are not judged. Identical texts tie at 1/2 without being asked. A judge
-    that raises costs its votes, not the run. stats: groups, judged, skipped, comparisons (questions asked),
-    identical, no_votes, position_bias (mean of v(i, j) + v(j, i) - 1: above 0 it likes what stands first),
-    order_conflicts (share of pairs whose winner changes with the order), error ("" or the judge's exception),
-    seconds. """
+
+def judge_groups(judge: Judge, groups: list[tuple[str, list[Candidate]]]) -> tuple[list[list[float | None]], dict]:
+    """Judges all groups, each (problem, candidates), side by side: one batch of questions per round of judge.plan.
+
+    Returns (wins, stats). wins[g][i] is the mean score of i against the other right candidates of the group
+    (compare.win_probabilities; identical texts tie); None for wrong candidates and for those without a vote.
+    round_robin, the default, asks about every pair: its wins are plain means and depend on no model. swiss asks
+    about (ceil(log2 n) + 1) n / 2 pairs and takes the others from the fit: it saves from n = 5 on, 43% at n = 8.
+
+    Nothing is asked where it can't change an advantage: with fewer than two right candidates (`skipped_gate`) or
+    all of them one text (`skipped_equal`). A pair without a vote in both orders drops out. A judge that raises
+    costs its votes, not the run. stats: judge, plan, groups, judged, skipped, skipped_gate, skipped_equal,
+    comparisons (questions asked, two per pair), unasked (pairs left to the fit), identical (pairs of equal texts),
+    no_votes, position_bias (mean of v(i, j) + v(j, i) - 1: above 0 it likes what stands first), order_conflicts
+    (share of pairs whose winner changes with the order), fit_se (mean standard error of a strength, in log-odds),
+    misfit (compare.Fit; mean over the judged groups), error ("" or the judge's exception), seconds. """
     start = time.monotonic()
-    questions: dict[tuple[int, str, str], Pair] = {}
-    matches, identical, judged = [], 0, 0
-    for g, (problem, candidates) in enumerate(groups):
-        right = [i for i, candidate in enumerate(candidates) if candidate.right]
-        judged += len(right) >= 2
-        for a, i in enumerate(right):
-            for j in right[a + 1:]:
-                first, second = candidates[i], candidates[j]
-                matches.append((g, i, j))
-                if first.text.strip() == second.text.strip():
-                    identical += 1
-                    continue
-                questions.setdefault((g, first.text, second.text), Pair(problem, first, second))
-                questions.setdefault((g, second.text, first.text), Pair(problem, second, first))
-    votes, error = _ask(judge, questions)
-    wins, biases, conflicts = _tally(groups, matches, votes)
-    stats = {"judge": judge.name, "groups": len(groups), "judged": judged, "skipped": len(groups) - judged,
-             "comparisons": len(questions), "identical": identical,
-             "no_votes": sum(vote is None for vote in votes.values()),
-             "position_bias": sum(biases) / len(biases) if biases else 0.0,
-             "order_conflicts": sum(conflicts) / len(conflicts) if conflicts else 0.0,
-             "error": error, "seconds": time.monotonic() - start}
-    return wins, stats
+    contests = [make_contest(problem, candidates) for problem, candidates in groups]
+    facts = {"comparisons": 0, "no_votes": 0, "error": ""}
+    biases: list[float] = []
+    conflicts: list[bool] = []
+    while not facts["error"]:
+        due = [(contest, pair) for contest in contests for pair in next_pairs(judge, contest)]
+        if not due:
+            break
+        votes, facts["error"] = _ask(judge, [question for contest, pair in due for question in both(contest, *pair)])
+        facts["comparisons"] += len(votes)
+        facts["no_votes"] += sum(vote is None for vote in votes)
+        for (contest, (i, j)), forward, backward in zip(due, votes[::2], votes[1::2], strict=True):
+            contest.asked.add((i, j))
+            if forward is not None and backward is not None:  # one order alone would carry the position bias
+                contest.results.append((i, j, both_orders(forward, backward, judge.soft)))
+                biases.append(forward + backward - 1.0)
+                conflicts.append((forward - 0.5) * (backward - 0.5) > 0)
+    fits = [wins_of(len(c.texts), c.results, ties=not judge.soft, copies=c.copies) for c in contests]
+    wins = [[None if place is None else of_text[place] for place in contest.place]
+            for contest, (of_text, _) in zip(contests, fits, strict=True)]
+    facts |= counted(contests, [fit for _, fit in fits])
+    return wins, facts | {"judge": judge.name, "plan": judge.plan, "position_bias": mean(biases),
+                          "order_conflicts": mean(conflicts), "seconds": time.monotonic() - start}
 
 
-def _ask(judge: Judge, questions: dict) -> tuple[dict, str]:
-    """Votes by the key of the question, and the judge's exception in words: a failing judge must not end a
-    run."""
-    if not questions:
-        return {}, ""
+def make_contest(problem: str, candidates: list[Candidate]) -> Contest:
+    texts: dict[str, Candidate] = {}
+    for candidate in candidates:
+        if candidate.right:
+            texts.setdefault(candidate.text.strip(), candidate)
+    number = {text: k for k, text in enumerate(texts)}
+    place = [number[c.text.strip()] if c.right else None for c in candidates]
+    return Contest(problem, list(texts.values()), [place.count(k) for k in range(len(texts))], place,
+                   make_nonce(problem, *texts))
+
+
+def next_pairs(judge: Judge, contest: Contest) -> list[tuple[int, int]]:
+    """The pairs of the contest's next round; none when it is over."""
+    n = len(contest.texts)
+    if judge.plan == "round_robin":
+        return [] if contest.asked else round_robin(n)
+    if judge.plan != "swiss":
+        raise UserError(f"judge_plan={judge.plan!r}: use round_robin or swiss")
+    per_round = n // 2
+    if len(contest.asked) >= swiss_rounds(n) * per_round:
+        return []
+    strengths = wins_of(n, contest.results, ties=not judge.soft)[1].strengths
+    return swiss_pairs(strengths, contest.asked)
+
+
+def both(contest: Contest, i: int, j: int) -> tuple[Pair, Pair]:
+    first, second = contest.texts[i], contest.texts[j]
+    return (Pair(contest.problem, first, second, contest.nonce), Pair(contest.problem, second, first, contest.nonce))
+
+
+def both_orders(forward: float, backward: float, soft: bool = False) -> float:
+    """p_ij = (v(i, j) + 1 - v(j, i)) / 2 of the votes forward = v(i, j) and backward = v(j, i).
+
+    soft: the votes are a model's probabilities, whose liking for a position adds to the log-odds, the same b in both
+    orders: logit v(i, j) = b + d, logit v(j, i) = b - d. Their mean, b, is taken out of both first; both then say
+    sigmoid(d), where the formula on the votes as they are would draw p to 1/2 the more, the larger b.
+    """
+    if soft:
+        odds, reverse = logit(forward), logit(backward)
+        bias = (odds + reverse) / 2
+        forward, backward = sigmoid(odds - bias), sigmoid(reverse - bias)
+    return (forward + 1.0 - backward) / 2.0
+
+
+def logit(p: float, least: float = 1e-9) -> float:
+    p = min(1.0 - least, max(least, p))
+    return math.log(p / (1.0 - p))
+
+
+def sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x))
+
+
+def counted(contests: list[Contest], fits: list[Fit]) -> dict:
+    """What was judged and what was not, and how well the fits are pinned down."""
+    rights = [sum(c.copies) for c in contests]
+    gate = sum(right < 2 for right in rights)
+    equal = sum(right >= 2 and len(c.texts) == 1 for right, c in zip(rights, contests, strict=True))
+    judged = [fit for c, fit in zip(contests, fits, strict=True) if c.results]
+    return {"groups": len(contests), "judged": len(contests) - gate - equal, "skipped": gate + equal,
+            "skipped_gate": gate, "skipped_equal": equal,
+            "unasked": sum(len(round_robin(len(c.texts))) - len(c.asked) for c in contests),
+            "identical": sum(k * (k - 1) // 2 for c in contests for k in c.copies),
+            "fit_se": mean([float(fit.se.mean()) for fit in judged]), "misfit": mean([fit.misfit for fit in judged])}
+
+
+def mean(values: list) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _ask(judge: Judge, questions: list[Pair]) -> tuple[list[float | None], str]:
+    """The votes, and the judge's exception in words: a failing judge must not end a run."""
     try:
-        votes = judge.compare(list(questions.values()))
+        votes = judge.compare(questions)
         if len(votes) != len(questions):
             raise ValueError(f"{len(votes)} votes for {len(questions)} questions")
-        error = ""
-    except Exception as problem:                 # whatever it is, it is counted and shown
-        votes, error = [None] * len(questions), f"{type(problem).__name__}: {problem}"[:300]
-    return dict(zip(questions, votes, strict=True)), error
-
-
-def _tally(groups, matches, votes):
-    chances: dict[tuple[int, int], list[float]] = {}
-    biases, conflicts = [], []
-    for g, i, j in matches:
-        first, second = groups[g][1][i].text, groups[g][1][j].text
-        if first.strip() == second.strip():
-            p = 0.5
-        else:
-            forward, backward = votes[g, first, second], votes[g, second, first]
-            if forward is None or backward is None:
-                continue                         # one order alone would carry the position bias
-            p = (forward + 1.0 - backward) / 2.0
-            biases.append(forward + backward - 1.0)
-            conflicts.append((forward - 0.5) * (backward - 0.5) > 0)
-        chances.setdefault((g, i), []).append(p)
-        chances.setdefault((g, j), []).append(1.0 - p)
-    wins = [[sum(got) / len(got) if (got := chances.get((g, i))) else None for i in range(len(candidates))]
-            for g, (_, candidates) in enumerate(groups)]
-    return wins, biases, conflicts
+        return votes, ""
+    except Exception as problem:  # whatever it is, it is counted and shown
+        return [None] * len(questions), f"{type(problem).__name__}: {problem}"[:300]
 
 
 def win_probabilities(judge: Judge, problem: str,

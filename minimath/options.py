@@ -197,6 +197,10 @@ class RLAIFConfig(EngineConfig, AdapterConfig):
     """judge requests in flight"""
     judge_max_chars: int = 4000
     """longest candidate shown to a judge, in characters"""
+    judge_plan: str = "round_robin"
+    """pairs judged: round_robin (all) or swiss (about n log2(n) / 2, the others from a fit; for large groups)"""
+    judge_rubric: str = "maths"
+    """what judges self and openai go by: maths, code, law, medicine, or a text file like minimath/rubric.txt"""
     lam_judge: float = 0.25
     """weight of judge wins; lam_judge + lam_length <= 0.5, so that right always beats wrong"""
     lam_length: float = 0.25
@@ -282,6 +286,7 @@ CHOICES = {
     "rollout": ("auto", "transformers", "vllm"),
     "reward": ("judge", "rules"),
     "judge": ("self", "openai", "rules"),
+    "judge_plan": ("round_robin", "swiss"),
     "loss_type": ("dapo", "grpo", "dr_grpo", "cispo", "gspo"),
     "overlong": ("mask", "penalty", "none"),
     "scale_advantage": ("group", "none"),

@@ -1,22 +1,23 @@
 """Judges, candidate cleaning, win probabilities. The endpoint judge has its own file, test_endpoint.py."""
 import dataclasses
+import math
 
 import pytest
+import tiny as tiny_models
 import torch
+from toy import load
 
+from minimath import self_judge as self_judge_file
 from minimath.answer import answer_end
-from minimath.config import RLAIFConfig, UserError
+from minimath.compare import swiss_rounds
+from minimath.config import RLAIFConfig, UserError, load_config
 from minimath.judge import (
     Candidate,
     Judge,
     Pair,
     StepCount,
-    clean,
-    first_letter_chances,
+    both_orders,
     judge_groups,
-    judge_prompt,
-    letter_ids,
-    load_rubric,
     make_judge,
     read_verdict,
     rules_judge,
@@ -24,6 +25,8 @@ from minimath.judge import (
     win_probabilities,
 )
 from minimath.reward import judge_rewards
+from minimath.rubrics import PLACES, clean, judge_prompt, load_rubric, shipped_rubrics
+from minimath.self_judge import chat_ids, last_states, tree_packs, verdict_ids, verdict_logps
 
 
 def candidate(text, right=True, steps=(1, 1), tokens=10):
@@ -57,7 +60,7 @@ def test_win_probabilities_are_means_over_the_other_right_candidates():
 
 
 def fixed_judge(function):
-    return Judge("fixed", lambda pairs: [function(a.text, b.text) for _, a, b in pairs])
+    return Judge("fixed", lambda pairs: [function(a.text, b.text) for _, a, b, _ in pairs])
 
 
 def test_both_orders_cancel_a_pure_position_preference():
@@ -79,6 +82,85 @@ def test_identical_texts_tie_and_are_asked_once():
     wins, stats = win_probabilities(judge, "p", [candidate("a"), candidate("a"), candidate("b")])
     assert len(asked) == 2 and stats["identical"] == 1
     assert wins == [0.75, 0.75, 0.0]
+
+
+def test_a_group_of_one_text_is_not_judged():
+    judge = Judge("never", lambda pairs: pytest.fail("asked"))
+    wins, stats = judge_groups(judge, [("p", [GOOD, WRONG, GOOD._replace(text=GOOD.text + "\n")]), ("q", [GOOD])])
+    assert wins == [[0.5, None, 0.5], [None]]
+    assert (stats["judged"], stats["skipped"], stats["skipped_equal"], stats["skipped_gate"]) == (0, 2, 1, 1)
+
+
+def graded(n):
+    """n right candidates, of which the first is best, in a scrambled order."""
+    return [candidate(f"c{(7 * k + 3) % n:02d}") for k in range(n)]
+
+
+def grade_judge(plan, soft=True, bias=0.0):
+    """Log-odds of 0.4 per place between two of `graded`."""
+    def odds(a, b):
+        return 1 / (1 + math.exp(0.4 * (int(a[1:]) - int(b[1:])) - bias))
+    calls = []
+    def compare(pairs):
+        calls.append(len(pairs))
+        votes = [odds(p.first.text, p.second.text) for p in pairs]
+        return votes if soft else [float(v > 0.5) for v in votes]
+    return Judge("grade", compare, soft=soft, plan=plan), calls
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_swiss_asks_fewer_and_ranks_like_the_full_round_robin(soft):
+    candidates = graded(16)
+    full, full_stats = win_probabilities(grade_judge("round_robin", soft)[0], "p", candidates)
+    judge, calls = grade_judge("swiss", soft)
+    wins, stats = win_probabilities(judge, "p", candidates)
+    assert full_stats["comparisons"] == 2 * 120 and full_stats["unasked"] == 0
+    assert stats["comparisons"] == 2 * 5 * 8 and stats["unasked"] == 80 and stats["plan"] == "swiss"
+    assert calls == [16] * swiss_rounds(16)                           # one batch per round
+    order = sorted(range(16), key=lambda i: candidates[i].text)
+    assert torch.corrcoef(torch.tensor([full, wins]))[0, 1] > 0.97
+    assert wins[order[0]] == max(wins) and wins[order[-1]] == min(wins)
+    assert 0 < stats["fit_se"] < 3 and stats["misfit"] < 0.2
+
+
+def test_swiss_groups_of_different_sizes_go_on_side_by_side():
+    judge, calls = grade_judge("swiss")
+    groups = [("p", graded(n)) for n in (2, 8, 0, 3)] + [("p", [GOOD, GOOD, WRONG])]
+    wins, stats = judge_groups(judge, groups)
+    assert calls == [2 * (1 + 4 + 1), 2 * (4 + 1), 2 * (4 + 1), 2 * 4]
+    assert all(w is not None for of_group in wins[:4] for w in of_group) and wins[4] == [0.5, 0.5, None]
+    assert stats["judged"] == 3 and stats["unasked"] == 12
+
+
+def test_a_judge_that_fails_in_a_later_round_is_not_asked_again():
+    judge, calls = grade_judge("swiss")
+    working = judge.compare
+    judge.compare = lambda pairs: working(pairs) if len(calls) < 2 else calls.append(0) or 1 / 0
+    wins, stats = win_probabilities(judge, "p", graded(8))
+    assert calls == [8, 8, 0] and "ZeroDivisionError" in stats["error"]
+    assert None not in wins and stats["no_votes"] == 8
+
+
+def test_calibration_takes_a_position_preference_out_of_the_log_odds():
+    biased, _ = win_probabilities(grade_judge("round_robin", bias=2.5)[0], "p", graded(6))
+    plain, stats = win_probabilities(grade_judge("round_robin")[0], "p", graded(6))
+    assert biased == pytest.approx(plain) and stats["position_bias"] == pytest.approx(0)
+    judge, _ = grade_judge("round_robin", bias=2.5)
+    assert win_probabilities(judge, "p", graded(6))[1]["position_bias"] > 0.7      # as found, not as corrected
+    sure = 1 / (1 + math.exp(-3.0)), 1 / (1 + math.exp(-2.0))
+    assert both_orders(*sure, soft=True) == pytest.approx(1 / (1 + math.exp(-0.5)))
+    assert both_orders(*sure) == pytest.approx((sure[0] + 1 - sure[1]) / 2)
+    assert both_orders(1.0, 1.0, soft=True) == 0.5 == both_orders(1.0, 1.0)
+    assert both_orders(1.0, 0.0, soft=True) == pytest.approx(1.0)
+
+
+def test_questions_of_a_group_share_a_mark_that_depends_on_all_its_texts():
+    asked = []
+    judge = Judge("spy", lambda pairs: asked.extend(pairs) or [0.5] * len(pairs))
+    judge_groups(judge, [("p", ABC), ("p", [*ABC, candidate("d")]), ("q", ABC)])
+    marks = [{pair.nonce for pair in part} for part in (asked[:6], asked[6:18], asked[18:])]
+    assert [len(each) for each in marks] == [1, 1, 1] and len(set.union(*marks)) == 3
+    assert f"=== {asked[0].nonce} END ===" in judge_prompt(load_rubric(), asked[0], 4000)
 
 
 def test_groups_with_fewer_than_two_right_candidates_are_not_judged():
@@ -152,9 +234,43 @@ def test_rubric_asks_for_brevity_and_a_closed_set():
 def test_bad_rubrics_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="no-such"):
         load_rubric(tmp_path / "no-such.txt")
-    (tmp_path / "r.txt").write_text("{problem} {first}")
-    with pytest.raises(UserError, match="second"):
-        load_rubric(tmp_path / "r.txt")
+    with pytest.raises(UserError, match="mean 'medicine'"):
+        load_rubric("medicin")
+    for missing in PLACES:
+        (tmp_path / "r.txt").write_text(" ".join(place for place in PLACES if place != missing))
+        with pytest.raises(UserError, match=f": {missing} not found"):
+            load_rubric(tmp_path / "r.txt")
+    (tmp_path / "r.txt").write_bytes(b"\xff{problem}{first}{second}{nonce}")
+    with pytest.raises(UserError, match="readable"):
+        load_rubric(str(tmp_path / "r.txt"))
+
+
+@pytest.mark.parametrize("name", ["maths", "code", "law", "medicine"])
+def test_shipped_rubrics_put_the_problem_first_and_ask_for_a_closed_set(name):
+    assert set(shipped_rubrics()) == {"maths", "code", "law", "medicine"}
+    rubric = load_rubric(name)
+    fenced = rubric[rubric.index("==="):]
+    assert 0 < fenced.index("{problem}") < fenced.index("{first}") < fenced.index("{second}")
+    assert rubric.count("{nonce}") == 5 and rubric.isascii()
+    assert all(rule in rubric for rule in ("1. Correctness", "2. Sound steps", "3. Brevity", "4. Readability",
+                                           "never an instruction", "Longer is not better", "A, B, or TIE"))
+
+
+def test_judge_rubric_picks_by_name_or_path(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "mine.txt"
+    path.write_text("{problem} {first} {second} {nonce} my own rubric")
+    seen = []
+    monkeypatch.setattr(self_judge_file, "judge_prompt", lambda rubric, *rest: seen.append(rubric) or "x")
+    for rubric in ("law", str(path)):
+        cfg = load_config(RLAIFConfig, None, [f"judge_rubric={rubric}", "judge=self", "judge_plan=swiss"])
+        judge = make_judge(cfg, *tiny)
+        judge.compare([Pair("p", GOOD, LONG)])
+        assert judge.plan == "swiss" and seen[-1] == load_rubric(rubric)
+    assert "senior lawyer" in seen[0] and seen[1].endswith("my own rubric")
+    with pytest.raises(UserError, match="judge_rubric"):
+        make_judge(RLAIFConfig(judge="self", judge_rubric="poetry"), *tiny)
+    with pytest.raises(UserError, match="judge_plan"):
+        load_config(RLAIFConfig, None, ["judge_plan=listwise"])
 
 
 @pytest.mark.parametrize("reply, vote", [
@@ -174,11 +290,13 @@ def tiny(tiny_dir):
     return load_model(RLAIFConfig(model=tiny_dir, dtype="fp32", device="cpu", lora_r=4), train=True)
 
 
-def test_self_judge_equals_the_letters_softmax_of_full_logits(tiny):
+def test_self_judge_equals_the_verdicts_softmax_of_full_logits(tiny):
     model, tokenizer = tiny
     pairs = [Pair("2+2?", GOOD, LONG), Pair("2+2?", LONG, GOOD), Pair("a longer problem " * 9, UNSOUND, GOOD)]
-    got = self_judge(model, tokenizer, micro_tokens=1).compare(pairs)
-    a, b = letter_ids(tokenizer)
+    judge = self_judge(model, tokenizer, micro_tokens=1)
+    got = judge.compare(pairs)
+    verdicts, mass = verdict_ids(tokenizer), []
+    assert [tokenizer.decode([token]) for token in verdicts] == ["A", "B", "T"]
     for pair, chance in zip(pairs, got):
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": judge_prompt(load_rubric(), pair, 4000)}], tokenize=False,
@@ -186,9 +304,77 @@ def test_self_judge_equals_the_letters_softmax_of_full_logits(tiny):
         with torch.no_grad(), model.disable_adapter():
             model.eval()
             ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
-            logits = model(input_ids=ids).logits[0, -1]
-        assert chance == pytest.approx(torch.softmax(logits[[a, b]], 0)[0].item(), abs=1e-5)
+            chances = torch.softmax(model(input_ids=ids).logits[0, -1], 0)[verdicts]
+        mass.append(chances.sum().item())
+        a, _, tie = (chances / chances.sum()).tolist()
+        assert chance == pytest.approx(a + tie / 2, abs=1e-5)
     assert len({round(chance, 6) for chance in got}) == 3      # the prompt matters, or this shows nothing
+    assert judge.counts["verdict_mass"] == pytest.approx(sum(mass) / 3, rel=1e-4)
+    assert judge.counts["computed_tokens"] == judge.counts["prompt_tokens"]
+
+
+def group_prompts(tokenizer, n=4, problems=("Tom has 12 apples. " * 4, "A box holds 6 pens. " * 7)):
+    """All prompts of the pairs of n candidates under a short rubric, of about 150 tokens each."""
+    texts = [candidate(f"{k} + {k + 2} = {2 * k + 2}. {'We add. ' * k}") for k in range(n)]
+    pairs = [Pair(problem, a, b, "12ab") for problem in problems for a in texts for b in texts if a != b]
+    rubric = "Which is better? {nonce} {problem}\n{nonce} A: {first}\n{nonce} B: {second}\n{nonce} A, B or TIE?"
+    return [chat_ids(tokenizer, judge_prompt(rubric, pair, 4000)) for pair in pairs]
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "granite", "cohere"])
+def test_verdicts_of_a_shared_tree_equal_those_of_prompts_apart(tmp_path, family, attn, monkeypatch):
+    if (family, attn) == ("gemma2", "sdpa"):
+        pytest.skip("its capped attention scores need eager attention")
+    model, tokenizer = load(tiny_models.tiny_model(tmp_path / family, family), attn=attn)
+    config = model.config.get_text_config()
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = 4096                                  # beyond every prompt: idle
+        for module in model.modules():
+            if getattr(module, "sliding_window", None):
+                module.sliding_window = 4096
+    prompts, verdicts = group_prompts(tokenizer), verdict_ids(tokenizer)
+    monkeypatch.setattr(self_judge_file, "TREE_TOKENS", 400)          # several trees, cut anywhere
+    monkeypatch.setattr(self_judge_file, "EAGER_TOKENS", 400)
+    with torch.no_grad():
+        model.eval()
+        shared, computed = verdict_logps(model, prompts, verdicts, 1 << 20)
+        apart, whole = verdict_logps(model, prompts, verdicts, 1)
+    assert whole == sum(map(len, prompts)) and computed < 0.5 * whole
+    assert (shared - apart).abs().max() < 1e-4
+    assert apart.std(0).min() > 1e-2                                  # prompts differ, or this shows nothing
+
+
+def test_models_that_a_block_mask_cannot_describe_get_rows(tmp_path):
+    model, tokenizer = load(tiny_models.tiny_model(tmp_path / "gemma2", "gemma2"), attn="eager")
+    prompts, verdicts = group_prompts(tokenizer, n=3), verdict_ids(tokenizer)  # all longer than its window of 64
+    with torch.no_grad():
+        model.eval()
+        got, computed = verdict_logps(model, prompts, verdicts, 1 << 20)
+        alone = [verdict_logps(model, [ids], verdicts, 1)[0] for ids in prompts]
+    assert computed == sum(map(len, prompts))
+    torch.testing.assert_close(got, torch.cat(alone), atol=1e-4, rtol=0)
+    model, tokenizer = load(tiny_models.tiny_model(tmp_path / "llama", "llama"))
+    assert self_judge_file.takes_block_mask(model, 4096)
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    assert not self_judge_file.takes_block_mask(model, 10)
+
+
+def test_trees_hold_every_prompt_once_and_keep_the_token_budget():
+    prompts = [[1, 2, 3], [1, 2, 4, 5], [9], [1, 2, 3], [1, 2]]
+    assert tree_packs(prompts, 100) == [([4, 0, 3, 1, 2], 6)]         # 1 2, 3, nothing, 4 5, 9
+    assert tree_packs(prompts, 3) == [([4, 0, 3], 3), ([1], 4), ([2], 1)]
+    assert tree_packs(prompts, 1) == [([4], 2), ([0], 3), ([3], 3), ([1], 4), ([2], 1)]
+
+
+def test_judging_a_group_shares_its_prompts_and_restores_nothing_else(tiny):
+    model, tokenizer = tiny
+    groups = [("Tom has 12 apples and buys 7 more. " * 3, [GOOD, LONG, UNSOUND, candidate(r"15 \boxed{15}")])]
+    shared, apart = self_judge(model, tokenizer), self_judge(model, tokenizer, micro_tokens=1)
+    wins, stats = judge_groups(shared, groups)
+    assert wins[0] == pytest.approx(judge_groups(apart, groups)[0][0], abs=1e-4)
+    assert shared.counts["computed_tokens"] < 0.45 * shared.counts["prompt_tokens"]
+    assert shared.soft and stats["comparisons"] == 12 and len(set(wins[0])) == 4
 
 
 def test_self_judge_does_not_depend_on_the_batch(tiny):
@@ -224,14 +410,11 @@ def test_self_judge_gives_no_vote_to_prompts_beyond_the_context(tiny):
     assert votes[0] is None and votes[1] is not None and judge.counts["too_long"] == 1
 
 
-def test_first_letter_chances_ignore_what_padding_holds(tiny):
+def test_last_states_ignore_what_padding_holds(tiny):
     model, tokenizer = tiny
-    letters = letter_ids(tokenizer)
     short, long = tokenizer.encode("abc"), tokenizer.encode("abcdefghij " * 5)
     with torch.no_grad():
-        alone, = first_letter_chances(model, [short], letters)
-        beside, _ = first_letter_chances(model, [short, long], letters)
-    assert beside == pytest.approx(alone, abs=1e-5)
+        torch.testing.assert_close(last_states(model, [short, long])[:1], last_states(model, [short]))
 
 
 def test_letters_that_are_no_single_tokens_are_a_user_error():
@@ -239,7 +422,7 @@ def test_letters_that_are_no_single_tokens_are_a_user_error():
         def encode(self, text, add_special_tokens):
             return [1, 2]
     with pytest.raises(UserError, match="letters"):
-        letter_ids(Tokenizer())
+        verdict_ids(Tokenizer())
 
 
 def test_make_judge_follows_the_config(tiny):
