@@ -24,6 +24,7 @@ from minimath.options import (
     AT_MOST_ONE,
     BELOW_ONE,
     CHOICES,
+    HOOKS,
     POSITIVE,
     STAGES,
     AdapterConfig,
@@ -227,8 +228,11 @@ def check_value(key: str, value, where: str) -> None:
     """Raise UserError when a value of the right type is not an allowed one."""
     if key in CHOICES:
         for item in comma_list(value) if key == "trackers" else [value]:
+            if key in HOOKS and re.fullmatch(r"python:([^\W\d]\w*\.)+[^\W\d]\w*", item):
+                continue
             if item not in CHOICES[key]:
-                raise UserError(f"{where}: {key} must be one of {', '.join(CHOICES[key])}, not {item!r}"
+                allowed = [*CHOICES[key], *(["python:module.function"] if key in HOOKS else [])]
+                raise UserError(f"{where}: {key} must be one of {', '.join(allowed)}, not {item!r}"
                                 f"{did_you_mean(item, CHOICES[key])}")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if key in POSITIVE and value <= 0:
@@ -263,11 +267,26 @@ def check_together(cfg) -> None:
         if cfg.lam_judge + cfg.lam_length > 0.5:
             raise UserError(f"lam_judge + lam_length is {cfg.lam_judge + cfg.lam_length:g}; keep it at most "
                             "0.5, so that a right answer always beats a wrong one")
+        if cfg.min_solve_rate >= cfg.max_solve_rate:
+            raise UserError(f"min_solve_rate={cfg.min_solve_rate:g} must be below "
+                            f"max_solve_rate={cfg.max_solve_rate:g}")
+        check_update(cfg)
         if cfg.reward == "judge" and cfg.judge == "openai" and not (cfg.judge_url and cfg.judge_model):
             raise UserError("judge=openai needs judge_url=http://.../v1 and judge_model=NAME")
     if isinstance(cfg, EvalConfig) and cfg.samples > 1 and cfg.temperature == 0:
         raise UserError(f"samples={cfg.samples} with temperature=0 would repeat one greedy completion; "
                         "set temperature=0.6, or samples=1")
+
+
+def check_update(cfg: RLAIFConfig) -> None:
+    """Refuse options of the policy update that would do nothing, or make no sense, together."""
+    if cfg.clip_dual and cfg.clip_dual <= 1:
+        raise UserError(f"clip_dual={cfg.clip_dual:g}: give a number above 1 (3 is usual), or 0 for off")
+    if cfg.clip_dual and cfg.loss_type == "cispo":
+        raise UserError("clip_dual has no meaning for loss_type=cispo, which bounds every weight itself; leave it out")
+    if cfg.importance == "mask" and cfg.importance_cap <= 1:
+        raise UserError(f"importance=mask keeps tokens within [1/c, c], c = importance_cap={cfg.importance_cap:g}; "
+                        "give importance_cap=2 or more")
 
 
 def fields_of(cls) -> dict[str, type]:

@@ -56,7 +56,8 @@ def token_weights(loss_type: str, lengths: list[int], max_new_tokens: int) -> li
 
 
 def policy_loss(data: PolicyRows, *, loss_type: str = "dapo", clip_low: float = 0.2, clip_high: float = 0.28,
-                beta: float = 0.0, entropy_coef: float = 0.0, importance_cap: float = 2.0):
+                clip_dual: float = 0.0, beta: float = 0.0, kl: str = "unbiased", entropy_coef: float = 0.0,
+                importance: str = "truncate", importance_cap: float = 2.0):
     """The policy-gradient loss of a step, as a per-token function for linear_token_loss.
 
     With r = exp(logp - old_logp), old_logp = logp (in value) when strictly on-policy, A the advantage:
@@ -65,9 +66,11 @@ def policy_loss(data: PolicyRows, *, loss_type: str = "dapo", clip_low: float = 
       cispo: -sg(min(r, 1 + clip_high)) A logp   (arXiv 2506.13585 eq. 4-5: no lower clip, gradient at every token)
       gspo: the clip on the sequence's ratio s = exp(mean_t(logp - old_logp)), with the token form
         s_t = sg(s) exp(logp - sg(logp))   (arXiv 2507.18071 eq. 7, 13-14)
-    each times the truncated importance weight min(exp(old_logp - sampled_logp), importance_cap) (0: no weight), which
-    corrects for sampling under other rounding and after top-p / min-p. Added: beta k3(ref), k3 = exp(d) - d - 1 with
-    d = ref_logp - logp (Schulman 2020), and -entropy_coef H. Strictly on-policy the ratio is 1 and the clips idle.
+    clip_dual = c > 1 bounds the second side: for A < 0 the gain is max(min(r A, clip(r) A), c A), so that a token
+    that the policy now likes much more than the one that sampled does not swamp the step (arXiv 1912.09729 eq. 5);
+    0: off, and cispo has no use for it. Added: beta times `kl_term`, and -entropy_coef H. Policy term and unbiased KL
+    are expectations over the sampler's tokens: both are multiplied by `importance_weight`. Strictly on-policy the
+    ratio is 1 and the clips idle.
 
     Returns loss_fn(stats (C,), rows (C,)) -> (C,), already multiplied by data.weight.
     """
@@ -75,22 +78,59 @@ def policy_loss(data: PolicyRows, *, loss_type: str = "dapo", clip_low: float = 
         logp, fixed = stats.logp, stats.logp.detach()  # (C,)
         advantage = data.advantage[rows]
         old = fixed if data.old_logp is None else data.old_logp[rows]
-        if loss_type == "gspo":
-            mean = torch.zeros_like(fixed) if data.seq_log_ratio is None else data.seq_log_ratio[rows]
-            ratio = torch.exp(mean + logp - fixed)
-        else:
-            ratio = torch.exp(logp - old)
+        ratio = torch.exp(logp - old)
+        weight = importance_weight(old - data.sampled_logp[rows], importance, importance_cap)
         if loss_type == "cispo":
             loss = -ratio.detach().clamp(max=1 + clip_high) * advantage * logp
         else:
-            loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
-        if importance_cap:
-            loss = loss * torch.exp(old - data.sampled_logp[rows]).clamp(max=importance_cap)
+            if loss_type == "gspo":
+                mean = torch.zeros_like(fixed) if data.seq_log_ratio is None else data.seq_log_ratio[rows]
+                clipped = torch.exp(mean + logp - fixed)
+            else:
+                clipped = ratio
+            gain = torch.minimum(clipped * advantage, clipped.clamp(1 - clip_low, 1 + clip_high) * advantage)
+            if clip_dual:
+                gain = torch.where(advantage < 0, torch.maximum(gain, clip_dual * advantage), gain)
+            loss = -gain
+        loss = loss * weight
         if beta:
-            distance = data.ref_logp[rows] - logp
-            loss = loss + beta * (torch.exp(distance) - distance - 1)
+            term = kl_term(logp, data.ref_logp[rows], ratio, kl)
+            loss = loss + beta * (term * weight if kl == "unbiased" else term)
         if entropy_coef:
             loss = loss - entropy_coef * stats.entropy
         return loss * data.weight[rows]
 
     return loss_fn
+
+
+def importance_weight(log_ratio: torch.Tensor, importance: str, cap: float) -> torch.Tensor:
+    """Weight (C,) of tokens drawn by another distribution than the policy that trains, no gradient: other rounding or
+    another engine, top-p / min-p, older weights. log_ratio = old_logp - sampled_logp (C,), w = exp(log_ratio).
+
+      truncate: min(w, cap)   (truncated importance sampling: Ionides 2008; for two engines, Yao et al. 2025)
+      mask: w within [1 / cap, cap], else 0: a token on which the two disagree more says nothing sound, and a
+        bound below catches what truncation lets pass (IcePop, arXiv 2510.18855, there within [0.5, 5])
+    cap 0: every weight is 1.
+    """
+    weight = torch.exp(log_ratio.detach())
+    if not cap:
+        return torch.ones_like(weight)
+    if importance == "mask":
+        return weight * ((weight >= 1 / cap) & (weight <= cap))
+    return weight.clamp(max=cap)
+
+
+def kl_term(logp: torch.Tensor, ref_logp: torch.Tensor, ratio: torch.Tensor, kl: str = "unbiased") -> torch.Tensor:
+    """KL(policy || reference) at the sampled tokens (C,); k3 = exp(d) - d - 1, d = ref_logp - logp (Schulman 2020).
+
+      unbiased: ratio * k3, ratio = exp(logp - old_logp) with its gradient (DeepSeek-V3.2, arXiv 2512.02556 eq. 7):
+        the expectation over the old policy's tokens is the KL for every policy, so its gradient is the KL's. On-policy
+        the gradient is (logp - ref_logp) d logp.
+      k3: k3 alone, as GRPO was published (arXiv 2402.03300 eq. 4). Its value is right on-policy, but its gradient
+        (1 - exp(d)) d logp is that of KL(reference || policy), and without bound where the policy has left the
+        reference's tokens (Tang and Munos 2025, arXiv 2506.09477).
+    Both are per token: how a token changes the KL of the tokens behind it is left out, as everywhere in this field.
+    """
+    distance = ref_logp - logp
+    k3 = torch.exp(distance) - distance - 1
+    return ratio * k3 if kl == "unbiased" else k3

@@ -179,8 +179,18 @@ class RLAIFConfig(EngineConfig, AdapterConfig):
     """drop tokens below this share of the likeliest one; 0: off"""
     top_k: int = 0
     """only the k likeliest tokens; 0: off"""
+    curriculum: str = "none"
+    """problems drawn: none (order of the data) or learnable (by the chance that a group holds right and wrong ones)"""
+    min_solve_rate: float = 0.0
+    """problems whose running solve rate is below this rest for three epochs; 0: none"""
+    max_solve_rate: float = 1.0
+    """problems whose running solve rate is above this rest for three epochs; 1: none"""
+    gate: str = "exact"
+    """right or wrong: exact (equal answers), regex (the answer is a pattern), none (all right) or python:module.fn"""
     reward: str = "judge"
-    """judge (right/wrong gate, judge wins, brevity) or rules (the paper's: format, cosine over length)"""
+    """judge (gate, judge wins, brevity), rules (a sum of reward_parts) or python:module.fn"""
+    reward_parts: str = "format=1,cosine=1,length=1"
+    """reward=rules: weights of right, format, cosine, length, brevity, judge, python:module.fn; default: the paper's"""
     judge: str = "self"
     """self (this model, adapter off), openai (an endpoint) or rules (deterministic, offline)"""
     judge_url: str = ""
@@ -213,12 +223,18 @@ class RLAIFConfig(EngineConfig, AdapterConfig):
     """the ratio is clipped below at 1 - clip_low"""
     clip_high: float = 0.28
     """the ratio is clipped above at 1 + clip_high"""
+    clip_dual: float = 0.0
+    """bound of the ratio where the advantage is negative (dual clip), above 1; 0: off"""
     beta: float = 0.0
-    """weight of the KL (k3) to the base model; 0: none"""
+    """weight of the KL to the base model; 0: none"""
+    kl: str = "unbiased"
+    """gradient of that KL: unbiased (k3 times the ratio) or k3 (k3 alone, as GRPO was published; biased)"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus"""
+    importance: str = "truncate"
+    """importance weights between training and sampling log-probs: truncate (at the cap) or mask (0 beyond [1/c, c])"""
     importance_cap: float = 2.0
-    """cap of the importance weight between training and sampling log-probs; 0: off"""
+    """cap c of the importance weights; 0: no weights"""
     updates_per_rollout: int = 1
     """passes over each rollout"""
     minibatches: int = 1
@@ -232,7 +248,7 @@ class RLAIFConfig(EngineConfig, AdapterConfig):
     overlong_buffer: float = 0.2
     """overlong=penalty: share of max_new_tokens over which the penalty grows"""
     scale_advantage: str = "group"
-    """divide advantages by the group's standard deviation (group) or not (none)"""
+    """advantages: group (divided by the group's deviation), none (undivided) or rloo (leave-one-out baseline)"""
     eval_data: str = ""
     """held-out problems evaluated during training; empty: none"""
     eval_every: int = 0
@@ -284,12 +300,16 @@ CHOICES = {
     "optimizer": ("adamw", "adamw8bit", "paged_adamw8bit", "paged_adamw32bit"),
     "lr_schedule": ("cosine", "linear", "constant"),
     "rollout": ("auto", "transformers", "vllm"),
+    "curriculum": ("none", "learnable"),
+    "gate": ("exact", "regex", "none"),
     "reward": ("judge", "rules"),
     "judge": ("self", "openai", "rules"),
     "judge_plan": ("round_robin", "swiss"),
     "loss_type": ("dapo", "grpo", "dr_grpo", "cispo", "gspo"),
     "overlong": ("mask", "penalty", "none"),
-    "scale_advantage": ("group", "none"),
+    "kl": ("unbiased", "k3"),
+    "importance": ("truncate", "mask"),
+    "scale_advantage": ("group", "none", "rloo"),
     "trackers": ("wandb", "tensorboard", "trackio"),  # each item of the comma list
 }
 POSITIVE = {"lora_r", "lora_alpha", "lr", "micro_tokens", "keep", "log_every", "epochs", "batch_size",
@@ -297,5 +317,7 @@ POSITIVE = {"lora_r", "lora_alpha", "lr", "micro_tokens", "keep", "log_every", "
             "max_prompt_len", "max_new_tokens", "judge_timeout_s", "judge_concurrency", "judge_max_chars",
             "updates_per_rollout", "minibatches", "samples", "top_p", "clip_high", "repetition_penalty",
             "vllm_timeout_s", "vllm_gpu_share"}
-AT_MOST_ONE = {"vllm_gpu_share", "min_lr_ratio", "top_p", "min_p", "overlong_buffer", "lam_judge", "lam_length", "clip_low"}
+AT_MOST_ONE = {"vllm_gpu_share", "min_lr_ratio", "top_p", "min_p", "overlong_buffer", "lam_judge", "lam_length",
+               "clip_low", "min_solve_rate", "max_solve_rate"}
+HOOKS = {"gate", "reward"}  # python:module.fn is allowed besides the choices
 BELOW_ONE = {"lora_dropout", "beta1", "beta2", "label_smoothing"}

@@ -1,18 +1,21 @@
 """Rewards of a group of completions of one problem, and their group-relative advantages.
 
-Two reward modes. `judge_rewards` is RLAIF: a right/wrong gate, the share of comparisons won before an AI
-judge, and brevity among the right ones. `rules_rewards` is the paper's stage 2 (arXiv 2507.08267), the
-control: format, accuracy as a cosine over length, and a length rule, with no judge. All lengths are in
-tokens, and every minimum and maximum is taken over one group. Lists are per completion, in the order of the
-group. """
+Three reward modes. `judge_rewards` is RLAIF: a right/wrong gate, the share of comparisons won before an AI
+judge, and brevity among the right ones. `parts_rewards` (reward=rules) is a weighted sum of named parts, by
+default the paper's stage 2 (arXiv 2507.08267), the control: format, accuracy as a cosine over length, and a
+length rule, with no judge. `hook_rewards` is the user's own function. All lengths are in tokens, and every
+minimum and maximum is taken over one group. Lists are per completion, in the order of the group. """
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from .answer import extract_answer
-from .config import UserError
+from .config import UserError, comma_list, did_you_mean
+from .data import Example
+from .gates import HOOK, as_number, load_function
 
 
 def format_score(text: str) -> float:
@@ -87,30 +90,137 @@ def length_reward(tokens: list[int], right: list[bool]) -> list[float]:
     return [term if ok else min(0.0, term) for term, ok in zip(terms, right, strict=True)]
 
 
-def rules_rewards(right: list[bool], tokens: list[int], fmt: list[float], *, max_tokens: int,
-                  weights: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> list[float]:
-    """The paper's stage-2 reward (arXiv 2507.08267), without a judge:
-    R_i = weights[0] f_i + weights[1] cosine_reward_i + weights[2] length_reward_i.
+class GroupFacts(NamedTuple):
+    """What is known of the G completions of one problem when they are rewarded; lists are per completion."""
+    example: Example
+    texts: list[str]
+    right: list[bool]       # by the gate; a cut completion is wrong
+    tokens: list[int]       # length
+    ended: list[bool]       # False: cut at max_tokens
+    format: list[float]     # format_score
+    win: list[float | None]  # win probability before the judge, None: no vote (wrong, or no judge)
+    max_tokens: int
 
-    With the paper's weights (1, 1, 1) a right completion that is the longest of its group (0.1 - 0.5) can get
-    less than a wrong one that is well formatted (1 - 0.1): that is the control as published. `judge_rewards`
-    can't. """
-    cosine = cosine_reward(tokens, right, max_tokens=max_tokens)
-    parts = zip(fmt, cosine, length_reward(tokens, right), strict=True)
-    return [sum(weight * part for weight, part in zip(weights, row, strict=True)) for row in parts]
+
+PARTS = {  # of reward=rules, by name: facts -> one value per completion
+    "right": lambda g: [float(ok) for ok in g.right],
+    "format": lambda g: g.format,
+    "cosine": lambda g: cosine_reward(g.tokens, g.right, max_tokens=g.max_tokens),
+    "length": lambda g: length_reward(g.tokens, g.right),
+    "brevity": lambda g: length_term(g.tokens, g.right),
+    "judge": lambda g: [0.0 if w is None or not ok else 2.0 * w - 1.0 for w, ok in zip(g.win, g.right, strict=True)],
+}
+
+
+def parse_parts(text: str) -> dict[str, float]:
+    """"format=1,cosine=0.5,python:mine.fn=2" -> {part: weight}. Raises UserError."""
+    parts = {}
+    for item in comma_list(text):
+        name, _, number = (word.strip() for word in item.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight) or name in parts:
+            raise UserError(f"reward_parts: {item!r}: write name=weight, each name once, as in format=1,cosine=0.5")
+        if name not in PARTS and not name.startswith(HOOK):
+            raise UserError(f"reward_parts: unknown part {name!r}{did_you_mean(name, PARTS)}; use "
+                            f"{', '.join(PARTS)} or python:module.fn")
+        parts[name] = weight
+    if not parts:
+        raise UserError("reward_parts is empty; the paper's are format=1,cosine=1,length=1")
+    return parts
+
+
+def hook_rewards(spec: str, facts: GroupFacts, option: str = "reward") -> list[float]:
+    """fn(texts, facts) -> one number per completion, from the user's `python:module.fn`. Raises UserError that names
+    the function and what it returned or raised."""
+    fn = load_function(spec, option)
+    try:
+        values = fn(facts.texts, facts)
+        values = values.tolist() if hasattr(values, "tolist") else values
+        numbers = [as_number(value) for value in values] if isinstance(values, (list, tuple)) else None
+    except Exception as error:
+        raise UserError(f"{option}={spec} raised {type(error).__name__}: {error}") from error
+    if numbers is None or len(numbers) != len(facts.texts) or None in numbers:
+        raise UserError(f"{option}={spec} returned {str(values)[:200]}; it must return a list of "
+                        f"{len(facts.texts)} finite numbers, one per completion")
+    return numbers
+
+
+def parts_rewards(facts: GroupFacts, parts: dict[str, float]) -> list[float]:
+    """R_i = sum over the named parts of weight * part_i. With format=1,cosine=1,length=1 the paper's stage-2 reward
+    (arXiv 2507.08267), without a judge. Parts are
+
+      right    1 right, 0 wrong                      format   `format_score`
+      cosine   `cosine_reward`, right and wrong      length   `length_reward`, Kimi k1.5's
+      brevity  `length_term`, among the right only   judge    2 w - 1 among the right, w the win probability
+      python:module.fn   what `hook_rewards` returns
+
+    As published, a right completion that is the longest of its group (0.1 - 0.5) can get less than a wrong one
+    that is well formatted (1 - 0.1): a sum keeps no order by itself. `judge_rewards` does. """
+    rows = [PARTS[name](facts) if name in PARTS else hook_rewards(name, facts, "reward_parts") for name in parts]
+    return [sum(w * value for w, value in zip(parts.values(), row, strict=True)) for row in zip(*rows, strict=True)]
+
+
+def group_rewards(cfg, facts: GroupFacts) -> list[float]:
+    """The rewards of a group by cfg.reward (judge, rules or python:module.fn) and cfg.overlong."""
+    if cfg.reward == "judge":
+        rewards = judge_rewards(facts.right, facts.win, length_term(facts.tokens, facts.right), facts.format,
+                                lam_judge=cfg.lam_judge, lam_length=cfg.lam_length, lam_format=cfg.lam_format)
+    elif cfg.reward == "rules":
+        rewards = parts_rewards(facts, parse_parts(cfg.reward_parts))
+    else:
+        rewards = hook_rewards(cfg.reward, facts)
+    if cfg.overlong == "penalty":
+        penalty = overlong_penalty(facts.tokens, max_new_tokens=facts.max_tokens, buffer=cfg.overlong_buffer)
+        rewards = penalised(rewards, facts.right, penalty)
+    return rewards
+
+
+def uses_judge(cfg) -> bool:
+    """Whether any reward depends on a judge: else none is asked, and none needs to be there."""
+    if cfg.reward == "judge":
+        return cfg.lam_judge > 0
+    return cfg.reward == "rules" and bool(parse_parts(cfg.reward_parts).get("judge"))
+
+
+def check_reward(cfg) -> None:
+    """Raises UserError, before any long work, for weights, part names and functions that can't be used."""
+    if cfg.reward == "judge":
+        check_weights(cfg.lam_judge, cfg.lam_length, cfg.lam_format)
+    hooks = [cfg.reward] if cfg.reward not in ("judge", "rules") else []
+    if cfg.reward == "rules":
+        hooks = [name for name in parse_parts(cfg.reward_parts) if name.startswith(HOOK)]
+    for spec in hooks:
+        load_function(spec, "reward")
 
 
 def overlong_penalty(tokens: list[int], *, max_new_tokens: int, buffer: float) -> list[float]:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), to be added to the rewards: 0 up to
-    max_new_tokens - b, then falling linearly to -1 at max_new_tokens, with b = buffer * max_new_tokens."""
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13): 0 up to max_new_tokens - b, then falling
+    linearly to -1 at max_new_tokens, with b = buffer * max_new_tokens."""
     width = max(1.0, buffer * max_new_tokens)
     return [min(0.0, max(-1.0, (max_new_tokens - width - n) / width)) for n in tokens]
 
 
+def penalised(rewards: list[float], right: list[bool], penalty: list[float]) -> list[float]:
+    """R_i + p_i for wrong completions; R_i + p_i min(1, gap / 2) for right ones, where gap >= 0 is the least right
+    reward less the greatest wrong one. Unbounded (as DAPO adds it) a long right answer of reward 0.6 would fall to
+    -0.4, below a short wrong one: the policy would learn that giving up beats finishing. Bounded by half the gap it
+    stays above every wrong one; without a wrong one in the group the penalty is whole."""
+    wrong = [r for r, ok in zip(rewards, right, strict=True) if not ok]
+    lowest = min((r for r, ok in zip(rewards, right, strict=True) if ok), default=0.0)
+    share = min(1.0, max(0.0, lowest - max(wrong)) / 2.0) if wrong else 1.0
+    return [r + p * (share if ok else 1.0) for r, p, ok in zip(rewards, penalty, right, strict=True)]
+
+
 def group_advantages(rewards, *, scale: str = "group", valid=None) -> torch.Tensor:
-    """Advantages relative to the group (DeepSeekMath, arXiv 2402.03300): r - mean, divided by the group's
-    population standard deviation when scale="group"; undivided when scale="none" (Dr. GRPO, arXiv
-    2503.20783).
+    """Advantages relative to the n valid rewards of a group:
+
+      group: (r_i - mean) / population standard deviation   (GRPO, DeepSeekMath, arXiv 2402.03300)
+      none: r_i - mean   (Dr. GRPO, arXiv 2503.20783)
+      rloo: r_i - mean of the others = n / (n - 1) (r_i - mean)   (leave-one-out baseline, which keeps the gradient
+        unbiased: Kool et al. 2019; Ahmadian et al., arXiv 2402.14740 eq. 9); 0 for a group of one
 
     rewards (P, G) and valid (P, G) bool, as tensors or nested lists; -> (P, G) fp32. Rows with valid False
     (masked, truncated) enter neither mean nor deviation and get 0. Groups whose valid rewards are all equal
@@ -122,6 +232,8 @@ def group_advantages(rewards, *, scale: str = "group", valid=None) -> torch.Tens
     deviation = (centred.square().sum(1, keepdim=True) / count).sqrt()
     if scale == "group":
         centred = centred / deviation.clamp(min=1e-12)
+    elif scale == "rloo":
+        centred = centred * count / (count - 1).clamp(min=1)
     elif scale != "none":
-        raise UserError(f"scale_advantage={scale!r}: use group or none")
+        raise UserError(f"scale_advantage={scale!r}: use group, none or rloo")
     return torch.where(deviation > 1e-8, centred, 0.0).float()

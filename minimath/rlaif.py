@@ -2,14 +2,16 @@ r"""Stage 2, efficiency: on-policy RL with an AI judge. Read top to bottom.
 
     python -m minimath.rlaif model=... adapter=runs/my-sft data=problems.jsonl judge=self
 
-Each step: sample G completions of each of P problems; check the answers; let a judge compare the right ones in
-pairs; reward = right/wrong gate + judge wins + brevity among the right (DESIGN; `reward=rules` is the paper's own
-stage 2, arXiv 2507.08267 section 3.2, without a judge); advantages relative to the group (GRPO, arXiv 2402.03300);
-one or more policy updates through minimath.kernels.linear_token_loss. Groups whose rewards are all equal carry no
-gradient: they are dropped and, up to max_refill times, replaced by new problems (DAPO, arXiv 2503.14476).
+Each step: draw P problems (curriculum.py) and sample G completions of each; gate them right or wrong (gates.py); let a
+judge compare the right ones in pairs; reward = gate + judge wins + brevity among the right (reward.py; `reward=rules`
+is the paper's own stage 2, arXiv 2507.08267 section 3.2, without a judge); advantages relative to the group (GRPO,
+arXiv 2402.03300); one or more policy updates through minimath.kernels.linear_token_loss. Groups whose rewards are all
+equal carry no gradient: they are dropped and, up to max_refill times, replaced by new problems (DAPO, arXiv
+2503.14476). monitors.py says when a run collapses.
 
 With one update per rollout the policy that sampled is the policy that trains: the ratio is 1 in value, the clips
-are idle, and `clipped` in the metrics says so. The recorded sampling log-probs enter as a truncated importance weight.
+are idle, and `clipped` in the metrics says so. The recorded sampling log-probs enter as a truncated or masked
+importance weight.
 """
 import statistics
 import sys
@@ -19,20 +21,23 @@ from dataclasses import dataclass
 import torch
 
 from minimath.answer import AnswerChecker
-from minimath.batch import at_targets, forward_args, stream_indices
+from minimath.batch import at_targets, forward_args
 from minimath.chat import IGNORE, Encoded, prompt_ids
 from minimath.checkpoint import save_checkpoint
 from minimath.config import RLAIFConfig, Stopped, UserError, config_dict
+from minimath.curriculum import copy_of, curriculum_facts, draw, new_curriculum, record
 from minimath.data import Example, describe_report, load_examples
 from minimath.engines import open_engine
+from minimath.gates import check_gate, make_gate, needed_columns
 from minimath.judge import Candidate, Judge, judge_groups, make_judge
 from minimath.kernels import linear_logp, linear_token_loss
 from minimath.log import RunLog
-from minimath.losses import PolicyRows, policy_loss, token_weights
+from minimath.losses import PolicyRows, importance_weight, policy_loss, token_weights
 from minimath.model import adapter_off, describe, head, hidden_states, inference, load_model
+from minimath.monitors import collapse_warnings, log_group, new_monitor, rollout_facts
 from minimath.optim import LossScale, clip_and_step, count_bad_steps, lr_at, make_optimizer
 from minimath.prefix import forward_batches, trained_states
-from minimath.reward import format_score, group_advantages, judge_rewards, length_term, overlong_penalty, rules_rewards
+from minimath.reward import GroupFacts, check_reward, format_score, group_advantages, group_rewards, uses_judge
 from minimath.rollout import Completion
 from minimath.runs import Stop, open_run
 from minimath.sampling import stream_seed
@@ -58,8 +63,10 @@ def rlaif(cfg: RLAIFConfig) -> dict:
 
     Raises UserError for anything the user can put right; the judge is tried before any long work.
     """
-    examples, report = load_examples(cfg.data, split=cfg.split, limit=cfg.limit, strict=cfg.strict, need=("answer",),
-                                     data_format=cfg.data_format)
+    check_reward(cfg)
+    examples, report = load_examples(cfg.data, split=cfg.split, limit=cfg.limit, strict=cfg.strict,
+                                     need=needed_columns(cfg.gate), data_format=cfg.data_format)
+    check_gate(cfg, examples)
     held_out = load_held_out(cfg)
     with open_run(cfg, "rlaif") as (log, stop):
         log.say(describe_report(report) or f"{len(examples)} problems")
@@ -67,15 +74,16 @@ def rlaif(cfg: RLAIFConfig) -> dict:
         model, tokenizer = load_model(cfg, train=True)
         log.say(describe(model, cfg))
         judge = make_judge(cfg, model, tokenizer)
-        judge.ping()
+        if uses_judge(cfg):
+            judge.ping()
         prompts = [prompt_ids(tokenizer, e.problem, system=cfg.system, prompt_template=cfg.prompt_template)
                    for e in examples]
         problems = [(e, p) for e, p in zip(examples, prompts, strict=True) if len(p) <= cfg.max_prompt_len]
         if len(problems) < max(1, cfg.prompts_per_step):
-            raise UserError(f"{len(problems)} of {len(examples)} prompts fit max_prompt_len={cfg.max_prompt_len}, but a "
-                            f"step needs {cfg.prompts_per_step}; raise max_prompt_len or lower prompts_per_step")
+            raise UserError(f"{len(problems)} of {len(examples)} prompts fit max_prompt_len={cfg.max_prompt_len}, but "
+                            f"a step needs {cfg.prompts_per_step}; raise max_prompt_len or lower prompts_per_step")
         log.say(f"{len(problems)} problems ({len(examples) - len(problems)} too long), reward={cfg.reward}"
-                + (f" with judge {judge.name}" if cfg.reward == "judge" else "") + f", loss {cfg.loss_type}")
+                + (f" with judge {judge.name}" if uses_judge(cfg) else "") + f", gate={cfg.gate}, loss {cfg.loss_type}")
         return train(cfg, model, tokenizer, problems, judge, held_out, log, stop)
 
 
@@ -85,19 +93,20 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
     optimizer, scale = make_optimizer(params, cfg), LossScale(model)
     # `cursor` counts problems drawn; refills make it run ahead of the step
     state = {"done": 0, "cursor": 0, "bad": 0, "best": -1.0, "scale": scale.value, "good": scale.good,
-             "config": config_dict(cfg)}
+             "config": config_dict(cfg), "monitor": new_monitor(), "curriculum": new_curriculum()}
     if cfg.resume:
-        state = resume_state(cfg, model, optimizer, log) or state
+        state |= resume_state(cfg, model, optimizer, log) or {}
         scale.value, scale.good = state["scale"], state["good"]
     saved, started = state["done"], time.monotonic()
 
     with (log.progress(cfg.steps, "rlaif") as advance, AnswerChecker() as checker,
           open_engine(cfg, model, tokenizer, say=log.say, run_dir=log.run_dir) as sample):
+        gate = make_gate(cfg, checker)
         advance(state["done"])
         while state["done"] < cfg.steps and not stop.requested():
             step, clock = state["done"], time.monotonic()
             try:
-                groups, facts = collect_groups(cfg, sample, tokenizer, problems, judge, checker, state, stop)
+                groups, facts = collect_groups(cfg, sample, tokenizer, problems, judge, gate, state, stop)
             except Stopped:
                 log.say("the rollout was interrupted; its step is not counted")
                 break
@@ -107,6 +116,8 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
                 torch.manual_seed(stream_seed(cfg.seed, step))
                 facts |= update(cfg, model, tokenizer, groups, optimizer, params, scale, state)
             facts |= {"update_seconds": time.monotonic() - clock}
+            for warning in collapse_warnings(state["monitor"], facts):
+                log.say(f"step {step + 1}: {warning}")
             state |= {"done": step + 1, "scale": scale.value, "good": scale.good}
 
             if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
@@ -130,26 +141,31 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
 
 # ---- rollout, answers, judge, rewards, advantages
 
-def collect_groups(cfg: RLAIFConfig, sample, tokenizer, problems, judge, checker, state,
+def collect_groups(cfg: RLAIFConfig, sample, tokenizer, problems, judge, gate, state,
                    stop) -> tuple[list[Group], dict]:
     """Sample and score groups until P of them carry a signal or max_refill rounds are used up; (groups, metrics)."""
-    kept, seen, judged, cursor, engine = [], [], [], state["cursor"], {}
+    kept, seen, judged, cursor, engine, taken = [], [], [], state["cursor"], {}, []
+    curriculum = copy_of(state["curriculum"])
     for _ in range(1 + cfg.max_refill):
         wanted = cfg.prompts_per_step - len(kept)
-        drawn = [problems[i] for i in stream_indices(cursor, wanted, len(problems), cfg.seed)]
-        groups = sample_groups(cfg, sample, tokenizer, drawn, checker, cursor, stop, engine)
-        cursor += wanted
+        chosen = draw(cfg, curriculum, cursor, wanted, len(problems), taken)
+        groups = sample_groups(cfg, sample, tokenizer, [problems[i] for i in chosen], gate, cursor, stop, engine)
+        for index, group in zip(chosen, groups, strict=True):
+            record(curriculum, index, sum(group.right), len(group.right), cursor)
+            cursor += 1
+        taken += chosen
         judged.append(score_groups(cfg, groups, judge))
         seen += groups
         kept += [group for group in groups if any(group.advantage)]
         if len(kept) == cfg.prompts_per_step:
             break
-    state["cursor"] = cursor  # only now: the problems of an interrupted rollout are drawn again after a resume
+    # only now: the problems of an interrupted rollout are drawn again after a resume
+    state |= {"cursor": cursor, "curriculum": curriculum}
     engine = {name: engine[name] for name in ("slots", "slot_fill", "weights") if name in engine}
-    return kept, rollout_facts(seen, kept, judged) | engine
+    return kept, rollout_facts(seen, kept, judged) | engine | curriculum_facts(cfg, curriculum, cursor, len(problems))
 
 
-def sample_groups(cfg: RLAIFConfig, sample, tokenizer, drawn, checker, cursor: int, stop: Stop,
+def sample_groups(cfg: RLAIFConfig, sample, tokenizer, drawn, gate, cursor: int, stop: Stop,
                   facts: dict) -> list[Group]:
     """G completions of each drawn problem, with their texts and whether their answers are right."""
     # the stream of a completion depends on the draw's place in the run and on its own number, not on the batch
@@ -159,7 +175,7 @@ def sample_groups(cfg: RLAIFConfig, sample, tokenizer, drawn, checker, cursor: i
     groups = []
     for (example, prompt), completions in zip(drawn, sampled, strict=True):
         texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
-        right = checker.check_many([(text, example.answer) for text in texts])
+        right = gate(texts, example)
         valid = [c.ended or cfg.overlong != "mask" for c in completions]
         # a completion that was cut has not answered, whatever number stands in it
         right = [ok and c.ended for ok, c in zip(right, completions, strict=True)]
@@ -168,20 +184,15 @@ def sample_groups(cfg: RLAIFConfig, sample, tokenizer, drawn, checker, cursor: i
 
 
 def score_groups(cfg: RLAIFConfig, groups: list[Group], judge: Judge) -> dict:
-    """Fill in rewards and advantages; returns the judge's statistics ({} in reward=rules)."""
+    """Fill in rewards and advantages; returns the judge's statistics ({} when none was asked)."""
     stats, wins = {}, [[None] * cfg.group_size for _ in groups]
-    if cfg.reward == "judge" and cfg.lam_judge:
+    if uses_judge(cfg):
         wins, stats = judge_groups(judge, [(g.example.problem, candidates_of(g)) for g in groups])
     for group, win in zip(groups, wins, strict=True):
-        tokens, form = [len(c.ids) for c in group.completions], [format_score(text) for text in group.texts]
-        if cfg.reward == "judge":
-            group.rewards = judge_rewards(group.right, win, length_term(tokens, group.right), form,
-                                          lam_judge=cfg.lam_judge, lam_length=cfg.lam_length, lam_format=cfg.lam_format)
-        else:
-            group.rewards = rules_rewards(group.right, tokens, form, max_tokens=cfg.max_new_tokens)
-        if cfg.overlong == "penalty":
-            penalties = overlong_penalty(tokens, max_new_tokens=cfg.max_new_tokens, buffer=cfg.overlong_buffer)
-            group.rewards = [r + p for r, p in zip(group.rewards, penalties, strict=True)]
+        done = group.completions
+        facts = GroupFacts(group.example, group.texts, group.right, [len(c.ids) for c in done], [c.ended for c in done],
+                           [format_score(text) for text in group.texts], win, cfg.max_new_tokens)
+        group.rewards = group_rewards(cfg, facts)
         group.advantage = group_advantages([group.rewards], scale=cfg.scale_advantage, valid=[group.valid])[0].tolist()
     return stats
 
@@ -189,25 +200,6 @@ def score_groups(cfg: RLAIFConfig, groups: list[Group], judge: Judge) -> dict:
 def candidates_of(group: Group) -> list[Candidate]:
     return [Candidate(text, right, check_steps(text), len(c.ids))
             for text, right, c in zip(group.texts, group.right, group.completions, strict=True)]
-
-
-def rollout_facts(seen: list[Group], kept: list[Group], judged: list[dict]) -> dict:
-    """Metrics of a step's rollouts; token figures are over all completions sampled, right or wrong."""
-    completions = [c for g in seen for c in g.completions]
-    right_tokens = [len(c.ids) for g in seen for c, ok in zip(g.completions, g.right, strict=True) if ok]
-    judged = [stats for stats in judged if stats]
-    facts = {"reward": statistics.fmean(r for g in seen for r in g.rewards),
-             "right": statistics.fmean(ok for g in seen for ok in g.right),
-             "mean_tokens": statistics.fmean(len(c.ids) for c in completions),
-             "right_tokens": statistics.fmean(right_tokens) if right_tokens else None,
-             "ended": statistics.fmean(c.ended for c in completions), "sampled": len(completions),
-             "groups": len(kept), "dropped_groups": len(seen) - len(kept),
-             "surprisal": statistics.fmean(-lp for c in completions for lp in c.logp)}
-    if judged:
-        facts |= {f"judge_{k}": sum(s[k] for s in judged) for k in ("comparisons", "no_votes", "seconds")}
-        facts["judge_position_bias"] = statistics.fmean(s["position_bias"] for s in judged)
-        facts["judge_error"] = next((s["error"] for s in judged if s["error"]), "")
-    return facts
 
 
 # ---- the update
@@ -260,7 +252,7 @@ def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, old, r
         now = logps(cfg, model, tokenizer, rows)
         seq = [torch.full_like(a, float((a - b).mean())) for a, b in zip(now, old, strict=True)]
     lm_head = head(model)
-    totals = {"loss": 0.0, "entropy": 0.0, "clipped": 0.0, "off_policy": 0.0, "kl_ref": 0.0}
+    totals = {"loss": 0.0, "entropy": 0.0, "clipped": 0.0, "off_policy": 0.0, "reweighted": 0.0, "kl_ref": 0.0}
     tokens = sum(lengths)
     per_token = {"advantage": [torch.full((n,), a) for n, (_, a) in zip(lengths, samples, strict=True)],
                  "weight": [torch.full((n,), w) for n, w in zip(lengths, weights, strict=True)],
@@ -271,7 +263,8 @@ def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, old, r
         data = PolicyRows(**{name: None if values is None else at_targets([values[i] for i in indices], target)
                              for name, values in per_token.items()})
         loss_fn = policy_loss(data, loss_type=cfg.loss_type, clip_low=cfg.clip_low, clip_high=cfg.clip_high,
-                              beta=cfg.beta, entropy_coef=cfg.entropy_coef, importance_cap=cfg.importance_cap)
+                              clip_dual=cfg.clip_dual, beta=cfg.beta, kl=cfg.kl, entropy_coef=cfg.entropy_coef,
+                              importance=cfg.importance, importance_cap=cfg.importance_cap)
         hidden = trained_states(hidden_states(model, **forward_args(batch)), batch)  # (N, D)
         loss, stats = linear_token_loss(hidden, lm_head.weight, target, loss_fn, temperature=cfg.temperature,
                                         **lm_head.kernel_args())
@@ -285,13 +278,18 @@ def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, old, r
 
 def token_facts(cfg: RLAIFConfig, data: PolicyRows, stats, full_logp: torch.Tensor, trained: torch.Tensor) -> dict:
     """Sums over the trained tokens of a micro-batch (stats (N,), full_logp (N,), trained (N,) bool). off_policy: tokens
-    whose probability in this forward is beyond [0.9, 1.1] of that in the rollout, both before any truncation."""
-    logp = stats.logp[trained]
-    ratio = torch.exp(logp - data.old_logp[trained]) if data.old_logp is not None else torch.ones_like(logp)
+    whose probability in this forward is beyond [0.9, 1.1] of that in the rollout, both before any truncation of the
+    sampler. reweighted: tokens whose importance weight was cut to the cap, or to 0 by importance=mask."""
+    logp, sampled = stats.logp[trained], data.sampled_logp[trained]
+    old = logp if data.old_logp is None else data.old_logp[trained]
+    ratio = torch.exp(logp - old if data.seq_log_ratio is None else data.seq_log_ratio[trained])
     drift = torch.exp(logp - full_logp[trained])
+    weight = importance_weight(old - sampled, cfg.importance, cfg.importance_cap)
     facts = {"entropy": stats.entropy[trained].sum(),
              "clipped": ((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum(),
              "off_policy": ((drift < 0.9) | (drift > 1.1)).sum()}
+    if cfg.importance_cap:
+        facts["reweighted"] = (weight != torch.exp(old - sampled)).sum()
     if data.ref_logp is not None:
         d = data.ref_logp[trained] - logp
         facts["kl_ref"] = (torch.exp(d) - d - 1).sum()
@@ -310,16 +308,6 @@ def logps(cfg: RLAIFConfig, model, tokenizer, rows: list[Encoded]) -> list[torch
             for i, part in zip(indices, parts, strict=True):
                 out[i] = part
     return out
-
-
-def log_group(group: Group, step: int, log: RunLog) -> None:
-    """Keep one whole group in samples.jsonl and print its best and its worst completion."""
-    log.sample({"step": step, "problem": group.example.problem, "answer": group.example.answer, "texts": group.texts,
-                "right": group.right, "rewards": group.rewards, "advantage": group.advantage})
-    order = sorted(range(len(group.texts)), key=lambda i: group.rewards[i])
-    for what, i in (("best", order[-1]), ("worst", order[0])):
-        log.say(f"step {step}, {what} of {len(order)} (reward {group.rewards[i]:.2f}, "
-                f"{len(group.completions[i].ids)} tokens): {group.texts[i]}")
 
 
 if __name__ == "__main__":

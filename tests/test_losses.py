@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from minimath.config import RLAIFConfig, UserError, check_together
 from minimath.kernels import TokenStats, linear_token_loss
 from minimath.losses import PolicyRows, nll_loss, policy_loss, token_weights
 
@@ -38,49 +39,46 @@ def evaluate(logp, entropy, rows, **options):
     return losses.detach().numpy(), gradient.numpy()
 
 
-def numpy_loss(loss_type, logp, entropy, rows, *, low, high, beta, entropy_coef, cap):
+def numpy_loss(loss_type, logp, entropy, rows, *, low, high, beta, entropy_coef, cap, dual, kl, importance):
     """The per-token loss, written from the papers, with the clip in PPO's case form."""
     a, w, sampled, old, ref, seq = (np.asarray(x, dtype=np.float64) for x in rows)
     ratio = np.exp(seq) if loss_type == "gspo" else np.exp(logp - old)
     if loss_type == "cispo":
         gain = np.where(ratio > 1 + high, 1 + high, ratio) * a * logp
     else:
+        largest = np.where(ratio > dual, dual, ratio) if dual else ratio
         gain = np.where(
             a > 0,
             np.where(ratio > 1 + high, 1 + high, ratio) * a,
-            np.where(ratio < 1 - low, 1 - low, ratio) * a,
+            np.where(ratio < 1 - low, 1 - low, largest) * a,
         )
-    if cap:
-        gain = gain * np.minimum(np.exp(old - sampled), cap)
+    iw = np.exp(old - sampled)
+    if not cap:
+        iw = np.ones_like(iw)
+    elif importance == "mask":
+        iw = np.where((iw > cap) | (iw < 1 / cap), 0, iw)
+    else:
+        iw = np.where(iw > cap, cap, iw)
     k3 = np.exp(ref - logp) - (ref - logp) - 1
-    return w * (-gain + beta * k3 - entropy_coef * entropy)
+    if kl == "unbiased":
+        k3 = iw * np.exp(logp - old) * k3
+    return w * (-iw * gain + beta * k3 - entropy_coef * entropy)
 
 
 @pytest.mark.parametrize("loss_type", TYPES)
-@pytest.mark.parametrize("cap", [0.0, 1.5])
-def test_policy_loss_equals_numpy(loss_type, cap):
+@pytest.mark.parametrize(
+    "importance, cap, dual, kl",
+    [("truncate", 0.0, 0.0, "k3"), ("truncate", 1.5, 1.6, "unbiased"), ("mask", 1.5, 0.0, "unbiased")],
+)
+def test_policy_loss_equals_numpy(loss_type, importance, cap, dual, kl):
     logp, entropy, rows = make_rows()
+    shared = {"beta": 0.1, "entropy_coef": 0.02, "importance": importance, "kl": kl}
     ours, _ = evaluate(
-        logp,
-        entropy,
-        rows,
-        loss_type=loss_type,
-        clip_low=0.2,
-        clip_high=0.28,
-        beta=0.1,
-        entropy_coef=0.02,
-        importance_cap=cap,
+        logp, entropy, rows, loss_type=loss_type, clip_dual=dual, importance_cap=cap, clip_low=0.2, **shared
     )
+    now = logp.detach().numpy().astype(np.float64)
     wanted = numpy_loss(
-        loss_type,
-        logp.detach().numpy().astype(np.float64),
-        entropy.numpy(),
-        rows,
-        low=0.2,
-        high=0.28,
-        beta=0.1,
-        entropy_coef=0.02,
-        cap=cap,
+        loss_type, now, entropy.numpy(), rows, low=0.2, high=0.28, cap=cap, dual=dual, **shared
     )
     np.testing.assert_allclose(ours, wanted, rtol=2e-5, atol=1e-7)
 
@@ -137,12 +135,74 @@ def test_gspo_weighs_all_tokens_of_a_completion_by_one_ratio():
         np.testing.assert_allclose(part, np.exp((new - old).mean()), rtol=1e-5)
 
 
-def test_kl_gradient_is_that_of_k3():
+def expected_kl_gradient(kl, logits, old, ref):
+    """(value, gradient in logits) of the loss at beta = 1, in expectation over the old policy's tokens."""
+    logits = torch.tensor(logits, requires_grad=True)
+    logp, n = torch.log_softmax(logits, -1), len(logits)
+    old, ref = torch.tensor(old, dtype=torch.float32), torch.tensor(ref, dtype=torch.float32)
+    rows = PolicyRows(torch.zeros(n), old.exp(), old, old, ref)
+    zeros = torch.zeros(n)
+    loss = policy_loss(rows, beta=1.0, kl=kl)(TokenStats(logp, zeros, zeros, zeros), torch.arange(n)).sum()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    return loss.item(), gradient.numpy()
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_unbiased_kl_has_the_value_and_the_gradient_of_the_kl(on_policy):
+    """Against KL and its gradient p (log p/ref - KL) from whole distributions; k3 alone has another gradient."""
+    rng = np.random.default_rng(1)
+    log_softmax = lambda x: x - np.log(np.exp(x).sum())
+    x = rng.normal(size=6).astype(np.float32)
+    logp, ref = log_softmax(x.astype(np.float64)), log_softmax(rng.normal(size=6))
+    old = logp if on_policy else log_softmax(x + 0.5 * rng.normal(size=6))
+    p, divergence = np.exp(logp), (np.exp(logp) * (logp - ref)).sum()
+    wanted = p * (logp - ref - divergence)
+    value, gradient = expected_kl_gradient("unbiased", x, old, ref)
+    assert value == pytest.approx(divergence, rel=1e-4)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-3, atol=1e-5)
+    _, plain = expected_kl_gradient("k3", x, old, ref)
+    assert np.abs(plain - wanted).max() > 0.05
+    if on_policy:  # what k3 alone descends on: KL(ref || p), whose gradient is p - ref
+        np.testing.assert_allclose(plain, p - np.exp(ref), rtol=1e-3, atol=1e-5)
+
+
+def test_plain_k3_gradient_is_as_published():
     logp, entropy, rows = make_rows()
     rows = rows._replace(advantage=torch.zeros_like(rows.advantage))
-    _, gradient = evaluate(logp, entropy, rows, beta=0.3)
+    _, gradient = evaluate(logp, entropy, rows, beta=0.3, kl="k3")
     d = (rows.ref_logp - logp).detach()
     np.testing.assert_allclose(gradient, (0.3 * (1 - d.exp()) * rows.weight).numpy(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "gspo"])
+def test_dual_clip_bounds_only_tokens_of_negative_advantage(loss_type):
+    options = {"loss_type": loss_type, "clip_dual": 3.0, "importance_cap": 0}
+    assert one_token(2.9, -1.0, **options) == pytest.approx(2.9, rel=1e-5)
+    assert one_token(3.1, -1.0, **options) == 0  # the gain is the constant -3
+    assert one_token(3.1, -1.0, **options | {"clip_dual": 0.0}) == pytest.approx(3.1, rel=1e-5)
+    assert one_token(1.2, 1.0, **options) == pytest.approx(-1.2, rel=1e-5)
+
+
+def test_masked_importance_drops_tokens_on_both_sides_and_keeps_the_others_as_they_are():
+    logp = torch.tensor([-2.0, -2.0, -2.0, -2.0], requires_grad=True)
+    weights = np.array([1.9, 2.1, 0.6, 0.4], dtype=np.float32)
+    rows = PolicyRows(torch.ones(4), torch.ones(4), logp.detach() - torch.tensor(weights).log())
+    _, gradient = evaluate(logp, torch.zeros(4), rows, importance="mask", importance_cap=2.0)
+    np.testing.assert_allclose(gradient, [-1.9, 0, -0.6, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"clip_dual": 0.9}, "clip_dual"),
+        ({"clip_dual": 3.0, "loss_type": "cispo"}, "cispo"),
+        ({"importance": "mask", "importance_cap": 0.0}, "importance_cap"),
+    ],
+)
+def test_update_options_that_would_do_nothing_are_refused(options, word):
+    check_together(RLAIFConfig(clip_dual=3.0, importance="mask"))
+    with pytest.raises(UserError, match=word):
+        check_together(RLAIFConfig(**options))
 
 
 def test_importance_weight_is_truncated_and_carries_no_gradient():

@@ -5,16 +5,23 @@ import numpy as np
 import pytest
 import torch
 
-from minimath.config import UserError
+from minimath.config import RLAIFConfig, UserError, load_config
+from minimath.data import Example
 from minimath.reward import (
+    GroupFacts,
+    check_reward,
     cosine_reward,
     format_score,
     group_advantages,
+    group_rewards,
     judge_rewards,
     length_reward,
     length_term,
     overlong_penalty,
-    rules_rewards,
+    parse_parts,
+    parts_rewards,
+    penalised,
+    uses_judge,
 )
 
 TOKENS = [120, 40, 300, 80, 80]
@@ -82,12 +89,110 @@ def test_length_reward_equals_numpy_over_the_whole_group():
     assert length_reward([7, 7], [True, False]) == [0.0, 0.0] and length_reward([], []) == []
 
 
-def test_rules_rewards_are_the_weighted_sum_of_the_three_rules():
-    fmt = [1.0, 1.0, 0.0, 0.0, 1.0]
+def facts_of(tokens=TOKENS, right=RIGHT, win=(0.5, 1.0, None, 0.25, None), fmt=(1.0, 1.0, 0.0, 0.0, 1.0)):
+    texts, example = [f"text {i}" for i in range(len(tokens))], Example("1 + 1?", answer="2")
+    return GroupFacts(example, texts, right, tokens, [True] * len(tokens), list(fmt), list(win), 400)
+
+
+def test_parts_are_summed_by_name_and_weight():
     cosine, length = cosine_reward(TOKENS, RIGHT, max_tokens=400), length_reward(TOKENS, RIGHT)
-    out = rules_rewards(RIGHT, TOKENS, fmt, max_tokens=400, weights=(0.5, 2.0, 3.0))
-    expected = 0.5 * np.array(fmt) + 2 * np.array(cosine) + 3 * np.array(length)
+    out = parts_rewards(facts_of(), parse_parts("format=0.5, cosine=2, length=3"))
+    expected = 0.5 * np.array([1, 1, 0, 0, 1]) + 2 * np.array(cosine) + 3 * np.array(length)
     np.testing.assert_allclose(out, expected, atol=1e-12)
+    out = parts_rewards(facts_of(), parse_parts("right=1,judge=0.25,brevity=-0.5"))
+    judged, brevity = np.array([0, 1, 0, -0.5, 0]), np.array(length_term(TOKENS, RIGHT))
+    np.testing.assert_allclose(out, np.array(RIGHT, float) + 0.25 * judged - 0.5 * brevity, atol=1e-12)
+
+
+def test_the_default_parts_are_the_papers_three_rules():
+    cfg = RLAIFConfig(reward="rules")
+    rules = (np.array([1, 1, 0, 0, 1]), cosine_reward(TOKENS, RIGHT, max_tokens=400), length_reward(TOKENS, RIGHT))
+    np.testing.assert_allclose(group_rewards(cfg, facts_of()), sum(map(np.array, rules)), atol=1e-12)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("cosin=1", "did you mean 'cosine'"), ("cosine=x", "name=weight"), ("", "empty"), ("cosine", "name=weight"),
+    ("cosine=1,cosine=2", "once"), ("cosine=inf", "name=weight")])
+def test_wrong_parts_are_refused_before_any_work(text, words):
+    with pytest.raises(UserError, match=words):
+        check_reward(RLAIFConfig(reward="rules", reward_parts=text))
+
+
+def test_a_judge_is_asked_only_when_a_reward_depends_on_it():
+    assert uses_judge(RLAIFConfig()) and not uses_judge(RLAIFConfig(lam_judge=0.0))
+    assert not uses_judge(RLAIFConfig(reward="rules"))
+    assert uses_judge(RLAIFConfig(reward="rules", reward_parts="right=1,judge=0.2"))
+    assert not uses_judge(RLAIFConfig(reward="python:mine.fn"))
+
+
+@pytest.fixture
+def my_rewards(tmp_path, monkeypatch):
+    """A module of the user's in the current folder."""
+    (tmp_path / "my_rewards_for_test.py").write_text(
+        "import numpy, torch\n"
+        "def short(texts, facts):\n"
+        "    assert facts.example.answer == '2' and len(facts.ended) == len(texts)\n"
+        "    return [float(ok) - n / facts.max_tokens for ok, n in zip(facts.right, facts.tokens)]\n"
+        "def array(texts, facts): return numpy.arange(len(texts), dtype=numpy.float32)\n"
+        "def tensor(texts, facts): return torch.ones(len(texts))\n"
+        "def few(texts, facts): return [1.0]\n"
+        "def nan(texts, facts): return [float('nan')] * len(texts)\n"
+        "def words(texts, facts): return ['good'] * len(texts)\n"
+        "def one(texts, facts): return 1.0\n"
+        "def fails(texts, facts): return 1 / 0\n"
+        "number = 3\n")
+    monkeypatch.chdir(tmp_path)
+    return "python:my_rewards_for_test."
+
+
+def test_a_python_reward_is_taken_as_it_is_and_as_a_part(my_rewards):
+    expected = np.array(RIGHT, float) - np.array(TOKENS) / 400
+    cfg = load_config(RLAIFConfig, None, [f"reward={my_rewards}short"])
+    np.testing.assert_allclose(group_rewards(cfg, facts_of()), expected)
+    assert group_rewards(RLAIFConfig(reward=my_rewards + "array"), facts_of()) == [0, 1, 2, 3, 4]
+    assert group_rewards(RLAIFConfig(reward=my_rewards + "tensor"), facts_of()) == [1.0] * 5
+    mixed = RLAIFConfig(reward="rules", reward_parts=f"right=1,{my_rewards}short=0.5")
+    np.testing.assert_allclose(group_rewards(mixed, facts_of()), np.array(RIGHT, float) + 0.5 * expected)
+
+
+@pytest.mark.parametrize("name, words", [("few", r"returned \[1.0\]"), ("nan", "returned .*nan"), ("words", "good"),
+                                         ("one", "returned 1.0"), ("fails", "ZeroDivisionError")])
+def test_a_python_reward_that_returns_nonsense_is_named_with_what_it_returned(my_rewards, name, words):
+    with pytest.raises(UserError, match=f"my_rewards_for_test.{name} .*{words}"):
+        group_rewards(RLAIFConfig(reward=my_rewards + name), facts_of())
+
+
+@pytest.mark.parametrize("name", ["my_rewards_for_test.nothing", "my_rewards_for_test.number", "no_such_module.fn"])
+def test_a_python_reward_that_is_not_there_is_refused_before_any_work(my_rewards, name):
+    with pytest.raises(UserError, match=name.split(".")[0]):
+        check_reward(RLAIFConfig(reward="python:" + name))
+
+
+@pytest.mark.parametrize("word", ["reward=python:", "reward=python:fn", "reward=python:a b.c", "gate=python:os..x"])
+def test_what_names_no_function_is_refused_on_the_command_line(word):
+    with pytest.raises(UserError, match="python:module.function"):
+        load_config(RLAIFConfig, None, [word])
+
+
+def test_the_overlong_penalty_equals_numpy_and_never_puts_a_right_answer_below_a_wrong_one():
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        right = rng.random(6) < 0.5
+        rewards = np.where(right, rng.uniform(0.5, 1.5, 6), rng.uniform(0, 0.49, 6))
+        penalty = -rng.random(6) * (rng.random(6) < 0.7)
+        out = np.array(penalised(rewards.tolist(), right.tolist(), penalty.tolist()))
+        both = right.any() and not right.all()
+        share = min(1, (rewards[right].min() - rewards[~right].max()) / 2) if both else 1
+        np.testing.assert_allclose(out, rewards + penalty * np.where(right, share, 1), atol=1e-12)
+        assert not both or out[right].min() > out[~right].max()
+
+
+def test_a_long_right_answer_stays_above_a_short_wrong_one_in_every_reward():
+    tokens, right = [399, 399, 30, 10], [True, True, False, False]
+    for options in ({"reward": "judge", "lam_format": 0.4}, {"reward": "rules", "reward_parts": "right=1"}):
+        cfg = RLAIFConfig(overlong="penalty", **options)
+        out = group_rewards(cfg, facts_of(tokens, right, [0.0, 1.0, None, None], [0.0, 1.0, 1.0, 1.0]))
+        assert min(out[:2]) > max(out[2:]), options
 
 
 def test_format_score_wants_a_complete_box():
@@ -105,7 +210,7 @@ def test_overlong_penalty_is_dapos_piecewise_linear_one():
     np.testing.assert_allclose(overlong_penalty(tokens, max_new_tokens=100, buffer=0.2), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("scale", ["group", "none"])
+@pytest.mark.parametrize("scale", ["group", "none", "rloo"])
 def test_advantages_equal_numpy_and_ignore_masked_rows(scale):
     rng = np.random.default_rng(0)
     rewards, valid = rng.normal(size=(6, 8)), rng.random((6, 8)) < 0.7
@@ -114,6 +219,8 @@ def test_advantages_equal_numpy_and_ignore_masked_rows(scale):
     for row in range(6):
         kept = rewards[row, valid[row]]
         expected = (kept - kept.mean()) / (kept.std() if scale == "group" else 1.0)
+        if scale == "rloo":
+            expected = [r - np.delete(kept, i).mean() for i, r in enumerate(kept)]
         np.testing.assert_allclose(out[row].numpy()[valid[row]], expected, rtol=1e-5, atol=1e-6)
         assert (out[row].numpy()[~valid[row]] == 0).all()
     poisoned = torch.as_tensor(rewards).masked_fill(~torch.as_tensor(valid), 1e9)

@@ -166,7 +166,10 @@ def test_the_reference_is_the_base_model(train):
     [
         {"judge": "self"},
         {"reward": "rules"},
-        {"scale_advantage": "none"},
+        {"reward": "rules", "reward_parts": "right=1,judge=0.25,brevity=0.25"},
+        {"gate": "none", "overlong": "none"},
+        {"scale_advantage": "rloo"},
+        {"importance": "mask", "clip_dual": 3.0, "updates_per_rollout": 2, "beta": 0.1, "kl": "k3"},
         {"overlong": "penalty"},
         {"top_p": 0.9, "min_p": 0.02, "temperature": 1.2},
         {"slots": 3},
@@ -237,6 +240,57 @@ def test_resume_after_an_interrupted_rollout_equals_an_unbroken_run(train, monke
     assert samples(broken) == samples(unbroken) and same_tensors(adapter(broken), adapter(unbroken))
 
 
+def saved_state(run_dir):
+    [folder] = (run_dir / "checkpoints").glob("*3")
+    return json.loads((folder / "state.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"curriculum": "learnable"}, {"min_solve_rate": 0.1, "max_solve_rate": 0.9, "updates_per_rollout": 2}],
+)
+def test_resume_with_a_curriculum_equals_an_unbroken_run(train, monkeypatch, options):
+    """Stopped in the second rollout or a later one, the measured solve rates and the warnings are as they were."""
+    monkeypatch.setattr("minimath.monitors.WINDOW", 1)
+    options |= {"checker": ParityChecker, "steps": 3}
+    unbroken, real = train("unbroken", **options), engines.generate
+    first_refills = metrics(unbroken)[0]["sampled"] // 4 - 2
+    for name, interrupted_at in (("early", 2), ("late", 3 + min(1, first_refills))):
+        calls = []
+
+        def generate(*args, calls=calls, last=interrupted_at, **kwargs):
+            calls.append(1)
+            if len(calls) == last:
+                raise Stopped(15)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(engines, "generate", generate)
+        train(name, **options)
+        assert len(calls) == interrupted_at
+        broken = train(name, resume=True, **options)
+        assert without_times(metrics(broken)) == without_times(metrics(unbroken))
+        assert samples(broken) == samples(unbroken) and same_tensors(adapter(broken), adapter(unbroken))
+        state = saved_state(broken)
+        for key in ("cursor", "curriculum", "monitor"):
+            assert state[key] == saved_state(unbroken)[key], key
+        assert state["curriculum"]["problems"] and state["monitor"]["said"]
+    assert all(record["problems_seen"] >= 2 for record in metrics(unbroken))
+
+
+def test_a_curriculum_that_is_off_draws_the_problems_in_the_order_of_the_data(train, monkeypatch, data):
+    from minimath.batch import stream_indices
+
+    drawn, real = [], loop.sample_groups
+
+    def sample_groups(cfg, sample, tokenizer, problems, *rest):
+        drawn.extend(example.id for example, _ in problems)
+        return real(cfg, sample, tokenizer, problems, *rest)
+
+    monkeypatch.setattr(loop, "sample_groups", sample_groups)
+    train(steps=3, checker=ParityChecker)
+    assert drawn == [f"p{i}" for i in stream_indices(0, len(drawn), 12, 0)]
+
+
 def test_an_unreachable_judge_stops_the_run_before_any_work(train, monkeypatch, tmp_path):
     monkeypatch.setattr(engines, "generate", lambda *a, **k: pytest.fail("sampled without a judge"))
     with pytest.raises(UserError, match="127.0.0.1:9"):
@@ -305,6 +359,37 @@ def test_a_cut_completion_is_never_right(train, updates):
     ]
     assert any(not c.ended for c, _ in completions)
     assert not any(ok and not c.ended for c, ok in completions)
+
+
+def test_without_a_gate_every_completion_that_ended_is_right(train, updates):
+    train(gate="none", overlong="none", checker=NeverChecker)
+    groups = [g for groups, _ in updates for g in groups]
+    assert groups and all(g.right == [c.ended for c in g.completions] for g in groups)
+
+
+def test_a_python_reward_trains_as_it_says(train, updates, tmp_path, monkeypatch):
+    (tmp_path / "loop_rewards_for_test.py").write_text("def fn(texts, facts): return facts.tokens")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "judge_groups", lambda *a: pytest.fail("a judge was asked"))
+    train(reward="python:loop_rewards_for_test.fn", judge="openai", judge_url="http://127.0.0.1:9/v1", judge_model="m")
+    groups = [g for groups, _ in updates for g in groups]
+    assert groups and all(g.rewards == [len(c.ids) for c in g.completions] for g in groups)
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"gate": "python:no_such_module.fn"}, "no_such_module"),
+        ({"gate": "regex", "prompts_per_step": 1}, "regular expression"),
+        ({"reward": "python:no_such_module.fn"}, "no_such_module"),
+        ({"reward": "rules", "reward_parts": "cosin=1"}, "cosine"),
+    ],
+)
+def test_what_gate_and_reward_cannot_use_stops_the_run_before_any_work(train, monkeypatch, tmp_path, options, word):
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"problem": "1 + 1?", "answer": "(2"}))
+    monkeypatch.setattr(loop, "load_model", lambda *a, **k: pytest.fail("loaded a model"))
+    with pytest.raises(UserError, match=word):
+        train(data=str(tmp_path / "bad.jsonl"), **options)
 
 
 def test_brevity_is_rewarded_among_the_right():

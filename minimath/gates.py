@@ -1,0 +1,105 @@
+"""What decides right or wrong (`gate=`), and the user's own functions (`python:module.fn`) for gate and reward.
+
+The gate is asked per completion; a completion that was cut has not answered and is wrong under every gate.
+"""
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+
+from minimath.answer import MAX_ANSWER_CHARS, extract_answer
+from minimath.config import UserError
+from minimath.data import Example
+
+HOOK = "python:"
+
+
+def make_gate(cfg, checker) -> Callable[[list[str], Example], list[bool]]:
+    """gate(texts, example) -> whether each completion of the example is right, by cfg.gate:
+
+      exact: its final answer equals the reference answer; checker: an answer.AnswerChecker
+      regex: its final answer matches the reference answer, a regular expression, from end to end
+      none: every completion is right, and judge and brevity alone speak
+      python:module.fn: fn(text, example) -> bool, or a score in [0, 1] of which 0.5 and above is right
+
+    Raises UserError when the function can't be loaded; the gate itself raises it for a bad pattern or result.
+    """
+    if cfg.gate == "exact":
+        return lambda texts, example: checker.check_many([(text, example.answer) for text in texts])
+    if cfg.gate == "regex":
+        return lambda texts, example: [matches(text, answer_pattern(example)) for text in texts]
+    if cfg.gate == "none":
+        return lambda texts, example: [True] * len(texts)
+    fn = load_function(cfg.gate, "gate")
+    return lambda texts, example: [verdict(fn, cfg.gate, text, example) for text in texts]
+
+
+def needed_columns(gate: str) -> tuple[str, ...]:
+    """What load_examples must find in a row for this gate."""
+    return ("answer",) if gate in ("exact", "regex") else ()
+
+
+def check_gate(cfg, examples: list[Example]) -> None:
+    """Raises UserError, before any long work, for a function that can't be loaded or a pattern that is none."""
+    make_gate(cfg, None)
+    if cfg.gate == "regex":
+        for example in examples:
+            answer_pattern(example)
+
+
+def answer_pattern(example: Example) -> re.Pattern:
+    """The reference answer as a pattern, case and surrounding space ignored; re caches the compilation."""
+    try:
+        return re.compile(example.answer.strip(), re.IGNORECASE | re.DOTALL)
+    except re.error as error:
+        raise UserError(f"{example.where or example.id or 'example'}: gate=regex, but the answer {example.answer!r} is "
+                        f"no regular expression ({error}); escape special characters, or use gate=exact") from None
+
+
+def matches(text: str, pattern: re.Pattern) -> bool:
+    """Whether the final answer of the text matches. Its length is bounded: re has no time limit of its own."""
+    answer = extract_answer(text)
+    return answer is not None and len(answer) <= MAX_ANSWER_CHARS and bool(pattern.fullmatch(answer.strip()))
+
+
+def verdict(fn, name: str, text: str, example: Example) -> bool:
+    """The user's gate on one completion. Raises UserError that names the function and what it returned or raised."""
+    try:
+        value = fn(text, example)
+    except Exception as error:  # any: it is the user's code, and the message must say whose
+        raise UserError(f"gate={name} raised {type(error).__name__}: {error}") from error
+    number = as_number(value)
+    if number is None or not 0 <= number <= 1:
+        raise UserError(f"gate={name} returned {value!r}; it must return True, False or a number from 0 to 1")
+    return number >= 0.5
+
+
+def as_number(value) -> float | None:
+    """A bool, Python number, numpy number or 0-d tensor as a finite float; None for anything else."""
+    try:
+        number = value if isinstance(value, (bool, int, float)) else value.item()
+        return float(number) if abs(number) < float("inf") else None  # a NaN fails the comparison
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None
+
+
+def load_function(spec: str, option: str) -> Callable:
+    """The function that "python:module.fn" names; the module is looked for in the current folder too.
+
+    It is code that runs with all rights of this process, as a recipe that names it says openly. Raises UserError.
+    """
+    module_name, _, name = spec.removeprefix(HOOK).rpartition(".")
+    if not spec.startswith(HOOK) or not module_name or not name:
+        raise UserError(f"{option}={spec}: write python:module.function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # at the end: it must not shadow an installed package
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserError(f"{option}={spec}: importing {module_name} failed ({type(error).__name__}: {error}); start "
+                        "minimath in the folder that holds it, or install it") from error
+    fn = getattr(module, name, None)
+    if not callable(fn):
+        raise UserError(f"{option}={spec}: {module.__file__} has no function {name}")
+    return fn

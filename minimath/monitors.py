@@ -1,0 +1,112 @@
+"""What an RL step tells about itself: its metrics, its samples, and in plain words the signs of a collapse.
+
+Long RL runs of small models usually end in a collapse (DESIGN: steps 60 to 600), and its signs show before the
+accuracy falls: entropy dwindles, completions run long, the solve rate leaves its best. Each is said once, with what
+to do about it. The monitor is a json-able dict in the checkpoint: a resumed run says what an unbroken one says.
+"""
+import statistics
+
+WINDOW = 10  # steps whose mean is compared with that of the first ones: single steps are noise
+WATCHED = ("entropy", "mean_tokens", "right", "ended", "problems")
+ENTROPY_LEFT = 0.25  # share of the first steps' entropy below which the samples of a group are nearly one text
+LENGTH_GROWN = 1.5
+MORE_RIGHT = 0.02  # growing this much more right pays for growing longer
+CUT_SHARE = 0.3
+LEAST_FALL = 0.1  # of the solve rate, and at least FALL_SIGMAS standard errors of a window's mean
+FALL_SIGMAS = 6.0  # the best of many windows is a few of them above the mean by chance alone
+
+
+def rollout_facts(seen, kept, judged: list[dict]) -> dict:
+    """Metrics of a step's rollouts (lists of rlaif.Group: all, and those with a signal; statistics of the judge's
+    calls). Token figures are over all completions sampled, right or wrong."""
+    completions = [c for g in seen for c in g.completions]
+    right_tokens = [len(c.ids) for g in seen for c, ok in zip(g.completions, g.right, strict=True) if ok]
+    judged = [stats for stats in judged if stats]
+    facts = {"reward": statistics.fmean(r for g in seen for r in g.rewards),
+             "right": statistics.fmean(ok for g in seen for ok in g.right),
+             "mean_tokens": statistics.fmean(len(c.ids) for c in completions),
+             "right_tokens": statistics.fmean(right_tokens) if right_tokens else None,
+             "ended": statistics.fmean(c.ended for c in completions), "sampled": len(completions),
+             "groups": len(kept), "dropped_groups": len(seen) - len(kept),
+             "surprisal": statistics.fmean(-lp for c in completions for lp in c.logp)}
+    if judged:
+        facts |= {f"judge_{k}": sum(s[k] for s in judged) for k in ("comparisons", "no_votes", "seconds")}
+        facts["judge_position_bias"] = statistics.fmean(s["position_bias"] for s in judged)
+        facts["judge_error"] = next((s["error"] for s in judged if s["error"]), "")
+    return facts
+
+
+def log_group(group, step: int, log) -> None:
+    """Keep one whole group in samples.jsonl and print its best and its worst completion."""
+    log.sample({"step": step, "problem": group.example.problem, "answer": group.example.answer, "texts": group.texts,
+                "right": group.right, "rewards": group.rewards, "advantage": group.advantage})
+    order = sorted(range(len(group.texts)), key=lambda i: group.rewards[i])
+    for what, i in (("best", order[-1]), ("worst", order[0])):
+        log.say(f"step {step}, {what} of {len(order)} (reward {group.rewards[i]:.2f}, "
+                f"{len(group.completions[i].ids)} tokens): {group.texts[i]}")
+
+
+def new_monitor() -> dict:
+    """The monitor of a run that begins: first and last WINDOW values by name, best solve rate, kinds already said."""
+    return {"first": {name: [] for name in WATCHED}, "last": {name: [] for name in WATCHED}, "best": 0.0, "said": []}
+
+
+def collapse_warnings(monitor: dict, facts: dict) -> list[str]:
+    """Take in the metrics of a step (a step without an update has no entropy) -> new warnings, each kind once a run.
+
+    monitor: of new_monitor, changed in place. Nothing is said before two windows of steps have passed, except
+    that too many completions are cut, which needs one.
+    """
+    problems = facts["groups"] + facts["dropped_groups"]
+    for name in WATCHED:
+        value = problems if name == "problems" else facts.get(name)
+        if value is not None:
+            if len(monitor["first"][name]) < WINDOW:
+                monitor["first"][name].append(value)
+            monitor["last"][name] = [*monitor["last"][name], value][-WINDOW:]
+    monitor["steps"] = monitor.get("steps", 0) + 1
+    if monitor["steps"] < WINDOW:
+        return []
+    now = {name: statistics.fmean(values) for name, values in monitor["last"].items() if values}
+    monitor["best"] = max(monitor["best"], now["right"])
+    found = {"cut": cut_warning(now)}
+    if monitor["steps"] >= 2 * WINDOW:
+        start = {name: statistics.fmean(values) for name, values in monitor["first"].items() if values}
+        found |= {"entropy": entropy_warning(start, now), "length": length_warning(start, now),
+                  "right": fall_warning(monitor["best"], now, sum(monitor["last"]["problems"]))}
+    new = {kind: text for kind, text in found.items() if text and kind not in monitor["said"]}
+    monitor["said"] += new
+    return list(new.values())
+
+
+def entropy_warning(start: dict, now: dict) -> str:
+    if "entropy" not in now or now["entropy"] >= ENTROPY_LEFT * start["entropy"]:
+        return ""
+    return (f"entropy collapse: it fell from {start['entropy']:.3g} to {now['entropy']:.3g} nats a token since the run "
+            "began, so the completions of a group become one text and nothing is left to choose from. Lower lr, "
+            "raise clip_high, or set entropy_coef=0.001; the best checkpoint is kept")
+
+
+def length_warning(start: dict, now: dict) -> str:
+    if now["mean_tokens"] < LENGTH_GROWN * start["mean_tokens"] or now["right"] > start["right"] + MORE_RIGHT:
+        return ""
+    return (f"length is running away: completions grew from {start['mean_tokens']:.0f} to {now['mean_tokens']:.0f} "
+            f"tokens, but {100 * now['right']:.0f}% are right, {100 * start['right']:.0f}% were at first. Raise "
+            "lam_length, use overlong=penalty, or look at what the judge likes about long ones")
+
+
+def cut_warning(now: dict) -> str:
+    if 1 - now["ended"] <= CUT_SHARE:
+        return ""
+    return (f"{100 * (1 - now['ended']):.0f}% of the completions are cut at max_new_tokens and count as wrong. Raise "
+            "max_new_tokens, or reward brevity (overlong=penalty)")
+
+
+def fall_warning(best: float, now: dict, problems: int) -> str:
+    """problems: groups in the last window; the completions of a group count as one, as they go together."""
+    error = (best * (1 - best) / max(1, problems)) ** 0.5
+    if best - now["right"] <= max(LEAST_FALL, FALL_SIGMAS * error):
+        return ""
+    return (f"the solve rate falls off: {100 * now['right']:.0f}% of the completions of the last {WINDOW} steps are "
+            f"right, {100 * best:.0f}% were at its best. Stop here and take the best checkpoint (eval_every keeps "
+            "it), or go on with a lower lr or beta=0.01")

@@ -1,0 +1,71 @@
+"""The warnings of a collapse: each sign alone, once, and none on a healthy run."""
+
+import json
+import random
+
+import pytest
+
+from minimath.monitors import WINDOW, collapse_warnings, new_monitor
+
+HEALTHY = {"entropy": 0.5, "mean_tokens": 100.0, "right": 0.5, "ended": 1.0, "groups": 8, "dropped_groups": 2}
+COLLAPSES = {
+    "entropy": ({"entropy": 0.05}, "entropy collapse"),
+    "length": ({"mean_tokens": 220.0}, "length is running away"),
+    "right": ({"right": 0.1}, "solve rate falls off"),
+    "cut": ({"ended": 0.5}, "cut at max_new_tokens"),
+}
+
+
+def run(steps, monitor=None):
+    """[(step, warning)] of the given metrics."""
+    monitor = new_monitor() if monitor is None else monitor
+    return [(i, text) for i, facts in enumerate(steps, 1) for text in collapse_warnings(monitor, facts)]
+
+
+@pytest.mark.parametrize("kind", COLLAPSES)
+def test_each_sign_is_said_alone_once_and_in_plain_words(kind):
+    change, words = COLLAPSES[kind]
+    said = run([HEALTHY] * 30 + [HEALTHY | change] * 60)
+    assert len(said) == 1, said
+    step, text = said[0]
+    assert words in text and 30 < step <= 30 + WINDOW
+
+
+@pytest.mark.parametrize("kind", COLLAPSES)
+def test_one_bad_step_is_noise(kind):
+    change = {"entropy": 0.0, "mean_tokens": 300.0, "right": 0.0, "ended": 0.0}
+    name = next(iter(COLLAPSES[kind][0]))
+    assert run([HEALTHY] * 30 + [HEALTHY | {name: change[name]}] + [HEALTHY] * 30) == []
+
+
+def test_longer_completions_that_are_right_more_often_are_no_collapse():
+    assert run([HEALTHY] * 20 + [HEALTHY | {"mean_tokens": 200.0, "right": 0.7}] * 40) == []
+
+
+def test_chance_alone_raises_no_alarm():
+    """200 runs of 100 steps at a constant solve rate, the completions of a problem all right or all wrong."""
+    rng = random.Random(0)
+    false_alarms = 0
+    for _ in range(200):
+        rates = [sum(rng.random() < 0.5 for _ in range(8)) / 8 for _ in range(100)]
+        false_alarms += bool(run([HEALTHY | {"right": r, "groups": 8, "dropped_groups": 0} for r in rates]))
+    assert false_alarms <= 10
+
+
+def test_steps_without_an_update_have_no_entropy_and_are_taken():
+    idle = {name: value for name, value in HEALTHY.items() if name != "entropy"}
+    said = run([HEALTHY, idle] * 15 + [HEALTHY | {"entropy": 0.01}, idle] * 15)
+    assert len(said) == 1 and "entropy" in said[0][1]
+    assert run([idle] * 40) == []
+
+
+def test_a_monitor_saved_and_read_again_at_any_step_says_the_same():
+    change = {"entropy": 0.05, "right": 0.1, "mean_tokens": 400.0, "ended": 0.4}
+    steps = [HEALTHY] * 25 + [HEALTHY | change] * 25
+    whole = run(steps)
+    assert len(whole) == 4
+    for cut in range(1, len(steps)):
+        monitor = new_monitor()
+        before = run(steps[:cut], monitor)
+        after = run(steps[cut:], json.loads(json.dumps(monitor)))
+        assert before + [(i + cut, text) for i, text in after] == whole
