@@ -54,14 +54,13 @@ class Decode:
 
     def reset(self) -> None:
         """No rows and an empty cache for self.slots slots."""
-        slots, cuda = self.slots, {"device": self.device}
+        slots, here = self.slots, {"device": self.device}
         self.rows: list[Row] = []
         self.cache = None
-        self.token, self.pos, self.count = (torch.zeros(slots, dtype=torch.long, **cuda) for _ in range(3))
-        self.alive = torch.zeros(slots, dtype=torch.bool, **cuda)
-        self.noise = torch.zeros(slots, self.max_new, **cuda)
-        self.logp, self.full_logp = torch.zeros(slots, self.max_new, **cuda), torch.zeros(slots, self.max_new, **cuda)
-        self.ids = torch.full((slots, self.longest + 1), self.pad, dtype=torch.long, **cuda)  # prompt and completion
+        self.token, self.pos, self.count = (torch.zeros(slots, dtype=torch.long, **here) for _ in range(3))
+        self.alive = torch.zeros(slots, dtype=torch.bool, **here)
+        self.noise, self.logp, self.full_logp = (torch.zeros(slots, self.max_new, **here) for _ in range(3))
+        self.ids = torch.full((slots, self.longest + 1), self.pad, dtype=torch.long, **here)  # prompt and completion
         self.graphs.forget()
 
     def facts(self) -> dict:
@@ -146,13 +145,10 @@ class Decode:
         early = self.early_ends(watch, loop_guard) if watch is not None or loop_guard else {}
         if not any(over) and not early:
             return
-        eos = set(self.eos.tolist())
         for i in range(n):
             if over[i] or i in early:
-                row = self.rows[i]
                 self.read(i, early.get(i))
-                row.ended = row.ended or row.ids[-1] in eos
-                self.over.append(row)
+                self.finish(self.rows[i])
         self.arrange([i for i in range(n) if not over[i] and i not in early])
 
     def early_ends(self, watch, loop_guard: int) -> dict[int, int]:
@@ -162,9 +158,9 @@ class Decode:
         the host looks.
         """
         n, early = len(self.rows), {}
-        back = torch.arange(self.sync - 1, -1, -1, device=self.device)
+        back = torch.arange(2 * self.sync - 1, -1, -1, device=self.device)  # after an out-of-memory more are new
         slots = torch.arange(n, device=self.device)[:, None]
-        recent = self.ids[slots, (self.pos[:n, None] - back).clamp(min=0)].tolist()  # (n, sync), the newest last
+        recent = self.ids[slots, (self.pos[:n, None] - back).clamp(min=0)].tolist()  # (n, 2 sync), newest last
         for i, (row, count) in enumerate(zip(self.rows, self.count[:n].tolist(), strict=True)):
             start = len(row.prompt)
             for place in range(row.seen + 1, count + 1):
@@ -186,10 +182,15 @@ class Decode:
         row.ids = self.ids[i, len(row.prompt):len(row.prompt) + count].tolist()
         row.logp, row.full_logp = self.logp[i, :count].tolist(), self.full_logp[i, :count].tolist()
 
+    def finish(self, row: Row) -> None:
+        """A row that is over, with what it has sampled read."""
+        row.ended = row.ended or row.ids[-1] in self.eos.tolist()
+        self.over.append(row)
+
     def arrange(self, keep: list[int]) -> None:
         """Make the rows of slots `keep` the rows 0..n-1, in blocks from long to short, moving as few as possible."""
         ranked = sorted(keep, key=lambda i: -self.rows[i].length)
-        n, targets, free = len(ranked), {}, []
+        n, targets = len(ranked), {}
         for a in range(0, n, BLOCK):  # a row that is in its block already stays where it is
             block, places = ranked[a:a + BLOCK], range(a, min(a + BLOCK, n))
             staying = {i for i in block if i in places} if self.blocks else {i for i in block if i < n}
@@ -249,7 +250,7 @@ class Decode:
 
     def place(self, slot: int, row: Row, tokens: tuple) -> None:
         """The state of a row that starts, or goes on with the tokens it has, in a slot."""
-        count, row.length, row.seen = len(row.ids), len(tokens), len(row.ids)
+        count, row.length = len(row.ids), len(tokens)
         self.ids[slot, :len(tokens)] = torch.tensor(tokens, device=self.device)
         self.noise[slot] = stream_noise(row.seed, self.max_new).to(self.device)
         self.pos[slot], self.count[slot], self.alive[slot] = len(tokens), count, True
@@ -262,9 +263,12 @@ class Decode:
         if self.slots == 1:
             raise UserError(f"memory is too small for one sequence of {self.longest} tokens; lower max_new_tokens, use "
                             "quant=nf4, or a smaller model")
+        alive = self.alive.tolist()
         for i, row in enumerate(self.rows):
             if row not in self.over:
                 self.read(i)
+                if not alive[i]:  # it ended since the last look
+                    self.finish(row)
         running = [row for row in self.rows if row not in self.over]
         self.queue = running + [row for row in self.queue if row not in running]
         say(f"out of memory with {self.slots} sequences side by side: going on with {self.slots // 2}")

@@ -201,8 +201,10 @@ class Failing:
         return self.method(*args, **kwargs)
 
 
+@pytest.mark.parametrize("sync", [1, 4])
 @pytest.mark.parametrize("where", ["run_step", "choose", "prefill", "admit"])
-def test_out_of_memory_halves_the_slots_and_changes_no_completion(llama, monkeypatch, where):
+def test_out_of_memory_halves_the_slots_and_changes_no_completion(llama, monkeypatch, where, sync):
+    monkeypatch.setitem(decoding.SYNC, "cpu", sync)
     whole, said, facts = sampled(llama, slots=8), [], {}
     method = getattr(decoding.Decode, where)
     failing = Failing(method, {2, 9} if where in ("run_step", "choose") else {1})
@@ -213,6 +215,20 @@ def test_out_of_memory_halves_the_slots_and_changes_no_completion(llama, monkeyp
         assert two.logp == pytest.approx(one.logp, abs=1e-5) and two.ended == one.ended
     assert facts["halved"] == len(said) == len(failing.calls) and facts["slots"] == 8 >> len(said)
     assert f"going on with {8 >> len(said)}" in said[-1]
+
+
+@pytest.mark.parametrize("call", range(4, 12))
+def test_out_of_memory_between_looks_loses_no_end(llama, monkeypatch, call):
+    """Rows that ended, or closed their box, in the steps before are over: they do not go on from a prefill."""
+    monkeypatch.setattr(BoxWatch, "may_close", lambda self, token: token in (60, 70, 80))
+    monkeypatch.setattr(BoxWatch, "closed", lambda self, ids: ids[-1] in (60, 70, 80))
+    whole = sampled(llama, samples=4, slots=16, stop_boxed=True)
+    monkeypatch.setitem(decoding.SYNC, "cpu", 4)
+    failing = Failing(decoding.Decode.run_step, {call})
+    monkeypatch.setattr(decoding.Decode, "run_step", lambda *args: failing(*args))
+    again = sampled(llama, samples=4, slots=16, stop_boxed=True, say=lambda text: None)
+    assert ids_of(again) == ids_of(whole)
+    assert [c.ended for c in sum(again, [])] == [c.ended for c in sum(whole, [])]
 
 
 def test_memory_too_small_for_one_sequence_is_an_error_that_says_what_to_do(llama, monkeypatch):
