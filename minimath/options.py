@@ -205,6 +205,20 @@ class RLAIFConfig(EngineConfig, AdapterConfig):
     """further tries per judge request, with growing pauses"""
     judge_concurrency: int = 8
     """judge requests in flight"""
+    judge_verdict: str = "auto"
+    """what judge_url is asked for: auto (the richest it has), logprobs (soft votes), json_schema or plain text"""
+    judge_max_tokens: int = 16
+    """longest reply of judge_url in tokens; a model that thinks first needs thousands"""
+    judge_step_s: float = 600.0
+    """seconds for all judge requests of a rollout round; what is not answered by then is no vote; 0: no limit"""
+    judge_breaker: int = 16
+    """judge requests that failed in a row after which the rest of a rollout round is not asked"""
+    judge_cache: str = ""
+    """folder of kept judge replies, which are not paid for twice; empty: ~/.cache/minimath/judge; none: no cache"""
+    judge_price_in: float = 0.0
+    """price of a million prompt tokens at judge_url, for the cost count"""
+    judge_price_out: float = 0.0
+    """price of a million completion tokens at judge_url, for the cost count"""
     judge_max_chars: int = 4000
     """longest candidate shown to a judge, in characters"""
     judge_plan: str = "round_robin"
@@ -304,6 +318,7 @@ CHOICES = {
     "gate": ("exact", "regex", "none"),
     "reward": ("judge", "rules"),
     "judge": ("self", "openai", "rules"),
+    "judge_verdict": ("auto", "logprobs", "json_schema", "plain"),
     "judge_plan": ("round_robin", "swiss"),
     "loss_type": ("dapo", "grpo", "dr_grpo", "cispo", "gspo"),
     "overlong": ("mask", "penalty", "none"),
@@ -315,6 +330,7 @@ CHOICES = {
 POSITIVE = {"lora_r", "lora_alpha", "lr", "micro_tokens", "keep", "log_every", "epochs", "batch_size",
             "max_len", "eval_limit", "eval_max_new_tokens", "prompts_per_step", "group_size",
             "max_prompt_len", "max_new_tokens", "judge_timeout_s", "judge_concurrency", "judge_max_chars",
+            "judge_max_tokens", "judge_breaker",
             "updates_per_rollout", "minibatches", "samples", "top_p", "clip_high", "repetition_penalty",
             "vllm_timeout_s", "vllm_gpu_share"}
 AT_MOST_ONE = {"vllm_gpu_share", "min_lr_ratio", "top_p", "min_p", "overlong_buffer", "lam_judge", "lam_length",

@@ -1,101 +1,18 @@
 """The endpoint judge against a scripted OpenAI-compatible fault server on 127.0.0.1, in bounded time."""
-import contextlib
-import http.server
-import json
 import random
-import threading
 import time
 
 import pytest
+from judge_server import dribbles, hangs_up, prefers_shorter, says, serve, sleeps, status
 
 from minimath.config import UserError
-from minimath.endpoint import _retry_after
+from minimath.endpoint_http import retry_after
 from minimath.judge import Candidate, Pair, StepCount, openai_judge, win_probabilities
 
 GOOD = Candidate(r"5*3=15. \boxed{15}", True, StepCount(1, 1), 8)
 LONG = Candidate(r"Let us restate the problem. 5*3=15. We check it. \boxed{15}", True, StepCount(1, 1), 20)
 PAIRS = [Pair("p", GOOD, LONG), Pair("p", LONG, GOOD)]
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers POSTs by what `server.script` says for the n-th request (the last entry repeats)."""
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
-        with server.lock:
-            step = server.script[min(len(server.seen), len(server.script) - 1)]
-            server.seen.append((time.monotonic(), body, dict(self.headers), self.path))
-        with contextlib.suppress(OSError):               # the client may have gone: that is the test
-            step(self, body)
-
-    do_GET = do_POST             # where a followed redirect arrives
-
-    def reply(self, status, text, headers=(), kind="application/json"):
-        data = text.encode()
-        self.send_response(status)
-        for name, value in (("Content-Type", kind), ("Content-Length", str(len(data))), *headers):
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-
-def says(text):
-    usage = {"prompt_tokens": 7, "completion_tokens": 1}
-    completion = json.dumps({"choices": [{"message": {"content": text}}], "usage": usage})
-    return lambda h, body: h.reply(200, completion)
-
-
-def status(code, text="{}", headers=()):
-    return lambda h, body: h.reply(code, text, headers)
-
-
-def prefers_shorter(h, body):
-    prompt = body["messages"][0]["content"]
-    a, b = prompt.split("SOLUTION A ===\n")[1].split("SOLUTION B ===\n")
-    says("A" if len(a) < len(b.split("\n===")[0]) else "B")(h, body)
-
-
-def sleeps(h, body):
-    h.server.closing.wait(5)
-
-
-def dribbles(h, body):
-    h.send_response(200)
-    h.end_headers()
-    for _ in range(50):
-        h.wfile.write(b" ")
-        h.wfile.flush()
-        if h.server.closing.wait(0.1):
-            return
-
-
-def hangs_up(h, body):
-    h.connection.close()
-
-
-@pytest.fixture
-def serve():
-    """serve(step, ...) -> (judge_url, server) with one scripted step per request."""
-    running = []
-
-    def start(*script):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        server.script, server.seen = script, []
-        server.lock, server.closing = threading.Lock(), threading.Event()
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        running.append(server)
-        return f"http://127.0.0.1:{server.server_port}/v1", server
-
-    yield start
-    for server in running:
-        server.closing.set()
-        server.shutdown()
-        server.server_close()
+__all__ = ["serve"]          # a fixture, used by its name
 
 
 def quick(url, **changes):
@@ -129,8 +46,8 @@ def test_retry_after_is_capped_and_read_in_both_forms(serve):
     start = time.monotonic()
     assert quick(url).compare(PAIRS[:1]) == [0.0]
     assert time.monotonic() - start < 5
-    assert _retry_after("Wed, 21 Oct 2065 07:28:00 GMT") > 1e6
-    assert _retry_after("soon") == _retry_after(None) == _retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert retry_after("Wed, 21 Oct 2065 07:28:00 GMT") > 1e6
+    assert retry_after("soon") == retry_after(None) == retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
 
 
 @pytest.mark.parametrize("fault, kind", [

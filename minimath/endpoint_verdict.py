@@ -1,0 +1,119 @@
+"""The three forms in which an OpenAI-compatible server can be asked for a verdict, richest first, and their reading.
+
+`logprobs`: the log-probs of the likeliest first tokens (`top_logprobs` of the chat API); the vote is the probability
+of A over that of A, B and TIE, half of TIE's counted as A: a soft vote, as `self_judge` gives. `json_schema`: the reply
+is held to {"verdict": "A" | "B" | "TIE"} by the server's grammar. `plain`: the text must be a verdict and nothing else.
+"""
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+FORMS = ("logprobs", "json_schema", "plain")
+VOTES = {"A": 1.0, "B": 0.0, "TIE": 0.5}
+TOP = 20                     # the most that the API allows; below it a rare verdict is lost
+SCHEMA_TOKENS = 48           # {"verdict": "TIE"} takes 8 to 20, by the spaces that a grammar lets through
+MIN_MASS = 0.1               # of the closed set: below it the model was about to say something else, and the ratio of
+#                              two unlikely tokens is noise
+_TIE = {"T", "TI", "TIE", "Tie", "tie"}      # the first tokens that a vocabulary can split TIE into
+_SCHEMA = {"type": "object", "properties": {"verdict": {"type": "string", "enum": list(VOTES)}},
+           "required": ["verdict"], "additionalProperties": False}
+
+
+@dataclass
+class Reply:
+    """What is kept of a chat completion: its text, the form it was asked in, whether max_tokens ended it, and (token,
+    log-prob) of the likeliest tokens where the first word begins; [] where the server gave none."""
+    text: str
+    form: str = "plain"
+    cut: bool = False
+    top: tuple = ()
+
+    def dumps(self) -> str:
+        """As text, for the cache."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def loads(text: str) -> Reply | None:
+        """`dumps` undone; None for what it did not write."""
+        try:
+            kept = json.loads(text)
+            top = tuple((str(token), float(logp)) for token, logp in kept["top"])
+            return Reply(str(kept["text"]), str(kept["form"]), bool(kept["cut"]), top)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
+
+    def serves(self) -> bool:
+        """Whether the server answered in the form it was asked in."""
+        if self.form == "logprobs":
+            return len(self.top) > 1
+        return self.form != "json_schema" or json_vote(self.text) is not None
+
+
+def form_fields(form: str, max_tokens: int) -> dict:
+    """What a form adds to a chat request that asks for at most max_tokens."""
+    if form == "logprobs":
+        return {"logprobs": True, "top_logprobs": TOP}
+    if form == "json_schema":
+        schema = {"name": "verdict", "strict": True, "schema": _SCHEMA}
+        return {"max_tokens": max(max_tokens, SCHEMA_TOKENS),
+                "response_format": {"type": "json_schema", "json_schema": schema}}
+    return {}
+
+
+def read_reply(choice: dict, form: str) -> Reply:
+    """A Reply from choices[0]. A text that max_tokens ended before it began (a model that thinks first) is "". Raises
+    KeyError, TypeError, AttributeError or ValueError for anything that is not a choice of a chat completion."""
+    text, cut = choice["message"].get("content"), choice.get("finish_reason") == "length"
+    if text is None and cut:
+        text = ""
+    if not isinstance(text, str):
+        raise TypeError("no content")
+    return Reply(text, form, cut, _first_word(choice) if form == "logprobs" else ())
+
+
+def _first_word(choice: dict) -> tuple:
+    """(token, log-prob) pairs of the first position whose token has a letter or digit: "**A" begins with "**"."""
+    try:
+        for position in (choice.get("logprobs") or {}).get("content") or []:
+            if any(c.isalnum() for c in position["token"]):
+                pairs = ((str(one["token"]), float(one["logprob"])) for one in position.get("top_logprobs") or [])
+                return tuple((token, round(logp, 8)) for token, logp in pairs if math.isfinite(logp))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass                                     # another shape is as good as none: the text is still there
+    return ()
+
+
+def vote(reply: Reply, read: Callable[[str], float | None]) -> float | None:
+    """The probability that A is better, or None: from the log-probs where they tell, else from the text, which
+    `read` turns into 1.0, 0.0, 0.5 or None."""
+    chance = soft_vote(reply.top)
+    if chance is not None:
+        return chance
+    if reply.form == "json_schema":
+        return json_vote(reply.text)
+    return read(re.sub(r"\A\s*<think>.*?</think>", "", reply.text, flags=re.S).strip())
+
+
+def soft_vote(top: tuple) -> float | None:
+    """(P(A) + P(TIE) / 2) / (P(A) + P(B) + P(TIE)) from (token, log-prob) pairs; None below MIN_MASS. Lower-case a and
+    b are not counted: "a" is an article."""
+    mass = dict.fromkeys(VOTES, 0.0)
+    for token, logp in top:
+        name = token.strip(" \t\n*_`'\"[](){}:.#\u2581\u0120")     # the last two: a space in raw vocabularies
+        name = "TIE" if name in _TIE else name
+        if name in mass:
+            mass[name] += math.exp(min(logp, 0.0))
+    total = sum(mass.values())
+    return (mass["A"] + mass["TIE"] / 2) / total if total >= MIN_MASS else None
+
+
+def json_vote(text: str) -> float | None:
+    """The vote of {"verdict": ...}; None for anything else."""
+    try:
+        return VOTES.get(json.loads(text)["verdict"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
