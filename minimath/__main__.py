@@ -1,4 +1,4 @@
-"""The command line: minimath demo | run | sft | rlaif | eval | solve. `minimath COMMAND --help` lists the options."""
+"""The command line: minimath demo | run | sft | rlaif | eval | solve | judge. `minimath COMMAND --help` for options."""
 import os
 import sys
 
@@ -13,6 +13,8 @@ USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GP
   minimath rlaif [RECIPE.yaml] [key=value ...]       stage 2: RL with an AI judge
   minimath eval  [RECIPE.yaml] [key=value ...]       accuracy, tokens, steps, with intervals
   minimath solve "PROBLEM" [key=value ...]           one solution, its steps checked
+  minimath judge check  [RECIPE.yaml] [key=value ...]  whether a judge can be trusted with a run
+  minimath judge attack [RECIPE.yaml] [key=value ...]  how easily it is fooled
 
 `minimath sft --help` lists every option of a stage with its default. A recipe is YAML: `key: value` lines, shared
 or in a section (sft:, rlaif:, eval:); key=value words win. With `run`, `sft.lr=1e-4` is for one stage.
@@ -55,9 +57,9 @@ def dispatch(command: str, words: list[str]):
     """Run one command. Imports are here so that help and errors come at once."""
     from minimath.config import EvalConfig, RLAIFConfig, SFTConfig, UserError, did_you_mean, load_config
     stages = {"sft": SFTConfig, "rlaif": RLAIFConfig, "eval": EvalConfig, "solve": EvalConfig}
-    if command not in (*stages, "run", "demo"):
-        raise UserError(f"unknown command {command!r}{did_you_mean(command, (*stages, 'run', 'demo'))}; "
-                        "see minimath --help")
+    known = (*stages, "run", "demo", "judge")
+    if command not in known:
+        raise UserError(f"unknown command {command!r}{did_you_mean(command, known)}; see minimath --help")
     if "--help" in words or "-h" in words:
         print(help_text(command, stages))
         return None
@@ -68,7 +70,9 @@ def dispatch(command: str, words: list[str]):
         from minimath.solve import solve
         problem, *words = words or [""]
         return solve(problem, load_config(EvalConfig, None, words))
-    recipe = words.pop(0) if words and "=" not in words[0] and not words[0].startswith("--") else None
+    if command == "judge":
+        return judge_command(words)
+    recipe = take_recipe(words)
     if command == "run":
         if recipe is None:
             raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
@@ -85,9 +89,31 @@ def dispatch(command: str, words: list[str]):
     return evaluate(cfg)
 
 
+def take_recipe(words: list[str]) -> str | None:
+    """Take a leading word that is no option from `words`."""
+    return words.pop(0) if words and "=" not in words[0] and not words[0].startswith("--") else None
+
+
+def judge_command(words: list[str]):
+    """minimath judge check | attack."""
+    from minimath.config import UserError, did_you_mean
+    kinds = ("check", "attack")
+    kind = words.pop(0) if words else ""
+    if kind not in kinds:
+        raise UserError(f"minimath judge {kind}: use check or attack{did_you_mean(kind, kinds)}")
+    if kind == "check":
+        from minimath.judge_check import judge_check as command
+    else:
+        from minimath.judge_attack import judge_attack as command
+    return command(take_recipe(words), words)
+
+
 def help_text(command: str, stages: dict) -> str:
     """All options of a command with type, default and meaning."""
     from minimath.config import describe_config
+    if command == "judge":
+        from minimath.judge_check import help_text as judge_help
+        return judge_help()
     if command == "demo":
         from minimath.demo import __doc__ as doc
         return doc
