@@ -67,7 +67,7 @@ def policy_loss(data: PolicyRows, *, loss_type: str = "dapo", clip_low: float = 
       gspo: the clip on the sequence's ratio s = exp(mean_t(logp - old_logp)), with the token form
         s_t = sg(s) exp(logp - sg(logp))   (arXiv 2507.18071 eq. 7, 13-14)
     clip_dual = c > 1 bounds the second side: for A < 0 the gain is max(min(r A, clip(r) A), c A), so that a token
-    that the policy now likes much more than the one that sampled does not swamp the step (arXiv 1912.09729 eq. 5);
+    that the policy now likes much more than the one that sampled does not swamp the step (Ye et al., arXiv 1912.09729);
     0: off, and cispo has no use for it. Added: beta times `kl_term`, and -entropy_coef H. Policy term and unbiased KL
     are expectations over the sampler's tokens: both are multiplied by `importance_weight`. Strictly on-policy the
     ratio is 1 and the clips idle.

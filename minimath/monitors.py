@@ -30,10 +30,17 @@ def rollout_facts(seen, kept, judged: list[dict]) -> dict:
              "groups": len(kept), "dropped_groups": len(seen) - len(kept),
              "surprisal": statistics.fmean(-lp for c in completions for lp in c.logp)}
     if judged:
-        facts |= {f"judge_{k}": sum(s[k] for s in judged) for k in ("comparisons", "no_votes", "seconds")}
-        facts["judge_position_bias"] = statistics.fmean(s["position_bias"] for s in judged)
-        facts["judge_error"] = next((s["error"] for s in judged if s["error"]), "")
+        facts |= judge_facts(judged)
     return facts
+
+
+def judge_facts(judged: list[dict]) -> dict:
+    """One set of metrics of the rollout rounds of a step: counts added up, means weighted by the questions asked."""
+    facts = {f"judge_{k}": sum(s[k] for s in judged) for k in ("comparisons", "no_votes", "skipped", "seconds")}
+    asked = max(1, facts["judge_comparisons"])
+    for name in ("position_bias", "order_conflicts"):
+        facts[f"judge_{name}"] = sum(s[name] * s["comparisons"] for s in judged) / asked
+    return facts | {"judge_error": next((s["error"] for s in judged if s["error"]), "")}
 
 
 def log_group(group, step: int, log) -> None:

@@ -220,7 +220,7 @@ def group_advantages(rewards, *, scale: str = "group", valid=None) -> torch.Tens
       group: (r_i - mean) / population standard deviation   (GRPO, DeepSeekMath, arXiv 2402.03300)
       none: r_i - mean   (Dr. GRPO, arXiv 2503.20783)
       rloo: r_i - mean of the others = n / (n - 1) (r_i - mean)   (leave-one-out baseline, which keeps the gradient
-        unbiased: Kool et al. 2019; Ahmadian et al., arXiv 2402.14740 eq. 9); 0 for a group of one
+        unbiased: Kool et al. 2019; Ahmadian et al., arXiv 2402.14740); 0 for a group of one
 
     rewards (P, G) and valid (P, G) bool, as tensors or nested lists; -> (P, G) fp32. Rows with valid False
     (masked, truncated) enter neither mean nor deviation and get 0. Groups whose valid rewards are all equal

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from minimath.monitors import WINDOW, collapse_warnings, new_monitor
+from minimath.monitors import WINDOW, collapse_warnings, judge_facts, new_monitor
 
 HEALTHY = {"entropy": 0.5, "mean_tokens": 100.0, "right": 0.5, "ended": 1.0, "groups": 8, "dropped_groups": 2}
 COLLAPSES = {
@@ -69,3 +69,13 @@ def test_a_monitor_saved_and_read_again_at_any_step_says_the_same():
         before = run(steps[:cut], monitor)
         after = run(steps[cut:], json.loads(json.dumps(monitor)))
         assert before + [(i + cut, text) for i, text in after] == whole
+
+
+def test_judge_figures_of_the_rounds_of_a_step_are_added_up_and_means_weighted_by_the_questions():
+    same = {"no_votes": 1, "skipped": 2, "seconds": 0.5, "order_conflicts": 0.1}
+    rounds = [same | {"comparisons": n, "position_bias": bias, "error": error}
+              for n, bias, error in ((30, 0.2, ""), (10, -0.2, "down"), (0, 9.0, ""))]
+    facts = judge_facts(rounds)
+    assert facts["judge_comparisons"] == 40 and facts["judge_no_votes"] == 3 and facts["judge_skipped"] == 6
+    assert facts["judge_position_bias"] == pytest.approx(0.1) and facts["judge_error"] == "down"
+    assert judge_facts([rounds[2]])["judge_position_bias"] == 0
