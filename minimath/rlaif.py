@@ -110,6 +110,11 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
             except Stopped:
                 log.say("the rollout was interrupted; its step is not counted")
                 break
+            except UserError:  # a function of the user's that failed, a server that went away: the steps before stay
+                if step > saved:
+                    save_checkpoint(log.run_dir, step, model=model, optimizer=optimizer, state=state, keep=cfg.keep)
+                    log.say(f"the {step} steps done are saved; put it right and go on with resume=true")
+                raise
             facts |= {"rollout_seconds": time.monotonic() - clock}
             clock = time.monotonic()
             if groups:

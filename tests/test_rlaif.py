@@ -376,6 +376,33 @@ def test_a_python_reward_trains_as_it_says(train, updates, tmp_path, monkeypatch
     assert groups and all(g.rewards == [len(c.ids) for c in g.completions] for g in groups)
 
 
+def test_a_python_gate_that_fails_late_costs_no_step(train, tmp_path, monkeypatch):
+    (tmp_path / "loop_gates_for_test.py").write_text(
+        "broken = False\n"
+        "def fn(text, example):\n"
+        "    if broken: raise OSError('no sandbox')\n"
+        "    return sum(text.encode()) % 2 == 0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = {"gate": "python:loop_gates_for_test.fn", "steps": 3}
+    unbroken, real, calls = train("unbroken", **options), loop.update, []
+    import loop_gates_for_test as gates
+
+    def update(*args):
+        calls.append(1)
+        gates.broken = len(calls) == 2  # from the third rollout on
+        return real(*args)
+
+    monkeypatch.setattr(loop, "update", update)
+    with pytest.raises(UserError, match="gate=python:loop_gates_for_test.fn raised OSError: no sandbox"):
+        train("broken", **options)
+    gates.broken = False
+    broken = train("broken", resume=True, **options)
+    assert len(calls) == 3  # two before, one after
+    assert without_times(metrics(broken)) == without_times(metrics(unbroken))
+    assert same_tensors(adapter(broken), adapter(unbroken))
+
+
 @pytest.mark.parametrize(
     "options, word",
     [
