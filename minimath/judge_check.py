@@ -96,6 +96,10 @@ def advice(kind_of_judge: str, report: dict) -> list[str]:
                      "gate, which decides those in a run")
     if "long" in by.get("prefers the fault", []):
         lines.append("it likes long solutions: in a run it would pay for padding")
+    bias = [facts["position_bias"] for facts in report.values() if facts["voted"]]
+    if bias and abs(sum(bias)) > 0.5 * len(bias):
+        lines.append(f"it mostly votes for what stands {'first' if sum(bias) > 0 else 'second'} (position bias "
+                     f"{sum(bias) / len(bias):+.2f}): asking both orders cancels that, but what is left is small")
     if by.get("too few pairs"):
         lines.append(f"too few pairs to tell on {', '.join(by['too few pairs'])}: use pairs=25 or more")
     if by.get("weak"):
