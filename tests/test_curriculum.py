@@ -102,6 +102,24 @@ def test_problems_outside_the_band_rest_and_come_back():
     assert facts["solve_rate"] == pytest.approx(np.mean(SOLVED) / GROUP)
 
 
+def informative(**options):
+    """Share of groups with right and wrong ones in steps 50 to 150 of 8 draws; most problems are too easy or hard."""
+    cfg, rng = RLAIFConfig(group_size=GROUP, **options), np.random.default_rng(0)
+    solve, state, useful = rng.beta(0.25, 0.25, 200), new_curriculum(), []
+    for cursor in range(0, 150 * 8, 8):
+        for place, index in enumerate(draw(cfg, state, cursor, 8, 200, [])):
+            right = int(rng.binomial(GROUP, solve[index]))
+            record(state, index, right, GROUP, cursor + place)
+            useful.append(0 < right < GROUP)
+    return np.mean(useful[400:])
+
+
+def test_a_curriculum_draws_more_groups_that_teach():
+    off, learnable = informative(), informative(curriculum="learnable")
+    band = informative(min_solve_rate=0.05, max_solve_rate=0.95)
+    assert learnable > 1.25 * off and band > 1.5 * off, (off, learnable, band)
+
+
 @pytest.mark.parametrize("options", ON)
 def test_a_step_never_draws_a_problem_twice_even_when_most_rest(options):
     cfg = RLAIFConfig(group_size=GROUP, **options)
