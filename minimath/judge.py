@@ -19,13 +19,13 @@ from pathlib import Path
 from .compare import Fit, round_robin, swiss_pairs, swiss_rounds
 from .compare import win_probabilities as wins_of
 from .config import UserError
-from .endpoint import ChatClient
+from .endpoint import ChatClient, client_for
 from .rubrics import Candidate, Pair, judge_prompt, load_rubric, make_nonce
 from .self_judge import self_compare
 from .steps import StepCount
 
-__all__ = ["Candidate", "Judge", "Pair", "StepCount", "both_orders", "judge_groups", "make_judge", "openai_judge",
-           "read_verdict", "rules_judge", "self_judge", "win_probabilities"]
+__all__ = ["Candidate", "Judge", "Pair", "StepCount", "both_orders", "client_judge", "judge_groups", "make_judge",
+           "openai_judge", "read_verdict", "rules_judge", "self_judge", "win_probabilities"]
 
 VERDICTS = {"A": 1.0, "B": 0.0, "TIE": 0.5}
 
@@ -51,10 +51,7 @@ def make_judge(cfg, model=None, tokenizer=None) -> Judge:
         judge = self_judge(model, tokenizer, rubric=cfg.judge_rubric, max_chars=cfg.judge_max_chars,
                            micro_tokens=cfg.micro_tokens)
     elif cfg.judge == "openai":
-        judge = openai_judge(cfg.judge_url, cfg.judge_model, key_env=cfg.judge_key_env,
-                             timeout_s=cfg.judge_timeout_s, retries=cfg.judge_retries,
-                             concurrency=cfg.judge_concurrency, rubric=cfg.judge_rubric,
-                             max_chars=cfg.judge_max_chars)
+        judge = client_judge(client_for(cfg), cfg.judge_rubric, cfg.judge_max_chars)
     else:
         raise UserError(f"judge={cfg.judge!r}: use self, openai or rules")
     judge.plan = cfg.judge_plan
@@ -85,19 +82,25 @@ def self_judge(model, tokenizer, *, rubric: str | Path = "maths", max_chars: int
     return Judge("self", compare, counts=counts, soft=True)
 
 
-def openai_judge(url: str, model: str = "", *, key_env: str = "OPENAI_API_KEY", timeout_s: float = 30.0,
-                 retries: int = 3, concurrency: int = 8, rubric: str | Path = "maths",
-                 max_chars: int = 4000) -> Judge:
-    """Any OpenAI-compatible chat endpoint. The reply must be A, B or TIE; everything else is no vote."""
+def openai_judge(url: str, model: str = "", *, rubric: str | Path = "maths", max_chars: int = 4000,
+                 **options) -> Judge:
+    """Any OpenAI-compatible chat endpoint; options: further fields of endpoint.ChatClient."""
+    return client_judge(ChatClient(url, model, **options), rubric, max_chars)
+
+
+def client_judge(client: ChatClient, rubric: str | Path, max_chars: int) -> Judge:
+    """A judge behind a ChatClient: probabilities where the server has log-probs (soft once ping has found that out),
+    else A, B or TIE; everything else is no vote."""
     rubric = load_rubric(rubric)
-    client = ChatClient(url, model, key_env=key_env, timeout_s=timeout_s, retries=retries,
-                        concurrency=concurrency)
 
     def compare(pairs: list[Pair]) -> list[float | None]:
-        replies = client.chat_many([judge_prompt(rubric, pair, max_chars) for pair in pairs])
-        return [None if reply is None else read_verdict(reply) for reply in replies]
+        return client.verdicts([judge_prompt(rubric, pair, max_chars) for pair in pairs], read_verdict)
 
-    return Judge(f"openai:{model or 'default'}", compare, client.ping, client.counts)
+    def ping() -> None:
+        judge.soft = "logprobs" in client.ping()
+
+    judge = Judge(f"openai:{client.model or 'default'}", compare, ping, client.counts)
+    return judge
 
 
 def read_verdict(reply: str) -> float | None:
@@ -199,17 +202,17 @@ def both_orders(forward: float, backward: float, soft: bool = False) -> float:
 
     soft: the votes are a model's probabilities, whose liking for a position adds to the log-odds, the same b in both
     orders: logit v(i, j) = b + d, logit v(j, i) = b - d. Their mean, b, is taken out of both first; both then say
-    sigmoid(d), where the formula on the votes as they are would draw p to 1/2 the more, the larger b.
+    sigmoid(d), where the formula on the votes as they are would draw p to 1/2 the more, the larger b. A vote of exactly
+    0, 1/2 or 1 is a verdict also there, as from a server that gave no log-probs this once.
     """
-    if soft:
+    if soft and not {forward, backward} & {0.0, 0.5, 1.0}:
         odds, reverse = logit(forward), logit(backward)
         bias = (odds + reverse) / 2
         forward, backward = sigmoid(odds - bias), sigmoid(reverse - bias)
     return (forward + 1.0 - backward) / 2.0
 
 
-def logit(p: float, least: float = 1e-9) -> float:
-    p = min(1.0 - least, max(least, p))
+def logit(p: float) -> float:
     return math.log(p / (1.0 - p))
 
 

@@ -17,6 +17,7 @@ from minimath.judge import (
     Pair,
     StepCount,
     both_orders,
+    client_judge,
     judge_groups,
     make_judge,
     read_verdict,
@@ -151,7 +152,24 @@ def test_calibration_takes_a_position_preference_out_of_the_log_odds():
     assert both_orders(*sure, soft=True) == pytest.approx(1 / (1 + math.exp(-0.5)))
     assert both_orders(*sure) == pytest.approx((sure[0] + 1 - sure[1]) / 2)
     assert both_orders(1.0, 1.0, soft=True) == 0.5 == both_orders(1.0, 1.0)
-    assert both_orders(1.0, 0.0, soft=True) == pytest.approx(1.0)
+    assert both_orders(1.0, 0.0, soft=True) == 1.0 and both_orders(1.0, 0.5, soft=True) == 0.75    # verdicts
+
+
+def test_an_endpoint_with_log_probs_is_a_soft_judge():
+    class Client:
+        model, counts = "m", {}
+
+        def __init__(self, form):
+            self.ping = lambda: f"verdicts by {form}"
+
+        def verdicts(self, prompts, read):
+            assert read("**A**") == 1.0 and all("careful reviewer" in prompt for prompt in prompts)
+            return [0.9] * len(prompts)
+
+    for form, soft in (("logprobs", True), ("json_schema", False), ("plain", False)):
+        judge = client_judge(Client(form), "code", 4000)
+        judge.ping()
+        assert judge.soft == soft and judge.compare([Pair("p", GOOD, LONG)]) == [0.9]
 
 
 def test_questions_of_a_group_share_a_mark_that_depends_on_all_its_texts():
@@ -430,7 +448,8 @@ def test_make_judge_follows_the_config(tiny):
     cfg = RLAIFConfig(judge="rules")
     assert make_judge(cfg).name == "rules"
     assert make_judge(dataclasses.replace(cfg, judge="self"), model, tokenizer).name == "self"
-    cfg = dataclasses.replace(cfg, judge="openai", judge_url="http://127.0.0.1:9/v1", judge_model="m")
+    cfg = dataclasses.replace(cfg, judge="openai", judge_url="http://127.0.0.1:9/v1", judge_model="m",
+                              judge_cache="none")
     assert make_judge(cfg).name == "openai:m"
     with pytest.raises(UserError, match="judge"):
         make_judge(dataclasses.replace(cfg, judge="oracle"))
