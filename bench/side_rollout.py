@@ -1,6 +1,7 @@
-"""Two decisions of the rollout engine, measured: NF4 weights dequantised once, and drafts by prompt look-up.
+"""Decisions around rollouts, measured: NF4 weights dequantised once, drafts by prompt look-up, shared prompts.
 
-    python -m bench.side_rollout                       # the demo's model on a CPU; about 6 minutes
+    python -m bench.side_rollout                       # the demo's model on a CPU; about 8 minutes
+    python -m bench.side_rollout --only update
     python -m bench.side_rollout --device cuda --model Qwen/Qwen2.5-0.5B-Instruct
 
 1. Seconds of a decode step with NF4 weights dequantised in every layer and step (what the model does by itself)
@@ -10,10 +11,13 @@
    dearer step: gained are counted on worked solutions (of the demo's made problems, and of --data, a jsonl file with
    problem and solution), a step that tries k more tokens a row is timed as one of (1 + k) times the rows, without
    more keys and values to read: its least cost.
+3. Seconds of an update's gradient, 8 prompts of 75 to 105 tokens x 8 completions of 8 to 160, with each prompt
+   computed once for its completions (prefix.py) and with rows apart, under eager attention and sdpa.
 """
 import argparse
 import dataclasses
 import json
+import random
 import statistics
 import sys
 import time
@@ -103,11 +107,50 @@ def measure_lookup(cfg: AdapterConfig, prompt: list[int], load, pairs: dict) -> 
     return {"tokens per step": gain, "speed-up at most": costs}
 
 
+def update_rows(prompts: int = 8, group: int = 8):
+    """(rows, samples) as rlaif.training_rows makes them, of random tokens."""
+    from minimath.chat import Encoded
+    from minimath.rollout import Completion
+    draw, rows, samples = random.Random(0), [], []
+    for _ in range(prompts):
+        prompt = [draw.randint(10, 300) for _ in range(draw.randint(75, 105))]
+        for _ in range(group):
+            count = min(160, max(8, round(draw.gauss(85, 40))))
+            completion = [draw.randint(10, 300) for _ in range(count)]
+            rows.append(Encoded(prompt + completion, [False] * len(prompt) + [True] * count, False))
+            samples.append((Completion(completion, [-1.0] * count, True), draw.gauss(0, 1)))
+    return rows, samples
+
+
+def measure_update(model: str, device: str, rows, samples) -> list[dict]:
+    """Seconds of policy_gradient by attention, prompts shared or not; micro-batches of 1,024 tokens."""
+    from minimath import rlaif
+    from minimath.config import RLAIFConfig
+    from minimath.model import load_model
+    table = []
+    for attn in ("eager", "sdpa"):
+        cfg = RLAIFConfig(model=model, device=device, attn=attn, micro_tokens=1024)
+        loaded, tokenizer = load_model(cfg, train=True)
+        took = {"apart": [], "shared": []}
+        for _ in range(ROUNDS):
+            for name in took:
+                loaded.zero_grad()
+                start = time.perf_counter()
+                rlaif.policy_gradient(dataclasses.replace(cfg, shared_prefix=name == "shared"), loaded, tokenizer,
+                                      rows=rows, samples=samples, old=None, ref=None, scale=1.0)
+                took[name].append(time.perf_counter() - start)
+        medians = {name: statistics.median(each) for name, each in took.items()}
+        table.append({"attn": attn, **{f"{name}_s": s for name, s in medians.items()},
+                      "speed-up": medians["apart"] / medians["shared"], "rounds": took})
+    return table
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.side_rollout", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="", help="folder or hub id; default: the demo's SmolLM2-135M-Instruct")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--data", nargs="*", default=[], help="jsonl files with problem and solution")
+    parser.add_argument("--only", nargs="+", choices=("nf4", "lookup", "update"), default=["nf4", "lookup", "update"])
     parser.add_argument("--out", type=Path, help="result file; default: bench/results/side-rollout-<device>.json")
     options = parser.parse_args(words)
     try:
@@ -136,17 +179,35 @@ def run(options: argparse.Namespace) -> None:
     def load(cfg):
         return load_model(cfg, train=True)
 
-    result = facts | {"nf4": measure_nf4(cfg, prompt, load), "lookup": measure_lookup(cfg, prompt, load, pairs)}
-    for row in result["nf4"]:
-        print(f"NF4, {row['rows']:3} rows: {1e3 * row['per layer_s']:.0f} ms a step dequantised per layer, "
-              f"{1e3 * row['once_s']:.0f} ms once, {row['speed-up']:.2f}x")
-    print("tokens per step with look-up:", {name: round(g, 2) for name, g in result["lookup"]["tokens per step"].items()})
-    for row in result["lookup"]["speed-up at most"]:
-        told = ", ".join(f"{name} {row[name]:.2f}x" for name in pairs)
-        print(f"look-up, {row['rows']:3} rows: a step costs {row['cost']:.2f} as much; at most {told}")
     path = options.out or RESULTS / f"side-rollout-{options.device}.json"
+    # what is measured anew replaces its part of an earlier result
+    result = json.loads(path.read_text()) if path.exists() else {}
+    measured = {}
+    if "nf4" in options.only:
+        measured["nf4"] = measure_nf4(cfg, prompt, load)
+    if "lookup" in options.only:
+        measured["lookup"] = measure_lookup(cfg, prompt, load, pairs)
+    if "update" in options.only:
+        measured["update"] = measure_update(cfg.model, options.device, *update_rows())
+    tell(measured)
+    result |= {name: {"machine": facts, "result": each} for name, each in measured.items()}
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path.name}")
+
+
+def tell(measured: dict) -> None:
+    for row in measured.get("nf4", ()):
+        print(f"NF4, {row['rows']:3} rows: {1e3 * row['per layer_s']:.0f} ms a step dequantised per layer, "
+              f"{1e3 * row['once_s']:.0f} ms once, {row['speed-up']:.2f}x")
+    if "lookup" in measured:
+        gain = measured["lookup"]["tokens per step"]
+        print("tokens per step with look-up:", {name: round(g, 2) for name, g in gain.items()})
+        for row in measured["lookup"]["speed-up at most"]:
+            told = ", ".join(f"{name} {row[name]:.2f}x" for name in gain)
+            print(f"look-up, {row['rows']:3} rows: a step costs {row['cost']:.2f} as much; at most {told}")
+    for row in measured.get("update", ()):
+        print(f"update, {row['attn']}: {row['apart_s']:.1f} s with rows apart, {row['shared_s']:.1f} s behind shared "
+              f"prompts, {row['speed-up']:.2f}x")
 
 
 if __name__ == "__main__":

@@ -271,7 +271,8 @@ def check_together(cfg) -> None:
             raise UserError(f"min_solve_rate={cfg.min_solve_rate:g} must be below "
                             f"max_solve_rate={cfg.max_solve_rate:g}")
         check_update(cfg)
-        if cfg.reward == "judge" and cfg.judge == "openai" and not (cfg.judge_url and cfg.judge_model):
+        asked = cfg.reward == "judge" or "judge" in cfg.reward_parts
+        if asked and cfg.judge == "openai" and not (cfg.judge_url and cfg.judge_model):
             raise UserError("judge=openai needs judge_url=http://.../v1 and judge_model=NAME")
     if isinstance(cfg, EvalConfig) and cfg.samples > 1 and cfg.temperature == 0:
         raise UserError(f"samples={cfg.samples} with temperature=0 would repeat one greedy completion; "

@@ -71,3 +71,12 @@ def judge_canary(judge: Judge, pairs: list[KnownPair]) -> dict:
 
 def worse_wins(facts: dict) -> float | None:
     return None if facts["better_wins"] is None else 1.0 - facts["better_wins"]
+
+
+def canary_facts(judge: Judge, canary: list[KnownPair], groups: list[tuple[str, list[Candidate]]]) -> dict:
+    """Metrics of a step: canary_* of the fixed pairs, canary_rollout_* of right and wrong completions of this step.
+
+    When the policy learns to please the judge, rollout_worse_wins rises while `right` does not.
+    """
+    both = (("canary", canary), ("canary_rollout", rollout_pairs(groups)))
+    return {f"{name}_{key}": value for name, pairs in both for key, value in judge_canary(judge, pairs).items()}

@@ -36,10 +36,11 @@ def rollout_facts(seen, kept, judged: list[dict]) -> dict:
 
 def judge_facts(judged: list[dict]) -> dict:
     """One set of metrics of the rollout rounds of a step: counts added up, means weighted by the questions asked."""
-    facts = {f"judge_{k}": sum(s[k] for s in judged) for k in ("comparisons", "no_votes", "skipped", "seconds")}
+    facts = {f"judge_{k}": sum(s.get(k, 0) for s in judged) for k in
+             ("comparisons", "no_votes", "skipped", "skipped_gate", "skipped_equal", "identical", "unasked", "seconds")}
     asked = max(1, facts["judge_comparisons"])
-    for name in ("position_bias", "order_conflicts"):
-        facts[f"judge_{name}"] = sum(s[name] * s["comparisons"] for s in judged) / asked
+    for name in ("position_bias", "order_conflicts", "fit_se", "misfit"):
+        facts[f"judge_{name}"] = sum(s.get(name, 0.0) * s["comparisons"] for s in judged) / asked
     return facts | {"judge_error": next((s["error"] for s in judged if s["error"]), "")}
 
 

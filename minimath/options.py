@@ -225,6 +225,8 @@ class RLAIFConfig(EngineConfig, AdapterConfig):
     """pairs judged: round_robin (all) or swiss (about n log2(n) / 2, the others from a fit; for large groups)"""
     judge_rubric: str = "maths"
     """what judges self and openai go by: maths, code, law, medicine, or a text file like minimath/rubric.txt"""
+    judge_canary_every: int = 0
+    """judge pairs of known order every N steps, to see whether the judge is being fooled; 0: never"""
     lam_judge: float = 0.25
     """weight of judge wins; lam_judge + lam_length <= 0.5, so that right always beats wrong"""
     lam_length: float = 0.25

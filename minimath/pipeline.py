@@ -16,8 +16,10 @@ import torch
 from minimath.checkpoint import find_adapter
 from minimath.config import EvalConfig, RLAIFConfig, SFTConfig, Stopped, UserError, load_config, save_config
 from minimath.evaluate import COLUMNS, evaluate, row
+from minimath.gates import make_gate
 from minimath.log import RunLog, fmt_duration
 from minimath.report import plot_tradeoff
+from minimath.reward import check_reward
 from minimath.rlaif import rlaif
 from minimath.runs import PART, new_run_folder, write_whole
 from minimath.sft import sft
@@ -33,6 +35,8 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
     """
     sft_cfg = load_config(SFTConfig, recipe, overrides, allow_other=True)
     rl_cfg = load_config(RLAIFConfig, recipe, overrides, allow_other=True)
+    check_reward(rl_cfg)  # a function that cannot be loaded should not be found out after the first stage
+    make_gate(rl_cfg, None)
     eval_cfg = load_config(EvalConfig, recipe, [w for w in overrides if not w.startswith("limit=")], allow_other=True)
     if not (sft_cfg.data and rl_cfg.data and eval_cfg.data):
         raise UserError("a run needs training and held-out problems: set sft.data=, rlaif.data= and eval.data=")
@@ -46,13 +50,14 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
         rows = {"base": evaluation(eval_cfg, out / "eval-base", "")}
         after_sft = train_stage(sft, sft_cfg, out / "sft")
         rows["SFT"] = evaluation(eval_cfg, out / "eval-sft", after_sft)
-        judged = f"{rl_cfg.judge} judge" if rl_cfg.reward == "judge" else "paper's rules"
+        judged = {"judge": f"{rl_cfg.judge} judge", "rules": "paper's rules"}.get(rl_cfg.reward, rl_cfg.reward)
         after_rl = train_stage(rlaif, dataclasses.replace(rl_cfg, adapter=after_sft), out / "rlaif")
         rows[f"SFT + RLAIF ({judged})"] = evaluation(eval_cfg, out / "eval-rlaif", after_rl)
         if full:
             alone = train_stage(rlaif, dataclasses.replace(rl_cfg, adapter=sft_cfg.adapter), out / "rlaif-only")
             rows[f"RL only ({judged})"] = evaluation(eval_cfg, out / "eval-rlaif-only", alone)
-            rules = dataclasses.replace(rl_cfg, adapter=after_sft, reward="rules")
+            rules = dataclasses.replace(rl_cfg, adapter=after_sft, reward="rules",
+                                        reward_parts=RLAIFConfig.reward_parts)
             rows["SFT + RL (paper's rules)"] = evaluation(eval_cfg, out / "eval-rules",
                                                           train_stage(rlaif, rules, out / "rules"))
         summary = {"rows": rows, "minutes": (time.monotonic() - started) / 60, "model": sft_cfg.model,

@@ -30,6 +30,7 @@ from minimath.data import Example, describe_report, load_examples
 from minimath.engines import open_engine
 from minimath.gates import check_gate, make_gate, needed_columns
 from minimath.judge import Candidate, Judge, judge_groups, make_judge
+from minimath.judge_canary import canary_facts, canary_pairs
 from minimath.kernels import linear_logp, linear_token_loss
 from minimath.log import RunLog
 from minimath.losses import PolicyRows, importance_weight, policy_loss, token_weights
@@ -99,6 +100,7 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
         scale.value, scale.good = state["scale"], state["good"]
     saved, started = state["done"], time.monotonic()
 
+    canary = canary_pairs(cfg.seed) if cfg.judge_canary_every and uses_judge(cfg) else []
     with (log.progress(cfg.steps, "rlaif") as advance, AnswerChecker() as checker,
           open_engine(cfg, model, tokenizer, say=log.say, run_dir=log.run_dir) as sample):
         gate = make_gate(cfg, checker)
@@ -125,6 +127,8 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
                 log.say(f"step {step + 1}: {warning}")
             state |= {"done": step + 1, "scale": scale.value, "good": scale.good}
 
+            if canary and (step + 1) % cfg.judge_canary_every == 0:
+                facts |= canary_facts(judge, canary, [(g.example.problem, candidates_of(g)) for g in groups])
             if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
                 log.metrics(step + 1, **facts)
             if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and groups:

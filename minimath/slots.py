@@ -51,7 +51,7 @@ class SlotCache(Cache):
     """A transformers cache in which each of S rows has its own length."""
 
     def __init__(self, prefilled: DynamicCache, slots: int, length: int):
-        """Buffers for `slots` rows of up to `length` places, shaped after a prefilled cache. They are made once: buffers
+        """Buffers for `slots` rows of up to `length` places, shaped as a prefilled cache. They are made once: buffers
         that grow leave holes in the heap, and recorded steps hold their addresses. Zeros, for what attention masks must
         be finite."""
         places = -(-length // ALIGN) * ALIGN

@@ -4,6 +4,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no network in tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import tempfile  # noqa: E402
+
+os.environ["MINIMATH_CACHE"] = tempfile.mkdtemp(prefix="minimath-tests-")  # judges' replies: not in the user's home
+
 import pytest  # noqa: E402
 
 

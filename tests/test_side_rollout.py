@@ -27,9 +27,14 @@ def test_the_command_measures_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(side_rollout, "ROWS", (1, 2))
     monkeypatch.setattr(side_rollout, "ROUNDS", 1)
     monkeypatch.setattr(side_rollout, "STEPS", 4)
+    rows, samples = side_rollout.update_rows(2, 2)
+    monkeypatch.setattr(side_rollout, "update_rows", lambda: (rows, samples))
     out = tmp_path / "result.json"
     assert side_rollout.main(["--model", str(write_tiny(tmp_path / "model")), "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert [row["rows"] for row in result["nf4"]] == [1, 2]
-    assert result["lookup"]["tokens per step"]["made"] > 1 and len(result["lookup"]["speed-up at most"]) == 2
-    assert "NF4" in capsys.readouterr().out
+    assert [row["rows"] for row in result["nf4"]["result"]] == [1, 2]
+    lookup = result["lookup"]["result"]
+    assert lookup["tokens per step"]["made"] > 1 and len(lookup["speed-up at most"]) == 2
+    assert [row["attn"] for row in result["update"]["result"]] == ["eager", "sdpa"]
+    told = capsys.readouterr().out
+    assert "NF4" in told and "update, sdpa" in told
