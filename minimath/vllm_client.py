@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minimath.config import UserError
-from minimath.endpoint import RETRIED_STATUS
+from minimath.endpoint_http import RETRIED_STATUS
 from minimath.rollout import Completion
 from minimath.sampling import Sampling
 
