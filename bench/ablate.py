@@ -1,0 +1,306 @@
+"""What each part of the recipe is worth: the demo's recipe with one thing changed at a time, several seeds each.
+
+    python -m bench.ablate                          # every arm, seeds 0 1 2; hours, and goes on where it was stopped
+    python -m bench.ablate --arms rules no-judge --seeds 0
+    python -m bench.ablate --table                  # only what has been measured so far
+
+Made word problems as in `minimath demo`; a seed has one SFT run, from which its arms start, and decides the order of
+the data and the samples. Every stage is the command line in a process of its own. All models answer the same held-out
+problems, greedily. Arms:
+
+    base, sft      without training; after stage 1
+    rules          SFT + RLAIF with the rules judge: the recipe, which every other arm changes in one thing
+    self           judged by the model itself, adapter off
+    endpoint       judged by SmolLM2 behind llama.cpp's server (bench.llama_server)
+    no-judge       lam_judge=0: right or wrong, and brevity
+    no-brevity     lam_length=0: right or wrong, and the judge
+    no-gate        gate=none: nothing says which answers are right
+    grpo           loss_type=grpo; with one update per rollout gspo has the same gradient
+    dapo-2, grpo-2, gspo-2    two updates per rollout
+    paper          reward=rules: the paper's own stage 2, without a judge
+    rl, rl-paper   RLAIF, and the paper's stage 2, on the base: no SFT
+
+Accuracy and tokens are means over seeds; the 95% intervals come from a bootstrap over seeds and problems, and the
+differences to `rules` from one over the same draws of both. readable: how often a judge held out of training finds the
+arm's solution easier to read than that of its SFT model, both being right (bench/readability.txt, both orders;
+--readers 0 leaves it out). The default reader is the base model itself, with the position taken out; --reader names a
+better one, as the judge options of `minimath judge check`. Writes bench/results/ablate-<device>.json, a row at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.llama_server import serve
+from bench.measure import RESULTS, machine
+from bench.roofline import positive
+from minimath.config import RLAIFConfig, UserError, load_config
+from minimath.demo import DemoConfig, demo_model, write_problems
+from minimath.judge import Candidate, both_orders, make_judge
+from minimath.judge_pairs import KnownPair, ask, questions_of
+from minimath.model import load_model
+from minimath.runs import write_whole
+from minimath.steps import check_steps
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = "rules"
+TWO = ["updates_per_rollout=2"]
+ARMS = {  # name -> (the model it starts from, what it changes in the recipe); None: no training
+    "base": ("", None),
+    "sft": ("sft", None),
+    "rules": ("sft", []),
+    "self": ("sft", ["judge=self", "judge_plan=swiss"]),
+    "endpoint": ("sft", ["judge=openai", "judge_model=SmolLM2-135M-Instruct", "judge_key_env=", "judge_plan=swiss",
+                         "judge_timeout_s=600", "judge_step_s=0"]),
+    "no-judge": ("sft", ["lam_judge=0"]),
+    "no-brevity": ("sft", ["lam_length=0"]),
+    "no-gate": ("sft", ["gate=none"]),
+    "grpo": ("sft", ["loss_type=grpo"]),
+    "dapo-2": ("sft", TWO),
+    "grpo-2": ("sft", ["loss_type=grpo", *TWO]),
+    "gspo-2": ("sft", ["loss_type=gspo", *TWO]),
+    "paper": ("sft", ["reward=rules"]),
+    "rl": ("", []),
+    "rl-paper": ("", ["reward=rules"]),
+}
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.ablate", description=__doc__.split("\n")[0])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=positive, default=1, help="arms side by side; the threads are shared out")
+    parser.add_argument("--model", default="", help="folder or hub id; default: the demo's SmolLM2-135M-Instruct")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
+                        help="options of every arm, such as rlaif.steps=12 or eval.limit=64")
+    parser.add_argument("--readers", type=int, default=48, help="pairs read per arm and seed; 0: none")
+    parser.add_argument("--reader", nargs="+", default=["judge=self"], metavar="KEY=VALUE", help="who reads them")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablate", help="folder of the runs")
+    parser.add_argument("--out", type=Path, help="result file; default: bench/results/ablate-<device>.json")
+    parser.add_argument("--table", action="store_true", help="only print what the result file holds")
+    options = parser.parse_args(words)
+    options.out = options.out or RESULTS / f"ablate-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
+    return options
+
+
+# ---- running
+
+def run_stage(out: Path, words: list[str], threads: int) -> None:
+    """One stage by the command line, unless it is done; one that was stopped goes on. UserError when it fails."""
+    done = out / "done"
+    if done.exists():
+        return
+    resume = ["resume=true"] if out.exists() and any(out.iterdir()) else []
+    out.mkdir(parents=True, exist_ok=True)
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with open(out.with_name(out.name + ".log"), "a", encoding="utf-8") as log:
+        status = subprocess.run([sys.executable, "-m", "minimath", *words, f"out={out}", *resume], cwd=ROOT, env=env,
+                                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT).returncode
+    if status:
+        raise UserError(f"{' '.join(words[:2])} ended with status {status}; see {log.name}")
+    done.touch()
+
+
+def run_arm(arm: str, seed: int, options, url: str, threads: int) -> dict:
+    """Train and evaluate one arm with one seed -> its row."""
+    start, changes = ARMS[arm]
+    work, data = options.work, options.work / "data"
+    common = [f"model={options.model}", f"seed={seed}"]
+    adapter = [f"adapter={work / f'sft-{seed}'}"] if start else []
+    if changes is not None:
+        out = work / f"{arm}-{seed}"
+        served = [f"judge_url={url}", f"judge_cache={work / 'replies'}"] if arm == "endpoint" else []
+        words = ["rlaif", "demo", *common, f"data={data / 'rl.jsonl'}", *adapter, *options.set, *changes, *served]
+        run_stage(out, words, threads)
+        adapter = [f"adapter={out}"]
+    folder = work / f"eval-{arm}-{seed}"
+    run_stage(folder, ["eval", "demo", *common, f"data={data / 'test.jsonl'}", *adapter, *options.set], threads)
+    return row_of(arm, seed, folder, work / f"{arm}-{seed}" / "metrics.jsonl" if changes is not None else None)
+
+
+def row_of(arm: str, seed: int, folder: Path, metrics: Path | None) -> dict:
+    """The figures of one evaluation, the answers problem by problem, where and when they were made, and what the judge
+    of its training cost."""
+    summary = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    kept = ("problems", "accuracy", "mean_tokens", "right_steps", "checked_steps", "ended")
+    records = completions(folder)
+    row = {"arm": arm, "seed": seed} | {name: summary[name] for name in kept}
+    row |= {"right": "".join(str(int(r["right"])) for r in records), "tokens": [r["tokens"] for r in records]}
+    here = machine("cuda" if torch.cuda.is_available() else "cpu")
+    row["measured"] = {name: here.get(name) for name in ("device", "driver", "commit", "date") if here.get(name)}
+    if metrics is not None:
+        steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        judged = [s for s in steps if s.get("judge_comparisons")]
+        asked = sum(s["judge_comparisons"] for s in judged)
+        row["judge"] = {"comparisons": asked, "no_votes": sum(s["judge_no_votes"] for s in judged)} | {
+            name: sum(s[f"judge_{name}"] * s["judge_comparisons"] for s in judged) / max(1, asked)
+            for name in ("position_bias", "order_conflicts")}
+    return row
+
+
+def completions(folder: Path) -> list[dict]:
+    """The records of an evaluation, by problem."""
+    lines = (folder / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+    return sorted(map(json.loads, lines), key=lambda record: record["number"])
+
+
+def run_all(options, rows: dict[str, dict], save) -> list[str]:
+    """Run what is missing, seed by seed; calls save() after each row. Returns what failed, in words."""
+    made = load_config(DemoConfig, "demo", [word for word in options.set if word.startswith("demo.")], "demo")
+    options.set = [word for word in options.set if not word.startswith("demo.")]
+    options.model = options.model or str(demo_model())
+    write_problems(made, options.work / "data", 1.0)
+    threads, failed = max(1, (os.cpu_count() or 1) // options.jobs), []
+    due = [(arm, seed) for seed in options.seeds for arm in options.arms if key(arm, seed) not in rows]
+
+    def one(job: tuple[str, int]) -> None:
+        try:
+            rows[key(*job)] = run_arm(*job, options, url, threads)
+            save()
+            print(f"{key(*job)}: {100 * rows[key(*job)]['accuracy']:.1f}%, {rows[key(*job)]['mean_tokens']:.1f} tokens",
+                  flush=True)
+        except (UserError, OSError, ValueError, KeyError) as error:  # the others go on
+            failed.append(f"{key(*job)}: {error}")
+            print(failed[-1], flush=True)
+
+    with ExitStack() as stack:
+        url = ""
+        if any(arm == "endpoint" for arm, _ in due):
+            url = stack.enter_context(serve("--threads", str(threads)))
+        pool = stack.enter_context(ThreadPoolExecutor(options.jobs))
+        sft = sorted({seed for arm, seed in due if ARMS[arm][0]})
+        for seed in [seed for seed in options.seeds if seed in sft]:
+            words = [f"model={options.model}", f"seed={seed}", f"data={options.work / 'data' / 'train.jsonl'}"]
+            run_stage(options.work / f"sft-{seed}", ["sft", "demo", *words, *options.set], os.cpu_count() or 1)
+            list(pool.map(one, [job for job in due if job[1] == seed]))
+        list(pool.map(one, [job for job in due if job[1] not in sft]))
+    return failed
+
+
+# ---- readability
+
+def read_all(options, rows: dict[str, dict], save) -> None:
+    """Add `readable` to the rows of arms that start from SFT: p of each pair read, arm over SFT."""
+    due = [row for row in rows.values() if ARMS[row["arm"]][0] and row["arm"] != "sft" and "readable" not in row
+           and (options.work / f"eval-sft-{row['seed']}").exists()]
+    if not due or not options.readers:
+        return
+    words = [f"model={options.model or demo_model()}", f"judge_rubric={Path(__file__).with_name('readability.txt')}"]
+    cfg = load_config(RLAIFConfig, None, [*words, *options.reader])
+    model, tokenizer = load_model(cfg, train=False) if cfg.judge == "self" else (None, None)
+    judge = make_judge(cfg, model, tokenizer)
+    judge.ping()
+    for row in due:
+        ours, sft = (completions(options.work / f"eval-{arm}-{row['seed']}") for arm in (row["arm"], "sft"))
+        pairs = [KnownPair("readable", a["problem"], shown(a), shown(b)) for a, b in zip(ours, sft, strict=True)
+                 if a["right"] and b["right"] and a["text"] != b["text"]][: options.readers]
+        votes, error = ask(judge, questions_of(pairs))
+        if error:
+            print(f"the reader failed: {error}", flush=True)
+        row["reader"] = f"{judge.name}, {Path(cfg.model).name}" if cfg.judge == "self" else judge.name
+        row["readable"] = [round(both_orders(f, b, judge.soft), 4) for f, b in zip(votes[::2], votes[1::2], strict=True)
+                           if f is not None and b is not None]
+        save()
+
+
+def shown(record: dict) -> Candidate:
+    return Candidate(record["text"], True, check_steps(record["text"]), record["tokens"])
+
+
+# ---- figures
+
+def interval(values: np.ndarray, draws: int = 4000) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the mean of values (S, P), over seeds and problems at once."""
+    rng = np.random.default_rng(0)
+    seeds, problems = values.shape
+    means = [values[rng.integers(0, seeds, seeds)][:, rng.integers(0, problems, problems)].mean() for _ in range(draws)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def figures(rows: dict[str, dict], arm: str) -> dict | None:
+    """Mean accuracy (%), tokens, right steps (%) of an arm over its seeds with intervals, and the differences to the
+    reference over the seeds that both have; None without a row."""
+    mine = {row["seed"]: row for row in rows.values() if row["arm"] == arm}
+    theirs = {row["seed"]: row for row in rows.values() if row["arm"] == REFERENCE}
+    if not mine:
+        return None
+    out = {"seeds": len(mine)}
+    for name in ("right", "tokens"):
+        values = np.array([values_of(row, name) for row in mine.values()])  # (S, P)
+        out[name], out[f"{name}_interval"] = float(values.mean()), interval(values)
+        both = [seed for seed in mine if seed in theirs]
+        if both and arm != REFERENCE:
+            gap = np.array([values_of(mine[s], name) - values_of(theirs[s], name) for s in both])
+            out[f"{name}_gap"], out[f"{name}_gap_interval"] = float(gap.mean()), interval(gap)
+    out["right_steps"] = 100 * float(np.mean([row["right_steps"] for row in mine.values()]))
+    read = np.array([p for row in mine.values() for p in row.get("readable", [])])
+    if len(read):
+        out["readable"], out["readable_interval"] = 100 * float(read.mean()), interval(100 * read[None])
+    return out
+
+
+def values_of(row: dict, name: str) -> np.ndarray:
+    """(P,): 100 for a right answer and 0 for a wrong one, or the tokens."""
+    return np.array([100.0 * int(c) for c in row["right"]] if name == "right" else row["tokens"], dtype=float)
+
+
+def table(rows: dict[str, dict]) -> Table:
+    problems = next(iter(rows.values()))["problems"]
+    out = Table(title=f"{problems} held-out problems; 95% intervals; differences to {REFERENCE}")
+    for name in ("arm", "seeds", "accuracy, %", "difference", "tokens", "difference", "right steps", "readable, %"):
+        out.add_column(name, justify="left" if name == "arm" else "right")
+    for arm in ARMS:
+        if facts := figures(rows, arm):
+            cells = [with_interval(facts, name) for name in ("right", "right_gap", "tokens", "tokens_gap", "readable")]
+            out.add_row(arm, str(facts["seeds"]), *cells[:4], f"{facts['right_steps']:.1f}%", cells[4])
+    return out
+
+
+def with_interval(facts: dict, name: str) -> str:
+    if name not in facts:
+        return ""
+    low, high = facts[f"{name}_interval"]
+    sign = "+" if name.endswith("gap") else ""
+    return f"{facts[name]:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+
+def key(arm: str, seed: int) -> str:
+    return f"{arm}/{seed}"
+
+
+def main(words: list[str] | None = None) -> int:
+    options = parse(words)
+    held = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"rows": {}}
+    rows, failed = held["rows"], []
+
+    def save() -> None:
+        lines = ",\n".join(f'  "{name}": {json.dumps(rows[name])}' for name in sorted(rows))
+        write_whole(options.out, f'{{"rows": {{\n{lines}\n}}}}\n')
+
+    if not options.table:
+        try:
+            failed = run_all(options, rows, save)
+            read_all(options, rows, save)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    if rows:
+        Console(width=None if sys.stdout.isatty() else 160).print(table(rows))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
