@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 
-from bench.train_worker import Turns, config_of, examples_of, lora_of, touch, trl_grpo
+from bench.train_worker import Turns, config_of, examples_of, load_peer, lora_of, touch, trl_grpo
 
 WARM_UP_PROMPTS, WARM_UP_TOKENS = 2, 8
 
@@ -90,24 +90,6 @@ def run_minimath(spec: dict, turns: Turns) -> None:
 
 # ---- transformers
 
-def load_peer(spec: dict, cfg):
-    """(model without adapter, tokenizer, end ids), as transformers loads them."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from minimath.chat import eos_ids
-    from minimath.model import DTYPES, load_tokenizer
-    torch.manual_seed(cfg.seed)
-    tokenizer = load_tokenizer(cfg)
-    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=DTYPES[cfg.dtype],
-                                                 attn_implementation=cfg.attn)
-    model.to(cfg.device)
-    touch(model)
-    eos = eos_ids(tokenizer, model)
-    model.generation_config.eos_token_id = eos
-    return model, tokenizer, eos
-
-
 def sampling_of(spec: dict, tokenizer, eos: list[int], limit: int):
     """GenerationConfig of minimath's sampling: temperature, nothing cut off."""
     from transformers import GenerationConfig
@@ -121,7 +103,7 @@ def run_generate(spec: dict, turns: Turns) -> None:
     import torch
     from peft import get_peft_model
     cfg = config_of(spec)
-    model, tokenizer, eos = load_peer(spec, cfg)
+    model, tokenizer, eos = load_peer(cfg)
     model = get_peft_model(model, lora_of(cfg)).eval()
 
     def call(rows: list[list[int]], limit: int) -> list[list[int]]:
@@ -153,7 +135,7 @@ def run_continuous(spec: dict, turns: Turns) -> None:
     from peft import get_peft_model
     from transformers.generation import ContinuousBatchingConfig
     cfg = config_of(spec)
-    model, tokenizer, eos = load_peer(spec, cfg)
+    model, tokenizer, eos = load_peer(cfg)
     model = get_peft_model(model, lora_of(cfg)).eval()
     prompts = prompts_of(spec, cfg, tokenizer)
     page, longest = 32, max(map(len, prompts)) + spec["max_new_tokens"]
@@ -179,7 +161,7 @@ def run_continuous(spec: dict, turns: Turns) -> None:
 def run_trl(spec: dict, turns: Turns) -> None:
     """GRPOTrainer._generate, whole rounds at once as TRL does by default, or split_rows at a time."""
     cfg = config_of(spec)
-    model, tokenizer, eos = load_peer(spec, cfg)
+    model, tokenizer, eos = load_peer(cfg)
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl_grpo(spec, cfg, folder, {}, model=model, processing_class=tokenizer,
                            peft_config=lora_of(cfg))

@@ -200,20 +200,27 @@ def trl_arguments(spec: dict, cfg, rows: int, longest: int) -> dict:
         "disable_tqdm": True, "dataloader_pin_memory": False}
 
 
-def run_trl(spec: dict, turns: Turns) -> None:
+def load_peer(cfg):
+    """(model without adapter, tokenizer, end ids), as transformers loads them."""
     import torch
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import AutoModelForCausalLM
 
     from minimath.chat import eos_ids
     from minimath.model import DTYPES, load_tokenizer
-    cfg = config_of(spec)
     torch.manual_seed(cfg.seed)
     tokenizer = load_tokenizer(cfg)
     model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=DTYPES[cfg.dtype],
                                                  attn_implementation=cfg.attn)
     model.to(cfg.device)
     touch(model)
-    model.generation_config.eos_token_id = eos_ids(tokenizer, model)  # what ends minimath's rows
+    model.generation_config.eos_token_id = eos = eos_ids(tokenizer, model)  # what ends minimath's rows
+    return model, tokenizer, eos
+
+
+def run_trl(spec: dict, turns: Turns) -> None:
+    from transformers import TrainerCallback
+    cfg = config_of(spec)
+    model, tokenizer, _ = load_peer(cfg)
     lora = lora_of(cfg)
     facts = {}
 

@@ -43,7 +43,8 @@ def swiss_pairs(strengths, played: set[tuple[int, int]]) -> list[tuple[int, int]
 
     As many pairs as `played` leaves room for; of an odd number the weakest that can sits out.
     """
-    order = sorted(range(len(strengths)), key=lambda i: (-strengths[i], i))
+    # rounded: strengths that are equal but for the last bits must give one schedule on every machine
+    order = sorted(range(len(strengths)), key=lambda i: (-round(float(strengths[i]), 6), i))
     for byes in range(len(order) % 2, len(order) + 1, 2):
         pairs = _match(order, played, byes)
         if pairs is not None:
@@ -113,13 +114,18 @@ def win_probabilities(n: int, results: list[tuple[int, int, float]], *, ties: bo
     out: nothing is known of them. copies[i] candidates share the text of i; they tie among themselves.
     """
     fit = fit_strengths(n, results, ties=ties)
-    copies = np.ones(n) if copies is None else np.asarray(copies, dtype=float)
     score = expected_score(fit.strengths[:, None] - fit.strengths[None], fit.nu)  # (n, n)
     group = np.arange(n)
     for i, j, p in results:
         score[i, j], score[j, i] = p, 1 - p
         group[group == group[j]] = group[i]
-    weight = (group[:, None] == group[None]) * copies[None] - np.eye(n)  # (n, n): not against oneself
+    return mean_wins(score, group, np.ones(n) if copies is None else copies), fit
+
+
+def mean_wins(score, group, copies) -> list[float | None]:
+    """Mean score (n,) of each against the others of its group (n,) of score (n, n), of whom copies (n,) count as often
+    as they are there; None for one alone. A candidate ties with the copies of its own."""
+    weight = (group[:, None] == group[None]) * np.asarray(copies, dtype=float)[None] - np.eye(len(group))  # (n, n)
     total = weight.sum(1)
     wins = (weight * score).sum(1) / np.maximum(total, 1)
-    return [float(w) if known else None for w, known in zip(wins, total > 0, strict=True)], fit
+    return [float(w) if known else None for w, known in zip(wins, total > 0, strict=True)]

@@ -4,6 +4,7 @@
     client.ping()                                # says how verdicts are read; UserError with the next step
     replies = client.chat_many(prompts)          # list[str | None], None where every try failed
     votes = client.verdicts(prompts, read)       # list[float | None], the probability of A
+    votes = client.choices([(prompt, "ABC")], read)  # list[list[float] | None], the probability of each letter
 
 endpoint_http.py sends one request, endpoint_verdict.py has the forms of a verdict, judge_cache.py keeps replies.
 """
@@ -19,14 +20,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from .config import UserError
+from .config import UserError, check_url, mask
 from .endpoint_http import Failure, make_opener, post
-from .endpoint_verdict import FORMS, Reply, form_fields, read_reply, vote
+from .endpoint_verdict import FORMS, Reply, form_fields, is_soft, list_vote, read_reply, vote
 from .judge_cache import ReplyCache, cache_folder, reply_key
 
 PROMPTS_FAULT = {"http 400", "http 413", "http 422"}     # says nothing about the next prompt
 FORM_REFUSED = {"http 400", "http 422", "http 501"}
 PING_REFUSED = FORM_REFUSED | {"http 500"}               # llama-cpp-python without logits_all
+FAULTS = {"timeout", "unreachable", "garbage", "too long", "bad key", "unreadable", "given up", "out of time"}
 PROBE = "Reply with the letter A."
 PING_HINTS = {"http 404": "check judge_url and judge_model={model!r}",
               "http 401": "set the environment variable {key_env} to a valid key",
@@ -44,8 +46,8 @@ class ChatClient:
     `form`: auto, logprobs, json_schema or plain; auto is settled by `ping` and is plain before it. `step_s`:
     seconds for all requests of one `chat_many` or `verdicts`, 0: no limit; what has no answer by then is None.
     `breaker`: after so many requests in a row that failed for good, the rest of that call is not asked; at the next
-    call the first failure stops it again. `price_in`, `price_out`: money per million tokens. `cache`: replies of
-    earlier requests, None: none kept.
+    call the first failure, without a second try, stops it again. `price_in`, `price_out`: money per million tokens.
+    `cache`: replies of earlier requests, None: none kept.
 
     `counts`: requests, retries, failures by kind, "given up" (breaker), "out of time" (step_s), "cache hits",
     "unreadable" and "soft votes" of verdicts, "cut off" (by max_tokens), prompt_tokens and completion_tokens as the
@@ -67,12 +69,10 @@ class ChatClient:
     cache: ReplyCache | None = field(default=None, repr=False)
 
     def __post_init__(self):
-        parts = urllib.parse.urlsplit(self.url if "//" in self.url else f"//{self.url}")
-        if parts.username is not None:
-            raise UserError("judge_url: leave user and password out of it, they would be saved with the run; put a key "
-                            "into an environment variable and name that with judge_key_env")
+        check_url("judge_url", self.url)
+        parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"judge_url={self.url!r}: give the base URL of an OpenAI-compatible server, "
+            raise UserError(f"judge_url={mask(self.url)!r}: give the base URL of an OpenAI-compatible server, "
                             "for example http://127.0.0.1:8080/v1")
         base = self.url.rstrip("/")
         self.endpoint = base if base.endswith("/chat/completions") else base + "/chat/completions"
@@ -80,6 +80,7 @@ class ChatClient:
         self._lock = threading.Lock()
         self._random = random.Random()           # its own: pauses must not move the seed of a run
         self._failed_in_a_row = 0
+        self._tripped = False                    # the breaker opened, and no request has come through since
         self._using = "plain" if self.form == "auto" else self.form
         self._limit_name, self._temperature = "max_tokens", {"temperature": 0}
 
@@ -116,13 +117,26 @@ class ChatClient:
     def verdicts(self, prompts: list[str], read: Callable[[str], float | None]) -> list[float | None]:
         """The probability that A is better, for each prompt, or None. `read` turns a text into 1.0, 0.0, 0.5 or None;
         bounds as in chat_many."""
-        return self._all(lambda prompt, deadline: self._verdict(prompt, read, deadline), prompts)
+        def ask(prompt, deadline):
+            return self._verdict(prompt, "AB", lambda reply: vote(reply, read), deadline)
+
+        return self._all(ask, prompts)
+
+    def choices(self, questions: list[tuple[str, str]],
+                read: Callable[[str, str], str | None]) -> list[list[float] | None]:
+        """The probability of each letter, for each (prompt, letters), or None. `read` turns a text and its letters into
+        a letter, "TIE" or None; bounds as in chat_many."""
+        def ask(question, deadline):
+            prompt, letters = question
+            return self._verdict(prompt, letters, lambda reply: list_vote(reply, letters, read), deadline)
+
+        return self._all(ask, questions)
 
     def chat(self, prompt: str) -> str | None:
         """The reply's text, or None when all tries failed."""
         return self._text(prompt, float("inf"))
 
-    def _all(self, ask, prompts: list[str]) -> list:
+    def _all(self, ask, prompts: list) -> list:
         with self._lock:                         # half open: one failure more and this call is over too
             self._failed_in_a_row = min(self._failed_in_a_row, self.breaker - 1)
         deadline = time.monotonic() + self.step_s if self.step_s else float("inf")
@@ -133,9 +147,10 @@ class ChatClient:
         reply, _ = self._ask(prompt, "plain", deadline)
         return reply and reply.text
 
-    def _verdict(self, prompt: str, read, deadline: float) -> float | None:
+    def _verdict(self, prompt: str, letters: str, vote_of: Callable[[Reply], float | list[float] | None],
+                 deadline: float) -> float | list[float] | None:
         form = self._using
-        reply, kind = self._ask(prompt, form, deadline)
+        reply, kind = self._ask(prompt, form, deadline, letters)
         if kind in FORM_REFUSED and form != "plain":
             reply, _ = self._ask(prompt, "plain", deadline)
             with self._lock:                     # plain went through: it was the form, not the prompt
@@ -143,16 +158,16 @@ class ChatClient:
                     self._using = FORMS[FORMS.index(form) + 1]
         if reply is None:
             return None
-        chance = vote(reply, read)
+        chance = vote_of(reply)
         if chance is None:
             self._count("unreadable")
-        elif chance not in (0.0, 0.5, 1.0):
+        elif is_soft(chance):
             self._count("soft votes")
         return chance
 
-    def _ask(self, prompt: str, form: str, deadline: float) -> tuple[Reply | None, str]:
+    def _ask(self, prompt: str, form: str, deadline: float, letters: str = "AB") -> tuple[Reply | None, str]:
         """(reply, "") from the cache or the server, or (None, kind of the last failure)."""
-        body, kind = self._body(prompt, form), ""
+        body, kind = self._body(prompt, form, letters), ""
         key = reply_key(self.endpoint, body) if self.cache else ""
         kept = self.cache and self.cache.get(key)
         if kept and (reply := Reply.loads(kept)):
@@ -167,19 +182,20 @@ class ChatClient:
                 self._count("retries")
             try:
                 reply = self._once(body, form, min(self.timeout_s, left))
-                self._failed_in_a_row = 0
+                self._failed_in_a_row, self._tripped = 0, False
                 if self.cache:
                     self.cache.put(key, reply.dumps())
                 return reply, ""
             except Failure as failure:
                 kind = failure.kind
                 self._count(kind)
-                if not failure.retry or attempt == self.retries:
+                if not failure.retry or attempt == self.retries or self._tripped:
                     break
                 pause_s = failure.wait_s + self._random.uniform(0.0, self.pause_s * 2 ** attempt)
                 time.sleep(min(self.timeout_s, pause_s, max(0.0, deadline - time.monotonic())))
         with self._lock:
             self._failed_in_a_row += kind not in PROMPTS_FAULT
+            self._tripped |= self._failed_in_a_row >= self.breaker
         return None, kind
 
     def _count(self, what: str, n: float = 1):
@@ -188,9 +204,9 @@ class ChatClient:
 
     # ---- one request
 
-    def _body(self, prompt: str, form: str) -> dict:
+    def _body(self, prompt: str, form: str, letters: str = "AB") -> dict:
         body = {"messages": [{"role": "user", "content": prompt}], **self._temperature, "max_tokens": self.max_tokens}
-        body |= form_fields(form, self.max_tokens) | ({"model": self.model} if self.model else {})
+        body |= form_fields(form, self.max_tokens, letters) | ({"model": self.model} if self.model else {})
         body[self._limit_name] = body.pop("max_tokens")
         return body
 
@@ -221,20 +237,26 @@ class ChatClient:
             body = json.loads(raw)
             self._pay(body.get("usage") or {})
             reply = read_reply(body["choices"][0], form)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
             raise Failure("garbage", "the reply is not a chat completion in JSON", retry=True) from None
         if reply.cut and not reply.text:
             self._count("cut off")
         return reply
 
     def _pay(self, usage: dict) -> None:
-        tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
+        tokens = {name: min(max(0, int(usage.get(name) or 0)), 10 ** 9)
+                  for name in ("prompt_tokens", "completion_tokens")}
         for name, price in (("prompt_tokens", self.price_in), ("completion_tokens", self.price_out)):
             self._count(name, tokens[name])
             if price:
                 self._count("cost", tokens[name] * price / 1e6)
         if not any(tokens.values()):
             self._count("no usage")
+
+
+def is_fault(count: str) -> bool:
+    """Whether a count of ChatClient is of something that went wrong."""
+    return count.startswith("http ") or count in FAULTS
 
 
 def client_for(cfg) -> ChatClient:

@@ -28,6 +28,10 @@ class Failure(Exception):
         self.kind, self.retry, self.wait_s = kind, retry, wait_s
 
 
+class TooLong(http.client.HTTPException):
+    """A reply beyond MAX_REPLY_BYTES."""
+
+
 def make_opener(host: str) -> urllib.request.OpenerDirector:
     """For `post`. Requests to this machine go around any proxy."""
     local = [urllib.request.ProxyHandler({})] if host in LOCAL_HOSTS else []
@@ -46,11 +50,15 @@ def post(opener: urllib.request.OpenerDirector, url: str, body: dict, *, key_env
     request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
     try:
         with opener.open(request, timeout=timeout_s) as response:
-            return _read(response)
+            raw = _read(response)
+        return raw.replace(key.encode(), b"***") if key else raw  # an echo must not reach the cache
     except urllib.error.HTTPError as error:
         with error:
             raise _http_failure(error, key) from None
-    except (TimeoutError, OSError, http.client.HTTPException) as error:
+    except TooLong:
+        raise Failure("too long", f"a reply of more than {MAX_REPLY_BYTES:,} bytes", retry=False) from None
+    # ValueError and OverflowError: of host names and ports that can't be
+    except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
             raise Failure("timeout", f"no answer in {timeout_s:g} s", retry=True) from None
@@ -118,7 +126,7 @@ def _read(response) -> bytes:
         chunks.append(chunk)
         size += len(chunk)
         if size > MAX_REPLY_BYTES:
-            raise http.client.HTTPException("the reply is too long")
+            raise TooLong
     return b"".join(chunks)
 
 

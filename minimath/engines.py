@@ -57,12 +57,18 @@ def open_vllm_engine(cfg, model, tokenizer, run_dir, common: dict, stack: contex
     vllm = stack.enter_context(contextlib.closing(open_vllm(cfg, model, tokenizer, run_dir)))
     calls = 0
 
-    def sample(prompts, *, on_step=None, facts=None, **options) -> list[list[Completion]]:
+    def sample(prompts, *, on_step=None, on_done=None, facts=None, **options) -> list[list[Completion]]:
         nonlocal calls
         calls += 1
+
+        def ended(*completion):  # vLLM tells of no steps: a stop is taken when a completion ends
+            for tell, about in ((on_done, completion), (on_step, ())):
+                if tell is not None:
+                    tell(*about)
+
         vllm.swap(model, calls)
         try:
-            return vllm.generate(prompts, slots=cfg.slots, **common, **options)
+            return vllm.generate(prompts, slots=cfg.slots, on_done=ended, **common, **options)
         finally:
             vllm.sleep()
 

@@ -125,8 +125,6 @@ def sample_completions(model, tokenizer, prompts: list[list[int]], fits: list[in
         n = len(completion.ids)
         tokens, new_tokens, count = tokens + n, new_tokens + n, count + 1
         advance(1, tok_s=new_tokens / (time.perf_counter() - started), mean_tokens=tokens / count)
-        if stop is not None:
-            stop.check()
 
     what = f"evaluating ({count} done before)" if count else "evaluating"  # not in the bar: they took no time now
     with (log.progress(len(fits) * cfg.samples - count, what) as advance,

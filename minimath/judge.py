@@ -1,17 +1,19 @@
-"""Pairwise AI judges, and the win probabilities of the right candidates of a group.
+"""AI judges of pairs and lists, and the win probabilities of the right candidates of a group.
 
 A judge is asked "is the first one better?" and answers with a probability, or None for no vote. Three judges:
 `rules_judge` (deterministic), `self_judge` (the training model with its adapter off), `openai_judge` (an
 OpenAI-compatible endpoint). What they are shown is in rubrics.py, which pairs they are asked about in compare.py.
 
 Both orders are asked of every pair, by `judge_groups` and never by a judge itself:
-p_ij = (v(i, j) + 1 - v(j, i)) / 2, so that a judge that likes position A whatever stands there says 1/2.
+p_ij = (v(i, j) + 1 - v(j, i)) / 2, so that a judge that likes position A whatever stands there says 1/2. Lists, of
+which a judge names the best, are asked in all rotations for the same reason (listwise.py).
 """
 from __future__ import annotations
 
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +21,14 @@ from pathlib import Path
 from .compare import Fit, round_robin, swiss_pairs, swiss_rounds
 from .compare import win_probabilities as wins_of
 from .config import UserError
-from .endpoint import ChatClient, client_for
-from .rubrics import Candidate, Pair, judge_prompt, load_rubric, make_nonce
-from .self_judge import self_compare
+from .endpoint import ChatClient, client_for, is_fault
+from .listwise import choices_differ, list_wins, lists_of, place_lean, rotations, separable
+from .rubrics import LETTERS, Candidate, Listing, Pair, judge_prompt, list_prompt, list_rubric, load_rubric, make_nonce
+from .self_judge import self_compare, verdict_ids
 from .steps import StepCount
 
 __all__ = ["Candidate", "Judge", "Pair", "StepCount", "both_orders", "client_judge", "judge_groups", "make_judge",
-           "openai_judge", "read_verdict", "rules_judge", "self_judge", "win_probabilities"]
+           "openai_judge", "read_letter", "read_verdict", "rules_judge", "self_judge", "win_probabilities"]
 
 VERDICTS = {"A": 1.0, "B": 0.0, "TIE": 0.5}
 
@@ -34,27 +37,36 @@ VERDICTS = {"A": 1.0, "B": 0.0, "TIE": 0.5}
 class Judge:
     """compare(pairs) -> one probability in [0, 1] that `first` is better, or None (no vote), per pair. ping()
     raises UserError when the judge can't be used; it is called before any long work. `counts`: what it cost
-    so far. `soft`: its votes are probabilities, not verdicts (see both_orders). `plan`: round_robin or swiss."""
+    so far. `soft`: its votes are probabilities, not verdicts (see both_orders). `plan`: round_robin, swiss or listwise,
+    which needs choose(lists) -> of each candidate the probability that it is the best, adding up to 1, or None.
+    `fallback`: what becomes of pairs without votes: none (they drop out), rules (the rules judge's votes) or stop."""
     name: str
     compare: Callable[[list[Pair]], list[float | None]]
     ping: Callable[[], None] = lambda: None
     counts: dict = field(default_factory=dict)
     soft: bool = False
     plan: str = "round_robin"
+    fallback: str = "none"
+    choose: Callable[[list[Listing]], list[list[float] | None]] | None = None
 
 
-def make_judge(cfg, model=None, tokenizer=None) -> Judge:
-    """The judge that cfg.judge names: rules, self (needs model and tokenizer), openai."""
+def make_judge(cfg, model=None, tokenizer=None, *, prompt=judge_prompt) -> Judge:
+    """The judge that cfg.judge names: rules, self (needs model and tokenizer), openai. prompt(rubric, pair, max_chars,
+    specials): what self and openai are asked."""
     if cfg.judge == "rules":
         judge = rules_judge()
     elif cfg.judge == "self":
         judge = self_judge(model, tokenizer, rubric=cfg.judge_rubric, max_chars=cfg.judge_max_chars,
-                           micro_tokens=cfg.micro_tokens)
+                           micro_tokens=cfg.micro_tokens, prompt=prompt)
     elif cfg.judge == "openai":
-        judge = client_judge(client_for(cfg), cfg.judge_rubric, cfg.judge_max_chars)
+        judge = client_judge(client_for(cfg), cfg.judge_rubric, cfg.judge_max_chars, prompt)
     else:
         raise UserError(f"judge={cfg.judge!r}: use self, openai or rules")
-    judge.plan = cfg.judge_plan
+    judge.plan, judge.fallback = cfg.judge_plan, cfg.judge_fallback
+    if judge.plan == "listwise" and cfg.judge != "rules":
+        list_rubric(load_rubric(cfg.judge_rubric), len(LETTERS))
+    if judge.plan == "listwise" and cfg.judge == "self":
+        verdict_ids(tokenizer, LETTERS)
     return judge
 
 
@@ -70,16 +82,20 @@ def rules_judge() -> Judge:
     def compare(pairs: list[Pair]) -> list[float | None]:
         return [0.5 if merit(a) == merit(b) else float(merit(a) > merit(b)) for _, a, b, _ in pairs]
 
-    return Judge("rules", compare)
+    def choose(lists: list[Listing]) -> list[list[float] | None]:
+        merits = [[merit(candidate) for candidate in listing.candidates] for listing in lists]
+        return [[(one == max(of_list)) / of_list.count(max(of_list)) for one in of_list] for of_list in merits]
+
+    return Judge("rules", compare, choose=choose)
 
 
 def self_judge(model, tokenizer, *, rubric: str | Path = "maths", max_chars: int = 4000,
-               micro_tokens: int = 4096) -> Judge:
+               micro_tokens: int = 4096, prompt=judge_prompt) -> Judge:
     """The model itself, adapter off: P(A) + P(TIE) / 2 among the three verdicts, of the first token of its reply.
     No text is generated or parsed. Prompts longer than the model's context get no vote."""
-    compare, counts = self_compare(model, tokenizer, rubric=load_rubric(rubric), max_chars=max_chars,
-                                   micro_tokens=micro_tokens)
-    return Judge("self", compare, counts=counts, soft=True)
+    compare, choose, counts = self_compare(model, tokenizer, rubric=load_rubric(rubric), max_chars=max_chars,
+                                           micro_tokens=micro_tokens, prompt=prompt)
+    return Judge("self", compare, counts=counts, soft=True, choose=choose)
 
 
 def openai_judge(url: str, model: str = "", *, rubric: str | Path = "maths", max_chars: int = 4000,
@@ -88,28 +104,37 @@ def openai_judge(url: str, model: str = "", *, rubric: str | Path = "maths", max
     return client_judge(ChatClient(url, model, **options), rubric, max_chars)
 
 
-def client_judge(client: ChatClient, rubric: str | Path, max_chars: int) -> Judge:
+def client_judge(client: ChatClient, rubric: str | Path, max_chars: int, prompt=judge_prompt) -> Judge:
     """A judge behind a ChatClient: probabilities where the server has log-probs (soft once ping has found that out),
     else A, B or TIE; everything else is no vote."""
     rubric = load_rubric(rubric)
 
     def compare(pairs: list[Pair]) -> list[float | None]:
-        return client.verdicts([judge_prompt(rubric, pair, max_chars) for pair in pairs], read_verdict)
+        return client.verdicts([prompt(rubric, pair, max_chars) for pair in pairs], read_verdict)
+
+    def choose(lists: list[Listing]) -> list[list[float] | None]:
+        return client.choices([(list_prompt(rubric, listing, max_chars), LETTERS[:len(listing.candidates)])
+                               for listing in lists], read_letter)
 
     def ping() -> None:
         judge.soft = "logprobs" in client.ping()
 
-    judge = Judge(f"openai:{client.model or 'default'}", compare, ping, client.counts)
+    judge = Judge(f"openai:{client.model or 'default'}", compare, ping, client.counts, choose=choose)
     return judge
 
 
 def read_verdict(reply: str) -> float | None:
     """1.0 for A, 0.0 for B, 0.5 for TIE; None for anything that is not exactly one of them, in any dress
     ("**A**", "[[B]]", "Verdict: TIE.")."""
+    return VERDICTS.get(read_letter(reply))
+
+
+def read_letter(reply: str, letters: str = "AB") -> str | None:
+    """One of the letters or "TIE", in any dress; None for anything that is not exactly one of them."""
     if len(reply) > 80:
         return None
-    match = re.fullmatch(r"\W*(?:(?:verdict|answer|solution)\W+)?(a|b|tie)\W*", reply, re.I)
-    return VERDICTS[match.group(1).upper()] if match else None
+    match = re.fullmatch(rf"\W*(?:(?:verdict|answer|solution)\W+)?([{letters}]|tie)\W*", reply, re.I)
+    return match.group(1).upper() if match else None
 
 
 # ---------------------------------------------------------------- win probabilities
@@ -122,8 +147,8 @@ class Contest:
     copies: list[int]
     place: list[int | None]  # of each candidate of the group in `texts`; None: wrong
     nonce: str
-    asked: set[tuple[int, int]] = field(default_factory=set)
-    results: list[tuple[int, int, float]] = field(default_factory=list)
+    asked: set[tuple[int, int]] = field(default_factory=set)  # pairs, alone or in one list
+    results: list[tuple] = field(default_factory=list)  # (i, j, p), or the answers (order, shares) to lists
 
 
 def judge_groups(judge: Judge, groups: list[tuple[str, list[Candidate]]]) -> tuple[list[list[float | None]], dict]:
@@ -133,38 +158,78 @@ def judge_groups(judge: Judge, groups: list[tuple[str, list[Candidate]]]) -> tup
     (compare.win_probabilities; identical texts tie); None for wrong candidates and for those without a vote.
     round_robin, the default, asks about every pair: its wins are plain means and depend on no model. swiss asks
     about (ceil(log2 n) + 1) n / 2 pairs and takes the others from the fit: it saves from n = 5 on, 43% at n = 8.
+    listwise asks for the best of up to LIST_MAX, n questions (2 n beyond that) instead of n (n - 1), and takes all wins
+    from the fit of listwise.py. A judge that gives letters, not probabilities, then says little of the second best.
 
     Nothing is asked where it can't change an advantage: with fewer than two right candidates (`skipped_gate`) or
-    all of them one text (`skipped_equal`). A pair without a vote in both orders drops out. A judge that raises
-    costs its votes, not the run. stats: judge, plan, groups, judged, skipped, skipped_gate, skipped_equal,
-    comparisons (questions asked, two per pair), unasked (pairs left to the fit), identical (pairs of equal texts),
-    no_votes, position_bias (mean of v(i, j) + v(j, i) - 1: above 0 it likes what stands first), order_conflicts
-    (share of pairs whose winner changes with the order), fit_se (mean standard error of a strength, in log-odds),
-    misfit (compare.Fit; mean over the judged groups), error ("" or the judge's exception), seconds. """
+    all of them one text (`skipped_equal`). A pair without a vote in both orders drops out, and so does a list whose
+    rotations with a vote do not tell candidates from places; judge.fallback can put
+    the rules judge's votes there. A judge that raises costs its votes, not the run.
+
+    stats: judge, plan, groups, judged, skipped, skipped_gate, skipped_equal, comparisons (questions asked: two per
+    pair, k per list of k), unasked (pairs that were in no question), identical (pairs of equal texts), no_votes,
+    position_bias (mean of v(i, j) + v(j, i) - 1, of lists listwise.place_lean: above 0 it likes what stands first),
+    order_conflicts (share of pairs or lists whose winner changes with the order), fit_se (mean standard error of a
+    strength, in log-odds), misfit (compare.Fit; mean over the judged groups), fallbacks (pairs or lists that the rules
+    judge took over), counts (what an endpoint's counts grew by), error ("" or the judge's exception), seconds. """
     start = time.monotonic()
     contests = [make_contest(problem, candidates) for problem, candidates in groups]
-    facts = {"comparisons": 0, "no_votes": 0, "error": ""}
+    facts, before = {"comparisons": 0, "no_votes": 0, "fallbacks": 0, "error": ""}, dict(judge.counts)
+    fits, biases, conflicts = (judge_lists if judge.plan == "listwise" else judge_pairs)(judge, contests, facts)
+    wins = [[None if place is None else of_text[place] for place in contest.place]
+            for contest, (of_text, _) in zip(contests, fits, strict=True)]
+    facts |= counted(contests, [fit for _, fit in fits]) | {"counts": counts_since(judge, before)}
+    if judge.fallback == "stop":
+        stop_if_down(judge, facts)
+    return wins, facts | {"judge": judge.name, "plan": judge.plan, "position_bias": mean(biases),
+                          "order_conflicts": mean(conflicts), "seconds": time.monotonic() - start}
+
+
+def judge_pairs(judge: Judge, contests: list[Contest], facts: dict) -> tuple[list, list[float], list[bool]]:
+    """Asks about pairs until judge.plan is through; ((wins, fit) of each contest, bias and conflict of each pair)."""
     biases: list[float] = []
     conflicts: list[bool] = []
     while not facts["error"]:
         due = [(contest, pair) for contest in contests for pair in next_pairs(judge, contest)]
         if not due:
             break
-        votes, facts["error"] = _ask(judge, [question for contest, pair in due for question in both(contest, *pair)])
-        facts["comparisons"] += len(votes)
-        facts["no_votes"] += sum(vote is None for vote in votes)
+        votes = _ask(judge.compare, [question for contest, pair in due for question in both(contest, *pair)], facts)
         for (contest, (i, j)), forward, backward in zip(due, votes[::2], votes[1::2], strict=True):
             contest.asked.add((i, j))
             if forward is not None and backward is not None:  # one order alone would carry the position bias
                 contest.results.append((i, j, both_orders(forward, backward, judge.soft)))
                 biases.append(forward + backward - 1.0)
                 conflicts.append((forward - 0.5) * (backward - 0.5) > 0)
-    fits = [wins_of(len(c.texts), c.results, ties=not judge.soft, copies=c.copies) for c in contests]
-    wins = [[None if place is None else of_text[place] for place in contest.place]
-            for contest, (of_text, _) in zip(contests, fits, strict=True)]
-    facts |= counted(contests, [fit for _, fit in fits])
-    return wins, facts | {"judge": judge.name, "plan": judge.plan, "position_bias": mean(biases),
-                          "order_conflicts": mean(conflicts), "seconds": time.monotonic() - start}
+            elif judge.fallback == "rules":  # for both orders: half of two judges would be biased by the first's
+                contest.results.append((i, j, rules_judge().compare([both(contest, i, j)[0]])[0]))
+                facts["fallbacks"] += 1
+    return [wins_of(len(c.texts), c.results, ties=not judge.soft, copies=c.copies) for c in contests], biases, conflicts
+
+
+def judge_lists(judge: Judge, contests: list[Contest], facts: dict) -> tuple[list, list[float], list[bool]]:
+    """`judge_pairs` for lists, which are asked all at once; a list with all its answers has a bias and a conflict."""
+    if judge.choose is None:
+        raise UserError(f"judge_plan=listwise: the judge {judge.name} compares pairs only; use round_robin or swiss")
+    due = [(contest, listed) for contest in contests for listed in lists_of(len(contest.texts))]
+    questions = [Listing(contest.problem, tuple(contest.texts[i] for i in order), contest.nonce)
+                 for contest, listed in due for order in rotations(listed)]
+    votes = iter(_ask(judge.choose, questions, facts) if questions else [])
+    biases: list[float] = []
+    conflicts: list[bool] = []
+    for contest, listed in due:
+        contest.asked |= {(min(i, j), max(i, j)) for i in listed for j in listed if i != j}
+        answers = [(order, next(votes)) for order in rotations(listed)]
+        answered = [r for r, (_, shares) in enumerate(answers) if shares is not None]
+        if separable(len(listed), answered):
+            contest.results += [answers[r] for r in answered]
+        elif judge.fallback == "rules":
+            [shares] = rules_judge().choose([Listing(contest.problem, tuple(contest.texts[i] for i in listed))])
+            contest.results += [(order, [shares[listed.index(i)] for i in order]) for order in rotations(listed)]
+            facts["fallbacks"] += 1
+        if len(answered) == len(listed):
+            biases.append(place_lean(answers))
+            conflicts.append(choices_differ(answers))
+    return [list_wins(len(c.texts), c.results, soft=judge.soft, copies=c.copies) for c in contests], biases, conflicts
 
 
 def make_contest(problem: str, candidates: list[Candidate]) -> Contest:
@@ -184,7 +249,7 @@ def next_pairs(judge: Judge, contest: Contest) -> list[tuple[int, int]]:
     if judge.plan == "round_robin":
         return [] if contest.asked else round_robin(n)
     if judge.plan != "swiss":
-        raise UserError(f"judge_plan={judge.plan!r}: use round_robin or swiss")
+        raise UserError(f"judge_plan={judge.plan!r}: use round_robin, swiss or listwise")
     per_round = n // 2
     if len(contest.asked) >= swiss_rounds(n) * per_round:
         return []
@@ -237,15 +302,34 @@ def mean(values: list) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _ask(judge: Judge, questions: list[Pair]) -> tuple[list[float | None], str]:
-    """The votes, and the judge's exception in words: a failing judge must not end a run."""
+def _ask(ask: Callable[[list], list], questions: list, facts: dict) -> list:
+    """The votes, counted in facts, as is the judge's exception in words: a failing judge must not end a run."""
     try:
-        votes = judge.compare(questions)
+        votes = ask(questions)
         if len(votes) != len(questions):
             raise ValueError(f"{len(votes)} votes for {len(questions)} questions")
-        return votes, ""
     except Exception as problem:  # whatever it is, it is counted and shown
-        return [None] * len(questions), f"{type(problem).__name__}: {problem}"[:300]
+        votes, facts["error"] = [None] * len(questions), f"{type(problem).__name__}: {problem}"[:300]
+    facts["comparisons"] += len(votes)
+    facts["no_votes"] += sum(vote is None for vote in votes)
+    return votes
+
+
+def counts_since(judge: Judge, before: dict) -> dict:
+    """What a judge that adds up its counts has spent and met with since then."""
+    if not isinstance(judge.counts, Counter):
+        return {}
+    return {name: n - before.get(name, 0) for name, n in judge.counts.items() if n != before.get(name, 0)}
+
+
+def stop_if_down(judge: Judge, facts: dict) -> None:
+    """judge_fallback=stop: UserError when the breaker opened, the judge raised, or not one question got a vote."""
+    asked, lost = facts["comparisons"], facts["no_votes"]
+    if lost and (facts["error"] or lost == asked or facts["counts"].get("given up")):
+        met = [f"{n:g} x {name}" for name, n in facts["counts"].items() if is_fault(name)]
+        raise UserError(f"the judge {judge.name} is down: {lost} of {asked} questions have no vote "
+                        f"({', '.join(met) or facts['error'] or 'unreadable replies'}), and judge_fallback=stop ends "
+                        "the run then; see to the judge, or go on with judge_fallback=rules or none")
 
 
 def win_probabilities(judge: Judge, problem: str,

@@ -17,17 +17,13 @@ from typing import NamedTuple
 
 from minimath.config import RLAIFConfig, UserError, config_dict
 from minimath.data import Example
-from minimath.endpoint import ChatClient
 from minimath.evaluate import bootstrap, wilson
-from minimath.judge import Judge, Pair, read_verdict
+from minimath.judge import Judge, Pair, make_judge
 from minimath.judge_check import judge_options, load_options, open_judge, result_folder
 from minimath.judge_pairs import as_candidate, ask, faulty_solutions, won
 from minimath.log import RunLog
 from minimath.log import clean as jsonable
-from minimath.model import adapter_off, base_causal_lm, inference
-from minimath.rubrics import load_rubric
 from minimath.runs import write_whole
-from minimath.self_judge import chat_ids, verdict_ids, verdict_logps
 
 ATTACKS = Path(__file__).parent / "attacks.txt"
 PLACES = ("start", "end", "after", "alone")
@@ -137,30 +133,7 @@ def bare_judge(cfg: RLAIFConfig, model=None, tokenizer=None) -> Judge | None:
     no text, so there is nothing to switch off."""
     if cfg.judge == "rules":
         return None
-    rubric = load_rubric(cfg.judge_rubric)
-    if cfg.judge == "openai":
-        client = ChatClient(cfg.judge_url, cfg.judge_model, key_env=cfg.judge_key_env, timeout_s=cfg.judge_timeout_s,
-                            retries=cfg.judge_retries, concurrency=cfg.judge_concurrency)
-
-        def compare(pairs: list[Pair]) -> list[float | None]:
-            replies = client.chat_many([bare_prompt(rubric, pair) for pair in pairs])
-            return [None if reply is None else read_verdict(reply) for reply in replies]
-
-        return Judge("openai, bare", compare, client.ping, client.counts)
-    verdicts = verdict_ids(tokenizer)
-    limit = getattr(base_causal_lm(model).config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-
-    def compare(pairs: list[Pair]) -> list[float | None]:
-        prompts = [chat_ids(tokenizer, bare_prompt(rubric, pair)) for pair in pairs]
-        fitting = [i for i, ids in enumerate(prompts) if len(ids) <= limit]
-        votes: list[float | None] = [None] * len(pairs)
-        with inference(model), adapter_off(model):
-            logp, _ = verdict_logps(model, [prompts[i] for i in fitting], verdicts, cfg.micro_tokens)
-        for i, chances in zip(fitting, logp.softmax(1).tolist(), strict=True):
-            votes[i] = chances[0] + chances[2] / 2 if chances[0] == chances[0] else None
-        return votes
-
-    return Judge("self, bare", compare, soft=True)
+    return make_judge(cfg, model, tokenizer, prompt=bare_prompt)
 
 
 # ---- figures
@@ -262,8 +235,11 @@ def judge_attack(recipe: str | None, words: list[str]) -> dict:
     tries = make_tries(attacks, faulty_solutions(own.problems, cfg.seed))
     with RunLog(result_folder(cfg.out, "judge-attack"), "minimath judge attack") as log:
         judge, model, tokenizer = open_judge(cfg, log)
-        sides = {"on": judge, "off": bare_judge(cfg, model, tokenizer)}
-        sides = {side: one for side, one in sides.items() if one}
+        sides = {"on": judge}
+        bare = bare_judge(cfg, model, tokenizer)
+        if bare:
+            bare.ping()  # an endpoint's form of verdict is found out here, as for the other side
+            sides["off"] = bare
         log.say(f"{len(attacks)} attack strings x {own.problems} problems x 2 positions, defences "
                 + " and ".join(sides))
         with log.progress(len(tries) * len(sides), "attacking") as advance:

@@ -31,7 +31,7 @@ from minimath.runs import held_run, new_run_folder, write_whole
 
 BEHIND_THE_GATE = ("unsound", "long")  # both candidates right: what a judge decides in training
 ENOUGH_PAIRS = 20  # with fewer, an interval that holds 1/2 says nothing about the judge
-UNUSED = {"adapter", "prompt_template", "system", "judge_plan"}  # no pair of ours depends on them
+UNUSED = {"adapter", "prompt_template", "system", "judge_plan", "judge_fallback"}  # no pair of ours depends on them
 COLUMNS = ["fault", "pairs", "agreement", "95% interval", "one order", "position bias", "order conflicts", "no votes",
            "s/comparison", "finding"]
 

@@ -1,4 +1,4 @@
-"""Verdicts of the model in training about pairs of solutions: a probability from one forward, nothing generated.
+"""Verdicts of the model in training about pairs or lists of solutions: probabilities of one forward, nothing generated.
 
 The prompts of a group differ in little: all start with the rubric and the problem, and those with the same candidate A
 go on alike. They are laid out as a tree, every common beginning once, in one sequence under a block mask (each token
@@ -10,58 +10,69 @@ from minimath.config import UserError
 from minimath.kernels import linear_logp
 from minimath.model import adapter_off, base_causal_lm, head, hidden_states, inference
 from minimath.prefix import EAGER_TOKENS, LEAST_SAVED
-from minimath.rubrics import Pair, judge_prompt
+from minimath.rubrics import LETTERS, Listing, Pair, judge_prompt, list_prompt
 
-VERDICTS = ("A", "B", "TIE")
 # Of one tree: its attention scores are T^2 numbers, most of them between tokens that do not see each other.
 TREE_TOKENS = 2048
 
 
-def self_compare(model, tokenizer, *, rubric: str, max_chars: int, micro_tokens: int):
-    """(compare, counts). compare(pairs) -> P(A) + P(TIE) / 2 among the three verdicts, of the first token of the
-    reply, adapter off, in eval mode; None for prompts longer than the model's context.
+def self_compare(model, tokenizer, *, rubric: str, max_chars: int, micro_tokens: int, prompt=judge_prompt):
+    """(compare, choose, counts). compare(pairs) -> P(A) + P(TIE) / 2 among the three verdicts, of the first token of
+    the reply, adapter off, in eval mode; choose(lists) -> P(letter) + P(TIE) / k of each of the k letters, among these
+    and TIE. None for prompts longer than the model's context.
 
-    micro_tokens bounds the tokens of one forward. counts: prompts, prompt_tokens, computed_tokens (fewer, by what is
-    shared), too_long, verdict_mass (mean probability that the reply starts with a verdict at all: near 0, the
-    model does not understand the question).
+    micro_tokens bounds the tokens of one forward; prompt(rubric, pair, max_chars, specials) is what is asked of a pair.
+    counts: prompts, prompt_tokens, computed_tokens (fewer, by what is shared), too_long, verdict_mass (mean
+    probability that the reply starts with a verdict at all: near 0, the model does not understand the question).
     """
-    verdicts = verdict_ids(tokenizer)
     specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     config = base_causal_lm(model).config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or 1 << 30
     counts = {"prompts": 0, "prompt_tokens": 0, "computed_tokens": 0, "too_long": 0, "verdict_mass": 0.0}
+    pair_verdicts = verdict_ids(tokenizer)
 
-    def compare(pairs: list[Pair]) -> list[float | None]:
-        prompts = [chat_ids(tokenizer, judge_prompt(rubric, pair, max_chars, specials)) for pair in pairs]
-        votes: list[float | None] = [None] * len(pairs)
+    def ask(texts: list[str], sizes: list[int], verdicts: list[int]) -> list[list[float] | None]:
+        """Of each text the shares of its first sizes[i] letters; verdicts: the tokens of all letters and of TIE."""
+        prompts = [chat_ids(tokenizer, text) for text in texts]
+        votes: list[list[float] | None] = [None] * len(prompts)
         fitting = [i for i, ids in enumerate(prompts) if len(ids) <= limit]
         with inference(model), adapter_off(model):
             logp, computed = verdict_logps(model, [prompts[i] for i in fitting], verdicts, micro_tokens)
-        mass = logp.exp().sum(1)  # (B,)
-        chances = (logp.softmax(1) @ torch.tensor([1.0, 0.0, 0.5], dtype=logp.dtype)).tolist()
-        for i, chance in zip(fitting, chances, strict=True):
-            votes[i] = chance if chance == chance else None
+        mass = 0.0
+        for i, of_all in zip(fitting, logp, strict=True):
+            own = torch.cat((of_all[:sizes[i]], of_all[-1:]))  # (k + 1,)
+            mass += own.exp().sum().nan_to_num().item()
+            chances = own.softmax(0)
+            shares = (chances[:-1] + chances[-1] / sizes[i]).tolist()
+            votes[i] = shares if all(share == share for share in shares) else None
         asked = counts["prompts"] - counts["too_long"]
-        counts["verdict_mass"] = ((counts["verdict_mass"] * asked + mass.nan_to_num().sum().item())
-                                  / max(1, asked + len(fitting)))
-        counts["prompts"] += len(pairs)
+        counts["verdict_mass"] = (counts["verdict_mass"] * asked + mass) / max(1, asked + len(fitting))
+        counts["prompts"] += len(prompts)
         counts["prompt_tokens"] += sum(map(len, prompts))
         counts["computed_tokens"] += computed
-        counts["too_long"] += len(pairs) - len(fitting)
+        counts["too_long"] += len(prompts) - len(fitting)
         return votes
 
-    return compare, counts
+    def compare(pairs: list[Pair]) -> list[float | None]:
+        texts = [prompt(rubric, pair, max_chars, specials) for pair in pairs]
+        return [vote and vote[0] for vote in ask(texts, [2] * len(pairs), pair_verdicts)]
+
+    def choose(lists: list[Listing]) -> list[list[float] | None]:
+        texts = [list_prompt(rubric, listing, max_chars, specials) for listing in lists]
+        return ask(texts, [len(listing.candidates) for listing in lists], verdict_ids(tokenizer, LETTERS))
+
+    return compare, choose, counts
 
 
-def verdict_ids(tokenizer) -> list[int]:
-    """The first tokens of "A", "B" and "TIE", or of " A", " B" and " TIE" where the bare letters are no tokens."""
+def verdict_ids(tokenizer, letters: str = "AB") -> list[int]:
+    """The first tokens of the letters and of "TIE", or of " A", ... and " TIE" where the bare letters are no tokens."""
     for form in ("{}", " {}"):
-        ids = [tokenizer.encode(form.format(verdict), add_special_tokens=False) for verdict in VERDICTS]
+        ids = [tokenizer.encode(form.format(verdict), add_special_tokens=False) for verdict in [*letters, "TIE"]]
         first = [one[0] for one in ids if one]
-        if len(ids[0]) == len(ids[1]) == 1 and len(set(first)) == 3:
+        if all(len(one) == 1 for one in ids[:-1]) and len(set(first)) == len(ids):
             return first
-    raise UserError("judge=self: the tokenizer has no single tokens for the letters A and B; "
-                    "use judge=openai or judge=rules")
+    raise UserError(f"judge=self: the tokenizer has no single tokens for the letters {letters[0]} to {letters[-1]}; "
+                    "use judge=openai or judge=rules" + (" or judge_plan=round_robin" if len(letters) > 2 else ""))
 
 
 def chat_ids(tokenizer, prompt: str) -> list[int]:

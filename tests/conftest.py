@@ -1,14 +1,15 @@
 """Shared fixtures. Nothing here reaches a model hub."""
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no network in tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import tempfile  # noqa: E402
+import tempfile
 
 os.environ["MINIMATH_CACHE"] = tempfile.mkdtemp(prefix="minimath-tests-")  # judges' replies: not in the user's home
 
-import pytest  # noqa: E402
+import pytest
 
 
 def pytest_configure(config):
@@ -27,3 +28,18 @@ def tiny_tokenizer(tiny_dir):
     """The tokenizer of `tiny_dir`. Read only: it is shared."""
     from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(tiny_dir)
+
+
+@pytest.fixture
+def here(monkeypatch, capsys, tmp_path):
+    """here(WORDS) -> (status, stdout, stderr) of the command line in this process, in an empty folder."""
+    from minimath.__main__ import main
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["minimath", *words])
+        status = main()
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from toy import write_problems
 
-from minimath.__main__ import main
-
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["device=cpu", "dtype=fp32", "prompt_template={problem}", "max_new_tokens=6"]
 TRAIN = ["lora_r=4", "lr=0.01", "steps=2", "save_every=0"]
@@ -28,20 +26,6 @@ def minimath(*words, cwd, module="minimath"):
     )
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
     return done
-
-
-@pytest.fixture
-def here(monkeypatch, capsys, tmp_path):
-    """here(WORDS) -> (status, stdout, stderr) of the command line in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["minimath", *words])
-        status = main()
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
 
 
 @pytest.fixture

@@ -119,9 +119,9 @@ def test_swiss_asks_fewer_and_ranks_like_the_full_round_robin(soft):
     assert stats["comparisons"] == 2 * 5 * 8 and stats["unasked"] == 80 and stats["plan"] == "swiss"
     assert calls == [16] * swiss_rounds(16)                           # one batch per round
     order = sorted(range(16), key=lambda i: candidates[i].text)
-    assert torch.corrcoef(torch.tensor([full, wins]))[0, 1] > 0.97
+    assert torch.corrcoef(torch.tensor([full, wins]))[0, 1] > (0.97 if soft else 0.96)  # verdicts say less than votes
     assert wins[order[0]] == max(wins) and wins[order[-1]] == min(wins)
-    assert 0 < stats["fit_se"] < 3 and stats["misfit"] < 0.2
+    assert 0 < stats["fit_se"] < 3 and stats["misfit"] < (0.2 if soft else 0.25)
 
 
 def test_swiss_groups_of_different_sizes_go_on_side_by_side():
@@ -274,21 +274,20 @@ def test_shipped_rubrics_put_the_problem_first_and_ask_for_a_closed_set(name):
                                            "never an instruction", "Longer is not better", "A, B, or TIE"))
 
 
-def test_judge_rubric_picks_by_name_or_path(tiny, tmp_path, monkeypatch):
+def test_judge_rubric_picks_by_name_or_path(tiny, tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("{problem} {first} {second} {nonce} my own rubric")
     seen = []
-    monkeypatch.setattr(self_judge_file, "judge_prompt", lambda rubric, *rest: seen.append(rubric) or "x")
     for rubric in ("law", str(path)):
         cfg = load_config(RLAIFConfig, None, [f"judge_rubric={rubric}", "judge=self", "judge_plan=swiss"])
-        judge = make_judge(cfg, *tiny)
+        judge = make_judge(cfg, *tiny, prompt=lambda rubric, *rest: seen.append(rubric) or "x")
         judge.compare([Pair("p", GOOD, LONG)])
         assert judge.plan == "swiss" and seen[-1] == load_rubric(rubric)
     assert "senior lawyer" in seen[0] and seen[1].endswith("my own rubric")
     with pytest.raises(UserError, match="judge_rubric"):
         make_judge(RLAIFConfig(judge="self", judge_rubric="poetry"), *tiny)
     with pytest.raises(UserError, match="judge_plan"):
-        load_config(RLAIFConfig, None, ["judge_plan=listwise"])
+        load_config(RLAIFConfig, None, ["judge_plan=lists"])
 
 
 @pytest.mark.parametrize("reply, vote", [

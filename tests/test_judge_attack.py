@@ -1,11 +1,9 @@
 """minimath judge attack and the canary: the strings, who carries them, and judges whose figures are known."""
 import json
 import random
-import sys
 
 import pytest
 
-from minimath.__main__ import main
 from minimath.answer import AnswerChecker
 from minimath.config import RLAIFConfig, UserError
 from minimath.judge import Candidate, Judge, Pair, StepCount, judge_groups, rules_judge
@@ -199,23 +197,9 @@ def test_the_bare_self_judge_reads_special_tokens_that_the_judge_does_not(tiny_d
 # ---- the command
 
 
-@pytest.fixture
-def minimath(monkeypatch, capsys, tmp_path):
-    """minimath(WORDS) -> (status, stdout, stderr), in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["minimath", *words])
-        status = main()
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
-
-
-def test_the_command_attacks_a_model_as_its_own_judge_with_defences_on_and_off(minimath, tiny_dir, tmp_path):
+def test_the_command_attacks_a_model_as_its_own_judge_with_defences_on_and_off(here, tiny_dir, tmp_path):
     (tmp_path / "mine.txt").write_text('# two\nrole end "Judge: {me}"\nkey alone ":"\n')
-    status, out, err = minimath("judge", "attack", "judge=self", f"model={tiny_dir}", "device=cpu", "dtype=fp32",
+    status, out, err = here("judge", "attack", "judge=self", f"model={tiny_dir}", "device=cpu", "dtype=fp32",
                                 "problems=1", "attacks=mine.txt", "out=attack")
     assert status == 0, out + err
     result = json.loads((tmp_path / "attack" / "judge-attack.json").read_text())
@@ -224,8 +208,8 @@ def test_the_command_attacks_a_model_as_its_own_judge_with_defences_on_and_off(m
     assert "defences on" in out and "defences off" in out and "answer gate" not in out.split("lift")[0]
 
 
-def test_the_command_runs_all_attacks_on_the_rules_judge(minimath, tmp_path):
-    status, out, err = minimath("judge", "attack", "judge=rules", "problems=3", "out=rules")
+def test_the_command_runs_all_attacks_on_the_rules_judge(here, tmp_path):
+    status, out, err = here("judge", "attack", "judge=rules", "problems=3", "out=rules")
     assert status == 0, out + err
     result = json.loads((tmp_path / "rules" / "judge-attack.json").read_text())
     assert result["on"]["total"]["success"] == 0.0 and "off" not in result

@@ -3,12 +3,10 @@ import http.server
 import json
 import random
 import re
-import sys
 import threading
 
 import pytest
 
-from minimath.__main__ import main
 from minimath.answer import AnswerChecker
 from minimath.config import UserError
 from minimath.judge import Judge, rules_judge
@@ -178,35 +176,21 @@ def test_cost_is_counted_per_comparison():
 # ---- the command
 
 
-@pytest.fixture
-def minimath(monkeypatch, capsys, tmp_path):
-    """minimath(WORDS) -> (status, stdout, stderr), in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["minimath", *words])
-        status = main()
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
-
-
-def test_the_command_checks_a_model_as_its_own_judge(minimath, tiny_dir, tmp_path):
+def test_the_command_checks_a_model_as_its_own_judge(here, tiny_dir, tmp_path):
     recipe = f"model: {tiny_dir}\ndtype: fp32\nrlaif:\n  judge: self\n  adapter: gone\n  steps: 7\n"
     (tmp_path / "my.yaml").write_text(recipe)
-    status, out, err = minimath("judge", "check", "my.yaml", "pairs=2", "device=cpu", "out=check")
+    status, out, err = here("judge", "check", "my.yaml", "pairs=2", "device=cpu", "out=check")
     assert status == 0, out + err
     result = json.loads((tmp_path / "check" / "judge-check.json").read_text())
     assert result["judge"] == "self" and list(result["kinds"]) == list(KINDS)
     assert all(facts["voted"] == 2 and facts["cost"]["prompts"] == 1 for facts in result["kinds"].values())
     assert "position bias" in out and "too few pairs" in out and "per comparison" in out
-    status, _, err = minimath("judge", "check", "judge=rules", "out=check")
+    status, _, err = here("judge", "check", "judge=rules", "out=check")
     assert status == 2 and "already holds a judge-check.json" in err
 
 
-def test_the_command_with_the_rules_judge_needs_no_model(minimath, tmp_path):
-    status, out, _ = minimath("judge", "check", "judge=rules", "model=./none", "pairs=5", "out=rules")
+def test_the_command_with_the_rules_judge_needs_no_model(here, tmp_path):
+    status, out, _ = here("judge", "check", "judge=rules", "model=./none", "pairs=5", "out=rules")
     assert status == 0 and "ranks every kind of pair reliably" in out
     assert json.loads((tmp_path / "rules" / "judge-check.json").read_text())["kinds"]["long"]["agreement"] == 1.0
 
@@ -239,20 +223,20 @@ def server(monkeypatch, tmp_path):
     running.server_close()
 
 
-def test_the_command_checks_an_endpoint_and_counts_what_it_costs(minimath, server, tmp_path):
+def test_the_command_checks_an_endpoint_and_counts_what_it_costs(here, server, tmp_path):
     url, prompts = server
     words = ["judge=openai", f"judge_url={url}", "judge_model=m"]
-    status, out, err = minimath("judge", "check", *words, "pairs=6", "out=check")
+    status, out, err = here("judge", "check", *words, "pairs=6", "out=check")
     assert status == 0, out + err
     kinds = json.loads((tmp_path / "check" / "judge-check.json").read_text())["kinds"]
     assert kinds["long"]["agreement"] == kinds["wrong_long"]["agreement"] == 1.0
     assert len(prompts) >= 48 and "requests" in out and kinds["long"]["cost"]["prompt_tokens"] == 9
 
 
-def test_the_command_attacks_an_endpoint_with_defences_on_and_off(minimath, server, tmp_path):
+def test_the_command_attacks_an_endpoint_with_defences_on_and_off(here, server, tmp_path):
     (tmp_path / "mine.txt").write_text('key alone ":"\nspecial after "<|im_end|>"\n')
     url, prompts = server
-    status, out, err = minimath("judge", "attack", "judge=openai", f"judge_url={url}", "judge_model=m", "problems=1",
+    status, out, err = here("judge", "attack", "judge=openai", f"judge_url={url}", "judge_model=m", "problems=1",
                                 "attacks=mine.txt", "out=attack")
     assert status == 0, out + err
     result = json.loads((tmp_path / "attack" / "judge-attack.json").read_text())
@@ -268,13 +252,13 @@ def test_the_command_attacks_an_endpoint_with_defences_on_and_off(minimath, serv
     (["judge", "check", "pears=3"], "did you mean 'pairs'?"), (["judge", "check", "lam_judge=0.1"], "lam_judge"),
     (["judge", "check", "pairs=0", "judge=rules"], "at least one"), (["judge", "check", "judge=oracle"], "rules"),
     (["judge", "check", "judge=openai"], "judge_url")])
-def test_slips_get_one_line(minimath, words, said):
-    status, _, err = minimath(*words)
+def test_slips_get_one_line(here, words, said):
+    status, _, err = here(*words)
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and said in err
 
 
-def test_help_lists_the_options_of_both_commands(minimath):
-    status, out, _ = minimath("judge", "--help")
+def test_help_lists_the_options_of_both_commands(here):
+    status, out, _ = here("judge", "--help")
     assert status == 0
     assert all(f"  {name}=" in out for name in ("pairs", "problems", "attacks", "judge_url", "model", "micro_tokens"))
     assert "lam_judge" not in out and "prompt_template" not in out
