@@ -14,6 +14,9 @@ MORE_RIGHT = 0.02  # growing this much more right pays for growing longer
 CUT_SHARE = 0.3
 LEAST_FALL = 0.1  # of the solve rate, and at least FALL_SIGMAS standard errors of a window's mean
 FALL_SIGMAS = 6.0  # the best of many windows is a few of them above the mean by chance alone
+CANARY_PAIRS = 24  # judged rollout canary pairs of a window: one canary has 16 at most, often 4
+CANARY_RISE = 0.15  # of the win rate of wrong completions, and at least CANARY_SIGMAS standard errors
+CANARY_SIGMAS = 3.5  # every canary of a run is another chance of a false alarm
 
 
 def rollout_facts(seen, kept, judged: list[dict]) -> dict:
@@ -37,7 +40,10 @@ def rollout_facts(seen, kept, judged: list[dict]) -> dict:
 def judge_facts(judged: list[dict]) -> dict:
     """One set of metrics of the rollout rounds of a step: counts added up, means weighted by the questions asked."""
     facts = {f"judge_{k}": sum(s.get(k, 0) for s in judged) for k in
-             ("comparisons", "no_votes", "skipped", "skipped_gate", "skipped_equal", "identical", "unasked", "seconds")}
+             ("comparisons", "no_votes", "skipped", "skipped_gate", "skipped_equal", "identical", "unasked",
+              "fallbacks", "seconds")}
+    for name in dict.fromkeys(name for s in judged for name in s.get("counts", {})):  # of an endpoint: its faults, cost
+        facts[f"judge_{name.replace(' ', '_')}"] = sum(s.get("counts", {}).get(name, 0) for s in judged)
     asked = max(1, facts["judge_comparisons"])
     for name in ("position_bias", "order_conflicts", "fit_se", "misfit"):
         facts[f"judge_{name}"] = sum(s.get(name, 0.0) * s["comparisons"] for s in judged) / asked
@@ -56,14 +62,15 @@ def log_group(group, step: int, log) -> None:
 
 def new_monitor() -> dict:
     """The monitor of a run that begins: first and last WINDOW values by name, best solve rate, kinds already said."""
-    return {"first": {name: [] for name in WATCHED}, "last": {name: [] for name in WATCHED}, "best": 0.0, "said": []}
+    return {"first": {name: [] for name in WATCHED}, "last": {name: [] for name in WATCHED}, "best": 0.0, "said": [],
+            "canary_first": [], "canary_last": []}
 
 
 def collapse_warnings(monitor: dict, facts: dict) -> list[str]:
     """Take in the metrics of a step (a step without an update has no entropy) -> new warnings, each kind once a run.
 
-    monitor: of new_monitor, changed in place. Nothing is said before two windows of steps have passed, except
-    that too many completions are cut, which needs one.
+    monitor: of new_monitor, changed in place. Nothing is said before two windows of steps have passed, except that too
+    many completions are cut, which needs one, and what the canary pairs tell, which needs CANARY_PAIRS of them.
     """
     problems = facts["groups"] + facts["dropped_groups"]
     for name in WATCHED:
@@ -73,11 +80,11 @@ def collapse_warnings(monitor: dict, facts: dict) -> list[str]:
                 monitor["first"][name].append(value)
             monitor["last"][name] = [*monitor["last"][name], value][-WINDOW:]
     monitor["steps"] = monitor.get("steps", 0) + 1
-    if monitor["steps"] < WINDOW:
-        return []
+    found = {"canary": canary_warning(monitor, facts)}
     now = {name: statistics.fmean(values) for name, values in monitor["last"].items() if values}
-    monitor["best"] = max(monitor["best"], now["right"])
-    found = {"cut": cut_warning(now)}
+    if monitor["steps"] >= WINDOW:
+        monitor["best"] = max(monitor["best"], now["right"])
+        found |= {"cut": cut_warning(now)}
     if monitor["steps"] >= 2 * WINDOW:
         start = {name: statistics.fmean(values) for name, values in monitor["first"].items() if values}
         found |= {"entropy": entropy_warning(start, now), "length": length_warning(start, now),
@@ -118,3 +125,61 @@ def fall_warning(best: float, now: dict, problems: int) -> str:
     return (f"the solve rate falls off: {100 * now['right']:.0f}% of the completions of the last {WINDOW} steps are "
             f"right, {100 * best:.0f}% were at its best. Stop here and take the best checkpoint (eval_every keeps "
             "it), or go on with a lower lr or beta=0.01")
+
+
+def canary_warning(monitor: dict, facts: dict) -> str:
+    """Take in the rollout canary of a step, if it has one (judge_canary.canary_facts), and compare the newest pairs
+    with the first ones, each at least CANARY_PAIRS of them. monitor: changed in place.
+
+    A pair counts as one trial, which a judge with soft votes or two orders that disagree does not even need.
+    """
+    wins = facts.get("canary_rollout_worse_wins")
+    if wins is None:
+        return ""
+    first, last = (monitor.setdefault(name, []) for name in ("canary_first", "canary_last"))  # older checkpoints
+    # a pair without one of its votes is not counted, without both it is taken off twice: never too many
+    pairs = max(1, facts["canary_rollout_pairs"] - facts.get("canary_rollout_no_votes", 0))
+    canary = {"pairs": pairs, "wins": wins, "right": statistics.fmean(monitor["last"]["right"]),
+              "problems": sum(monitor["last"]["problems"])}
+    if pairs_of(first) < CANARY_PAIRS:
+        first.append(canary)
+        newest = first
+    else:
+        last.append(canary)
+        while pairs_of(last[1:]) >= CANARY_PAIRS:
+            del last[0]
+        newest = last
+    return "" if pairs_of(newest) < CANARY_PAIRS else gap_warning(first, newest)
+
+
+def pairs_of(canaries: list[dict]) -> int:
+    return sum(canary["pairs"] for canary in canaries)
+
+
+def gap_warning(first: list[dict], newest: list[dict]) -> str:
+    """first, newest: windows of canaries; the same one while there is no other."""
+    n, before = pairs_of(newest), mean_wins(first)
+    wins, pairs = mean_wins(newest), n * pairs_of(first) / (n + pairs_of(first))
+    right, right_before = (statistics.fmean(c["right"] for c in window) for window in (newest, first))
+    mean = (wins + before) / 2
+    risen = wins - before > max(CANARY_RISE, CANARY_SIGMAS * (mean * (1 - mean) / pairs) ** 0.5)
+    # the windows of `right` behind the canaries overlap: count the problems of one
+    problems = max(1, newest[-1]["problems"])
+    noise = 2 * (2 * right_before * (1 - right_before) / problems) ** 0.5
+    fooled = wins - 0.5 > CANARY_SIGMAS * (0.25 / n) ** 0.5
+    rising = risen and right - right_before <= max(MORE_RIGHT, noise)
+    if not (fooled or rising):
+        return ""
+    change, then = "", ""
+    if newest is not first:
+        change, then = f" ({100 * before:.0f}% of the first {pairs_of(first)})", f" ({100 * right_before:.0f}% then)"
+    meaning = ("the policy is learning to please the judge rather than to be right" if rising else
+               "the judge prefers wrong solutions, and a policy that is paid by it will learn to write them")
+    return (f"the canary gap opens: judged against right completions, wrong ones win {100 * wins:.0f}% of the last {n} "
+            f"pairs{change}; {100 * right:.0f}% of all completions are right{then}. This means that {meaning}. Stop "
+            "here and take the best checkpoint (eval_every keeps it), or go on with a stronger judge, gate=exact or a "
+            "lower lam_judge")
+
+
+def mean_wins(canaries: list[dict]) -> float:
+    return sum(canary["wins"] * canary["pairs"] for canary in canaries) / pairs_of(canaries)

@@ -4,7 +4,7 @@ from toy import adapter as adapter_of
 from toy import metrics, same_tensors, write_problems
 
 import minimath.rlaif as loop
-from minimath import engines
+from minimath import engines, report
 from minimath.config import RLAIFConfig
 
 
@@ -29,3 +29,16 @@ def test_canary_figures_are_logged_every_so_often_and_change_nothing(tiny_dir, t
     assert record["canary_agreement"] == 1
     assert not any("canary_pairs" in record for record in metrics(plain))
     assert same_tensors(adapter_of(watched), adapter_of(plain))
+    assert (watched / "judge.png").stat().st_size > 20_000 and not (plain / "judge.png").exists()
+
+
+def test_a_canary_of_a_step_that_is_not_logged_is_kept_and_warned_of(tiny_dir, tmp_path, monkeypatch, capsys):
+    def fooled(judge, canary, groups):
+        return {"canary_worse_wins": 0.1, "canary_rollout_worse_wins": 1.0, "canary_rollout_pairs": 30}
+    monkeypatch.setattr(loop, "canary_facts", fooled)
+    monkeypatch.setattr(report, "plot_judge", lambda *_: 1 / 0)  # a picture that fails costs nothing
+    out = run(tiny_dir, tmp_path, "sparse", judge_canary_every=2, log_every=3)
+    assert [record["step"] for record in metrics(out)] == [2, 3]
+    said = capsys.readouterr().out
+    assert "step 2: the canary gap opens" in said and said.count("canary gap") == 1
+    assert "judge.png could not be drawn" in said and "ZeroDivisionError" in said and adapter_of(out)

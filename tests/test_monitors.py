@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from minimath.monitors import WINDOW, collapse_warnings, judge_facts, new_monitor
+from minimath.monitors import CANARY_PAIRS, WINDOW, collapse_warnings, judge_facts, new_monitor
 
 HEALTHY = {"entropy": 0.5, "mean_tokens": 100.0, "right": 0.5, "ended": 1.0, "groups": 8, "dropped_groups": 2}
 COLLAPSES = {
@@ -61,14 +61,81 @@ def test_steps_without_an_update_have_no_entropy_and_are_taken():
 
 def test_a_monitor_saved_and_read_again_at_any_step_says_the_same():
     change = {"entropy": 0.05, "right": 0.1, "mean_tokens": 400.0, "ended": 0.4}
-    steps = [HEALTHY] * 25 + [HEALTHY | change] * 25
+    steps = canaries(hacked, steps=25) + [facts | change for facts in canaries(lambda step: 0.9, steps=25)]
     whole = run(steps)
-    assert len(whole) == 4
+    assert len(whole) == 5
     for cut in range(1, len(steps)):
         monitor = new_monitor()
         before = run(steps[:cut], monitor)
         after = run(steps[cut:], json.loads(json.dumps(monitor)))
         assert before + [(i + cut, text) for i, text in after] == whole
+
+
+def canaries(rate, steps=60, every=4, right=lambda step: 0.5, seed=None):
+    """Metrics of a run whose wrong completions win `rate(step)` of 8 pairs every few steps; by chance with a seed."""
+    rng, out = random.Random(seed), []
+    for step in range(1, steps + 1):
+        facts = HEALTHY | {"right": right(step)}
+        if seed is not None:
+            facts["right"] = sum(rng.random() < right(step) for _ in range(10)) / 10
+        if step % every == 0:
+            wins = rate(step) if seed is None else sum(rng.random() < rate(step) for _ in range(8)) / 8
+            facts |= {"canary_rollout_worse_wins": wins, "canary_rollout_pairs": 8, "canary_rollout_no_votes": 0}
+        out.append(facts)
+    return out
+
+
+def hacked(step):
+    return 0.1 if step <= 24 else 0.9
+
+
+def gaps(steps):
+    return [(step, text) for step, text in run(steps) if "canary gap" in text]
+
+
+def test_the_canary_gap_of_a_hacked_run_is_said_once_with_what_it_means_and_what_to_do():
+    said = gaps(canaries(hacked, steps=100))
+    assert len(said) == 1 and 24 < said[0][0] <= 24 + 4 * CANARY_PAIRS // 8
+    for words in ("please the judge rather than to be right", "best checkpoint", "stronger judge", "gate=exact",
+                  "lam_judge"):
+        assert words in said[0][1]
+
+
+def test_a_rise_below_one_half_is_a_gap_too_unless_more_are_right():
+    def rise(step):
+        return 0.0 if step <= 24 else 0.48
+    assert len(gaps(canaries(rise, steps=100))) == 1
+    assert gaps(canaries(rise, steps=100, right=lambda step: 0.4 if step <= 24 else 0.8)) == []
+
+
+def test_a_judge_that_prefers_wrong_completions_from_the_start_is_said_as_such():
+    [(step, text)] = gaps(canaries(lambda step: 0.95))
+    assert step == 4 * CANARY_PAIRS // 8 and "the judge prefers wrong solutions" in text
+    assert gaps(canaries(lambda step: 0.5)) == []
+
+
+def test_few_pairs_and_missing_votes_are_no_evidence():
+    few = [f | {"canary_rollout_pairs": 1} if "canary_rollout_pairs" in f else f for f in canaries(hacked)]
+    unanswered = [f | {"canary_rollout_no_votes": 15} if "canary_rollout_pairs" in f else f for f in canaries(hacked)]
+    silent = [f | {"canary_rollout_worse_wins": None} for f in canaries(hacked)]
+    assert gaps(few) == gaps(unanswered) == gaps(silent) == []
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
+def test_the_canary_gap_is_hardly_ever_said_by_chance(rate):
+    """200 runs of 100 steps whose rates stand still."""
+    assert sum(bool(gaps(canaries(lambda step: rate, steps=100, seed=seed))) for seed in range(200)) < 4
+
+
+def test_the_canary_gap_is_found_through_the_noise():
+    found = [gaps(canaries(hacked, steps=80, seed=seed)) for seed in range(50)]
+    assert sum(map(bool, found)) >= 48 and all(text[0][0] > 24 for text in found if text)
+
+
+def test_a_monitor_of_an_older_checkpoint_learns_of_canaries():
+    monitor = new_monitor()
+    del monitor["canary_first"], monitor["canary_last"]
+    assert any("canary gap" in text for _, text in run(canaries(hacked), monitor))
 
 
 def test_judge_figures_of_the_rounds_of_a_step_are_added_up_and_means_weighted_by_the_questions():

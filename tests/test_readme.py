@@ -1,4 +1,4 @@
-"""The README's code runs as it stands there."""
+"""The code of kernels/README.md runs as it stands there."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parent.parent / "kernels" / "README.md").read_text()
 
 
 def code_after(mark: str) -> str:
