@@ -15,6 +15,7 @@ USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GP
   minimath solve "PROBLEM" [key=value ...]           one solution, its steps checked
   minimath judge check  [RECIPE.yaml] [key=value ...]  whether a judge can be trusted with a run
   minimath judge attack [RECIPE.yaml] [key=value ...]  how easily it is fooled
+  minimath doctor [key=value ...]                    what this machine is, what will be used, whether it works
 
 `minimath sft --help` lists every option of a stage with its default. A recipe is YAML: `key: value` lines, shared
 or in a section (sft:, rlaif:, eval:); key=value words win. With `run`, `sft.lr=1e-4` is for one stage.
@@ -50,6 +51,8 @@ def run_command(action) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    if isinstance(result, int):
+        return result
     return 128 + result["signal"] if isinstance(result, dict) and result.get("signal") else 0
 
 
@@ -57,7 +60,7 @@ def dispatch(command: str, words: list[str]):
     """Run one command. Imports are here so that help and errors come at once."""
     from minimath.config import EvalConfig, RLAIFConfig, SFTConfig, UserError, did_you_mean, load_config
     stages = {"sft": SFTConfig, "rlaif": RLAIFConfig, "eval": EvalConfig, "solve": EvalConfig}
-    known = (*stages, "run", "demo", "judge")
+    known = (*stages, "run", "demo", "judge", "doctor")
     if command not in known:
         raise UserError(f"unknown command {command!r}{did_you_mean(command, known)}; see minimath --help")
     if "--help" in words or "-h" in words:
@@ -72,6 +75,9 @@ def dispatch(command: str, words: list[str]):
         return solve(problem, load_config(EvalConfig, None, words))
     if command == "judge":
         return judge_command(words)
+    if command == "doctor":
+        from minimath.doctor import doctor
+        return doctor(words)
     recipe = take_recipe(words)
     if command == "run":
         if recipe is None:
@@ -116,6 +122,9 @@ def help_text(command: str, stages: dict) -> str:
         return judge_help()
     if command == "demo":
         from minimath.demo import __doc__ as doc
+        return doc
+    if command == "doctor":
+        from minimath.doctor import __doc__ as doc
         return doc
     if command == "run":
         return USAGE
