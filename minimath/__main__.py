@@ -13,6 +13,7 @@ USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GP
   minimath rlaif [RECIPE.yaml] [key=value ...]       stage 2: RL with an AI judge
   minimath eval  [RECIPE.yaml] [key=value ...]       accuracy, tokens, steps, with intervals
   minimath solve "PROBLEM" [key=value ...]           one solution, its steps checked
+  minimath sample [RECIPE.yaml] [key=value ...]      training data: the shortest right of k solutions per problem
   minimath judge check  [RECIPE.yaml] [key=value ...]  whether a judge can be trusted with a run
   minimath judge attack [RECIPE.yaml] [key=value ...]  how easily it is fooled
   minimath doctor [key=value ...]                    what this machine is, what will be used, whether it works
@@ -60,7 +61,10 @@ def dispatch(command: str, words: list[str]):
     """Run one command. Imports are here so that help and errors come at once."""
     from minimath.config import EvalConfig, RLAIFConfig, SFTConfig, UserError, did_you_mean, load_config
     stages = {"sft": SFTConfig, "rlaif": RLAIFConfig, "eval": EvalConfig, "solve": EvalConfig}
-    known = (*stages, "run", "demo", "judge", "doctor")
+    if command == "sample":
+        from minimath.sample import SampleConfig, sample
+        stages["sample"] = SampleConfig
+    known = (*stages, "sample", "run", "demo", "judge", "doctor")
     if command not in known:
         raise UserError(f"unknown command {command!r}{did_you_mean(command, known)}; see minimath --help")
     if "--help" in words or "-h" in words:
@@ -84,7 +88,9 @@ def dispatch(command: str, words: list[str]):
             raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
         from minimath.pipeline import run
         return run(recipe, words)
-    cfg = load_config(stages[command], recipe, words)
+    cfg = load_config(stages[command], recipe, words, section="sample" if command == "sample" else "")
+    if command == "sample":
+        return sample(cfg)
     if command == "sft":
         from minimath.sft import sft
         return sft(cfg)
