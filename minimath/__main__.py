@@ -1,4 +1,5 @@
 """The command line: minimath demo | run | sft | rlaif | eval | solve | judge. `minimath COMMAND --help` for options."""
+import importlib
 import os
 import sys
 
@@ -16,6 +17,7 @@ USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GP
   minimath sample [RECIPE.yaml] [key=value ...]      training data: the shortest right of k solutions per problem
   minimath judge check  [RECIPE.yaml] [key=value ...]  whether a judge can be trusted with a run
   minimath judge attack [RECIPE.yaml] [key=value ...]  how easily it is fooled
+  minimath report RUN [RUN ...] [out=FOLDER]         report.html of a run, or of several beside each other
   minimath doctor [key=value ...]                    what this machine is, what will be used, whether it works
 
 `minimath sft --help` lists every option of a stage with its default. A recipe is YAML: `key: value` lines, shared
@@ -64,7 +66,7 @@ def dispatch(command: str, words: list[str]):
     if command == "sample":
         from minimath.sample import SampleConfig, sample
         stages["sample"] = SampleConfig
-    known = (*stages, "sample", "run", "demo", "judge", "doctor")
+    known = (*stages, "sample", "run", "demo", "judge", "report", "doctor")
     if command not in known:
         raise UserError(f"unknown command {command!r}{did_you_mean(command, known)}; see minimath --help")
     if "--help" in words or "-h" in words:
@@ -82,6 +84,9 @@ def dispatch(command: str, words: list[str]):
     if command == "doctor":
         from minimath.doctor import doctor
         return doctor(words)
+    if command == "report":
+        from minimath.page import report
+        return report(words)
     recipe = take_recipe(words)
     if command == "run":
         if recipe is None:
@@ -129,9 +134,9 @@ def help_text(command: str, stages: dict) -> str:
     if command == "demo":
         from minimath.demo import __doc__ as doc
         return doc
-    if command == "doctor":
-        from minimath.doctor import __doc__ as doc
-        return doc
+    if command in ("doctor", "report"):
+        module = {"doctor": "minimath.doctor", "report": "minimath.page"}[command]
+        return importlib.import_module(module).__doc__
     if command == "run":
         return USAGE
     lines = [f"minimath {command} [RECIPE.yaml] key=value ...", ""]

@@ -15,6 +15,7 @@ import inspect
 import math
 import re
 import textwrap
+import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,8 @@ __all__ = ["RECIPES", "SECTIONS", "STAGES", "AdapterConfig", "EvalConfig", "Mode
            "save_config"]
 
 RECIPES = Path(__file__).parent / "recipes"
-SECTIONS = (*STAGES, "demo")  # the demo's own class is passed to load_config by the demo
+KEEPS_SECRETS_OUT = {"judge_url", "vllm_url", "judge_key_env", "vllm_key_env"}  # a wrong value is not shown
+SECTIONS = (*STAGES, "demo", "sample")  # whose classes demo.py and sample.py pass to load_config
 
 
 class UserError(Exception):
@@ -96,6 +98,8 @@ def read_recipe(recipe: str) -> tuple[dict[str, Setting], dict[str, dict[str, Se
                         "a recipe is lines of 'key: value'") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the recipe {path}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: lists or mappings in hundreds of others; a recipe is lines of 'key: value'") from None
     shared, sections = {}, {}
     for key, node, where in mapping_items(root, path):
         if key not in SECTIONS:
@@ -125,9 +129,11 @@ def mapping_items(node, path):
         return
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}:{node.start_mark.line + 1}: expected lines of 'key: value'")
+    refuse_tags(f"{path}:{node.start_mark.line + 1}", node)
     seen = set()
     for key_node, value in node.value:
         where = f"{path}:{key_node.start_mark.line + 1}"
+        refuse_tags(where, key_node, value)
         key = scalar_text(key_node)
         if not key:
             raise UserError(f"{where}: a key must be a plain word")
@@ -135,6 +141,13 @@ def mapping_items(node, path):
             raise UserError(f"{where}: key {key!r} appears twice; keep one of the two lines")
         seen.add(key)
         yield key, value, where
+
+
+def refuse_tags(where: str, *nodes) -> None:
+    """UserError for a YAML tag, as in !!python/name:os.system: it would be ignored, and its value with it."""
+    for node in nodes:
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in ("str", "map", "seq", "int", "float", "bool", "null"):
+            raise UserError(f"{where}: a recipe takes no YAML tags ({node.tag}); write the value alone")
 
 
 def scalar_text(node) -> str | None:
@@ -151,16 +164,16 @@ def read_overrides(cls, overrides, section, classes, allow_other):
         key, equals, text = word.removeprefix("--").partition("=")
         prefix, dot, name = key.partition(".")
         if dot and prefix not in SECTIONS:
-            raise UserError(f"{word!r}: unknown section {prefix!r}{did_you_mean(prefix, SECTIONS)}")
+            raise UserError(f"{mask(word)!r}: unknown section {prefix!r}{did_you_mean(prefix, SECTIONS)}")
         name = (name if dot else key).replace("-", "_")
         owner = classes.get(prefix) if dot else cls
         if not dot and allow_other and name not in fields_of(cls):
             owner = next((c for c in classes.values() if name in fields_of(c)), cls)
         if not equals:  # `--resume` means resume=true; for anything but a switch the value is missing
             if owner is None or fields_of(owner).get(name) is not bool:
-                raise UserError(f"{word!r}: expected key=value")
+                raise UserError(f"{mask(word)!r}: expected key=value")
             text = "true"
-        setting = Setting(text, f"{word!r}" if name != "judge_key_env" else name)
+        setting = Setting(text, name if name in KEEPS_SECRETS_OUT else f"{mask(word)!r}")
         if owner is not None:
             coerce(owner, name, setting, section=prefix if dot else "")
         if dot and prefix == section:
@@ -187,7 +200,7 @@ def coerce(cls, key: str, setting: Setting, section: str = ""):
         value = PARSERS[kind](text)
     except ValueError:
         expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"{setting.where}: {key} must be {expected}, not {text!r}") from None
+        raise UserError(f"{setting.where}: {key} must be {expected}, not {mask(text)!r}") from None
     check_value(key, value, setting.where)
     return value
 
@@ -242,8 +255,10 @@ def check_value(key: str, value, where: str) -> None:
         if (key in AT_MOST_ONE and value > 1) or (key in BELOW_ONE and value >= 1):
             bound = "at most 1" if key in AT_MOST_ONE else "below 1"
             raise UserError(f"{where}: {key} must be {bound}, not {value}")
-    if key == "judge_key_env" and not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", value):
-        raise UserError(f"{where}: judge_key_env must be the NAME of an environment variable (letters, "
+    if key in ("judge_url", "vllm_url") and value:
+        check_url(f"{where}: {key}" if where != key else key, value)
+    if key in ("judge_key_env", "vllm_key_env") and not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", value):
+        raise UserError(f"{where}: {key} must be the NAME of an environment variable (letters, "
                         "digits, _); what you gave is not shown, in case it is a key: export it under a name")
     if key == "budgets" and not re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", value):
         raise UserError(f"{where}: budgets must be a comma list of token counts (128,256), not {value!r}")
@@ -255,6 +270,18 @@ def check_value(key: str, value, where: str) -> None:
         if not shows:
             raise UserError(f"{where}: prompt_template must contain {{problem}}, and other braces doubled, "
                             "as in \\boxed{{}}")
+
+
+def check_url(what: str, url: str) -> None:
+    """UserError, which does not show it, for a URL with a place for a secret: it would be saved with the run."""
+    try:
+        parts = urllib.parse.urlsplit(url if "//" in url else f"//{url}")
+        keeps = "@" in parts.netloc or parts.query or parts.fragment
+    except ValueError as error:
+        raise UserError(f"{what} is no URL ({error}); give one like http://127.0.0.1:8080/v1") from None
+    if keeps:
+        raise UserError(f"{what}: leave user, password and everything from a ? on out of it, they would be saved with "
+                        "the run; a key goes into the environment variable that judge_key_env or vllm_key_env names")
 
 
 def check_together(cfg) -> None:
@@ -288,6 +315,15 @@ def check_update(cfg: RLAIFConfig) -> None:
     if cfg.importance == "mask" and cfg.importance_cap <= 1:
         raise UserError(f"importance=mask keeps tokens within [1/c, c], c = importance_cap={cfg.importance_cap:g}; "
                         "give importance_cap=2 or more")
+
+
+def mask(word: str) -> str:
+    """A command-line word with what looks like a secret replaced by ***: values of *key*, *token* (not
+    *tokens*), *secret*, *password*; well-known key shapes; user:password in a URL."""
+    name = r"[\w.-]*(?:key|token(?!s)|secret|passw(?:or)?d|credential)[\w.-]*"
+    word = re.sub(rf"(?i)({name}=)[^&\s]+", r"\1***", word)
+    word = re.sub(r"://[^/@\s]+@", "://***@", word)
+    return re.sub(r"\b(?:sk-|hf_|gh[a-z]_|github_pat_|xox[a-z]-)[\w-]{8,}", "***", word)
 
 
 def fields_of(cls) -> dict[str, type]:

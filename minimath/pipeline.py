@@ -18,6 +18,7 @@ from minimath.config import EvalConfig, RLAIFConfig, SFTConfig, Stopped, UserErr
 from minimath.evaluate import COLUMNS, evaluate, row
 from minimath.gates import make_gate
 from minimath.log import RunLog, fmt_duration
+from minimath.page import write_page
 from minimath.report import plot_tradeoff
 from minimath.reward import check_reward
 from minimath.rlaif import rlaif
@@ -66,8 +67,18 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
         title = f"{Path(sft_cfg.model).name}, {summary['problems']} held-out problems"
         plot_tradeoff(rows, out / "tradeoff.png", title)
         log.table(f"{summary['problems']} held-out problems", COLUMNS, [row(name, r) for name, r in rows.items()])
+        report_page(out, log)
         log.say(f"{fmt_duration(60 * summary['minutes'])}; everything is in {out}")
     return summary
+
+
+def report_page(out: Path, log: RunLog) -> None:
+    """report.html of the whole run. Whatever fails is said, never raised: the run is complete without it."""
+    try:
+        log.say(f"report: {write_page([out], out)}")
+    except Exception as error:
+        log.say(f"report.html could not be written, everything else is saved ({type(error).__name__}: {error}); "
+                f"minimath report {out} tries again")
 
 
 @contextlib.contextmanager

@@ -50,7 +50,8 @@ def sample(cfg: SampleConfig) -> dict:
     evaluate(cfg)
     out = Path(cfg.out)
     lines = (out / "completions.jsonl").read_text(encoding="utf-8").split("\n")
-    rows, counts = kept_rows([json.loads(line) for line in lines if line], cfg)
+    records = [json.loads(line) for line in lines if line]
+    rows, counts = kept_rows(records, cfg)
     if not rows:
         raise UserError(f"no solution is left to train on ({worded(counts)}); all are in {out}/completions.jsonl. Raise "
                         "samples or max_new_tokens, widen min_solve_rate and max_solve_rate, or use a better model")
