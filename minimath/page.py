@@ -8,6 +8,7 @@ judge's health, all settings and the command. Pictures are inline SVG in the pag
 it. Texts of models and data are escaped, and the page's policy allows no script and no address at all.
 """
 import base64
+import contextlib
 import html
 import json
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from minimath import figures
 from minimath.config import UserError
-from minimath.evaluate import COLUMNS
+from minimath.evaluate import COLUMNS, paired
 from minimath.evaluate import row as table_row
 from minimath.report import read_metrics
 from minimath.runs import write_whole
@@ -139,9 +140,22 @@ def evaluation_parts(evaluations: dict[str, Path], out: Path) -> list[str]:
         parts.append(picture(figures.beside_paper(rows), "beside-paper", out, "The two stages beside the paper's, each "
                              "relative to the model before them (arXiv 2507.08267; another scale, the same shape)"))
     if any(records.values()):
+        parts.append(differences(records))
         there = {name: found for name, found in records.items() if found}
         parts += [picture(figures.lengths(there), "lengths", out, "Lengths of solutions"), side_by_side(there)]
     return parts
+
+
+def differences(records: dict[str, list[dict]]) -> str:
+    """Each evaluation against the first one that has completions, on the problems that both have."""
+    (first, base), *others = [(name, rows) for name, rows in records.items() if rows]
+    rows = []
+    for name, mine in others:
+        with contextlib.suppress(UserError):  # other problems: nothing to compare
+            cells = [(paired(mine, base, what), scale) for what, scale in (("right", 100), ("tokens", 1))]
+            rows.append([name, *(f"{scale * mean:+.1f} ({scale * low:+.1f} to {scale * high:+.1f})"
+                                 for (mean, low, high), scale in cells)])
+    return html_table([f"against {first}", "accuracy, points (95%)", "mean tokens (95%)"], rows) if rows else ""
 
 
 def training_parts(stages: dict[str, Path], out: Path) -> list[str]:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
+from minimath import figures
 from minimath.checkpoint import find_adapter
 from minimath.config import EvalConfig, RLAIFConfig, SFTConfig, Stopped, UserError, load_config, save_config
 from minimath.evaluate import COLUMNS, evaluate, row
 from minimath.gates import make_gate
 from minimath.log import RunLog, fmt_duration
 from minimath.page import write_page
-from minimath.report import plot_tradeoff
 from minimath.reward import check_reward
 from minimath.rlaif import rlaif
 from minimath.runs import PART, new_run_folder, write_whole
@@ -64,8 +64,7 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
         summary = {"rows": rows, "minutes": (time.monotonic() - started) / 60, "model": sft_cfg.model,
                    "problems": next(iter(rows.values()))["problems"]}
         write_whole(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
-        title = f"{Path(sft_cfg.model).name}, {summary['problems']} held-out problems"
-        plot_tradeoff(rows, out / "tradeoff.png", title)
+        figures.save_png(figures.tradeoff(rows), out / "tradeoff.png")
         log.table(f"{summary['problems']} held-out problems", COLUMNS, [row(name, r) for name, r in rows.items()])
         report_page(out, log)
         log.say(f"{fmt_duration(60 * summary['minutes'])}; everything is in {out}")

@@ -19,6 +19,7 @@ from minimath.evaluate import (
     evaluate,
     evaluate_model,
     majority_right,
+    paired,
     pass_at,
     row,
     summarise,
@@ -254,3 +255,16 @@ def test_a_signal_stops_the_evaluation_and_keeps_its_number(evaluate_examples):
     with pytest.raises(Stopped) as caught:
         evaluate_examples([Example("1 + 1 = ?", answer="2")], stop)
     assert caught.value.args == (15,)
+
+
+def test_paired_differences_are_narrower_than_unpaired_ones_and_skip_other_problems():
+    def rows(rights):
+        return [record(n, right) | {"problem": f"p{n}"} for n, right in enumerate(rights)]
+
+    hard = [n % 2 == 0 for n in range(60)]
+    mean, low, high = paired(rows([r or n % 10 == 1 for n, r in enumerate(hard)]), rows(hard))
+    assert mean == pytest.approx(0.1) and 0 < low < mean < high < 0.2
+    several = [record(0, right) for right in (True, False, False, False)]  # four samples of one problem
+    assert paired(several, [record(0, True)])[0] == pytest.approx(-0.75)
+    with pytest.raises(UserError, match="no problem in common"):
+        paired(rows([True]), [record(0, True) | {"problem": "another"}])

@@ -60,6 +60,11 @@ def test_the_page_holds_evaluations_curves_solutions_judge_settings_and_the_comm
     assert all((folder / "plots" / name).stat().st_size > 5000 for name in pictures)
 
 
+def test_differences_are_paired_by_problem(page):
+    assert "against base" in page and "+50.0 (+12.5 to +87.5)" in page  # RLAIF: 6 of 8 for 2 of 8
+    assert "-60.0 (-60.0 to -60.0)" in page  # the same number of tokens fewer on every problem
+
+
 def test_every_step_is_marked_right_or_wrong(page):
     assert "2 + 2 = 5. <span class=\"wrong\">" in page and "2 + 2 = 4. <span class=\"right\">" in page
 
