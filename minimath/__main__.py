@@ -13,11 +13,13 @@ USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GP
   minimath sft   [RECIPE.yaml] [key=value ...]       stage 1: fine-tune on worked solutions
   minimath rlaif [RECIPE.yaml] [key=value ...]       stage 2: RL with an AI judge
   minimath eval  [RECIPE.yaml] [key=value ...]       accuracy, tokens, steps, with intervals
-  minimath solve "PROBLEM" [key=value ...]           one solution, its steps checked
+  minimath solve ["PROBLEM"] [key=value ...]         solutions as they are written, their steps checked
   minimath sample [RECIPE.yaml] [key=value ...]      training data: the shortest right of k solutions per problem
   minimath judge check  [RECIPE.yaml] [key=value ...]  whether a judge can be trusted with a run
   minimath judge attack [RECIPE.yaml] [key=value ...]  how easily it is fooled
+  minimath plan RECIPE.yaml [key=value ...] [card=24] [--apply [FILE]]   what it needs, which cards hold it
   minimath report RUN [RUN ...] [out=FOLDER]         report.html of a run, or of several beside each other
+  minimath export adapter=RUN out=FOLDER [to=gguf]   the merged model, for transformers, llama.cpp or Ollama
   minimath doctor [key=value ...]                    what this machine is, what will be used, whether it works
 
 `minimath sft --help` lists every option of a stage with its default. A recipe is YAML: `key: value` lines, shared
@@ -66,7 +68,10 @@ def dispatch(command: str, words: list[str]):
     if command == "sample":
         from minimath.sample import SampleConfig, sample
         stages["sample"] = SampleConfig
-    known = (*stages, "sample", "run", "demo", "judge", "report", "doctor")
+    if command == "export":
+        from minimath.export import ExportConfig, export
+        stages["export"] = ExportConfig
+    known = (*stages, "sample", "run", "demo", "judge", "report", "doctor", "plan", "export")
     if command not in known:
         raise UserError(f"unknown command {command!r}{did_you_mean(command, known)}; see minimath --help")
     if "--help" in words or "-h" in words:
@@ -76,18 +81,23 @@ def dispatch(command: str, words: list[str]):
         from minimath.demo import demo
         return demo(words)
     if command == "solve":
-        from minimath.solve import solve
-        problem, *words = words or [""]
+        from minimath.solve import parse, solve
+        problem, words = parse(words)
         return solve(problem, load_config(EvalConfig, None, words))
     if command == "judge":
         return judge_command(words)
     if command == "doctor":
         from minimath.doctor import doctor
         return doctor(words)
+    if command == "export":
+        return export(words)
     if command == "report":
         from minimath.page import report
         return report(words)
     recipe = take_recipe(words)
+    if command == "plan":
+        from minimath.plan import plan
+        return plan(recipe, words)
     if command == "run":
         if recipe is None:
             raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
@@ -134,12 +144,16 @@ def help_text(command: str, stages: dict) -> str:
     if command == "demo":
         from minimath.demo import __doc__ as doc
         return doc
+    if command == "plan":
+        from minimath.plan import __doc__ as doc
+        return doc
     if command in ("doctor", "report"):
         module = {"doctor": "minimath.doctor", "report": "minimath.page"}[command]
         return importlib.import_module(module).__doc__
     if command == "run":
         return USAGE
-    lines = [f"minimath {command} [RECIPE.yaml] key=value ...", ""]
+    recipe = "" if command == "export" else "[RECIPE.yaml] "
+    lines = [f"minimath {command} {recipe}key=value ...", ""]
     for name, kind, default, doc in describe_config(stages[command]):
         kind = getattr(kind, "__name__", kind)
         lines.append(f"  {f'{name}={default}':<44} {kind:<6} {doc}")

@@ -2,35 +2,22 @@
 
 An answer is taken from the text (`extract_answer`) and compared with the gold one (`AnswerChecker`). Plain
 numbers, fractions, arithmetic and identical strings are decided here, exactly. Everything else goes to
-math-verify (https://github.com/huggingface/Math-Verify), which can hang or eat memory on hostile LaTeX and
-has no time-out of its own off the main thread: it runs in ONE child process, `python -m minimath.answer`,
-with a memory limit and no secrets in its environment, killed and restarted when an answer takes too long. The
-gold answer is always verify's first argument: verify is not symmetric.
+math-verify, which can hang or eat memory on hostile LaTeX: bounded.py runs it, and the regular expressions of
+gate=regex, in processes with limits.
 
 `check_steps` (from steps.py) counts the `a op b = c` steps of a solution. Nothing here is ever eval'd.
 """
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
-import os
-import queue
 import re
-import signal
-import subprocess
-import sys
-import threading
-from pathlib import Path
 
-from .config import UserError
-from .steps import MAX_TEXT_CHARS, StepCount, check_steps, plain_number, same_number
+from .bounded import BoundedChild
+from .steps import StepCount, check_steps, plain_number, same_number
 
 __all__ = ["AnswerChecker", "StepCount", "answer_end", "check_steps", "extract_answer"]
 
 MAX_ANSWER_CHARS = 400        # a longer "answer" is wrong: the longest gold answer of MATH-500 has 53
-CHILD_MEMORY_BYTES = 2 << 30
-CHILD_START_S = 120.0         # sympy imports slowly on a loaded machine
+MAX_TAIL_CHARS = 1 << 17      # of a text, its end is read for an answer: a hostile megabyte would take 0.7 s
 
 # ---------------------------------------------------------------- extraction
 
@@ -45,7 +32,7 @@ _NUMBER = re.compile(r"(?:(?<![\w)])-)?\\?\$?(?:\d+(?:,\d{3})*(?!\d)(?:\.\d+)?|\
 def extract_answer(text: str, *, strict: bool = False) -> str | None:
     """The final answer in `text`: the last complete, non-empty \\boxed{...}, else what follows the last
     "####", else the last "answer is ...", else the last number, else None. strict=True: \\boxed only."""
-    text = text[-MAX_TEXT_CHARS:]
+    text = text[-MAX_TAIL_CHARS:]
     boxed = _last_boxed(text)
     if boxed is not None or strict:
         return boxed
@@ -125,23 +112,28 @@ def _normal(answer: str) -> str:
 
 
 class AnswerChecker:
-    """Compares answers; a context manager, usable from any thread. The math-verify child starts at the first
-    answer that needs it and lives until close(). `timeout_s` bounds one comparison. Counters: `bad_gold` (no
-    one can read the gold answer: all answers are wrong, so that it pays nobody), `timeouts`, `starts`."""
+    """Compares answers; a context manager, usable from any thread. `timeout_s` bounds one comparison, by the
+    clock. Counters: `bad_gold` (no one can read the gold answer: all answers are wrong, so that it pays nobody),
+    `timeouts`, and `starts` of the child, which starts at the first answer that needs it."""
 
     def __init__(self, timeout_s: float = 2.0):
-        self.timeout_s = timeout_s
-        self.bad_gold = self.timeouts = self.starts = 0
-        self._child: subprocess.Popen | None = None
-        self._lines: queue.Queue = queue.Queue()
-        self._lock = threading.Lock()
-        self._cache: dict[tuple[str, str], bool] = {}
+        self.bad_gold = 0
+        self.child = BoundedChild(timeout_s)
+        self._cache: dict[tuple[str, str, str], str] = {}
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
+
+    @property
+    def timeouts(self) -> int:
+        return self.child.timeouts
+
+    @property
+    def starts(self) -> int:
+        return self.child.starts
 
     def check(self, text: str, gold: str) -> bool:
         """Whether the final answer of `text` equals `gold`; False without an answer."""
@@ -154,10 +146,10 @@ class AnswerChecker:
 
     def equal(self, answer: str, gold: str) -> bool:
         """Whether two answers are the same mathematical object. UserError only when the child can't start."""
-        if not gold.strip():
+        if not gold.strip() or len(gold) > MAX_ANSWER_CHARS:
             self.bad_gold += 1
             return False
-        if len(answer) > MAX_ANSWER_CHARS or len(gold) > MAX_ANSWER_CHARS or not answer.strip():
+        if len(answer) > MAX_ANSWER_CHARS or not answer.strip():
             return False
         if _normal(answer) == _normal(gold):
             return True
@@ -166,108 +158,27 @@ class AnswerChecker:
             return same_number(gold_number, number)
         if gold_number and not re.search(r"[\d\\]", answer):
             return False                        # words: not a number
-        key = (answer, gold)
-        if key not in self._cache:
+        reply = self._ask("equal", gold, answer)
+        self.bad_gold += reply == "bad gold"
+        return reply == "right"
+
+    def matches(self, text: str, pattern: str) -> bool:
+        """Whether the final answer of `text` matches the regular expression from end to end, case ignored; False
+        without an answer, and where the pattern takes longer than the time limit."""
+        answer = extract_answer(text)
+        if answer is None or len(answer) > MAX_ANSWER_CHARS:
+            return False
+        return self._ask("match", pattern, answer.strip()) == "right"
+
+    def _ask(self, *question: str) -> str:
+        reply = self._cache.get(question)
+        if reply is None:
+            reply = self.child.ask(*question)
             if len(self._cache) >= 10_000:
                 self._cache.clear()
-            self._cache[key] = self._ask(answer, gold)
-        return self._cache[key]
-
-    def _ask(self, answer: str, gold: str) -> bool:
-        with self._lock:
-            if self._child is None or self._child.poll() is not None:
-                self._start()
-            request = json.dumps({"gold": gold, "answer": answer, "seconds": self.timeout_s})
-            try:
-                self._child.stdin.write(request + "\n")
-                self._child.stdin.flush()
-                reply = self._lines.get(timeout=self.timeout_s)
-            except queue.Empty:
-                self.timeouts += 1
-                reply = None
-            except OSError:                     # it died (memory limit, stack): this answer is wrong
-                reply = None
-            if reply not in ("right", "wrong", "bad gold"):
-                self._stop()
-            self.bad_gold += reply == "bad gold"
-            return reply == "right"
-
-    def _start(self):
-        kept = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT", "VIRTUAL_ENV", "TMPDIR")
-        root = str(Path(__file__).resolve().parents[1])
-        env = {name: os.environ[name] for name in kept if name in os.environ}
-        env["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        self._lines = queue.Queue()
-        self._child = subprocess.Popen(
-            [sys.executable, "-B", "-m", "minimath.answer"], env=env, text=True, bufsize=1, encoding="utf-8",
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        threading.Thread(target=_pump, args=(self._child.stdout, self._lines), daemon=True).start()
-        self.starts += 1
-        try:
-            ready = self._lines.get(timeout=CHILD_START_S)
-        except queue.Empty:
-            ready = None
-        if ready != "ready":
-            self._stop()
-            raise UserError("answer checker: the math-verify child process did not start; try "
-                            "`python -c 'import math_verify'`, and reinstall math-verify if that fails")
-
-    def _stop(self):
-        child, self._child = self._child, None
-        if child is not None:
-            with contextlib.suppress(OSError):
-                child.kill()
-            child.wait()
-            for stream in (child.stdin, child.stdout):
-                with contextlib.suppress(OSError, ValueError):
-                    stream.close()
+            self._cache[question] = reply
+        return reply
 
     def close(self):
         """Ends the child; the checker can be used again afterwards."""
-        with self._lock:
-            self._stop()
-
-
-def _pump(stream, lines: queue.Queue):
-    with contextlib.suppress(OSError, ValueError):
-        for line in stream:
-            lines.put(line.strip())
-    lines.put("ended")
-
-
-# ---------------------------------------------------------------- the child process
-
-def _serve():
-    """Reads one JSON request a line, writes right, wrong or "bad gold" a line, until its input closes."""
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)                               # a library's print must not become a verdict
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-        resource.setrlimit(resource.RLIMIT_AS, (CHILD_MEMORY_BYTES, CHILD_MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    # an alarm's default action ends the process: no hostile answer loops for ever when the parent was killed
-    alarm = getattr(signal, "alarm", lambda seconds: 0)
-    configs = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-
-    @functools.lru_cache(maxsize=1024)
-    def read(answer: str):
-        return parse(f"\\boxed{{{answer}}}", configs, parsing_timeout=None)
-
-    replies.write("ready\n")
-    for line in sys.stdin:
-        request = json.loads(line)
-        alarm(int(request["seconds"]) + 5)
-        try:
-            gold = read(request["gold"])
-            reply = "bad gold" if not gold else "right" if verify(
-                gold, read(request["answer"]), timeout_seconds=None) else "wrong"
-        except (Exception, RecursionError, MemoryError):
-            reply = "wrong"
-        alarm(0)
-        replies.write(reply + "\n")
-
-
-if __name__ == "__main__":
-    _serve()
+        self.child.close()

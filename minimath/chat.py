@@ -9,11 +9,10 @@ apart, which is what generation sees too. A tokenizer without a chat template (b
 from functools import lru_cache
 from typing import NamedTuple
 
-import jinja2
 import torch
 
 from minimath.config import UserError
-from minimath.data import Example
+from minimath.data import Example, hashes_answer
 
 IGNORE = -100
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>",
@@ -66,7 +65,7 @@ def _render(tokenizer, messages: list[dict], *, generate: bool = False) -> str:
         return "\n\n".join(m["content"] for m in messages) + ("\n\n" if generate else "")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program of the model's
         roles = ", ".join(m["role"] for m in messages)
         raise UserError(f"the model's chat template refuses messages from {roles}: {error}; "
                         "try without a system message (system=)") from error
@@ -135,9 +134,9 @@ def final_text(solution: str, answer: str) -> str:
     """The solution with its final answer in \\boxed{}: "#### x" is rewritten, a missing answer appended."""
     if "\\boxed" in solution:
         return solution
-    if "####" in solution:
-        body, final = solution.rsplit("####", 1)
-        return f"{body.rstrip()}\n\\boxed{{{answer or final.strip()}}}".lstrip()
+    if final := hashes_answer(solution):
+        body = solution.rsplit("####", 1)[0]
+        return f"{body.rstrip()}\n\\boxed{{{answer or final}}}".lstrip()
     return f"{solution}\n\\boxed{{{answer}}}" if answer else solution
 
 

@@ -15,12 +15,12 @@ import inspect
 import math
 import re
 import textwrap
-import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
+from minimath.credentials import KEEPS_SECRETS_OUT, mask, url_fault
 from minimath.options import (
     AT_MOST_ONE,
     BELOW_ONE,
@@ -40,7 +40,6 @@ __all__ = ["RECIPES", "SECTIONS", "STAGES", "AdapterConfig", "EvalConfig", "Mode
            "save_config"]
 
 RECIPES = Path(__file__).parent / "recipes"
-KEEPS_SECRETS_OUT = {"judge_url", "vllm_url", "judge_key_env", "vllm_key_env"}  # a wrong value is not shown
 SECTIONS = (*STAGES, "demo", "sample")  # whose classes demo.py and sample.py pass to load_config
 
 
@@ -255,8 +254,8 @@ def check_value(key: str, value, where: str) -> None:
         if (key in AT_MOST_ONE and value > 1) or (key in BELOW_ONE and value >= 1):
             bound = "at most 1" if key in AT_MOST_ONE else "below 1"
             raise UserError(f"{where}: {key} must be {bound}, not {value}")
-    if key in ("judge_url", "vllm_url") and value:
-        check_url(f"{where}: {key}" if where != key else key, value)
+    if key in ("judge_url", "vllm_url") and (fault := url_fault(value)):
+        raise UserError(f"{where}: {key}: {fault}" if where != key else f"{key}: {fault}")
     if key in ("judge_key_env", "vllm_key_env") and not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", value):
         raise UserError(f"{where}: {key} must be the NAME of an environment variable (letters, "
                         "digits, _); what you gave is not shown, in case it is a key: export it under a name")
@@ -270,18 +269,6 @@ def check_value(key: str, value, where: str) -> None:
         if not shows:
             raise UserError(f"{where}: prompt_template must contain {{problem}}, and other braces doubled, "
                             "as in \\boxed{{}}")
-
-
-def check_url(what: str, url: str) -> None:
-    """UserError, which does not show it, for a URL with a place for a secret: it would be saved with the run."""
-    try:
-        parts = urllib.parse.urlsplit(url if "//" in url else f"//{url}")
-        keeps = "@" in parts.netloc or parts.query or parts.fragment
-    except ValueError as error:
-        raise UserError(f"{what} is no URL ({error}); give one like http://127.0.0.1:8080/v1") from None
-    if keeps:
-        raise UserError(f"{what}: leave user, password and everything from a ? on out of it, they would be saved with "
-                        "the run; a key goes into the environment variable that judge_key_env or vllm_key_env names")
 
 
 def check_together(cfg) -> None:
@@ -315,15 +302,6 @@ def check_update(cfg: RLAIFConfig) -> None:
     if cfg.importance == "mask" and cfg.importance_cap <= 1:
         raise UserError(f"importance=mask keeps tokens within [1/c, c], c = importance_cap={cfg.importance_cap:g}; "
                         "give importance_cap=2 or more")
-
-
-def mask(word: str) -> str:
-    """A command-line word with what looks like a secret replaced by ***: values of *key*, *token* (not
-    *tokens*), *secret*, *password*; well-known key shapes; user:password in a URL."""
-    name = r"[\w.-]*(?:key|token(?!s)|secret|passw(?:or)?d|credential)[\w.-]*"
-    word = re.sub(rf"(?i)({name}=)[^&\s]+", r"\1***", word)
-    word = re.sub(r"://[^/@\s]+@", "://***@", word)
-    return re.sub(r"\b(?:sk-|hf_|gh[a-z]_|github_pat_|xox[a-z]-)[\w-]{8,}", "***", word)
 
 
 def fields_of(cls) -> dict[str, type]:

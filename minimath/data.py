@@ -10,9 +10,12 @@ Accepted row shapes (`data_format`; "auto" takes the first that fits):
 A bad row is skipped, counted and named as file:line with the reason and the fix; `strict` makes it fatal.
 Rows with an id or a problem seen before are kept (resampled sets repeat them) and counted as a note.
 """
+import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
 from minimath.config import UserError, did_you_mean
@@ -25,8 +28,8 @@ COLUMNS = {
 }
 FORMATS = ("auto", "messages", "prompt_completion", "question_answer", "problem_solution")
 ROLES = ("system", "user", "assistant")
-REPORTED_ROWS = 20
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+REPORTED_ROWS, REPORTED_CHARS = 20, 600
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*(:\w[\w.-]*)?")
 ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator marks
 
 
@@ -69,7 +72,7 @@ def load_examples(data: str | Path, *, split: str = "train", limit: int = 0, str
     for where, row in _rows(str(data), split):
         made = row if isinstance(row, BadRow) else to_example(row, where, need, data_format)
         if isinstance(made, BadRow):
-            line = f"{where}: {made.reason}; {made.fix}"
+            line = f"{where}: {_shown(f'{made.reason}; {made.fix}')}"
             if strict:
                 raise UserError(f"{line} (strict=true: a bad row stops the run)")
             report.skipped[made.reason] = report.skipped.get(made.reason, 0) + 1
@@ -109,16 +112,16 @@ def _rows(data: str, split: str) -> Iterator[Row]:
     path = Path(data).expanduser()
     if not data:
         raise UserError("no data given; set data= to a file, a folder or a data set name owner/name")
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike is_dir, also for a name that is too long
         files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix.lower() in SUFFIXES)
         files = [f for f in files if split in re.split(r"[^a-z0-9]+", f.stem.lower())] or files
         if not files:
             raise UserError(f"{path}: no data files in this folder; expected {', '.join(SUFFIXES)}")
         for file in files:
             yield from read_rows(file)
-    elif path.exists():
+    elif os.path.exists(path):
         yield from read_rows(path)
-    elif HUB_NAME.fullmatch(data) and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir():
+    elif HUB_NAME.fullmatch(data) and path.suffix.lower() not in SUFFIXES and not os.path.isdir(path.parent):
         yield from _hub_rows(data, split)
     else:
         raise UserError(_missing(data, path))
@@ -126,7 +129,7 @@ def _rows(data: str, split: str) -> Iterator[Row]:
 
 def _missing(data: str, path: Path) -> str:
     folder = path.parent
-    while not folder.is_dir():
+    while not os.path.isdir(folder):
         folder, path = folder.parent, folder  # the first part of the path that does not exist
     there = sorted(p.name for p in folder.iterdir() if p.is_dir() or p.suffix.lower() in SUFFIXES)
     near = did_you_mean(path.name, there)
@@ -167,25 +170,41 @@ def to_example(row: dict, where: str, need: Iterable[str], data_format: str = "a
 
 
 def _final_answer(solution: str) -> str:
-    if "####" in solution:
-        return solution.rsplit("####", 1)[1].strip()
+    final = hashes_answer(solution)
+    if final:
+        return final
     from minimath.answer import extract_answer  # only here: answer.py is heavier than a reader needs
     return extract_answer(solution, strict=True) or ""
 
 
+def hashes_answer(solution: str) -> str:
+    """What follows the last "####" (GSM8K), "" when that is not the end: then it opened a Markdown heading."""
+    final = solution.rsplit("####", 1)[1].strip() if "####" in solution else ""
+    return "" if "\n" in final else final
+
+
 def _text(value, name: str, *, number: bool = False) -> "str | BadRow":
-    """A stripped text; None is empty. number: ints and floats (answers often are) become text."""
-    if value is None:
+    """A stripped text; None is empty. number: ints and floats (answers often are) become text, NaN is empty."""
+    if value is None or (number and value != value):
         return ""
-    if number and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(int(value)) if value == value and abs(value) < 1e15 and value == int(value) else str(value)
+    if number and isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+        if abs(value) == float("inf"):
+            return BadRow(f"{name} is infinite", "write it as text, \\infty")
+        return str(int(value)) if abs(value) < 1e22 and value == int(value) else str(value)
     if not isinstance(value, str):
         return BadRow(f"{name} has the wrong type", f"{type(value).__name__} instead of text")
     if "\0" in value:
         return BadRow("NUL character", f"remove it from {name}")
     if any("\ud800" <= c <= "\udfff" for c in value):
         return BadRow("half of a surrogate pair", f"{name} was cut inside an emoji; write it again")
-    return value.strip()
+    # a text of nothing but zero-width and control characters is empty too
+    return "" if all(c.isspace() or unicodedata.category(c) in ("Cf", "Cc") for c in value) else value.strip()
+
+
+def _shown(text: str) -> str:
+    """A part of a row as a message can hold it: cut, and what no terminal shows or encodes is escaped."""
+    text = text if len(text) <= REPORTED_CHARS else text[:REPORTED_CHARS] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _pick(row: dict, columns: tuple[str, ...]) -> tuple[str, object]:
@@ -228,18 +247,20 @@ def _split_answer(values: dict[str, str]) -> dict[str, str]:
 
 
 def _identity(row: dict) -> str:
-    return str(row["id"]) if isinstance(row.get("id"), (str, int)) else ""
+    name = row.get("id")
+    return str(name).encode(errors="backslashreplace").decode() if isinstance(name, (str, int)) else ""
 
 
 def _names(row: dict) -> str:
-    return ", ".join(map(str, list(row)[:12])) or "none"
+    return ", ".join(str(name)[:60] for name in list(row)[:12]) or "none"
 
 
 def _unknown_columns(row: dict) -> BadRow:
     accepted = [c for names in COLUMNS.values() for c in names] + ["messages"]
-    near = [f"{c}{did_you_mean(c, accepted)}" for c in map(str, row) if did_you_mean(c, accepted)]
+    near = [f"{c}{did_you_mean(c, accepted)}" for c in map(str, list(row)[:60])
+            if len(c) <= 60 and did_you_mean(c, accepted)]
     hint = f"; {', '.join(near)}" if near else f"; accepted are {', '.join(accepted)}"
-    nested = next((k for k, v in row.items() if isinstance(v, dict) and set(v) & set(accepted)), None)
+    nested = next((str(k)[:60] for k, v in row.items() if isinstance(v, dict) and set(v) & set(accepted)), None)
     hint = f"; the row is nested: move the content of {nested!r} up" if nested is not None else hint
     return BadRow("no column with the problem", f"columns are {_names(row)}{hint}")
 
@@ -272,10 +293,10 @@ def _message(message, number: int, before: list[dict]) -> "dict | BadRow":
         return BadRow(bad, f"message {number} needs role and content")
     role, content = message["role"], message["content"]
     if role not in ROLES:
-        return BadRow(bad, f"message {number} has role {role!r}{did_you_mean(str(role), ROLES)}; "
-                           f"use {', '.join(ROLES)}")
-    if isinstance(content, list) and all(isinstance(p, dict) and "text" in p for p in content):
-        content = "".join(str(p["text"]) for p in content)  # the form with parts that hub data sets use
+        role = str(role)[:60]
+        return BadRow(bad, f"message {number} has role {role!r}{did_you_mean(role, ROLES)}; use {', '.join(ROLES)}")
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        content = "".join(p["text"] for p in content)  # the form with parts that hub data sets use
     text = _text(content, f"content of message {number}")
     if isinstance(text, BadRow):
         return text

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from .config import UserError, check_url, mask
+from .config import UserError
+from .credentials import mask, url_fault
 from .endpoint_http import Failure, make_opener, post
 from .endpoint_verdict import FORMS, Reply, form_fields, is_soft, list_vote, read_reply, vote
 from .judge_cache import ReplyCache, cache_folder, reply_key
@@ -69,7 +70,8 @@ class ChatClient:
     cache: ReplyCache | None = field(default=None, repr=False)
 
     def __post_init__(self):
-        check_url("judge_url", self.url)
+        if fault := url_fault(self.url):
+            raise UserError(f"judge_url: {fault}")
         parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"judge_url={mask(self.url)!r}: give the base URL of an OpenAI-compatible server, "

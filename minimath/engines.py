@@ -16,7 +16,8 @@ OWN_ENGINE_ONLY = {"repetition_penalty": 1.0, "stop_boxed": False, "loop_guard":
 
 @contextlib.contextmanager
 def open_engine(cfg, model, tokenizer, *, say=print, run_dir=""):
-    """Yield sample(prompts, *, samples, keys, done, on_done, on_step, facts) -> one list of completions per prompt.
+    """Yield sample(prompts, *, samples, keys, done, on_done, on_step, on_tokens, facts) -> one list of completions per
+    prompt; on_tokens is heard by minimath's own engine alone.
 
     cfg: RLAIFConfig or EvalConfig, for its rollout and sampling options. run_dir: where vLLM finds the adapters. With
     rollout=auto, a model without a standard KV cache goes to transformers' generate, which is said once. Raises
@@ -34,12 +35,12 @@ def open_engine(cfg, model, tokenizer, *, say=print, run_dir=""):
         if plain:
             refuse_own_options(cfg)
 
-        def sample(prompts, *, on_step=None, facts=None, **options) -> list[list[Completion]]:
+        def sample(prompts, *, on_step=None, on_tokens=None, facts=None, **options) -> list[list[Completion]]:
             nonlocal plain
             if not plain:
                 try:
-                    return generate(model, tokenizer, prompts, slots=cfg.slots, on_step=on_step, facts=facts, say=say,
-                                    **common, **own, **options)
+                    return generate(model, tokenizer, prompts, slots=cfg.slots, on_step=on_step, on_tokens=on_tokens,
+                                    facts=facts, say=say, **common, **own, **options)
                 except NoStandardCache as error:
                     refuse_own_options(cfg)
                     say(f"{error}: rollouts go through transformers' generate, which is slower")
@@ -57,7 +58,7 @@ def open_vllm_engine(cfg, model, tokenizer, run_dir, common: dict, stack: contex
     vllm = stack.enter_context(contextlib.closing(open_vllm(cfg, model, tokenizer, run_dir)))
     calls = 0
 
-    def sample(prompts, *, on_step=None, on_done=None, facts=None, **options) -> list[list[Completion]]:
+    def sample(prompts, *, on_step=None, on_done=None, on_tokens=None, facts=None, **options) -> list[list[Completion]]:
         nonlocal calls
         calls += 1
 

@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable
 
-from minimath.answer import MAX_ANSWER_CHARS, extract_answer
 from minimath.config import UserError
 from minimath.data import Example
 
@@ -19,7 +18,8 @@ def make_gate(cfg, checker) -> Callable[[list[str], Example], list[bool]]:
     """gate(texts, example) -> whether each completion of the example is right, by cfg.gate:
 
       exact: its final answer equals the reference answer; checker: an answer.AnswerChecker
-      regex: its final answer matches the reference answer, a regular expression, from end to end
+      regex: its final answer matches the reference answer, a regular expression, from end to end; the checker runs
+        it, with a time limit
       none: every completion is right, and judge and brevity alone speak
       python:module.fn: fn(text, example) -> bool, or a score in [0, 1] of which 0.5 and above is right
 
@@ -28,7 +28,7 @@ def make_gate(cfg, checker) -> Callable[[list[str], Example], list[bool]]:
     if cfg.gate == "exact":
         return lambda texts, example: checker.check_many([(text, example.answer) for text in texts])
     if cfg.gate == "regex":
-        return lambda texts, example: [matches(text, answer_pattern(example)) for text in texts]
+        return lambda texts, example: [checker.matches(text, answer_pattern(example)) for text in texts]
     if cfg.gate == "none":
         return lambda texts, example: [True] * len(texts)
     fn = load_function(cfg.gate, "gate")
@@ -48,19 +48,15 @@ def check_gate(cfg, examples: list[Example]) -> None:
             answer_pattern(example)
 
 
-def answer_pattern(example: Example) -> re.Pattern:
-    """The reference answer as a pattern, case and surrounding space ignored; re caches the compilation."""
+def answer_pattern(example: Example) -> str:
+    """The reference answer as a pattern. Raises UserError when it is none; re caches the compilation."""
+    pattern = example.answer.strip()
     try:
-        return re.compile(example.answer.strip(), re.IGNORECASE | re.DOTALL)
-    except re.error as error:
-        raise UserError(f"{example.where or example.id or 'example'}: gate=regex, but the answer {example.answer!r} is "
+        re.compile(pattern, re.IGNORECASE | re.DOTALL)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{example.where or example.id or 'example'}: gate=regex, but the answer {pattern[:200]!r} is "
                         f"no regular expression ({error}); escape special characters, or use gate=exact") from None
-
-
-def matches(text: str, pattern: re.Pattern) -> bool:
-    """Whether the final answer of the text matches. Its length is bounded: re has no time limit of its own."""
-    answer = extract_answer(text)
-    return answer is not None and len(answer) <= MAX_ANSWER_CHARS and bool(pattern.fullmatch(answer.strip()))
+    return pattern
 
 
 def verdict(fn, name: str, text: str, example: Example) -> bool:

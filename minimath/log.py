@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from minimath.config import UserError, comma_list
+from minimath.credentials import mask
 
 PLAIN_SECONDS = 10.0  # pause between progress lines where there is no terminal
 PACKAGES = ("minimath", "torch", "triton", "numpy", "transformers", "peft", "bitsandbytes", "tokenizers",
@@ -42,6 +43,7 @@ class RunLog:
         if self.stream.isatty():
             from rich.console import Console
             self.console = Console(file=self.stream)
+        refuse_links(self.run_dir)
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"title": title, **environment()}, indent=1)
@@ -154,6 +156,15 @@ class RunLog:
         self.trackers = {}
 
 
+def refuse_links(run_dir: Path) -> None:
+    """UserError for a link in the run folder that leads out of it: what is behind it is not the run's to write to, to
+    replace or to delete."""
+    root = os.path.realpath(run_dir)
+    for path in run_dir.glob("*"):
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+            raise UserError(f"{path} is a link that leads out of the run folder; remove it, or choose another out=")
+
+
 def start_tracker(name: str, run_dir: Path):
     """(log(step, numbers), finish()) of a tracker; UserError with the pip line when it isn't installed."""
     module = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
@@ -176,19 +187,25 @@ def start_tracker(name: str, run_dir: Path):
 
 def truncate_metrics(run_dir, step: int) -> None:
     """Drop the records of metrics.jsonl and samples.jsonl after `step`, and a line that a kill left
-    unfinished."""
+    unfinished. UserError when the files can't be written; they are as before then."""
     for name in ("metrics.jsonl", "samples.jsonl"):
         path = Path(run_dir) / name
         if not path.is_file():
             continue
-        kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, AttributeError):
-                if json.loads(line).get("step", 0) <= step:
-                    kept.append(line + "\n")
-        temp = path.with_name(f".tmp-{name}")
-        temp.write_text("".join(kept), encoding="utf-8")
-        os.replace(temp, path)
+        kept, temp = [], path.with_name(f".tmp-{name}")
+        try:
+            # not splitlines: a text that a model wrote may hold U+2028 and other things that it takes for line ends
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                with contextlib.suppress(ValueError, AttributeError, TypeError):
+                    if json.loads(line).get("step", 0) <= step:
+                        kept.append(line + "\n")
+            temp.write_text("".join(kept), encoding="utf-8")
+            os.replace(temp, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temp.unlink(missing_ok=True)
+            raise UserError(f"cannot write {path}: {error.strerror}; free some space or check the permissions, then "
+                            "go on with resume=true") from None
 
 
 def clean(value):
@@ -229,15 +246,6 @@ def code_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+changes" if status else "")
-
-
-def mask(word: str) -> str:
-    """A command-line word with what looks like a secret replaced by ***: values of *key*, *token* (not
-    *tokens*), *secret*, *password*; well-known key shapes; user:password in a URL."""
-    name = r"[\w.-]*(?:key|token(?!s)|secret|passw(?:or)?d|credential)[\w.-]*"
-    word = re.sub(rf"(?i)({name}=)[^&\s]+", r"\1***", word)
-    word = re.sub(r"://[^/@\s]+@", "://***@", word)
-    return re.sub(r"\b(?:sk-|hf_|gh[a-z]_|github_pat_|xox[a-z]-)[\w-]{8,}", "***", word)
 
 
 def progress_note(start: float, done: int, total: int, shown: dict) -> str:

@@ -4,6 +4,7 @@ One model sits in memory. The reference policy and the self-judge are this model
 updates use the same weights. The LM head is never called: losses and log-probs go through `minimath.kernels`.
 """
 import contextlib
+import json
 import os
 import warnings
 from pathlib import Path
@@ -97,6 +98,7 @@ def load_model(cfg: ModelConfig, *, train: bool):
         kwargs["device_map"] = {"": device}
     transformers.utils.logging.disable_progress_bar()
     with _load_errors(cfg.model, "model"):
+        _refuse_other_shards(Path(cfg.model) / "model.safetensors.index.json")
         model = AutoModelForCausalLM.from_pretrained(cfg.model, **kwargs)
     if cfg.quant != "nf4":
         model.to(device)
@@ -115,6 +117,13 @@ def load_model(cfg: ModelConfig, *, train: bool):
     cast_adapters_down(model)
     model.train(train)
     return model, tokenizer
+
+
+def _refuse_other_shards(index: Path) -> None:
+    """ValueError for an index of shards that are not safetensors files: transformers would unpickle them."""
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if os.path.isfile(index) else []
+    if other := [str(shard) for shard in shards if not str(shard).endswith(".safetensors")]:
+        raise ValueError(f"{index.name} names {other[0]!r}: only safetensors files are read")
 
 
 def _nf4_config(cfg: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -187,7 +196,7 @@ def _load_adapter(model, folder: Path, train: bool):
     try:
         with _quiet():
             return PeftModel.from_pretrained(model, str(folder), is_trainable=train, torch_device=str(model.device))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{folder}: the adapter cannot be loaded into this model "
                         f"({str(error).strip().splitlines()[0]}); was it trained on another base model?") from None
 
@@ -203,15 +212,16 @@ def _quiet():
 @contextlib.contextmanager
 def _load_errors(name: str, what: str):
     """Turn the many ways in which a model fails to load into one line that says what to do."""
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-    if looks_like_path and not (Path(name) / "config.json").is_file():
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
+    if looks_like_path and not os.path.isfile(Path(name) / "config.json"):
         raise UserError(f"model={name!r}: no such model folder (a config.json is expected in it); "
                         "give a folder saved by save_pretrained, or a hub id like owner/name")
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "check the folder" if looks_like_path else \
+        hint = "only safetensors files are read, and this is none" if isinstance(error, SafetensorError) else \
+            "check the folder" if looks_like_path else \
             "check the name and the network, or give the folder of a model on this disk"
         raise UserError(f"cannot load the {what} of model={name!r}: {first[:200]} ({hint})") from None
 

@@ -13,6 +13,7 @@ from minimath.config import AdapterConfig, UserError
 
 BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit",
                 "paged_adamw32bit": "PagedAdamW32bit"}
+BAD_STEPS = 3  # non-finite steps in a row that end a run
 
 
 def make_optimizer(params: Iterable[torch.nn.Parameter], cfg: AdapterConfig) -> torch.optim.Optimizer:
@@ -71,28 +72,34 @@ def lr_at(step: int, total_steps: int, *, lr: float, schedule: str, warmup: floa
 
 @torch.no_grad()
 def clip_and_step(optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Parameter],
-                  max_grad_norm: float, lr: float, scale: float = 1.0) -> tuple[float, bool]:
+                  max_grad_norm: float, lr: float, scale: float = 1.0, loss: float = 0.0) -> tuple[float, bool]:
     """Clip the gradients to max_grad_norm (0: no clipping), step with rate lr, and clear the gradients.
 
-    scale: what the loss was multiplied by (LossScale); the gradients are divided by it first.
+    scale: what the loss was multiplied by (LossScale); the gradients are divided by it first. loss: its value, since
+    one that is not finite can have a finite gradient, which means nothing.
 
-    Returns (gradient norm before clipping, whether a step was taken). With a non-finite norm, or no
-    gradient at all, weights and optimiser state stay bitwise as they were; the gradients are cleared all
-    the same, since NaN added to would stay NaN. The norm is accumulated in fp32.
+    Returns (gradient norm before clipping, NaN when the loss is not finite; whether a step was taken). With a
+    non-finite norm, or no gradient at all, weights and optimiser state stay bitwise as they were; the gradients are
+    cleared all the same, since NaN added to would stay NaN. The norm is accumulated in fp32. Raises UserError when
+    memory is too small for the optimiser's state.
     """
     params = list(params)
     grads = [p.grad for p in params if p.grad is not None]
     if scale != 1.0 and grads:
         torch._foreach_div_(grads, scale)
     norm = torch.nn.utils.get_total_norm([g.float() for g in grads])  # () fp32; no copy if fp32
-    grad_norm = float(norm)
+    grad_norm = float(norm) if math.isfinite(loss) else math.nan
     stepped = bool(grads) and math.isfinite(grad_norm)
     if stepped:
         if max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(params, max_grad_norm, norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        try:
+            optimizer.step()
+        except torch.OutOfMemoryError as error:
+            raise UserError("memory is too small for the optimiser's state; try optimizer=paged_adamw8bit, a lower "
+                            "lora_r or fewer lora_targets") from error
     for p in params:
         p.grad = None
     return grad_norm, stepped
@@ -120,13 +127,36 @@ class LossScale:
         return overflow
 
 
-def count_bad_steps(streak: int, grad_norm: float, *, limit: int = 3) -> int:
+def count_bad_steps(streak: int, grad_norm: float, *, limit: int = BAD_STEPS) -> int:
     """Number of non-finite steps in a row, given the number before this step. UserError when it reaches
     limit."""
     if math.isfinite(grad_norm):
         return 0
     if streak + 1 >= limit:
-        raise UserError(f"the gradient norm was {grad_norm} in {streak + 1} steps in a row; they "
+        raise UserError(f"loss or gradient was not finite in {streak + 1} steps in a row; they "
                         "changed no weight and earlier checkpoints are intact: try a lower lr, dtype=bf16 "
                         "or fp32 instead of fp16, a longer warmup, then resume=true")
     return streak + 1
+
+
+def count_step(state: dict, scale: LossScale, stepped: bool, grad_norm: float, loss: float, say) -> None:
+    """Count an optimiser step in the loop's state: `skipped` ones of the run, `bad` ones in a row, which are said.
+    UserError as in count_bad_steps. An overflow of the fp16 loss scale is no bad step; it can't spoil the loss."""
+    overflow = math.isfinite(loss) and scale.update(stepped)
+    state["bad"] = 0 if overflow else count_bad_steps(state["bad"], grad_norm)
+    state["skipped"] += not stepped
+    if state["bad"]:
+        say(f"step {state['done'] + 1}: loss or gradient is not finite, no weight was changed ({state['bad']} such in "
+            f"a row; {BAD_STEPS} end the run)")
+
+
+@torch.no_grad()
+def check_finite(params: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Raise UserError when a weight or a number of the optimiser's state is NaN or infinite: called before a
+    checkpoint, so that none that can't be gone on with takes the place of a good one."""
+    tensors = [*params, *(value for state in optimizer.state.values() for value in state.values()
+                          if torch.is_tensor(value) and value.is_floating_point())]
+    if not math.isfinite(float(torch.nn.utils.get_total_norm([t for t in tensors if t.numel()], math.inf))):
+        raise UserError("the adapter's weights or the optimiser's state hold NaN or infinities, so they are not saved; "
+                        "checkpoints from before are intact: try a lower lr, max_grad_norm=1, dtype=bf16 or fp32, then "
+                        "resume=true, which goes on from the newest of them")

@@ -77,6 +77,8 @@ class AdapterConfig(ModelConfig):
     """tokens per forward pass; changes memory only, never the result"""
     save_every: int = 50
     """checkpoint every N steps; 0: only at the end"""
+    on_save_error: str = "stop"
+    """a checkpoint that can't be written before the last step: stop, or continue and try again at the next save"""
     keep: int = 3
     """newest checkpoints kept (the best one is always kept)"""
     resume: bool = False
@@ -213,6 +215,8 @@ class RLAIFConfig(EngineConfig, AdapterConfig):
     """seconds for all judge requests of a rollout round; what is not answered by then is no vote; 0: no limit"""
     judge_breaker: int = 16
     """judge requests that failed in a row after which the rest of a rollout round is not asked"""
+    judge_fallback: str = "none"
+    """pairs left without votes: none (they count nothing), rules (the rules judge's) or stop (save and end)"""
     judge_cache: str = ""
     """folder of kept judge replies, which are not paid for twice; empty: ~/.cache/minimath/judge; none: no cache"""
     judge_price_in: float = 0.0
@@ -222,7 +226,7 @@ class RLAIFConfig(EngineConfig, AdapterConfig):
     judge_max_chars: int = 4000
     """longest candidate shown to a judge, in characters"""
     judge_plan: str = "round_robin"
-    """pairs judged: round_robin (all) or swiss (about n log2(n) / 2, the others from a fit; for large groups)"""
+    """round_robin (all pairs), swiss (about n log2(n) / 2, the others from a fit) or listwise (the best of up to 6)"""
     judge_rubric: str = "maths"
     """what judges self and openai go by: maths, code, law, medicine, or a text file like minimath/rubric.txt"""
     judge_canary_every: int = 0
@@ -314,6 +318,7 @@ CHOICES = {
     "quant": ("none", "nf4"),
     "attn": ("sdpa", "eager", "flash_attention_2"),
     "optimizer": ("adamw", "adamw8bit", "paged_adamw8bit", "paged_adamw32bit"),
+    "on_save_error": ("stop", "continue"),
     "lr_schedule": ("cosine", "linear", "constant"),
     "rollout": ("auto", "transformers", "vllm"),
     "curriculum": ("none", "learnable"),
@@ -321,7 +326,8 @@ CHOICES = {
     "reward": ("judge", "rules"),
     "judge": ("self", "openai", "rules"),
     "judge_verdict": ("auto", "logprobs", "json_schema", "plain"),
-    "judge_plan": ("round_robin", "swiss"),
+    "judge_fallback": ("none", "rules", "stop"),
+    "judge_plan": ("round_robin", "swiss", "listwise"),
     "loss_type": ("dapo", "grpo", "dr_grpo", "cispo", "gspo"),
     "overlong": ("mask", "penalty", "none"),
     "kl": ("unbiased", "k3"),

@@ -13,6 +13,8 @@ With one update per rollout the policy that sampled is the policy that trains: t
 are idle, and `clipped` in the metrics says so. The recorded sampling log-probs enter as a truncated or masked
 importance weight.
 """
+import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -24,7 +26,7 @@ from minimath.answer import AnswerChecker
 from minimath.batch import at_targets, forward_args
 from minimath.chat import IGNORE, Encoded, prompt_ids
 from minimath.checkpoint import save_checkpoint
-from minimath.config import RLAIFConfig, Stopped, UserError, config_dict
+from minimath.config import RLAIFConfig, UserError, config_dict
 from minimath.curriculum import copy_of, curriculum_facts, draw, new_curriculum, record
 from minimath.data import Example, describe_report, load_examples
 from minimath.engines import open_engine
@@ -34,16 +36,19 @@ from minimath.judge_canary import canary_facts, canary_pairs
 from minimath.kernels import linear_logp, linear_token_loss
 from minimath.log import RunLog
 from minimath.losses import PolicyRows, importance_weight, policy_loss, token_weights
+from minimath.memory import in_memory, learning_slots, new_memory
 from minimath.model import adapter_off, describe, head, hidden_states, inference, load_model
 from minimath.monitors import collapse_warnings, log_group, new_monitor, rollout_facts
-from minimath.optim import LossScale, clip_and_step, count_bad_steps, lr_at, make_optimizer
+from minimath.optim import LossScale, check_finite, clip_and_step, count_step, lr_at, make_optimizer
 from minimath.prefix import forward_batches, trained_states
+from minimath.report import write_judge_plot
 from minimath.reward import GroupFacts, check_reward, format_score, group_advantages, group_rewards, uses_judge
 from minimath.rollout import Completion
-from minimath.runs import Stop, open_run
+from minimath.runs import Stop, open_run, save_errors
 from minimath.sampling import stream_seed
-from minimath.sft import evaluate_step, finish, load_held_out, resume_state
+from minimath.sft import evaluate_owed, evaluate_step, finish, load_held_out, resume_state, steps_kept
 from minimath.steps import check_steps
+from minimath.train_state import seed_rng
 
 
 @dataclass
@@ -71,7 +76,7 @@ def rlaif(cfg: RLAIFConfig) -> dict:
     held_out = load_held_out(cfg)
     with open_run(cfg, "rlaif") as (log, stop):
         log.say(describe_report(report) or f"{len(examples)} problems")
-        torch.manual_seed(cfg.seed)
+        seed_rng(cfg.seed)  # adapter initialisation, and whatever a user's gate or reward draws
         model, tokenizer = load_model(cfg, train=True)
         log.say(describe(model, cfg))
         judge = make_judge(cfg, model, tokenizer)
@@ -93,59 +98,60 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer, scale = make_optimizer(params, cfg), LossScale(model)
     # `cursor` counts problems drawn; refills make it run ahead of the step
-    state = {"done": 0, "cursor": 0, "bad": 0, "best": -1.0, "scale": scale.value, "good": scale.good,
-             "config": config_dict(cfg), "monitor": new_monitor(), "curriculum": new_curriculum()}
+    state = {"done": 0, "cursor": 0, "bad": 0, "skipped": 0, "best": -1.0, "scale": scale.value, "good": scale.good,
+             "memory": new_memory(cfg), "owed": False, "config": config_dict(cfg), "monitor": new_monitor(),
+             "curriculum": new_curriculum()}
     if cfg.resume:
         state |= resume_state(cfg, model, optimizer, log) or {}
         scale.value, scale.good = state["scale"], state["good"]
     saved, started = state["done"], time.monotonic()
 
     canary = canary_pairs(cfg.seed) if cfg.judge_canary_every and uses_judge(cfg) else []
-    with (log.progress(cfg.steps, "rlaif") as advance, AnswerChecker() as checker,
-          open_engine(cfg, model, tokenizer, say=log.say, run_dir=log.run_dir) as sample):
-        gate = make_gate(cfg, checker)
+    sampling = dataclasses.replace(cfg, slots=state["memory"]["slots"])
+    with (steps_kept(cfg, model, optimizer, state, log) as step_done, log.progress(cfg.steps, "rlaif") as advance,
+          AnswerChecker() as checker,
+          open_engine(sampling, model, tokenizer, say=log.say, run_dir=log.run_dir) as engine):
+        gate, sample = make_gate(cfg, checker), learning_slots(engine, sampling, state["memory"])
         advance(state["done"])
+        evaluate_owed(cfg, model, tokenizer, optimizer, held_out, state, log, stop)
         while state["done"] < cfg.steps and not stop.requested():
-            step, clock = state["done"], time.monotonic()
-            try:
-                groups, facts = collect_groups(cfg, sample, tokenizer, problems, judge, gate, state, stop)
-            except Stopped:
-                log.say("the rollout was interrupted; its step is not counted")
-                break
-            except UserError:  # a function of the user's that failed, a server that went away: the steps before stay
-                if step > saved:
-                    save_checkpoint(log.run_dir, step, model=model, optimizer=optimizer, state=state, keep=cfg.keep)
-                    log.say(f"the {step} steps done are saved; put it right and go on with resume=true")
-                raise
+            step, clock, new = state["done"], time.monotonic(), dict(state)
+            groups, facts = collect_groups(cfg, sample, tokenizer, problems, judge, gate, new, stop)
             facts |= {"rollout_seconds": time.monotonic() - clock}
             clock = time.monotonic()
             if groups:
                 torch.manual_seed(stream_seed(cfg.seed, step))
-                facts |= update(cfg, model, tokenizer, groups, optimizer, params, scale, state)
-            facts |= {"update_seconds": time.monotonic() - clock}
+                facts |= update(cfg, model, tokenizer, groups, optimizer, params, scale, new, log.say)
+            elif not math.isfinite(facts["surprisal"]):  # from NaN logits no group gets a signal: no update would tell
+                count_step(new, scale, False, math.nan, math.nan, log.say)
+                facts["stepped"] = 0.0
+            facts |= {"skipped": new["skipped"], "update_seconds": time.monotonic() - clock}
+            step_done(new | {"done": step + 1, "scale": scale.value, "good": scale.good})
+
+            watched = bool(canary) and (step + 1) % cfg.judge_canary_every == 0
+            if watched:
+                facts |= canary_facts(judge, canary, [(g.example.problem, candidates_of(g)) for g in groups])
             for warning in collapse_warnings(state["monitor"], facts):
                 log.say(f"step {step + 1}: {warning}")
-            state |= {"done": step + 1, "scale": scale.value, "good": scale.good}
-
-            if canary and (step + 1) % cfg.judge_canary_every == 0:
-                facts |= canary_facts(judge, canary, [(g.example.problem, candidates_of(g)) for g in groups])
-            if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
+            if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps or watched:
                 log.metrics(step + 1, **facts)
             if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and groups:
                 log_group(groups[0], step + 1, log)
             advance(1, reward=facts["reward"], right=facts["right"], tokens=facts["mean_tokens"])
             is_best = False
             if held_out and cfg.eval_every and (step + 1) % cfg.eval_every == 0:
-                try:
-                    is_best = evaluate_step(cfg, model, tokenizer, held_out, state, log, stop)
-                except Stopped:
-                    log.say("the evaluation was interrupted")
+                is_best = evaluate_step(cfg, model, tokenizer, held_out, state, log, stop)
             if is_best or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-                save_checkpoint(log.run_dir, step + 1, model=model, optimizer=optimizer, state=state, keep=cfg.keep,
-                                best=is_best)
-                saved = step + 1
+                check_finite(params, optimizer)
+                with save_errors(cfg, log, state):
+                    save_checkpoint(log.run_dir, step + 1, model=model, optimizer=optimizer, state=state, keep=cfg.keep,
+                                    best=is_best)
+                    saved = step + 1
 
-    return finish(cfg, model, optimizer, state, saved, cfg.steps, started, log, stop)
+    summary = finish(cfg, model, optimizer, state, saved, cfg.steps, started, log, stop)
+    if canary:
+        write_judge_plot(log.run_dir, log.say)
+    return summary
 
 
 # ---- rollout, answers, judge, rewards, advantages
@@ -203,6 +209,8 @@ def score_groups(cfg: RLAIFConfig, groups: list[Group], judge: Judge) -> dict:
                            [format_score(text) for text in group.texts], win, cfg.max_new_tokens)
         group.rewards = group_rewards(cfg, facts)
         group.advantage = group_advantages([group.rewards], scale=cfg.scale_advantage, valid=[group.valid])[0].tolist()
+        if not all(map(math.isfinite, group.rewards)):  # it must reach the loss, and be counted there
+            group.advantage = [math.nan] * len(group.rewards)
     return stats
 
 
@@ -213,15 +221,18 @@ def candidates_of(group: Group) -> list[Candidate]:
 
 # ---- the update
 
-def update(cfg: RLAIFConfig, model, tokenizer, groups: list[Group], optimizer, params, scale: LossScale, state) -> dict:
-    """updates_per_rollout passes over the completions of `groups`, in `minibatches` optimiser steps each."""
+def update(cfg: RLAIFConfig, model, tokenizer, groups: list[Group], optimizer, params, scale: LossScale, state,
+           say) -> dict:
+    """updates_per_rollout passes over the completions of `groups`, in `minibatches` optimiser steps each. Means that
+    are not finite, of a step that was skipped, are None."""
     rows, samples = training_rows(groups)
+    fitting = {"memory": state["memory"], "params": params, "lengths": [len(row.ids) for row in rows], "say": say}
     lr = lr_at(state["done"], cfg.steps, lr=cfg.lr, schedule=cfg.lr_schedule, warmup=cfg.warmup,
                min_lr_ratio=cfg.min_lr_ratio)
     on_policy = cfg.updates_per_rollout == cfg.minibatches == 1
-    old = None if on_policy else logps(cfg, model, tokenizer, rows)
+    old = None if on_policy else in_memory(logps, cfg, model, tokenizer, rows, **fitting)
     with adapter_off(model):
-        ref = logps(cfg, model, tokenizer, rows) if cfg.beta else None
+        ref = in_memory(logps, cfg, model, tokenizer, rows, **fitting) if cfg.beta else None
     totals = []
     for index in range(cfg.updates_per_rollout * cfg.minibatches):
         part = list(range(len(rows)))[index % cfg.minibatches::cfg.minibatches]
@@ -229,11 +240,13 @@ def update(cfg: RLAIFConfig, model, tokenizer, groups: list[Group], optimizer, p
             continue
         chosen = {"rows": [rows[i] for i in part], "samples": [samples[i] for i in part],
                   "old": old and [old[i] for i in part], "ref": ref and [ref[i] for i in part]}
-        facts = policy_gradient(cfg, model, tokenizer, **chosen, scale=scale.value)
-        grad_norm, stepped = clip_and_step(optimizer, params, cfg.max_grad_norm, lr, scale=scale.value)
-        state["bad"] = 0 if scale.update(stepped) else count_bad_steps(state["bad"], grad_norm)
+        facts = in_memory(policy_gradient, cfg, model, tokenizer, **chosen, scale=scale.value, **fitting)
+        grad_norm, stepped = clip_and_step(optimizer, params, cfg.max_grad_norm, lr, scale=scale.value,
+                                           loss=facts["loss"])
+        count_step(state, scale, stepped, grad_norm, facts["loss"], say)
         totals.append(facts | {"grad_norm": grad_norm, "stepped": float(stepped)})
     means = {key: statistics.fmean(t[key] for t in totals) for key in totals[0]}
+    means = {key: mean if math.isfinite(mean) else None for key, mean in means.items()}
     return means | {"lr": lr, "trained_tokens": sum(sum(row.mask) for row in rows)}
 
 
@@ -278,7 +291,8 @@ def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, old, r
         loss, stats = linear_token_loss(hidden, lm_head.weight, target, loss_fn, temperature=cfg.temperature,
                                         **lm_head.kernel_args())
         (loss * scale).backward()
-        totals["loss"] += float(loss.detach())
+        sound = torch.stack([values.sum() for values in data if values is not None]).isfinite().all()
+        totals["loss"] += float(torch.where(sound, loss.detach(), math.nan))  # a clip could hide an infinite log-prob
         full_logp = at_targets([torch.tensor(samples[i][0].full_logp or samples[i][0].logp) for i in indices], target)
         for name, value in token_facts(cfg, data, stats, full_logp, target != IGNORE).items():
             totals[name] += value / tokens

@@ -40,8 +40,8 @@ def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, ma
              temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0,
              repetition_penalty: float = 1.0, eos: list[int], stop_boxed: bool = False, loop_guard: int = 0,
              seed: int = 0, slots: int = 0, keys: list[int] | None = None, expected: list[float] | None = None,
-             done: dict | None = None, on_done=None, on_step=None, facts: dict | None = None,
-             say=None) -> list[list[Completion]]:
+             done: dict | None = None, on_done=None, on_step=None, on_tokens=None,
+             facts: dict | None = None, say=None) -> list[list[Completion]]:
     """Sample `samples` completions of each prompt.
 
     prompts: token ids, one list per prompt, none empty. eos: ids that end a completion. stop_boxed: a closed
@@ -50,9 +50,9 @@ def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, ma
     index. slots: rows decoded side by side, 0 for as many as memory allows. expected: guess of each prompt's completion
     length, the longest go first; default: long prompts. done: {(prompt, sample): Completion} that an earlier call left;
     they are not sampled again. on_done(prompt, sample, completion) is called as each one ends, on_step() after every
-    step: it may raise to stop. facts: a dict that gets slots, steps, slot_fill (share of slots in use, over all steps),
-    slot_fill_full (the same while completions waited), halved, graphs (CUDA), weights (copied once, NF4 dequantised, or
-    in place). say(text): messages; default: a warning.
+    step: it may raise to stop. on_tokens(prompt, sample, ids) tells of every running completion how far it is. facts: a
+    dict that gets slots, steps, slot_fill (share of slots in use, over all steps), slot_fill_full (the same while
+    completions waited), halved, graphs (CUDA), weights (copied once, NF4 dequantised, or in place). say(text): messages; default: a warning.
     Returns one list of `samples` completions per prompt. Raises NoStandardCache, a UserError, for models that keep
     other state than keys and values, and UserError if memory is too small for one sequence.
     """
@@ -79,6 +79,9 @@ def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, ma
                         on_done(*row.job, done[row.job])
             except torch.OutOfMemoryError:
                 state.halve(say)
+            if on_tokens is not None:
+                for row in state.rows:
+                    on_tokens(*row.job, row.ids)
             if on_step is not None:
                 on_step()
         if facts is not None:

@@ -1,4 +1,10 @@
-"""What every stage does around its loop: choose and lock the run folder, save the options, stop on a signal."""
+"""What every stage does around its loop: choose and lock the run folder, save the options, stop on a signal.
+
+Three ways to stop a run cleanly; it says how to go on, and its exit status tells which it was: SIGINT (Ctrl-C), 130;
+SIGTERM, 143; a file named stop in the run folder (`touch runs/mine/stop`; with `minimath run` in the folder of the
+stage or of the whole run), 144. The file is taken away when it is obeyed. A signal that comes after any of them ends
+the process at once.
+"""
 import contextlib
 import ctypes
 import os
@@ -8,10 +14,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from minimath.checkpoint import list_checkpoints, lock_run
+from minimath.checkpoint import best_checkpoint, list_checkpoints, lock_run, read_json, verify
 from minimath.config import Stopped, UserError, save_config
-from minimath.log import RunLog
+from minimath.log import RunLog, refuse_links
 
+STOP_FILE = "stop"
+LOOK_S = 1.0  # least seconds between looks for it within a step: a step has many, and a network drive is slow
+BY_FILE = 16  # in place of a signal's number; the one that Linux has there is not used
 PART = "completions.part.jsonl"  # in a run folder: completions of an evaluation that is not complete
 
 
@@ -30,21 +39,36 @@ def keep_freed_memory() -> None:
 
 
 class Stop:
-    """Whether the run should end early: a signal came, or the minutes are used up."""
+    """Whether the run should end early: a signal came, one of `files` is there, or the minutes are used up."""
 
-    def __init__(self, max_minutes: float):
-        self.signal = 0  # number of the signal that asked for it
+    def __init__(self, max_minutes: float, files: tuple[Path, ...] = ()):
+        self.signal = 0  # number of the signal that asked for it, or BY_FILE
+        self.files, self.looked = files, time.monotonic()
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
 
     def requested(self) -> bool:
+        self.look()
         return bool(self.signal) or time.monotonic() > self.deadline
 
     def check(self) -> None:
-        """Raise Stopped after a signal; time running out lets the step finish."""
+        """Raise Stopped after a signal or a stop file; time running out lets the step finish."""
+        if time.monotonic() - self.looked > LOOK_S:
+            self.look()
         if self.signal:
             raise Stopped(self.signal)
 
+    def look(self) -> None:
+        """Obey a stop file, and take it away: the run that goes on must not find it."""
+        self.looked = time.monotonic()
+        for file in self.files:
+            if not self.signal and file.exists():
+                self.signal = BY_FILE
+                with contextlib.suppress(OSError):
+                    file.unlink()
+
     def reason(self) -> str:
+        if self.signal == BY_FILE:
+            return "stop file"
         return signal.Signals(self.signal).name if self.signal else "max_minutes reached"
 
 
@@ -63,14 +87,19 @@ def open_run(cfg, command: str) -> Iterator[tuple[RunLog, Stop]]:
     if cfg.resume and not cfg.out:
         raise UserError("resume=true needs the run folder to go on with: out=runs/...")
     run_dir = new_run_folder(cfg.out, command)
+    refuse_links(run_dir)
     held = held_run(run_dir)
     own = ("evaluation" in held) == (command == "eval")
     if held and not (own and cfg.resume):
         go_on = "add resume=true to go on with it, or " if own and "complete evaluation" not in held else ""
         raise UserError(f"{run_dir} already holds {held}; {go_on}choose another out=")
     with lock_run(run_dir), RunLog(run_dir, f"minimath {command}", getattr(cfg, "trackers", "")) as log:
-        save_config(cfg, run_dir / "config.yaml")
-        stop = Stop(getattr(cfg, "max_minutes", 0.0))
+        new = run_dir / ".tmp-config.yaml"  # a full disk must not cost the old one
+        save_config(cfg, new)
+        os.replace(new, run_dir / "config.yaml")
+        whole = run_dir.parent if (run_dir.parent / "eval.yaml").exists() else run_dir  # of the pipeline
+        stop = Stop(getattr(cfg, "max_minutes", 0.0), (run_dir / STOP_FILE, whole / STOP_FILE))
+        log.say(f"to stop it cleanly: Ctrl-C, or touch {run_dir / STOP_FILE}")
         kept = "stopping; the completions that have ended are kept" if command == "eval" else \
             "stopping after this step with a checkpoint"
         with signals(stop, log, kept):
@@ -85,6 +114,23 @@ def held_run(run_dir: Path) -> str:
         return "a complete evaluation"
     part = run_dir / PART
     return "an unfinished evaluation" if part.is_file() and part.stat().st_size else ""
+
+
+@contextlib.contextmanager
+def save_errors(cfg, log: RunLog, state: dict) -> Iterator[None]:
+    """Around a save in the middle of a run, so that hours of training need not end where the next save may work.
+
+    on_save_error=stop: its UserError ends the run. continue: it is said, and what is best so far is again what stands
+    on the disk.
+    """
+    try:
+        yield
+    except UserError as error:
+        if cfg.on_save_error == "stop":
+            raise UserError(f"{error}; then go on with resume=true") from error
+        best = best_checkpoint(log.run_dir)
+        state["best"] = -1.0 if best is None or verify(best) else read_json(best / "state.json")["best"]
+        log.say(f"step {state['done']} is not saved; the run goes on, and tries again at the next save: {error}")
 
 
 def write_whole(path: Path, text: str) -> None:

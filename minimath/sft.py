@@ -8,6 +8,7 @@ problems; one epoch hurts. Each optimiser step takes `batch_size` examples, cuts
 depends on the cutting. The LM head is never called: hidden states go to minimath.kernels.linear_token_loss, which
 returns loss and gradient without [tokens, vocab] logits.
 """
+import contextlib
 import sys
 import time
 
@@ -15,7 +16,7 @@ import torch
 
 from minimath.batch import forward_args, micro_batches, step_indices
 from minimath.chat import encode, eos_ids, preflight
-from minimath.checkpoint import load_checkpoint, save_adapter, save_checkpoint
+from minimath.checkpoint import load_checkpoint, save_adapter, save_checkpoint, verify
 from minimath.config import EvalConfig, SFTConfig, Stopped, UserError, config_dict
 from minimath.data import describe_report, load_examples
 from minimath.engines import open_engine
@@ -23,10 +24,12 @@ from minimath.evaluate import evaluate_model
 from minimath.kernels import linear_token_loss
 from minimath.log import RunLog, truncate_metrics
 from minimath.losses import nll_loss
+from minimath.memory import in_memory, new_memory
 from minimath.model import describe, head, hidden_states, load_model
-from minimath.optim import LossScale, clip_and_step, count_bad_steps, lr_at, make_optimizer
-from minimath.runs import Stop, open_run
+from minimath.optim import LossScale, check_finite, clip_and_step, count_step, lr_at, make_optimizer
+from minimath.runs import Stop, open_run, save_errors
 from minimath.sampling import stream_seed
+from minimath.train_state import restore_rng, rng_state, seed_rng
 
 
 def sft(cfg: SFTConfig) -> dict:
@@ -39,7 +42,7 @@ def sft(cfg: SFTConfig) -> dict:
     held_out = load_held_out(cfg)
     with open_run(cfg, "sft") as (log, stop):
         log.say(describe_report(report) or f"{len(examples)} examples")
-        torch.manual_seed(cfg.seed)  # adapter initialisation
+        seed_rng(cfg.seed)  # adapter initialisation
         model, tokenizer = load_model(cfg, train=True)
         log.say(describe(model, cfg))
         rows = [encode(tokenizer, e, system=cfg.system, prompt_template=cfg.prompt_template, max_len=cfg.max_len)
@@ -54,45 +57,48 @@ def train(cfg: SFTConfig, model, tokenizer, rows, held_out, log: RunLog, stop: S
     total = cfg.steps or max(1, round(cfg.epochs * len(rows) / cfg.batch_size))
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer, scale = make_optimizer(params, cfg), LossScale(model)
-    state = {"done": 0, "bad": 0, "best": -1.0, "scale": scale.value, "good": scale.good, "config": config_dict(cfg)}
+    state = {"done": 0, "bad": 0, "skipped": 0, "best": -1.0, "scale": scale.value, "good": scale.good,
+             "memory": new_memory(cfg), "owed": False, "config": config_dict(cfg)}
     if cfg.resume:
-        state = resume_state(cfg, model, optimizer, log) or state
+        state |= resume_state(cfg, model, optimizer, log) or {}
         scale.value, scale.good = state["scale"], state["good"]
     saved, started = state["done"], time.monotonic()
 
-    with log.progress(total, "sft") as advance:
+    with log.progress(total, "sft") as advance, steps_kept(cfg, model, optimizer, state, log) as step_done:
         advance(state["done"])
+        evaluate_owed(cfg, model, tokenizer, optimizer, held_out, state, log, stop)
         while state["done"] < total and not stop.requested():
-            step = state["done"]
-            lr = lr_at(step, total, lr=cfg.lr, schedule=cfg.lr_schedule, warmup=cfg.warmup, min_lr_ratio=cfg.min_lr_ratio)
+            step, new = state["done"], dict(state)
+            lr = lr_at(step, total, lr=cfg.lr, schedule=cfg.lr_schedule, warmup=cfg.warmup,
+                       min_lr_ratio=cfg.min_lr_ratio)
             batch = [rows[i] for i in step_indices(step, len(rows), cfg.batch_size, cfg.seed)]
             # seeded by the step, so that dropout after a resume is what it would have been
             torch.manual_seed(stream_seed(cfg.seed, step))
             step_started = time.monotonic()
-            loss, tokens = loss_and_gradient(cfg, model, tokenizer, batch, scale.value)
-            grad_norm, stepped = clip_and_step(optimizer, params, cfg.max_grad_norm, lr, scale=scale.value)
-            state["bad"] = 0 if scale.update(stepped) else count_bad_steps(state["bad"], grad_norm)
-            state |= {"done": step + 1, "scale": scale.value, "good": scale.good}
+            loss, tokens = in_memory(loss_and_gradient, cfg, model, tokenizer, batch, scale.value, params=params,
+                                     memory=state["memory"], lengths=[len(row.ids) for row in batch], say=log.say)
+            grad_norm, stepped = clip_and_step(optimizer, params, cfg.max_grad_norm, lr, scale=scale.value, loss=loss)
+            count_step(new, scale, stepped, grad_norm, loss, log.say)
+            step_done(new | {"done": step + 1, "scale": scale.value, "good": scale.good})
 
             if (step + 1) % cfg.log_every == 0 or step + 1 == total:
                 speed = tokens / max(time.monotonic() - step_started, 1e-9)
-                log.metrics(step + 1, loss=loss, lr=lr, grad_norm=grad_norm, stepped=stepped, tokens=tokens,
-                            tokens_per_s=speed, epoch=(step + 1) * cfg.batch_size / len(rows))
+                log.metrics(step + 1, loss=loss, lr=lr, grad_norm=grad_norm, stepped=stepped, skipped=state["skipped"],
+                            tokens=tokens, tokens_per_s=speed, epoch=(step + 1) * cfg.batch_size / len(rows))
                 advance(1, loss=loss, tok_s=speed)
             else:
                 advance(1)
+            if cfg.sample_every and (step + 1) % cfg.sample_every == 0:
+                print_sample(cfg, model, tokenizer, batch[0], step + 1, log)
             is_best = False
-            try:
-                if cfg.sample_every and (step + 1) % cfg.sample_every == 0:
-                    print_sample(cfg, model, tokenizer, batch[0], step + 1, log)
-                if held_out and cfg.eval_every and (step + 1) % cfg.eval_every == 0:
-                    is_best = evaluate_step(cfg, model, tokenizer, held_out, state, log, stop)
-            except Stopped:
-                log.say("the evaluation was interrupted")
+            if held_out and cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+                is_best = evaluate_step(cfg, model, tokenizer, held_out, state, log, stop)
             if is_best or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-                save_checkpoint(log.run_dir, step + 1, model=model, optimizer=optimizer, state=state, keep=cfg.keep,
-                                best=is_best)
-                saved = step + 1
+                check_finite(params, optimizer)
+                with save_errors(cfg, log, state):
+                    save_checkpoint(log.run_dir, step + 1, model=model, optimizer=optimizer, state=state, keep=cfg.keep,
+                                    best=is_best)
+                    saved = step + 1
 
     return finish(cfg, model, optimizer, state, saved, total, started, log, stop)
 
@@ -112,13 +118,45 @@ def loss_and_gradient(cfg: SFTConfig, model, tokenizer, batch, scale: float) -> 
     return total, sum(len(row.ids) for row in batch)
 
 
+@contextlib.contextmanager
+def steps_kept(cfg, model, optimizer, state: dict, log: RunLog):
+    """Yield step_done(changes), which puts them into `state`. Of a step that is not done, what it drew and counted is
+    given up, random numbers too: a user's gate may throw dice. Stopped ends the loop inside as its own end would;
+    whatever else ends it, the steps done are saved."""
+    generators = rng_state()
+
+    def step_done(changes: dict) -> None:
+        nonlocal generators
+        state.update(changes)
+        generators = rng_state()
+
+    try:
+        yield step_done
+    except Stopped:
+        restore_rng(*generators)
+        log.say("the rollout was interrupted; its step is not counted")
+    except Exception:
+        restore_rng(*generators)
+        step = state["done"]
+        if step and verify(log.run_dir / "checkpoints" / f"step-{step:06d}"):  # missing, or damaged
+            try:
+                check_finite((p for p in model.parameters() if p.requires_grad), optimizer)
+                save_checkpoint(log.run_dir, step, model=model, optimizer=optimizer, state=state, keep=cfg.keep)
+                log.say(f"the {step} steps done are saved; put it right and go on with resume=true")
+            except (UserError, RuntimeError) as error:  # that of the loop is what the user must hear
+                log.say(f"the steps since the last checkpoint can't be saved: {error}")
+        raise
+
+
 def finish(cfg, model, optimizer, state: dict, saved: int, total: int, started: float, log: RunLog, stop: Stop) -> dict:
     """Save what the last checkpoint (after step `saved`) lacks, and the adapter; say how far it got; the summary."""
+    check_finite((p for p in model.parameters() if p.requires_grad), optimizer)
     if state["done"] > saved:
         save_checkpoint(log.run_dir, state["done"], model=model, optimizer=optimizer, state=state, keep=cfg.keep)
     adapter = save_adapter(model, log.run_dir / "adapter")
     if state["done"] < total:
-        log.say(f"{stop.reason()}: stopped after step {state['done']} of {total}; go on with out={log.run_dir} resume=true")
+        log.say(f"{stop.reason()}: stopped after step {state['done']} of {total}; go on with out={log.run_dir} "
+                "resume=true")
     log.say(f"adapter: {adapter} ({time.monotonic() - started:.0f} s)")
     return {"steps": state["done"], "run_dir": str(log.run_dir), "adapter": str(adapter), "signal": stop.signal}
 
@@ -133,10 +171,11 @@ def resume_state(cfg, model, optimizer, log: RunLog) -> dict | None:
     now, before = config_dict(cfg), state["config"]
     changed = {k: (before.get(k), now[k]) for k in now if before.get(k) != now[k] and k not in ("resume", "out")}
     if changed:
-        log.say("options changed since the checkpoint: " + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items()))
+        log.say("options changed since the checkpoint: "
+                + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items()))
     truncate_metrics(log.run_dir, state["done"])
     log.say(f"resumed after step {state['done']}")
-    return state | {"config": now}
+    return state | {"config": now, "memory": new_memory(cfg, state)}
 
 
 def load_held_out(cfg) -> list:
@@ -149,10 +188,17 @@ def load_held_out(cfg) -> list:
 
 
 def evaluate_step(cfg, model, tokenizer, held_out, state: dict, log: RunLog, stop: Stop) -> bool:
-    """Greedy accuracy on the held-out problems; returns whether it is the best so far."""
+    """Greedy accuracy on the held-out problems; returns whether it is the best so far. Stopped, it is owed: the run
+    that goes on begins with it."""
     longest = getattr(cfg, "eval_max_new_tokens", None) or cfg.max_new_tokens
     eval_cfg = EvalConfig(system=cfg.system, prompt_template=cfg.prompt_template, max_new_tokens=longest)
-    summary, _ = evaluate_model(model, tokenizer, held_out, eval_cfg, log, stop)
+    state["owed"] = True
+    try:
+        summary, _ = evaluate_model(model, tokenizer, held_out, eval_cfg, log, stop)
+    except Stopped:
+        log.say("the evaluation was interrupted")
+        return False
+    state["owed"] = False
     log.metrics(state["done"], eval_accuracy=summary["accuracy"], eval_mean_tokens=summary["mean_tokens"])
     low, high = summary["interval"]
     log.say(f"step {state['done']}: accuracy {summary['accuracy']:.3f} ({low:.3f} to {high:.3f}), "
@@ -161,6 +207,14 @@ def evaluate_step(cfg, model, tokenizer, held_out, state: dict, log: RunLog, sto
     score = summary["accuracy"] - 1e-6 * summary["mean_tokens"]
     is_best, state["best"] = score > state["best"], max(score, state["best"])
     return is_best
+
+
+def evaluate_owed(cfg, model, tokenizer, optimizer, held_out, state: dict, log: RunLog, stop: Stop) -> None:
+    """The evaluation in which the run was stopped, if it was; its checkpoint becomes the best one where it is."""
+    if state["owed"] and held_out and evaluate_step(cfg, model, tokenizer, held_out, state, log, stop):
+        with save_errors(cfg, log, state):
+            save_checkpoint(log.run_dir, state["done"], model=model, optimizer=optimizer, state=state, keep=cfg.keep,
+                            best=True)
 
 
 def print_sample(cfg: SFTConfig, model, tokenizer, row, step: int, log: RunLog) -> None:

@@ -46,6 +46,14 @@ def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], meta: dict, *
                 state[name] = buffer.copy_(state[name])
 
 
+def seed_rng(seed: int) -> None:
+    """Seed all generators: the first checkpoint is not always there yet when a run is killed, and a user's gate or
+    reward may draw from any of them."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def rng_state() -> tuple[dict[str, torch.Tensor], dict]:
     """States of all generators: tensors of torch (CPU, each CUDA device), numbers of Python and numpy."""
     tensors = {"cpu": torch.get_rng_state()}

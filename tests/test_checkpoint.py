@@ -243,6 +243,7 @@ def test_a_manifest_can_not_point_outside_its_folder(tmp_path, make):
     manifest = json.loads((folder / "manifest.json").read_text())
     (tmp_path / "x").write_text("")
     manifest["files"]["../../x"] = {"bytes": 0, "sha256": checkpoint.sha256(tmp_path / "x")}
+    manifest["sha256"] = checkpoint.manifest_digest({name: manifest[name] for name in ("step", "best", "files")})
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert verify(folder) == ["../../x: missing"]
 

@@ -1,5 +1,6 @@
 """The real command line, in processes of their own: each costs seconds of imports, so there are few."""
 
+import io
 import json
 import os
 import subprocess
@@ -96,7 +97,8 @@ def test_slips_get_one_line_with_the_nearest_name(tmp_path, words, said):
         (["solve", "adapter=runs/x"], "problem"),
     ],
 )
-def test_a_missing_recipe_or_problem_is_asked_for(here, words, said):
+def test_a_missing_recipe_or_problem_is_asked_for(here, words, said, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert_one_line(*here(*words), said)
 
 

@@ -37,6 +37,9 @@ BAD_LINES = {  # raw line -> (reason, part of the fix)
     b'{"problem": "p", "solution": "1", "answer": true}': ("answer has the wrong type", "bool"),
     b'{"problem": " ", "solution": "1"}': ("empty problem", "fill it in"),
     b'{"problem": null, "solution": "1"}': ("empty problem", "fill it in"),
+    b'{"problem": "\\u200b \\ufeff\\u202e", "solution": "1"}': ("empty problem", "fill it in"),
+    b'{"problem": "p", "solution": "1", "answer": Infinity}': ("answer is infinite", "as text"),
+    b'{"\\ud83d\\n[bold]": 1}': ("no column with the problem", "columns are \\ud83d\\n[bold]"),
     b'{"problem": "p"}': ("no solution", "worked solution"),
     b'{"problem": "p", "solution": ""}': ("no solution", "worked solution"),
     b'{"problme": "p", "solution": "s"}': ("no column with the problem", "did you mean 'problem'"),
@@ -54,6 +57,8 @@ BAD_LINES = {  # raw line -> (reason, part of the fix)
         ("malformed messages", "message 2 is from user after user"),
     b'{"messages": [{"role": "user", "content": ""}]}': ("malformed messages", "message 1 is empty"),
     b'{"messages": [{"role": "user", "content": 3}]}': ("content of message 1 has the wrong type", "int"),
+    b'{"messages": [{"role": "user", "content": [{"type": "image", "text": null}]}]}':
+        ("content of message 1 has the wrong type", "list"),
     b'{"messages": [{"role": "user", "content": "x"}]}': ("no solution", "messages"),
 }
 
@@ -186,7 +191,27 @@ def test_csv_rows_have_the_line_they_start_on(tmp_path):
 
 def test_csv_with_a_lost_quote_names_the_row(tmp_path):
     _, report = load_examples(write(tmp_path, b'problem,solution\np,s\n"q,s\np,s\n', "a.csv"))
-    assert report.rows[0].startswith(f"{tmp_path / 'a.csv'}:3: not CSV")
+    assert report.rows[0].startswith(f"{tmp_path / 'a.csv'}:3: quote not closed; ")
+
+
+def test_csv_blank_lines_are_rows_only_between_rows_and_a_long_cell_is_a_long_row(tmp_path):
+    text = "\nproblem,solution\n\np,s\n\n\n" + "x" * 1_000_001 + ",s\np,s\n\n"
+    examples, report = load_examples(write(tmp_path, text, "a.csv"))
+    assert len(examples) == 2 and report.skipped == {"empty row": 3, "row longer than 1 MB": 1}
+    with pytest.raises(UserError, match="a.csv:1: the header is not CSV"):
+        load_examples(write(tmp_path, 'problem,"sol"ution\np,s\n', "a.csv"))
+
+
+def test_a_bad_element_of_a_json_list_does_not_cost_those_after_it(tmp_path):
+    good = json.dumps(GOOD)
+    bad = [b'{"problem": "caf\xe9"}', b'{"problem": "a\0b"}', b'{"problem": "a\tb"}', b'{"n": ' + b"9" * 5000 + b"}"]
+    raw = b"[" + b", ".join([good.encode(), *bad, good.encode()]) + b"]"
+    examples, report = load_examples(write(tmp_path, raw, "a.json"))
+    assert len(examples) == 2 and report.skipped == {"not UTF-8": 1, "NUL byte": 1, "not JSON": 2}
+    lines = f"[\n {good},\n {{oops,\n  {{\n }},\n {good} oops,\n {good}\n]"
+    examples, report = load_examples(write(tmp_path, lines, "b.json"))
+    assert [e.where for e in examples] == [f"{tmp_path / 'b.json'}:{n}" for n in (2, 6, 7)]
+    assert report.skipped == {"not JSON": 2}
 
 
 def test_parquet_rows_are_numbered(tmp_path):
@@ -197,6 +222,27 @@ def test_parquet_rows_are_numbered(tmp_path):
     examples, report = load_examples(tmp_path / "a.parquet")
     assert examples[0].where.endswith("a.parquet:row 1")
     assert report.rows[0].startswith(f"{tmp_path / 'a.parquet'}:row 2: no solution")
+
+
+def test_parquet_text_that_is_not_utf8_is_one_bad_row(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    texts = pyarrow.array([b"p", b"caf\xe9", b"q"]).view(pyarrow.utf8())
+    pyarrow.parquet.write_table(pyarrow.table({"problem": texts, "solution": ["s"] * 3}), tmp_path / "a.parquet")
+    examples, report = load_examples(tmp_path / "a.parquet")
+    assert [e.problem for e in examples] == ["p", "q"] and report.skipped == {"not UTF-8": 1}
+    assert report.rows[0].startswith(f"{tmp_path / 'a.parquet'}:row 2: ")
+
+
+def test_numbers_as_answers_are_plain_text_and_nan_is_a_missing_answer(tmp_path):
+    for number, text in ((3.0, "3"), (0.5, "0.5"), (1e16, "10000000000000000"), (-0.0, "0"), (float("nan"), "")):
+        assert load_one(tmp_path, {**GOOD, "solution": "s", "answer": number}).answer == text
+
+
+def test_a_markdown_heading_is_no_final_answer(tmp_path):
+    solution = "#### Step 1\n2 + 3 = 5.\nSo \\boxed{5}"
+    e = load_one(tmp_path, {"problem": "p", "solution": solution})
+    assert (e.solution, e.answer) == (solution, "5")
 
 
 def test_a_folder_gives_the_files_of_the_split(tmp_path):

@@ -24,6 +24,10 @@ def test_regex_matches_the_whole_final_answer():
     assert judged("regex", "grant") == [False] * 5
 
 
+def test_a_pattern_that_never_ends_is_no_match_and_does_not_stop_the_run():
+    assert judged("regex", "(a|aa)+$", [r"\boxed{" + "a" * 60 + "b}", r"\boxed{aaa}"]) == [False, True]
+
+
 def test_none_lets_everything_through():
     assert judged("none", "") == [True] * 5
 
@@ -56,8 +60,10 @@ def test_a_python_gate_that_returns_nonsense_is_named_with_what_it_returned(my_g
 
 
 def test_bad_patterns_and_missing_functions_are_refused_before_any_work(my_gates):
-    with pytest.raises(UserError, match="f.jsonl:3.*regular expression"):
-        check_gate(RLAIFConfig(gate="regex"), [Example("?", answer="a"), Example("?", answer="(", where="f.jsonl:3")])
+    for pattern in "(", "a{9999999999}", "(" * 5000 + ")" * 5000:
+        with pytest.raises(UserError, match="f.jsonl:3.*regular expression"):
+            check_gate(RLAIFConfig(gate="regex"), [Example("?", answer="a"),
+                                                   Example("?", answer=pattern, where="f.jsonl:3")])
     with pytest.raises(UserError, match="has no function other"):
         check_gate(RLAIFConfig(gate=my_gates + "other"), [])
 

@@ -1,0 +1,232 @@
+"""What minimath plan predicts against what training and sampling really hold, on a CPU.
+
+    python -m bench.plan                  # all settings, five minutes of a core
+    python -m bench.plan --only nf4       # those with the word in their name; of the others the last result stays
+
+Small random models of four families go through minimath's own code (an optimiser step of two micro-batches, or a whole
+rollout) while every storage that comes and goes is counted, operations of bitsandbytes from the inside; to
+that comes what the loaded model stores. Rows have unlike lengths, so that masks are needed, and fill the micro-batches:
+the case that the plan is made for. Predicted is what minimath plan adds up, without its margins for a card. The second
+error is of what comes and goes alone, which the weights cannot flatter.
+"""
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from bench.measure import RESULTS, machine
+from minimath import footprint, needs, rlaif, sft
+from minimath.chat import Encoded
+from minimath.config import RLAIFConfig, SFTConfig
+from minimath.footprint import Live
+from minimath.model import DTYPES, base_causal_lm, load_model
+from minimath.optim import clip_and_step, make_optimizer
+from minimath.rollout import Completion, generate
+
+MODEL = {"vocab_size": 4000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
+         "num_attention_heads": 8, "num_key_value_heads": 2}
+FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 32},
+            "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 512}}
+PACKED = {"micro_tokens": 1000, "max_len": 600, "batch_size": 4}
+PADDED = {"micro_tokens": 1200, "max_len": 200, "batch_size": 12, "packing": False}
+GROUPS = {"prompts_per_step": 2, "group_size": 6, "max_prompt_len": 240, "max_new_tokens": 130, "micro_tokens": 1020}
+SAMPLING = {"prompts_per_step": 24, "group_size": 1, "max_prompt_len": 320, "max_new_tokens": 160, "slots": 12}
+LONG = {"micro_tokens": 2000, "max_len": 1200, "batch_size": 4, "gradient_checkpointing": True}
+SETTINGS = {  # name: (family, stage, options)
+    "llama rollout fp32": ("llama", "rollout", SAMPLING),
+    "llama packed fp32": ("llama", "sft", PACKED),
+    "llama packed bf16": ("llama", "sft", PACKED | {"dtype": "bf16"}),
+    "llama packed fp32 checkpointing": ("llama", "sft", LONG),
+    "llama padded fp32": ("llama", "sft", PADDED),
+    "llama padded fp32 checkpointing": ("llama", "sft", PADDED | {"gradient_checkpointing": True, "micro_tokens": 2400,
+                                                                  "batch_size": 24}),
+    "llama padded fp32 nf4": ("llama", "sft", PADDED | {"quant": "nf4"}),
+    "llama padded fp32 nf4 checkpointing": ("llama", "sft", PADDED | {
+        "quant": "nf4", "gradient_checkpointing": True, "micro_tokens": 2400, "batch_size": 24}),
+    "qwen2 padded fp32 eager": ("qwen2", "sft", PADDED | {"attn": "eager"}),
+    "qwen2 padded fp32 adamw8bit": ("qwen2", "sft", PADDED | {"optimizer": "adamw8bit", "lora_r": 64}),
+    "qwen2 packed fp32 dropout": ("qwen2", "sft", PACKED | {"lora_dropout": 0.1}),
+    "qwen2 update, shared prompts, checkpointing": ("qwen2", "rlaif", GROUPS | {
+        "gradient_checkpointing": True, "group_size": 12, "micro_tokens": 1800}),
+    "qwen3 update, padded fp32": ("qwen3", "rlaif", GROUPS | {"shared_prefix": False}),
+    "gemma2 padded fp32 eager": ("gemma2", "sft", PADDED | {"attn": "eager"}),
+    "qwen3 rollout fp32 top-p": ("qwen3", "rollout", SAMPLING | {"top_p": 0.9}),
+    "qwen3 packed fp32 checkpointing": ("qwen3", "sft", LONG),
+    "qwen3 padded bf16": ("qwen3", "sft", PADDED | {"dtype": "bf16"}),
+    "llama update, shared prompts bf16": ("llama", "rlaif", GROUPS | {"dtype": "bf16"}),
+    "gemma2 packed bf16 eager checkpointing": ("gemma2", "sft", LONG | {
+        "dtype": "bf16", "attn": "eager", "micro_tokens": 1000, "max_len": 600}),
+    "qwen2 rollout nf4": ("qwen2", "rollout", SAMPLING | {"quant": "nf4"}),
+}
+
+
+class SeesInside(Live):
+    """Live that follows bitsandbytes' 4-bit product to what it makes inside: the scales and the matrix."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func) != "bitsandbytes.gemm_4bit.default":
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
+        with self:
+            return _gemm_4bit_default_impl(*args, **(kwargs or {}))
+
+
+def options_of(stage: str, options: dict, model: str):
+    """The stage's options for a model folder."""
+    kind = SFTConfig if stage == "sft" else RLAIFConfig
+    return kind(**({"dtype": "fp32"} | options), model=model, device="cpu")
+
+
+def write_model(folder: Path, family: str):
+    """Write a random model and a tokenizer that needs no download; returns the config."""
+    from tokenizers import Tokenizer, models
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    words = {f"<{i}>": i for i in range(MODEL["vocab_size"])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<0>")),
+                                        eos_token="<1>", pad_token="<2>", unk_token="<0>")
+    config = AutoConfig.for_model(family, **MODEL, **FAMILIES[family], eos_token_id=1, pad_token_id=2,
+                                  bos_token_id=None)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return config
+
+
+def model_bytes(model) -> int:
+    """Bytes of the storages of a loaded model, NF4's scales and code books included."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        for each in (state, getattr(state, "state2", None)):
+            tensors += [v for v in vars(each).values() if torch.is_tensor(v)] if each is not None else []
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def optimizer_state(optimizer) -> int:
+    """Bytes of an optimiser's state."""
+    tensors = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def row(length: int, prompt: int = 0) -> Encoded:
+    return Encoded([3 + i % 3000 for i in range(length)], [False] * max(1, prompt) + [True] * (length - max(1, prompt)),
+                   False)
+
+
+def one_step(cfg, model, gradient) -> tuple[int, int]:
+    """(bytes of model, optimiser and gradients; the most that came and went above them) of an optimiser step that is
+    not the first. gradient(): adds a step's."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    model_size = model_bytes(model)
+    with SeesInside() as live:
+        optimizer = make_optimizer(params, cfg)
+        for param in params:  # the first step makes the optimiser's state; it needs no batch for that
+            param.grad = torch.zeros_like(param)
+        clip_and_step(optimizer, params, 1.0, 1e-4)
+        gradient()
+        clip_and_step(optimizer, params, 1.0, 1e-4)
+    fixed = optimizer_state(optimizer) + sum(footprint.stored(p) for p in params)
+    return model_size + fixed, live.peak - fixed
+
+
+def measure_sft(cfg: SFTConfig, model, tokenizer) -> tuple[int, int]:
+    if cfg.packing:
+        rows = [row(cfg.max_len), row(cfg.micro_tokens - cfg.max_len)] * 2
+    else:
+        count = cfg.micro_tokens // cfg.max_len  # both micro-batches of (nearly) full length, neither of equal rows
+        rows = [row(cfg.max_len - cut) for cut in [0] * (count - 1) + [1] * count + [2]]
+    return one_step(cfg, model, lambda: sft.loss_and_gradient(cfg, model, tokenizer, rows, 1.0))
+
+
+def measure_update(cfg: RLAIFConfig, model, tokenizer) -> tuple[int, int]:
+    rows, samples = [], []
+    for group in range(cfg.prompts_per_step):
+        for i in range(cfg.group_size):
+            size = cfg.max_new_tokens - (0 if cfg.shared_prefix else 2 * i + group)
+            one = row(cfg.max_prompt_len + size, cfg.max_prompt_len)
+            rows.append(one._replace(ids=[5 + group, *one.ids[1:]]))
+            samples.append((Completion(one.ids[cfg.max_prompt_len:], [-1.0] * size, True), (-1.0) ** i))
+    return one_step(cfg, model, lambda: rlaif.policy_gradient(cfg, model, tokenizer, rows=rows, samples=samples,
+                                                               old=None, ref=None, scale=1.0))
+
+
+def measure_rollout(cfg: RLAIFConfig, model, tokenizer) -> tuple[int, int]:
+    prompts = [[5 + i, *row(cfg.max_prompt_len - 1 - i % 2).ids] for i in range(cfg.prompts_per_step)]
+    with SeesInside() as live:
+        generate(model, tokenizer, prompts, samples=cfg.group_size, max_new_tokens=cfg.max_new_tokens, eos=[],
+                 top_p=cfg.top_p, slots=cfg.slots)
+    return model_bytes(model), live.peak
+
+
+MEASURES = {"sft": measure_sft, "rlaif": measure_update, "rollout": measure_rollout}
+
+
+def predict(config, cfg, stage: str) -> tuple[int, int]:
+    """(bytes that stay, peak above them) as the plan adds them up."""
+    dtype = DTYPES[cfg.dtype]
+    model = footprint.empty_model(config, cfg, dtype)
+    stays = footprint.statics(model, cfg)
+    follow, prefill = footprint.layer_tracer(config, cfg, dtype, "cpu")
+    if stage == "rollout":
+        sampled = needs.rollout(model, prefill, cfg, cfg.slots, cfg.prompts_per_step)
+        copies = needs.copies_bytes(model, dtype)
+        return stays.outside + stays.layers + stays.adapter, sampled.peak() + copies
+    shapes = footprint.sft_shapes(cfg) if stage == "sft" else footprint.rlaif_shapes(cfg)
+    return stays.total(), footprint.passes(config, follow, shapes, dtype, "cpu").peak()
+
+
+def compare(name: str) -> dict:
+    """Predict and measure one setting."""
+    family, stage, options = SETTINGS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_model(Path(folder), family)
+        cfg = options_of(stage, options, folder)
+        stays, above = predict(config, cfg, stage)
+        torch.manual_seed(0)
+        model, tokenizer = load_model(cfg, train=True)
+        fixed, moved = MEASURES[stage](cfg, model, tokenizer)
+    assert base_causal_lm(model).config.model_type == family
+    return {"setting": name, "predicted_mb": (stays + above) / 1e6, "measured_mb": (fixed + moved) / 1e6,
+            "error": (stays + above) / (fixed + moved) - 1, "predicted_stays_mb": stays / 1e6,
+            "measured_stays_mb": fixed / 1e6, "error_above": above / moved - 1}
+
+
+def summary(found: list[dict]) -> dict:
+    """Median and worst of both errors, as shares."""
+    return {kind: {"median": statistics.median(abs(each[kind]) for each in found),
+                   "worst": max(abs(each[kind]) for each in found)} for kind in ("error", "error_above")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="settings with this word in their name")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    where, path = machine("cpu"), RESULTS / "plan-cpu.json"
+    known = {each["setting"]: each for each in json.loads(path.read_text())["settings"]} if path.exists() else {}
+    for name in SETTINGS:
+        if options.only in name:
+            known[name] = compare(name)
+            print(json.dumps(known[name]), file=sys.stderr, flush=True)
+            found = [known[each] for each in SETTINGS if each in known]
+            result = {"machine": where, "model": MODEL, "summary": summary(found), "settings": found}
+            path.write_text(json.dumps(result, indent=1) + "\n")
+    table = Table("setting", "predicted MB", "measured MB", "error", "of what comes and goes")
+    for each in found:
+        table.add_row(each["setting"], f"{each['predicted_mb']:.1f}", f"{each['measured_mb']:.1f}",
+                      f"{100 * each['error']:+.1f}%", f"{100 * each['error_above']:+.1f}%")
+    Console(width=120).print(table)
+    print(f"{len(found)} settings: " + "; ".join(
+        f"{kind} median {100 * s['median']:.1f}%, worst {100 * s['worst']:.1f}%" for kind, s in summary(found).items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Faults tried, survived and lost: python -m tests.faults [--full] [TOPIC ...] [--out FILE.json]
+
+Without --full, the short part that CI runs. Exit status 1 when anything was lost.
+"""
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]  # as pytest has it
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from harness import TOPICS, Tally  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.split("\n")[0])
+    parser.add_argument("topics", nargs="*", metavar="TOPIC", help=f"of {', '.join(TOPICS)}; default: all")
+    parser.add_argument("--full", action="store_true", help="every case, not the short part that CI runs")
+    parser.add_argument("--out", type=Path, help="also write the counts to this json file")
+    options = parser.parse_args()
+    if unknown := set(options.topics) - set(TOPICS):
+        parser.error(f"unknown topics {', '.join(sorted(unknown))}; there are {', '.join(TOPICS)}")
+    os.environ["MINIMATH_CACHE"] = tempfile.mkdtemp(prefix="minimath-faults-")  # not in the user's home
+    tallies = []
+    for topic in options.topics or TOPICS:
+        tallies += run_topic(topic, options.full)
+        if options.out:  # after each: hours of counting should not hang on the last topic
+            options.out.write_text(json.dumps([as_row(t) for t in tallies], indent=1) + "\n", encoding="utf-8")
+    print_table(tallies)
+    return 1 if any(t.lost for t in tallies) else 0
+
+
+def run_topic(topic: str, full: bool) -> list[Tally]:
+    """The counts of one topic; one that raises counts as one thing lost, and the others go on."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=f"minimath-{topic}-") as folder:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # what the runs say would bury the counts
+                tallies = importlib.import_module(topic).run(full, Path(folder))
+        except Exception as error:
+            tallies = [Tally(topic, 1, [f"{type(error).__name__}: {error}"])]
+    for tally in tallies:
+        print(f"{tally.case}: {tally.survived} of {tally.tried}", *tally.lost[:5], sep="\n    lost: ", flush=True)
+    print(f"    {topic}: {time.monotonic() - started:.0f} s", flush=True)
+    return tallies
+
+
+def as_row(tally: Tally) -> dict:
+    return {"case": tally.case, "tried": tally.tried, "survived": tally.survived, "lost": tally.lost}
+
+
+def print_table(tallies: list[Tally]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    table = Table("case")
+    for name in ("tried", "survived", "lost"):
+        table.add_column(name, justify="right")
+    for t in tallies:
+        table.add_row(t.case, f"{t.tried:,}", f"{t.survived:,}", f"{len(t.lost):,}")
+    table.add_row("all", *(f"{n:,}" for n in (sum(t.tried for t in tallies), sum(t.survived for t in tallies),
+                                              sum(len(t.lost) for t in tallies))), style="bold")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

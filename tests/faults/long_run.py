@@ -1,0 +1,94 @@
+"""A long run does not grow: memory, Python objects, open files and threads stay as they are, and checkpoints rotate.
+
+Each stage runs in a child on the tiny model, with checkpoints, evaluations, samples and a judge at work; it notes its
+resident memory, its tracked objects, its open files and its threads as it goes. The run's second and last quarters are
+compared: what a step leaves behind adds up between them.
+"""
+import gc
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import tiny
+from harness import Tally, run_child
+from toy import make_config, metrics, write_problems
+
+MEMORY_BYTES = 8 << 20  # between the quarters: the allocator's noise is below it, 8 KB a step of 2,000 steps is above
+OBJECTS_A_STEP = 0.5
+NOTES = 40  # evenly over the run; a full collection of garbage goes before each
+LOG_BYTES_A_STEP = 4096
+STEPS = {"sft": (2000, 160), "rlaif": (500, 40)}  # full, fast
+
+
+def run(full: bool, folder: Path) -> list[Tally]:
+    model = tiny.tiny_model(folder / "model")
+    data = write_problems(folder / "problems.jsonl", n=64)
+    return [long_run(stage, STEPS[stage][0 if full else 1], model, data, folder) for stage in STEPS]
+
+
+def long_run(stage: str, steps: int, model: Path, data: str, folder: Path) -> Tally:
+    tally = Tally(f"{stage}, {steps:,} steps: memory, objects, open files, threads, logs, checkpoints")
+    out = folder / stage
+    notes = folder / f"{stage}.json"
+    words = (stage, str(model), data, str(out), str(steps), str(notes))
+    status, said = run_child(*words, module="long_run", timeout_s=1800)
+    if status:
+        tally.add(False, f"ended with status {status}: {said[-300:]}")
+        return tally
+    seen = json.loads(notes.read_text())
+    early, late = seen[NOTES // 4:NOTES // 2], seen[-(NOTES // 4):]
+    grown = {name: statistics.median(s[name] for s in late) - statistics.median(s[name] for s in early)
+             for name in seen[0]}
+    tally.add(len(seen) == NOTES, f"the run ended after {len(seen)} of {NOTES} notes")
+    tally.add(grown["memory"] < MEMORY_BYTES, f"resident memory grew by {grown['memory'] / 2**20:.1f} MB")
+    tally.add(grown["objects"] < OBJECTS_A_STEP * steps / 2, f"{grown['objects']} more Python objects")
+    tally.add(grown["files"] <= 0, f"{grown['files']} more open files")
+    tally.add(grown["threads"] <= 0, f"{grown['threads']} more threads")
+    logs = sum(path.stat().st_size for path in out.glob("*.jsonl"))
+    tally.add(logs < LOG_BYTES_A_STEP * steps, f"{logs / steps:.0f} bytes of logs a step")
+    tally.add(len(metrics(out)) >= steps, f"metrics.jsonl has {len(metrics(out))} lines")
+    kept = [path for path in (out / "checkpoints").iterdir() if path.is_dir()]
+    tally.add(len(kept) <= 3, f"{len(kept)} checkpoints are left")  # two newest and the best
+    return tally
+
+
+# ---- the child
+
+def note(seen: list[dict]) -> None:
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    seen.append({"memory": pages * os.sysconf("SC_PAGE_SIZE"), "objects": len(gc.get_objects()),
+                 "files": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))})
+
+
+def child(stage: str, model: str, data: str, out: str, steps: int, notes: str) -> None:
+    """Run the stage, noting what the process holds after every steps / NOTES steps."""
+    from minimath import rlaif, sft
+    from minimath.config import RLAIFConfig, SFTConfig
+    seen: list[dict] = []
+    loop, name = (sft, "clip_and_step") if stage == "sft" else (rlaif, "collapse_warnings")  # each once a step
+    real, done = getattr(loop, name), 0
+
+    def noted(*args, **options):
+        nonlocal done
+        result, done = real(*args, **options), done + 1
+        if done % (steps // NOTES) == 0:
+            note(seen)
+        return result
+
+    setattr(loop, name, noted)
+    shared = {"out": out, "data": data, "eval_data": data, "eval_limit": 4, "steps": steps, "save_every": steps // 8,
+              "eval_every": steps // 4, "keep": 2, "lora_r": 4, "sample_every": steps // 4, "lr": 1e-4}
+    if stage == "sft":
+        sft.sft(make_config(SFTConfig, model, batch_size=2, eval_max_new_tokens=8, **shared))
+    else:  # gate=none: a random model is never right, and groups without a difference are not trained on
+        rlaif.rlaif(make_config(RLAIFConfig, model, prompts_per_step=2, group_size=3, max_new_tokens=8, judge="self",
+                                gate="none", overlong="none", judge_canary_every=steps // 4, **shared))
+    Path(notes).write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    stage_, model_, data_, out_, steps_, notes_ = sys.argv[1:]
+    child(stage_, model_, data_, out_, int(steps_), notes_)
