@@ -131,9 +131,11 @@ class Group:
 
 
 def packs(weight: torch.Tensor) -> bool:
-    """Whether oneDNN can hold this weight in its own layout."""
-    return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32) and \
-        torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    """Whether oneDNN can hold this weight in its own layout; bf16 only on processors with AVX-512 or better."""
+    if weight.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def packed_product(weight: torch.Tensor, bias, rows: int):
