@@ -25,11 +25,12 @@ STEPS = {"sft": (2000, 160), "rlaif": (500, 40)}  # full, fast
 def run(full: bool, folder: Path) -> list[Tally]:
     model = tiny.tiny_model(folder / "model")
     data = write_problems(folder / "problems.jsonl", n=64)
-    return [long_run(stage, STEPS[stage][0 if full else 1], model, data, folder) for stage in STEPS]
+    return [long_run(stage, full, model, data, folder) for stage in STEPS]
 
 
-def long_run(stage: str, steps: int, model: Path, data: str, folder: Path) -> Tally:
-    tally = Tally(f"{stage}, {steps:,} steps: memory, objects, open files, threads, logs, checkpoints")
+def long_run(stage: str, full: bool, model: Path, data: str, folder: Path) -> Tally:
+    steps = STEPS[stage][0 if full else 1]
+    tally = Tally(f"{stage}, {steps:,} steps: {'memory, ' * full}objects, open files, threads, logs, checkpoints")
     out = folder / stage
     notes = folder / f"{stage}.json"
     words = (stage, str(model), data, str(out), str(steps), str(notes))
@@ -38,11 +39,12 @@ def long_run(stage: str, steps: int, model: Path, data: str, folder: Path) -> Ta
         tally.add(False, f"ended with status {status}: {said[-300:]}")
         return tally
     seen = json.loads(notes.read_text())
-    early, late = seen[NOTES // 4:NOTES // 2], seen[-(NOTES // 4):]
+    early, late = seen[len(seen) // 4:len(seen) // 2], seen[-(len(seen) // 4):]
     grown = {name: statistics.median(s[name] for s in late) - statistics.median(s[name] for s in early)
              for name in seen[0]}
-    tally.add(len(seen) == NOTES, f"the run ended after {len(seen)} of {NOTES} notes")
-    tally.add(grown["memory"] < MEMORY_BYTES, f"resident memory grew by {grown['memory'] / 2**20:.1f} MB")
+    tally.add(len(seen) >= NOTES, f"the run ended after {len(seen)} of {NOTES} notes")
+    if full:  # a short run is still filling the allocator's buffers
+        tally.add(grown["memory"] < MEMORY_BYTES, f"resident memory grew by {grown['memory'] / 2**20:.1f} MB")
     tally.add(grown["objects"] < OBJECTS_A_STEP * steps / 2, f"{grown['objects']} more Python objects")
     tally.add(grown["files"] <= 0, f"{grown['files']} more open files")
     tally.add(grown["threads"] <= 0, f"{grown['threads']} more threads")
