@@ -30,13 +30,14 @@ def main() -> int:
     if unknown := set(options.topics) - set(TOPICS):
         parser.error(f"unknown topics {', '.join(sorted(unknown))}; there are {', '.join(TOPICS)}")
     os.environ["MINIMATH_CACHE"] = tempfile.mkdtemp(prefix="minimath-faults-")  # not in the user's home
-    tallies = []
+    counts: dict[str, list[Tally]] = {}
     for topic in options.topics or TOPICS:
-        tallies += run_topic(topic, options.full)
+        counts[topic] = run_topic(topic, options.full)
         if options.out:  # after each: hours of counting should not hang on the last topic
-            options.out.write_text(json.dumps([as_row(t) for t in tallies], indent=1) + "\n", encoding="utf-8")
-    print_table(tallies)
-    return 1 if any(t.lost for t in tallies) else 0
+            rows = ",\n".join(json.dumps(as_row(topic, t)) for topic, tallies in counts.items() for t in tallies)
+            options.out.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+    print_table(counts)
+    return 1 if any(t.lost for tallies in counts.values() for t in tallies) else 0
 
 
 def run_topic(topic: str, full: bool) -> list[Tally]:
@@ -54,20 +55,22 @@ def run_topic(topic: str, full: bool) -> list[Tally]:
     return tallies
 
 
-def as_row(tally: Tally) -> dict:
-    return {"case": tally.case, "tried": tally.tried, "survived": tally.survived, "lost": tally.lost}
+def as_row(topic: str, tally: Tally) -> dict:
+    return {"topic": topic, "case": tally.case, "tried": tally.tried, "survived": tally.survived, "lost": tally.lost}
 
 
-def print_table(tallies: list[Tally]) -> None:
+def print_table(counts: dict[str, list[Tally]]) -> None:
+    """One row per topic: its cases have been printed as they ended."""
     from rich.console import Console
     from rich.table import Table
-    table = Table("case")
+    table = Table("topic", "cases")
     for name in ("tried", "survived", "lost"):
         table.add_column(name, justify="right")
-    for t in tallies:
-        table.add_row(t.case, f"{t.tried:,}", f"{t.survived:,}", f"{len(t.lost):,}")
-    table.add_row("all", *(f"{n:,}" for n in (sum(t.tried for t in tallies), sum(t.survived for t in tallies),
-                                              sum(len(t.lost) for t in tallies))), style="bold")
+    every = [t for tallies in counts.values() for t in tallies]
+    for topic, tallies in (counts | {"all": every}).items():
+        numbers = (len(tallies), sum(t.tried for t in tallies), sum(t.survived for t in tallies),
+                   sum(len(t.lost) for t in tallies))
+        table.add_row(topic, *(f"{n:,}" for n in numbers), style="bold" if tallies is every else None)
     Console(width=120).print(table)
 
 

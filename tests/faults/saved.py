@@ -54,7 +54,8 @@ def load_number(run: Path, pair) -> tuple[int | None, list[str]]:
         warnings.simplefilter("always")
         state = load_checkpoint(run, model=pair[0], optimizer=pair[1])
     loaded, number = values(pair), state and state["number"]
-    return number if state is None or same_tensors(loaded, set_values(pair, number)) else -1, [str(w.message) for w in said]
+    sound = state is None or same_tensors(loaded, set_values(pair, number))
+    return number if sound else -1, [str(w.message) for w in said]
 
 
 def what_is_wrong(run: Path, pair, allowed: set[int]) -> str:
