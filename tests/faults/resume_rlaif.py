@@ -35,7 +35,8 @@ VARIANTS = {
     "judge rules": {},
     "judge self": {"judge": "self"},
     "judge openai": ENDPOINT,
-    "judge openai, lists": ENDPOINT | {"judge_plan": "listwise", "judge_concurrency": 4, "group_size": 6},
+    # one at a time: of several in flight, those that kill -9 finds not yet kept are asked again, and answered otherwise
+    "judge openai, lists": ENDPOINT | {"judge_plan": "listwise", "group_size": 6},
     "two updates of two minibatches, KL": TWICE | {"beta": 0.05},
     "gspo": {"loss_type": "gspo", **TWICE},
     "refills": REFILL,
