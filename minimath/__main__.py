@@ -17,6 +17,7 @@ USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GP
   minimath sample [RECIPE.yaml] [key=value ...]      training data: the shortest right of k solutions per problem
   minimath judge check  [RECIPE.yaml] [key=value ...]  whether a judge can be trusted with a run
   minimath judge attack [RECIPE.yaml] [key=value ...]  how easily it is fooled
+  minimath judge compare EVAL_A EVAL_B [key=value ...] whose solutions it finds easier to read
   minimath plan RECIPE.yaml [key=value ...] [card=24] [--apply [FILE]]   what it needs, which cards hold it
   minimath report RUN [RUN ...] [out=FOLDER]         report.html of a run, or of several beside each other
   minimath export adapter=RUN out=FOLDER [to=gguf]   the merged model, for transformers, llama.cpp or Ollama
@@ -25,6 +26,9 @@ USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GP
 `minimath sft --help` lists every option of a stage with its default. A recipe is YAML: `key: value` lines, shared
 or in a section (sft:, rlaif:, eval:); key=value words win. With `run`, `sft.lr=1e-4` is for one stage.
 """
+
+
+SHARED = ("sft", "rlaif", "eval", "run")  # commands that several processes can share; see ranks.py
 
 
 def main() -> int:
@@ -56,6 +60,9 @@ def run_command(action) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from minimath import ranks
+        ranks.leave()
     if isinstance(result, int):
         return result
     return 128 + result["signal"] if isinstance(result, dict) and result.get("signal") else 0
@@ -77,6 +84,9 @@ def dispatch(command: str, words: list[str]):
     if "--help" in words or "-h" in words:
         print(help_text(command, stages))
         return None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in SHARED:
+        raise UserError(f"minimath {command} is made for one process; accelerate launch and torchrun are for "
+                        f"{', '.join(SHARED)}")
     if command == "demo":
         from minimath.demo import demo
         return demo(words)
@@ -112,6 +122,9 @@ def dispatch(command: str, words: list[str]):
     if command == "rlaif":
         from minimath.rlaif import rlaif
         return rlaif(cfg)
+    if cfg.suite:
+        from minimath.suite import suite
+        return suite(cfg)
     from minimath.evaluate import evaluate
     return evaluate(cfg)
 
@@ -122,12 +135,15 @@ def take_recipe(words: list[str]) -> str | None:
 
 
 def judge_command(words: list[str]):
-    """minimath judge check | attack."""
+    """minimath judge check | attack | compare."""
     from minimath.config import UserError, did_you_mean
-    kinds = ("check", "attack")
+    kinds = ("check", "attack", "compare")
     kind = words.pop(0) if words else ""
     if kind not in kinds:
-        raise UserError(f"minimath judge {kind}: use check or attack{did_you_mean(kind, kinds)}")
+        raise UserError(f"minimath judge {kind}: use check or attack, or compare{did_you_mean(kind, kinds)}")
+    if kind == "compare":
+        from minimath.judge_compare import judge_compare
+        return judge_compare([take_recipe(words), take_recipe(words)], take_recipe(words), words)
     if kind == "check":
         from minimath.judge_check import judge_check as command
     else:
@@ -139,7 +155,7 @@ def help_text(command: str, stages: dict) -> str:
     """All options of a command with type, default and meaning."""
     from minimath.config import describe_config
     if command == "judge":
-        from minimath.judge_check import help_text as judge_help
+        from minimath.judge_compare import help_text as judge_help
         return judge_help()
     if command == "demo":
         from minimath.demo import __doc__ as doc

@@ -67,5 +67,6 @@ def at_targets(values: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor
     sum of n_i = number of trained rows. Returns (N,) fp32, 0 at untrained rows.
     """
     out = torch.zeros(target.shape, dtype=torch.float32, device=target.device)
-    out[target != IGNORE] = torch.cat(values).to(out)
+    if values:
+        out[target != IGNORE] = torch.cat(values).to(out)
     return out

@@ -39,7 +39,7 @@ WARM_UP = ((r"2\sqrt{3}", r"\sqrt{12}"), ("x^2+2x+1", "(x+1)^2"), (r"x \in [2,5)
 class BoundedChild:
     """Puts questions to the workers; usable from any thread. The child starts with the first question and lives
     until close(). A reply comes within `timeout_s` by the clock, the first start apart; `timeouts`: how often none
-    did, `starts`: of the child."""
+    did, or memory ran out before; `starts`: of the child."""
 
     def __init__(self, timeout_s: float):
         self.timeout_s = timeout_s
@@ -72,7 +72,7 @@ class BoundedChild:
                 reply = LATE
             waiting.pop(number, None)
             with self._lock:
-                self.timeouts += reply == LATE
+                self.timeouts += reply in (LATE, DIED)
                 if reply == LATE and WORKERS == 1:  # no fork: the child itself hangs
                     self._stop()
         return reply

@@ -11,10 +11,12 @@ A checkpoint is built in a hidden folder beside its final place, flushed to disk
 one or the new one. The manifest also says whether it was the best so far: this fact is as atomic as the rest.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -23,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from minimath import ranks
 from minimath.config import UserError, did_you_mean
 from minimath.train_state import optimizer_state, restore_optimizer, restore_rng, rng_state
 
@@ -32,15 +35,20 @@ except ImportError:  # Windows has no flock: two writers are not noticed there
     fcntl = None
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+STAGES = ("rlaif", "sft")  # their folders in a run of the whole recipe, best first (pipeline.py)
+COMPLETE = "summary.json"  # in a stage's folder when it is complete
 
 
 def save_checkpoint(run_dir, step: int, *, model, optimizer, state: dict, keep: int, best: bool = False) -> Path:
     """Write run_dir/checkpoints/step-<step> and remove all but the `keep` newest and the best one.
 
     state must be json-able; `step` is added to it. Random states are saved as well. Raises UserError with the path and
-    the bytes needed when the disk is full or not writable; earlier checkpoints are intact then.
+    the bytes needed when the disk is full or not writable; earlier checkpoints are intact then. Of several processes
+    the first one writes.
     """
     target = Path(run_dir) / "checkpoints" / f"step-{step:06d}"
+    if not ranks.is_main():
+        return target
     tensors, numbers = optimizer_state(optimizer)
     rng_tensors, rng_numbers = rng_state()
     texts = {"optimizer.json": numbers, "rng.json": rng_numbers, "state.json": state | {"step": step}}
@@ -71,7 +79,9 @@ def load_checkpoint(run_dir, *, model, optimizer=None) -> dict | None:
     None when the run has no checkpoint. A damaged one is skipped with a warning; UserError when all are
     damaged, or when a sound one belongs to another adapter or optimizer (nothing is changed then).
     """
-    finish_renames(run_dir)
+    if ranks.is_main():
+        finish_renames(run_dir)
+    ranks.wait()
     folders = list_checkpoints(run_dir)
     for folder in folders:
         problems = verify(folder)
@@ -183,14 +193,16 @@ def best_checkpoint(run_dir) -> Path | None:
 
 def save_adapter(model, path) -> Path:
     """Write the adapter alone, atomically, as a folder that peft reads. UserError as in save_checkpoint."""
-    write_atomically(Path(path), lambda folder: write_adapter(model, folder), {},
-                     bytes_needed=bytes_on_disk(adapter_tensors(model)))
+    if ranks.is_main():
+        write_atomically(Path(path), lambda folder: write_adapter(model, folder), {},
+                         bytes_needed=bytes_on_disk(adapter_tensors(model)))
     return Path(path)
 
 
 def find_adapter(path) -> Path:
-    """The adapter folder meant by a run folder (its adapter/, else its newest sound checkpoint), a checkpoint or an
-    adapter folder. UserError says what was looked for, or why the adapter found can't be read."""
+    """The adapter folder meant by a run folder (its adapter/, else its newest sound checkpoint), a checkpoint, an
+    adapter folder, or a run of the whole recipe (the adapter of its last complete stage, which is said). UserError says
+    what was looked for, or why the adapter found can't be read."""
     path = Path(path)
     if not os.path.isdir(path):  # unlike is_dir, also for a name that is too long
         near = did_you_mean(path.name, [other.name for other in path.parent.glob("*")])
@@ -207,8 +219,25 @@ def find_adapter(path) -> Path:
             return folder
         except UserError as error:
             warnings.warn(f"{error}; trying the checkpoint before", stacklevel=2)
+    begun = [stage for stage in STAGES if (path / stage).is_dir()]
+    for stage in begun:
+        if (path / stage / COMPLETE).exists():
+            folder = find_adapter(path / stage)
+            but = "" if stage == begun[0] else f"; {begun[0]} is not complete"
+            say_once(f"adapter={path}: taking {folder}{but}")
+            return folder
+    if begun:
+        raise UserError(f"{path} is a run of the whole recipe, and no stage of it is complete: let it go on with "
+                        f"resume=true, or take what there is with adapter={path / begun[0]}")
     raise UserError(f"{path} holds no adapter: looked for {' and '.join(ADAPTER_FILES)}, a folder adapter/, "
-                    "and sound folders checkpoints/step-*")
+                    f"sound folders checkpoints/step-*, and complete stages {' and '.join(STAGES)}")
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """To standard error, since what a command prints may be read by another."""
+    if ranks.is_main():
+        print(text, file=sys.stderr)
 
 
 def check_adapter(folder: Path) -> None:
@@ -230,7 +259,11 @@ def check_adapter(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lock_run(run_dir):
-    """Hold the run folder for this process. UserError when another one writes there, or it can't be made."""
+    """Hold the run folder for this process, or for those started together. UserError when another one writes there, or
+    it can't be made."""
+    if not ranks.is_main():
+        yield
+        return
     path = Path(run_dir) / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

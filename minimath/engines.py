@@ -5,10 +5,12 @@
 """
 import contextlib
 
+from minimath import ranks
 from minimath.chat import eos_ids
 from minimath.config import UserError
 from minimath.model import base_causal_lm
 from minimath.rollout import Completion, generate
+from minimath.sharding import is_sharded
 from minimath.slots import NoStandardCache
 
 OWN_ENGINE_ONLY = {"repetition_penalty": 1.0, "stop_boxed": False, "loop_guard": 0}  # and what stands for "off"
@@ -28,10 +30,12 @@ def open_engine(cfg, model, tokenizer, *, say=print, run_dir=""):
     own = {name: getattr(cfg, name) for name in OWN_ENGINE_ONLY}
     with contextlib.ExitStack() as stack:
         if cfg.rollout == "vllm":
+            if ranks.world() > 1:
+                raise UserError("rollout=vllm is for one training process; use rollout=auto with several")
             refuse_own_options(cfg)
             yield open_vllm_engine(cfg, model, tokenizer, run_dir, common, stack)
             return
-        plain = cfg.rollout == "transformers"
+        plain = cfg.rollout == "transformers" or is_sharded(model)  # ours reads the weights of a layer by itself
         if plain:
             refuse_own_options(cfg)
 

@@ -2,10 +2,12 @@
 
 Completions are kept as they end: after an interrupt, a crash or kill -9 the same command with resume=true goes on.
 
-Greedy (temperature=0) or k samples per problem. Reports accuracy with a 95% interval, pass@k, maj@k, tokens, tokens
-per right answer, accuracy at token budgets, the share of right steps, and the share of completions that ended.
+Greedy (temperature=0) or k samples per problem. Reports accuracy with a 95% interval, avg@k, pass@k, maj@k, tokens,
+tokens per right answer, accuracy at token budgets, the share of right steps, and the share of completions that ended.
+Several sets of problems in one go: suite.py.
 Step consistency (every `a op b = c`) is a tripwire, not a quality score: most wrong solutions pass it too.
 """
+import itertools
 import json
 import math
 import statistics
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minimath import ranks
 from minimath.answer import AnswerChecker, extract_answer
 from minimath.chat import prompt_ids
 from minimath.config import EvalConfig, Stopped, UserError, comma_list
@@ -24,53 +27,83 @@ from minimath.log import RunLog
 from minimath.model import describe, load_model
 from minimath.partial import PartFile, fingerprint, holds_part, model_hash, open_part, refuse_changes
 from minimath.rollout import Completion
-from minimath.runs import PART, open_run, write_whole
+from minimath.runs import PART, Stop, open_run, write_whole
 from minimath.steps import check_steps
 
 COLUMNS = ["model", "accuracy", "95% interval", "mean tokens", "tokens per right", "right steps", "ended"]
 
 
-def evaluate(cfg: EvalConfig, *, hint: bool = True) -> dict:
+def evaluate(cfg: EvalConfig, *, within: Stop | None = None) -> dict:
     """Evaluate cfg.model (with cfg.adapter) on cfg.data -> the summary; writes eval.json and completions.jsonl.
 
-    Stopped by a signal, it says what is done and, with `hint`, how to go on (a pipeline says that itself). With
-    cfg.resume, a complete evaluation in cfg.out is returned as it is. Raises Stopped, and UserError also when what
-    decides the completions is not what the evaluation to go on with was begun with.
+    Stopped by a signal, it says what is done and how to go on. With cfg.resume, a complete evaluation in cfg.out is
+    returned as it is. within: as in evaluate_examples. Raises Stopped, and UserError also when what decides the
+    completions is not what the evaluation to go on with was begun with.
     """
+    if cfg.suite or cfg.suite_data or cfg.suite_samples or cfg.suite_temperature:
+        raise UserError("suite= is for `minimath eval suite=gsm8k,math500`, and suite_data, suite_samples and "
+                        "suite_temperature only go with it; here the problems come from data=")
     examples, report = load_examples(cfg.data, split=cfg.split, limit=cfg.limit, strict=cfg.strict,
                                      need=("answer",), data_format=cfg.data_format)
+    return evaluate_examples(cfg, examples, describe_report(report), within=within)
+
+
+def load_and_say(cfg: EvalConfig, log: RunLog) -> tuple:
+    """(model, tokenizer) of cfg; what was loaded is said."""
+    model, tokenizer = load_model(cfg, train=False)
+    log.say(describe(model, cfg))
+    return model, tokenizer
+
+
+def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str = "", *, load=load_and_say,
+                      within: Stop | None = None) -> dict:
+    """`evaluate` on examples that are loaded; note: what is said of them.
+
+    load(cfg, log) gives (model, tokenizer). within: the Stop of the suite or pipeline that this is a part of, and
+    that says how to go on. Its files stop this evaluation too, and a signal that came too late to stop this one is
+    left in it.
+    """
     decides = fingerprint(cfg, examples)
     if cfg.resume and cfg.out and (Path(cfg.out) / "eval.json").exists():
-        return complete(Path(cfg.out), decides)
+        return complete(Path(cfg.out), decides, cfg)
     if cfg.resume and cfg.out and holds_part(cfg.out):
         refuse_changes(Path(cfg.out), decides)  # now, not after a large model has loaded
     with open_run(cfg, "eval") as (log, stop):
-        log.say(describe_report(report) or f"{len(examples)} problems")
-        model, tokenizer = load_model(cfg, train=False)
-        log.say(describe(model, cfg))
+        stop.files += within.files if within else ()
+        log.say(note or f"{len(examples)} problems")
+        model, tokenizer = load(cfg, log)
         decides["model files"] = model_hash(model, tokenizer)
         with open_part(log, decides, len(examples), cfg) as part:
             try:
                 summary, records = evaluate_model(model, tokenizer, examples, cfg, log, stop, part)
             except Stopped:
-                go_on = f"; the same command with out={log.run_dir} resume=true goes on" if hint else ""
+                go_on = f"; the same command with out={log.run_dir} resume=true goes on" if within is None else ""
                 log.say(f"{stop.reason()}: stopped, {len(part.done)} of {part.total} completions are done{go_on}")
                 raise
-            write_results(log.run_dir, summary, records)
-            part.remove()
+            if ranks.is_main():
+                write_results(log.run_dir, summary, records)
+                part.remove()
         name = cfg.adapter or cfg.model
         log.table(f"{name} on {len(examples)} problems", COLUMNS, [row(name, summary)])
         for name, value in summary.items():
-            if name.startswith(("pass@", "maj@", "accuracy@")):
+            if name.startswith(("avg@", "pass@", "maj@", "accuracy@")):
                 log.say(f"{name}: {value:.3f}")
+        if within:
+            within.signal = within.signal or int(ranks.largest(stop.signal))
         return summary
 
 
-def complete(folder: Path, decides: dict) -> dict:
-    """The summary of a complete evaluation; UserError if it was made with other options than `decides`."""
+def complete(folder: Path, decides: dict, cfg: EvalConfig) -> dict:
+    """The summary of a complete evaluation; UserError if it was made with other options than `decides`. Budgets that
+    it lacks are added to it."""
     refuse_changes(folder, decides)
     summary = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    if not ranks.is_main():
+        return summary
     (folder / PART).unlink(missing_ok=True)  # killed just before it would have been removed
+    if any(f"accuracy@{budget}" not in summary for budget in map(int, comma_list(cfg.budgets))):
+        summary |= at_budgets(list(by_problem(read_records(folder)).values()), cfg.budgets)
+        write_whole(folder / "eval.json", json.dumps(summary, indent=1) + "\n")
     print(f"{folder} holds the complete evaluation, nothing is left to do: accuracy {summary['accuracy']:.3f} "
           f"on {summary['problems']} problems")
     return summary
@@ -79,6 +112,7 @@ def complete(folder: Path, decides: dict) -> dict:
 def evaluate_model(model, tokenizer, examples: list[Example], cfg: EvalConfig, log: RunLog, stop=None,
                    part: PartFile | None = None):
     """Generate and grade. Returns (summary, records): one record per completion. Raises runs.Stopped on a signal.
+    Several processes take a share of the problems each, and all return the whole.
 
     part: where completions are kept as they end, and those that an earlier process left; None (an evaluation
     within a training): nowhere.
@@ -92,20 +126,42 @@ def evaluate_model(model, tokenizer, examples: list[Example], cfg: EvalConfig, l
         log.say(f"{len(prompts) - len(fits)} problems are longer than max_prompt_len={cfg.max_prompt_len} "
                 "and count as wrong")
     started = time.perf_counter()
-    groups, new_tokens = sample_completions(model, tokenizer, prompts, fits, cfg, log, stop, part)
+    mine = ranks.share(fits)
+    groups, new_tokens = sample_completions(model, tokenizer, prompts, mine, cfg, log, stop, part)
     seconds = time.perf_counter() - started
     with AnswerChecker() as checker:
-        records = []
-        for i, group in zip(fits, groups, strict=True):
+        graded, unreadable = [], []
+        for i, group in zip(mine, groups, strict=True):
             if stop is not None:
                 stop.check()
-            records += [{"number": i} | grade(examples[i], c, tokenizer, checker, s) for s, c in enumerate(group)]
+            before = checker.bad_gold
+            graded.append([{"number": i} | grade(examples[i], c, tokenizer, checker, s) for s, c in enumerate(group)])
+            unreadable += [examples[i]] if checker.bad_gold > before else []
+        records, unreadable = list(itertools.chain(*ranks.gather(graded))), ranks.gather(unreadable)
+        counts = ranks.sums({"timeouts": checker.timeouts, "tokens": new_tokens})
+        # before the summary: maj@k has comparisons too
+        given_up = {"checker_timeouts": int(counts["timeouts"]), "bad_gold": len(unreadable)}
         skipped = [{"number": i, "id": e.id, "problem": e.problem, "gold": e.answer, "sample": s, "text": "",
                     "answer": None, "right": False, "tokens": 0, "ended": False, "right_steps": 0, "steps": 0}
                    for i, e in enumerate(examples) if len(prompts[i]) > cfg.max_prompt_len for s in range(cfg.samples)]
-        summary = summarise(records + skipped, cfg, checker)
-    summary["tokens_per_s"] = new_tokens / seconds  # of this process, when an earlier one left completions
+        summary = summarise(records + skipped, cfg, checker) | given_up
+    if any(given_up.values()):
+        log.say(worded_given_up(given_up["checker_timeouts"], unreadable))
+    summary["tokens_per_s"] = counts["tokens"] / seconds  # of this process, when an earlier one left completions
     return summary, records + skipped
+
+
+def worded_given_up(timeouts: int, unreadable: list[Example]) -> str:
+    """One line about comparisons that ran out of time, and about gold answers that no one can read."""
+    parts = []
+    if timeouts:
+        parts.append(f"{timeouts} comparison{'s' * (timeouts > 1)} of answers took too long and counted as wrong")
+    if unreadable:
+        shown = ", ".join(f"{e.answer[:40]!r} ({e.id or e.where or e.problem[:40]})" for e in unreadable[:3])
+        more = ", ..." if len(unreadable) > 3 else ""
+        parts.append(f"no one can read the gold answer of {len(unreadable)} problem{'s' * (len(unreadable) > 1)}, so "
+                     f"that no answer is right; correct it in the data: {shown}{more}")
+    return "the answer checker gave up: " + "; ".join(parts)
 
 
 def sample_completions(model, tokenizer, prompts: list[list[int]], fits: list[int], cfg: EvalConfig, log: RunLog,
@@ -159,10 +215,7 @@ def boxed_before_cut(text: str) -> str | None:
 
 def summarise(records: list[dict], cfg: EvalConfig, checker: AnswerChecker) -> dict:
     """All figures from the records of one evaluation; intervals treat problems, not samples, as independent."""
-    problems: dict[int, list[dict]] = {}
-    for record in records:  # by place in the data: a problem that occurs twice there counts twice
-        problems.setdefault(record["number"], []).append(record)
-    groups, k = list(problems.values()), cfg.samples
+    groups, k = list(by_problem(records).values()), cfg.samples
     rates = [sum(r["right"] for r in group) / len(group) for group in groups]
     right, tokens = sum(r["right"] for r in records), [r["tokens"] for r in records]
     summary = {
@@ -174,14 +227,27 @@ def summarise(records: list[dict], cfg: EvalConfig, checker: AnswerChecker) -> d
         "checked_steps": sum(r["steps"] for r in records), "ended": statistics.fmean(r["ended"] for r in records),
     }
     if k > 1:
+        summary[f"avg@{k}"] = summary["accuracy"]
         counts = [sum(r["right"] for r in group) for group in groups]
         for n in sorted({2 ** i for i in range(k.bit_length()) if 2 ** i <= k} | {k}):
             summary[f"pass@{n}"] = statistics.fmean(pass_at(n, k, c) for c in counts)
         summary[f"maj@{k}"] = statistics.fmean(majority_right(group, checker) for group in groups)
-    for budget in map(int, comma_list(cfg.budgets)):
-        summary[f"accuracy@{budget}"] = statistics.fmean(
-            sum(r["right"] and r["ended"] and r["tokens"] <= budget for r in group) / len(group) for group in groups)
-    return summary
+    return summary | at_budgets(groups, cfg.budgets)
+
+
+def by_problem(records: list[dict]) -> dict[int, list[dict]]:
+    """Place in the data -> records of that problem: one that occurs twice there counts twice."""
+    problems: dict[int, list[dict]] = {}
+    for record in records:
+        problems.setdefault(record["number"], []).append(record)
+    return problems
+
+
+def at_budgets(groups: list[list[dict]], budgets: str) -> dict[str, float]:
+    """accuracy@N for each N of the comma list: a completion that did not end within N tokens counts as wrong."""
+    return {f"accuracy@{budget}": statistics.fmean(
+        sum(r["right"] and r["ended"] and r["tokens"] <= budget for r in group) / len(group) for group in groups)
+        for budget in map(int, comma_list(budgets))}
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -204,13 +270,13 @@ def paired(records: list[dict], others: list[dict], what: str = "right") -> tupl
     """(mean, low, high) of records' `what` (right or tokens) minus the others', problem by problem, with a bootstrap
     95% interval. On the same problems that is narrower than the two models' own intervals. UserError without a common
     problem."""
-    def by_problem(rows):
+    def by_text(rows):
         values: dict[tuple, list[float]] = {}
         for r in rows:
             values.setdefault((r["problem"], r["gold"]), []).append(float(r[what]))
         return {key: statistics.fmean(v) for key, v in values.items()}
 
-    mine, theirs = by_problem(records), by_problem(others)
+    mine, theirs = by_text(records), by_text(others)
     gaps = [mine[key] - theirs[key] for key in mine if key in theirs]
     if not gaps:
         raise UserError("the two evaluations have no problem in common: evaluate both on the same data=")
@@ -256,6 +322,12 @@ def write_results(folder: Path, summary: dict, records: list[dict]) -> None:
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_whole(folder / "completions.jsonl", lines)
     write_whole(folder / "eval.json", json.dumps(summary, indent=1) + "\n")
+
+
+def read_records(folder: Path) -> list[dict]:
+    """The records of a complete evaluation. OSError when there are none."""
+    lines = (folder / "completions.jsonl").read_text(encoding="utf-8").split("\n")  # other line ends may be text
+    return [json.loads(line) for line in lines if line]
 
 
 if __name__ == "__main__":

@@ -15,16 +15,19 @@ import platform
 import re
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from pathlib import Path
 
 import torch
 
+from minimath import ranks
 from minimath.config import UserError, comma_list
 from minimath.credentials import mask
 
 PLAIN_SECONDS = 10.0  # pause between progress lines where there is no terminal
+SHOWN_CHARS = 2000  # of a completion; samples.jsonl has it whole
 PACKAGES = ("minimath", "torch", "triton", "numpy", "transformers", "peft", "bitsandbytes", "tokenizers",
             "safetensors", "datasets", "math-verify")
 
@@ -36,10 +39,12 @@ class RunLog:
         """Make the run folder, write environment.json and start the trackers (comma list of wandb,
         tensorboard, trackio). stream: where lines go, default standard output. UserError: not writable,
         tracker missing."""
-        self.run_dir, self.stream = Path(run_dir), stream or sys.stdout
+        self.run_dir, self.stream, self.trackers, self.console = Path(run_dir), stream or sys.stdout, {}, None
+        self.silent = not ranks.is_main()  # of several processes the first one writes and prints
+        if self.silent:
+            return
         with contextlib.suppress(AttributeError, ValueError):
             self.stream.reconfigure(errors="replace")  # an ASCII terminal must not stop a run
-        self.console = None
         if self.stream.isatty():
             from rich.console import Console
             self.console = Console(file=self.stream)
@@ -62,11 +67,25 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Print a text. Control characters, which a model may have written, are shown as '?'."""
-        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
+        if self.silent:
+            return
+        text = printable(text)
         if self.console:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=self.stream, flush=True)
+
+    def show(self, title: str, text: str) -> None:
+        """Print a text of several lines, such as a completion, set apart: a panel on a terminal, else an indented
+        block. Of a long one the middle is left out."""
+        if len(text) > SHOWN_CHARS:
+            left_out = len(text) - SHOWN_CHARS
+            text = f"{text[:SHOWN_CHARS // 2]}\n... {left_out} characters ...\n{text[-SHOWN_CHARS // 2:]}"
+        if not self.console:
+            return self.say(f"{title}:\n{textwrap.indent(printable(text), '    ')}")
+        from rich.panel import Panel
+        from rich.text import Text
+        self.console.print(Panel(Text(printable(text)), title=Text(printable(title)), title_align="left"))
 
     def metrics(self, step: int, **numbers) -> None:
         """Append one record to metrics.jsonl and hand its numbers to the trackers."""
@@ -82,6 +101,8 @@ class RunLog:
         self.append("samples.jsonl", clean(record))
 
     def append(self, name: str, record: dict) -> None:
+        if self.silent:
+            return
         # Opened each time: truncate_metrics replaces the file, and an open handle would go on in the old one.
         try:
             with open(self.run_dir / name, "a", encoding="utf-8") as file:
@@ -107,8 +128,8 @@ class RunLog:
 
     @contextlib.contextmanager
     def progress(self, total: int, what: str):
-        """Yield advance(n=1, **shown): counts n more of `total` done and shows numbers beside the time
-        left."""
+        """Yield advance(n=1, **shown): counts n more of `total` done and shows numbers beside the time left and the
+        memory taken."""
         draw = self.draw_bar if self.console else self.draw_lines
         with draw(total, what) as advance:
             yield advance
@@ -118,28 +139,30 @@ class RunLog:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                    TextColumn("{task.fields[note]}", markup=False))
-        start, done = time.monotonic(), 0
+        start, done, last = time.monotonic(), 0, {}
         with Progress(*columns, console=self.console) as bar:
             task = bar.add_task(what, total=total, note="")
 
             def advance(n: int = 1, **shown) -> None:
                 nonlocal done
                 done += n
-                bar.update(task, completed=done, note=progress_note(start, done, total, shown))
+                last.update(shown)  # a loop may count every step and measure only some
+                bar.update(task, completed=done, note=progress_note(start, done, total, last))
             yield advance
 
     @contextlib.contextmanager
     def draw_lines(self, total: int, what: str):
-        start = last = time.monotonic()
-        done = reported = 0
+        start = said = time.monotonic()
+        done, reported, last = 0, 0, {}
 
         def advance(n: int = 1, **shown) -> None:
-            nonlocal done, last, reported
+            nonlocal done, said, reported
             done += n
+            last.update(shown)
             now = time.monotonic()
-            if now - last >= PLAIN_SECONDS or (done >= total and reported < done):
-                last, reported = now, done
-                self.say(f"{what} {done}/{total}, {progress_note(start, done, total, shown)}")
+            if now - said >= PLAIN_SECONDS or (done >= total and reported < done):
+                said, reported = now, done
+                self.say(f"{what} {done}/{total}, {progress_note(start, done, total, last)}")
         yield advance
 
     def try_tracker(self, name: str, action) -> None:
@@ -188,6 +211,8 @@ def start_tracker(name: str, run_dir: Path):
 def truncate_metrics(run_dir, step: int) -> None:
     """Drop the records of metrics.jsonl and samples.jsonl after `step`, and a line that a kill left
     unfinished. UserError when the files can't be written; they are as before then."""
+    if not ranks.is_main():
+        return
     for name in ("metrics.jsonl", "samples.jsonl"):
         path = Path(run_dir) / name
         if not path.is_file():
@@ -249,12 +274,30 @@ def code_commit() -> str | None:
 
 
 def progress_note(start: float, done: int, total: int, shown: dict) -> str:
-    """"1 min 20 s, 4 min left, loss=0.52"; start: time.monotonic() at 0 done."""
+    """"1 min 20 s, 4 min left, 1.3 GiB, loss=0.52"; start: time.monotonic() at 0 done."""
     elapsed_s = time.monotonic() - start
     parts = [fmt_duration(elapsed_s)]
     if 0 < done < total:
         parts.append(f"{fmt_duration(elapsed_s / done * (total - done))} left")
+    if taken := memory_taken():
+        parts.append(f"{taken / 2**30:.1f} GiB")
     return ", ".join(parts + [f"{key}={fmt(value)}" for key, value in shown.items()])
+
+
+def memory_taken() -> int:
+    """Bytes: the most that tensors took on the card, as far as one is in use, else this process's resident set; 0 where
+    that is not known."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+def printable(text: str) -> str:
+    """Control characters, which a model may have written, as '?'."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
 def fmt(value) -> str:

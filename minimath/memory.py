@@ -15,7 +15,7 @@ SHARE = {"cpu": 0.5, "cuda": 0.85}  # of the free memory that a rollout may take
 MOST_HALVINGS = 3  # of micro_tokens in a run: what does not fit in an eighth needs other settings
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 BEAR_ON_MEMORY = ("micro_tokens", "slots", "model", "device", "dtype", "quant", "attn", "liger", "optimizer", "lora_r",
-                  "gradient_checkpointing", "packing", "max_len", "max_new_tokens", "shared_prefix")
+                  "gradient_checkpointing", "packing", "max_len", "max_new_tokens", "shared_prefix", "shard")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -95,6 +95,8 @@ def in_memory(work, cfg, *args, memory: dict, params, lengths: list[int], say, *
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            if cfg.shard:  # the others are in the midst of a pass that needs this process's weights
+                raise UserError(f"out of memory, with shard=true: try {settings_to_try(cfg)}, then resume=true") from error
         # only here, where the exception no longer holds the activations of the failed pass
         for param in params:
             param.grad = None

@@ -16,8 +16,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from minimath import ranks
 from minimath.checkpoint import find_adapter
 from minimath.config import ModelConfig, UserError
+from minimath.sharding import shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,27 +37,33 @@ class Head(NamedTuple):
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" -> cuda (also ROCm), else mps, else cpu. Raises UserError for a device that is not there."""
+    """"auto" -> cuda (also ROCm), else mps, else cpu; of several processes each its own. Raises UserError for a device
+    that is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = ranks.local_card() or found
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name!r} cannot be used here ({str(error).splitlines()[0]}); "
                         "use device=auto or device=cpu") from None
+    if device.type != "cuda" and ranks.local_card():
+        raise UserError(f"device={name} with several processes on a machine with cards: set ACCELERATE_USE_CPU=1")
     return device
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """Returns (dtype, reason). auto: bf16 where the hardware computes it (not emulated), else fp16 on CUDA, else fp32."""
+    """(dtype, reason). auto: bf16 where the hardware computes it (Turing, sm_75, only emulates it), else fp16 on CUDA,
+    which optim.LossScale keeps from underflow, else fp32."""
     if name != "auto":
         return DTYPES[name], "as configured"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the card computes bf16"
         return torch.float16, "the card does not compute bf16"
-    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_flag("avx512_bf16", "amx_bf16"):
+    # the flag first: builds without oneDNN (some for ARM) have no such operator
+    if device.type == "cpu" and _cpu_flag("avx512_bf16", "amx_bf16") and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16, "the processor computes bf16"
     return torch.float32, f"no fast bf16 on this {device.type}"
 
@@ -93,6 +101,9 @@ def load_model(cfg: ModelConfig, *, train: bool):
     tokenizer = load_tokenizer(cfg)
     kwargs = {"dtype": dtype, "attn_implementation": cfg.attn, "trust_remote_code": cfg.trust_remote_code,
               "use_safetensors": True}
+    if cfg.shard and (cfg.quant == "nf4" or cfg.liger):
+        raise UserError("shard=true splits plain 16- and 32-bit layers: leave quant=nf4 (a quarter of the size on every "
+                        "card) or shard away, and liger=true with it")
     if cfg.quant == "nf4":
         kwargs["quantization_config"] = _nf4_config(cfg, dtype)
         kwargs["device_map"] = {"": device}
@@ -100,7 +111,7 @@ def load_model(cfg: ModelConfig, *, train: bool):
     with _load_errors(cfg.model, "model"):
         _refuse_other_shards(Path(cfg.model) / "model.safetensors.index.json")
         model = AutoModelForCausalLM.from_pretrained(cfg.model, **kwargs)
-    if cfg.quant != "nf4":
+    if cfg.quant != "nf4" and not cfg.shard:
         model.to(device)
     keep_4bit_weights_trainable(model)
     if cfg.liger:
@@ -111,12 +122,23 @@ def load_model(cfg: ModelConfig, *, train: bool):
         model = _load_adapter(model, find_adapter(cfg.adapter), train)
     elif train:
         model = _new_adapter(model, cfg)
+    if cfg.shard:
+        shard(model, base_causal_lm(model), device)
     if train and cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        checkpoint_activations(model)
     cast_adapters_down(model)
     model.train(train)
     return model, tokenizer
+
+
+def checkpoint_activations(model, **kwargs) -> None:
+    """Recompute the activations of each layer in backward instead of keeping them. kwargs: of
+    torch.utils.checkpoint.checkpoint."""
+    base = base_causal_lm(model)
+    # the name since transformers 5.23, which warns about the old one; 6 drops that
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **kwargs})
+    model.enable_input_require_grads()
 
 
 def _refuse_other_shards(index: Path) -> None:

@@ -25,6 +25,8 @@ class ModelConfig:
     """run Python code that ships with the model; only for models you trust"""
     attn: str = "sdpa"
     """attention: sdpa, eager or flash_attention_2"""
+    shard: bool = False
+    """split the frozen base over the processes that were started (FSDP2), for models that no single card holds"""
     liger: bool = False
     """RMSNorm, RoPE and SwiGLU by liger-kernel's Triton kernels; a GPU, and pip install -e '.[liger]'"""
     seed: int = 0
@@ -133,6 +135,12 @@ class SFTConfig(AdapterConfig):
 
 @dataclass
 class EngineConfig:
+    top_p: float = 1.0
+    """nucleus sampling: smallest set of tokens with this mass; 1: off"""
+    min_p: float = 0.0
+    """drop tokens below this share of the likeliest one; 0: off"""
+    top_k: int = 0
+    """only the k likeliest tokens; 0: off"""
     repetition_penalty: float = 1.0
     """logits of tokens that occurred are divided by this (multiplied below 0); 1: off"""
     stop_boxed: bool = False
@@ -175,12 +183,6 @@ class RLAIFConfig(EngineConfig, AdapterConfig):
     """longest completion in tokens"""
     temperature: float = 1.0
     """sampling temperature"""
-    top_p: float = 1.0
-    """nucleus sampling: smallest set of tokens with this mass; 1: off"""
-    min_p: float = 0.0
-    """drop tokens below this share of the likeliest one; 0: off"""
-    top_k: int = 0
-    """only the k likeliest tokens; 0: off"""
     curriculum: str = "none"
     """problems drawn: none (order of the data) or learnable (by the chance that a group holds right and wrong ones)"""
     min_solve_rate: float = 0.0
@@ -295,18 +297,20 @@ class EvalConfig(EngineConfig, ModelConfig):
     """completions per problem (k of pass@k and maj@k)"""
     temperature: float = 0.0
     """sampling temperature; 0: greedy"""
-    top_p: float = 1.0
-    """nucleus sampling: smallest set of tokens with this mass; 1: off"""
-    min_p: float = 0.0
-    """drop tokens below this share of the likeliest one; 0: off"""
-    top_k: int = 0
-    """only the k likeliest tokens; 0: off"""
     max_new_tokens: int = 512
     """longest completion in tokens"""
     max_prompt_len: int = 1024
     """longest prompt in tokens, longer problems count as wrong"""
     budgets: str = ""
     """comma list of token budgets at which accuracy is reported too"""
+    suite: str = ""
+    """instead of data: comma list of gsm8k, math500, aime24, aime25, svamp and NAME=FILE, evaluated one by one"""
+    suite_data: str = ""
+    """folder with NAME.jsonl or NAME_test.jsonl (csv, parquet, ...) of the suite; what it lacks comes from the hub"""
+    suite_samples: str = ""
+    """samples of single sets of the suite: aime24:64,aime25:64"""
+    suite_temperature: str = ""
+    """temperature of single sets of the suite: aime24:0.6,aime25:0.6"""
     resume: bool = False
     """go on with the unfinished evaluation in the run folder `out`"""
 

@@ -2,10 +2,11 @@
 
     minimath report runs/demo-... [runs/other ...] [out=FOLDER]
 
-A run folder is one of `minimath run` or `minimath demo`, of a single stage, or of an evaluation. The page holds the two
-stages (accuracy against tokens), training curves, lengths, problems solved by each model with every step marked, the
-judge's health, all settings and the command. Pictures are inline SVG in the page's own colours, and PNG files beside
-it. Texts of models and data are escaped, and the page's policy allows no script and no address at all.
+A run folder is one of `minimath run` or `minimath demo`, of a single stage, of an evaluation or of a suite of them;
+suites beside each other are compared set by set. The page holds the two stages (accuracy against tokens), training
+curves, lengths, problems solved by each model with every step marked, the judge's health, all settings and the command.
+Pictures are inline SVG in the page's own colours, and PNG files beside it. Texts of models and data are escaped, and
+the page's policy allows no script and no address at all.
 """
 import base64
 import contextlib
@@ -16,11 +17,12 @@ from pathlib import Path
 
 from minimath import figures
 from minimath.config import UserError
-from minimath.evaluate import COLUMNS, paired
+from minimath.evaluate import COLUMNS, paired, read_records
 from minimath.evaluate import row as table_row
 from minimath.report import read_metrics
 from minimath.runs import write_whole
 from minimath.steps import check_steps
+from minimath.suite import SUITE, suite_table
 
 PAGE, PICTURES = "report.html", "plots"
 MODELS = {"eval-base": "base", "eval-sft": "SFT", "eval-rlaif": "SFT + RLAIF", "eval-rlaif-only": "RL only",
@@ -52,19 +54,22 @@ def report(words: list[str]) -> dict:
 
 def write_page(folders: list[Path], out: Path) -> Path:
     """report.html in `out`, of one run folder or several. UserError for a folder that holds nothing to report."""
-    evaluations, stages = {}, {}
+    evaluations, stages, suites = {}, {}, {}
     for folder in folders:
+        if (folder / SUITE).is_file():
+            suites[folder.name if sum(f.name == folder.name for f in folders) == 1 else str(folder)] = folder
+            continue
         prefix = f"{folder.name}: " if len(folders) > 1 else ""
         found = evaluations_of(folder), stages_of(folder)
         if not any(found):
             raise UserError(f"{folder}: no evaluation and no training to report (a folder of minimath run, demo, sft, "
-                            "rlaif or eval is expected)")
+                            f"rlaif or eval is expected; of a suite, one with {SUITE}: its last set is complete)")
         evaluations |= {prefix + name: at for name, at in found[0].items()}
         stages |= {prefix + name: at for name, at in found[1].items()}
     out.mkdir(parents=True, exist_ok=True)
     (out / PICTURES).mkdir(exist_ok=True)
-    parts = [header(folders, evaluations), *evaluation_parts(evaluations, out), *training_parts(stages, out),
-             settings_part(folders, stages)]
+    parts = [header(folders, evaluations), *evaluation_parts(evaluations, out), *suite_parts(suites, out),
+             *training_parts(stages, out), settings_part(folders, stages)]
     body = "\n".join(part for part in parts if part)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     write_whole(out / PAGE, f"""<!doctype html>
@@ -102,10 +107,7 @@ def stages_of(folder: Path) -> dict[str, Path]:
 
 
 def completions(folder: Path) -> list[dict]:
-    path = folder / "completions.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return read_records(folder) if (folder / "completions.jsonl").is_file() else []
 
 
 def environment_of(folder: Path) -> dict:
@@ -128,21 +130,39 @@ def header(folders: list[Path], evaluations: dict[str, Path]) -> str:
     return "\n".join([*lines, f'<p class="dim">{text(started)}</p>' if started else ""])
 
 
-def evaluation_parts(evaluations: dict[str, Path], out: Path) -> list[str]:
+def suite_parts(suites: dict[str, Path], out: Path) -> list[str]:
+    """The table of each suite, then set by set what evaluation_parts shows, the suites beside each other."""
+    parts: list[str] = []
+    sets: dict[str, dict[str, Path]] = {}
+    for label, folder in suites.items():
+        result = json.loads((folder / SUITE).read_text(encoding="utf-8"))
+        parts += [f"<h2>Suite: {text(label)}</h2>", html_table(*suite_table(result)),
+                  '<p class="dim">In the mean each set counts the same.</p>']
+        for name in result["sets"]:
+            sets.setdefault(name, {})[label] = folder / name
+    for name, evaluations in sets.items():
+        parts += evaluation_parts(evaluations, out, name)
+    return parts
+
+
+def evaluation_parts(evaluations: dict[str, Path], out: Path, of_set: str = "") -> list[str]:
+    """Table, pictures, differences and solutions of evaluations on the same problems. of_set: of a suite."""
     if not evaluations:
         return []
+    tail = f"-{of_set}" if of_set else ""  # of the names of pictures, which must differ
     rows = {name: json.loads((at / "eval.json").read_text(encoding="utf-8")) for name, at in evaluations.items()}
     records = {name: completions(at) for name, at in evaluations.items()}
-    parts = ["<h2>Evaluation</h2>", html_table(COLUMNS, [table_row(name, r) for name, r in rows.items()]),
+    parts = [f"<h2>{text(of_set) or 'Evaluation'}</h2>",
+             html_table(COLUMNS, [table_row(name, r) for name, r in rows.items()]),
              '<p class="dim">Right steps are a tripwire, not a score: most wrong solutions pass it too.</p>',
-             picture(figures.tradeoff(rows), "tradeoff", out, "Accuracy against tokens")]
-    if len(rows) >= 3:
+             picture(figures.tradeoff(rows), f"tradeoff{tail}", out, "Accuracy against tokens")]
+    if len(rows) >= 3 and not of_set:
         parts.append(picture(figures.beside_paper(rows), "beside-paper", out, "The two stages beside the paper's, each "
                              "relative to the model before them (arXiv 2507.08267; another scale, the same shape)"))
     if any(records.values()):
         parts.append(differences(records))
         there = {name: found for name, found in records.items() if found}
-        parts += [picture(figures.lengths(there), "lengths", out, "Lengths of solutions"), side_by_side(there)]
+        parts += [picture(figures.lengths(there), f"lengths{tail}", out, "Lengths of solutions"), side_by_side(there)]
     return parts
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from minimath import ranks
 from minimath.chat import eos_ids
 from minimath.checkpoint import ADAPTER_FILES, find_adapter, read_json, sha256
 from minimath.config import EvalConfig, UserError, config_dict
@@ -25,7 +26,8 @@ FINGERPRINT = "fingerprint.json"
 # lead to; device and slots change rounding only, and may have to change before a resume works (another card, less
 # memory); budgets are looked at afterwards.
 NOT_DECISIVE = {"model", "adapter", "dtype", "data", "split", "limit", "data_format", "strict", "device", "slots",
-                "budgets", "trust_remote_code", "out", "resume"}
+                "budgets", "trust_remote_code", "out", "resume", "shard", "suite", "suite_data", "suite_samples",
+                "suite_temperature"}
 
 
 class PartFile:
@@ -37,6 +39,9 @@ class PartFile:
 
     def add(self, number: int, sample: int, completion: Completion) -> None:
         """Append one completion. Raises UserError when the disk is full; those before it are intact."""
+        self.done[number, sample] = completion
+        if not ranks.is_main():  # what the other processes sample is sampled again after an interrupt
+            return
         try:
             if self.file is None:
                 self.file = open(self.path, "a", encoding="ascii")
@@ -45,7 +50,6 @@ class PartFile:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; free some space, then go on with "
                             "resume=true") from None
-        self.done[number, sample] = completion
 
     def close(self) -> None:
         if self.file is not None:
@@ -71,14 +75,15 @@ def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig):
     if cfg.resume and holds_part(folder):
         refuse_changes(folder, decides)
         done, dropped = read_part(folder / PART, problems, cfg.samples)
-        if dropped:
+        if dropped and ranks.is_main():
             log.say(f"{folder / PART}: {dropped} line{'s' * (dropped > 1)} cut off or damaged, as a kill or a "
                     "crash leaves them: dropped, and sampled again")
             write_whole(folder / PART, "".join(part_line(n, s, c) for (n, s), c in done.items()))
         log.say(f"going on after {len(done)} of {problems * cfg.samples} completions")
     elif cfg.resume:
         log.say(f"no completion in {folder} yet: starting with the first")
-    write_whole(folder / FINGERPRINT, json.dumps(decides, indent=1) + "\n")
+    if ranks.is_main():
+        write_whole(folder / FINGERPRINT, json.dumps(decides, indent=1) + "\n")
     part = PartFile(folder, done, problems * cfg.samples)
     try:
         yield part

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from minimath import figures
+from minimath import figures, ranks
 from minimath.checkpoint import find_adapter
 from minimath.config import EvalConfig, RLAIFConfig, SFTConfig, Stopped, UserError, load_config, save_config
 from minimath.evaluate import COLUMNS, evaluate, row
@@ -22,7 +22,7 @@ from minimath.log import RunLog, fmt_duration
 from minimath.page import write_page
 from minimath.reward import check_reward
 from minimath.rlaif import rlaif
-from minimath.runs import PART, new_run_folder, write_whole
+from minimath.runs import PART, Stop, new_run_folder, write_whole
 from minimath.sft import sft
 
 SUMMARY = "summary.json"  # in a stage's folder: the stage is complete
@@ -42,12 +42,14 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
     if not (sft_cfg.data and rl_cfg.data and eval_cfg.data):
         raise UserError("a run needs training and held-out problems: set sft.data=, rlaif.data= and eval.data=")
     out = new_run_folder(sft_cfg.out, command)
-    if out.exists() and any(out.glob("*/config.yaml")) and not sft_cfg.resume:
+    ranks.wait()  # until all have chosen the same folder, the first must not begin to fill it
+    if ranks.is_main() and out.exists() and any(out.glob("*/config.yaml")) and not sft_cfg.resume:
         raise UserError(f"{out} already holds a run; add resume=true to go on with it, or choose another out=")
     started = time.monotonic()
     with RunLog(out, f"minimath {command}") as log, how_to_go_on(log, command):
         for name, cfg in (("sft", sft_cfg), ("rlaif", rl_cfg), ("eval", eval_cfg)):
-            save_config(cfg, out / f"{name}.yaml")
+            if ranks.is_main():
+                save_config(cfg, out / f"{name}.yaml")
         rows = {"base": evaluation(eval_cfg, out / "eval-base", "")}
         after_sft = train_stage(sft, sft_cfg, out / "sft")
         rows["SFT"] = evaluation(eval_cfg, out / "eval-sft", after_sft)
@@ -63,11 +65,12 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
                                                           train_stage(rlaif, rules, out / "rules"))
         summary = {"rows": rows, "minutes": (time.monotonic() - started) / 60, "model": sft_cfg.model,
                    "problems": next(iter(rows.values()))["problems"]}
-        write_whole(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
-        figures.save_png(figures.tradeoff(rows), out / "tradeoff.png")
-        log.table(f"{summary['problems']} held-out problems", COLUMNS, [row(name, r) for name, r in rows.items()])
-        report_page(out, log)
-        log.say(f"{fmt_duration(60 * summary['minutes'])}; everything is in {out}")
+        if ranks.is_main():
+            write_whole(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
+            figures.save_png(figures.tradeoff(rows), out / "tradeoff.png")
+            log.table(f"{summary['problems']} held-out problems", COLUMNS, [row(name, r) for name, r in rows.items()])
+            report_page(out, log)
+            log.say(f"{fmt_duration(60 * summary['minutes'])}; everything is in {out}")
     return summary
 
 
@@ -93,24 +96,29 @@ def how_to_go_on(log: RunLog, command: str):
 
 def train_stage(stage, cfg, out: Path) -> str:
     """Run one stage in its folder, or find it complete; returns the run folder as the next stage's adapter."""
-    if (out / SUMMARY).exists():
+    if ranks.from_main((out / SUMMARY).exists()):
         find_adapter(out)
         return str(out)
-    result = stage(dataclasses.replace(cfg, out=str(out), resume=cfg.resume and out.exists()))
+    result = stage(dataclasses.replace(cfg, out=str(out), resume=ranks.from_main(cfg.resume and out.exists())))
     free_memory()
     if result["signal"]:
         raise Stopped(result["signal"])
-    write_whole(out / SUMMARY, json.dumps(result, indent=1) + "\n")
+    if ranks.is_main():
+        write_whole(out / SUMMARY, json.dumps(result, indent=1) + "\n")
+    ranks.wait()  # for the adapter, which the first process writes
     return str(out)
 
 
 def evaluation(cfg: EvalConfig, out: Path, adapter: str) -> dict:
     """Evaluate base + adapter, go on with an unfinished evaluation, or read the result of a complete one."""
-    if (out / "eval.json").exists():
+    if ranks.from_main((out / "eval.json").exists()):
         return json.loads((out / "eval.json").read_text(encoding="utf-8"))
-    resume = cfg.resume and (out / PART).exists()
-    summary = evaluate(dataclasses.replace(cfg, out=str(out), adapter=adapter, resume=resume), hint=False)
+    resume = ranks.from_main(cfg.resume and (out / PART).exists())
+    stop = Stop(0.0)
+    summary = evaluate(dataclasses.replace(cfg, out=str(out), adapter=adapter, resume=resume), within=stop)
     free_memory()
+    if stop.signal:  # it came when the last completion was there
+        raise Stopped(stop.signal)
     return summary
 
 

@@ -116,6 +116,9 @@ def stage_table(subject: Subject, stages: dict, card: int, console: Console) -> 
     table.add_section()
     table.add_row("together", *(gib(sum(rows.values())) for rows in columns.values()))
     console.print(table)
+    if sft.shard or rlaif.shard:
+        notes.append("shard=true is not counted: of N processes each holds 1/N of the layers' weights, and one layer "
+                     "whole while it computes")
     console.print("\n".join(notes), soft_wrap=True, highlight=False)
     return columns
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from minimath import ranks
 from minimath.batch import micro_batches
 from minimath.chat import Encoded
 from minimath.model import base_causal_lm
@@ -20,6 +21,14 @@ EAGER_TOKENS = 1024  # of a shared sequence under eager attention, which keeps (
 
 def prompt_length(row: Encoded) -> int:
     return row.mask.index(True)
+
+
+def own_rows(rows: list[Encoded]) -> list[int]:
+    """Indices of the rows that this process computes: those of every world-th prompt. All, in one process."""
+    numbers: dict[tuple, int] = {}  # of prompts, as they come
+    prompts = [tuple(row.ids[:prompt_length(row)]) for row in rows]
+    return [i for i, prompt in enumerate(prompts)
+            if numbers.setdefault(prompt, len(numbers)) % ranks.world() == ranks.rank()]
 
 
 def shared_packs(rows: list[Encoded], micro_tokens: int) -> list[list[int]]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+from minimath import ranks
 from minimath.answer import AnswerChecker
 from minimath.batch import at_targets, forward_args
 from minimath.chat import IGNORE, Encoded, prompt_ids
@@ -40,13 +41,14 @@ from minimath.memory import in_memory, learning_slots, new_memory
 from minimath.model import adapter_off, describe, head, hidden_states, inference, load_model
 from minimath.monitors import collapse_warnings, log_group, new_monitor, rollout_facts
 from minimath.optim import LossScale, check_finite, clip_and_step, count_step, lr_at, make_optimizer
-from minimath.prefix import forward_batches, trained_states
+from minimath.prefix import forward_batches, own_rows, trained_states
 from minimath.report import write_judge_plot
 from minimath.reward import GroupFacts, check_reward, format_score, group_advantages, group_rewards, uses_judge
 from minimath.rollout import Completion
 from minimath.runs import Stop, open_run, save_errors
 from minimath.sampling import stream_seed
 from minimath.sft import evaluate_owed, evaluate_step, finish, load_held_out, resume_state, steps_kept
+from minimath.sharding import in_step
 from minimath.steps import check_steps
 from minimath.train_state import seed_rng
 
@@ -70,6 +72,9 @@ def rlaif(cfg: RLAIFConfig) -> dict:
     Raises UserError for anything the user can put right; the judge is tried before any long work.
     """
     check_reward(cfg)
+    if cfg.shard and cfg.judge == "self" and uses_judge(cfg):
+        raise UserError("judge=self asks in one process, and with shard=true a forward is work of all processes: use "
+                        "judge=openai or judge=rules")
     examples, report = load_examples(cfg.data, split=cfg.split, limit=cfg.limit, strict=cfg.strict,
                                      need=needed_columns(cfg.gate), data_format=cfg.data_format)
     check_gate(cfg, examples)
@@ -80,7 +85,7 @@ def rlaif(cfg: RLAIFConfig) -> dict:
         model, tokenizer = load_model(cfg, train=True)
         log.say(describe(model, cfg))
         judge = make_judge(cfg, model, tokenizer)
-        if uses_judge(cfg):
+        if uses_judge(cfg) and ranks.is_main():
             judge.ping()
         prompts = [prompt_ids(tokenizer, e.problem, system=cfg.system, prompt_template=cfg.prompt_template)
                    for e in examples]
@@ -96,6 +101,7 @@ def rlaif(cfg: RLAIFConfig) -> dict:
 def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, log: RunLog, stop: Stop) -> dict:
     """The loop. problems: (Example, prompt ids). Interrupted, it gives up the step's rollout and saves."""
     params = [p for p in model.parameters() if p.requires_grad]
+    ranks.same_start(params)
     optimizer, scale = make_optimizer(params, cfg), LossScale(model)
     # `cursor` counts problems drawn; refills make it run ahead of the step
     state = {"done": 0, "cursor": 0, "bad": 0, "skipped": 0, "best": -1.0, "scale": scale.value, "good": scale.good,
@@ -120,7 +126,7 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
             facts |= {"rollout_seconds": time.monotonic() - clock}
             clock = time.monotonic()
             if groups:
-                torch.manual_seed(stream_seed(cfg.seed, step))
+                torch.manual_seed(stream_seed(cfg.seed, step) + ranks.rank())
                 facts |= update(cfg, model, tokenizer, groups, optimizer, params, scale, new, log.say)
             elif not math.isfinite(facts["surprisal"]):  # from NaN logits no group gets a signal: no update would tell
                 count_step(new, scale, False, math.nan, math.nan, log.say)
@@ -128,7 +134,7 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
             facts |= {"skipped": new["skipped"], "update_seconds": time.monotonic() - clock}
             step_done(new | {"done": step + 1, "scale": scale.value, "good": scale.good})
 
-            watched = bool(canary) and (step + 1) % cfg.judge_canary_every == 0
+            watched = bool(canary) and (step + 1) % cfg.judge_canary_every == 0 and ranks.is_main()
             if watched:
                 facts |= canary_facts(judge, canary, [(g.example.problem, candidates_of(g)) for g in groups])
             for warning in collapse_warnings(state["monitor"], facts):
@@ -149,7 +155,7 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
                     saved = step + 1
 
     summary = finish(cfg, model, optimizer, state, saved, cfg.steps, started, log, stop)
-    if canary:
+    if canary and ranks.is_main():
         write_judge_plot(log.run_dir, log.say)
     return summary
 
@@ -169,7 +175,7 @@ def collect_groups(cfg: RLAIFConfig, sample, tokenizer, problems, judge, gate, s
             record(curriculum, index, sum(group.right), len(group.right), cursor)
             cursor += 1
         taken += chosen
-        judged.append(score_groups(cfg, groups, judge))
+        judged.append(score_together(cfg, groups, judge))
         seen += groups
         kept += [group for group in groups if any(group.advantage)]
         if len(kept) == cfg.prompts_per_step:
@@ -182,9 +188,10 @@ def collect_groups(cfg: RLAIFConfig, sample, tokenizer, problems, judge, gate, s
 
 def sample_groups(cfg: RLAIFConfig, sample, tokenizer, drawn, gate, cursor: int, stop: Stop,
                   facts: dict) -> list[Group]:
-    """G completions of each drawn problem, with their texts and whether their answers are right."""
+    """G completions of each drawn problem, with their texts and whether their answers are right. Several processes
+    sample and check a share each, and hold all groups afterwards."""
     # the stream of a completion depends on the draw's place in the run and on its own number, not on the batch
-    keys = list(range(cursor, cursor + len(drawn)))
+    keys, drawn = ranks.share(list(range(cursor, cursor + len(drawn)))), ranks.share(drawn)
     sampled = sample([prompt for _, prompt in drawn], samples=cfg.group_size, keys=keys, on_step=stop.check,
                      facts=facts)
     groups = []
@@ -195,7 +202,16 @@ def sample_groups(cfg: RLAIFConfig, sample, tokenizer, drawn, gate, cursor: int,
         # a completion that was cut has not answered, whatever number stands in it
         right = [ok and c.ended for ok, c in zip(right, completions, strict=True)]
         groups.append(Group(example, prompt, completions, texts, right, valid, [], []))
-    return groups
+    return ranks.gather(groups)
+
+
+def score_together(cfg: RLAIFConfig, groups: list[Group], judge: Judge) -> dict:
+    """score_groups by process 0, since a judge's call costs and a user's reward may throw dice; all get its result."""
+    stats = score_groups(cfg, groups, judge) if ranks.is_main() else None
+    stats, scores = ranks.from_main((stats, [(group.rewards, group.advantage) for group in groups]))
+    for group, (rewards, advantage) in zip(groups, scores, strict=True):
+        group.rewards, group.advantage = rewards, advantage
+    return stats
 
 
 def score_groups(cfg: RLAIFConfig, groups: list[Group], judge: Judge) -> dict:
@@ -226,21 +242,23 @@ def update(cfg: RLAIFConfig, model, tokenizer, groups: list[Group], optimizer, p
     """updates_per_rollout passes over the completions of `groups`, in `minibatches` optimiser steps each. Means that
     are not finite, of a step that was skipped, are None."""
     rows, samples = training_rows(groups)
-    fitting = {"memory": state["memory"], "params": params, "lengths": [len(row.ids) for row in rows], "say": say}
+    own = own_rows(rows)
+    fitting = {"memory": state["memory"], "params": params, "lengths": [len(rows[i].ids) for i in own], "say": say}
     lr = lr_at(state["done"], cfg.steps, lr=cfg.lr, schedule=cfg.lr_schedule, warmup=cfg.warmup,
                min_lr_ratio=cfg.min_lr_ratio)
     on_policy = cfg.updates_per_rollout == cfg.minibatches == 1
-    old = None if on_policy else in_memory(logps, cfg, model, tokenizer, rows, **fitting)
+    old = None if on_policy else in_memory(logps, cfg, model, tokenizer, rows, own, **fitting)
     with adapter_off(model):
-        ref = in_memory(logps, cfg, model, tokenizer, rows, **fitting) if cfg.beta else None
+        ref = in_memory(logps, cfg, model, tokenizer, rows, own, **fitting) if cfg.beta else None
     totals = []
     for index in range(cfg.updates_per_rollout * cfg.minibatches):
         part = list(range(len(rows)))[index % cfg.minibatches::cfg.minibatches]
         if not part:
             continue
-        chosen = {"rows": [rows[i] for i in part], "samples": [samples[i] for i in part],
-                  "old": old and [old[i] for i in part], "ref": ref and [ref[i] for i in part]}
-        facts = in_memory(policy_gradient, cfg, model, tokenizer, **chosen, scale=scale.value, **fitting)
+        facts = in_memory(policy_gradient, cfg, model, tokenizer, rows=rows, samples=samples, part=part,
+                          mine=[i for i in part if i in own], old=old, ref=ref, scale=scale.value, **fitting)
+        facts = ranks.sums(facts)
+        ranks.sum_gradients(params)
         grad_norm, stepped = clip_and_step(optimizer, params, cfg.max_grad_norm, lr, scale=scale.value,
                                            loss=facts["loss"])
         count_step(state, scale, stepped, grad_norm, facts["loss"], say)
@@ -265,22 +283,26 @@ def training_rows(groups: list[Group]) -> tuple[list[Encoded], list[tuple[Comple
     return rows, samples
 
 
-def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, old, ref, scale: float) -> dict:
-    """Add the gradient of the policy loss over `rows`, times `scale`, to .grad; returns metrics."""
-    lengths = [sum(row.mask) for row in rows]
-    weights = token_weights(cfg.loss_type, lengths, cfg.max_new_tokens)
+def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, part: list[int], mine: list[int], old, ref,
+                    scale: float) -> dict:
+    """Add the gradient of the policy loss over rows[i], i in part, times `scale`, to .grad; returns metrics. Of several
+    processes each adds that of its own rows, `mine` (old and ref hold no others): their sums are gradient and metrics."""
+    lengths = [sum(rows[i].mask) for i in part]
+    weights = dict(zip(part, token_weights(cfg.loss_type, lengths, cfg.max_new_tokens), strict=True))
+    tokens = sum(lengths)
+    rows, samples, lengths = [rows[i] for i in mine], [samples[i] for i in mine], [sum(rows[i].mask) for i in mine]
+    old, ref = (values and [values[i] for i in mine] for values in (old, ref))
     seq = None
     if cfg.loss_type == "gspo" and old is not None:  # the sequence ratio needs every token first: one forward sweep
-        now = logps(cfg, model, tokenizer, rows)
-        seq = [torch.full_like(a, float((a - b).mean())) for a, b in zip(now, old, strict=True)]
+        now = logps(cfg, model, tokenizer, rows, range(len(rows)))
+        seq = [torch.full_like(now[i], float((now[i] - b).mean())) for i, b in enumerate(old)]
     lm_head = head(model)
     totals = {"loss": 0.0, "entropy": 0.0, "clipped": 0.0, "off_policy": 0.0, "reweighted": 0.0, "kl_ref": 0.0}
-    tokens = sum(lengths)
     per_token = {"advantage": [torch.full((n,), a) for n, (_, a) in zip(lengths, samples, strict=True)],
-                 "weight": [torch.full((n,), w) for n, w in zip(lengths, weights, strict=True)],
+                 "weight": [torch.full((n,), weights[i]) for n, i in zip(lengths, mine, strict=True)],
                  "sampled_logp": [torch.tensor(c.logp) for c, _ in samples],
                  "old_logp": old, "ref_logp": ref, "seq_log_ratio": seq}
-    for indices, batch in forward_batches(cfg, model, rows, tokenizer.pad_token_id):
+    for indices, batch in in_step(model, forward_batches(cfg, model, rows, tokenizer.pad_token_id)):
         target = batch["target"]
         data = PolicyRows(**{name: None if values is None else at_targets([values[i] for i in indices], target)
                              for name, values in per_token.items()})
@@ -319,17 +341,18 @@ def token_facts(cfg: RLAIFConfig, data: PolicyRows, stats, full_logp: torch.Tens
     return {name: float(value) for name, value in facts.items()}
 
 
-def logps(cfg: RLAIFConfig, model, tokenizer, rows: list[Encoded]) -> list[torch.Tensor]:
-    """Log-probs of the trained tokens of each row, without gradient: old policy, and reference under adapter_off."""
-    lm_head, out = head(model), [None] * len(rows)
+def logps(cfg: RLAIFConfig, model, tokenizer, rows: list[Encoded], own) -> dict[int, torch.Tensor]:
+    """{i: log-probs of the trained tokens of rows[i]} for i in own, without gradient: old policy, and reference under
+    adapter_off."""
+    lm_head, own, out = head(model), list(own), {}
+    rows = [rows[i] for i in own]
     with inference(model):
-        for indices, batch in forward_batches(cfg, model, rows, tokenizer.pad_token_id):
+        for indices, batch in in_step(model, forward_batches(cfg, model, rows, tokenizer.pad_token_id)):
             hidden = trained_states(hidden_states(model, **forward_args(batch)), batch)
             logp = linear_logp(hidden, lm_head.weight, batch["target"], temperature=cfg.temperature,
                                **lm_head.kernel_args())
             parts = logp[batch["target"] != IGNORE].split([sum(rows[i].mask) for i in indices])
-            for i, part in zip(indices, parts, strict=True):
-                out[i] = part
+            out |= zip([own[i] for i in indices], parts, strict=True)
     return out
 
 

@@ -20,6 +20,8 @@ from minimath.kernels import linear_logp
 from minimath.model import base_causal_lm, compute_dtype, head, hidden_states, inference
 from minimath.rollout import Completion
 from minimath.sampling import Sampling, sample_tokens, stream_noise, stream_seed
+from minimath.sharding import in_step, is_sharded
+from minimath.slots import check_model
 
 PADDING_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the log-probs' spread
 LOGP_TOLERANCE = {torch.float32: 0.01}  # median difference from the training forward; 0.1 in 16 bits
@@ -43,14 +45,15 @@ def generate_hf(model, tokenizer, prompts: list[list[int]], *, samples: int = 1,
     how = Sampling(temperature, top_p, min_p, top_k)
     with inference(model), compute_dtype(model), own_generation_config(model):
         first = None
-        for batch in batches(model, tokenizer.pad_token_id, prompts, jobs, slots or len(jobs)):
-            first = first or batch
-            seeds = [stream_seed(seed, keys[p], s) for p, s in batch]
-            completions = _generate(model, tokenizer.pad_token_id, [prompts[p] for p, _ in batch], seeds, how,
-                                    max_new_tokens, eos)
+        for batch, _ in in_step(model, ((b, {}) for b in batches(model, tokenizer.pad_token_id, prompts, jobs,
+                                                                 slots or len(jobs)))):
+            first = batch if first is None else first
+            seeds = [stream_seed(seed, keys[p], s) for p, s in batch] or [0]
+            rows = [prompts[p] for p, _ in batch] or [[tokenizer.pad_token_id]]  # a blank one
+            completions = _generate(model, tokenizer.pad_token_id, rows, seeds, how, max_new_tokens, eos)
             if batch is first:
-                check_logp(model, prompts[batch[0][0]], completions[0], temperature)
-            for job, completion in zip(batch, completions, strict=True):
+                check_logp(model, rows[0], completions[0], temperature)
+            for job, completion in zip(batch, completions[:len(batch)], strict=True):
                 done[job] = completion
                 if on_done is not None:
                     on_done(*job, completion)
@@ -72,6 +75,9 @@ def batches(model, pad: int, prompts: list[list[int]], jobs: list[tuple[int, int
     """Yield lists of at most `slots` jobs (prompt, sample), by length of the prompt, of one length where they must."""
     jobs = sorted(jobs, key=lambda job: len(prompts[job[0]]))
     mixed = len({len(prompts[p]) for p, _ in jobs}) > 1 and slots > 1
+    if is_sharded(model):  # a look at one of them would be work of all processes; recurrent models are refused
+        check_model(model)
+        mixed = False
     one_length = mixed and not padding_is_harmless(model, pad, prompts[jobs[0][0]], len(prompts[jobs[-1][0]]))
     batch = []
     for job in jobs:
@@ -163,7 +169,8 @@ def _generate(model, pad: int, prompts: list[list[int]], seeds: list[int], how: 
     if all(inputs["attention_mask"].flatten().tolist()):
         del inputs["attention_mask"]  # not every model takes one
     base.generate(**{name: value.to(base.device) for name, value in inputs.items()},
-                  generation_config=_config(max_new_tokens, eos, pad), logits_processor=LogitsProcessorList([sampler]))
+                  generation_config=_config(max_new_tokens, eos, pad), logits_processor=LogitsProcessorList([sampler]),
+                  synced_gpus=is_sharded(model))
     tokens, logps, full_logps = (torch.stack(part, 1).tolist() for part in zip(*sampler.steps, strict=True))
     ends, completions = set(eos), []
     for ids, logp, full in zip(tokens, logps, full_logps, strict=True):

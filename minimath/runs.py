@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from minimath import ranks
 from minimath.checkpoint import best_checkpoint, list_checkpoints, lock_run, read_json, verify
 from minimath.config import Stopped, UserError, save_config
 from minimath.log import RunLog, refuse_links
@@ -39,7 +40,10 @@ def keep_freed_memory() -> None:
 
 
 class Stop:
-    """Whether the run should end early: a signal came, one of `files` is there, or the minutes are used up."""
+    """Whether the run should end early: a signal came, one of `files` is there, or the minutes are used up.
+
+    Several processes end together, between two steps: one that left a step alone would leave the others waiting.
+    """
 
     def __init__(self, max_minutes: float, files: tuple[Path, ...] = ()):
         self.signal = 0  # number of the signal that asked for it, or BY_FILE
@@ -48,10 +52,14 @@ class Stop:
 
     def requested(self) -> bool:
         self.look()
-        return bool(self.signal) or time.monotonic() > self.deadline
+        self.signal = int(ranks.largest(self.signal))
+        return bool(self.signal) or ranks.largest(time.monotonic() - self.deadline) > 0
 
     def check(self) -> None:
-        """Raise Stopped after a signal or a stop file; time running out lets the step finish."""
+        """Raise Stopped after a signal or a stop file; time running out lets the step finish, and so do several
+        processes."""
+        if ranks.world() > 1:
+            return
         if time.monotonic() - self.looked > LOOK_S:
             self.look()
         if self.signal:
@@ -60,6 +68,8 @@ class Stop:
     def look(self) -> None:
         """Obey a stop file, and take it away: the run that goes on must not find it."""
         self.looked = time.monotonic()
+        if not ranks.is_main():  # one of them would take it away before the others saw it
+            return
         for file in self.files:
             if not self.signal and file.exists():
                 self.signal = BY_FILE
@@ -74,7 +84,7 @@ class Stop:
 
 def new_run_folder(out: str, command: str) -> Path:
     """The folder `out`, or a new runs/<command>-<timestamp>."""
-    return Path(out) if out else Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path(out) if out else ranks.from_main(Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 @contextlib.contextmanager
@@ -87,16 +97,18 @@ def open_run(cfg, command: str) -> Iterator[tuple[RunLog, Stop]]:
     if cfg.resume and not cfg.out:
         raise UserError("resume=true needs the run folder to go on with: out=runs/...")
     run_dir = new_run_folder(cfg.out, command)
-    refuse_links(run_dir)
-    held = held_run(run_dir)
-    own = ("evaluation" in held) == (command == "eval")
-    if held and not (own and cfg.resume):
-        go_on = "add resume=true to go on with it, or " if own and "complete evaluation" not in held else ""
-        raise UserError(f"{run_dir} already holds {held}; {go_on}choose another out=")
+    ranks.wait()  # until all have chosen the same folder, the first must not begin to fill it
+    if ranks.is_main():
+        refuse_links(run_dir)
+        refuse_held(run_dir, command, cfg.resume)
     with lock_run(run_dir), RunLog(run_dir, f"minimath {command}", getattr(cfg, "trackers", "")) as log:
-        new = run_dir / ".tmp-config.yaml"  # a full disk must not cost the old one
-        save_config(cfg, new)
-        os.replace(new, run_dir / "config.yaml")
+        if ranks.is_main():
+            new = run_dir / ".tmp-config.yaml"  # a full disk must not cost the old one
+            save_config(cfg, new)
+            os.replace(new, run_dir / "config.yaml")
+        if ranks.world() > 1:
+            log.say(f"{ranks.world()} processes share every step")
+        ranks.wait()
         whole = run_dir.parent if (run_dir.parent / "eval.yaml").exists() else run_dir  # of the pipeline
         stop = Stop(getattr(cfg, "max_minutes", 0.0), (run_dir / STOP_FILE, whole / STOP_FILE))
         log.say(f"to stop it cleanly: Ctrl-C, or touch {run_dir / STOP_FILE}")
@@ -104,6 +116,15 @@ def open_run(cfg, command: str) -> Iterator[tuple[RunLog, Stop]]:
             "stopping after this step with a checkpoint"
         with signals(stop, log, kept):
             yield log, stop
+
+
+def refuse_held(run_dir: Path, command: str, resume: bool) -> None:
+    """UserError when the folder holds a run that this command may not go on with."""
+    held = held_run(run_dir)
+    own = ("evaluation" in held) == (command == "eval")
+    if held and not (own and resume):
+        go_on = "add resume=true to go on with it, or " if own and "complete evaluation" not in held else ""
+        raise UserError(f"{run_dir} already holds {held}; {go_on}choose another out=")
 
 
 def held_run(run_dir: Path) -> str:
@@ -156,6 +177,8 @@ def write_whole(path: Path, text: str) -> None:
 def signals(stop: Stop, log: RunLog, kept: str):
     """SIGINT and SIGTERM ask for a clean stop, told in the words `kept`; a second one ends the process at once."""
     def handler(number, _frame):
+        if stop.signal and ranks.world() > 1:  # the launcher hands on what the terminal has sent already
+            return
         if stop.signal:
             os._exit(128 + number)
         stop.signal = number

@@ -14,6 +14,7 @@ import time
 
 import torch
 
+from minimath import ranks
 from minimath.batch import forward_args, micro_batches, step_indices
 from minimath.chat import encode, eos_ids, preflight
 from minimath.checkpoint import load_checkpoint, save_adapter, save_checkpoint, verify
@@ -29,6 +30,7 @@ from minimath.model import describe, head, hidden_states, load_model
 from minimath.optim import LossScale, check_finite, clip_and_step, count_step, lr_at, make_optimizer
 from minimath.runs import Stop, open_run, save_errors
 from minimath.sampling import stream_seed
+from minimath.sharding import in_step
 from minimath.train_state import restore_rng, rng_state, seed_rng
 
 
@@ -56,6 +58,7 @@ def train(cfg: SFTConfig, model, tokenizer, rows, held_out, log: RunLog, stop: S
     """The loop. rows: Encoded examples. Interrupted or out of time, it saves a checkpoint and returns."""
     total = cfg.steps or max(1, round(cfg.epochs * len(rows) / cfg.batch_size))
     params = [p for p in model.parameters() if p.requires_grad]
+    ranks.same_start(params)
     optimizer, scale = make_optimizer(params, cfg), LossScale(model)
     state = {"done": 0, "bad": 0, "skipped": 0, "best": -1.0, "scale": scale.value, "good": scale.good,
              "memory": new_memory(cfg), "owed": False, "config": config_dict(cfg)}
@@ -73,10 +76,13 @@ def train(cfg: SFTConfig, model, tokenizer, rows, held_out, log: RunLog, stop: S
                        min_lr_ratio=cfg.min_lr_ratio)
             batch = [rows[i] for i in step_indices(step, len(rows), cfg.batch_size, cfg.seed)]
             # seeded by the step, so that dropout after a resume is what it would have been
-            torch.manual_seed(stream_seed(cfg.seed, step))
+            torch.manual_seed(stream_seed(cfg.seed, step) + ranks.rank())
             step_started = time.monotonic()
             loss, tokens = in_memory(loss_and_gradient, cfg, model, tokenizer, batch, scale.value, params=params,
-                                     memory=state["memory"], lengths=[len(row.ids) for row in batch], say=log.say)
+                                     memory=state["memory"], lengths=[len(row.ids) for row in ranks.share(batch)],
+                                     say=log.say)
+            loss = ranks.sums({"loss": loss})["loss"]
+            ranks.sum_gradients(params)
             grad_norm, stepped = clip_and_step(optimizer, params, cfg.max_grad_norm, lr, scale=scale.value, loss=loss)
             count_step(new, scale, stepped, grad_norm, loss, log.say)
             step_done(new | {"done": step + 1, "scale": scale.value, "good": scale.good})
@@ -88,7 +94,7 @@ def train(cfg: SFTConfig, model, tokenizer, rows, held_out, log: RunLog, stop: S
                 advance(1, loss=loss, tok_s=speed)
             else:
                 advance(1)
-            if cfg.sample_every and (step + 1) % cfg.sample_every == 0:
+            if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and (ranks.is_main() or cfg.shard):
                 print_sample(cfg, model, tokenizer, batch[0], step + 1, log)
             is_best = False
             if held_out and cfg.eval_every and (step + 1) % cfg.eval_every == 0:
@@ -105,11 +111,11 @@ def train(cfg: SFTConfig, model, tokenizer, rows, held_out, log: RunLog, stop: S
 
 def loss_and_gradient(cfg: SFTConfig, model, tokenizer, batch, scale: float) -> tuple[float, int]:
     """Add the gradient of the step's loss, times `scale`, to .grad; returns (loss, tokens of the step)."""
-    trained = sum(sum(row.mask[1:]) for row in batch)  # the first token has no prediction
+    trained = sum(sum(row.mask[1:]) for row in batch)  # of all processes; the first token has no prediction
     loss_fn = nll_loss(max(1, trained), label_smoothing=cfg.label_smoothing, z_loss=cfg.z_loss)
     lm_head, total = head(model), 0.0
-    for _, micro in micro_batches(batch, packing=cfg.packing, micro_tokens=cfg.micro_tokens,
-                                  pad_id=tokenizer.pad_token_id, device=model.device):
+    for _, micro in in_step(model, micro_batches(ranks.share(batch), packing=cfg.packing, micro_tokens=cfg.micro_tokens,
+                                                 pad_id=tokenizer.pad_token_id, device=model.device)):
         hidden = hidden_states(model, **forward_args(micro))  # (B, T, D)
         loss, _ = linear_token_loss(hidden.flatten(0, 1), lm_head.weight, micro["target"], loss_fn,
                                     all_stats=cfg.label_smoothing > 0, **lm_head.kernel_args())
@@ -164,6 +170,10 @@ def finish(cfg, model, optimizer, state: dict, saved: int, total: int, started: 
 def resume_state(cfg, model, optimizer, log: RunLog) -> dict | None:
     """Load the newest sound checkpoint; say what changed in the options; drop metrics of lost steps."""
     state = load_checkpoint(log.run_dir, model=model, optimizer=optimizer)
+    done = state["done"] if state else 0
+    if ranks.largest(done) > done:
+        raise UserError(f"process {ranks.rank()} found {done} steps in {log.run_dir}, another one found more: all "
+                        "machines need the same run folder, on a drive that they share")
     if state is None:
         log.say("no checkpoint yet: starting from step 0")
         truncate_metrics(log.run_dir, 0)

@@ -11,6 +11,7 @@ from toy import load, make_config, write_problems
 import minimath.evaluate as module
 from minimath import engines
 from minimath.answer import AnswerChecker
+from minimath.bounded import LATE, BoundedChild
 from minimath.config import EvalConfig, Stopped, UserError
 from minimath.data import Example
 from minimath.evaluate import (
@@ -21,6 +22,7 @@ from minimath.evaluate import (
     majority_right,
     paired,
     pass_at,
+    read_records,
     row,
     summarise,
     wilson,
@@ -176,13 +178,23 @@ def test_an_existing_evaluation_is_not_overwritten(options):
 
 def test_sampled_evaluation_reports_pass_and_majority(options):
     summary = evaluate(make_config(EvalConfig, **options, samples=3, temperature=1.0))
-    assert {"pass@1", "pass@2", "pass@3", "maj@3"} <= summary.keys()
+    assert {"pass@1", "pass@2", "pass@3", "maj@3"} <= summary.keys() and summary["avg@3"] == summary["accuracy"]
     again = evaluate(
         make_config(EvalConfig, **{**options, "out": options["out"] + "2"}, samples=3, temperature=1.0)
     )
     assert {k: v for k, v in again.items() if "per_s" not in k} == {
         k: v for k, v in summary.items() if "per_s" not in k
     }
+
+
+def test_a_complete_evaluation_gets_the_budgets_it_lacks_from_its_completions(options, tmp_path):
+    evaluate(make_config(EvalConfig, **options))
+    path = tmp_path / "eval" / "completions.jsonl"
+    rows = [row | {"right": True, "ended": True, "tokens": n} for n, row in enumerate(read_records(path.parent), 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = evaluate(make_config(EvalConfig, **options, budgets="2,4", resume=True))
+    assert (summary["accuracy@2"], summary["accuracy@4"]) == (2 / 5, 4 / 5)
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["accuracy@2"] == 2 / 5
 
 
 @pytest.fixture
@@ -222,6 +234,33 @@ def test_grades_follow_the_text(evaluate_examples, monkeypatch, tiny_tokenizer):
         (False, 2, 2, "3"),
     ]
     assert summary["accuracy"] == 0.5 and summary["right_steps"] == pytest.approx(2 / 3)
+
+
+def test_what_the_checker_gave_up_on_is_counted_and_said_in_one_line(evaluate_examples, monkeypatch, capsys):
+    """Problems without a readable gold answer, not the comparisons with it or those of maj@k."""
+    readable = Example("1 + 1 = ?", answer="2", id="fine")
+    monkeypatch.setattr(module, "boxed_before_cut", lambda _: "}{")
+    summary, _ = evaluate_examples([readable, Example("Which?", answer="}{{", id="odd")], samples=4, temperature=1.0)
+    assert (summary["bad_gold"], summary["checker_timeouts"]) == (1, 0)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "gave up" in line]
+    assert "the gold answer of 1 problem," in line and "'}{{' (odd)" in line and "too long" not in line
+
+    monkeypatch.setattr(BoundedChild, "ask", late)
+    monkeypatch.setattr(module, "boxed_before_cut", lambda _: "\\sqrt{4}")
+    summary, _ = evaluate_examples([readable])
+    assert (summary["bad_gold"], summary["checker_timeouts"]) == (0, 1)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "gave up" in line]
+    assert "1 comparison of answers took too long" in line and "gold" not in line
+
+
+def late(child, *_):
+    child.timeouts += 1
+    return LATE
+
+
+def test_a_checker_that_read_everything_is_not_mentioned(evaluate_examples, capsys):
+    summary, _ = evaluate_examples([Example("1 + 1 = ?", answer="2")])
+    assert (summary["bad_gold"], summary["checker_timeouts"]) == (0, 0) and "gave up" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

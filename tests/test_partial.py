@@ -329,3 +329,14 @@ def test_the_evaluation_of_a_pipeline_goes_on(options, interrupt, tmp_path, caps
     evaluation(cfg, tmp_path / "eval-sft", "")
     assert "going on after" in capsys.readouterr().out
     assert results(tmp_path / "eval-base") == results(tmp_path / "eval-sft")
+
+
+def test_a_signal_after_the_last_completion_of_an_evaluation_still_ends_the_run(tmp_path, monkeypatch):
+    def late(cfg, *, within):
+        within.signal = 15
+        return {"accuracy": 1.0}
+
+    monkeypatch.setattr("minimath.pipeline.evaluate", late)
+    with pytest.raises(Stopped) as stopped:
+        evaluation(EvalConfig(), tmp_path / "eval", "")
+    assert stopped.value.args == (15,)

@@ -186,3 +186,10 @@ def test_unknown_model_is_one_line(here):
 def test_command_prints_stages_and_cards(here, config_dir):
     status, out, _ = here("plan", f"model={config_dir}", "device=cpu", "card=2")
     assert status == 0 and "RLAIF rollout" in out and "together" in out and "On 2.00 GiB: it fits as it is." in out
+
+
+def test_a_sharded_base_is_said_not_to_be_counted(here, tiny_dir):
+    words = ["plan", f"model={tiny_dir}", "device=cpu", "card=1"]
+    assert "shard=true is not counted" not in here(*words)[1]
+    status, out, err = here(*words, "shard=true")
+    assert status == 0 and "shard=true is not counted" in out, out + err
