@@ -22,7 +22,7 @@ problems, greedily. Arms:
 
 Accuracy and tokens are means over seeds; the 95% intervals come from a bootstrap over seeds and problems, and the
 differences to `rules` from one over the same draws of both. readable: how often a judge held out of training finds the
-arm's solution easier to read than that of its SFT model, both being right (bench/readability.txt, both orders;
+arm's solution easier to read than that of its SFT model, both being right (as `minimath judge compare`;
 --readers 0 leaves it out). The default reader is the base model itself, with the position taken out; --reader names a
 better one, as the judge options of `minimath judge check`. Writes bench/results/ablate-<device>.json, a row at a time.
 """
@@ -48,11 +48,10 @@ from bench.measure import RESULTS, machine
 from bench.roofline import positive
 from minimath.config import RLAIFConfig, UserError, load_config
 from minimath.demo import DemoConfig, demo_model, write_problems
-from minimath.judge import Candidate, both_orders, make_judge
-from minimath.judge_pairs import KnownPair, ask, questions_of
+from minimath.judge import make_judge
+from minimath.judge_compare import pair_up, read_pairs, read_records, same_text, win_shares
 from minimath.model import load_model
 from minimath.runs import write_whole
-from minimath.steps import check_steps
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = "rules"
@@ -135,7 +134,7 @@ def row_of(arm: str, seed: int, folder: Path, metrics: Path | None) -> dict:
     of its training cost."""
     summary = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     kept = ("problems", "accuracy", "mean_tokens", "right_steps", "checked_steps", "ended")
-    records = completions(folder)
+    records = read_records(folder)
     row = {"arm": arm, "seed": seed} | {name: summary[name] for name in kept}
     row |= {"right": "".join(str(int(r["right"])) for r in records), "tokens": [r["tokens"] for r in records]}
     here = machine("cuda" if torch.cuda.is_available() else "cpu")
@@ -148,12 +147,6 @@ def row_of(arm: str, seed: int, folder: Path, metrics: Path | None) -> dict:
             name: sum(s[f"judge_{name}"] * s["judge_comparisons"] for s in judged) / max(1, asked)
             for name in ("position_bias", "order_conflicts")}
     return row
-
-
-def completions(folder: Path) -> list[dict]:
-    """The records of an evaluation, by problem."""
-    lines = (folder / "completions.jsonl").read_text(encoding="utf-8").splitlines()
-    return sorted(map(json.loads, lines), key=lambda record: record["number"])
 
 
 def run_all(options, rows: dict[str, dict], save) -> list[str]:
@@ -197,26 +190,24 @@ def read_all(options, rows: dict[str, dict], save) -> None:
            and (options.work / f"eval-sft-{row['seed']}").exists()]
     if not due or not options.readers:
         return
-    words = [f"model={options.model or demo_model()}", f"judge_rubric={Path(__file__).with_name('readability.txt')}"]
+    words = [f"model={options.model or demo_model()}", "judge_rubric=readability"]
     cfg = load_config(RLAIFConfig, None, [*words, *options.reader])
     model, tokenizer = load_model(cfg, train=False) if cfg.judge == "self" else (None, None)
     judge = make_judge(cfg, model, tokenizer)
     judge.ping()
     for row in due:
-        ours, sft = (completions(options.work / f"eval-{arm}-{row['seed']}") for arm in (row["arm"], "sft"))
-        pairs = [KnownPair("readable", a["problem"], shown(a), shown(b)) for a, b in zip(ours, sft, strict=True)
-                 if a["right"] and b["right"] and a["text"] != b["text"]][: options.readers]
-        votes, error = ask(judge, questions_of(pairs))
-        if error:
-            print(f"the reader failed: {error}", flush=True)
+        votes, facts = read_pairs(judge, readable_pairs(options.work, row)[: options.readers])
+        if facts["error"]:
+            print(f"the reader failed: {facts['error']}", flush=True)
         row["reader"] = f"{judge.name}, {Path(cfg.model).name}" if cfg.judge == "self" else judge.name
-        row["readable"] = [round(both_orders(f, b, judge.soft), 4) for f, b in zip(votes[::2], votes[1::2], strict=True)
-                           if f is not None and b is not None]
+        row["readable"] = [round(p, 4) for p in win_shares(votes, judge.soft) if p is not None]
         save()
 
 
-def shown(record: dict) -> Candidate:
-    return Candidate(record["text"], True, check_steps(record["text"]), record["tokens"])
+def readable_pairs(work: Path, row: dict) -> list:
+    """The right solutions of the row's arm, each beside that of its SFT model, where both are right and differ."""
+    ours, sft = (read_records(work / f"eval-{arm}-{row['seed']}") for arm in (row["arm"], "sft"))
+    return [pair for pair in pair_up(ours, sft, "all") if pair.a.right and pair.b.right and not same_text(pair)]
 
 
 # ---- figures

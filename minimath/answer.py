@@ -24,58 +24,111 @@ MAX_TAIL_CHARS = 1 << 17      # of a text, its end is read for an answer: a host
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.S)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]{1,60})")
 _HASHES = re.compile(r"####[ \t]*([^\n]{1,400})")
-_ANSWER_IS = re.compile(r"\banswer\b(?: is| was|:|=)[ \t]*:?[ \t]*([^\n]{1,400})", re.I)
+# a look-ahead, so that of "Final answer: the answer is 5" the last is found too
+_ANSWER_IS = re.compile(r"\banswer\b(?: is| was|:|=)[ \t]*:?[ \t]*(?=([^\n]{1,400}))", re.I)
 _SENTENCE_END = re.compile(r"[.!?;](?:\s|$)|,\s|\s(?:because|since|so|as)\s")
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\\?\$?(?:\d+(?:,\d{3})*(?!\d)(?:\.\d+)?|\.\d+)(?:/\d+)?(?:\\?%)?")
+_FORMULA = re.compile(r"\$\$?([^$]{1,400}?)\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.S)
+_FIRST_FORMULA = re.compile(rf"[\s*:]{{0,9}}(?:{_FORMULA.pattern})", re.S)
+# (3, 4), or 1, 2, 3 up to the end of the sentence: their commas end no sentence
+_TUPLE_OR_LIST = re.compile(r"[\s*:]{0,9}([(\[][^()\[\]]{1,100}[)\]]|-?\d[\d./]{0,20}(?:, -?\d[\d./]{0,20}){1,20}"
+                            r"(?=[\s*]{0,9}(?:$|\.(?:\s|$))))")
+_LAST_IS = re.compile(r".*\b(?:is|are|equals)\s", re.S)
+_RELATION = re.compile(r"[\\<>=^(\[]")
+MAX_PARAGRAPH = 2000          # characters before the last number, in which a formula around it is looked for
 
 
 def extract_answer(text: str, *, strict: bool = False) -> str | None:
     """The final answer in `text`: the last complete, non-empty \\boxed{...}, else what follows the last
-    "####", else the last "answer is ...", else the last number, else None. strict=True: \\boxed only."""
+    "####", else the last "answer is ...", else the last number, with the formula around it, else None. Boxes with
+    nothing but commas, "and" or "or" between them are one list. strict=True: \\boxed only."""
     text = text[-MAX_TAIL_CHARS:]
     boxed = _last_boxed(text)
     if boxed is not None or strict:
         return boxed
-    for pattern in (_HASHES, _ANSWER_IS):
+    for pattern, read in ((_HASHES, str), (_ANSWER_IS, _said)):
         found = pattern.findall(text)
         if found:
-            answer = found[-1].strip()
-            if pattern is _ANSWER_IS:
-                answer = _SENTENCE_END.split(answer, maxsplit=1)[0]
-                inner = re.search(r"\$([^$]+)\$", answer)
-                answer = inner.group(1) if inner else answer
-            answer = answer.strip().strip("*").rstrip(".").strip()
+            answer = read(found[-1].strip()).strip().strip("*").rstrip(".").strip()
             if answer:
                 return answer
-    numbers = _NUMBER.findall(text)
-    return numbers[-1].replace(" ", "").strip() if numbers else None
+    return _last_number(text)
 
 
-def _boxes(text: str) -> list[tuple[str, int]]:
-    """(contents, end offset) of each complete, non-empty \\boxed{...} in the order in which they close. One
+def _said(answer: str) -> str:
+    """The answer that the words after "answer is" give: the formula, tuple or list that they begin with, else what
+    follows the last "is" of their sentence; of a long sentence its last number."""
+    if match := _FIRST_FORMULA.match(answer) or _TUPLE_OR_LIST.match(answer):
+        return _inside(match)
+    sentence = _LAST_IS.sub("", _SENTENCE_END.split(answer, maxsplit=1)[0])
+    if match := _FORMULA.search(sentence):
+        return _inside(match)
+    if sentence[:1].isalpha() and len(sentence.split()) > 5:
+        return _last_number(sentence) or sentence
+    return sentence
+
+
+def _last_number(text: str) -> str | None:
+    """The last number of `text`; where it stands in a formula, its last side: \\frac{3}{4} is not 4."""
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers:
+        return None
+    last = numbers[-1]
+    start = max(text.rfind("\n\n", 0, last.start()) + 1, last.start() - MAX_PARAGRAPH)
+    paragraph = text[start:last.end() + MAX_PARAGRAPH].replace("\\$", "  ")
+    for formula in _FORMULA.finditer(paragraph):
+        inside = _inside(formula)
+        if formula.start() < last.start() - start < formula.end() and _RELATION.search(inside):
+            side = re.split(r"(?<![<>!])=", inside)[-1].strip()
+            return side or inside
+    return last.group().replace(" ", "").strip()
+
+
+def _inside(match: re.Match) -> str:
+    return next(group for group in match.groups() if group).strip()
+
+
+def _boxes(text: str) -> list[tuple[str, int, int]]:
+    """(contents, start, end offset) of each complete, non-empty \\boxed{...} in the order in which they close. One
     pass with a stack: cut or nested boxes must not make this quadratic."""
-    stack: list[int] = []          # start of the contents for a box, -1 for any other brace
+    stack: list[tuple[int, int]] = []  # of a box its start and that of its contents, -1 for any other brace
     boxes = []
     for token in _BRACE.finditer(text):
         mark = token.group()
         if mark == "}":
-            start = stack.pop() if stack else -1
-            if start >= 0 and token.start() - start <= 4 * MAX_ANSWER_CHARS:
-                contents = text[start:token.start()].strip()
+            start, inner = stack.pop() if stack else (-1, -1)
+            if start >= 0 and token.start() - inner <= 4 * MAX_ANSWER_CHARS:
+                contents = text[inner:token.start()].strip()
                 if contents:
-                    boxes.append((contents, token.end()))
+                    boxes.append((contents, start, token.end()))
         elif mark.endswith("{") and mark != "\\{":
-            stack.append(token.end() if len(mark) > 1 else -1)
+            stack.append((token.start(), token.end()) if len(mark) > 1 else (-1, -1))
     return boxes
 
 
+_BETWEEN = re.compile(r"(?:[\s$,;*]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b){1,40}")
+MAX_LIST = 20                 # boxes that are read as one list
+
+
 def _last_boxed(text: str) -> str | None:
-    """Contents of the \\boxed{...} that closes last; boxes inside it are opened."""
+    """Contents of the \\boxed{...} that closes last; boxes inside it are opened. "\\boxed{1} and \\boxed{2}" is "1, 2":
+    an answer of two parts, and no chance to name two and be right with one."""
     boxes = _boxes(text)
     if not boxes:
         bare = _BARE_BOX.findall(text)
         return bare[-1].rstrip(".,") if bare else None
-    best = boxes[-1][0]
+    parts, first = [_opened(boxes[-1][0])], boxes[-1][1]
+    for contents, start, end in reversed(boxes[:-1]):
+        if end > first:  # inside the box that follows
+            continue
+        between = text[end:first]
+        if len(parts) == MAX_LIST or not (_BETWEEN.fullmatch(between) and re.search("[,;]|and|or|quad", between)):
+            break
+        parts, first = [_opened(contents), *parts], start
+    return ", ".join(dict.fromkeys(parts))
+
+
+def _opened(best: str) -> str:
     for _ in range(4):
         inner = _boxes(best) if re.match(r"\\(?:boxed|fbox)\s*\{", best) else []
         if not inner:
@@ -93,7 +146,7 @@ def answer_end(text: str) -> int:
     """Offset just after the place where the final answer is first given, len(text) when it is in no box. What
     follows is not part of the solution: a judge does not get to see it."""
     boxes = _boxes(text)
-    return next((end for contents, end in boxes if contents == boxes[-1][0]), len(text))
+    return next((end for contents, _, end in boxes if contents == boxes[-1][0]), len(text))
 
 
 # ---------------------------------------------------------------- comparison
@@ -109,6 +162,15 @@ def _normal(answer: str) -> str:
     if re.fullmatch(r"\([A-Za-z]\)", text):
         text = text[1:-1]                       # choice "(C)"
     return text.casefold() if len(text) > 1 and text.isalpha() else text
+
+
+_IN_BASE = re.compile(r"(-?[0-9A-Za-z]+)_\{?(\d+)\}?")
+
+
+def _close(exact: str, rounded: str) -> bool:
+    """Whether two texts are numbers within 1% of each other."""
+    a, b = plain_number(exact), plain_number(rounded)
+    return bool(a and b) and 100 * abs(a.value - b.value) <= abs(a.value)
 
 
 class AnswerChecker:
@@ -153,6 +215,12 @@ class AnswerChecker:
             return False
         if _normal(answer) == _normal(gold):
             return True
+        written, meant = (_IN_BASE.fullmatch(_normal(text)) for text in (answer, gold))
+        if written and meant:                   # math-verify takes 52_9 for 52_8
+            return written.groups() == meant.groups()
+        exact, _, rounded = answer.partition("\\approx")
+        if rounded and _close(exact, rounded):  # 1/3 \approx 0.33 gives the same answer twice
+            return self.equal(exact, gold) or self.equal(rounded, gold)
         gold_number, number = plain_number(gold), plain_number(answer)
         if gold_number and number:
             return same_number(gold_number, number)

@@ -230,7 +230,7 @@ class RLAIFConfig(EngineConfig, AdapterConfig):
     judge_plan: str = "round_robin"
     """round_robin (all pairs), swiss (about n log2(n) / 2, the others from a fit) or listwise (the best of up to 6)"""
     judge_rubric: str = "maths"
-    """what judges self and openai go by: maths, code, law, medicine, or a text file like minimath/rubric.txt"""
+    """what judges self and openai go by: maths, code, law, medicine, readability, or a file like minimath/rubric.txt"""
     judge_canary_every: int = 0
     """judge pairs of known order every N steps, to see whether the judge is being fooled; 0: never"""
     lam_judge: float = 0.25

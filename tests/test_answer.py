@@ -28,6 +28,22 @@ def checker():
     ("#### 1,200\n", "1,200"),
     ("The answer is $42$ because of that.", "42"),
     ("The answer is: 3/4. Done", "3/4"),
+    # the next fourteen came out of python -m bench.graders
+    ("The answer is (3, 4). Done", "(3, 4)"),
+    ("The final answer is $(-6, 10)$. I hope it is correct.", "(-6, 10)"),
+    (r"The answer is \((-6, 10)\).", "(-6, 10)"),
+    ("The answers are many; the answer is 3, 5, 7.", "3, 5, 7"),
+    ("The answer is 5, 3 more than before.", "5"),
+    ("Final Answer: The final answer is 12,000,023. I hope it is correct.", "12,000,023"),
+    ("Final Answer: The largest $n$ is 34.", "34"),
+    ("Final Answer: Jane started growing Sphere 3 hours ago. I hope it is correct.", "3"),
+    (r"so we get $\frac{3}{4}$ of it", r"\frac{3}{4}"),
+    (r"Thus \[ y = 8.8 - 2.8 = \frac{12}{2} \]", r"\frac{12}{2}"),
+    (r"Thus $x \geq 5$ is the solution.", r"x \geq 5"),
+    (r"it is \boxed{(2, 2)} \quad \text{and} \quad \boxed{(6, 2)}.", "(2, 2), (6, 2)"),
+    (r"It is \boxed{17} or \boxed{18}", "17, 18"),
+    (r"\boxed{18}, \boxed{18}", "18"),
+    ("each costs $5 and he pays $10 in all", "$10"),
     ("There are 3 cats and 16-9 dogs", "9"),
     ("it costs -$5.50", "-$5.50"),
     ("no number here", None),
@@ -49,10 +65,12 @@ EQUAL = [
     ("(C)", r"\text{C}"),
     (r"10,\!236", "10236"), (r"1\frac{1}{2}", "1.5"), (r"90^\circ", "90"), ("0.333333", r"\frac{1}{3}"),
     (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
-    ("5 million", "5,000,000"), ("-3", "-3")]
+    ("5 million", "5,000,000"), ("-3", "-3"),
+    (r"x = \frac{1}{3} \approx 0.33", r"\frac{1}{3}"), (r"\frac{70}{9} \approx 7.78", "7.78"), ("52_{8}", "52_8")]
 DIFFERENT = [
     ("17", "18"), ("-18", "18"), ("18", "-18"), ("5000", "5 million"), ("eighteen", "18"), ("1/3", "0.33"),
-    ("1000000001", "1000000000"), (r"1\frac{1}{2}", "0.5"), ("18" * 300, "18"), ("", "18"), ("15 - 4", "12")]
+    ("1000000001", "1000000000"), (r"1\frac{1}{2}", "0.5"), ("18" * 300, "18"), ("", "18"), ("15 - 4", "12"),
+    (r"17 \approx 18", "17"), ("52_9", "52_8"), ("53_8", "52_8")]
 
 
 @pytest.mark.parametrize("answer, gold", EQUAL)

@@ -333,7 +333,7 @@ def test_every_shipped_rubric_shows_and_asks_for_a_list_by_the_same_rules(name):
 
 
 def test_list_forms_are_no_rubrics_of_their_own():
-    assert set(shipped_rubrics()) == {"maths", "code", "law", "medicine"}
+    assert set(shipped_rubrics()) == {"maths", "code", "law", "medicine", "readability"}
 
 
 def test_no_candidate_can_open_a_place_or_forge_a_mark_in_a_list():
