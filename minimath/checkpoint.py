@@ -11,22 +11,20 @@ A checkpoint is built in a hidden folder beside its final place, flushed to disk
 one or the new one. The manifest also says whether it was the best so far: this fact is as atomic as the rest.
 """
 import contextlib
-import functools
 import hashlib
 import json
 import os
 import shutil
-import sys
 import warnings
 from pathlib import Path
 
 import peft
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minimath import ranks
-from minimath.config import UserError, did_you_mean
+from minimath.config import UserError
 from minimath.train_state import optimizer_state, restore_optimizer, restore_rng, rng_state
 
 try:
@@ -35,8 +33,6 @@ except ImportError:  # Windows has no flock: two writers are not noticed there
     fcntl = None
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-STAGES = ("rlaif", "sft")  # their folders in a run of the whole recipe, best first (pipeline.py)
-COMPLETE = "summary.json"  # in a stage's folder when it is complete
 
 
 def save_checkpoint(run_dir, step: int, *, model, optimizer, state: dict, keep: int, best: bool = False) -> Path:
@@ -197,64 +193,6 @@ def save_adapter(model, path) -> Path:
         write_atomically(Path(path), lambda folder: write_adapter(model, folder), {},
                          bytes_needed=bytes_on_disk(adapter_tensors(model)))
     return Path(path)
-
-
-def find_adapter(path) -> Path:
-    """The adapter folder meant by a run folder (its adapter/, else its newest sound checkpoint), a checkpoint, an
-    adapter folder, or a run of the whole recipe (the adapter of its last complete stage, which is said). UserError says
-    what was looked for, or why the adapter found can't be read."""
-    path = Path(path)
-    if not os.path.isdir(path):  # unlike is_dir, also for a name that is too long
-        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*")])
-        raise UserError(f"no adapter folder {path}{near}")
-    if any((path / name).exists() for name in (*ADAPTER_FILES, "adapter_model.bin")):
-        check_adapter(path)
-        return path
-    if (path / "adapter").is_dir():
-        check_adapter(path / "adapter")
-        return path / "adapter"
-    for folder in list_checkpoints(path):
-        try:
-            check_adapter(folder)
-            return folder
-        except UserError as error:
-            warnings.warn(f"{error}; trying the checkpoint before", stacklevel=2)
-    begun = [stage for stage in STAGES if (path / stage).is_dir()]
-    for stage in begun:
-        if (path / stage / COMPLETE).exists():
-            folder = find_adapter(path / stage)
-            but = "" if stage == begun[0] else f"; {begun[0]} is not complete"
-            say_once(f"adapter={path}: taking {folder}{but}")
-            return folder
-    if begun:
-        raise UserError(f"{path} is a run of the whole recipe, and no stage of it is complete: let it go on with "
-                        f"resume=true, or take what there is with adapter={path / begun[0]}")
-    raise UserError(f"{path} holds no adapter: looked for {' and '.join(ADAPTER_FILES)}, a folder adapter/, "
-                    f"sound folders checkpoints/step-*, and complete stages {' and '.join(STAGES)}")
-
-
-@functools.cache
-def say_once(text: str) -> None:
-    """To standard error, since what a command prints may be read by another."""
-    if ranks.is_main():
-        print(text, file=sys.stderr)
-
-
-def check_adapter(folder: Path) -> None:
-    """Raise UserError unless the folder holds an adapter that can be read without running code."""
-    if (folder / "adapter_model.bin").exists() and not (folder / "adapter_model.safetensors").exists():
-        raise UserError(f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is read: "
-                        "refused; save it again with safe_serialization=True where it was made")
-    problems = verify(folder) if (folder / "manifest.json").exists() else []
-    if problems:
-        raise UserError(f"the adapter in {folder} is damaged: {problems[0]}")
-    try:
-        read_json(folder / "adapter_config.json")
-        with safe_open(folder / "adapter_model.safetensors", framework="pt"):
-            pass
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"the adapter in {folder} can't be read: {error}; it needs "
-                        f"{' and '.join(ADAPTER_FILES)}") from None
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ Accepted row shapes (`data_format`; "auto" takes the first that fits):
     question_answer    question + answer; an answer with "#### 72" (GSM8K) is split in solution and answer,
                        one with \\boxed, a line break or more than 8 words is a worked solution, any other
                        a final answer
-    problem_solution   problem + solution (+ answer; a missing one is taken from "#### x" or \\boxed{x})
+    problem_solution   problem + solution or generation (+ answer; else taken from "#### x" or \\boxed{x})
+The authors' Fast-Math-R1-SFT and -GRPO have the last. With "auto" a list of generations (OpenR1-Math) goes before all:
+the shortest of those that correctness_math_verify calls right and is_reasoning_complete whole, as in the paper.
 A bad row is skipped, counted and named as file:line with the reason and the fix; `strict` makes it fatal.
 Rows with an id or a problem seen before are kept (resampled sets repeat them) and counted as a note.
 """
@@ -23,9 +25,10 @@ from minimath.readers import SUFFIXES, BadRow, Row, read_rows
 
 COLUMNS = {
     "problem": ("problem", "question", "prompt", "instruction"),
-    "solution": ("solution", "completion", "response", "output"),
+    "solution": ("solution", "completion", "response", "output", "generation", "generations"),
     "answer": ("answer", "final_answer", "expected_answer"),
 }
+VERDICTS, WHOLE = ("correctness_math_verify", "correctness_llama"), ("is_reasoning_complete",)  # first there counts
 FORMATS = ("auto", "messages", "prompt_completion", "question_answer", "problem_solution")
 ROLES = ("system", "user", "assistant")
 REPORTED_ROWS, REPORTED_CHARS = 20, 600
@@ -138,7 +141,11 @@ def _missing(data: str, path: Path) -> str:
 
 
 def _hub_rows(name: str, split: str) -> Iterator[Row]:
-    import datasets  # seconds to import: only when a hub name is given
+    try:
+        import datasets  # seconds to import: only when a hub name is given
+    except ImportError:
+        raise UserError(f"data={name}: hub data sets need a package that isn't installed: pip install datasets, or "
+                        "download the set's files and give their folder") from None
     repo, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(repo, config or None, split=split)
@@ -154,6 +161,12 @@ def _hub_rows(name: str, split: str) -> Iterator[Row]:
 
 def to_example(row: dict, where: str, need: Iterable[str], data_format: str = "auto") -> "Example | BadRow":
     """One row in any accepted shape; BadRow with the reason when it can't be used."""
+    best = _best_generation(row) if data_format == "auto" else None
+    if isinstance(best, BadRow) and "solution" in need:
+        return best
+    if best is not None:
+        row = {name: value for name, value in row.items() if name not in ("messages", *COLUMNS["solution"])}
+        row["solution"] = "" if isinstance(best, BadRow) else best
     chat = _chat_messages(row, data_format)
     if isinstance(chat, BadRow):
         return chat
@@ -167,6 +180,20 @@ def to_example(row: dict, where: str, need: Iterable[str], data_format: str = "a
     if "answer" in need and not example.answer:
         return BadRow("no answer", "add a column answer, or end the solution with \\boxed{...} or #### ...")
     return example
+
+
+def _best_generation(row: dict) -> "str | BadRow | None":
+    """The shortest right one of a list of generations; None for a row without such a list."""
+    name = next((n for n in ("generations", "generation") if isinstance(row.get(n), list)), None)
+    if name is None:
+        return None
+    verdicts, whole = ([row[n] for n in names if isinstance(row.get(n), list)] for names in (VERDICTS, WHOLE))
+    if not verdicts:
+        return BadRow(f"{name} without verdicts", f"add {VERDICTS[0]}, a list of true and false, or keep one; minimath "
+                      "sample checks answers and keeps the shortest right solution")
+    right = [text for text, *marks in zip(row[name], verdicts[0], *whole) if isinstance(text, str) and all(marks)]
+    no = BadRow("no right generation", f"none of {len(row[name])} is marked right and whole: drop it, or sample more")
+    return min(right, key=len) if right else no
 
 
 def _final_answer(solution: str) -> str:

@@ -24,6 +24,9 @@ from minimath.model import pick_device, pick_dtype
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors",
             "math-verify")
+# a machine may lack these: an option asks for them, or something slower stands in
+FOR = {"triton": "the kernels on CUDA and ROCm", "bitsandbytes": "quant=nf4 and 8-bit optimisers",
+       "datasets": "hub data sets and parquet"}
 OPTIONAL = {"liger-kernel": "liger=true", "flash-attn": "attn=flash_attention_2", "vllm": "rollout=vllm",
             "gguf": "the demo's model", "wandb": "trackers=wandb", "tensorboard": "trackers=tensorboard",
             "trackio": "trackers=trackio"}
@@ -70,14 +73,22 @@ def machine_findings(cfg: ModelConfig) -> list[Finding]:
     device = pick_device(cfg.device)
     dtype, why = pick_dtype(cfg.dtype, device)
     slow = device.type == "cpu"
-    out = [Finding("system", "ok", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
-           Finding("device", "note" if slow else "ok", device_words(device)),
+    out = [system_finding(), Finding("device", "note" if slow else "ok", device_words(device)),
            Finding("dtype", "ok", f"{str(dtype).removeprefix('torch.')}: {why}"
                    + (", with a loss scale" if dtype == torch.float16 else "")),
            Finding("kernels", "ok", "Triton" if runs_triton(torch.empty(0, device=device)) else kernel_words(device))]
     free = free_bytes(device)
     words = f"{free / 2**30:.1f} GiB free" if free else f"how much of {device.type} is free is not known: set slots="
     return [*out, Finding("memory", "ok" if free else "note", words)]
+
+
+def system_finding() -> Finding:
+    """Operating system and Python. Windows is served through WSL, where it is Linux."""
+    words = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    if platform.system() == "Windows":
+        return Finding("system", "note", f"{words}: not tried, no Triton, and two runs in one folder are not told "
+                       "apart; install it in WSL instead (wsl --install), which reaches the card")
+    return Finding("system", "ok", words + (" (WSL)" if "microsoft" in platform.release().lower() else ""))
 
 
 def device_words(device: torch.device) -> str:
@@ -110,7 +121,8 @@ def package_findings() -> list[Finding]:
         version, need = version_of(name), wanted.get(name)
         if version is None:
             hint = f": pip install '{need.name}{need.specifier}'" if need else ""
-            out.append(Finding(name, "FAIL" if need else "note", "not installed" + hint))
+            use = f", for {FOR[name]}" if name in FOR else ""
+            out.append(Finding(name, "FAIL" if need and not use else "note", "not installed" + hint + use))
         elif need and not need.specifier.contains(version.partition("+")[0], prereleases=True):
             out.append(Finding(name, "note", f"{version} is outside {need.specifier}, which is what was tried"))
         else:

@@ -27,8 +27,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from minimath import gguf_file
+from minimath.adapters import find_adapter
 from minimath.chat import eos_ids, turn_end
-from minimath.checkpoint import find_adapter, flush_to_disk, free_bytes, read_json
+from minimath.checkpoint import flush_to_disk, free_bytes, read_json
 from minimath.config import EvalConfig, UserError, config_dict, fields_of, load_config
 from minimath.config import mask as without_secrets
 from minimath.drift import compare, completion_logits, drift_texts, nf4_drift
@@ -129,7 +130,8 @@ def export_model(cfg: ExportConfig, load: EvalConfig, run: dict, folder: Path, w
         usage = write_gguf_folder(model, tokenizer, partial, cfg, load, dtype, script) if cfg.to == "gguf" else \
             write_safetensors(model, tokenizer, partial, cfg, load, dtype)
         text = card(name=out.name, base=load.model, adapter=read_json(folder / "adapter_config.json"), run=run,
-                    evaluation=evaluation_of(Path(cfg.adapter)), drift=said,
+                    drift=said,
+                    evaluation=evaluation_of(folder.parent if folder.name == "adapter" else Path(cfg.adapter)),
                     usage=usage.format(folder=out.name),
                     command="minimath export " + " ".join(map(public_word, words)))
         (partial / "README.md").write_text(text, encoding="utf-8")

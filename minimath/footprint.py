@@ -22,7 +22,15 @@ from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minimath.kernels.common import tile_shape
-from minimath.model import _new_adapter, base_causal_lm, cast_adapters_down, head_module, hidden_states, inference
+from minimath.model import (
+    _new_adapter,
+    base_causal_lm,
+    cast_adapters_down,
+    checkpoint_activations,
+    head_module,
+    hidden_states,
+    inference,
+)
 from minimath.prefix import EAGER_TOKENS, shared_mask
 from minimath.slots import decoding_attention
 
@@ -249,9 +257,7 @@ def tracer(config, cfg, dtype: torch.dtype, layers: int, device: str) -> tuple[C
     `layers` layers."""
     model = empty_model(shortened(config, layers), cfg, dtype)
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False,
-                                                                           "preserve_rng_state": False})
-        model.enable_input_require_grads()
+        checkpoint_activations(model, preserve_rng_state=False)
     cast_adapters_down(model)
     model.train()
     if cfg.quant == "nf4":

@@ -96,7 +96,8 @@ def in_memory(work, cfg, *args, memory: dict, params, lengths: list[int], say, *
             if not is_out_of_memory(error):
                 raise
             if cfg.shard:  # the others are in the midst of a pass that needs this process's weights
-                raise UserError(f"out of memory, with shard=true: try {settings_to_try(cfg)}, then resume=true") from error
+                tries = settings_to_try(cfg)
+                raise UserError(f"out of memory, with shard=true: try {tries}, then resume=true") from error
         # only here, where the exception no longer holds the activations of the failed pass
         for param in params:
             param.grad = None

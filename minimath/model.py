@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from minimath import ranks
-from minimath.checkpoint import find_adapter
+from minimath.adapters import find_adapter
 from minimath.config import ModelConfig, UserError
 from minimath.sharding import shard
 
@@ -102,8 +102,8 @@ def load_model(cfg: ModelConfig, *, train: bool):
     kwargs = {"dtype": dtype, "attn_implementation": cfg.attn, "trust_remote_code": cfg.trust_remote_code,
               "use_safetensors": True}
     if cfg.shard and (cfg.quant == "nf4" or cfg.liger):
-        raise UserError("shard=true splits plain 16- and 32-bit layers: leave quant=nf4 (a quarter of the size on every "
-                        "card) or shard away, and liger=true with it")
+        raise UserError("shard=true splits plain 16- and 32-bit layers: leave shard away, or quant=nf4 (a quarter of "
+                        "the size on every card) and liger=true")
     if cfg.quant == "nf4":
         kwargs["quantization_config"] = _nf4_config(cfg, dtype)
         kwargs["device_map"] = {"": device}

@@ -6,6 +6,8 @@ to do about it. The monitor is a json-able dict in the checkpoint: a resumed run
 """
 import statistics
 
+from minimath.reward import PARTS, GroupFacts, length_term, parse_parts
+
 WINDOW = 10  # steps whose mean is compared with that of the first ones: single steps are noise
 WATCHED = ("entropy", "mean_tokens", "right", "ended", "problems")
 ENTROPY_LEFT = 0.25  # share of the first steps' entropy below which the samples of a group are nearly one text
@@ -34,7 +36,37 @@ def rollout_facts(seen, kept, judged: list[dict]) -> dict:
              "surprisal": statistics.fmean(-lp for c in completions for lp in c.logp)}
     if judged:
         facts |= judge_facts(judged)
+    return facts | part_facts([parts for g in seen if (parts := g.parts)])
+
+
+def reward_parts(cfg, facts: GroupFacts) -> dict[str, list]:
+    """What the rewards of a group are made of, by name; lists are per completion, with None for no vote."""
+    if cfg.reward == "judge":
+        return {"judge": facts.win, "length": length_term(facts.tokens, facts.right), "format": facts.format}
+    names = parse_parts(cfg.reward_parts) if cfg.reward == "rules" else ()
+    return {name: PARTS[name](facts) for name in names if name in PARTS}
+
+
+def part_facts(groups: list[dict[str, list]]) -> dict:
+    """Means of the parts over the groups' completions; of the judge's win probabilities, whose mean is 1/2 in any
+    group, the mean distance of the best from the worst."""
+    facts = {}
+    for name in dict.fromkeys(name for parts in groups for name in parts):
+        rows = [[v for v in parts[name] if v is not None] for parts in groups]
+        values = [max(row) - min(row) for row in rows if row] if name == "judge" else [v for row in rows for v in row]
+        if values:
+            facts["judge_spread" if name == "judge" else f"part_{name}"] = statistics.fmean(values)
     return facts
+
+
+def shown(facts: dict) -> dict:
+    """The metrics of a step that go beside its progress bar. tok_s: sampled tokens over the whole step, judge and
+    update included."""
+    seconds = facts["rollout_seconds"] + facts.get("update_seconds", 0.0)
+    parts = {name.removeprefix("part_"): value for name, value in facts.items()
+             if name.startswith("part_") or name == "judge_spread"}
+    return {"tok_s": facts["sampled"] * facts["mean_tokens"] / max(seconds, 1e-9), "reward": facts["reward"],
+            "right": facts["right"], "tokens": facts["mean_tokens"], **parts}
 
 
 def judge_facts(judged: list[dict]) -> dict:
@@ -56,8 +88,11 @@ def log_group(group, step: int, log) -> None:
                 "right": group.right, "rewards": group.rewards, "advantage": group.advantage})
     order = sorted(range(len(group.texts)), key=lambda i: group.rewards[i])
     for what, i in (("best", order[-1]), ("worst", order[0])):
-        log.say(f"step {step}, {what} of {len(order)} (reward {group.rewards[i]:.2f}, "
-                f"{len(group.completions[i].ids)} tokens): {group.texts[i]}")
+        parts = "".join(f", {name} {value[i]:.2f}" for name, value in group.parts.items()
+                        if value[i] is not None)
+        log.show(f"step {step}, {what} of {len(order)} (reward {group.rewards[i]:.2f}, "
+                 f"{'right' if group.right[i] else 'wrong'}{parts}, {len(group.completions[i].ids)} tokens)",
+                 group.texts[i])
 
 
 def new_monitor() -> dict:

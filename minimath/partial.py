@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 
 from minimath import ranks
+from minimath.adapters import find_adapter
 from minimath.chat import eos_ids
-from minimath.checkpoint import ADAPTER_FILES, find_adapter, read_json, sha256
+from minimath.checkpoint import ADAPTER_FILES, read_json, sha256
 from minimath.config import EvalConfig, UserError, config_dict
 from minimath.data import Example
 from minimath.log import RunLog

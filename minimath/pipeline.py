@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from minimath import figures, ranks
-from minimath.checkpoint import find_adapter
+from minimath.adapters import find_adapter
 from minimath.config import EvalConfig, RLAIFConfig, SFTConfig, Stopped, UserError, load_config, save_config
 from minimath.evaluate import COLUMNS, evaluate, row
 from minimath.gates import make_gate

@@ -1,6 +1,7 @@
 """More than one process: what the loops share when `accelerate launch` or `torchrun` starts several of them.
 
-    torchrun --nproc_per_node 4 -m minimath sft ...          # or accelerate launch --multi_gpu --num_processes 4 -m minimath
+    torchrun --nproc_per_node 4 -m minimath sft ...
+    accelerate launch --multi_gpu --num_processes 4 -m minimath sft ...
 
 Data parallel: every process holds the whole model, takes every world-th row or problem of the step that one process
 would take, and divides by the trained tokens of the *whole* step. So gradients and metrics are sums over processes,

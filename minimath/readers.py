@@ -205,8 +205,12 @@ def _csv_row(header: list[str], cells: list[str]) -> "dict | BadRow":
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow  # comes with datasets; slow to import, so only where it is needed
-    import pyarrow.parquet
+    try:
+        import pyarrow  # comes with datasets; slow to import, so only where it is needed
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: parquet needs a package that isn't installed: pip install pyarrow, or write the rows "
+                        "as jsonl") from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
         number = 0

@@ -39,7 +39,7 @@ from minimath.log import RunLog
 from minimath.losses import PolicyRows, importance_weight, policy_loss, token_weights
 from minimath.memory import in_memory, learning_slots, new_memory
 from minimath.model import adapter_off, describe, head, hidden_states, inference, load_model
-from minimath.monitors import collapse_warnings, log_group, new_monitor, rollout_facts
+from minimath.monitors import collapse_warnings, log_group, new_monitor, reward_parts, rollout_facts, shown
 from minimath.optim import LossScale, check_finite, clip_and_step, count_step, lr_at, make_optimizer
 from minimath.prefix import forward_batches, own_rows, trained_states
 from minimath.report import write_judge_plot
@@ -64,6 +64,7 @@ class Group:
     valid: list[bool]  # False: left out of advantages and loss (overlong=mask)
     rewards: list[float]
     advantage: list[float]
+    parts: dict[str, list] = dataclasses.field(default_factory=dict)  # of the rewards, by name
 
 
 def rlaif(cfg: RLAIFConfig) -> dict:
@@ -143,7 +144,7 @@ def train(cfg: RLAIFConfig, model, tokenizer, problems, judge: Judge, held_out, 
                 log.metrics(step + 1, **facts)
             if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and groups:
                 log_group(groups[0], step + 1, log)
-            advance(1, reward=facts["reward"], right=facts["right"], tokens=facts["mean_tokens"])
+            advance(1, **shown(facts))
             is_best = False
             if held_out and cfg.eval_every and (step + 1) % cfg.eval_every == 0:
                 is_best = evaluate_step(cfg, model, tokenizer, held_out, state, log, stop)
@@ -208,9 +209,9 @@ def sample_groups(cfg: RLAIFConfig, sample, tokenizer, drawn, gate, cursor: int,
 def score_together(cfg: RLAIFConfig, groups: list[Group], judge: Judge) -> dict:
     """score_groups by process 0, since a judge's call costs and a user's reward may throw dice; all get its result."""
     stats = score_groups(cfg, groups, judge) if ranks.is_main() else None
-    stats, scores = ranks.from_main((stats, [(group.rewards, group.advantage) for group in groups]))
-    for group, (rewards, advantage) in zip(groups, scores, strict=True):
-        group.rewards, group.advantage = rewards, advantage
+    stats, scored = ranks.from_main((stats, [(group.rewards, group.advantage, group.parts) for group in groups]))
+    for group, scores in zip(groups, scored, strict=True):
+        group.rewards, group.advantage, group.parts = scores
     return stats
 
 
@@ -223,7 +224,7 @@ def score_groups(cfg: RLAIFConfig, groups: list[Group], judge: Judge) -> dict:
         done = group.completions
         facts = GroupFacts(group.example, group.texts, group.right, [len(c.ids) for c in done], [c.ended for c in done],
                            [format_score(text) for text in group.texts], win, cfg.max_new_tokens)
-        group.rewards = group_rewards(cfg, facts)
+        group.rewards, group.parts = group_rewards(cfg, facts), reward_parts(cfg, facts)
         group.advantage = group_advantages([group.rewards], scale=cfg.scale_advantage, valid=[group.valid])[0].tolist()
         if not all(map(math.isfinite, group.rewards)):  # it must reach the loss, and be counted there
             group.advantage = [math.nan] * len(group.rewards)
@@ -286,7 +287,7 @@ def training_rows(groups: list[Group]) -> tuple[list[Encoded], list[tuple[Comple
 def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, part: list[int], mine: list[int], old, ref,
                     scale: float) -> dict:
     """Add the gradient of the policy loss over rows[i], i in part, times `scale`, to .grad; returns metrics. Of several
-    processes each adds that of its own rows, `mine` (old and ref hold no others): their sums are gradient and metrics."""
+    processes each adds that of its own rows, `mine` (old and ref hold no others): gradient and metrics are the sums."""
     lengths = [sum(rows[i].mask) for i in part]
     weights = dict(zip(part, token_weights(cfg.loss_type, lengths, cfg.max_new_tokens), strict=True))
     tokens = sum(lengths)

@@ -52,7 +52,8 @@ def generate(model, tokenizer, prompts: list[list[int]], *, samples: int = 1, ma
     they are not sampled again. on_done(prompt, sample, completion) is called as each one ends, on_step() after every
     step: it may raise to stop. on_tokens(prompt, sample, ids) tells of every running completion how far it is. facts: a
     dict that gets slots, steps, slot_fill (share of slots in use, over all steps), slot_fill_full (the same while
-    completions waited), halved, graphs (CUDA), weights (copied once, NF4 dequantised, or in place). say(text): messages; default: a warning.
+    completions waited), halved, graphs (CUDA), weights (copied once, NF4 dequantised, or in place). say(text):
+    messages; default: a warning.
     Returns one list of `samples` completions per prompt. Raises NoStandardCache, a UserError, for models that keep
     other state than keys and values, and UserError if memory is too small for one sequence.
     """

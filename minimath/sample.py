@@ -54,7 +54,8 @@ def sample(cfg: SampleConfig) -> dict:
     rows, counts = kept_rows(records, cfg)
     if not rows:
         raise UserError(f"no solution is left to train on ({worded(counts)}); all are in {out}/completions.jsonl. "
-                        "Raise samples or max_new_tokens, widen min_solve_rate and max_solve_rate, or use a better model")
+                        "Raise samples or max_new_tokens, widen min_solve_rate and max_solve_rate, or use a better "
+                        "model")
     write_whole(out / SAMPLES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{worded(counts)}; kept {len(rows)} solutions, {statistics.fmean(r['tokens'] for r in rows):.0f} tokens on "
           f"average, in {out / SAMPLES}")

@@ -235,7 +235,7 @@ def print_sample(cfg: SFTConfig, model, tokenizer, row, step: int, log: RunLog) 
         [[completion]] = sample([prompt])
     text = tokenizer.decode(completion.ids, skip_special_tokens=True)
     log.sample({"step": step, "prompt": tokenizer.decode(prompt), "completion": text})
-    log.say(f"step {step}, sample: {text}")
+    log.show(f"step {step}, sample", text)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from minimath.config import UserError
 
 
 def shard(model, base, device: torch.device) -> None:
-    """Split the weights of `base`'s decoder layers, which are on the CPU, over the processes; the rest goes to `device`.
-    UserError with one process, and for a model whose layers are not known."""
+    """Split the weights of the decoder layers of `base`, still on the CPU, over the processes; the rest goes to
+    `device`. UserError with one process, and for a model whose layers are not known."""
     if ranks.world() < 2:
         raise UserError("shard=true splits a model over several processes, and this is one: start them with accelerate "
                         "launch or torchrun, or leave shard away")

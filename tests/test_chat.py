@@ -7,8 +7,21 @@ from tiny import tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
-from minimath.chat import (IGNORE, Encoded, collate_packed, collate_padded, encode, eos_ids, final_text, pack,
-                           packed_attention_mask, preflight, prompt_ids, turn_end, user_text)
+from minimath.chat import (
+    IGNORE,
+    Encoded,
+    collate_packed,
+    collate_padded,
+    encode,
+    eos_ids,
+    final_text,
+    pack,
+    packed_attention_mask,
+    preflight,
+    prompt_ids,
+    turn_end,
+    user_text,
+)
 from minimath.config import UserError
 from minimath.data import Example
 

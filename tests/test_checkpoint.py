@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from minimath import checkpoint
+from minimath import adapters, checkpoint
+from minimath.adapters import find_adapter
 from minimath.checkpoint import (
     best_checkpoint,
-    find_adapter,
     list_checkpoints,
     load_checkpoint,
     lock_run,
@@ -305,6 +305,36 @@ def test_find_adapter_takes_run_checkpoint_and_plain_folders(tmp_path, make):
     assert save_adapter(model, tmp_path / "adapter") == find_adapter(tmp_path) == tmp_path / "adapter"
     model.save_pretrained(tmp_path / "plain")  # peft's own, without a manifest
     assert_bitwise(load_file(find_adapter(tmp_path / "plain") / "adapter_model.safetensors"), weights(model))
+
+
+def test_of_a_run_of_the_whole_recipe_the_adapter_of_the_last_complete_stage_is_taken_and_said(tmp_path, make, capsys):
+    model, optimizer = make(r=4)
+    (tmp_path / "eval-base").mkdir()
+    with pytest.raises(UserError, match="holds no adapter.*complete stages rlaif and sft"):
+        find_adapter(tmp_path)
+    save(tmp_path / "sft", 1, (model, optimizer))  # interrupted in stage 1
+    capsys.readouterr()
+    with pytest.raises(UserError, match=f"no stage of it is complete.*resume=true.*adapter={tmp_path / 'sft'}"):
+        find_adapter(tmp_path)
+    for stage in ("sft", "rlaif"):
+        before, said = (tmp_path / "sft" / "adapter", "; rlaif is not complete") if stage == "rlaif" else (None, "")
+        save_adapter(model, tmp_path / stage / "adapter")
+        if before:  # interrupted in stage 2: a stopped stage has an adapter too
+            assert find_adapter(tmp_path) == before
+            assert capsys.readouterr().err == f"adapter={tmp_path}: taking {before}{said}\n"
+        (tmp_path / stage / "summary.json").write_text("{}")
+        for _ in range(2):  # a command that asks twice says it once
+            assert find_adapter(tmp_path) == tmp_path / stage / "adapter"
+        assert capsys.readouterr().err == f"adapter={tmp_path}: taking {tmp_path / stage / 'adapter'}\n"
+    damage(tmp_path / "rlaif" / "adapter" / "adapter_model.safetensors", "flip")
+    with pytest.raises(UserError, match="damaged"):  # not silently that of stage 1
+        find_adapter(tmp_path)
+
+
+def test_the_names_of_stages_are_those_of_the_pipeline():
+    from minimath import pipeline
+    source = Path(pipeline.__file__).read_text()
+    assert adapters.COMPLETE == pipeline.SUMMARY and all(f'out / "{stage}"' in source for stage in adapters.STAGES)
 
 
 def test_a_saved_adapter_loads_in_peft_bitwise(tmp_path, make, tiny_dir):

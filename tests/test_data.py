@@ -1,5 +1,6 @@
 """Every way a row can be bad is named with its file:line; every accepted shape loads."""
 import json
+import sys
 
 import pytest
 
@@ -149,6 +150,60 @@ def test_prompt_and_completion_load_as_text_and_as_messages(tmp_path):
     e = load_one(tmp_path, chat)
     assert [m["role"] for m in e.messages] == ["system", "user", "assistant"]
     assert (e.problem, e.solution, e.answer) == ("p", "c \\boxed{4}", "4")
+
+
+FAST_MATH = {"problem": "p", "generation": "<think>\n2 + 3 = 5\n</think>\n\nSo \\boxed{5}.", "answer": "5"}
+OPEN_R1 = {"problem": "p", "solution": "the reference", "answer": "5", "problem_type": "Algebra", "uuid": "u",
+           "is_reasoning_complete": [True, True, False, True],
+           "generations": ["long and right \\boxed{5}", "wrong \\boxed{6}", "cut", "right \\boxed{5}"],
+           "correctness_math_verify": [True, False, True, True], "correctness_llama": None,
+           "messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "the first right one"}]}
+
+
+def test_the_rows_of_the_authors_own_sets_load(tmp_path):
+    e = load_one(tmp_path, FAST_MATH, need=("solution", "answer"))
+    assert (e.problem, e.solution, e.answer, e.messages) == ("p", FAST_MATH["generation"], "5", None)
+    e = load_one(tmp_path, {"problem": "p", "answer": "5"}, need=("answer",))  # their RL set
+    assert (e.problem, e.solution, e.answer) == ("p", "", "5")
+
+
+def test_of_several_generations_the_shortest_that_is_right_and_whole_is_taken(tmp_path):
+    e = load_one(tmp_path, OPEN_R1, need=("solution", "answer"))
+    assert (e.problem, e.solution, e.answer, e.messages) == ("p", "right \\boxed{5}", "5", None)
+    assert load_one(tmp_path, OPEN_R1, data_format="problem_solution").solution == "the reference"
+    assert load_one(tmp_path, OPEN_R1, data_format="messages").solution == "the first right one"
+    by_llama = {**OPEN_R1, "correctness_math_verify": None, "correctness_llama": [True, False, False, False]}
+    assert load_one(tmp_path, by_llama).solution == OPEN_R1["generations"][0]
+    assert load_one(tmp_path, {**OPEN_R1, "is_reasoning_complete": None}).solution == "cut"
+
+
+@pytest.mark.parametrize("change, reason, fix", [
+    ({"correctness_math_verify": [False] * 4}, "no right generation", "none of 4"),
+    ({"generations": []}, "no right generation", "none of 0"),
+    ({"correctness_math_verify": None}, "generations without verdicts", "minimath sample"),
+])
+def test_generations_without_a_right_one_are_a_bad_row_for_sft_and_a_problem_for_rl(tmp_path, change, reason, fix):
+    _, report = load_examples(write(tmp_path, json.dumps(OPEN_R1 | change) + "\n" + json.dumps(GOOD) + "\n"))
+    assert report.skipped == {reason: 1} and fix in report.rows[0]
+    e = load_one(tmp_path, OPEN_R1 | change, need=("answer",))
+    assert (e.problem, e.solution, e.answer) == ("p", "", "5")
+
+
+def test_generations_load_from_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([OPEN_R1]), tmp_path / "a.parquet")
+    assert load_examples(tmp_path / "a.parquet")[0][0].solution == "right \\boxed{5}"
+
+
+@pytest.mark.parametrize("name, library", [("a.parquet", "pyarrow"), ("owner/name", "datasets")])
+def test_a_missing_reader_is_named_with_the_line_that_installs_it(tmp_path, monkeypatch, name, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.chdir(tmp_path)
+    if "." in name:
+        (tmp_path / name).write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=f"pip install {library}"):
+        load_examples(name)
 
 
 def test_data_format_is_obeyed_and_a_wrong_name_gets_the_nearest(tmp_path):

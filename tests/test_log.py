@@ -58,16 +58,17 @@ def test_a_resumed_run_leaves_the_same_metrics_as_an_unbroken_one(tmp_path):
     truncate_metrics(tmp_path / "empty", 3)  # nothing there: nothing to do
 
 
-def test_without_a_terminal_progress_is_a_line_every_ten_seconds_with_time_left(tmp_path, clock):
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds_with_time_left(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(log, "memory_taken", lambda: 3 << 29)
     out = io.StringIO()
     with RunLog(tmp_path, "test", stream=out).progress(60, "sft") as advance:
         for _ in range(60):
             clock[0] += 1
-            advance(loss=0.123456)
+            advance(**({"loss": 0.123456} if clock[0] % 4 == 0 else {}))  # a number stays until there is a newer one
     shown = out.getvalue().splitlines()[1:]
     assert len(shown) == 6
-    assert shown[0] == "sft 10/60, 10 s, 50 s left, loss=0.123"
-    assert shown[-1] == "sft 60/60, 1 min 00 s, loss=0.123"
+    assert shown[0] == "sft 10/60, 10 s, 50 s left, 1.5 GiB, loss=0.123"
+    assert shown[-1] == "sft 60/60, 1 min 00 s, 1.5 GiB, loss=0.123"
     assert "\x1b" not in out.getvalue()
 
 
@@ -82,6 +83,48 @@ def test_on_a_terminal_progress_is_drawn_and_texts_are_not_markup(tmp_path):
     text = out.getvalue()
     assert "sft [x]" in text and "2/2" in text and "loss=0.25" in text
     assert "[/b] is text, ?[31m is not obeyed" in text and "[/i]" in text and "t [bold]" in text
+
+
+def test_a_progress_bar_stands_within_another(tmp_path):
+    out = Terminal()
+    run = RunLog(tmp_path, "test", stream=out)
+    with run.progress(2, "outer") as advance:
+        advance(loss=0.5)
+        with run.progress(1, "inner") as inner:
+            inner()
+        advance()  # without numbers: the last ones stay
+    last = out.getvalue().rsplit("outer", 1)[1]
+    assert "inner" in out.getvalue() and "2/2" in last and "loss=0.5" in last and "GiB" in last
+
+
+COMPLETION = "3 + 4 = 7\n[bold]So[/bold] \x1b[31mthe answer is \\boxed{7}"
+
+
+def test_a_sample_is_an_indented_block_in_plain_text_and_a_panel_on_a_terminal(tmp_path):
+    plain, terminal = io.StringIO(), Terminal()
+    for stream in (plain, terminal):
+        RunLog(tmp_path, "test", stream=stream).show("step 3, best of 4 (reward 1.20)", COMPLETION)
+    assert plain.getvalue().splitlines()[1:] == [
+        "step 3, best of 4 (reward 1.20):", "    3 + 4 = 7", "    [bold]So[/bold] ?[31mthe answer is \\boxed{7}"]
+    text = terminal.getvalue()
+    assert "\u256d" in text and "step 3, best of 4 (reward 1.20)" in text  # the corner of a panel
+    assert "[bold]So[/bold] ?[31mthe answer is \\boxed{7}" in text
+
+
+def test_the_middle_of_a_long_sample_is_left_out(tmp_path):
+    out = io.StringIO()
+    RunLog(tmp_path, "test", stream=out).show("s", "first" + 9000 * "x" + "last")
+    text = out.getvalue()
+    assert "first" in text and "last" in text and "... 7009 characters ..." in text and len(text) < 2300
+
+
+def test_memory_is_the_peak_of_a_card_in_use_and_the_resident_set_without_one(monkeypatch):
+    held = torch.ones(1 << 25)
+    resident = log.memory_taken()
+    assert resident > held.nbytes if sys.platform == "linux" else resident >= 0
+    for name, value in {"is_available": True, "is_initialized": True, "max_memory_allocated": 7 << 30}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert log.memory_taken() == 7 << 30
 
 
 def test_a_plain_table_is_aligned(tmp_path):
@@ -154,6 +197,16 @@ def test_trackers_get_the_numbers_and_a_failing_one_is_switched_off(tmp_path, mo
     run.close()
     assert seen[2:] == [(2, {"loss": 0.4})] * 2
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_tracker_that_is_not_named_is_not_imported(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(log.importlib, "import_module", lambda name: asked.append(name) or types.SimpleNamespace(
+        init=lambda **options: types.SimpleNamespace(log=print, finish=print)))
+    RunLog(tmp_path, "test", stream=io.StringIO()).close()
+    assert asked == []
+    RunLog(tmp_path, "test", "trackio", stream=io.StringIO()).close()
+    assert asked == ["trackio"]
 
 
 def test_tensorboard_gets_each_number_as_a_scalar(tmp_path, monkeypatch):

@@ -345,7 +345,8 @@ def test_liger_patches_norm_and_mlp_of_the_model_but_no_loss(tiny_dir):
 
 @pytest.mark.parametrize(
     "kind, fields",
-    [("falcon_h1", {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "head_dim": 8}),
+    [("falcon_h1", {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+                    "head_dim": 8}),
      ("recurrent_gemma", {"logits_soft_cap": 2.0, "lru_width": 32, "num_key_value_heads": 1, "num_hidden_layers": 3})],
 )
 def test_the_head_of_recurrent_models_has_their_scale_and_cap(kind, fields):

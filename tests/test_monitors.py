@@ -1,11 +1,27 @@
 """The warnings of a collapse: each sign alone, once, and none on a healthy run."""
 
+import io
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 
-from minimath.monitors import CANARY_PAIRS, WINDOW, collapse_warnings, judge_facts, new_monitor
+from minimath.config import RLAIFConfig
+from minimath.log import RunLog
+from minimath.monitors import (
+    CANARY_PAIRS,
+    WINDOW,
+    collapse_warnings,
+    judge_facts,
+    log_group,
+    new_monitor,
+    part_facts,
+    reward_parts,
+    rollout_facts,
+    shown,
+)
+from minimath.reward import GroupFacts, group_rewards
 
 HEALTHY = {"entropy": 0.5, "mean_tokens": 100.0, "right": 0.5, "ended": 1.0, "groups": 8, "dropped_groups": 2}
 COLLAPSES = {
@@ -146,3 +162,50 @@ def test_judge_figures_of_the_rounds_of_a_step_are_added_up_and_means_weighted_b
     assert facts["judge_comparisons"] == 40 and facts["judge_no_votes"] == 3 and facts["judge_skipped"] == 6
     assert facts["judge_position_bias"] == pytest.approx(0.1) and facts["judge_error"] == "down"
     assert judge_facts([rounds[2]])["judge_position_bias"] == 0
+
+
+def group_facts(**changes):
+    facts = {"example": None, "texts": ["long", "short", "wrong"], "right": [True, True, False], "tokens": [30, 10, 20],
+             "ended": [True] * 3, "format": [1.0, 0.0, 1.0], "win": [0.9, 0.2, None], "max_tokens": 64}
+    return GroupFacts(**{**facts, **changes})
+
+
+def test_the_parts_of_a_reward_add_up_to_it():
+    cfg, facts = RLAIFConfig(reward="judge", lam_judge=0.3, lam_length=0.2, lam_format=0.1), group_facts()
+    parts = reward_parts(cfg, facts)
+    assert parts == {"judge": [0.9, 0.2, None], "length": [-1.0, 1.0, 0.0], "format": [1.0, 0.0, 1.0]}
+    want = [ok * (1 + 0.3 * (2 * (w or 0.5) - 1) + 0.2 * length) + 0.1 * f
+            for ok, w, length, f in zip(facts.right, *parts.values(), strict=True)]
+    assert group_rewards(cfg, facts) == pytest.approx(want)
+    cfg = RLAIFConfig(reward="rules", reward_parts="right=1,brevity=0.5")
+    assert group_rewards(cfg, facts) == pytest.approx([r + 0.5 * b for r, b in zip(*reward_parts(cfg, facts).values())])
+    assert reward_parts(RLAIFConfig(reward="python:mine.fn"), facts) == {}
+
+
+def rollout(**fields):
+    completion = [SimpleNamespace(ids=[1] * n, logp=[-0.5] * n, ended=True) for n in (30, 10, 20)]
+    return SimpleNamespace(completions=completion, right=[True, True, False], rewards=[1.2, 0.9, 0.1],
+                           advantage=[1.0, 0.0, -1.0], texts=["long", "short", "wrong"],
+                           example=SimpleNamespace(problem="p", answer="5"), **fields)
+
+
+def test_what_stands_beside_the_progress_bar_has_speed_reward_and_its_parts():
+    parts = reward_parts(RLAIFConfig(), group_facts())
+    facts = rollout_facts([rollout(parts=parts)] * 2, [], []) | {"rollout_seconds": 2.0, "update_seconds": 1.0}
+    beside = shown(facts)
+    assert beside.pop("judge_spread") == pytest.approx(0.7)  # of 0.9 and 0.2; a vote that is missing does not count
+    assert beside == pytest.approx({"tok_s": 40.0, "reward": 2.2 / 3, "right": 2 / 3, "tokens": 20.0, "length": 0.0,
+                                    "format": 2 / 3})
+    assert part_facts([{"judge": [None, None]}]) == {}  # nobody voted: nothing to show
+    assert set(shown(rollout_facts([rollout()], [], []) | {"rollout_seconds": 0.0})) == {"tok_s", "reward", "right",
+                                                                                        "tokens"}
+
+
+def test_the_best_and_the_worst_completion_of_a_group_are_shown_with_their_parts(tmp_path):
+    out = io.StringIO()
+    with RunLog(tmp_path, "test", stream=out) as log:
+        log_group(rollout(parts=reward_parts(RLAIFConfig(), group_facts())), 7, log)
+    assert out.getvalue().splitlines()[1:] == [
+        "step 7, best of 3 (reward 1.20, right, judge 0.90, length -1.00, format 1.00, 30 tokens):", "    long",
+        "step 7, worst of 3 (reward 0.10, wrong, length 0.00, format 1.00, 20 tokens):", "    wrong"]
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["texts"] == ["long", "short", "wrong"]

@@ -50,8 +50,8 @@ def assert_same_records(ours: list[dict], theirs: list[dict], rtol: float = 1e-6
 
 def test_a_run_of_two_processes_is_that_of_one(folder, tiny_dir, here):
     """Both stages, evaluations in training and after it."""
-    recipe = {"model": tiny_dir, "sft": {"steps": 4, "lr": 0.01, "batch_size": 7, "eval_every": 2, "eval_data": "test.jsonl",
-                                         "eval_max_new_tokens": 8, "save_every": 2},
+    recipe = {"model": tiny_dir, "sft": {"steps": 4, "lr": 0.01, "batch_size": 7, "eval_every": 2, "save_every": 2,
+                                         "eval_data": "test.jsonl", "eval_max_new_tokens": 8},
               "rlaif": {"steps": 2, "lr": 0.001}, "eval": {"data": "test.jsonl", "max_new_tokens": 8, "samples": 2,
                                               "temperature": 1.0}}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # json is yaml
@@ -131,7 +131,8 @@ def test_what_cannot_be_sharded_is_refused(folder, tiny_dir, here, words, said):
 
 
 def test_a_model_cannot_judge_itself_when_it_is_sharded(folder, tiny_dir, here):
-    status, _, err = here("rlaif", *SMALL, f"model={tiny_dir}", "data=train.jsonl", "steps=1", "shard=true", "judge=self")
+    words = [*SMALL, f"model={tiny_dir}", "data=train.jsonl", "steps=1"]
+    status, _, err = here("rlaif", *words, "shard=true", "judge=self")
     assert status == 2 and "judge=openai or judge=rules" in err
 
 

@@ -58,12 +58,12 @@ def tiny_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
 def _save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, family: str, seed: int) -> None:
     """Write config, generation config and safetensors of a seeded random fp32 model into `folder`."""
     kind = family.split("-")[0]
-    fields = dict(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-        tie_word_embeddings=True, use_cache=True,
-        initializer_range=0.2,  # at the usual 0.02 logits are almost uniform, and tests could not fail
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+    fields = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "tie_word_embeddings": True, "use_cache": True,
+        "initializer_range": 0.2,  # at the usual 0.02 logits are almost uniform, and tests could not fail
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     config = AutoConfig.for_model(kind, **{**fields, **FAMILIES[family]})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -13,7 +13,8 @@ from harness import Tally
 from saved import fresh, load_number, make_pair, save
 from toy import adapter, make_config, metrics, same_tensors, without_times, write_problems
 
-from minimath.checkpoint import find_adapter, list_checkpoints, save_adapter, verify
+from minimath.adapters import find_adapter
+from minimath.checkpoint import list_checkpoints, save_adapter, verify
 from minimath.config import EvalConfig, SFTConfig, UserError
 from minimath.evaluate import evaluate
 from minimath.sft import sft

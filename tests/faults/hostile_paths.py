@@ -11,7 +11,8 @@ from harness import Tally, run_child, start
 from hostile_place import Place, command, everything
 from toy import make_config
 
-from minimath.checkpoint import find_adapter, list_checkpoints, lock_run, manifest_digest, sha256
+from minimath.adapters import find_adapter
+from minimath.checkpoint import list_checkpoints, lock_run, manifest_digest, sha256
 from minimath.config import RLAIFConfig, SFTConfig
 from minimath.data import load_examples
 from minimath.rlaif import rlaif
