@@ -81,13 +81,14 @@ def child(stage: str, model: str, data: str, out: str, steps: int, notes: str) -
         return result
 
     setattr(loop, name, noted)
-    shared = {"out": out, "data": data, "eval_data": data, "eval_limit": 4, "steps": steps, "save_every": steps // 8,
-              "eval_every": steps // 4, "keep": 2, "lora_r": 4, "sample_every": steps // 4, "lr": 1e-4}
+    often = max(steps // 20, 25)  # in a full run five before the second quarter: the allocator keeps what they took
+    shared = {"out": out, "data": data, "eval_data": data, "eval_limit": 4, "steps": steps, "save_every": often,
+              "eval_every": often, "keep": 2, "lora_r": 4, "sample_every": often, "lr": 1e-4}
     if stage == "sft":
         sft.sft(make_config(SFTConfig, model, batch_size=2, eval_max_new_tokens=8, **shared))
     else:  # gate=none: a random model is never right, and groups without a difference are not trained on
         rlaif.rlaif(make_config(RLAIFConfig, model, prompts_per_step=2, group_size=3, max_new_tokens=8, judge="self",
-                                gate="none", overlong="none", judge_canary_every=steps // 4, **shared))
+                                gate="none", overlong="none", judge_canary_every=often, **shared))
     Path(notes).write_text(json.dumps(seen))
 
 
