@@ -17,6 +17,7 @@ from toy import make_config, metrics, write_problems
 
 MEMORY_BYTES = 8 << 20  # between the quarters: the allocator's noise is below it, 8 KB a step of 2,000 steps is above
 OBJECTS_A_STEP = 0.5
+OBJECTS = 32  # what a first evaluation or plot leaves for good: in a short run it weighs more than the steps
 NOTES = 40  # evenly over the run; a full collection of garbage goes before each
 LOG_BYTES_A_STEP = 4096
 STEPS = {"sft": (2000, 160), "rlaif": (500, 40)}  # full, fast
@@ -45,7 +46,7 @@ def long_run(stage: str, full: bool, model: Path, data: str, folder: Path) -> Ta
     tally.add(len(seen) >= NOTES, f"the run ended after {len(seen)} of {NOTES} notes")
     if full:  # a short run is still filling the allocator's buffers
         tally.add(grown["memory"] < MEMORY_BYTES, f"resident memory grew by {grown['memory'] / 2**20:.1f} MB")
-    tally.add(grown["objects"] < OBJECTS_A_STEP * steps / 2, f"{grown['objects']} more Python objects")
+    tally.add(grown["objects"] < max(OBJECTS, OBJECTS_A_STEP * steps / 2), f"{grown['objects']} more Python objects")
     tally.add(grown["files"] <= 0, f"{grown['files']} more open files")
     tally.add(grown["threads"] <= 0, f"{grown['threads']} more threads")
     logs = sum(path.stat().st_size for path in out.glob("*.jsonl"))
@@ -81,8 +82,9 @@ def child(stage: str, model: str, data: str, out: str, steps: int, notes: str) -
         return result
 
     setattr(loop, name, noted)
-    often = max(steps // 20, 25)  # in a full run five before the second quarter: the allocator keeps what they took
-    shared = {"out": out, "data": data, "eval_data": data, "eval_limit": 4, "steps": steps, "save_every": often,
+    # in a full run five of them come before the second quarter: the allocator keeps what they took
+    often = steps // (20 if steps >= STEPS["rlaif"][0] else 4)
+    shared = {"out": out, "data": data, "eval_data": data, "eval_limit": 4, "steps": steps, "save_every": often // 2,
               "eval_every": often, "keep": 2, "lora_r": 4, "sample_every": often, "lr": 1e-4}
     if stage == "sft":
         sft.sft(make_config(SFTConfig, model, batch_size=2, eval_max_new_tokens=8, **shared))
