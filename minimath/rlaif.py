@@ -284,10 +284,13 @@ def training_rows(groups: list[Group]) -> tuple[list[Encoded], list[tuple[Comple
     return rows, samples
 
 
-def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, part: list[int], mine: list[int], old, ref,
-                    scale: float) -> dict:
-    """Add the gradient of the policy loss over rows[i], i in part, times `scale`, to .grad; returns metrics. Of several
-    processes each adds that of its own rows, `mine` (old and ref hold no others): gradient and metrics are the sums."""
+def policy_gradient(cfg: RLAIFConfig, model, tokenizer, *, rows, samples, old, ref, scale: float, part=None,
+                    mine=None) -> dict:
+    """Add the gradient of the policy loss over rows[i], i in part (None: all), times `scale`, to .grad -> metrics. Of
+    several processes each adds that of its own rows, `mine` (None: part; old and ref hold no others): gradient and
+    metrics are the sums."""
+    part = range(len(rows)) if part is None else part
+    mine = part if mine is None else mine
     lengths = [sum(rows[i].mask) for i in part]
     weights = dict(zip(part, token_weights(cfg.loss_type, lengths, cfg.max_new_tokens), strict=True))
     tokens = sum(lengths)

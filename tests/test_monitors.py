@@ -186,7 +186,7 @@ def rollout(**fields):
     completion = [SimpleNamespace(ids=[1] * n, logp=[-0.5] * n, ended=True) for n in (30, 10, 20)]
     return SimpleNamespace(completions=completion, right=[True, True, False], rewards=[1.2, 0.9, 0.1],
                            advantage=[1.0, 0.0, -1.0], texts=["long", "short", "wrong"],
-                           example=SimpleNamespace(problem="p", answer="5"), **fields)
+                           example=SimpleNamespace(problem="p", answer="5"), **({"parts": {}} | fields))
 
 
 def test_what_stands_beside_the_progress_bar_has_speed_reward_and_its_parts():

@@ -116,7 +116,7 @@ def groups_of(rng: random.Random, model, tokenizer) -> tuple[list[Encoded], list
             ids = [rng.randrange(10, 300) for _ in range(rng.randint(1, 20))]
             rows.append(Encoded(prompt + ids, [False] * len(prompt) + [True] * len(ids), False))
     logps = rl.logps(policy_config(4096, "dapo", False), model, tokenizer, rows, range(len(rows)))
-    for logp, row in zip(logps.values(), rows, strict=True):
+    for logp, row in zip([logps[i] for i in range(len(rows))], rows, strict=True):
         ids = row.ids[-len(logp):]
         samples.append((Completion(ids, [x + rng.gauss(0, 0.2) for x in logp.tolist()], True), rng.gauss(0, 1)))
     return rows, samples
@@ -153,9 +153,7 @@ def policy_numbers(model, tokenizer, rows, samples, loss_type: str, micro_tokens
     model.zero_grad()
     cfg = policy_config(micro_tokens, loss_type, share)
     old = [torch.tensor(c.logp) for c, _ in samples]
-    every = list(range(len(rows)))
-    facts = rl.policy_gradient(cfg, model, tokenizer, rows=rows, samples=samples, part=every, mine=every, old=old,
-                               ref=old, scale=1.0)
+    facts = rl.policy_gradient(cfg, model, tokenizer, rows=rows, samples=samples, old=old, ref=old, scale=1.0)
     return facts["loss"], norm_of(model)
 
 
