@@ -60,12 +60,17 @@ def run_command(action) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if started_together():
         from minimath import ranks
         ranks.leave()
     if isinstance(result, int):
         return result
     return 128 + result["signal"] if isinstance(result, dict) and result.get("signal") else 0
+
+
+def started_together() -> bool:
+    """Whether a launcher started several processes; as ranks.state() asks, without importing torch."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def dispatch(command: str, words: list[str]):
@@ -84,7 +89,7 @@ def dispatch(command: str, words: list[str]):
     if "--help" in words or "-h" in words:
         print(help_text(command, stages))
         return None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in SHARED:
+    if started_together() and command not in SHARED:
         raise UserError(f"minimath {command} is made for one process; accelerate launch and torchrun are for "
                         f"{', '.join(SHARED)}")
     if command == "demo":

@@ -270,17 +270,27 @@ def paired(records: list[dict], others: list[dict], what: str = "right") -> tupl
     """(mean, low, high) of records' `what` (right or tokens) minus the others', problem by problem, with a bootstrap
     95% interval. On the same problems that is narrower than the two models' own intervals. UserError without a common
     problem."""
-    def by_text(rows):
-        values: dict[tuple, list[float]] = {}
-        for r in rows:
-            values.setdefault((r["problem"], r["gold"]), []).append(float(r[what]))
-        return {key: statistics.fmean(v) for key, v in values.items()}
-
-    mine, theirs = by_text(records), by_text(others)
-    gaps = [mine[key] - theirs[key] for key in mine if key in theirs]
-    if not gaps:
-        raise UserError("the two evaluations have no problem in common: evaluate both on the same data=")
+    gaps = [statistics.fmean(float(r[what]) for r in mine) - statistics.fmean(float(r[what]) for r in theirs)
+            for _, mine, theirs in in_common(records, others)]
     return statistics.fmean(gaps), *bootstrap(gaps, 0)
+
+
+def in_common(records: list[dict], others: list[dict]) -> list[tuple[str, list[dict], list[dict]]]:
+    """(problem, its records, the others' records) of each problem that two evaluations have, in the first one's order.
+    UserError when there is none."""
+    mine, theirs = by_text(records), by_text(others)
+    common = [(key[0], mine[key], theirs[key]) for key in mine if key in theirs]
+    if not common:
+        raise UserError("the two evaluations have no problem in common: evaluate both on the same data=")
+    return common
+
+
+def by_text(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """(problem, gold answer) -> records of that problem, wherever it stands in the data."""
+    problems: dict[tuple[str, str], list[dict]] = {}
+    for record in records:
+        problems.setdefault((record["problem"], record["gold"]), []).append(record)
+    return problems
 
 
 def pass_at(n: int, k: int, right: int) -> float:

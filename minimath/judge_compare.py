@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minimath.config import UserError, config_dict, describe_config, did_you_mean
-from minimath.evaluate import bootstrap
+from minimath.evaluate import bootstrap, by_text, in_common
 from minimath.judge import Candidate, Judge, both_orders
 from minimath.judge_check import ENOUGH_PAIRS, judge_options, load_options, open_judge, option_name, result_folder
 from minimath.judge_check import help_text as help_of_judges
@@ -79,24 +79,14 @@ def pair_up(ours: list[dict], theirs: list[dict], which: str = "right") -> list[
     JudgeCompareConfig.pairs. UserError without a common problem or a pair."""
     if which not in KEPT:
         raise UserError(f"pairs={which!r}{did_you_mean(which, KEPT)}: use right, same or all")
-    of_a, of_b = by_problem(ours), by_problem(theirs)
-    common = [key for key in of_a if key in of_b]
-    if not common:
-        raise UserError("the two evaluations have no problem in common: evaluate both on the same data=")
-    found = [Paired(number, key[0], as_shown(a), as_shown(b)) for number, key in enumerate(common)
-             for a, b in zip(of_a[key], of_b[key], strict=False)]
+    found = [Paired(number, problem, as_shown(a), as_shown(b))
+             for number, (problem, of_a, of_b) in enumerate(in_common(ours, theirs))
+             for a, b in zip(of_a, of_b, strict=False)]
     kept = [pair for pair in found if KEPT[which](pair.a.right, pair.b.right)]
     if not kept:
         raise UserError(f"pairs={which}: none of {len(found)} pairs is left (A is right in "
                         f"{sum(p.a.right for p in found)}, B in {sum(p.b.right for p in found)}); use pairs=all")
     return kept
-
-
-def by_problem(records: list[dict]) -> dict[tuple, list[dict]]:
-    out: dict[tuple, list[dict]] = {}
-    for record in records:
-        out.setdefault((record["problem"], record["gold"]), []).append(record)
-    return out
 
 
 def same_text(pair: Paired) -> bool:
@@ -191,7 +181,7 @@ def judge_compare(folders: list[str | None], recipe: str | None, words: list[str
     out = result_folder(cfg.out or str(Path(folders[0]) / "judge-compare"), "judge-compare")
     with RunLog(out, "minimath judge compare") as log:
         for letter, folder, of_one in zip("AB", folders, records, strict=True):
-            log.say(f"{letter}: {folder}, {len(by_problem(of_one))} problems")
+            log.say(f"{letter}: {folder}, {len(by_text(of_one))} problems")
         log.say(f"{len(pairs)} of {len(found)} pairs (pairs={own.pairs})")
         judge, _, _ = open_judge(cfg, log)
         with log.progress(2 * sum(not same_text(pair) for pair in pairs), "judging") as advance:

@@ -76,15 +76,14 @@ def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig):
     if cfg.resume and holds_part(folder):
         refuse_changes(folder, decides)
         done, dropped = read_part(folder / PART, problems, cfg.samples)
-        if dropped and ranks.is_main():
+        if dropped:
             log.say(f"{folder / PART}: {dropped} line{'s' * (dropped > 1)} cut off or damaged, as a kill or a "
                     "crash leaves them: dropped, and sampled again")
             write_whole(folder / PART, "".join(part_line(n, s, c) for (n, s), c in done.items()))
         log.say(f"going on after {len(done)} of {problems * cfg.samples} completions")
     elif cfg.resume:
         log.say(f"no completion in {folder} yet: starting with the first")
-    if ranks.is_main():
-        write_whole(folder / FINGERPRINT, json.dumps(decides, indent=1) + "\n")
+    write_whole(folder / FINGERPRINT, json.dumps(decides, indent=1) + "\n")
     part = PartFile(folder, done, problems * cfg.samples)
     try:
         yield part

@@ -103,8 +103,7 @@ def train_stage(stage, cfg, out: Path) -> str:
     free_memory()
     if result["signal"]:
         raise Stopped(result["signal"])
-    if ranks.is_main():
-        write_whole(out / SUMMARY, json.dumps(result, indent=1) + "\n")
+    write_whole(out / SUMMARY, json.dumps(result, indent=1) + "\n")
     ranks.wait()  # for the adapter, which the first process writes
     return str(out)
 

@@ -157,8 +157,11 @@ def save_errors(cfg, log: RunLog, state: dict) -> Iterator[None]:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file atomically: a reader, or who comes after a crash, finds the old file or the new one.
 
-    Raises UserError when the disk is full or not writable; the old file is intact then.
+    Of several processes the first one writes. Raises UserError when the disk is full or not writable; the old file is
+    intact then.
     """
+    if not ranks.is_main():
+        return
     temp = path.with_name(f".tmp-{path.name}")
     try:
         with open(temp, "w", encoding="utf-8") as file:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimath.config import EvalConfig, UserError
-from minimath.evaluate import evaluate
+from minimath.evaluate import evaluate, read_records
 from minimath.runs import write_whole
 
 SAMPLES = "train.jsonl"
@@ -49,9 +49,7 @@ def sample(cfg: SampleConfig) -> dict:
         raise UserError("minimath sample needs out=FOLDER: train.jsonl is written there")
     evaluate(cfg)
     out = Path(cfg.out)
-    lines = (out / "completions.jsonl").read_text(encoding="utf-8").split("\n")
-    records = [json.loads(line) for line in lines if line]
-    rows, counts = kept_rows(records, cfg)
+    rows, counts = kept_rows(read_records(out), cfg)
     if not rows:
         raise UserError(f"no solution is left to train on ({worded(counts)}); all are in {out}/completions.jsonl. "
                         "Raise samples or max_new_tokens, widen min_solve_rate and max_solve_rate, or use a better "

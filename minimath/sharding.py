@@ -34,7 +34,7 @@ def shard(model, base, device: torch.device) -> None:
 
 
 def is_sharded(model) -> bool:
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return ranks.world() > 1 and any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def in_step(model, batches: Iterator[tuple[list[int], dict]]) -> Iterator[tuple[list[int], dict]]:

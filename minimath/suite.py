@@ -16,7 +16,6 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from minimath import ranks
 from minimath.config import PARSERS, EvalConfig, Stopped, UserError, check_value, comma_list, did_you_mean
 from minimath.data import Example, describe_report, load_examples, to_example
 from minimath.evaluate import evaluate_examples, load_and_say
@@ -60,8 +59,7 @@ def suite(cfg: EvalConfig) -> dict:
                         "resume=true goes on")
                 raise
         result = {"model": cfg.model, "adapter": cfg.adapter, "sets": summaries, "mean": mean_of(summaries)}
-        if ranks.is_main():
-            write_whole(log.run_dir / SUITE, json.dumps(result, indent=1) + "\n")
+        write_whole(log.run_dir / SUITE, json.dumps(result, indent=1) + "\n")
         log.table(f"{cfg.adapter or cfg.model} (in the mean each set counts the same)", *suite_table(result))
     return result
 
