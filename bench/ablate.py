@@ -2,7 +2,7 @@
 
     python -m bench.ablate                          # every arm, seeds 0 1 2; hours, and goes on where it was stopped
     python -m bench.ablate --arms rules no-judge --seeds 0
-    python -m bench.ablate --table                  # only what has been measured so far
+    python -m bench.ablate --table                  # table and picture of what has been measured so far
 
 Made word problems as in `minimath demo`; a seed has one SFT run, from which its arms start, and decides the order of
 the data and the samples. Every stage is the command line in a process of its own. All models answer the same held-out
@@ -24,7 +24,8 @@ Accuracy and tokens are means over seeds; the 95% intervals come from a bootstra
 differences to `rules` from one over the same draws of both. readable: how often a judge held out of training finds the
 arm's solution easier to read than that of its SFT model, both being right (as `minimath judge compare`;
 --readers 0 leaves it out). The default reader is the base model itself, with the position taken out; --reader names a
-better one, as the judge options of `minimath judge check`. Writes bench/results/ablate-<device>.json, a row at a time.
+better one, as the judge options of `minimath judge check`. Writes bench/results/ablate-<device>.json, a row at a time,
+and a picture of it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from bench.measure import RESULTS, machine
 from bench.roofline import positive
 from minimath.config import RLAIFConfig, UserError, load_config
 from minimath.demo import DemoConfig, demo_model, write_problems
+from minimath.figures import COLOURS, INK, new_figure, save_png
 from minimath.judge import make_judge
 from minimath.judge_compare import pair_up, read_pairs, read_records, same_text, win_shares
 from minimath.model import load_model
@@ -88,7 +90,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reader", nargs="+", default=["judge=self"], metavar="KEY=VALUE", help="who reads them")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablate", help="folder of the runs")
     parser.add_argument("--out", type=Path, help="result file; default: bench/results/ablate-<device>.json")
-    parser.add_argument("--table", action="store_true", help="only print what the result file holds")
+    parser.add_argument("--table", action="store_true", help="only the table and picture of what the result file holds")
     options = parser.parse_args(words)
     options.out = options.out or RESULTS / f"ablate-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
     return options
@@ -268,6 +270,27 @@ def with_interval(facts: dict, name: str) -> str:
     return f"{facts[name]:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
+def plot(rows: dict[str, dict], path: Path) -> None:
+    """Accuracy and tokens of every arm, and the difference in accuracy to the reference of those that start from SFT,
+    which is too small to be seen beside the base."""
+    facts = {arm: found for arm in ARMS if (found := figures(rows, arm))}
+    figure, axes = new_figure(10, 0.3 * len(facts) + 1.1, ncols=3, sharey=True)
+    panels = (("right", "accuracy, %"), ("tokens", "mean tokens"), ("right_gap", f"accuracy, points above {REFERENCE}"))
+    for axis, (name, label) in zip(axes, panels, strict=True):
+        for place, (arm, found) in enumerate(facts.items()):
+            if name in found and (name != "right_gap" or ARMS[arm][0]):
+                low, high = found[f"{name}_interval"]
+                axis.plot([low, high], [place, place], color=COLOURS[0], linewidth=2)
+                axis.plot([found[name]], [place], "o", markersize=5, color=COLOURS[2 if arm == REFERENCE else 1])
+        line = 0 if name == "right_gap" else facts.get(REFERENCE, {}).get(name)
+        if line is not None:
+            axis.axvline(line, color=INK, linewidth=0.8, linestyle=":")
+        axis.set_xlabel(label)
+    axes[0].set_yticks(range(len(facts)), facts)
+    axes[0].invert_yaxis()
+    save_png(figure, path)
+
+
 def key(arm: str, seed: int) -> str:
     return f"{arm}/{seed}"
 
@@ -290,6 +313,7 @@ def main(words: list[str] | None = None) -> int:
             return 2
     if rows:
         Console(width=None if sys.stdout.isatty() else 160).print(table(rows))
+        plot(rows, options.out.with_suffix(".png"))
     return 1 if failed else 0
 
 

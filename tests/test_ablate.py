@@ -49,8 +49,9 @@ def test_the_command_trains_evaluates_reads_and_goes_on_where_it_was(tmp_path, c
     assert rows["rules/5"]["readable"] == [] and "self" in rows["rules/5"]["reader"]  # never right
     before = out.read_text()
     assert ablate.main(words) == 0 and out.read_text() == before  # nothing is run again
+    out.with_suffix(".png").unlink()
     assert ablate.main(["--out", str(out), "--table"]) == 0
-    assert "rules" in capsys.readouterr().out
+    assert "rules" in capsys.readouterr().out and out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_arm_that_fails_is_named_with_its_log_and_the_others_go_on(tmp_path, capsys):
