@@ -159,6 +159,7 @@ def plural(text: str, k: int) -> str:
     for pattern, said in ((r"\btwo (\w+), A and B\b", rf"{_NUMBERS[k - 3]} \1, {letters} and {LETTERS[k - 1]}"),
                           (r"\bthe two are shown\b", "they are shown"), (r"\bWhen both are\b", "When two are"),
                           (r"\b(Which \w+ is) better\?", r"\1 the best?"),
+                          (r"\beasier to read\b", "the easiest to read"),
                           (_ASKED.pattern, rf"{letters}, {LETTERS[k - 1]}\1 or TIE")):
         text = re.sub(pattern, said, text)
     return text

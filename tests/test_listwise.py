@@ -332,6 +332,16 @@ def test_every_shipped_rubric_shows_and_asks_for_a_list_by_the_same_rules(name):
             line for line in prompt.split("\n") if re.match(r"[1234]\. ", line)]
 
 
+def test_the_readability_rubric_never_speaks_of_two_in_a_list():
+    rubric, pair = load_rubric("readability"), Pair("2+2?", *listing(2).candidates, "12ab")
+    assert list_prompt(rubric, listing(2), 4000) == judge_prompt(rubric, pair, 4000)
+    prompt = list_prompt(rubric, listing(4), 4000)
+    assert "compare four solutions, A, B, C and D, to" in prompt
+    assert not re.search(r"(?i)\bboth\b|\btwo\b|easier", prompt)
+    assert prompt.endswith("Which solution is the easiest to read? Reply with one word and nothing else: A, B, C, D, "
+                           "or TIE.\n")
+
+
 def test_list_forms_are_no_rubrics_of_their_own():
     assert set(shipped_rubrics()) == {"maths", "code", "law", "medicine", "readability"}
 
