@@ -14,6 +14,7 @@ problems, greedily. Arms:
     endpoint       judged by SmolLM2 behind llama.cpp's server (bench.llama_server)
     no-judge       lam_judge=0: right or wrong, and brevity
     no-brevity     lam_length=0: right or wrong, and the judge
+    right-only     both 0: right or wrong alone
     no-gate        gate=none: nothing says which answers are right
     grpo           loss_type=grpo; with one update per rollout gspo has the same gradient
     dapo-2, grpo-2, gspo-2    two updates per rollout
@@ -67,6 +68,7 @@ ARMS = {  # name -> (the model it starts from, what it changes in the recipe); N
                          "judge_timeout_s=600", "judge_step_s=0"]),
     "no-judge": ("sft", ["lam_judge=0"]),
     "no-brevity": ("sft", ["lam_length=0"]),
+    "right-only": ("sft", ["lam_judge=0", "lam_length=0"]),
     "no-gate": ("sft", ["gate=none"]),
     "grpo": ("sft", ["loss_type=grpo"]),
     "dapo-2": ("sft", TWO),
