@@ -18,6 +18,7 @@ problems, greedily. Arms:
     no-gate        gate=none: nothing says which answers are right
     grpo           loss_type=grpo; with one update per rollout gspo has the same gradient
     dapo-2, grpo-2, gspo-2    two updates per rollout
+    gspo-clip      gspo-2 with the clip of its paper, 3e-4 and 4e-4: the others' can hardly bite
     paper          reward=rules: the paper's own stage 2, without a judge
     rl, rl-paper   RLAIF, and the paper's stage 2, on the base: no SFT
 
@@ -74,6 +75,7 @@ ARMS = {  # name -> (the model it starts from, what it changes in the recipe); N
     "dapo-2": ("sft", TWO),
     "grpo-2": ("sft", ["loss_type=grpo", *TWO]),
     "gspo-2": ("sft", ["loss_type=gspo", *TWO]),
+    "gspo-clip": ("sft", ["loss_type=gspo", "clip_low=0.0003", "clip_high=0.0004", *TWO]),
     "paper": ("sft", ["reward=rules"]),
     "rl": ("", []),
     "rl-paper": ("", ["reward=rules"]),

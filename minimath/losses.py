@@ -65,7 +65,7 @@ def policy_loss(data: PolicyRows, *, loss_type: str = "dapo", clip_low: float = 
         with clip-higher of DAPO; they differ in token_weights)
       cispo: -sg(min(r, 1 + clip_high)) A logp   (arXiv 2506.13585 eq. 4-5: no lower clip, gradient at every token)
       gspo: the clip on the sequence's ratio s = exp(mean_t(logp - old_logp)), with the token form
-        s_t = sg(s) exp(logp - sg(logp))   (arXiv 2507.18071 eq. 7, 13-14)
+        s_t = sg(s) exp(logp - sg(logp))   (arXiv 2507.18071 eq. 7, 13-14; see `clip_hint`)
     clip_dual = c > 1 bounds the second side: for A < 0 the gain is max(min(r A, clip(r) A), c A), so that a token
     that the policy now likes much more than the one that sampled does not swamp the step (Ye et al., arXiv 1912.09729);
     0: off, and cispo has no use for it. Added: beta times `kl_term`, and -entropy_coef H. Policy term and unbiased KL
@@ -101,6 +101,16 @@ def policy_loss(data: PolicyRows, *, loss_type: str = "dapo", clip_low: float = 
         return loss * data.weight[rows]
 
     return loss_fn
+
+
+def clip_hint(cfg) -> str:
+    """What to change where the clip can hardly bite: gspo's ratio is that of a mean over the completion's tokens and
+    stays near 1; its paper clips at 3e-4 and 4e-4 (arXiv 2507.18071 section 5). "" when there is nothing to say."""
+    on_policy = cfg.updates_per_rollout == cfg.minibatches == 1
+    if cfg.loss_type != "gspo" or on_policy or max(cfg.clip_low, cfg.clip_high) <= 0.02:
+        return ""
+    return (f"loss_type=gspo with clip_low={cfg.clip_low:g} clip_high={cfg.clip_high:g}: the ratio of a whole "
+            "completion stays near 1 and is hardly ever clipped; its paper takes clip_low=0.0003 clip_high=0.0004")
 
 
 def importance_weight(log_ratio: torch.Tensor, importance: str, cap: float) -> torch.Tensor:

@@ -242,9 +242,9 @@ class RLAIFConfig(EngineConfig, AdapterConfig):
     loss_type: str = "dapo"
     """dapo, grpo, dr_grpo, cispo or gspo"""
     clip_low: float = 0.2
-    """the ratio is clipped below at 1 - clip_low"""
+    """the ratio is clipped below at 1 - clip_low; gspo's is a mean over the completion: its paper takes 0.0003"""
     clip_high: float = 0.28
-    """the ratio is clipped above at 1 + clip_high"""
+    """the ratio is clipped above at 1 + clip_high; gspo's paper takes 0.0004"""
     clip_dual: float = 0.0
     """bound of the ratio where the advantage is negative (dual clip), above 1; 0: off"""
     beta: float = 0.0

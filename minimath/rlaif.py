@@ -36,7 +36,7 @@ from minimath.judge import Candidate, Judge, judge_groups, make_judge
 from minimath.judge_canary import canary_facts, canary_pairs
 from minimath.kernels import linear_logp, linear_token_loss
 from minimath.log import RunLog
-from minimath.losses import PolicyRows, importance_weight, policy_loss, token_weights
+from minimath.losses import PolicyRows, clip_hint, importance_weight, policy_loss, token_weights
 from minimath.memory import in_memory, learning_slots, new_memory
 from minimath.model import adapter_off, describe, head, hidden_states, inference, load_model
 from minimath.monitors import collapse_warnings, log_group, new_monitor, reward_parts, rollout_facts, shown
@@ -96,6 +96,8 @@ def rlaif(cfg: RLAIFConfig) -> dict:
                             f"a step needs {cfg.prompts_per_step}; raise max_prompt_len or lower prompts_per_step")
         log.say(f"{len(problems)} problems ({len(examples) - len(problems)} too long), reward={cfg.reward}"
                 + (f" with judge {judge.name}" if uses_judge(cfg) else "") + f", gate={cfg.gate}, loss {cfg.loss_type}")
+        if hint := clip_hint(cfg):
+            log.say(hint)
         return train(cfg, model, tokenizer, problems, judge, held_out, log, stop)
 
 

@@ -1,12 +1,14 @@
 """Losses: values against a few lines of numpy, gradients against what the formulas say by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from minimath.config import RLAIFConfig, UserError, check_together
 from minimath.kernels import TokenStats, linear_token_loss
-from minimath.losses import PolicyRows, nll_loss, policy_loss, token_weights
+from minimath.losses import PolicyRows, clip_hint, nll_loss, policy_loss, token_weights
 
 TYPES = ("dapo", "grpo", "dr_grpo", "cispo", "gspo")
 LENGTHS = [5, 3, 7]
@@ -172,6 +174,16 @@ def test_plain_k3_gradient_is_as_published():
     _, gradient = evaluate(logp, entropy, rows, beta=0.3, kl="k3")
     d = (rows.ref_logp - logp).detach()
     np.testing.assert_allclose(gradient, (0.3 * (1 - d.exp()) * rows.weight).numpy(), rtol=1e-4, atol=1e-7)
+
+
+def test_a_clip_that_cannot_bite_on_sequence_ratios_is_told():
+    def hint(**changes):
+        return clip_hint(dataclasses.replace(RLAIFConfig(), **changes))
+
+    assert "clip_low=0.0003 clip_high=0.0004" in hint(loss_type="gspo", updates_per_rollout=2)
+    assert hint(loss_type="gspo", minibatches=2)
+    assert not hint(loss_type="gspo") and not hint(updates_per_rollout=2)  # on-policy nothing is ever clipped
+    assert not hint(loss_type="gspo", updates_per_rollout=2, clip_low=3e-4, clip_high=4e-4)
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "gspo"])
