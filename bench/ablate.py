@@ -19,6 +19,9 @@ problems, greedily. Arms:
     grpo           loss_type=grpo; with one update per rollout gspo has the same gradient
     dapo-2, grpo-2, gspo-2    two updates per rollout
     gspo-clip      gspo-2 with the clip of its paper, 3e-4 and 4e-4: the others' can hardly bite
+    lr-third       lr=1e-4 instead of 3e-4
+    steps-12       the same with twice the steps
+    group-16       16 samples per problem instead of 8
     paper          reward=rules: the paper's own stage 2, without a judge
     rl, rl-paper   RLAIF, and the paper's stage 2, on the base: no SFT
 
@@ -76,6 +79,9 @@ ARMS = {  # name -> (the model it starts from, what it changes in the recipe); N
     "grpo-2": ("sft", ["loss_type=grpo", *TWO]),
     "gspo-2": ("sft", ["loss_type=gspo", *TWO]),
     "gspo-clip": ("sft", ["loss_type=gspo", "clip_low=0.0003", "clip_high=0.0004", *TWO]),
+    "lr-third": ("sft", ["lr=1e-4"]),
+    "steps-12": ("sft", ["lr=1e-4", "steps=12"]),
+    "group-16": ("sft", ["group_size=16"]),
     "paper": ("sft", ["reward=rules"]),
     "rl": ("", []),
     "rl-paper": ("", ["reward=rules"]),
