@@ -56,7 +56,7 @@ from minimath.config import RLAIFConfig, UserError, load_config
 from minimath.demo import DemoConfig, demo_model, write_problems
 from minimath.figures import COLOURS, INK, new_figure, save_png
 from minimath.judge import make_judge
-from minimath.judge_compare import pair_up, read_pairs, read_records, same_text, win_shares
+from minimath.judge_compare import checked_records, pair_up, read_pairs, same_text, win_shares
 from minimath.model import load_model
 from minimath.runs import write_whole
 
@@ -146,7 +146,7 @@ def row_of(arm: str, seed: int, folder: Path, metrics: Path | None) -> dict:
     of its training cost."""
     summary = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     kept = ("problems", "accuracy", "mean_tokens", "right_steps", "checked_steps", "ended")
-    records = read_records(folder)
+    records = checked_records(folder)
     row = {"arm": arm, "seed": seed} | {name: summary[name] for name in kept}
     row |= {"right": "".join(str(int(r["right"])) for r in records), "tokens": [r["tokens"] for r in records]}
     here = machine("cuda" if torch.cuda.is_available() else "cpu")
@@ -218,7 +218,7 @@ def read_all(options, rows: dict[str, dict], save) -> None:
 
 def readable_pairs(work: Path, row: dict) -> list:
     """The right solutions of the row's arm, each beside that of its SFT model, where both are right and differ."""
-    ours, sft = (read_records(work / f"eval-{arm}-{row['seed']}") for arm in (row["arm"], "sft"))
+    ours, sft = (checked_records(work / f"eval-{arm}-{row['seed']}") for arm in (row["arm"], "sft"))
     return [pair for pair in pair_up(ours, sft, "all") if pair.a.right and pair.b.right and not same_text(pair)]
 
 

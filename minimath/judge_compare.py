@@ -50,7 +50,7 @@ class Paired(NamedTuple):
 
 # ---- pairs
 
-def read_records(folder: str | Path) -> list[dict]:
+def checked_records(folder: str | Path) -> list[dict]:
     """The records of an evaluation by problem and sample. UserError when the folder holds no complete evaluation."""
     path = Path(folder) / "completions.jsonl"
     if not path.is_file():
@@ -175,7 +175,7 @@ def judge_compare(folders: list[str | None], recipe: str | None, words: list[str
         cfg.judge_rubric = "readability"  # which says that both are right
     if own.readers < 0:
         raise UserError(f"readers={own.readers}: the most pairs to read, or 0 for all")
-    records = [read_records(folder) for folder in folders]
+    records = [checked_records(folder) for folder in folders]
     found = pair_up(*records, own.pairs)
     pairs = evenly(found, own.readers)
     out = result_folder(cfg.out or str(Path(folders[0]) / "judge-compare"), "judge-compare")

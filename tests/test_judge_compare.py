@@ -5,7 +5,7 @@ import pytest
 from judge_server import prefers_shorter, says, serve  # noqa: F401  (serve is a fixture)
 
 from minimath.judge import Judge, rules_judge
-from minimath.judge_compare import compare_solutions, evenly, findings, pair_up, read_records, win_shares
+from minimath.judge_compare import checked_records, compare_solutions, evenly, findings, pair_up, win_shares
 from minimath.rubrics import load_rubric
 
 SHORT, LONG = "2 * 3 = 6. \\boxed{6}", "First, 2 * 3 = 6. We look at it once more. \\boxed{6}"
@@ -40,7 +40,7 @@ def judge_by(vote, soft=False):
 def test_samples_are_paired_in_order_problem_by_problem(tmp_path):
     a = [record(1, "a1", sample=1), record(1, "a0"), record(0, "a"), record(7, "only in a")]
     b = [record(1, "b0"), record(1, "b1", sample=1), record(1, "b2", sample=2), record(0, "b")]
-    pairs = pair_up(read_records(evaluation(tmp_path / "a", a)), read_records(evaluation(tmp_path / "b", b)))
+    pairs = pair_up(checked_records(evaluation(tmp_path / "a", a)), checked_records(evaluation(tmp_path / "b", b)))
     assert [(p.problem, p.a.text, p.b.text) for p in pairs] == [
         ("Problem 0?", "a", "b"), ("Problem 1?", "a0", "b0"), ("Problem 1?", "a1", "b1")]
     assert [p.number for p in pairs] == [0, 1, 1]
