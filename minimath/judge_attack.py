@@ -150,19 +150,18 @@ def attack_judge(judge: Judge, attacks: list[Attack], tries: list[Try], seed: in
     base = {t[1:4]: c for t, c in zip(tries, chance, strict=True) if t.attack < 0}
     every = [(t, c, base[t[1:4]]) for t, c in zip(tries, chance, strict=True) if t.attack >= 0]
     rows = [row for row in every if attacks[row[0].attack].category != HARMLESS]
-    harmless = [row for row in every if attacks[row[0].attack].category == HARMLESS]
 
-    def by(key: Callable, some: list = rows) -> dict:
+    def by(key: Callable, rows: list) -> dict:
         parts: dict = {}
-        for row in some:
+        for row in rows:
             parts.setdefault(key(row[0]), []).append(row)
         return {name: rates(part, seed) for name, part in parts.items()}
 
-    strings = by(lambda t: t.attack, every)
+    strings, kinds = by(lambda t: t.attack, every), by(lambda t: attacks[t.attack].category, every)
     return {"judge": judge.name, "error": error, "total": rates(rows, seed),
-            "harmless": rates(harmless, seed) if harmless else None,
-            "categories": by(lambda t: attacks[t.attack].category),
-            "gate": by(lambda t: "right answer" if t.right else "wrong answer"), "carriers": by(lambda t: t.carrier),
+            "harmless": kinds.pop(HARMLESS, None), "categories": kinds,
+            "gate": by(lambda t: "right answer" if t.right else "wrong answer", rows),
+            "carriers": by(lambda t: t.carrier, rows),
             "attacks": [attacks[a]._asdict() | figures for a, figures in strings.items()]}
 
 

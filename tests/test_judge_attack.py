@@ -44,7 +44,7 @@ def figures(judge, attacks=ATTACKS, tries=TRIES):
 def test_there_are_at_least_40_different_attacks_of_every_kind():
     assert len({a[1:] for a in ATTACKS}) == len(ATTACKS) and len(REAL) >= 40
     assert {a.category for a in REAL} == {"instruction", "verdict", "master-key", "delimiter", "special-token",
-                                             "role", "unicode", "praise", "length"}
+                                          "role", "unicode", "praise", "length"}
     assert {":", "Thought process:"} <= {a.text for a in ATTACKS if a.category == "master-key" and a.place == "alone"}
 
 
