@@ -12,17 +12,17 @@ problems, greedily. Arms:
     rules          SFT + RLAIF with the rules judge: the recipe, which every other arm changes in one thing
     self           judged by the model itself, adapter off
     endpoint       judged by SmolLM2 behind llama.cpp's server (bench.llama_server)
-    no-judge       lam_judge=0: right or wrong, and brevity
-    no-brevity     lam_length=0: right or wrong, and the judge
+    no-judge       judge_weight=0: right or wrong, and brevity
+    no-brevity     brevity_weight=0: right or wrong, and the judge
     right-only     both 0: right or wrong alone
     no-gate        gate=none: nothing says which answers are right
-    grpo           loss_type=grpo; with one update per rollout gspo has the same gradient
+    grpo           loss=grpo; with one update per rollout gspo has the same gradient
     dapo-2, grpo-2, gspo-2    two updates per rollout
     gspo-clip      gspo-2 with the clip of its paper, 3e-4 and 4e-4: the others' can hardly bite
     lr-third       lr=1e-4 instead of 3e-4
     steps-12       the same with twice the steps
     group-16       16 samples per problem instead of 8
-    paper          reward=rules: the paper's own stage 2, without a judge
+    paper          reward=paper: the paper's own stage 2, without a judge
     rl, rl-paper   RLAIF, and the paper's stage 2, on the base: no SFT
 
 Accuracy and tokens are means over seeds; the 95% intervals come from a bootstrap over seeds and problems, and the
@@ -52,13 +52,15 @@ from rich.table import Table
 from bench.llama_server import serve
 from bench.measure import RESULTS, machine
 from bench.roofline import positive
-from minimath.config import RLAIFConfig, UserError, load_config
-from minimath.demo import DemoConfig, demo_model, write_problems
-from minimath.figures import COLOURS, INK, new_figure, save_png
-from minimath.judge import make_judge
-from minimath.judge_compare import checked_records, pair_up, read_pairs, same_text, win_shares
-from minimath.model import load_model
-from minimath.runs import write_whole
+from minimath.config.load import load_config
+from minimath.config.schema import RLAIFConfig
+from minimath.core.errors import UserError
+from minimath.commands.demo import DemoConfig, demo_model, write_problems
+from minimath.report.figures import COLOURS, INK, new_figure, save_png
+from minimath.judges.judge import make_judge
+from minimath.commands.judge_compare import checked_records, pair_up, read_pairs, same_text, win_shares
+from minimath.models.load import load_model
+from minimath.core.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = "rules"
@@ -70,21 +72,21 @@ ARMS = {  # name -> (the model it starts from, what it changes in the recipe); N
     "self": ("sft", ["judge=self", "judge_plan=swiss"]),
     "endpoint": ("sft", ["judge=openai", "judge_model=SmolLM2-135M-Instruct", "judge_key_env=", "judge_plan=swiss",
                          "judge_timeout_s=600", "judge_step_s=0"]),
-    "no-judge": ("sft", ["lam_judge=0"]),
-    "no-brevity": ("sft", ["lam_length=0"]),
-    "right-only": ("sft", ["lam_judge=0", "lam_length=0"]),
+    "no-judge": ("sft", ["judge_weight=0"]),
+    "no-brevity": ("sft", ["brevity_weight=0"]),
+    "right-only": ("sft", ["judge_weight=0", "brevity_weight=0"]),
     "no-gate": ("sft", ["gate=none"]),
-    "grpo": ("sft", ["loss_type=grpo"]),
+    "grpo": ("sft", ["loss=grpo"]),
     "dapo-2": ("sft", TWO),
-    "grpo-2": ("sft", ["loss_type=grpo", *TWO]),
-    "gspo-2": ("sft", ["loss_type=gspo", *TWO]),
-    "gspo-clip": ("sft", ["loss_type=gspo", "clip_low=0.0003", "clip_high=0.0004", *TWO]),
+    "grpo-2": ("sft", ["loss=grpo", *TWO]),
+    "gspo-2": ("sft", ["loss=gspo", *TWO]),
+    "gspo-clip": ("sft", ["loss=gspo", "clip_low=0.0003", "clip_high=0.0004", *TWO]),
     "lr-third": ("sft", ["lr=1e-4"]),
     "steps-12": ("sft", ["lr=1e-4", "steps=12"]),
     "group-16": ("sft", ["group_size=16"]),
-    "paper": ("sft", ["reward=rules"]),
+    "paper": ("sft", ["reward=paper"]),
     "rl": ("", []),
-    "rl-paper": ("", ["reward=rules"]),
+    "rl-paper": ("", ["reward=paper"]),
 }
 
 
@@ -204,14 +206,14 @@ def read_all(options, rows: dict[str, dict], save) -> None:
         return
     words = [f"model={options.model or demo_model()}", "judge_rubric=readability"]
     cfg = load_config(RLAIFConfig, None, [*words, *options.reader])
-    model, tokenizer = load_model(cfg, train=False) if cfg.judge == "self" else (None, None)
+    model, tokenizer = load_model(cfg, train=False) if cfg.judge.name == "self" else (None, None)
     judge = make_judge(cfg, model, tokenizer)
     judge.ping()
     for row in due:
         votes, facts = read_pairs(judge, readable_pairs(options.work, row)[: options.readers])
         if facts["error"]:
             print(f"the reader failed: {facts['error']}", flush=True)
-        row["reader"] = f"{judge.name}, {Path(cfg.model).name}" if cfg.judge == "self" else judge.name
+        row["reader"] = f"{judge.name}, {Path(cfg.model.name).name}" if cfg.judge.name == "self" else judge.name
         row["readable"] = [round(p, 4) for p in win_shares(votes, judge.soft) if p is not None]
         save()
 

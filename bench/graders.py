@@ -31,10 +31,10 @@ from rich.table import Table
 from bench.grader_cases import Case, generated_cases, qwen_cases, test_cases
 from bench.measure import RESULTS, machine
 from bench.roofline import positive
-from minimath.answer import AnswerChecker
-from minimath.config import UserError
-from minimath.evaluate import wilson
-from minimath.runs import write_whole
+from minimath.grading.answer import AnswerChecker
+from minimath.core.errors import UserError
+from minimath.core.stats import wilson
+from minimath.core.files import write_whole
 
 WORKER = Path(__file__).with_name("grader_peer.py")
 TIMEOUT_S, START_S, SHOWN = 10.0, 300.0, 120

@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 
 from bench.roofline import positive
-from minimath.config import UserError
+from minimath.core.errors import UserError
 
 LISTENING = "listening at"
 START_S = 120.0

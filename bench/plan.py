@@ -22,39 +22,42 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import RESULTS, machine
-from minimath import footprint, needs, rlaif, sft
-from minimath.chat import Encoded
-from minimath.config import RLAIFConfig, SFTConfig
-from minimath.footprint import Live
-from minimath.model import DTYPES, base_causal_lm, load_model
-from minimath.optim import clip_and_step, make_optimizer
-from minimath.rollout import Completion, generate
+from minimath.plan import footprint
+from minimath.plan import needs
+from minimath.train import rlaif
+from minimath.train import sft
+from minimath.data.chat import Encoded
+from minimath.config.schema import RLAIFConfig, SFTConfig
+from minimath.plan.footprint import Live
+from minimath.models.load import DTYPES, base_causal_lm, load_model
+from minimath.train.optimizer import clip_and_step, make_optimizer
+from minimath.rollout.engine import Completion, generate
 
 MODEL = {"vocab_size": 4000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
          "num_attention_heads": 8, "num_key_value_heads": 2}
 FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 32},
             "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 512}}
-PACKED = {"micro_tokens": 1000, "max_len": 600, "batch_size": 4}
-PADDED = {"micro_tokens": 1200, "max_len": 200, "batch_size": 12, "packing": False}
-GROUPS = {"prompts_per_step": 2, "group_size": 6, "max_prompt_len": 240, "max_new_tokens": 130, "micro_tokens": 1020}
+PACKED = {"micro_batch_tokens": 1000, "max_len": 600, "batch_size": 4}
+PADDED = {"micro_batch_tokens": 1200, "max_len": 200, "batch_size": 12, "packing": False}
+GROUPS = {"prompts_per_step": 2, "group_size": 6, "max_prompt_len": 240, "max_new_tokens": 130, "micro_batch_tokens": 1020}
 SAMPLING = {"prompts_per_step": 24, "group_size": 1, "max_prompt_len": 320, "max_new_tokens": 160, "slots": 12}
-LONG = {"micro_tokens": 2000, "max_len": 1200, "batch_size": 4, "gradient_checkpointing": True}
+LONG = {"micro_batch_tokens": 2000, "max_len": 1200, "batch_size": 4, "gradient_checkpointing": True}
 SETTINGS = {  # name: (family, stage, options)
     "llama rollout fp32": ("llama", "rollout", SAMPLING),
     "llama packed fp32": ("llama", "sft", PACKED),
     "llama packed bf16": ("llama", "sft", PACKED | {"dtype": "bf16"}),
     "llama packed fp32 checkpointing": ("llama", "sft", LONG),
     "llama padded fp32": ("llama", "sft", PADDED),
-    "llama padded fp32 checkpointing": ("llama", "sft", PADDED | {"gradient_checkpointing": True, "micro_tokens": 2400,
+    "llama padded fp32 checkpointing": ("llama", "sft", PADDED | {"gradient_checkpointing": True, "micro_batch_tokens": 2400,
                                                                   "batch_size": 24}),
     "llama padded fp32 nf4": ("llama", "sft", PADDED | {"quant": "nf4"}),
     "llama padded fp32 nf4 checkpointing": ("llama", "sft", PADDED | {
-        "quant": "nf4", "gradient_checkpointing": True, "micro_tokens": 2400, "batch_size": 24}),
+        "quant": "nf4", "gradient_checkpointing": True, "micro_batch_tokens": 2400, "batch_size": 24}),
     "qwen2 padded fp32 eager": ("qwen2", "sft", PADDED | {"attn": "eager"}),
     "qwen2 padded fp32 adamw8bit": ("qwen2", "sft", PADDED | {"optimizer": "adamw8bit", "lora_r": 64}),
     "qwen2 packed fp32 dropout": ("qwen2", "sft", PACKED | {"lora_dropout": 0.1}),
     "qwen2 update, shared prompts, checkpointing": ("qwen2", "rlaif", GROUPS | {
-        "gradient_checkpointing": True, "group_size": 12, "micro_tokens": 1800}),
+        "gradient_checkpointing": True, "group_size": 12, "micro_batch_tokens": 1800}),
     "qwen3 update, padded fp32": ("qwen3", "rlaif", GROUPS | {"shared_prefix": False}),
     "gemma2 padded fp32 eager": ("gemma2", "sft", PADDED | {"attn": "eager"}),
     "qwen3 rollout fp32 top-p": ("qwen3", "rollout", SAMPLING | {"top_p": 0.9}),
@@ -62,7 +65,7 @@ SETTINGS = {  # name: (family, stage, options)
     "qwen3 padded bf16": ("qwen3", "sft", PADDED | {"dtype": "bf16"}),
     "llama update, shared prompts bf16": ("llama", "rlaif", GROUPS | {"dtype": "bf16"}),
     "gemma2 packed bf16 eager checkpointing": ("gemma2", "sft", LONG | {
-        "dtype": "bf16", "attn": "eager", "micro_tokens": 1000, "max_len": 600}),
+        "dtype": "bf16", "attn": "eager", "micro_batch_tokens": 1000, "max_len": 600}),
     "qwen2 rollout nf4": ("qwen2", "rollout", SAMPLING | {"quant": "nf4"}),
 }
 
@@ -138,9 +141,9 @@ def one_step(cfg, model, gradient) -> tuple[int, int]:
 
 def measure_sft(cfg: SFTConfig, model, tokenizer) -> tuple[int, int]:
     if cfg.packing:
-        rows = [row(cfg.max_len), row(cfg.micro_tokens - cfg.max_len)] * 2
+        rows = [row(cfg.max_len), row(cfg.optimizer.micro_batch_tokens - cfg.max_len)] * 2
     else:
-        count = cfg.micro_tokens // cfg.max_len  # both micro-batches of (nearly) full length, neither of equal rows
+        count = cfg.optimizer.micro_batch_tokens // cfg.max_len  # both micro-batches of (nearly) full length, neither of equal rows
         rows = [row(cfg.max_len - cut) for cut in [0] * (count - 1) + [1] * count + [2]]
     return one_step(cfg, model, lambda: sft.loss_and_gradient(cfg, model, tokenizer, rows, 1.0))
 
@@ -149,19 +152,19 @@ def measure_update(cfg: RLAIFConfig, model, tokenizer) -> tuple[int, int]:
     rows, samples = [], []
     for group in range(cfg.prompts_per_step):
         for i in range(cfg.group_size):
-            size = cfg.max_new_tokens - (0 if cfg.shared_prefix else 2 * i + group)
-            one = row(cfg.max_prompt_len + size, cfg.max_prompt_len)
+            size = cfg.sampling.max_new_tokens - (0 if cfg.shared_prefix else 2 * i + group)
+            one = row(cfg.prompt.max_prompt_len + size, cfg.prompt.max_prompt_len)
             rows.append(one._replace(ids=[5 + group, *one.ids[1:]]))
-            samples.append((Completion(one.ids[cfg.max_prompt_len:], [-1.0] * size, True), (-1.0) ** i))
+            samples.append((Completion(one.ids[cfg.prompt.max_prompt_len:], [-1.0] * size, True), (-1.0) ** i))
     return one_step(cfg, model, lambda: rlaif.policy_gradient(cfg, model, tokenizer, rows=rows, samples=samples,
                                                                old=None, ref=None, scale=1.0))
 
 
 def measure_rollout(cfg: RLAIFConfig, model, tokenizer) -> tuple[int, int]:
-    prompts = [[5 + i, *row(cfg.max_prompt_len - 1 - i % 2).ids] for i in range(cfg.prompts_per_step)]
+    prompts = [[5 + i, *row(cfg.prompt.max_prompt_len - 1 - i % 2).ids] for i in range(cfg.prompts_per_step)]
     with SeesInside() as live:
-        generate(model, tokenizer, prompts, samples=cfg.group_size, max_new_tokens=cfg.max_new_tokens, eos=[],
-                 top_p=cfg.top_p, slots=cfg.slots)
+        generate(model, tokenizer, prompts, samples=cfg.group_size, max_new_tokens=cfg.sampling.max_new_tokens, eos=[],
+                 top_p=cfg.sampling.top_p, slots=cfg.engine.max_num_seqs)
     return model_bytes(model), live.peak
 
 
@@ -170,12 +173,12 @@ MEASURES = {"sft": measure_sft, "rlaif": measure_update, "rollout": measure_roll
 
 def predict(config, cfg, stage: str) -> tuple[int, int]:
     """(bytes that stay, peak above them) as the plan adds them up."""
-    dtype = DTYPES[cfg.dtype]
+    dtype = DTYPES[cfg.model.dtype]
     model = footprint.empty_model(config, cfg, dtype)
     stays = footprint.statics(model, cfg)
     follow, prefill = footprint.layer_tracer(config, cfg, dtype, "cpu")
     if stage == "rollout":
-        sampled = needs.rollout(model, prefill, cfg, cfg.slots, cfg.prompts_per_step)
+        sampled = needs.rollout(model, prefill, cfg, cfg.engine.max_num_seqs, cfg.prompts_per_step)
         copies = needs.copies_bytes(model, dtype)
         return stays.outside + stays.layers + stays.adapter, sampled.peak() + copies
     shapes = footprint.sft_shapes(cfg) if stage == "sft" else footprint.rlaif_shapes(cfg)

@@ -9,7 +9,7 @@ training), prompts, temperature and limit of new tokens, nothing cut off the dis
 round. Rounds alternate, every other one in reverse order. Lengths are the model's own: each engine samples
 its own completions, and tokens count up to and including the one that ends a completion. Engines:
 
-    minimath             minimath.rollout.generate, malloc tuned as its command line does; one per --slots
+    minimath             minimath.rollout.engine.generate, malloc tuned as its command line does; one per --slots
     generate             transformers' generate on a peft model, --generate-batch left-padded rows a call
     generate-malloc      the same with malloc tuned as minimath's
     generate-autocast    generate under bf16 autocast, as in a bf16 trainer
@@ -45,7 +45,7 @@ from bench import train
 from bench.measure import RESULTS
 from bench.roofline import positive
 from bench.turns import start_worker, take_turns
-from minimath.config import UserError
+from minimath.core.errors import UserError
 
 OURS = "minimath"
 PEERS = {
@@ -134,7 +134,7 @@ def spec_of(engine: dict, options: argparse.Namespace, model: str) -> dict:
                 "prompts",
                 "samples",
                 "max_new_tokens",
-                "micro_tokens",
+                "micro_batch_tokens",
                 "generate_batch",
             )
         },

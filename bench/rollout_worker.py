@@ -59,9 +59,9 @@ def padded_fill(calls: list[list[list[int]]]) -> dict:
 
 def prompts_of(spec: dict, cfg, tokenizer) -> list[list[int]]:
     """Token ids of the prompts of all rounds, in the order in which TRL takes them."""
-    from minimath.chat import prompt_ids
+    from minimath.data.chat import prompt_ids
     examples = examples_of({"trainer": "trl"}, spec["prompts"] * spec["rounds"])
-    return [prompt_ids(tokenizer, e.problem, prompt_template=cfg.prompt_template) for e in examples]
+    return [prompt_ids(tokenizer, e.problem, prompt_template=cfg.prompt.prompt_template) for e in examples]
 
 
 # ---- minimath
@@ -69,11 +69,11 @@ def prompts_of(spec: dict, cfg, tokenizer) -> list[list[int]]:
 def run_minimath(spec: dict, turns: Turns) -> None:
     import torch
 
-    from minimath.chat import eos_ids
-    from minimath.model import load_model
-    from minimath.rollout import generate
+    from minimath.data.chat import eos_ids
+    from minimath.models.load import load_model
+    from minimath.rollout.engine import generate
     cfg = config_of(spec)
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.run.seed)
     model, tokenizer = load_model(cfg, train=True)
     touch(model)
     eos, tells = eos_ids(tokenizer, model), "facts" in inspect.signature(generate).parameters
@@ -81,7 +81,7 @@ def run_minimath(spec: dict, turns: Turns) -> None:
     def roll(prompts, limit, number):
         facts = {}
         groups = generate(model, tokenizer, prompts, samples=spec["samples"], max_new_tokens=limit,
-                          temperature=cfg.temperature, eos=eos, seed=number, slots=spec["slots"],
+                          temperature=cfg.sampling.temperature, eos=eos, seed=number, slots=spec["slots"],
                           **({"facts": facts} if tells else {}))
         return [c.ids for group in groups for c in group], facts
 
@@ -110,8 +110,8 @@ def run_generate(spec: dict, turns: Turns) -> None:
         width = max(map(len, rows))
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])  # (B, T)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        with torch.no_grad(), torch.autocast(cfg.device, torch.bfloat16, enabled=spec["autocast"]):
-            out = model.generate(input_ids=ids.to(cfg.device), attention_mask=mask.to(cfg.device),
+        with torch.no_grad(), torch.autocast(cfg.model.device, torch.bfloat16, enabled=spec["autocast"]):
+            out = model.generate(input_ids=ids.to(cfg.model.device), attention_mask=mask.to(cfg.model.device),
                                  generation_config=sampling_of(spec, tokenizer, eos, limit))
         return [cut_at_end(row, eos) for row in out[:, width:].tolist()]
 
@@ -141,13 +141,13 @@ def run_continuous(spec: dict, turns: Turns) -> None:
     page, longest = 32, max(map(len, prompts)) + spec["max_new_tokens"]
     batching = ContinuousBatchingConfig(
         page_size=page, num_blocks=(spec["slots"] + 1) * (-(-longest // page) + 1),
-        max_batch_tokens=max(longest, 8 * spec["slots"]), max_requests_per_batch=spec["slots"], seed=cfg.seed)
+        max_batch_tokens=max(longest, 8 * spec["slots"]), max_requests_per_batch=spec["slots"], seed=cfg.run.seed)
 
     def roll(prompts, limit, number):
         how = sampling_of(spec, tokenizer, eos, limit)
         how.num_return_sequences = spec["samples"]
         out = model.generate_batch(prompts, generation_config=how, continuous_batching_config=batching,
-                                   warmup=cfg.device == "cuda")
+                                   warmup=cfg.model.device == "cuda")
         errors = [str(answer.error) for answer in out.values() if answer.error]
         if errors:
             raise RuntimeError(f"{len(errors)} requests failed: {errors[0]}")
@@ -192,7 +192,7 @@ def main() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.captureWarnings(True)
     if spec["keep_freed_memory"]:
-        from minimath.runs import keep_freed_memory
+        from minimath.core.run import keep_freed_memory
         keep_freed_memory()
     RUNS[spec["engine"]](spec, Turns(stdout, spec["device"]))
     return 0

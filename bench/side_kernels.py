@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .cards import Card, Head
 from .work import LAUNCH_SECONDS, chunk_passes
 
-# Small kernels of minimath.losses' dapo loss of one chunk, forward and backward under autograd, as
+# Small kernels of minimath.train.losses' dapo loss of one chunk, forward and backward under autograd, as
 # count_policy_launches counts them.
 POLICY_LAUNCHES = 39
 NO_KERNEL = (  # operators that only move a pointer, set a shape or allocate
@@ -44,7 +44,7 @@ def count_policy_launches() -> int:
     import torch
 
     from minimath.kernels import TokenStats
-    from minimath.losses import PolicyRows, policy_loss
+    from minimath.train.losses import PolicyRows, policy_loss
 
     count = 64
     ones, rows = torch.ones(count), torch.arange(count)

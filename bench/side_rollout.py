@@ -24,9 +24,10 @@ import time
 from pathlib import Path
 
 from bench.measure import RESULTS, machine
-from minimath.config import AdapterConfig, UserError
-from minimath.data import load_examples
-from minimath.problems import make_problems
+from minimath.config.schema import AdapterConfig
+from minimath.core.errors import UserError
+from minimath.data.examples import load_examples
+from minimath.data.problems import make_problems
 
 ROWS = (1, 8, 32, 64)
 DRAFT = 2  # tokens tried beside the next one
@@ -63,7 +64,7 @@ def tokens_per_step(pairs: list[tuple[list[int], list[int]]], ngram: int = NGRAM
 
 def step_seconds(model, tokenizer, prompt: list[int], rows: int) -> float:
     """Seconds of one decode step of `rows` rows: a longer rollout less a shorter one."""
-    from minimath.rollout import generate
+    from minimath.rollout.engine import generate
     took = []
     for new in (4, 4 + STEPS):
         start = time.perf_counter()
@@ -74,8 +75,8 @@ def step_seconds(model, tokenizer, prompt: list[int], rows: int) -> float:
 
 def measure_nf4(cfg: AdapterConfig, prompt: list[int], load) -> list[dict]:
     """Seconds per step by number of rows, dequantised per layer and once."""
-    from minimath import rollout
-    model, tokenizer = load(dataclasses.replace(cfg, quant="nf4"))
+    from minimath.rollout import engine as rollout
+    model, tokenizer = load(cfg.replace(quant="nf4"))
     free = rollout.free_bytes
     table = []
     try:
@@ -109,8 +110,8 @@ def measure_lookup(cfg: AdapterConfig, prompt: list[int], load, pairs: dict) -> 
 
 def update_rows(prompts: int = 8, group: int = 8):
     """(rows, samples) as rlaif.training_rows makes them, of random tokens."""
-    from minimath.chat import Encoded
-    from minimath.rollout import Completion
+    from minimath.data.chat import Encoded
+    from minimath.rollout.engine import Completion
     draw, rows, samples = random.Random(0), [], []
     for _ in range(prompts):
         prompt = [draw.randint(10, 300) for _ in range(draw.randint(75, 105))]
@@ -124,19 +125,19 @@ def update_rows(prompts: int = 8, group: int = 8):
 
 def measure_update(model: str, device: str, rows, samples) -> list[dict]:
     """Seconds of policy_gradient by attention, prompts shared or not; micro-batches of 1,024 tokens."""
-    from minimath import rlaif
-    from minimath.config import RLAIFConfig
-    from minimath.model import load_model
+    from minimath.train import rlaif
+    from minimath.config.schema import RLAIFConfig
+    from minimath.models.load import load_model
     table = []
     for attn in ("eager", "sdpa"):
-        cfg = RLAIFConfig(model=model, device=device, attn=attn, micro_tokens=1024)
+        cfg = RLAIFConfig(model=model, device=device, attn=attn, micro_batch_tokens=1024)
         loaded, tokenizer = load_model(cfg, train=True)
         took = {"apart": [], "shared": []}
         for _ in range(ROUNDS):
             for name in took:
                 loaded.zero_grad()
                 start = time.perf_counter()
-                rlaif.policy_gradient(dataclasses.replace(cfg, shared_prefix=name == "shared"), loaded, tokenizer,
+                rlaif.policy_gradient(cfg.replace(shared_prefix=name == "shared"), loaded, tokenizer,
                                       rows=rows, samples=samples, old=None, ref=None, scale=1.0)
                 took[name].append(time.perf_counter() - start)
         medians = {name: statistics.median(each) for name, each in took.items()}
@@ -162,10 +163,10 @@ def main(words: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    from minimath.chat import prompt_ids
-    from minimath.demo import demo_model
-    from minimath.model import load_model
-    from minimath.runs import keep_freed_memory
+    from minimath.data.chat import prompt_ids
+    from minimath.commands.demo import demo_model
+    from minimath.models.load import load_model
+    from minimath.core.run import keep_freed_memory
     keep_freed_memory()
     facts = machine(options.device)
     pairs = {"made": [(e.problem, e.solution) for e in make_problems(60, seed=1)]}
@@ -174,7 +175,7 @@ def run(options: argparse.Namespace) -> None:
         pairs[Path(path).stem] = [(e.problem, e.solution) for e in examples]
     cfg = AdapterConfig(model=options.model or str(demo_model()), device=options.device)
     _, tokenizer = load_model(cfg, train=True)
-    prompt = prompt_ids(tokenizer, pairs["made"][0][0], prompt_template=cfg.prompt_template)
+    prompt = prompt_ids(tokenizer, pairs["made"][0][0], prompt_template=cfg.prompt.prompt_template)
 
     def load(cfg):
         return load_model(cfg, train=True)
@@ -188,7 +189,7 @@ def run(options: argparse.Namespace) -> None:
     if "lookup" in options.only:
         measured["lookup"] = measure_lookup(cfg, prompt, load, pairs)
     if "update" in options.only:
-        measured["update"] = measure_update(cfg.model, options.device, *update_rows())
+        measured["update"] = measure_update(cfg.model.name, options.device, *update_rows())
     tell(measured)
     result |= {name: {"machine": facts, "result": each} for name, each in measured.items()}
     path.write_text(json.dumps(result, indent=1) + "\n")

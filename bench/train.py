@@ -38,7 +38,7 @@ from rich.table import Table
 from bench.measure import RESULTS, machine
 from bench.roofline import positive
 from bench.turns import ROOT, start_worker, take_turns
-from minimath.config import UserError
+from minimath.core.errors import UserError
 
 OURS = "minimath"
 DEFAULTS = {
@@ -126,7 +126,7 @@ def spec_of(name: str, stage: str, options: argparse.Namespace, model: str, roun
                 "prompts",
                 "group_size",
                 "max_new_tokens",
-                "micro_tokens",
+                "micro_batch_tokens",
             )
         },
     }
@@ -231,7 +231,7 @@ def about(options: argparse.Namespace, stage: str, model: str) -> dict:
         except importlib.metadata.PackageNotFoundError:
             facts["versions"][name] = None
     used = ("batch_size",) if stage == "sft" else ("prompts", "group_size", "max_new_tokens")
-    settings = {key: getattr(options, key) for key in ("device", "dtype", "steps", "micro_tokens", *used)}
+    settings = {key: getattr(options, key) for key in ("device", "dtype", "steps", "micro_batch_tokens", *used)}
     settings |= {
         "model": Path(model).name,
         "warm_up": WARM_UP,
@@ -286,7 +286,7 @@ def main(words: list[str] | None = None) -> int:
 def run_on_model(options: argparse.Namespace, run) -> None:
     """run(options, model folder) with --tiny's model, --model, or the demo's, after a look at the device."""
     if options.device == "cuda":
-        from minimath.model import pick_device
+        from minimath.models.load import pick_device
 
         pick_device("cuda")
     if options.tiny:
@@ -297,7 +297,7 @@ def run_on_model(options: argparse.Namespace, run) -> None:
             run(options, str(write_tiny(folder)))
         return
     if not options.model:
-        from minimath.demo import demo_model
+        from minimath.commands.demo import demo_model
 
         options.model = str(demo_model())
     run(options, options.model)

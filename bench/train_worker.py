@@ -2,7 +2,7 @@
 
     python -m bench.train_worker '{"trainer": "trl", "stage": "sft", ...}'    # bench.train starts it so
 
-The real loops run here (minimath.sft.train, minimath.rlaif.train, trl.SFTTrainer, trl.GRPOTrainer); each
+The real loops run here (minimath.train.sft.train, minimath.train.rlaif.train, trl.SFTTrainer, trl.GRPOTrainer); each
 stops after every optimiser step, tells what it measured as one JSON line on stdout, and goes on when it reads
 a line. Whatever else is printed goes to stderr. It ends at the end of its stdin. The spec: bench.train.
 """
@@ -82,9 +82,9 @@ def stay_within_memory() -> None:
 
 def config_of(spec: dict):
     """The minimath options of the spec; TRL gets its own from these."""
-    from minimath.config import RLAIFConfig, SFTConfig
+    from minimath.config.schema import RLAIFConfig, SFTConfig
     common = {"model": spec["model"], "device": spec["device"], "dtype": spec["dtype"], "attn": spec["attn"],
-              "steps": spec["total_steps"], "micro_tokens": spec["micro_tokens"], "lr_schedule": "constant",
+              "steps": spec["total_steps"], "micro_batch_tokens": spec["micro_batch_tokens"], "lr_schedule": "constant",
               "warmup": 0.0, "save_every": 0}
     if spec["stage"] == "sft":
         return SFTConfig(**common, batch_size=spec["batch_size"], packing=spec["packing"])
@@ -97,8 +97,8 @@ def config_of(spec: dict):
 
 def examples_of(spec: dict, count: int) -> list:
     """Examples in the order in which minimath's loops take them: the first batch first."""
-    from minimath.batch import step_indices
-    from minimath.problems import make_problems
+    from minimath.data.batch import step_indices
+    from minimath.data.problems import make_problems
     examples = make_problems(count, seed=0)
     return [examples[i] for i in step_indices(0, count, count, 0)] if spec["trainer"] == "trl" else examples
 
@@ -149,30 +149,31 @@ class StepLog:
 def run_minimath(spec: dict, turns: Turns) -> None:
     import torch
 
-    from minimath import rlaif, sft
-    from minimath.chat import encode, prompt_ids
-    from minimath.model import load_model
-    from minimath.runs import Stop
+    from minimath.train import rlaif
+    from minimath.train import sft
+    from minimath.data.chat import encode, prompt_ids
+    from minimath.models.load import load_model
+    from minimath.core.run import Stop
     cfg = config_of(spec)
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.run.seed)
     model, tokenizer = load_model(cfg, train=True)
     touch(model)
     with tempfile.TemporaryDirectory() as folder:
         log, stop = StepLog(Path(folder), turns), Stop(0.0)
         if spec["stage"] == "sft":
-            rows = [encode(tokenizer, e, prompt_template=cfg.prompt_template, max_len=cfg.max_len)
+            rows = [encode(tokenizer, e, prompt_template=cfg.prompt.prompt_template, max_len=cfg.max_len)
                     for e in examples_of(spec, cfg.batch_size * cfg.steps)]
             sft.train(cfg, model, tokenizer, rows, [], log, stop)
             return
         rlaif.score_groups = score_groups  # the same rewards as TRL gets
-        problems = [(e, prompt_ids(tokenizer, e.problem, prompt_template=cfg.prompt_template))
+        problems = [(e, prompt_ids(tokenizer, e.problem, prompt_template=cfg.prompt.prompt_template))
                     for e in examples_of(spec, cfg.prompts_per_step * cfg.steps)]
         rlaif.train(cfg, model, tokenizer, problems, None, [], log, stop)
 
 
 def score_groups(cfg, groups: list, judge) -> dict:
-    """In place of minimath.rlaif.score_groups: completion_rewards, group advantages."""
-    from minimath.reward import group_advantages
+    """In place of minimath.train.rlaif.score_groups: completion_rewards, group advantages."""
+    from minimath.train.rewards import group_advantages
     for group in groups:
         group.rewards = completion_rewards(group.right, [c.ids for c in group.completions])
         group.advantage = group_advantages([group.rewards], scale="group", valid=[group.valid])[0].tolist()
@@ -181,22 +182,22 @@ def score_groups(cfg, groups: list, judge) -> dict:
 
 # ---- TRL
 
-def rows_per_forward(rows: int, longest: int, micro_tokens: int) -> int:
-    """Largest divisor of `rows` whose padded forward stays within micro_tokens, at least 1."""
-    return max([d for d in range(1, rows + 1) if rows % d == 0 and d * longest <= micro_tokens], default=1)
+def rows_per_forward(rows: int, longest: int, micro_batch_tokens: int) -> int:
+    """Largest divisor of `rows` whose padded forward stays within micro_batch_tokens, at least 1."""
+    return max([d for d in range(1, rows + 1) if rows % d == 0 and d * longest <= micro_batch_tokens], default=1)
 
 
 def trl_arguments(spec: dict, cfg, rows: int, longest: int) -> dict:
     """TrainingArguments that equal minimath's options, and what spares TRL work that minimath doesn't do."""
     at_once = rows_per_forward(math.gcd(rows, spec.get("rows_per_generation") or rows), longest,
-                               spec["micro_tokens"])
+                               spec["micro_batch_tokens"])
     return {
-        "use_cpu": spec["device"] == "cpu", "bf16": spec["autocast"] and cfg.dtype == "bf16", "fp16": False,
+        "use_cpu": spec["device"] == "cpu", "bf16": spec["autocast"] and cfg.model.dtype == "bf16", "fp16": False,
         "gradient_checkpointing": False, "per_device_train_batch_size": at_once,
-        "gradient_accumulation_steps": rows // at_once, "max_steps": cfg.steps, "learning_rate": cfg.lr,
+        "gradient_accumulation_steps": rows // at_once, "max_steps": cfg.steps, "learning_rate": cfg.optimizer.lr,
         "lr_scheduler_type": "constant", "warmup_steps": 0, "optim": "adamw_torch_fused",
-        "adam_beta2": cfg.beta2, "weight_decay": cfg.weight_decay, "max_grad_norm": cfg.max_grad_norm,
-        "seed": cfg.seed, "save_strategy": "no", "logging_strategy": "no", "report_to": "none",
+        "adam_beta2": cfg.beta2, "weight_decay": cfg.optimizer.weight_decay, "max_grad_norm": cfg.optimizer.max_grad_norm,
+        "seed": cfg.run.seed, "save_strategy": "no", "logging_strategy": "no", "report_to": "none",
         "disable_tqdm": True, "dataloader_pin_memory": False}
 
 
@@ -205,13 +206,13 @@ def load_peer(cfg):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from minimath.chat import eos_ids
-    from minimath.model import DTYPES, load_tokenizer
-    torch.manual_seed(cfg.seed)
+    from minimath.data.chat import eos_ids
+    from minimath.models.load import DTYPES, load_tokenizer
+    torch.manual_seed(cfg.run.seed)
     tokenizer = load_tokenizer(cfg)
-    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=DTYPES[cfg.dtype],
-                                                 attn_implementation=cfg.attn)
-    model.to(cfg.device)
+    model = AutoModelForCausalLM.from_pretrained(cfg.model.name, dtype=DTYPES[cfg.model.dtype],
+                                                 attn_implementation=cfg.model.attn)
+    model.to(cfg.model.device)
     touch(model)
     model.generation_config.eos_token_id = eos = eos_ids(tokenizer, model)  # what ends minimath's rows
     return model, tokenizer, eos
@@ -245,8 +246,8 @@ def run_trl(spec: dict, turns: Turns) -> None:
 def lora_of(cfg):
     """The adapter that minimath gives the model, as peft's config."""
     from peft import LoraConfig
-    return LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
-                      target_modules=cfg.lora_targets, task_type="CAUSAL_LM")
+    return LoraConfig(r=cfg.adapter.lora_r, lora_alpha=cfg.adapter.lora_alpha, lora_dropout=cfg.adapter.lora_dropout,
+                      target_modules=cfg.adapter.lora_targets, task_type="CAUSAL_LM")
 
 
 def trl_sft(spec, cfg, folder, facts: dict, **trainer):
@@ -254,8 +255,8 @@ def trl_sft(spec, cfg, folder, facts: dict, **trainer):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from minimath.chat import encode
-    rows = [encode(trainer["processing_class"], e, prompt_template=cfg.prompt_template, max_len=cfg.max_len)
+    from minimath.data.chat import encode
+    rows = [encode(trainer["processing_class"], e, prompt_template=cfg.prompt.prompt_template, max_len=cfg.max_len)
             for e in examples_of(spec, cfg.batch_size * cfg.steps)]
     lengths = [len(row.ids) for row in rows]
     facts["batches"] = [sum(lengths[i:i + cfg.batch_size]) for i in range(0, len(rows), cfg.batch_size)]
@@ -280,10 +281,10 @@ def trl_grpo(spec, cfg, folder, facts: dict, **trainer):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from minimath.answer import AnswerChecker
-    from minimath.chat import prompt_ids, user_text
+    from minimath.grading.answer import AnswerChecker
+    from minimath.data.chat import prompt_ids, user_text
     examples, tokenizer = examples_of(spec, cfg.prompts_per_step * cfg.steps), trainer["processing_class"]
-    longest = max(len(prompt_ids(tokenizer, e.problem, prompt_template=cfg.prompt_template))
+    longest = max(len(prompt_ids(tokenizer, e.problem, prompt_template=cfg.prompt.prompt_template))
                   for e in examples)
     checker = AnswerChecker()
     checker.__enter__()  # its child ends with this process
@@ -297,12 +298,12 @@ def trl_grpo(spec, cfg, folder, facts: dict, **trainer):
         return rewards
 
     args = GRPOConfig(
-        **trl_arguments(spec, cfg, cfg.prompts_per_step * cfg.group_size, longest + cfg.max_new_tokens),
-        output_dir=folder, num_generations=cfg.group_size, max_completion_length=cfg.max_new_tokens,
-        temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, beta=cfg.beta, loss_type="dapo",
-        epsilon=cfg.clip_low, epsilon_high=cfg.clip_high, scale_rewards="group", shuffle_dataset=False,
+        **trl_arguments(spec, cfg, cfg.prompts_per_step * cfg.group_size, longest + cfg.sampling.max_new_tokens),
+        output_dir=folder, num_generations=cfg.group_size, max_completion_length=cfg.sampling.max_new_tokens,
+        temperature=cfg.sampling.temperature, top_p=cfg.sampling.top_p, top_k=cfg.sampling.top_k, beta=cfg.loss.kl_coef, loss="dapo",
+        epsilon=cfg.loss.clip_low, epsilon_high=cfg.loss.clip_high, scale_rewards="group", shuffle_dataset=False,
         generation_batch_size=spec.get("rows_per_generation") or None)
-    asked = [[{"role": "user", "content": user_text(e.problem, cfg.prompt_template)}] for e in examples]
+    asked = [[{"role": "user", "content": user_text(e.problem, cfg.prompt.prompt_template)}] for e in examples]
     data = Dataset.from_list([{"prompt": prompt, "answer": e.answer}
                               for prompt, e in zip(asked, examples, strict=True)])
 
@@ -322,7 +323,7 @@ def main() -> int:
     os.dup2(2, 1)  # libraries print; the protocol has its own file
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if spec["keep_freed_memory"]:
-        from minimath.runs import keep_freed_memory
+        from minimath.core.run import keep_freed_memory
         keep_freed_memory()
     {"minimath": run_minimath, "trl": run_trl}[spec["trainer"]](spec, Turns(stdout, spec["device"]))
     return 0

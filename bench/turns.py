@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from minimath.config import UserError
+from minimath.core.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PAUSE_S = 0.3  # between steps: OpenMP threads of the process that just ran spin for 0.2 s

@@ -35,7 +35,7 @@ def tiny_tokenizer(tiny_dir):
 @pytest.fixture
 def here(monkeypatch, capsys, tmp_path):
     """here(WORDS) -> (status, stdout, stderr) of the command line in this process, in an empty folder."""
-    from minimath.__main__ import main
+    from minimath.cli import main
     monkeypatch.chdir(tmp_path)
 
     def run(*words):

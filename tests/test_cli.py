@@ -152,10 +152,10 @@ def test_evaluation_during_training_needs_its_data(here, tiny_dir, data):
 def test_the_stages_one_after_another(here, tiny_dir, tmp_path, data):
     base = [f"model={tiny_dir}", f"data={data}", *SMALL]
     own = [w for w in base if "max_new" not in w]
-    done = minimath(*own, *TRAIN, "out=sft", cwd=tmp_path, module="minimath.sft")
+    done = minimath(*own, *TRAIN, "out=sft", cwd=tmp_path, module="minimath.train.sft")
     assert done.returncode == 0, done.stderr  # each stage is a script of its own too
     status, out, err = here(
-        "rlaif", *base, *TRAIN, "adapter=sft", "out=rl", "judge=rules", "group_size=2", "prompts_per_step=2"
+        "rlaif", *base, *TRAIN, "adapter=sft", "out=rl", "judge=heuristic", "group_size=2", "prompts_per_step=2"
     )
     assert status == 0, out + err
     status, out, err = here("eval", *base, "adapter=rl", "out=eval", "limit=3")

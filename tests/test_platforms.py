@@ -14,8 +14,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from toy import load
 
-from minimath.config import AdapterConfig
-from minimath.model import base_causal_lm
+from minimath.config.schema import AdapterConfig
+from minimath.models.load import base_causal_lm
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")

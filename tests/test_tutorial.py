@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from minimath.config import EvalConfig, ModelConfig, RLAIFConfig, SFTConfig, fields_of, load_config
-from minimath.data import load_examples
-from minimath.export import ExportConfig
-from minimath.judge_check import JudgeCheckConfig
-from minimath.plan import parse
-from minimath.sample import SampleConfig
+from minimath.config.load import fields_of, load_config
+from minimath.config.schema import EvalConfig, ModelConfig, RLAIFConfig, SFTConfig
+from minimath.data.examples import load_examples
+from minimath.export.merge import ExportConfig
+from minimath.judges.check import JudgeCheckConfig
+from minimath.plan.plan import parse
+from minimath.eval.sample import SampleConfig
 
 TUTORIAL = (Path(__file__).parents[1] / "minimath" / "TUTORIAL.md").read_text(encoding="utf-8")
 OPTIONS = {"sft": SFTConfig, "rlaif": RLAIFConfig, "eval": EvalConfig, "solve": EvalConfig, "sample": SampleConfig,
@@ -61,7 +62,7 @@ def test_its_recipe_is_one(tmp_path):
     recipe.write_text(blocks("yaml")[0])
     for cls in (SFTConfig, RLAIFConfig, EvalConfig):
         cfg = load_config(cls, str(recipe), [], allow_other=True)
-        assert cfg.data and cfg.model.endswith("SmolLM2-135M-Instruct")
+        assert cfg.data.source and cfg.model.name.endswith("SmolLM2-135M-Instruct")
 
 
 def test_the_data_that_its_script_makes_loads(tmp_path, monkeypatch):

@@ -11,10 +11,11 @@ from harness import Tally
 from tiny import tiny_tokenizer, write_tiny
 from toy import make_config
 
-from minimath.chat import encode, special_tokens, turn_end
-from minimath.config import SFTConfig, UserError
-from minimath.data import load_examples
-from minimath.sft import sft
+from minimath.data.chat import encode, special_tokens, turn_end
+from minimath.config.schema import SFTConfig
+from minimath.core.errors import UserError
+from minimath.data.examples import load_examples
+from minimath.train.sft import sft
 
 COLUMNS = ("id", "problem", "solution", "answer")
 ROWS = 12  # good ones in a file
@@ -283,7 +284,7 @@ def control_tokens() -> Tally:
 
 
 def encoded(tokenizer, problem: str, solution: str, *, max_len: int = 100_000):
-    from minimath.data import Example
+    from minimath.data.examples import Example
     return encode(tokenizer, Example(problem, solution), prompt_template="{problem}", max_len=max_len)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from harness import Tally
 
-from minimath.answer import AnswerChecker
-from minimath.bounded import MEMORY_BYTES
+from minimath.grading.answer import AnswerChecker
+from minimath.grading.sandbox import MEMORY_BYTES
 
 LIMIT_S, THREADS = 2.0, 8
 GOLD = r"\sqrt{12}+\pi"  # equals nothing below

@@ -13,11 +13,12 @@ from harness import Tally
 from saved import fresh, load_number, make_pair, save
 from toy import adapter, make_config, metrics, same_tensors, without_times, write_problems
 
-from minimath.adapters import find_adapter
-from minimath.checkpoint import list_checkpoints, save_adapter, verify
-from minimath.config import EvalConfig, SFTConfig, UserError
-from minimath.evaluate import evaluate
-from minimath.sft import sft
+from minimath.core.run_folder import find_adapter
+from minimath.core.checkpoint import list_checkpoints, save_adapter, verify
+from minimath.config.schema import EvalConfig, SFTConfig
+from minimath.core.errors import UserError
+from minimath.eval.evaluate import evaluate
+from minimath.train.sft import sft
 
 
 def run(full: bool, folder: Path) -> list[Tally]:

@@ -25,10 +25,11 @@ from interpose import LIBC, Call, in_clean_process, watched
 from saved import fresh, make_pair, next_save, save, what_is_wrong
 from toy import adapter, make_config, metrics, same_tensors, without_times, write_problems
 
-from minimath.checkpoint import list_checkpoints, verify
-from minimath.config import RLAIFConfig, SFTConfig, UserError
-from minimath.rlaif import rlaif
-from minimath.sft import sft
+from minimath.core.checkpoint import list_checkpoints, verify
+from minimath.config.schema import RLAIFConfig, SFTConfig
+from minimath.core.errors import UserError
+from minimath.train.rlaif import rlaif
+from minimath.train.sft import sft
 
 # calls that need room; with a read-only folder or without permission every change fails
 GROWS = {"write", "pwrite64", "writev", "open", "openat", "creat", "mkdir", "mkdirat", "ftruncate", "fallocate"}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from judge_server import Handler, dribbles, says, sleeps, status
 
-from minimath.endpoint import PROBE
+from minimath.judges.endpoint import PROBE
 
 LONG = 1 << 20
 WRONG_JSON = ('{"choices": []}', "[1]", "null", '{"choices": [{"message": {"content": null}}]}', "[" * 100_000,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from tiny import tiny_tokenizer
 
-from minimath.chat import encode, special_tokens
-from minimath.data import load_examples
+from minimath.data.chat import encode, special_tokens
+from minimath.data.examples import load_examples
 
 PROBLEM = ("problem", "question", "prompt", "instruction")
 SOLUTION = ("solution", "completion", "response", "output")

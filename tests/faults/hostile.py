@@ -17,11 +17,11 @@ from harness import Tally
 from hostile_place import FORMS, Place, bomb, resign
 from toy import load
 
-from minimath.checkpoint import list_checkpoints, load_checkpoint
-from minimath.config import SFTConfig
-from minimath.data import load_examples
-from minimath.judge_cache import ReplyCache
-from minimath.optim import make_optimizer
+from minimath.core.checkpoint import list_checkpoints, load_checkpoint
+from minimath.config.schema import SFTConfig
+from minimath.data.examples import load_examples
+from minimath.judges.cache import ReplyCache
+from minimath.train.optimizer import make_optimizer
 
 
 def run(full: bool, folder: Path) -> list[Tally]:

@@ -12,8 +12,9 @@ from harness import ROOT, Tally
 from hostile_place import Place, bomb, edit_json, quiet, resign
 from toy import load
 
-from minimath.config import STAGES, SFTConfig, load_config
-from minimath.sft import sft
+from minimath.config.load import load_config
+from minimath.config.schema import STAGES, SFTConfig
+from minimath.train.sft import sft
 
 
 def write_code(place: Place, folder: Path, name: str) -> None:

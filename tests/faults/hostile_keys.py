@@ -73,7 +73,7 @@ def keys_in_a_run(place: Place) -> Tally:
     out, cache = place.folder / "keyed", place.folder / "keyed-cache"
     env = {"OPENAI_API_KEY": KEY, "HF_TOKEN": KEY, "WANDB_API_KEY": KEY, "MINIMATH_CACHE": str(cache)}
     with (mock.patch.dict(os.environ, env), EchoServer("500", 0.2) as server,
-          mock.patch("minimath.engines.eos_ids", lambda tokenizer, model=None: list(range(20, 60)))):
+          mock.patch("minimath.rollout.open.eos_ids", lambda tokenizer, model=None: list(range(20, 60)))):
         server.keys = []
         common = [f"model={place.model}", f"data={place.data}", "lora_r=2", "steps=2", "save_every=1", "device=cpu"]
         status, said = command("sft", *common, "max_len=64", f"out={out / 'sft'}", "batch_size=2", "sample_every=1",

@@ -11,12 +11,13 @@ from harness import Tally, run_child, start
 from hostile_place import Place, command, everything
 from toy import make_config
 
-from minimath.adapters import find_adapter
-from minimath.checkpoint import list_checkpoints, lock_run, manifest_digest, sha256
-from minimath.config import RLAIFConfig, SFTConfig
-from minimath.data import load_examples
-from minimath.rlaif import rlaif
-from minimath.sft import sft
+from minimath.core.run_folder import find_adapter
+from minimath.core.checkpoint import list_checkpoints, lock_run
+from minimath.core.files import manifest_digest, sha256
+from minimath.config.schema import RLAIFConfig, SFTConfig
+from minimath.data.examples import load_examples
+from minimath.train.rlaif import rlaif
+from minimath.train.sft import sft
 
 
 def names_that_lead_out(place: Place) -> Tally:
@@ -80,7 +81,7 @@ def ids_that_lead_out(place: Place) -> Tally:
     out, outside = place.folder / "ids" / "deep" / "run", place.folder / "ids"
     before = everything(place.folder)
     for words in (["sft", "steps=1", "max_len=64", f"out={out / 'sft'}", "sample_every=1", "eval_max_new_tokens=8"],
-                  ["rlaif", "steps=1", "judge=rules", "prompts_per_step=2", "group_size=2", "sample_every=1",
+                  ["rlaif", "steps=1", "judge=heuristic", "prompts_per_step=2", "group_size=2", "sample_every=1",
                    "gate=none", "max_new_tokens=8", "max_refill=0", f"out={out / 'rlaif'}"],
                   ["eval", f"out={out / 'eval'}", "max_new_tokens=8"]):
         lora = [] if words[0] == "eval" else ["lora_r=2"]
@@ -176,7 +177,7 @@ def killed_writer(place: Place) -> Tally:
     """Real processes: refused while the first lives, taken over when it was killed, its children left alone or not."""
     tally = Tally("hostile: a second writer, after kill -9 of the first")
     for stage, words in (("sft", ["max_len=64", "batch_size=2"]),
-                         ("rlaif", ["judge=rules", "prompts_per_step=2", "group_size=2", "max_new_tokens=8",
+                         ("rlaif", ["judge=heuristic", "prompts_per_step=2", "group_size=2", "max_new_tokens=8",
                                     "max_refill=0"])):
         out = place.folder / f"killed-{stage}"
         common = [stage, f"model={place.model}", f"data={place.data}", "lora_r=2", "device=cpu", "save_every=1",

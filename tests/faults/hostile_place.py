@@ -15,10 +15,11 @@ from harness import Tally
 from tiny import write_tiny
 from toy import make_config, write_problems
 
-from minimath.__main__ import main
-from minimath.checkpoint import manifest_digest, sha256
-from minimath.config import SFTConfig, UserError
-from minimath.sft import sft
+from minimath.cli import main
+from minimath.core.files import manifest_digest, sha256
+from minimath.config.schema import SFTConfig
+from minimath.core.errors import UserError
+from minimath.train.sft import sft
 
 SMALL = {"lora_r": 2, "save_every": 1, "max_len": 64, "batch_size": 2, "warmup": 0.0}
 

@@ -14,13 +14,13 @@ import torch
 from harness import Tally
 from toy import load, make_config, metrics, wake_adapter, write_problems
 
-from minimath import rlaif as rl
-from minimath import sft as stage1
-from minimath.chat import Encoded
-from minimath.config import RLAIFConfig, SFTConfig
+from minimath.train import rlaif as rl
+from minimath.train import sft as stage1
+from minimath.data.chat import Encoded
+from minimath.config.schema import RLAIFConfig, SFTConfig
 from minimath.kernels import linear_token_loss, reference
-from minimath.losses import PolicyRows, nll_loss, policy_loss
-from minimath.rollout import Completion
+from minimath.train.losses import PolicyRows, nll_loss, policy_loss
+from minimath.rollout.engine import Completion
 
 RTOL = {torch.float32: 2e-6, torch.float64: 1e-6}
 RTOL_SIGNED = {torch.float32: 5e-6, torch.float64: 1e-6}
@@ -90,16 +90,16 @@ def sft_cuts(models: dict, seeds, dtype: torch.dtype) -> Tally:
             variants |= {f"packed to {k * longest}": (rows, k * longest, True) for k in (1, 3, 8)}
             variants |= {"shuffled": (shuffled, 4 * longest, False), "shuffled, packed": (shuffled, 4 * longest, True)}
             want = sft_numbers(model, tokenizer, rows, 1, False)
-            for name, (batch, micro_tokens, packing) in variants.items():
-                got = sft_numbers(model, tokenizer, batch, micro_tokens, packing)
+            for name, (batch, micro_batch_tokens, packing) in variants.items():
+                got = sft_numbers(model, tokenizer, batch, micro_batch_tokens, packing)
                 survived = all(close(a, b, rtol) for a, b in zip(got, want))
                 tally.add(survived, f"{family}, seed {seed}, {name}: {got} for {want}")
     return tally
 
 
-def sft_numbers(model, tokenizer, rows, micro_tokens: int, packing: bool) -> tuple[float, float]:
+def sft_numbers(model, tokenizer, rows, micro_batch_tokens: int, packing: bool) -> tuple[float, float]:
     model.zero_grad()
-    cfg = make_config(SFTConfig, "", micro_tokens=micro_tokens, packing=packing)
+    cfg = make_config(SFTConfig, "", micro_batch_tokens=micro_batch_tokens, packing=packing)
     loss, _ = stage1.loss_and_gradient(cfg, model, tokenizer, rows, 1.0)
     return loss, norm_of(model)
 
@@ -136,22 +136,22 @@ def policy_cuts(models: dict, seeds, dtype: torch.dtype) -> Tally:
                 variants = {"2 a pass": (rows, samples, 80, False), "8 a pass": (rows, samples, 4096, False),
                             "shared": (rows, samples, 4096, True), "shuffled": (*mixed, 160, False),
                             "shuffled, shared": (*mixed, 4096, True)}
-                for name, (r, s, micro_tokens, share) in variants.items():
-                    got = policy_numbers(model, tokenizer, r, s, loss_type, micro_tokens, share)
+                for name, (r, s, micro_batch_tokens, share) in variants.items():
+                    got = policy_numbers(model, tokenizer, r, s, loss_type, micro_batch_tokens, share)
                     words = f"{family}, seed {seed}, {loss_type}, {name}: {got} for {want}"
                     tally.add(all(close(a, b, rtol) for a, b in zip(got, want)), words)
     return tally
 
 
-def policy_config(micro_tokens: int, loss_type: str, share: bool) -> RLAIFConfig:
-    return make_config(RLAIFConfig, "", micro_tokens=micro_tokens, loss_type=loss_type, shared_prefix=share, beta=0.05,
+def policy_config(micro_batch_tokens: int, loss_type: str, share: bool) -> RLAIFConfig:
+    return make_config(RLAIFConfig, "", micro_batch_tokens=micro_batch_tokens, loss_type=loss_type, shared_prefix=share, beta=0.05,
                        attn="eager", max_new_tokens=32)
 
 
-def policy_numbers(model, tokenizer, rows, samples, loss_type: str, micro_tokens: int, share: bool):
+def policy_numbers(model, tokenizer, rows, samples, loss_type: str, micro_batch_tokens: int, share: bool):
     """(loss, gradient norm); old log-probs a little off the policy's, so that ratios and clips are at work."""
     model.zero_grad()
-    cfg = policy_config(micro_tokens, loss_type, share)
+    cfg = policy_config(micro_batch_tokens, loss_type, share)
     old = [torch.tensor(c.logp) for c, _ in samples]
     facts = rl.policy_gradient(cfg, model, tokenizer, rows=rows, samples=samples, old=old, ref=old, scale=1.0)
     return facts["loss"], norm_of(model)
@@ -164,7 +164,7 @@ def fused_losses(seeds) -> Tally:
     for seed in seeds:
         for loss_type in LOSS_TYPES:
             for extra in EXTRAS if loss_type != "cispo" else EXTRAS[:3]:
-                make = lambda n, g, t=loss_type, e=extra: policy_loss(policy_rows(n, g, t), loss_type=t, **e)
+                make = lambda n, g, t=loss_type, e=extra: policy_loss(policy_rows(n, g, t), loss=t, **e)
                 off = fused_error(seed, make)
                 tally.add(off < 1e-5, f"{loss_type} {extra}, seed {seed}: {off:.1e}")
         for extra in ({}, {"label_smoothing": 0.1}, {"z_loss": 1e-3}):

@@ -16,20 +16,21 @@ from harness import Tally
 from tiny import write_tiny
 from toy import make_config, metrics, write_problems
 
-import minimath.rlaif as loop
-from minimath.compare import round_robin
-from minimath.compare import win_probabilities as wins_of
-from minimath.config import RLAIFConfig, UserError
-from minimath.endpoint import is_fault
-from minimath.judge import Candidate, Pair, StepCount, both_orders, judge_groups, openai_judge, rules_judge
-from minimath.reward import group_advantages, judge_rewards, length_term
-from minimath.rubrics import judge_prompt, load_rubric
+import minimath.train.rlaif as loop
+from minimath.judges.compare import round_robin
+from minimath.judges.compare import win_probabilities as wins_of
+from minimath.config.schema import RLAIFConfig
+from minimath.core.errors import UserError
+from minimath.judges.endpoint import is_fault
+from minimath.judges.judge import Candidate, Pair, StepCount, both_orders, judge_groups, openai_judge, rules_judge
+from minimath.train.rewards import group_advantages, judge_rewards, length_term
+from minimath.judges.rubrics import judge_prompt, load_rubric
 
 TIMEOUT_S, RETRIES, CONCURRENCY, BREAKER, STEP_S = 0.3, 1, 8, 16, 6.0
 SLACK_S = 4.0  # of a busy machine, for threads and its own work
 SIZE = 4  # candidates of a group: 12 questions
 GROUPS = {0.01: 25, 0.1: 10, 0.5: 4, 1.0: 4}
-WEIGHTS = {"lam_judge": 0.25, "lam_length": 0.25}
+WEIGHTS = {"judge_weight": 0.25, "brevity_weight": 0.25}
 WITHOUT_REPLY = {"given up", "out of time"}
 PAIRS = round_robin(SIZE)
 
@@ -268,7 +269,7 @@ def train(out: Path, model: str, data: str, server: FaultServer, on_scored=None,
         return scored[-1][1]
 
     # many end tokens: a random model would hardly ever stop by itself
-    with (mock.patch("minimath.engines.eos_ids", lambda tokenizer, model=None: list(range(20, 60))),
+    with (mock.patch("minimath.rollout.open.eos_ids", lambda tokenizer, model=None: list(range(20, 60))),
           mock.patch.object(loop, "score_groups", record), contextlib.redirect_stdout(io.StringIO())):
         summary = loop.rlaif(make_config(RLAIFConfig, model, out=str(out), data=data, **options))
     return summary, out, scored
@@ -295,7 +296,7 @@ def check_run(tally: Tally, server: FaultServer, summary: dict, out: Path, score
                 tally.add(stats["no_votes"] == stats["comparisons"] and group.rewards == plain,
                           f"rewards without votes {group.rewards}, gate and brevity {plain}")
             else:
-                tally.add(all(abs(r - p) <= WEIGHTS["lam_judge"] for r, p in zip(group.rewards, plain, strict=True)),
+                tally.add(all(abs(r - p) <= WEIGHTS["judge_weight"] for r, p in zip(group.rewards, plain, strict=True)),
                           f"rewards {group.rewards}, gate and brevity {plain}")
 
 

@@ -21,12 +21,12 @@ from interpose import KILL, TEAR, in_clean_process, settle_child, watched
 from saved import fresh, make_pair, next_save, save, set_values, what_is_wrong
 from toy import adapter, load_file, make_config, metrics, same_tensors, without_times, write_problems
 
-from minimath.adapters import find_adapter
-from minimath.checkpoint import adapter_tensors, finish_renames, list_checkpoints, save_adapter, verify
-from minimath.config import SFTConfig
-from minimath.log import truncate_metrics
-from minimath.runs import write_whole
-from minimath.sft import sft
+from minimath.core.run_folder import find_adapter
+from minimath.core.checkpoint import adapter_tensors, finish_renames, list_checkpoints, save_adapter, verify
+from minimath.config.schema import SFTConfig
+from minimath.core.log import truncate_metrics
+from minimath.core.files import write_whole
+from minimath.train.sft import sft
 
 SAVE_EVERY = 3
 

@@ -174,8 +174,8 @@ def serve() -> None:
     import bitsandbytes  # noqa: F401  so that no child has to
     import peft
 
-    import minimath.rlaif
-    import minimath.sft  # noqa: F401
+    import minimath.train.rlaif
+    import minimath.train.sft  # noqa: F401
     peft.PeftModel.create_or_update_model_card = lambda *_: None  # half of a save's time, for a file that is not kept
     if Path("/proc/self/task").exists() and len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("an import has started a thread: forking is not safe")
@@ -199,7 +199,7 @@ def run_job(job: dict) -> None:
         trace = os.open(beside(run, "trace"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         set_hooks(Kill(*job["kill"]) if job["kill"] else None, trace)
         sys.argv = ["minimath", *job["words"]]
-        from minimath.__main__ import main
+        from minimath.cli import main
         status = main()
     except BaseException:
         import traceback
@@ -246,7 +246,10 @@ def wrap(owner, name: str, before=None, after=None) -> None:
 
 def hook_saves(comes) -> None:
     """Moments: half a line of metrics.jsonl, logged, half a checkpoint, renaming, saved, ending."""
-    from minimath import checkpoint, log, rlaif, sft
+    from minimath.core import checkpoint
+    from minimath.core import log
+    from minimath.train import rlaif
+    from minimath.train import sft
 
     def torn(run_log, name, record):
         if name == "metrics.jsonl":
@@ -268,7 +271,8 @@ def hook_saves(comes) -> None:
 
 def hook_sft(comes, note) -> None:
     """Moments: gradient (it is there, no step is taken), stepped (not logged), evaluation, after it."""
-    from minimath import rlaif, sft
+    from minimath.train import rlaif
+    from minimath.train import sft
 
     def batch(_, cfg, model, tokenizer, rows, scale):
         note("batch", value=sha256(json.dumps([(row.ids, row.mask) for row in rows]).encode()).hexdigest())
@@ -286,7 +290,8 @@ def hook_sft(comes, note) -> None:
 
 def hook_rlaif(comes, note) -> None:
     """Moments: rollout (after a token), refill (the same in a further round), sampled, judged, gradient, updated."""
-    from minimath import engines, rlaif
+    from minimath.rollout import open as engines
+    from minimath.train import rlaif
 
     def begin(cfg, sample, tokenizer, problems, judge, gate, state, stop):
         at.update(step=state["done"] + 1, round=0, votes=0)
@@ -318,8 +323,8 @@ def hook_rlaif(comes, note) -> None:
 
 def hook_judge(comes, note) -> None:
     """Moments: judging (a batch of votes is there), reply (from the endpoint, not yet in the cache), reply kept."""
-    from minimath import rlaif
-    from minimath.judge_cache import ReplyCache
+    from minimath.train import rlaif
+    from minimath.judges.cache import ReplyCache
 
     def traced(judge, *_, **__):
         def votes(values, *_):

@@ -68,8 +68,9 @@ def note(seen: list[dict]) -> None:
 
 def child(stage: str, model: str, data: str, out: str, steps: int, notes: str) -> None:
     """Run the stage, noting what the process holds after every steps / NOTES steps."""
-    from minimath import rlaif, sft
-    from minimath.config import RLAIFConfig, SFTConfig
+    from minimath.train import rlaif
+    from minimath.train import sft
+    from minimath.config.schema import RLAIFConfig, SFTConfig
     seen: list[dict] = []
     loop, name = (sft, "clip_and_step") if stage == "sft" else (rlaif, "collapse_warnings")  # each once a step
     real, done = getattr(loop, name), 0

@@ -17,21 +17,27 @@ from safetensors.torch import load_file
 from tiny import write_tiny
 from toy import make_config, metrics, same_tensors, write_problems
 
-from minimath import decoding, engines, optim, rlaif, self_judge, sft
-from minimath.checkpoint import list_checkpoints, verify
-from minimath.config import RLAIFConfig, SFTConfig, UserError
-from minimath.train_state import optimizer_state
+from minimath.rollout import decode as decoding
+from minimath.rollout import open as engines
+from minimath.train import optimizer as optim
+from minimath.train import rlaif
+from minimath.judges import self_judge
+from minimath.train import sft
+from minimath.core.checkpoint import list_checkpoints, verify
+from minimath.config.schema import RLAIFConfig, SFTConfig
+from minimath.core.errors import UserError
+from minimath.core.state import optimizer_state
 
 VALUES = (math.nan, math.inf, -math.inf)
 STEPS, FIRST = 5, 3  # of a run, and the first step that goes wrong
 COMMON = {"lora_r": 4, "lr": 1e-2, "save_every": 1, "keep": 2, "warmup": 0.0, "steps": STEPS}
 SFT = {"batch_size": 4}
 RLAIF = {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 10, "judge": "rules", "gate": "python:killing.even"}
-SFT_OPTIONS = ({}, {"packing": False, "micro_tokens": 150}, {"optimizer": "adamw8bit"}, {"dtype": "bf16"},
+SFT_OPTIONS = ({}, {"packing": False, "micro_batch_tokens": 150}, {"optimizer": "adamw8bit"}, {"dtype": "bf16"},
                {"gradient_checkpointing": True, "label_smoothing": 0.1, "z_loss": 1e-4})
 RLAIF_OPTIONS = ({}, {"importance": "mask"}, {"updates_per_rollout": 2, "beta": 0.1}, {"loss_type": "cispo"},
                  {"loss_type": "gspo", "minibatches": 2}, {"loss_type": "grpo", "entropy_coef": 0.01, "clip_dual": 3.0},
-                 {"loss_type": "dr_grpo", "micro_tokens": 70}, {"shared_prefix": False, "beta": 0.1, "kl": "k3"})
+                 {"loss_type": "dr_grpo", "micro_batch_tokens": 70}, {"shared_prefix": False, "beta": 0.1, "kl": "k3"})
 PLACES = {sft: ("loss", "loss and gradient", "gradient", "logits"),
           rlaif: ("loss", "loss and gradient", "gradient", "logits", "logits of the rollout", "reward", "log-prob")}
 

@@ -16,10 +16,13 @@ from harness import Tally
 from tiny import write_tiny
 from toy import adapter, make_config, metrics, write_problems
 
-from minimath import engines, rlaif, sft
-from minimath.checkpoint import list_checkpoints, verify
-from minimath.config import RLAIFConfig, SFTConfig, UserError
-from minimath.decoding import Decode
+from minimath.rollout import open as engines
+from minimath.train import rlaif
+from minimath.train import sft
+from minimath.core.checkpoint import list_checkpoints, verify
+from minimath.config.schema import RLAIFConfig, SFTConfig
+from minimath.core.errors import UserError
+from minimath.rollout.decode import Decode
 
 KINDS = {  # as torch says it
     "CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -30,15 +33,15 @@ KINDS = {  # as torch says it
 }
 STEPS, FIRST = 4, 3
 COMMON = {"lora_r": 4, "lr": 1e-2, "save_every": 0, "warmup": 0.0, "steps": STEPS}
-OPTIONS = {sft: {"batch_size": 12, "micro_tokens": 300},
+OPTIONS = {sft: {"batch_size": 12, "micro_batch_tokens": 300},
            rlaif: {"prompts_per_step": 3, "group_size": 6, "max_new_tokens": 12, "judge": "rules", "sample_every": 1,
-                   "gate": "python:killing.even", "micro_tokens": 100, "overlong": "none"}}
+                   "gate": "python:killing.even", "micro_batch_tokens": 100, "overlong": "none"}}
 ROUNDING = 3e-6  # of fp32 sums in another order, relative to the gradient's norm
 ROOM = {sft: 200, rlaif: 60}  # tokens of a pass
 FURTHER = {sft: ({"lora_dropout": 0.1}, {"packing": False}, {"gradient_checkpointing": True}),
            rlaif: ({"lora_dropout": 0.1}, {"updates_per_rollout": 2, "beta": 0.1}, {"shared_prefix": False},
                    {"loss_type": "gspo", "minibatches": 2})}
-SETTINGS = ("gradient_checkpointing=true", "quant=nf4", "micro_tokens", "resume=true")
+SETTINGS = ("gradient_checkpointing=true", "quant=nf4", "micro_batch_tokens", "resume=true")
 
 
 class Memory:
@@ -121,7 +124,7 @@ def run(full: bool, folder: Path) -> list[Tally]:
 
 
 def halved(full: bool, train) -> list[Tally]:
-    """The gradient is that of the unbroken step, and bitwise that of a run which began with fewer micro_tokens."""
+    """The gradient is that of the unbroken step, and bitwise that of a run which began with fewer micro_batch_tokens."""
     tallies = []
     for loop in (sft, rlaif):
         tally = Tally(f"out_of_memory: {loop.__name__[9:]}, the same gradient")
@@ -135,10 +138,10 @@ def halved(full: bool, train) -> list[Tally]:
             whole = train(loop, Memory(), **options)
             wrong = unlike(short, whole, dropout="lora_dropout" in options)
             if not wrong and not {"updates_per_rollout", "minibatches"} & options.keys():  # old log-probs: before it
-                fewer = re.findall(r"micro_tokens=(\d+), which", short.said)[short.before - 1]
-                small = train(loop, Memory(), **options | {"steps": 1, "micro_tokens": int(fewer)})
+                fewer = re.findall(r"micro_batch_tokens=(\d+), which", short.said)[short.before - 1]
+                small = train(loop, Memory(), **options | {"steps": 1, "micro_batch_tokens": int(fewer)})
                 same = torch.equal(short.gradients[0], small.gradients[0])
-                wrong = "" if same else f"the gradient is not that of a run with micro_tokens={fewer}"
+                wrong = "" if same else f"the gradient is not that of a run with micro_batch_tokens={fewer}"
             tally.add(not wrong, f"{kind} in {where} with {options}: {wrong}")
         tallies.append(tally)
     return tallies
@@ -155,7 +158,7 @@ def unlike(short: Memory, whole: Memory, dropout: bool) -> str:
         return "other steps are in the metrics"
     one, two = short.gradients[0], whole.gradients[0]
     error = float((one - two).norm() / two.norm())
-    # a dropout mask depends on the cutting: there only the run with fewer micro_tokens tells
+    # a dropout mask depends on the cutting: there only the run with fewer micro_batch_tokens tells
     return "" if dropout or error <= ROUNDING else f"the gradient is off by {error:.1e}"
 
 
@@ -186,7 +189,7 @@ def stopped(full: bool, train) -> Tally:
     tally = Tally("out_of_memory: stopped with a checkpoint")
     for loop, where, kind in itertools.product((sft, rlaif), ("forward", "backward"), KINDS) if full else (
             (sft, "backward", "CUDA"),):
-        options = {"micro_tokens": 2000} | ({"batch_size": 24} if loop is sft else {"group_size": 12})
+        options = {"micro_batch_tokens": 2000} | ({"batch_size": 24} if loop is sft else {"group_size": 12})
         short = train(loop, Memory(0, since=FIRST, where=where, kind=kind, spare=False), **options)
         newest = [folder.name for folder in list_checkpoints(short.folder)]
         missing = [word for word in SETTINGS if word not in str(short.error)]

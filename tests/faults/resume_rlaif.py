@@ -18,7 +18,7 @@ from harness import Tally
 from judge_server import Handler, says
 from killing import Kill, odd_problems, open_forks, resume_differs, small_model
 
-from minimath.judge_cache import FILE, reply_key
+from minimath.judges.cache import FILE, reply_key
 
 STEPS = 20
 KILLS = (1, 7, 10, 13, 19)

@@ -14,11 +14,11 @@ MOMENTS = ("gradient", "stepped", "half a line", "logged", "half a checkpoint", 
 BASE = {"steps": STEPS, "batch_size": 5, "lora_r": 4, "lr": 0.01, "warmup": 0.2, "lora_dropout": 0.1, "save_every": 4,
         "keep": 99, "packing": "false", "sample_every": 3, "eval_max_new_tokens": 4}
 WIDE = {"lora_r": 160}  # bitsandbytes keeps 32-bit state for tensors below 4,096 elements
-TOGETHER = {"packing": "true", "micro_tokens": 120, "optimizer": "adamw8bit", "quant": "nf4", **WIDE}
+TOGETHER = {"packing": "true", "micro_batch_tokens": 120, "optimizer": "adamw8bit", "quant": "nf4", **WIDE}
 VARIANTS = {
     "plain": {},
     "packing": {"packing": "true"},
-    "accumulation": {"micro_tokens": 60},
+    "accumulation": {"micro_batch_tokens": 60},
     "8-bit Adam": {"optimizer": "adamw8bit", **WIDE},
     "paged 8-bit Adam": {"optimizer": "paged_adamw8bit", **WIDE},
     "NF4": {"quant": "nf4"},

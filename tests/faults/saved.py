@@ -8,10 +8,10 @@ import torch
 from tiny import write_tiny
 from toy import load, same_tensors
 
-from minimath.checkpoint import adapter_tensors, list_checkpoints, load_checkpoint, save_checkpoint, verify
-from minimath.config import SFTConfig
-from minimath.optim import make_optimizer
-from minimath.train_state import optimizer_state
+from minimath.core.checkpoint import adapter_tensors, list_checkpoints, load_checkpoint, save_checkpoint, verify
+from minimath.config.schema import SFTConfig
+from minimath.train.optimizer import make_optimizer
+from minimath.core.state import optimizer_state
 
 
 def make_pair(folder: Path):

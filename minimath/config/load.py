@@ -1,0 +1,193 @@
+"""Read the options of a stage: class defaults, then the recipe's top-level keys, then the recipe's section for the
+stage (`sft:`, `rlaif:`, `eval:`), then the command line's `key=value` words, then `section.key=value`.
+
+    cfg = load_config(SFTConfig, "my_recipe.yaml", ["lr=1e-4", "sft.epochs=3"])
+
+Whatever is wrong with a value raises UserError with the place (file:line or the word typed), the reason and the next
+step. Recipes are read as text and typed by the schema, not by YAML: YAML 1.1 reads 1e-4 as a string, `no` as a boolean
+and 1:30 as 90.
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from minimath.config.options import Stage, options_of, unknown_option
+from minimath.config.schema import STAGES
+from minimath.core.credentials import KEEPS_SECRETS_OUT, mask
+from minimath.core.errors import UserError
+from minimath.core.text import did_you_mean
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+SECTIONS = (*STAGES, "demo", "sample")  # the classes of the last two come from their commands
+
+
+class Setting(NamedTuple):
+    """One value as written, before it gets its type."""
+    text: str | None  # None: a list or a mapping stood where one value belongs
+    where: str        # file:line, or the word of the command line
+
+
+def load_config(cls, recipe: str | None, words: list[str], section: str = "", *, allow_other=False):
+    """Build `cls` from defaults, a recipe (a path, or the name of a shipped one) and `key=value` words.
+
+    section: the recipe section read; default: the one that STAGES gives for `cls`. `other.key=value` words of other
+    sections are ignored here. allow_other: an unqualified word may also belong to another stage (for `run`, which loads
+    several stages from one command line). Raises UserError.
+    """
+    section = section or next((name for name, stage in STAGES.items() if stage is cls), "")
+    classes = {**STAGES, **({section: cls} if section else {})}
+    shared, sections = read_recipe(recipe) if recipe else ({}, {})
+    for key, setting in shared.items():
+        owner = next((c for c in (cls, *classes.values()) if key in options_of(c)), None)
+        if owner is None:
+            known = [*SECTIONS, *{name for c in (cls, *classes.values()) for name in options_of(c)}]
+            raise UserError(f"{setting.where}: {unknown_option(key, known)}")
+        typed(owner, key, setting)  # a wrong value is reported now, not when its stage starts
+    for name, settings in sections.items():
+        for key, setting in settings.items():
+            if name in classes:
+                typed(classes[name], key, setting, section=name)
+    plain, qualified = read_words(cls, words, section, classes, allow_other)
+    values = {}
+    for layer in (shared, sections.get(section, {}), plain, qualified):
+        values |= {key: typed(cls, key, setting) for key, setting in layer.items() if key in options_of(cls)}
+    cfg = cls(**values)
+    if fault := cfg.check():
+        raise UserError(fault)
+    return cfg
+
+
+def read_recipe(recipe: str) -> tuple[dict[str, Setting], dict[str, dict[str, Setting]]]:
+    """Read a YAML recipe without typing its values -> (top-level settings, settings of each section)."""
+    path = find_recipe(recipe)
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not valid YAML: {error.problem or error.context}; "
+                        "a recipe is lines of 'key: value'") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the recipe {path}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: lists or mappings in hundreds of others; a recipe is lines of 'key: value'") from None
+    shared, sections = {}, {}
+    for key, node, where in mapping_items(root, path):
+        if key not in SECTIONS:
+            shared[key] = Setting(scalar_text(node), where)
+        elif isinstance(node, yaml.MappingNode) or scalar_text(node) == "":
+            sections[key] = {k: Setting(scalar_text(n), w) for k, n, w in mapping_items(node, path)}
+        else:
+            raise UserError(f"{where}: {key!r} is a section: indent its 'key: value' lines below it")
+    return shared, sections
+
+
+def find_recipe(recipe: str) -> Path:
+    """A path as given, else the shipped recipe of that name."""
+    if Path(recipe).is_file():
+        return Path(recipe)
+    shipped = {path.stem: path for path in RECIPES.glob("*.yaml")}
+    name = recipe.removesuffix(".yaml")
+    if name in shipped:
+        return shipped[name]
+    raise UserError(f"no recipe {recipe!r}: not a file, and not one of the shipped recipes "
+                    f"({', '.join(sorted(shipped)) or 'none'}){did_you_mean(name, shipped)}")
+
+
+def mapping_items(node, path):
+    """Yield (key, value node, "file:line") of a YAML mapping; an empty document or section has none."""
+    if node is None or (isinstance(node, yaml.ScalarNode) and scalar_text(node) == ""):
+        return
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}:{node.start_mark.line + 1}: expected lines of 'key: value'")
+    refuse_tags(f"{path}:{node.start_mark.line + 1}", node)
+    seen = set()
+    for key_node, value in node.value:
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        refuse_tags(where, key_node, value)
+        key = scalar_text(key_node)
+        if not key:
+            raise UserError(f"{where}: a key must be a plain word")
+        if key in seen:
+            raise UserError(f"{where}: key {key!r} appears twice; keep one of the two lines")
+        seen.add(key)
+        yield key, value, where
+
+
+def refuse_tags(where: str, *nodes) -> None:
+    """UserError for a YAML tag, as in !!python/name:os.system: it would be ignored, and its value with it."""
+    for node in nodes:
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in ("str", "map", "seq", "int", "float", "bool", "null"):
+            raise UserError(f"{where}: a recipe takes no YAML tags ({node.tag}); write the value alone")
+
+
+def scalar_text(node) -> str | None:
+    """Text of one YAML value ("" for null), None for a list or a mapping."""
+    if not isinstance(node, yaml.ScalarNode):
+        return None
+    return "" if node.style is None and node.value in ("null", "~") else node.value
+
+
+def read_words(cls, words, section, classes, allow_other):
+    """Split command-line words -> (unqualified settings, settings qualified with this section)."""
+    plain, qualified = {}, {}
+    for word in words:
+        key, equals, text = word.removeprefix("--").partition("=")
+        prefix, dot, name = key.partition(".")
+        if dot and prefix not in SECTIONS:
+            raise UserError(f"{mask(word)!r}: unknown section {prefix!r}{did_you_mean(prefix, SECTIONS)}")
+        name = (name if dot else key).replace("-", "_")
+        owner = classes.get(prefix) if dot else cls
+        if not dot and allow_other and name not in options_of(cls):
+            owner = next((c for c in classes.values() if name in options_of(c)), cls)
+        if not equals:  # `--resume` means resume=true; for anything but a switch the value is missing
+            if owner is None or name not in options_of(owner) or options_of(owner)[name].kind is not bool:
+                raise UserError(f"{mask(word)!r}: expected key=value")
+            text = "true"
+        setting = Setting(text, name if name in KEEPS_SECRETS_OUT else f"{mask(word)!r}")
+        if owner is not None:
+            typed(owner, name, setting, section=prefix if dot else "")
+        if dot and prefix == section:
+            qualified[name] = setting
+        elif not dot and name in options_of(cls):
+            plain[name] = setting
+    return plain, qualified
+
+
+def typed(cls, key: str, setting: Setting, section: str = ""):
+    """The value of option `key` of `cls` that a setting stands for. Raises UserError."""
+    known = options_of(cls)
+    if key not in known:
+        stages = [name for name, stage in STAGES.items() if key in options_of(stage) and stage is not cls]
+        inside = f" in section {section!r}" if section else ""
+        hint = f"unknown key {key!r} (it is an option of {', '.join(stages)})" if stages else unknown_option(key, known)
+        raise UserError(f"{setting.where}: {hint}{inside}")
+    option = known[key]
+    if setting.text is None:
+        extra = "; write a comma list: a,b" if option.kind is str else ""
+        raise UserError(f"{setting.where}: {key} takes one value ({option.kind.__name__}), not a list or a mapping"
+                        f"{extra}")
+    return option.parse(setting.text, setting.where)
+
+
+def plain_values(cfg: Stage) -> dict:
+    """Option name -> value as a checkpoint or a recipe can hold it: of what only Python can give, its name."""
+    def plain(value):
+        if callable(value):
+            return f"python:{value.__module__}.{value.__qualname__}"
+        return f"{len(value)} rows given in Python" if isinstance(value, list) else value
+    return {name: plain(value) for name, value in cfg.to_dict().items()}
+
+
+def config_text(cfg: Stage) -> str:
+    """The resolved options as YAML, which can be given back as a recipe. It holds no secrets: a judge's key is only
+    named (judge_key_env), never stored."""
+    return yaml.safe_dump(plain_values(cfg), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def save_config(cfg: Stage, path) -> None:
+    """Write `config_text` to a file. Raises UserError."""
+    try:
+        Path(path).write_text(config_text(cfg), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; check the folder and free space") from None

@@ -1,0 +1,260 @@
+"""What an option is: its place in a stage's config, its type with choices and bounds, its default and its help."""
+import ast
+import dataclasses
+import inspect
+import math
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
+
+from minimath.config.renamed import REMOVED, RENAMED, RENAMED_VALUES
+from minimath.core.credentials import KEEPS_SECRETS_OUT, mask, url_fault
+from minimath.core.errors import UserError
+from minimath.core.text import comma_list, did_you_mean
+
+HOOK = re.compile(r"python:([^\W\d]\w*\.)+[^\W\d]\w*")
+
+
+class Main:
+    """Marks the field of a group that goes by the name of the group."""
+
+
+class Hook(str):
+    """The type of an option that may be `python:module.fn`, or in Python a callable."""
+
+
+class Bound(NamedTuple):
+    """Limits of a number: above < value, least <= value, value < below, value <= most."""
+    above: float = -math.inf
+    least: float = 0.0  # no option is meaningful below zero
+    below: float = math.inf
+    most: float = math.inf
+
+    def fault(self, value: float) -> str:
+        """ "must be above 0", or "" for a value within the limits."""
+        if value <= self.above:
+            return f"must be above {self.above:g}"
+        if value < self.least:
+            return "must not be negative" if self.least == 0 else f"must be at least {self.least:g}"
+        if value >= self.below:
+            return f"must be below {self.below:g}"
+        return f"must be at most {self.most:g}" if value > self.most else ""
+
+
+class Option(NamedTuple):
+    """One option of a stage. group: the attribute of the stage that holds it, "" for the stage itself."""
+    name: str
+    group: str
+    attribute: str
+    kind: type
+    choices: tuple[str, ...]
+    hook: bool
+    listed: bool  # a comma list of choices
+    in_python: tuple[type, ...]  # further types that only Python code can give
+    bound: Bound
+    default: object
+    doc: str
+
+    def parse(self, text: str, where: str):
+        """The value that a text stands for. Raises UserError with `where`, the reason and what is expected."""
+        try:
+            value = PARSERS[self.kind](text)
+        except ValueError:
+            expected = {bool: "true or false", int: "a whole number", float: "a number"}[self.kind]
+            raise UserError(f"{where}: {self.name} must be {expected}, not {mask(text)!r}") from None
+        self.check(value, where)
+        return value
+
+    def check(self, value, where: str):
+        """The value. Raises UserError for one of another type, out of bounds, or none of the choices."""
+        where = where and f"{where}: "
+        if isinstance(value, self.in_python) or (self.hook and callable(value)):
+            return value
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, self.kind) or (self.kind is int and isinstance(value, bool)):
+            raise UserError(f"{where}{self.name} must be of type {self.kind.__name__}, not {type(value).__name__}")
+        if self.kind in (int, float) and (fault := self.bound.fault(value)):
+            raise UserError(f"{where}{self.name} {fault}, not {value}")
+        for item in (comma_list(value) if self.listed else [value]) if self.choices else []:
+            if item not in self.choices and not (self.hook and HOOK.fullmatch(item)):
+                if now := RENAMED_VALUES.get((self.name, item)):
+                    raise UserError(f"{where}{self.name}={item} is now called {self.name}={now}")
+                allowed = [*self.choices, *(["python:module.function"] if self.hook else [])]
+                raise UserError(f"{where}{self.name} must be one of {', '.join(allowed)}, not {item!r}"
+                                f"{did_you_mean(item, self.choices)}")
+        if check := CHECKS.get(self.name):
+            if fault := check(value):
+                secret = self.name in KEEPS_SECRETS_OUT
+                raise UserError(f"{self.name}: {fault}" if secret else f"{where}{self.name} {fault}")
+        return value
+
+
+def parse_bool(text: str) -> bool:
+    word = text.strip().lower()
+    if word not in ("true", "yes", "on", "false", "no", "off"):
+        raise ValueError(text)
+    return word in ("true", "yes", "on")
+
+
+def parse_int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)  # 1e3 is a whole number too
+        if not number.is_integer():  # also true of nan and inf
+            raise
+        return int(number)
+
+
+def parse_float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+PARSERS = {str: str, bool: parse_bool, int: parse_int, float: parse_float}
+
+
+# ---- texts that must have a form
+
+def key_name_fault(value: str) -> str:
+    if re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", value):
+        return ""
+    return ("must be the NAME of an environment variable (letters, digits, _); what you gave is not shown, in case it "
+            "is a key: export it under a name")
+
+
+def budgets_fault(value: str) -> str:
+    if re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", value):
+        return ""
+    return f"must be a comma list of token counts (128,256), not {value!r}"
+
+
+def template_fault(value: str) -> str:
+    try:
+        shows = "problem-text" in value.format(problem="problem-text")
+    except (KeyError, IndexError, ValueError):
+        shows = False
+    return "" if shows else "must contain {problem}, and other braces doubled, as in \\boxed{{}}"
+
+
+CHECKS: dict[str, Callable[[str], str]] = {
+    "judge_url": url_fault, "vllm_url": url_fault, "judge_key_env": key_name_fault, "budgets": budgets_fault,
+    "prompt_template": template_fault}
+
+
+# ---- a stage, and its options
+
+class Stage:
+    """Base of the configs: groups of options as attributes, and options of the stage's own."""
+
+    def __init__(self, **options):
+        """Take options by their names; the rest have their defaults. Raises UserError."""
+        for name, (_, default) in _members(type(self)).items():
+            setattr(self, name, default() if callable(default) else default)
+        self._set(options)
+
+    def _set(self, options: dict) -> None:
+        known = options_of(type(self))
+        for name, value in options.items():
+            if name not in known:
+                raise UserError(unknown_option(name, known))
+            option = known[name]
+            value = option.check(value, "")
+            setattr(getattr(self, option.group) if option.group else self, option.attribute, value)
+
+    def value(self, name: str):
+        """The value of an option by its name."""
+        option = options_of(type(self))[name]
+        return getattr(getattr(self, option.group) if option.group else self, option.attribute)
+
+    def replace(self, **options):
+        """A copy with some options changed. Raises UserError."""
+        return type(self)(**(self.to_dict() | options))
+
+    def to_dict(self) -> dict:
+        """Option name -> value, in the order of the help."""
+        return {name: self.value(name) for name in options_of(type(self))}
+
+    def check(self) -> str:
+        """What is wrong with options together, or ""."""
+        return ""
+
+    def __eq__(self, other) -> bool:
+        return type(self) is type(other) and self.to_dict() == other.to_dict()
+
+    def __repr__(self) -> str:
+        changed = ", ".join(f"{name}={self.value(name)!r}" for name, option in options_of(type(self)).items()
+                            if self.value(name) != option.default)
+        return f"{type(self).__name__}({changed})"
+
+
+def options_of(cls) -> dict[str, Option]:
+    """The options of a stage by name, in the order of its help."""
+    if "_options" not in cls.__dict__:
+        cls._options = {option.name: option for option in _walk(cls)}
+    return cls._options
+
+
+def unknown_option(name: str, known) -> str:
+    """What to say of a name that is no option: what it is called now, why it left, or the nearest one."""
+    if name in RENAMED:
+        return f"{name!r} is now called {RENAMED[name]!r}"
+    if name in REMOVED:
+        return f"{name!r} is no longer an option: {REMOVED[name]}"
+    return f"unknown key {name!r}{did_you_mean(name, known)}"
+
+
+def _members(cls) -> dict[str, tuple]:
+    """Attribute -> (annotation, default or its factory) of a stage and its bases."""
+    members = {}
+    for base in reversed(cls.__mro__):
+        for name, kind in inspect.get_annotations(base).items():
+            default = base.__dict__.get(name, kind)  # a group without a default makes itself
+            if isinstance(default, dataclasses.Field):
+                default = default.default_factory
+            members[name] = (kind, default)
+    return members
+
+
+def _walk(cls) -> Iterator[Option]:
+    docs = _docs(cls)
+    for name, (kind, default) in _members(cls).items():
+        if not dataclasses.is_dataclass(kind):
+            yield _option(name, "", name, kind, default, docs.get(name, ""))
+            continue
+        group, texts, prefix = default(), _docs(kind), getattr(kind, "prefix", "")
+        for one in dataclasses.fields(kind):
+            main = Main in get_args(one.type)
+            yield _option(name if main else prefix + one.name, name, one.name, one.type, getattr(group, one.name),
+                          texts.get(one.name, ""))
+
+
+def _option(name: str, group: str, attribute: str, annotation, default, doc: str) -> Option:
+    extras = [extra for extra in get_args(annotation)[1:]] if get_origin(annotation) is Annotated else []
+    inner = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    parts = get_args(inner) if get_origin(inner) in (Union, types.UnionType) else (inner,)
+    choices = [get_args(part) for part in (*parts, *extras) if get_origin(part) is Literal]
+    kinds = [part for part in parts if isinstance(part, type) and part is not Hook]
+    kind = kinds[0] if kinds else str
+    return Option(name, group, attribute, kind, choices[0] if choices else (), Hook in parts,
+                  any(get_origin(extra) is Literal for extra in extras), tuple(kinds[1:]),
+                  next((extra for extra in extras if isinstance(extra, Bound)), Bound()), default, doc)
+
+
+def _docs(cls) -> dict[str, str]:
+    """Field -> the text below it, read from the source of a class and its bases."""
+    docs = {}
+    for base in reversed(cls.__mro__[:-1]):
+        if base is Stage:
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for field, text in zip(body, body[1:]):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                docs[typing.cast(ast.Name, field.target).id] = text.value.value
+    return docs

@@ -1,0 +1,333 @@
+r"""Every option, declared once: groups of options, and the stages that are made of them.
+
+A field is an option: its annotation gives type, choices and bounds, the text below it the help. On the command line and
+in recipes an option goes by the name of its field (`lr=1e-4`); the `Main` field of a group goes by the name of the
+group (`judge=self`), and the fields of a group with a `prefix` start with it (`judge_url=...`). In Python the same
+names are keywords, and the code reads them in their groups:
+
+    cfg = RLAIFConfig(model="Qwen/Qwen2.5-0.5B-Instruct", lr=1e-5, judge="heuristic")
+    cfg.optimizer.lr, cfg.judge.name
+
+The style of a docstring below each field follows litgpt.
+"""
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from minimath.config.options import Bound, Hook, Main, Stage
+
+Positive = Annotated[float, Bound(above=0)]
+Count = Annotated[int, Bound(above=0)]
+Share = Annotated[float, Bound(most=1)]
+Fraction = Annotated[float, Bound(below=1)]
+
+
+@dataclass
+class ModelOptions:
+    name: Annotated[str, Main] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """base model: a folder or a hub id"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """compute type"""
+    quant: Literal["none", "nf4"] = "none"
+    """weights of the frozen base: as they are, or nf4 (4 bit, bitsandbytes)"""
+    attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """attention"""
+    trust_remote_code: bool = False
+    """run Python code that ships with the model; only for models you trust"""
+    liger: bool = False
+    """RMSNorm, RoPE and SwiGLU by liger-kernel's Triton kernels; a GPU, and pip install -e '.[liger]'"""
+    shard: bool = False
+    """split the frozen base over the processes that were started (FSDP2), for models that no single card holds"""
+
+
+@dataclass
+class PromptOptions:
+    system: str = ""
+    """system message; empty: none"""
+    prompt_template: str = "{problem}\nPut the final answer in \\boxed{{}}."
+    """user message; {problem} is replaced, other braces are doubled"""
+    max_prompt_len: Count = 1024
+    """longest prompt in tokens, longer problems are left out (and wrong in an evaluation)"""
+
+
+@dataclass
+class AdapterPath:
+    path: Annotated[str, Main] = ""
+    """adapter or run folder to start from; empty: none"""
+
+
+@dataclass
+class AdapterOptions(AdapterPath):
+    lora_r: Count = 16
+    """rank of the adapter"""
+    lora_alpha: Positive = 32.0
+    """adapter scale: the update is multiplied by alpha / r (alpha / sqrt(r) with rslora)"""
+    lora_dropout: Fraction = 0.0
+    """dropout on the adapter's input"""
+    lora_targets: str = "all-linear"
+    """adapted layers: all-linear (all but the head) or a comma list of module names"""
+    rslora: bool = False
+    """rank-stabilised scale alpha / sqrt(r)"""
+    dora: bool = False
+    """weight-decomposed LoRA (slower, a little better at low rank)"""
+    lora_init: str = "default"
+    """adapter initialisation, passed to peft: default, gaussian, pissa, pissa_niter_4, olora, orthogonal"""
+
+
+@dataclass
+class OptimizerOptions:
+    name: Annotated[Literal["adamw", "adamw8bit", "paged_adamw8bit", "paged_adamw32bit"], Main] = "adamw"
+    """AdamW, with 8-bit or paged states by bitsandbytes"""
+    lr: Positive = 2e-4
+    """peak learning rate"""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """learning rate after warm-up"""
+    warmup: float = 0.03
+    """warm-up: below 1 a share of the steps, from 1 on a number of steps"""
+    weight_decay: float = 0.0
+    """decoupled weight decay on the adapter"""
+    max_grad_norm: float = 1.0
+    """gradient norm is clipped to this; 0: no clipping"""
+    micro_batch_tokens: Count = 4096
+    """tokens per forward pass; changes memory only, never the result"""
+    gradient_checkpointing: bool = False
+    """recompute activations in backward: less memory, about a third slower"""
+
+
+@dataclass
+class DataOptions:
+    source: Annotated[str | list, Main] = ""
+    """problems: a file, a folder or a datasets name; in Python also a list of dicts"""
+    split: str = "train"
+    """split of a datasets name"""
+    limit: int = 0
+    """use at most N examples; 0: all"""
+    strict: bool = False
+    """a bad row stops the run instead of being skipped and counted"""
+
+
+@dataclass
+class RunOptions:
+    seed: int = 0
+    """seed of data order, adapter initialisation and sampling"""
+    out: str = ""
+    """run folder; empty: runs/<command>-<timestamp>"""
+    resume: bool = False
+    """go on with the run in the folder `out`"""
+
+
+@dataclass
+class TrainRunOptions(RunOptions):
+    save_every: int = 50
+    """checkpoint every N steps; 0: only at the end. The three newest and the best one are kept"""
+    max_minutes: float = 0.0
+    """stop cleanly, with a checkpoint, after this many minutes; 0: no limit"""
+    sample_every: int = 0
+    """print a sampled solution every N steps; 0: never"""
+    trackers: Annotated[str, Literal["wandb", "tensorboard", "trackio"]] = ""
+    """comma list of wandb, tensorboard, trackio"""
+
+
+@dataclass
+class EvaluationOptions:
+    eval_data: str | list = ""
+    """held-out problems evaluated during training; empty: none"""
+    eval_every: int = 0
+    """evaluate every N steps; 0: never"""
+    eval_limit: Count = 64
+    """problems per evaluation"""
+    eval_max_new_tokens: Count = 512
+    """longest completion in an evaluation, in tokens"""
+
+
+@dataclass
+class EngineOptions:
+    rollout: Literal["auto", "transformers", "vllm"] = "auto"
+    """what samples: minimath's engine (transformers' generate for models it can't serve), transformers or vllm"""
+    max_num_seqs: int = 0
+    """sequences decoded side by side; 0: as many as memory allows"""
+    stop_boxed: bool = False
+    """a closed \\boxed{...} ends a completion, as the end token does"""
+    loop_guard: int = 0
+    """cut a completion whose last N tokens repeat a piece four times or more; 0: off"""
+    vllm_url: str = ""
+    """base URL of a vLLM server, for rollout=vllm; empty: vLLM in this process. Its key: $VLLM_API_KEY"""
+    vllm_gpu_share: Annotated[float, Bound(above=0, most=1)] = 0.4
+    """share of the card's memory that vLLM takes in this process"""
+
+
+@dataclass
+class SamplingOptions:
+    max_new_tokens: Count = 512
+    """longest completion in tokens"""
+    temperature: float = 1.0
+    """sampling temperature; 0: greedy"""
+    top_p: Annotated[float, Bound(above=0, most=1)] = 1.0
+    """nucleus sampling: smallest set of tokens with this mass; 1: off"""
+    min_p: Share = 0.0
+    """drop tokens below this share of the likeliest one; 0: off"""
+    top_k: int = 0
+    """only the k likeliest tokens; 0: off"""
+
+
+@dataclass
+class JudgeOptions:
+    prefix = "judge_"
+    name: Annotated[Literal["self", "openai", "heuristic"], Main] = "self"
+    """self (this model, adapter off), openai (an endpoint) or heuristic (right steps, then shorter; no model)"""
+    url: str = ""
+    """base URL of an OpenAI-compatible server, for judge=openai"""
+    model: str = ""
+    """model name asked for at judge_url"""
+    key_env: str = "OPENAI_API_KEY"
+    """NAME of the environment variable that holds the key; empty: no key"""
+    timeout_s: Positive = 30.0
+    """seconds before a judge request is given up; all requests of a rollout round get 20 times as long"""
+    concurrency: Count = 8
+    """judge requests in flight"""
+    max_tokens: Count = 16
+    """longest reply of judge_url in tokens; a model that thinks first needs thousands"""
+    fallback: Literal["none", "heuristic", "stop"] = "none"
+    """pairs left without votes: they count nothing, get the heuristic judge's vote, or stop (save and end)"""
+    pairs: int = 0
+    """comparisons per candidate, the others from a Bradley-Terry fit; 0: all pairs"""
+    rubric: str = "maths"
+    """what judges self and openai go by: maths, code, law, medicine, readability, or a file of yours"""
+    canary_every: int = 0
+    """judge pairs of known order every N steps, to see whether the judge is being fooled; 0: never"""
+
+
+@dataclass
+class RewardOptions:
+    name: Annotated[Literal["judge", "paper"] | Hook, Main] = "judge"
+    """judge (correct, judge wins, brevity), paper (the authors' stage 2, no judge) or python:module.fn"""
+    judge_weight: Share = 0.25
+    """weight of judge wins; judge_weight + brevity_weight <= 0.5, so that correct always beats wrong"""
+    brevity_weight: Share = 0.25
+    """weight of brevity among correct answers"""
+    format_weight: float = 0.0
+    """weight of a well-formed final answer"""
+    overlong: Literal["mask", "penalty", "none"] = "mask"
+    """completions that did not finish: left out, DAPO's soft penalty over the last fifth, or like others"""
+
+
+@dataclass
+class LossOptions:
+    name: Annotated[Literal["dapo", "grpo", "dr_grpo", "cispo", "gspo"], Main] = "dapo"
+    """policy loss"""
+    clip_low: Share = 0.2
+    """the ratio is clipped below at 1 - clip_low; gspo's is a mean over the completion: its paper takes 0.0003"""
+    clip_high: Positive = 0.28
+    """the ratio is clipped above at 1 + clip_high; gspo's paper takes 0.0004"""
+    kl_coef: float = 0.0
+    """weight of the KL to the base model; 0: none"""
+    entropy_coef: float = 0.0
+    """weight of the entropy bonus"""
+    importance_cap: float = 2.0
+    """cap of the importance weights between training and sampling log-probs; 0: no weights"""
+    scale_advantage: Literal["group", "none", "rloo"] = "group"
+    """advantages: divided by the group's deviation, undivided, or with a leave-one-out baseline"""
+
+
+class SFTConfig(Stage):
+    """Stage 1: supervised fine-tuning on worked solutions."""
+    model: ModelOptions
+    prompt: PromptOptions
+    adapter: AdapterOptions
+    optimizer: OptimizerOptions
+    data: DataOptions
+    run: TrainRunOptions
+    evaluation: EvaluationOptions
+    engine: EngineOptions
+    epochs: Positive = 1.0
+    """passes over the data (when steps is 0)"""
+    steps: int = 0
+    """optimizer steps; 0: from epochs"""
+    batch_size: Count = 16
+    """examples per optimizer step"""
+    max_len: Count = 2048
+    """longest example in tokens, longer ones are cut"""
+    packing: bool = True
+    """several examples per row, without attention between them"""
+
+
+class RLAIFConfig(Stage):
+    """Stage 2: on-policy RL with an AI judge."""
+    model: ModelOptions
+    prompt: PromptOptions
+    adapter: AdapterOptions
+    optimizer: OptimizerOptions = field(default_factory=lambda: OptimizerOptions(lr=1e-5, lr_schedule="constant"))
+    data: DataOptions
+    run: TrainRunOptions = field(default_factory=lambda: TrainRunOptions(sample_every=10))
+    evaluation: EvaluationOptions
+    engine: EngineOptions
+    sampling: SamplingOptions
+    judge: JudgeOptions
+    reward: RewardOptions
+    loss: LossOptions
+    verifier: Literal["exact", "regex", "none"] | Hook = "exact"
+    """correct or wrong: equal answers, the answer is a pattern, all correct, or python:module.fn"""
+    steps: Count = 100
+    """rollout steps"""
+    prompts_per_step: Count = 8
+    """problems per step"""
+    group_size: Annotated[int, Bound(least=2)] = 8
+    """completions per problem; rewards are compared within a group"""
+    max_refill: int = 2
+    """extra rollout rounds that replace groups without a signal"""
+    updates_per_rollout: Count = 1
+    """passes over each rollout"""
+    curriculum: Literal["none", "learnable"] = "none"
+    """problems drawn: in the order of the data, or by the chance that a group holds correct and wrong ones"""
+
+    def check(self) -> str:
+        """What is wrong with options together, or ""."""
+        reward, judge = self.reward, self.judge
+        if self.sampling.temperature <= 0:
+            return "temperature must be above 0 in rlaif: a group of greedy completions is one text"
+        if reward.judge_weight + reward.brevity_weight > 0.5 or reward.format_weight >= 0.5:
+            return (f"judge_weight={reward.judge_weight:g}, brevity_weight={reward.brevity_weight:g}, "
+                    f"format_weight={reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5 and "
+                    "format_weight < 0.5, so that a correct answer always beats a wrong one")
+        if self.uses_judge() and judge.name == "openai" and not (judge.url and judge.model):
+            return "judge=openai needs judge_url=http://.../v1 and judge_model=NAME"
+        if self.uses_judge() and judge.name == "self" and self.model.shard:
+            return ("judge=self asks in one process, and with shard=true a forward is work of all processes: use "
+                    "judge=openai or judge=heuristic")
+        return ""
+
+    def uses_judge(self) -> bool:
+        """Whether the reward depends on a judge: else none is asked, and none needs to be there."""
+        return self.reward.name == "judge" and self.reward.judge_weight > 0
+
+    def on_policy(self) -> bool:
+        """Whether the policy that sampled is the policy that trains: one update per rollout."""
+        return self.updates_per_rollout == 1
+
+
+class EvalConfig(Stage):
+    """Evaluation on problems with known answers."""
+    model: ModelOptions
+    prompt: PromptOptions
+    adapter: AdapterPath
+    data: DataOptions = field(default_factory=lambda: DataOptions(split="test"))
+    run: RunOptions
+    engine: EngineOptions
+    sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(temperature=0.0))
+    samples: Count = 1
+    """completions per problem (k of pass@k and maj@k)"""
+    budgets: str = ""
+    """comma list of token budgets at which accuracy is reported too"""
+    suite: str = ""
+    """comma list of gsm8k, math500, aime24, aime25, svamp and NAME=FILE, one by one; data= may name their folder"""
+
+    def check(self) -> str:
+        """What is wrong with options together, or ""."""
+        if self.samples > 1 and self.sampling.temperature == 0:
+            return (f"samples={self.samples} with temperature=0 would repeat one greedy completion; set "
+                    "temperature=0.6, or samples=1")
+        return ""
+
+
+STAGES: dict[str, type[Stage]] = {"sft": SFTConfig, "rlaif": RLAIFConfig, "eval": EvalConfig}

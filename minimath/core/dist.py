@@ -1,0 +1,123 @@
+"""More than one process: what the loops share when `accelerate launch` or `torchrun` starts several of them.
+
+    torchrun --nproc_per_node 4 -m minimath sft ...
+    accelerate launch --multi_gpu --num_processes 4 -m minimath sft ...
+
+Data parallel: every process holds the whole model, takes every world-th row or problem of the step that one process
+would take, and divides by the trained tokens of the *whole* step. So gradients and metrics are sums over processes,
+and the step is that of one process up to the order of additions; there is no other normaliser, and a process without a
+row adds nothing. Process 0 judges, writes and prints. With one process every function here returns at once.
+"""
+import datetime
+import functools
+import os
+
+import torch
+import torch.distributed
+
+TIMEOUT_H = 6.0  # process 0 may have a judge to wait for
+
+
+@functools.cache
+def state():
+    """accelerate's PartialState, which starts the process group (NCCL on CUDA, gloo on a CPU); None with one
+    process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import PartialState
+    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return PartialState(cpu=cpu, timeout=datetime.timedelta(hours=TIMEOUT_H))
+
+
+def world() -> int:
+    """Number of processes."""
+    return state().num_processes if state() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return state().process_index if state() else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes, prints and judges."""
+    return rank() == 0
+
+
+def local_card() -> str:
+    """"cuda:N" of this process among those of its machine; "" with one process, and on a CPU."""
+    return str(state().device) if state() and state().device.type == "cuda" else ""
+
+
+def barrier() -> None:
+    """Return when all processes have come here."""
+    if state():
+        state().wait_for_everyone()
+
+
+def shard(items: list) -> list:
+    """This process's part of `items`: every world-th."""
+    return items[rank()::world()]
+
+
+def gather(mine: list) -> list:
+    """The items of all processes, in the order that shard() took them from. Items must be picklable."""
+    if not state():
+        return mine
+    parts: list = [None] * world()
+    torch.distributed.all_gather_object(parts, mine)
+    longest = max(map(len, parts))
+    return [part[place] for place in range(longest) for part in parts if place < len(part)]
+
+
+def broadcast(value):
+    """Process 0's value, on all processes."""
+    if not state():
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0, device=state().device)
+    return box[0]
+
+
+def all_reduce_sum(numbers: dict[str, float]) -> dict[str, float]:
+    """Each number summed over processes, which must have the same keys in the same order."""
+    if not state():
+        return numbers
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=state().device)
+    torch.distributed.all_reduce(values)
+    return dict(zip(numbers, values.tolist(), strict=True))
+
+
+def all_reduce_max(value: float) -> float:
+    """The greatest of the processes' values: a signal that reached one of them stops all."""
+    if not state():
+        return value
+    box = torch.tensor([value], dtype=torch.float64, device=state().device)
+    torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
+    return box.item()
+
+
+@torch.no_grad()
+def all_reduce_gradients(params) -> None:
+    """Replace every .grad by its sum over processes, added in fp32; a process without one adds zeros."""
+    if not state():
+        return
+    params = list(params)
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in params])
+    torch.distributed.all_reduce(flat)
+    for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.grad = part.view_as(p).to(p.dtype)
+
+
+@torch.no_grad()
+def broadcast_parameters(params) -> None:
+    """Give all processes the parameters of process 0."""
+    if state():
+        for p in params:
+            torch.distributed.broadcast(p.data, src=0)
+
+
+def leave() -> None:
+    """Close the process group, at the end of the command."""
+    if state() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

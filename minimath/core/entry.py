@@ -1,0 +1,50 @@
+"""Run a command: what a user can put right becomes one line on the terminal and an exit status."""
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from minimath.core.errors import Interrupted, UserError
+
+# Both are read when a library is loaded; see core.run.keep_freed_memory
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def run_command(action: Callable[[], object]) -> int:
+    """The exit status of action(): 0, 2 after a UserError, 128 and the signal's number after a stop.
+
+    action may return a status, or a summary whose `signal` says that a run was stopped.
+    """
+    quiet_libraries()
+    try:
+        result = action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        return 128 + (stopped.args[0] if stopped.args else 2)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if started_together():
+        from minimath.core import dist
+        dist.leave()
+    if isinstance(result, int):
+        return result
+    return 128 + result["signal"] if isinstance(result, dict) and result.get("signal") else 0
+
+
+def started_together() -> bool:
+    """Whether a launcher started several processes; as dist.state() asks, without importing torch."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries print on import and a user can do nothing about."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("bitsandbytes", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,102 @@
+"""Ask a run to end, and find out that it was asked to: signals, a stop file, a deadline. One state per process.
+
+Three ways to stop a run cleanly; it says how to go on, and its exit status tells which it was: SIGINT (Ctrl-C), 130;
+SIGTERM, 143; a file named `stop` in the run folder, or in the folder of the whole run that a stage belongs to, 144.
+The file is taken away when it is obeyed. A signal that comes after any of them ends the process at once.
+
+    with interruptible((run_dir / "stop",), say):      # whoever is outermost installs the handlers
+        for finished in engine.stream(...):
+            interrupt.check()                          # raises Interrupted
+"""
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from minimath.core import dist
+from minimath.core.errors import Interrupted
+
+LOOK_S = 1.0  # least seconds between looks for a stop file: a step has many, and a network drive is slow
+BY_FILE = 16  # in place of a signal's number; the one that Linux has there is not used
+
+_signal = 0  # what asked for the end
+_files: list[Path] = []
+_looked = 0.0
+_sayers: list[tuple[Callable[[str], None], str]] = []
+
+
+@contextlib.contextmanager
+def interruptible(files: tuple[Path, ...], say: Callable[[str], None], kept: str = "stopping") -> Iterator[None]:
+    """Inside, SIGINT, SIGTERM and the stop files are noticed. kept: what becomes of the work, said at a signal. Within
+    another one, its files count too, and what was asked inside stays asked for it."""
+    global _signal
+    outermost = not _sayers
+    if outermost:
+        _signal = 0
+    _files.extend(files)
+    _sayers.append((say, kept))
+    before = {}
+    if outermost:
+        with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
+            before = {number: signal.signal(number, _handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        _sayers.pop()
+        del _files[len(_files) - len(files):]
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _handle(number: int, _frame) -> None:
+    global _signal
+    if _signal and dist.world() > 1:  # the launcher hands on what the terminal has sent already
+        return
+    if _signal:
+        os._exit(128 + number)
+    _signal = number
+    say, kept = _sayers[-1]
+    with contextlib.suppress(RuntimeError):  # it came while a line was being printed
+        say(f"{signal.Signals(number).name}: {kept}; once more to stop at once")
+
+
+def requested() -> int:
+    """The number of the signal that asked for the end (BY_FILE for a stop file), 0 for none. Several processes agree:
+    call it where all of them do."""
+    global _signal
+    _look()
+    _signal = int(dist.all_reduce_max(_signal))
+    return _signal
+
+
+def check() -> None:
+    """Raise Interrupted if a signal or a stop file came. Several processes end between two steps instead, where
+    `requested` finds it: one that left a step alone would leave the others waiting."""
+    if dist.world() > 1 or not _sayers:
+        return
+    if time.monotonic() - _looked > LOOK_S:
+        _look()
+    if _signal:
+        raise Interrupted(_signal)
+
+
+def reason() -> str:
+    """What asked for the end, in words."""
+    if _signal == BY_FILE:
+        return "stop file"
+    return signal.Signals(_signal).name if _signal else "max_minutes reached"
+
+
+def _look() -> None:
+    """Obey a stop file, and take it away: the run that goes on must not find it."""
+    global _signal, _looked
+    _looked = time.monotonic()
+    if not dist.is_main():  # one of them would take it away before the others saw it
+        return
+    for file in _files:
+        if not _signal and file.exists():
+            _signal = BY_FILE
+            with contextlib.suppress(OSError):
+                file.unlink()

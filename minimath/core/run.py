@@ -1,0 +1,56 @@
+"""What every stage does around its work: choose and lock the run folder, save the options, start the log."""
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from minimath.core import dist
+from minimath.core.errors import UserError
+from minimath.core.files import write_whole
+from minimath.core.interrupt import interruptible
+from minimath.core.log import RunLog
+from minimath.core.run_folder import CONFIG, lock_run, new_run_folder, refuse_held, refuse_links, stop_files
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory in the process and use huge pages, on Linux CPUs: a fifth faster training on 2 cores.
+
+    Every layer allocates and frees activations of megabytes; glibc would give each back to the system and fault it
+    in again. Must run before torch allocates its first tensor to have the second effect.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another libc
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            for option, value in ((-3, 1 << 25), (-1, (1 << 31) - 1), (-2, 1 << 26)):  # mmap and trim threshold, pad
+                mallopt(option, value)
+
+
+@contextlib.contextmanager
+def open_run(out: str, command: str, *, config: str, resume: bool, trackers: str = "") -> Iterator[RunLog]:
+    """Lock the run folder, save the resolved options, start the log and the signal handlers; yields the log.
+
+    config: the options as YAML, of config.load.config_text. Raises UserError when the folder already holds a run that
+    is not being resumed: nothing is ever overwritten.
+    """
+    keep_freed_memory()
+    if resume and not out:
+        raise UserError("resume=true needs the run folder to go on with: out=runs/...")
+    run_dir, evaluation = new_run_folder(out, command), command == "eval"
+    dist.barrier()  # until all have chosen the same folder, the first must not begin to fill it
+    if dist.is_main():
+        refuse_links(run_dir)
+        refuse_held(run_dir, evaluation=evaluation, resume=resume)
+    with lock_run(run_dir), RunLog(run_dir, f"minimath {command}", trackers) as log:
+        write_whole(run_dir / CONFIG, config)
+        if dist.world() > 1:
+            log.say(f"{dist.world()} processes share every step")
+        dist.barrier()
+        files = stop_files(run_dir)
+        log.say(f"to stop it cleanly: Ctrl-C, or touch {Path(files[0])}")
+        kept = "stopping; the completions that have ended are kept" if evaluation else \
+            "stopping after this step with a checkpoint"
+        with interruptible(files, log.say, kept):
+            yield log

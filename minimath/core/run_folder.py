@@ -1,0 +1,170 @@
+"""The run folder: what lies where. Its layout is spelt out here and nowhere else.
+
+    RUN/config.yaml            the resolved options, a recipe that repeats the run
+    RUN/environment.json       versions, machine, command line
+    RUN/metrics.jsonl          one record per step        RUN/samples.jsonl   completions shown while training
+    RUN/checkpoints/step-N/    see checkpoint.py          RUN/adapter/        the adapter, as peft reads it
+    RUN/summary.json           the stage, or the whole run, is complete
+    RUN/eval.json, completions.jsonl                      a complete evaluation
+    RUN/fingerprint.json, completions.part.jsonl          one that can go on
+    RUN/stop                   made by the user: end cleanly
+
+A run of the whole recipe (`minimath run`, `minimath demo`) has a folder of this kind for each of its parts.
+"""
+import contextlib
+import functools
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from minimath.core import dist
+from minimath.core.checkpoint import ADAPTER_FILES, list_checkpoints, verify
+from minimath.core.errors import UserError
+from minimath.core.files import read_json
+from minimath.core.text import did_you_mean
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: two writers are not noticed there
+    fcntl = None
+
+CONFIG, ENVIRONMENT, SUMMARY = "config.yaml", "environment.json", "summary.json"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+ADAPTER, STOP = "adapter", "stop"
+EVAL, COMPLETIONS, PART, FINGERPRINT = "eval.json", "completions.jsonl", "completions.part.jsonl", "fingerprint.json"
+SUITE = "suite.json"
+REPORT = "report.html"
+STAGE_FOLDERS = ("rlaif", "sft")  # of a run of the whole recipe, the best first
+EVAL_CONFIG = "eval.yaml"  # in the folder of a whole run: the options of its evaluations
+
+
+def new_run_folder(out: str, command: str) -> Path:
+    """The folder `out`, or a new runs/<command>-<timestamp>; the same in all processes."""
+    return Path(out) if out else dist.broadcast(Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def stop_files(run_dir: Path) -> tuple[Path, ...]:
+    """The files that ask for an end: that of the folder, and that of the whole run that it is a part of."""
+    whole = run_dir.parent if (run_dir.parent / EVAL_CONFIG).exists() else run_dir
+    return tuple(dict.fromkeys((run_dir / STOP, whole / STOP)))
+
+
+def held_run(run_dir: Path) -> str:
+    """What a run folder holds already, in words; "" when it is free."""
+    if (run_dir / ADAPTER).exists() or list_checkpoints(run_dir):
+        return "a run"
+    if (run_dir / EVAL).exists():
+        return "a complete evaluation"
+    part = run_dir / PART
+    return "an unfinished evaluation" if part.is_file() and part.stat().st_size else ""
+
+
+def refuse_held(run_dir: Path, *, evaluation: bool, resume: bool) -> None:
+    """Raise UserError when the folder holds a run that this command may not go on with."""
+    held = held_run(run_dir)
+    own = ("evaluation" in held) == evaluation
+    if held and not (own and resume):
+        go_on = "add resume=true to go on with it, or " if own and "complete evaluation" not in held else ""
+        raise UserError(f"{run_dir} already holds {held}; {go_on}choose another out=")
+
+
+def refuse_links(run_dir: Path) -> None:
+    """Raise UserError for a link in the run folder that leads out of it: what is behind it is not the run's to write
+    to, to replace or to delete."""
+    root = os.path.realpath(run_dir)
+    for path in run_dir.glob("*"):
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+            raise UserError(f"{path} is a link that leads out of the run folder; remove it, or choose another out=")
+
+
+@contextlib.contextmanager
+def lock_run(run_dir):
+    """Hold the run folder for this process, or for those started together. UserError when another one writes there, or
+    it can't be made."""
+    if not dist.is_main():
+        yield
+        return
+    path = Path(run_dir) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {run_dir}: {error.strerror}; choose another out=") from None
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "unknown"
+                raise UserError(f"{run_dir} is in use by process {owner}; wait for it, or choose another "
+                                "out=") from None
+            except OSError as error:  # some network file systems have no locks
+                warnings.warn(f"{run_dir} can't be locked ({error.strerror}); start one writer only", stacklevel=3)
+        with contextlib.suppress(OSError):  # on a full disk only the name of the owner is lost
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{os.getpid()}\n".encode())
+        yield
+
+
+def find_adapter(path) -> Path:
+    """The adapter folder meant by a run folder (its adapter/, else its newest sound checkpoint), a checkpoint, an
+    adapter folder, or a run of the whole recipe (the adapter of its last complete stage, which is said). UserError says
+    what was looked for, or why the adapter found can't be read."""
+    path = Path(path)
+    if not os.path.isdir(path):  # unlike is_dir, also for a name that is too long
+        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*")])
+        raise UserError(f"no adapter folder {path}{near}")
+    if any((path / name).exists() for name in (*ADAPTER_FILES, "adapter_model.bin")):
+        check_adapter(path)
+        return path
+    if (path / ADAPTER).is_dir():
+        check_adapter(path / ADAPTER)
+        return path / ADAPTER
+    for folder in list_checkpoints(path):
+        try:
+            check_adapter(folder)
+            return folder
+        except UserError as error:
+            warnings.warn(f"{error}; trying the checkpoint before", stacklevel=2)
+    begun = [stage for stage in STAGE_FOLDERS if (path / stage).is_dir()]
+    for stage in begun:
+        if (path / stage / SUMMARY).exists():
+            folder = find_adapter(path / stage)
+            but = "" if stage == begun[0] else f"; {begun[0]} is not complete"
+            say_once(f"adapter={path}: taking {folder}{but}")
+            return folder
+    if begun:
+        raise UserError(f"{path} is a run of the whole recipe, and no stage of it is complete: let it go on with "
+                        f"resume=true, or take what there is with adapter={path / begun[0]}")
+    raise UserError(f"{path} holds no adapter: looked for {' and '.join(ADAPTER_FILES)}, a folder adapter/, "
+                    f"sound folders checkpoints/step-*, and complete stages {' and '.join(STAGE_FOLDERS)}")
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """To standard error, since what a command prints may be read by another."""
+    if dist.is_main():
+        print(text, file=sys.stderr)
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise UserError unless the folder holds an adapter that can be read without running code."""
+    if (folder / "adapter_model.bin").exists() and not (folder / "adapter_model.safetensors").exists():
+        raise UserError(f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is read: "
+                        "refused; save it again with safe_serialization=True where it was made")
+    problems = verify(folder) if (folder / "manifest.json").exists() else []
+    if problems:
+        raise UserError(f"the adapter in {folder} is damaged: {problems[0]}")
+    try:
+        read_json(folder / "adapter_config.json")
+        with safe_open(folder / "adapter_model.safetensors", framework="pt"):
+            pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"the adapter in {folder} can't be read: {error}; it needs "
+                        f"{' and '.join(ADAPTER_FILES)}") from None

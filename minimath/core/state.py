@@ -1,0 +1,74 @@
+"""What a run needs besides its weights to go on bitwise: optimizer state and random generators, as tensors
+and plain numbers that safetensors and json can hold."""
+import random
+
+import numpy as np
+import torch
+
+from minimath.core.errors import UserError
+
+
+def optimizer_state(optimizer) -> tuple[dict[str, torch.Tensor], dict]:
+    """({"<param index>.<name>": CPU tensor}, {"class": ..., "numbers": {same keys: number}})."""
+    tensors, numbers = {}, {}
+    for index, param in enumerate(optimizer_params(optimizer)):
+        for name, value in optimizer.state.get(param, {}).items():
+            if torch.is_tensor(value):  # copied: bitsandbytes shares its code tables between tensors
+                tensors[f"{index}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
+            else:
+                numbers[f"{index}.{name}"] = value
+    return tensors, {"class": type(optimizer).__name__, "numbers": numbers}
+
+
+def optimizer_params(optimizer) -> list[torch.nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], meta: dict, *, where) -> None:
+    """Inverse of optimizer_state; learning rate, betas and weight decay stay those of `optimizer`.
+
+    Raises UserError, naming `where`, when the state belongs to another optimizer; nothing is changed then.
+    """
+    params = optimizer_params(optimizer)
+    state = {}
+    for key, value in {**meta["numbers"], **tensors}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    if meta["class"] != type(optimizer).__name__ or any(index >= len(params) for index in state):
+        raise UserError(f"{where} was saved by {meta['class']}, not by {type(optimizer).__name__} over "
+                        f"{len(params)} tensors; use the optimizer option it was made with, or a new out=")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if getattr(optimizer, "is_paged", False):  # bitsandbytes loads into plain tensors: back into paged ones
+        for param in params:
+            state = optimizer.state[param]
+            for name in {"state1", "state2"} & state.keys():
+                buffer = optimizer.get_state_buffer(param, dtype=state[name].dtype)
+                state[name] = buffer.copy_(state[name])
+
+
+def seed_rng(seed: int) -> None:
+    """Seed all generators: the first checkpoint is not always there yet when a run is killed, and a user's gate or
+    reward may draw from any of them."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def rng_state() -> tuple[dict[str, torch.Tensor], dict]:
+    """States of all generators: tensors of torch (CPU, each CUDA device), numbers of Python and numpy."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    name, keys, *rest = np.random.get_state()
+    return tensors, {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+
+
+def restore_rng(tensors: dict[str, torch.Tensor], numbers: dict) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    for name, state in tensors.items():
+        if name.startswith("cuda:") and int(name[5:]) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(name[5:]))
+    version, words, gauss = numbers["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = numbers["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

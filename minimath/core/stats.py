@@ -1,0 +1,55 @@
+"""Intervals and paired comparisons of evaluations: every figure of a model comes with its uncertainty."""
+import math
+import statistics
+
+import numpy as np
+
+from minimath.core.errors import UserError
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927): (low, high), 95% for z = 1.96."""
+    p, spread = right / n, z * z / n
+    centre = (p + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(p * (1 - p) / n + spread / (4 * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(values: list[float], seed: int, draws: int = 2000) -> tuple[float, float]:
+    """Percentile bootstrap 95% interval of the mean of per-problem values."""
+    array = np.asarray(values)
+    picks = np.random.default_rng(seed).integers(0, len(array), (draws, len(array)))
+    low, high = np.percentile(array[picks].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def paired(records: list[dict], others: list[dict], what: str = "right") -> tuple[float, float, float]:
+    """(mean, low, high) of records' `what` (right or tokens) minus the others', problem by problem, with a bootstrap
+    95% interval. On the same problems that is narrower than the two models' own intervals. UserError without a common
+    problem."""
+    gaps = [statistics.fmean(float(r[what]) for r in mine) - statistics.fmean(float(r[what]) for r in theirs)
+            for _, mine, theirs in in_common(records, others)]
+    return statistics.fmean(gaps), *bootstrap(gaps, 0)
+
+
+def in_common(records: list[dict], others: list[dict]) -> list[tuple[str, list[dict], list[dict]]]:
+    """(problem, its records, the others' records) of each problem that two evaluations have, in the first one's order.
+    UserError when there is none."""
+    mine, theirs = by_text(records), by_text(others)
+    common = [(key[0], mine[key], theirs[key]) for key in mine if key in theirs]
+    if not common:
+        raise UserError("the two evaluations have no problem in common: evaluate both on the same data=")
+    return common
+
+
+def by_text(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """(problem, gold answer) -> records of that problem, wherever it stands in the data."""
+    problems: dict[tuple[str, str], list[dict]] = {}
+    for record in records:
+        problems.setdefault((record["problem"], record["gold"]), []).append(record)
+    return problems
+
+
+def pass_at(n: int, k: int, right: int) -> float:
+    """Unbiased estimate that at least one of n samples is right, from `right` of k (Chen et al. 2021, eq. 1)."""
+    return 1.0 - math.comb(k - right, n) / math.comb(k, n)

@@ -1,0 +1,53 @@
+"""One completion, from the engine to the gradient, and the group of completions of one problem."""
+from dataclasses import dataclass, field
+
+from minimath.data.examples import Example
+from minimath.grading.steps import StepCount, check_steps
+
+
+@dataclass(eq=False)
+class Sample:
+    """One completion. The engine gives what it sampled; verifier and reward add what they find, in this order."""
+    ids: list[int]
+    """tokens, with the end token if it was reached"""
+    logp: list[float]
+    """log-prob of each token under the distribution that it was sampled from"""
+    finished: bool
+    """False: cut at max_new_tokens, or by the loop guard"""
+    text: str = ""
+    """the tokens as text, without special tokens"""
+    full_logp: list[float] | None = None
+    """after temperature, before top-k, top-p and min-p; None: the same as logp"""
+    correct: bool = False
+    """by the verifier"""
+    win: float | None = None
+    """mean win probability against the other correct samples of the group; None: no vote"""
+    reward: float = 0.0
+    advantage: float = 0.0
+    """relative to the group; 0: nothing to learn from"""
+    parts: dict[str, float | None] = field(default_factory=dict)
+    """what the reward is made of, by name"""
+    _steps: StepCount | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def steps(self) -> StepCount:
+        """The arithmetic steps of the text, counted once."""
+        if self._steps is None:
+            self._steps = check_steps(self.text)
+        return self._steps
+
+
+@dataclass(eq=False)
+class Group:
+    """The samples of one problem, with its prompt."""
+    example: Example
+    prompt: list[int]
+    samples: list[Sample]
+
+    def has_signal(self) -> bool:
+        """Whether any sample has an advantage."""
+        return any(sample.advantage for sample in self.samples)

@@ -1,0 +1,252 @@
+"""Final answers and worked steps: extract, compare, count. No torch here.
+
+An answer is taken from the text (`extract_answer`) and compared with the gold one (`AnswerChecker`). Plain
+numbers, fractions, arithmetic and identical strings are decided here, exactly. Everything else goes to
+math-verify, which can hang or eat memory on hostile LaTeX: bounded.py runs it, and the regular expressions of
+gate=regex, in processes with limits.
+
+`check_steps` (from steps.py) counts the `a op b = c` steps of a solution. Nothing here is ever eval'd.
+"""
+from __future__ import annotations
+
+import re
+
+from minimath.grading.sandbox import BoundedChild
+from minimath.grading.steps import StepCount, check_steps, plain_number, same_number
+
+__all__ = ["AnswerChecker", "StepCount", "answer_end", "check_steps", "extract_answer"]
+
+MAX_ANSWER_CHARS = 400        # a longer "answer" is wrong: the longest gold answer of MATH-500 has 53
+MAX_TAIL_CHARS = 1 << 17      # of a text, its end is read for an answer: a hostile megabyte would take 0.7 s
+
+# ---------------------------------------------------------------- extraction
+
+_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.S)
+_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]{1,60})")
+_HASHES = re.compile(r"####[ \t]*([^\n]{1,400})")
+# a look-ahead, so that of "Final answer: the answer is 5" the last is found too
+_ANSWER_IS = re.compile(r"\banswer\b(?: is| was|:|=)[ \t]*:?[ \t]*(?=([^\n]{1,400}))", re.I)
+_SENTENCE_END = re.compile(r"[.!?;](?:\s|$)|,\s|\s(?:because|since|so|as)\s")
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\\?\$?(?:\d+(?:,\d{3})*(?!\d)(?:\.\d+)?|\.\d+)(?:/\d+)?(?:\\?%)?")
+_FORMULA = re.compile(r"\$\$?([^$]{1,400}?)\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.S)
+_FIRST_FORMULA = re.compile(rf"[\s*:]{{0,9}}(?:{_FORMULA.pattern})", re.S)
+# (3, 4), or 1, 2, 3 up to the end of the sentence: their commas end no sentence
+_TUPLE_OR_LIST = re.compile(r"[\s*:]{0,9}([(\[][^()\[\]]{1,100}[)\]]|-?\d[\d./]{0,20}(?:, -?\d[\d./]{0,20}){1,20}"
+                            r"(?=[\s*]{0,9}(?:$|\.(?:\s|$))))")
+_LAST_IS = re.compile(r".*\b(?:is|are|equals)\s", re.S)
+_RELATION = re.compile(r"[\\<>=^(\[]")
+MAX_PARAGRAPH = 2000          # characters before the last number, in which a formula around it is looked for
+
+
+def extract_answer(text: str, *, strict: bool = False) -> str | None:
+    """The final answer in `text`: the last complete, non-empty \\boxed{...}, else what follows the last
+    "####", else the last "answer is ...", else the last number, with the formula around it, else None. Boxes with
+    nothing but commas, "and" or "or" between them are one list. strict=True: \\boxed only."""
+    text = text[-MAX_TAIL_CHARS:]
+    boxed = _last_boxed(text)
+    if boxed is not None or strict:
+        return boxed
+    for pattern, read in ((_HASHES, str), (_ANSWER_IS, _said)):
+        found = pattern.findall(text)
+        if found:
+            answer = read(found[-1].strip()).strip().strip("*").rstrip(".").strip()
+            if answer:
+                return answer
+    return _last_number(text)
+
+
+def _said(answer: str) -> str:
+    """The answer that the words after "answer is" give: the formula, tuple or list that they begin with, else what
+    follows the last "is" of their sentence; of a long sentence its last number."""
+    if match := _FIRST_FORMULA.match(answer) or _TUPLE_OR_LIST.match(answer):
+        return _inside(match)
+    sentence = _LAST_IS.sub("", _SENTENCE_END.split(answer, maxsplit=1)[0])
+    if match := _FORMULA.search(sentence):
+        return _inside(match)
+    if sentence[:1].isalpha() and len(sentence.split()) > 5:
+        return _last_number(sentence) or sentence
+    return sentence
+
+
+def _last_number(text: str) -> str | None:
+    """The last number of `text`; where it stands in a formula, its last side: \\frac{3}{4} is not 4."""
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers:
+        return None
+    last = numbers[-1]
+    start = max(text.rfind("\n\n", 0, last.start()) + 1, last.start() - MAX_PARAGRAPH)
+    paragraph = text[start:last.end() + MAX_PARAGRAPH].replace("\\$", "  ")
+    for formula in _FORMULA.finditer(paragraph):
+        inside = _inside(formula)
+        if formula.start() < last.start() - start < formula.end() and _RELATION.search(inside):
+            side = re.split(r"(?<![<>!])=", inside)[-1].strip()
+            return side or inside
+    return last.group().replace(" ", "").strip()
+
+
+def _inside(match: re.Match) -> str:
+    return next(group for group in match.groups() if group).strip()
+
+
+def _boxes(text: str) -> list[tuple[str, int, int]]:
+    """(contents, start, end offset) of each complete, non-empty \\boxed{...} in the order in which they close. One
+    pass with a stack: cut or nested boxes must not make this quadratic."""
+    stack: list[tuple[int, int]] = []  # of a box its start and that of its contents, -1 for any other brace
+    boxes = []
+    for token in _BRACE.finditer(text):
+        mark = token.group()
+        if mark == "}":
+            start, inner = stack.pop() if stack else (-1, -1)
+            if start >= 0 and token.start() - inner <= 4 * MAX_ANSWER_CHARS:
+                contents = text[inner:token.start()].strip()
+                if contents:
+                    boxes.append((contents, start, token.end()))
+        elif mark.endswith("{") and mark != "\\{":
+            stack.append((token.start(), token.end()) if len(mark) > 1 else (-1, -1))
+    return boxes
+
+
+_BETWEEN = re.compile(r"(?:[\s$,;*]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b){1,40}")
+MAX_LIST = 20                 # boxes that are read as one list
+
+
+def _last_boxed(text: str) -> str | None:
+    """Contents of the \\boxed{...} that closes last; boxes inside it are opened. "\\boxed{1} and \\boxed{2}" is "1, 2":
+    an answer of two parts, and no chance to name two and be right with one."""
+    boxes = _boxes(text)
+    if not boxes:
+        bare = _BARE_BOX.findall(text)
+        return bare[-1].rstrip(".,") if bare else None
+    parts, first = [_opened(boxes[-1][0])], boxes[-1][1]
+    for contents, start, end in reversed(boxes[:-1]):
+        if end > first:  # inside the box that follows
+            continue
+        between = text[end:first]
+        if len(parts) == MAX_LIST or not (_BETWEEN.fullmatch(between) and re.search("[,;]|and|or|quad", between)):
+            break
+        parts, first = [_opened(contents), *parts], start
+    return ", ".join(dict.fromkeys(parts))
+
+
+def _opened(best: str) -> str:
+    for _ in range(4):
+        inner = _boxes(best) if re.match(r"\\(?:boxed|fbox)\s*\{", best) else []
+        if not inner:
+            break
+        best = inner[-1][0]
+    return best
+
+
+def box_closed(text: str) -> bool:
+    """Whether a non-empty \\boxed{...} is complete in text."""
+    return bool(_boxes(text))
+
+
+def answer_end(text: str) -> int:
+    """Offset just after the place where the final answer is first given, len(text) when it is in no box. What
+    follows is not part of the solution: a judge does not get to see it."""
+    boxes = _boxes(text)
+    return next((end for contents, _, end in boxes if contents == boxes[-1][0]), len(text))
+
+
+# ---------------------------------------------------------------- comparison
+
+_WRAPPERS = re.compile(r"\\(?:text|mathrm|textbf|mbox|mathbf|textit)\s*\{([^{}]*)\}")
+_SPACING = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:! ]|\\\$|[\s$~]")
+
+
+def _normal(answer: str) -> str:
+    """One spelling for answers that differ only in typography: \\dfrac, \\left, \\text{...}, spaces, "$"."""
+    text = _WRAPPERS.sub(r"\1", answer.strip())
+    text = _SPACING.sub("", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")).rstrip(".")
+    if re.fullmatch(r"\([A-Za-z]\)", text):
+        text = text[1:-1]                       # choice "(C)"
+    return text.casefold() if len(text) > 1 and text.isalpha() else text
+
+
+_IN_BASE = re.compile(r"(-?[0-9A-Za-z]+)_\{?(\d+)\}?")
+
+
+def _close(exact: str, rounded: str) -> bool:
+    """Whether two texts are numbers within 1% of each other."""
+    a, b = plain_number(exact), plain_number(rounded)
+    return bool(a and b) and 100 * abs(a.value - b.value) <= abs(a.value)
+
+
+class AnswerChecker:
+    """Compares answers; a context manager, usable from any thread. `timeout_s` bounds one comparison, by the
+    clock. Counters: `bad_gold` (no one can read the gold answer: all answers are wrong, so that it pays nobody),
+    `timeouts`, and `starts` of the child, which starts at the first answer that needs it."""
+
+    def __init__(self, timeout_s: float = 2.0):
+        self.bad_gold = 0
+        self.child = BoundedChild(timeout_s)
+        self._cache: dict[tuple[str, str, str], str] = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    @property
+    def timeouts(self) -> int:
+        return self.child.timeouts
+
+    @property
+    def starts(self) -> int:
+        return self.child.starts
+
+    def check(self, text: str, gold: str) -> bool:
+        """Whether the final answer of `text` equals `gold`; False without an answer."""
+        answer = extract_answer(text)
+        return answer is not None and self.equal(answer, gold)
+
+    def check_many(self, rows: list[tuple[str, str]]) -> list[bool]:
+        """`check` for each (text, gold)."""
+        return [self.check(text, gold) for text, gold in rows]
+
+    def equal(self, answer: str, gold: str) -> bool:
+        """Whether two answers are the same mathematical object. UserError only when the child can't start."""
+        if not gold.strip() or len(gold) > MAX_ANSWER_CHARS:
+            self.bad_gold += 1
+            return False
+        if len(answer) > MAX_ANSWER_CHARS or not answer.strip():
+            return False
+        if _normal(answer) == _normal(gold):
+            return True
+        written, meant = (_IN_BASE.fullmatch(_normal(text)) for text in (answer, gold))
+        if written and meant:                   # math-verify takes 52_9 for 52_8
+            return written.groups() == meant.groups()
+        exact, _, rounded = answer.partition("\\approx")
+        if rounded and _close(exact, rounded):  # 1/3 \approx 0.33 gives the same answer twice
+            return self.equal(exact, gold) or self.equal(rounded, gold)
+        gold_number, number = plain_number(gold), plain_number(answer)
+        if gold_number and number:
+            return same_number(gold_number, number)
+        if gold_number and not re.search(r"[\d\\]", answer):
+            return False                        # words: not a number
+        reply = self._ask("equal", gold, answer)
+        self.bad_gold += reply == "bad gold"
+        return reply == "right"
+
+    def matches(self, text: str, pattern: str) -> bool:
+        """Whether the final answer of `text` matches the regular expression from end to end, case ignored; False
+        without an answer, and where the pattern takes longer than the time limit."""
+        answer = extract_answer(text)
+        if answer is None or len(answer) > MAX_ANSWER_CHARS:
+            return False
+        return self._ask("match", pattern, answer.strip()) == "right"
+
+    def _ask(self, *question: str) -> str:
+        reply = self._cache.get(question)
+        if reply is None:
+            reply = self.child.ask(*question)
+            if len(self._cache) >= 10_000:
+                self._cache.clear()
+            self._cache[question] = reply
+        return reply
+
+    def close(self):
+        """Ends the child; the checker can be used again afterwards."""
+        self.child.close()

@@ -1,0 +1,192 @@
+"""Pairs of solutions of which one is better by construction, to see what a judge is worth. See judge_check.py.
+
+A plain right solution of a generated problem stands against one with a fault, its kind:
+
+    wrong       one intermediate result is wrong and carried on to a wrong answer; same words, same length
+    wrong_long  the same fault in a padded solution: a judge that likes length falls for it
+    unsound     one step is wrong, the final answer is right
+    long        right and sound, padded to several times the length
+"""
+import random
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from minimath.grading.answer import extract_answer
+from minimath.core.errors import UserError
+from minimath.core.text import did_you_mean
+from minimath.data.examples import Example
+from minimath.core.stats import wilson
+from minimath.judges.judge import Candidate, Judge, Pair, both_orders
+from minimath.data.problems import INVERSE, VERBS, make_problems
+from minimath.grading.steps import check_steps
+
+KINDS = ("wrong", "wrong_long", "unsound", "long")
+CHUNK = 32  # questions per call of a judge, for the progress bar
+
+
+class KnownPair(NamedTuple):
+    """Two solutions of which one is better by construction; kind: the fault of the worse one."""
+    kind: str
+    problem: str
+    better: Candidate
+    worse: Candidate
+
+
+# ---- pairs of known order
+
+_EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+_SIZES = (-10, -5, -3, -2, -1, 1, 2, 3, 5, 10)  # of a mistake
+
+
+class Step(NamedTuple):
+    """One equation a op b = value of a solution, true or not."""
+    a: int
+    op: str
+    b: int
+    value: int
+
+    def holds(self) -> bool:
+        return compute(self.a, self.op, self.b) == self.value
+
+
+def compute(a: int, op: str, b: int) -> int | None:
+    """a op b; None unless it is a whole number above 0."""
+    if op == "/" and (b == 0 or a % b):
+        return None
+    value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b else 0}[op]
+    return value if value > 0 else None
+
+
+def make_pairs(kind: str, count: int, seed: int) -> list[KnownPair]:
+    """count pairs with the fault `kind` (one of KINDS): same arguments, same pairs. Raises UserError."""
+    if kind not in KINDS:
+        raise UserError(f"make_pairs: kind={kind!r}{did_you_mean(kind, KINDS)}; use one of {', '.join(KINDS)}")
+    return [KnownPair(kind, example.problem, as_candidate(texts["right"], example.answer),
+                      as_candidate(texts[kind], example.answer)) for example, texts in faulty_solutions(count, seed)]
+
+
+def as_candidate(text: str, answer: str) -> Candidate:
+    """A solution as a judge gets it. Length in words and signs: a rules judge has no tokenizer."""
+    return Candidate(text, extract_answer(text) == answer, check_steps(text), len(re.findall(r"\w+|[^\w\s]", text)))
+
+
+def faulty_solutions(count: int, seed: int) -> list[tuple[Example, dict[str, str]]]:
+    """count problems of two or three steps, each with its solutions: "right" and one of every kind of KINDS."""
+    if count < 1:
+        raise UserError(f"a judge is checked on at least one problem, not {count}")
+    drawn, found = 2 * count, []
+    while len(found) < count:  # about every second problem has numbers that allow an unambiguous fault
+        rng = random.Random(f"minimath judge pairs {seed}")
+        examples = make_problems(drawn, seed=seed, steps=(2, 2, 3), split="test", style_weights={"plain": 1.0})
+        found = [(e, texts) for e in examples if (texts := solutions_of(e, rng)) is not None][:count]
+        drawn *= 2
+    return found
+
+
+def solutions_of(example: Example, rng: random.Random) -> dict[str, str] | None:
+    """Text by kind of fault ("right": none), or None when no wrong result can be carried on without ambiguity."""
+    steps = [Step(int(a), op, int(b), int(c)) for a, op, b, c in _EQUATION.findall(example.solution)]
+    faults = [(k, size) for k in range(len(steps) - 1) for size in _SIZES]
+    rng.shuffle(faults)
+    for k, size in faults:
+        wrong = carried_on(example.problem, steps, k, size)
+        if wrong is not None:
+            break
+    else:
+        return None
+    unsound = [*steps[:k], wrong[k], *steps[k + 1:]]
+    texts = {"right": example.solution, "wrong": with_steps(example.solution, wrong),
+             "unsound": with_steps(example.solution, unsound), "long": padded(example, steps)}
+    return texts | {"wrong_long": padded(example, wrong)}
+
+
+def carried_on(problem: str, steps: list[Step], k: int, size: int) -> list[Step] | None:
+    """The steps with the result of step k off by `size` and every later one computed from it. None when a number is
+    no whole number above 0, the answer comes out right, or it is not plain which later number is the result."""
+    given = set(map(int, re.findall(r"\d+", problem)))
+    results = [step.value for step in steps]
+    if any(r in given or results.count(r) > 1 for r in results[k:-1]) or steps[k].value + size <= 0:
+        return None
+    changed, out = {steps[k].value: steps[k].value + size}, [*steps[:k], steps[k]._replace(value=steps[k].value + size)]
+    for step in steps[k + 1:]:
+        a, b = changed.get(step.a, step.a), changed.get(step.b, step.b)
+        value = compute(a, step.op, b)
+        if value is None:
+            return None
+        if value != step.value:
+            changed[step.value] = value
+        out.append(Step(a, step.op, b, value))
+    return out if out[-1].value != steps[-1].value else None
+
+
+def with_steps(solution: str, steps: list[Step]) -> str:
+    """The solution with its equations and its final answer replaced by those of `steps`."""
+    equations = iter(steps)
+    text = _EQUATION.sub(lambda _: "{} {} {} = {}".format(*next(equations)), solution)
+    return re.sub(r"\\boxed\{\d+\}", lambda _: f"\\boxed{{{steps[-1].value}}}", text)
+
+
+def padded(example: Example, steps: list[Step]) -> str:
+    """The solution with these steps, the problem repeated, every step announced and, where it is right, checked."""
+    *lines, last = re.split(r"(?<=\.)\s+", with_steps(example.solution, steps))
+    text = [f"Let us solve this problem step by step. We read it carefully once more: {example.problem} We have to "
+            "find the number that the question asks for."]
+    for number, (line, step) in enumerate(zip(lines, steps, strict=True), 1):
+        text.append(f"Step {number}: In this step we need to {VERBS[step.op].format(a=step.a, b=step.b)}. {line}")
+        if step.holds():
+            text.append(f"Let us check this step: {step.value} {INVERSE[step.op]} {step.b} = {step.a}, which matches.")
+    return " ".join([*text, "We have now done all the steps that the problem needs.", last])
+
+
+# ---- asking
+
+def ask(judge: Judge, questions: list[Pair], advance: Callable = lambda n: None) -> tuple[list[float | None], str]:
+    """(votes, error): one vote per question, None for no vote. A judge that raises costs its votes, as in training;
+    error is its last exception in words, or ""."""
+    votes, error = [], ""
+    for start in range(0, len(questions), CHUNK):
+        part = questions[start:start + CHUNK]
+        try:
+            got = list(judge.compare(part))
+            if len(got) != len(part):
+                raise ValueError(f"{len(got)} votes for {len(part)} questions")
+        except Exception as problem:  # whatever it is, it is counted and shown
+            got, error = [None] * len(part), f"{type(problem).__name__}: {problem}"[:300]
+        votes += got
+        advance(len(part))
+    return votes, error
+
+
+def questions_of(pairs: list[KnownPair]) -> list[Pair]:
+    """Two questions per pair, the better solution first and then second."""
+    return [q for p in pairs for q in (Pair(p.problem, p.better, p.worse), Pair(p.problem, p.worse, p.better))]
+
+
+def tally(votes: list[float | None], soft: bool) -> dict:
+    """Figures from the votes on `questions_of` some pairs; soft as in judge.both_orders, whose p they go by.
+
+    agreement: share of pairs whose better solution wins with both orders taken together, an exact tie counting one
+    half, with Wilson's 95% interval. one_order: the same of single votes. better_wins: mean of p. position_bias: mean
+    of v(b, w) + v(w, b) - 1, above 0 when it likes what stands first. order_conflicts: share of pairs whose winner
+    changes with the order. None where no pair has both its votes.
+    """
+    pairs = list(zip(votes[::2], votes[1::2], strict=True))
+    voted = [(f, b) for f, b in pairs if f is not None and b is not None]
+    facts = {"pairs": len(pairs), "voted": len(voted), "no_votes": sum(vote is None for vote in votes)}
+    if not voted:
+        return facts | dict.fromkeys(("agreement", "interval", "one_order", "better_wins", "position_bias",
+                                      "order_conflicts"))
+    n, score = len(voted), sum(won(f, b) for f, b in voted)
+    return facts | {
+        "agreement": score / n, "interval": wilson(score, n),
+        "one_order": sum(won(f, 0.5) + won(0.5, b) for f, b in voted) / (2 * n),
+        "better_wins": sum(both_orders(f, b, soft) for f, b in voted) / n,
+        "position_bias": sum(f + b - 1.0 for f, b in voted) / n,
+        "order_conflicts": sum((f - 0.5) * (b - 0.5) > 0 for f, b in voted) / n}
+
+
+def won(forward: float, backward: float) -> float:
+    """1 where a vote for the first solution is surer than that for it as the second, 1/2 where they are equal, else 0:
+    on which side of 1/2 both_orders lies, without its rounding."""
+    return 1.0 if forward > backward else 0.5 if forward == backward else 0.0

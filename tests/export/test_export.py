@@ -1,0 +1,208 @@
+"""minimath export: the merged model is the live adapter, or it is not written. GGUF: test_gguf_file.py."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from awake import SMALL, awake_run, in_bf16, live, texts_of
+from tiny import tiny_model
+from toy import write_problems
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from minimath.export import merge as module
+from minimath.config.schema import SFTConfig
+from minimath.core.errors import UserError
+from minimath.export.drift import compare, completion_logits
+from minimath.export.merge import export, merge, round_to
+from minimath.models.load import load_model
+
+
+@pytest.fixture(scope="module")
+def run(tiny_dir, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    data = write_problems(folder / "problems.jsonl", n=4)
+    return awake_run(folder / "run", tiny_dir, data=str(data))
+
+
+# ---- merge
+
+@pytest.mark.parametrize("family, options", [
+    ("llama", {}), ("qwen2", {}), ("llama", {"rslora": True}), ("llama", {"dora": True}), ("qwen2", {"dora": True}),
+    ("llama", {"lora_init": "pissa"}), ("phi3", {"lora_targets": "qkv_proj,down_proj"}),
+])  # fmt: skip
+def test_the_merged_model_gives_the_logits_of_the_live_adapter(tmp_path, family, options):
+    run = awake_run(tmp_path / "run", tiny_model(tmp_path / "base", family), **options)
+    model, tokenizer = live(run)
+    texts = texts_of(tokenizer)
+    want = completion_logits(model, texts)
+    base = completion_logits(load_model(SFTConfig(model=str(tmp_path / "base"), device="cpu", dtype="fp32"),
+                                        train=False)[0], texts)
+    merged = merge(model)
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    got = completion_logits(merged, texts)
+    for w, g, b in zip(want, got, base):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+        assert (w - b).abs().max() > 0.1  # the adapter is awake
+    assert compare(want, got).kl < 1e-9 and compare(want, got).agreement == 1
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"dora": True}])
+def test_weights_are_rounded_once_and_are_no_further_off_than_those_of_pefts_own_merge(tmp_path, tiny_dir, options,
+                                                                                    compute):
+    base = in_bf16(tmp_path / "base", tiny_dir)
+    run = awake_run(tmp_path / "run", base, **options)
+    exact = merge(live(run, dtype="fp32")[0]).state_dict()
+    ours = merge(live(run, dtype=compute)[0])
+    round_to(ours, torch.bfloat16)
+    theirs = live(run, dtype="bf16")[0].merge_and_unload(safe_merge=True)
+    off, off_theirs = 0.0, 0.0
+    for name, weight in ours.state_dict().items():
+        if not options:
+            assert torch.equal(weight.float(), exact[name].bfloat16().float()), name  # the nearest bf16, exactly
+        off += float((weight.float() - exact[name]).square().sum())
+        off_theirs += float((theirs.state_dict()[name].float() - exact[name]).square().sum())
+    assert 0 < off <= off_theirs and (off < off_theirs or options)  # peft rounds a plain delta, then the sum
+
+
+# ---- the command
+
+def test_the_folder_is_the_model_with_its_tokenizer_a_card_and_the_dtype_of_the_base(tmp_path, tiny_dir, here):
+    base = in_bf16(tmp_path / "base", tiny_dir)
+    data = write_problems(tmp_path / "problems.jsonl", n=4)
+    run = awake_run(tmp_path / "runs" / "sft", base, data=str(data), system="Be brief.")
+    (tmp_path / "runs" / "eval-sft").mkdir()
+    (tmp_path / "runs" / "eval-sft" / "eval.json").write_text(json.dumps({"accuracy": 0.25, "problems": 8}))
+    status, out, err = here("export", f"adapter={run}", "out=new", *SMALL)
+    assert status == 0, err
+    assert "on 2 problems of problems.jsonl: mean KL" in out
+    folder = tmp_path / "new"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16 and AutoConfig.from_pretrained(folder).use_cache
+    assert AutoTokenizer.from_pretrained(folder).chat_template == AutoTokenizer.from_pretrained(base).chat_template
+    wanted, tokenizer = live(run)
+    assert compare(completion_logits(wanted, texts_of(tokenizer)),
+                   completion_logits(model.float(), texts_of(tokenizer))).kl < 1e-3
+    card = (folder / "README.md").read_text()
+    for part in ("base model: base", "r 4, lora_alpha 8", "data: problems.jsonl", "mean KL", "accuracy: 0.25",
+                 "Be brief.", "Licence: not stated", "minimath export adapter=sft out=new"):
+        assert part in card, part
+    assert str(tmp_path) not in card and "license:" not in card
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_the_end_that_was_trained_is_an_end_of_the_exported_model(tmp_path):
+    """A base model's generation config knows other ends than that of the template which the run trained."""
+    base = tiny_model(tmp_path / "base")
+    options = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(options | {"eos_token_id": 0, "temperature": 0.6}))
+    export([f"adapter={awake_run(tmp_path / 'run', base)}", f"out={tmp_path / 'new'}", *SMALL])
+    options = json.loads((tmp_path / "new" / "generation_config.json").read_text())
+    end = AutoTokenizer.from_pretrained(base).convert_tokens_to_ids("<|im_end|>")
+    assert options["eos_token_id"] == [end, 0] and options["temperature"] == 0.6 and options["do_sample"]
+
+
+def test_above_max_drift_nothing_is_written(run, tmp_path, tiny_dir, here):
+    coarse = in_bf16(tmp_path / "base", tiny_dir)
+    status, _, err = here("export", f"adapter={run}", f"model={coarse}", "out=new", "max_drift=1e-12", *SMALL)
+    assert status == 2 and "above max_drift=1e-12, nothing was written" in err
+    assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".tmp*"))
+
+
+def test_weights_that_are_no_numbers_are_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "round_to", lambda model, dtype: model.lm_head.weight.data.fill_(float("nan")))
+    with pytest.raises(UserError, match="nothing was written"):
+        export([f"adapter={run}", f"out={tmp_path / 'new'}", *SMALL])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "card", full)  # the last thing written
+    with pytest.raises(UserError, match="No space left on device.*bytes are free"):
+        export([f"adapter={run}", f"out={tmp_path / 'new'}", *SMALL])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words, said", [
+    ([], "adapter=runs/x out=FOLDER"),
+    (["adapter=", "out=new"], "adapter=runs/x out=FOLDER"),
+    (["out=new", "to=onnx"], "to must be one of safetensors, gguf"),
+    (["out=new", "gguf_type=q4_k"], "f16, bf16, q8_0"),
+    (["out=new", "drift_tokens=0"], "at least 1"),
+    (["out=new", "push=noslash"], "owner/name"),
+    (["out=new", "push=me/x"], "HF_HUB_OFFLINE"),
+    (["out=."], "not an empty folder"),
+    (["out=new", "quant=nf4"], "unknown key 'quant'"),
+])  # fmt: skip
+def test_what_cannot_work_is_told_before_anything_loads(run, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("kept")
+    monkeypatch.setattr(module, "load_model", lambda *_a, **_k: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=said):
+        export([f"adapter={run}", *words])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_run_on_4_bit_weights_is_merged_into_the_16_bit_base_and_told_how_far_that_is(tmp_path, tiny_dir, capsys):
+    pytest.importorskip("bitsandbytes")
+    run = awake_run(tmp_path / "run", tiny_dir)
+    options = yaml.safe_load((run / "config.yaml").read_text()) | {"quant": "nf4"}
+    (run / "config.yaml").write_text(yaml.safe_dump(options))
+    export([f"adapter={run}", f"out={tmp_path / 'new'}", *SMALL])
+    exact, four_bit = [line for line in capsys.readouterr().out.splitlines() if line.startswith("drift")]
+    assert "4-bit model in training" in four_bit
+    kl = [float(line.split("mean KL ")[1].split()[0]) for line in (exact, four_bit)]
+    assert kl[0] < 1e-6 < 1e-3 < kl[1]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "new").state_dict()
+    for name, weight in merge(live(run, quant="none")[0]).state_dict().items():
+        torch.testing.assert_close(merged[name], weight)
+    assert "4-bit model in training" in (tmp_path / "new" / "README.md").read_text()
+
+
+def test_code_of_a_model_is_not_run_because_a_run_folder_says_so(run, tmp_path):
+    other = tmp_path / "run"
+    other.mkdir()
+    options = {"lora_r": 4, "model": "m", "trust_remote_code": True, "system": 3}
+    (other / "config.yaml").write_text(yaml.safe_dump(options))
+    assert module.run_options(other) == {"lora_r": 4, "model": "m"}
+
+
+# ---- hub
+
+class Hub:
+    """Stands in for huggingface_hub.HfApi."""
+    private, calls = True, []
+
+    def create_repo(self, name, *, private, exist_ok):
+        assert private and exist_ok
+        self.calls.append(("create", name))
+
+    def repo_info(self, _name):
+        return self
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())[0]))
+
+
+def test_push_uploads_the_folder_to_a_private_repository_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    (tmp_path / "README.md").write_text("x")
+    module.push(tmp_path, "me/model")
+    assert Hub.calls == [("create", "me/model"), ("upload", "me/model", "README.md")]
+    assert "huggingface.co/me/model (private)" in capsys.readouterr().out
+    monkeypatch.setattr(Hub, "private", False)
+    with pytest.raises(UserError, match="is public"):
+        module.push(tmp_path, "me/model")
+    assert len(Hub.calls) == 3  # nothing uploaded
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_and_the_folder_stays(tmp_path):
+    (tmp_path / "README.md").write_text("x")  # conftest sets HF_HUB_OFFLINE
+    with pytest.raises(UserError, match=r"push=me/model failed .*is complete, `hf upload me/model"):
+        module.push(tmp_path, "me/model")
+    assert (tmp_path / "README.md").exists()

@@ -1,0 +1,270 @@
+"""A GGUF file holds the merged model, llama.cpp runs it as it was trained, and the Modelfile asks as in training."""
+import copy
+import json
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from awake import PLAIN, SMALL, awake_run, live, texts_of
+from tiny import CHATML, CORPUS, SPECIALS, tiny_model
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from bench.llama_server import missing, serve
+from minimath.export import gguf
+from minimath.data.chat import eos_ids, prompt_ids
+from minimath.core.errors import UserError
+from minimath.export.drift import completion_logits
+from minimath.export.merge import export, merge
+from minimath.export.gguf import pre_tokenizer, rotated_in_pairs, round_as_gguf
+from minimath.export.model_card import chatml_system, modelfile
+from minimath.rollout.engine import generate
+
+
+@pytest.fixture(scope="module")
+def run(tiny_dir, tmp_path_factory) -> Path:
+    return awake_run(tmp_path_factory.mktemp("exported") / "run", tiny_dir)
+
+
+# ---- GGUF
+
+@pytest.mark.parametrize("family", ["llama", "llama-untied", "mistral", "qwen2", "qwen3"])
+def test_a_gguf_file_read_back_gives_the_same_logits(tmp_path, family):
+    pytest.importorskip("gguf")
+    run = awake_run(tmp_path / "run", tiny_model(tmp_path / "base", family))
+    export([f"adapter={run}", f"out={tmp_path / 'new'}", "to=gguf", *SMALL])
+    model, tokenizer = live(run)
+    texts = texts_of(tokenizer)
+    merged = merge(model)
+    round_as_gguf(merged, "f16")
+    known = {"config": merged.config} if family == "qwen3" else {}  # its head_dim is not read by transformers
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "new", gguf_file="new-f16.gguf", dtype=torch.float32,
+                                                **known)
+    for got, want in zip(completion_logits(back, texts), completion_logits(merged, texts)):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, size", [("f16", 2.0), ("bf16", 2.0), ("q8_0", 34 / 32)])
+def test_what_was_measured_is_what_the_file_holds(run, tmp_path, kind, size):
+    gguf = pytest.importorskip("gguf")
+    model, tokenizer = live(run)
+    merged = merge(model)
+    round_as_gguf(merged, kind)
+    gguf_file.write_gguf(merged, tokenizer, tmp_path / "m.gguf", kind=kind, name="m")
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    weight = merged.model.embed_tokens.weight
+    held = tensors["token_embd.weight"]
+    assert held.n_bytes == weight.numel() * size
+    back = torch.from_numpy(gguf.quants.dequantize(held.data, held.tensor_type).copy())
+    assert torch.equal(back, weight)
+    q = tensors["blk.0.attn_q.weight"]
+    back = torch.from_numpy(gguf.quants.dequantize(q.data, q.tensor_type).copy())
+    assert torch.equal(back, rotated_in_pairs(merged.model.layers[0].self_attn.q_proj.weight, 4))
+    held = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert held["tokenizer.ggml.eos_token_id"].contents() == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert held["tokenizer.chat_template"].contents() == tokenizer.chat_template
+    assert not torch.equal(back, merged.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_scaled_positions_of_llama_3_are_factors_that_give_its_frequencies_back(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    base = tiny_model(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+                                 "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    model = AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.for_model("llama", **{
+        key: value for key, value in config.items() if key != "model_type"}))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert gguf_file.reason_against(model.config, tokenizer) == ""
+    gguf_file.write_gguf(model, tokenizer, tmp_path / "m.gguf", kind="f16", name="m")
+    [factors] = [t.data for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors if t.name == "rope_freqs.weight"]
+    plain = 500.0 ** (-torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(plain / torch.tensor(factors.copy()), model.model.rotary_emb.inv_freq)
+    assert factors.max() > 2 and factors.min() == 1
+    model.config.rope_parameters["rope_type"] = "yarn"
+    assert "yarn" in gguf_file.reason_against(model.config, tokenizer)
+
+
+def test_a_number_beyond_f16_is_refused_and_bf16_holds_it(tmp_path):
+    pytest.importorskip("gguf")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "base"))
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e5
+    with pytest.raises(UserError, match="gguf_type=bf16"):
+        round_as_gguf(model, "f16")
+    round_as_gguf(model, "bf16")
+    assert model.model.layers[0].mlp.up_proj.weight[0, 0].item() == pytest.approx(1e5, rel=0.01)
+
+
+def test_another_family_needs_llama_cpps_script_which_is_run_where_it_is_found(tmp_path, monkeypatch, here):
+    pytest.importorskip("gguf")
+    run = awake_run(tmp_path / "run", tiny_model(tmp_path / "base", "phi3"), lora_targets="qkv_proj")
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = ["export", f"adapter={run}", "out=new", "to=gguf", "gguf_type=q8_0", *SMALL]
+    status, _, err = here(*words)
+    assert status == 2 and "not of phi3. Use to=safetensors, then llama.cpp's convert_hf_to_gguf.py" in err
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text("import sys, pathlib\n"
+                      "folder, _, out, _, kind = sys.argv[1:]\n"
+                      "assert (pathlib.Path(folder) / 'model.safetensors').is_file()\n"
+                      "pathlib.Path(out).write_text(kind)\n")
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    status, _, err = here(*words)
+    assert status == 0, err
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["Modelfile", "README.md", "new-q8_0.gguf"]
+    assert (tmp_path / "new" / "new-q8_0.gguf").read_text() == "q8_0"
+    script.write_text("import sys\nsys.exit('no such architecture')\n")
+    status, _, err = here(*[w if w != "out=new" else "out=other" for w in words])
+    assert status == 2 and "no such architecture" in err and not (tmp_path / "other").exists()
+
+
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tiny_tokenizer):
+    assert pre_tokenizer(tiny_tokenizer) == "smollm"
+
+    class Other:
+        def __init__(self, **changes):
+            self.data = json.loads(tiny_tokenizer.backend_tokenizer.to_str()) | changes
+            self.backend_tokenizer = self
+
+        def to_str(self):
+            return json.dumps(self.data)
+
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    for regex, name in ((gguf_file.QWEN2_WORDS, "qwen2"),
+                        (gguf_file.QWEN2_WORDS.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?"), "llama-bpe")):
+        split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+        assert pre_tokenizer(Other(pre_tokenizer={"type": "Sequence", "pretokenizers": [split, level]})) == name
+    split = {"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Isolated", "invert": False}
+    for other in ({"type": "Sequence", "pretokenizers": [split, level]}, None, {"type": "Whitespace"}):
+        with pytest.raises(ValueError):
+            pre_tokenizer(Other(pre_tokenizer=other))
+
+
+def test_the_qwen2_tokenizer_of_transformers_is_known():
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+    assert PRETOKENIZE_REGEX == gguf_file.QWEN2_WORDS
+
+
+# ---- Ollama
+
+def test_the_modelfile_asks_as_in_training(tiny_tokenizer):
+    asked = {"system": "Be brief.", "prompt_template": "{problem}\nUse \\boxed{{}} {{{{x}}."}
+    text = modelfile(tiny_tokenizer, "m.gguf", **asked)
+    assert text.startswith("FROM ./m.gguf\n")
+    # rendered by hand: a Go template with .System and one message of the user
+    template = text.split('TEMPLATE """')[1].split('"""')[0]
+    body = template.split('{{ if eq .Role "user" }}')[1].split("{{ else")[0]
+    assert '{{ "{{" }}x' in body  # {{x would be an action of Go's
+    head = template.split("{{ end }}")[0].removeprefix("{{ if .System }}").replace("{{ .System }}", "Be brief.")
+    body = body.replace("{{ .Content }}", "1 + 1?").replace('{{ "{{" }}', "{{")
+    assert head + body == tiny_tokenizer.decode(prompt_ids(tiny_tokenizer, "1 + 1?", **asked))
+    for line in ('SYSTEM """Be brief."""', 'PARAMETER stop "<|im_end|>"', "PARAMETER temperature 0",
+                 "PARAMETER repeat_penalty 1.0"):
+        assert line in text.splitlines()
+
+
+def test_a_default_system_message_of_the_template_is_kept(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = ("{% if messages[0]['role'] != 'system' %}"
+                               "{{ '<|im_start|>system\nYou are T.<|im_end|>\n' }}{% endif %}" + CHATML)
+    assert chatml_system(tiny_tokenizer) == "" and chatml_system(tokenizer) == "You are T."
+    text = modelfile(tokenizer, "m.gguf", system="", prompt_template=PLAIN)
+    assert 'SYSTEM """You are T."""' in text
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    text = modelfile(tokenizer, "m.gguf", system="", prompt_template=PLAIN)
+    assert "TEMPLATE \"\"\"" not in text and "SYSTEM" not in text and "GGUF file's own" in text
+    with pytest.raises(UserError, match="three quotation marks"):
+        modelfile(tokenizer, "m.gguf", system='say """x"""', prompt_template=PLAIN)
+
+
+# ---- a real runtime: llama.cpp's server, in the package xllamacpp
+
+QUESTIONS = ["Tom has 12 apples and buys 7 more. How many?", "A box holds 6 pens, so 6 * 5 = 30.",
+             "It's 1234567 naive cafes:  (a+b)^2, 3.5%\n\n  then\tleft?!",
+             "\u00e9t\u00e9 \u4f60\u597d \U0001f600 \\boxed{22}"]
+TIE = 0.1  # nats: llama.cpp rounds activations to f16 where the weights are
+
+
+def ask(url: str, path: str, **body):
+    request = urllib.request.Request(url.removesuffix("/v1") + path, json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(request, timeout=120))
+
+
+def assert_served_as_trained(run: Path, file: Path, questions, *, count: int, tie: float = TIE) -> tuple[int, int]:
+    """llama.cpp's server reads the prompts' tokens and continues with the live adapter's greedy ones in fp32: where
+    one differs both must be as good as equally likely, and it is asked again from there -> (tokens, ties)."""
+    model, tokenizer = live(run)
+    options = yaml.safe_load((run / "config.yaml").read_text())
+    asked = {"system": options["system"], "prompt_template": options["prompt_template"]}
+    prompts = [prompt_ids(tokenizer, question, **asked) for question in questions]
+    ends, ties = eos_ids(tokenizer, model), 0
+    groups = generate(model, tokenizer, prompts, max_new_tokens=count, temperature=0.0, eos=ends)
+    with serve("--parallel", "1", model=str(file)) as url:
+        for prompt, [(want, *_)] in zip(prompts, groups):
+            text = tokenizer.decode(prompt)
+            assert ask(url, "/tokenize", content=text, parse_special=True, add_special=True)["tokens"] == prompt
+            done = 0
+            while done < len(want):
+                reply = ask(url, "/completion", prompt=prompt + want[:done], n_predict=len(want) - done, temperature=0,
+                            return_tokens=True)
+                got = reply["tokens"] + (ends[:1] if reply["stop_type"] == "eos" else [])  # which it leaves out
+                same = next((i for i, pair in enumerate(zip(want[done:], got)) if pair[0] != pair[1]), len(got))
+                done += same + 1
+                if done <= len(want):
+                    [logits] = completion_logits(model, [(prompt, want[:done])])
+                    assert logits[-1, want[done - 1]] - logits[-1, got[same]] < tie
+                    ties += 1
+    return sum(len(group[0].ids) for group in groups), ties
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-untied", "mistral", "qwen2", "qwen3"])
+def test_llama_cpp_continues_the_prompts_with_the_greedy_tokens_of_the_live_adapter(tmp_path, family):
+    if missing("any"):
+        pytest.skip(f"needs {missing('any')}")
+    pytest.importorskip("gguf")
+    run = awake_run(tmp_path / "run", tiny_model(tmp_path / "base", family), system="Be brief.")
+    export([f"adapter={run}", f"out={tmp_path / 'new'}", "to=gguf", *SMALL])
+    tokens, ties = assert_served_as_trained(run, tmp_path / "new" / "new-f16.gguf", QUESTIONS, count=24)
+    assert tokens > 40 and ties < tokens / 20
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+def test_llama_cpp_cuts_text_into_the_tokens_of_the_training(tmp_path, name):
+    if missing("any"):
+        pytest.skip(f"needs {missing('any')}")
+    pytest.importorskip("gguf")
+    base, split = tiny_model(tmp_path / "base"), pre_tokenizers.Digits(individual_digits=True)
+    regex = {name: regex for regex, name in gguf_file.PRE_TOKENIZERS.items()}.get(name)
+    if regex:
+        split = pre_tokenizers.Split(Regex(regex), behavior="isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not regex)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = level if name == "gpt-2" else pre_tokenizers.Sequence([split, level])
+    backend.decoder = decoders.ByteLevel()
+    text = [*CORPUS, *QUESTIONS] * 3 + [str(n) for n in range(2000)]  # merges of digits, of blanks, of letters
+    backend.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=384, special_tokens=SPECIALS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<pad>")
+    assert pre_tokenizer(tokenizer) == name
+    model = AutoModelForCausalLM.from_pretrained(base)
+    gguf_file.write_gguf(model, tokenizer, tmp_path / "m.gguf", kind="f16", name="m")
+    with serve("--parallel", "1", model=str(tmp_path / "m.gguf")) as url:
+        for text in [*QUESTIONS, *CORPUS, "1000+234=1234  ", "don't WON'T\r\n\r\n x2 3y"]:
+            assert ask(url, "/tokenize", content=text)["tokens"] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.slow  # 30 s
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_smollm2_with_an_adapter_is_the_same_model_in_llama_cpp(tmp_path, kind):
+    base = Path.home() / ".cache" / "minimath" / "SmolLM2-135M-Instruct"
+    if missing("any") or not base.is_dir():
+        pytest.skip(f"needs {missing('any') or f'{base}, which minimath demo makes'}")
+    run = awake_run(tmp_path / "run", base, size=0.01, system="Put the final answer in \\boxed{}.")
+    export([f"adapter={run}", f"out={tmp_path / 'new'}", "to=gguf", f"gguf_type={kind}", *SMALL])
+    tie, share = {"f16": (TIE, 0.05), "q8_0": (0.5, 0.2)}[kind]
+    tokens, ties = assert_served_as_trained(run, tmp_path / "new" / f"new-{kind}.gguf", QUESTIONS, count=24, tie=tie)
+    assert tokens > 60 and ties < share * tokens

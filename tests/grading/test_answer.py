@@ -1,0 +1,235 @@
+"""Answers and steps. The LaTeX answers below are of the forms of MATH (Hendrycks et al., MIT licence)."""
+import os
+import threading
+import time
+
+import pytest
+
+from minimath.grading.answer import AnswerChecker, check_steps, extract_answer
+from minimath.grading.sandbox import MEMORY_BYTES
+from minimath.grading.steps import plain_number
+
+
+@pytest.fixture(scope="module")
+def checker():
+    with AnswerChecker(timeout_s=20.0) as instance:
+        yield instance
+
+
+@pytest.mark.parametrize("text, answer", [
+    (r"So \boxed{12}. Wait, \boxed{13}.", "13"),
+    (r"\boxed{\frac{\sqrt{3}}{2}}", r"\frac{\sqrt{3}}{2}"),
+    (r"\boxed{\left\{ 1, 2 \right\}}", r"\left\{ 1, 2 \right\}"),
+    (r"\boxed{\boxed{7}}", "7"),
+    (r"first \boxed{5}, then cut off \boxed{6", "5"),
+    (r"\boxed{} after \boxed{4} and \boxed{}", "4"),
+    (r"\boxed 9.", "9"),
+    ("so 5*3=15\n#### 15", "15"),
+    ("#### 1,200\n", "1,200"),
+    ("The answer is $42$ because of that.", "42"),
+    ("The answer is: 3/4. Done", "3/4"),
+    # the next fourteen came out of python -m bench.graders
+    ("The answer is (3, 4). Done", "(3, 4)"),
+    ("The final answer is $(-6, 10)$. I hope it is correct.", "(-6, 10)"),
+    (r"The answer is \((-6, 10)\).", "(-6, 10)"),
+    ("The answers are many; the answer is 3, 5, 7.", "3, 5, 7"),
+    ("The answer is 5, 3 more than before.", "5"),
+    ("Final Answer: The final answer is 12,000,023. I hope it is correct.", "12,000,023"),
+    ("Final Answer: The largest $n$ is 34.", "34"),
+    ("Final Answer: Jane started growing Sphere 3 hours ago. I hope it is correct.", "3"),
+    (r"so we get $\frac{3}{4}$ of it", r"\frac{3}{4}"),
+    (r"Thus \[ y = 8.8 - 2.8 = \frac{12}{2} \]", r"\frac{12}{2}"),
+    (r"Thus $x \geq 5$ is the solution.", r"x \geq 5"),
+    (r"it is \boxed{(2, 2)} \quad \text{and} \quad \boxed{(6, 2)}.", "(2, 2), (6, 2)"),
+    (r"It is \boxed{17} or \boxed{18}", "17, 18"),
+    (r"\boxed{18}, \boxed{18}", "18"),
+    ("each costs $5 and he pays $10 in all", "$10"),
+    ("There are 3 cats and 16-9 dogs", "9"),
+    ("it costs -$5.50", "-$5.50"),
+    ("no number here", None),
+    ("", None),
+])
+def test_extract_answer_takes_the_last_final_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_strict_extraction_accepts_boxed_only():
+    assert extract_answer("#### 15", strict=True) is None
+    assert extract_answer(r"#### 15 \boxed{16}", strict=True) == "16"
+
+
+EQUAL = [
+    ("18", "18"), ("$18", "18"), ("18 dollars", "18"), ("18.00", "18"), (r"\$18", "18"), ("1200", "1,200"),
+    ("72.0", "72"), ("6/8", "3/4"), ("0.75", r"\frac{3}{4}"), (r"\frac34", "0.75"), ("50%", "50"),
+    ("50%", "0.5"), (r"50\%", "50"), ("Evelyn", r"\text{Evelyn}"), ("x = 5", "5"), ("15 - 4 = 11", "11"),
+    ("(C)", r"\text{C}"),
+    (r"10,\!236", "10236"), (r"1\frac{1}{2}", "1.5"), (r"90^\circ", "90"), ("0.333333", r"\frac{1}{3}"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
+    ("5 million", "5,000,000"), ("-3", "-3"),
+    (r"x = \frac{1}{3} \approx 0.33", r"\frac{1}{3}"), (r"\frac{70}{9} \approx 7.78", "7.78"), ("52_{8}", "52_8")]
+DIFFERENT = [
+    ("17", "18"), ("-18", "18"), ("18", "-18"), ("5000", "5 million"), ("eighteen", "18"), ("1/3", "0.33"),
+    ("1000000001", "1000000000"), (r"1\frac{1}{2}", "0.5"), ("18" * 300, "18"), ("", "18"), ("15 - 4", "12"),
+    (r"17 \approx 18", "17"), ("52_9", "52_8"), ("53_8", "52_8")]
+
+
+@pytest.mark.parametrize("answer, gold", EQUAL)
+def test_plain_answers_are_equal_without_the_child(answer, gold):
+    checker = AnswerChecker()
+    assert checker.equal(answer, gold) and checker.starts == 0
+
+
+@pytest.mark.parametrize("answer, gold", DIFFERENT)
+def test_plain_answers_differ_without_the_child(answer, gold):
+    checker = AnswerChecker()
+    assert not checker.equal(answer, gold) and checker.starts == 0
+
+
+@pytest.mark.parametrize("answer, gold, same", [
+    (r"2\sqrt{3}", r"\sqrt{12}", True),
+    (r"\{1,2\}", r"\{2,1\}", True),
+    ("(3,4)", "(4,3)", False),
+    (r"x \in [2,5)", "[2,5)", True),
+    ("[2,5]", "[2,5)", False),
+    ("x^2+2x+1", "(x+1)^2", True),
+    ("x^2+2x", "(x+1)^2", False),
+    (r"\begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix}", r"\begin{pmatrix}1&0\\0&1\end{pmatrix}", True),
+    ("6 - 5i", "-5i+6", True),
+    ("17 or 18", "18", False),
+    ("5x", "5", False),
+    ("3 apples and 5 oranges", "5", False),
+    (r"\sqrt{16}", "4", True),
+])
+def test_symbolic_answers_go_through_math_verify(checker, answer, gold, same):
+    assert checker.equal(answer, gold) is same
+
+
+def test_gold_is_the_first_argument_of_verify(checker):
+    """verify takes an interval for a gold inequality, but not an inequality for a gold interval."""
+    assert checker._ask("equal", "x<2", r"(-\infty,2)") == "right"
+    assert checker._ask("equal", r"(-\infty,2)", "x<2") == "wrong"
+
+
+@pytest.mark.parametrize("attack", ["9^{9^{9^{9}}}", "10^{10^{10}}x"])
+def test_a_hanging_answer_is_wrong_and_the_next_one_is_checked_by_the_same_child(checker, attack):
+    late, checker.child.timeout_s = checker.timeouts, 1.0
+    assert not checker.equal(attack, "5") and checker.timeouts == late + 1
+    checker.child.timeout_s = 20.0
+    assert checker.equal(f"x+1-{len(attack)}", f"1+x-{len(attack)}") and checker.starts == 1
+
+
+def test_a_pattern_that_never_ends_is_no_match_and_the_next_one_is_checked(checker):
+    late, checker.child.timeout_s = checker.timeouts, 1.0
+    assert not checker.matches(r"\boxed{" + "a" * 60 + "!}", "(a+)+$") and checker.timeouts == late + 1
+    checker.child.timeout_s = 20.0
+    assert checker.matches(r"so \boxed{ AAA }", "(a+)+$") and checker.starts == 1
+
+
+def test_a_question_does_not_wait_for_hanging_ones_of_other_threads():
+    with AnswerChecker(timeout_s=60.0) as checker:
+        assert checker.equal("x+1", "1+x")
+        text, results = r"\boxed{" + "a" * 60 + "!}", []
+        threads = [threading.Thread(target=lambda k=k: results.append(checker.matches(text, f"(a+)+{k}")))
+                   for k in range(3)]
+        for thread in threads:
+            thread.start()
+        assert checker.equal("x+2", "2+x") and all(thread.is_alive() for thread in threads)
+        checker.close()
+        for thread in threads:
+            thread.join()
+        assert results == [False] * 3
+
+
+def test_the_child_has_a_memory_limit(checker):
+    assert checker.equal("x+9", "9+x")
+    path = f"/proc/{checker.child.process.pid}/limits"
+    if not os.path.exists(path):
+        pytest.skip("no /proc on this system")
+    with open(path) as file:
+        limit = next(line.split()[3] for line in file if line.startswith("Max address space"))
+    assert int(limit) == MEMORY_BYTES
+
+
+def test_a_dead_child_is_replaced():
+    with AnswerChecker(timeout_s=20.0) as checker:
+        assert checker.equal("x+1", "1+x")
+        checker.child.process.kill()
+        checker.child.process.wait()
+        assert checker.equal("y+1", "1+y") and checker.starts == 2
+
+
+def test_unreadable_gold_pays_nobody_and_is_counted(checker):
+    before = checker.bad_gold
+    assert not checker.equal("5", "") and not checker.equal("5", "   ") and not checker.equal("5", "5" * 401)
+    assert checker.bad_gold == before + 3
+
+
+def test_checker_works_from_many_threads_with_one_child(checker):
+    rows = [(rf"so \boxed{{{k} + x}}", f"x+{k + k % 2}") for k in range(24)]
+    results = [None] * len(rows)
+
+    def work(k):
+        results[k] = checker.check(*rows[k])
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(rows))]
+    starts = checker.starts
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [k % 2 == 0 for k in range(24)] == checker.check_many(rows)
+    assert checker.starts <= max(1, starts)
+
+
+def test_the_child_gets_no_secrets(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "not-for-the-child")
+    with AnswerChecker(timeout_s=20.0) as checker:
+        checker.equal("x+1", "1+x")
+        path = f"/proc/{checker.child.process.pid}/environ"
+        if not os.path.exists(path):
+            pytest.skip("no /proc on this system")
+        with open(path, "rb") as file:
+            assert b"not-for-the-child" not in file.read()
+
+
+@pytest.mark.parametrize("text, right, total", [
+    (r"5*3=15. 15-4=11. \boxed{11}", 2, 2),
+    ("48/2 = 24", 1, 1), ("48/2 = 25", 0, 1),
+    ("$9 * 2 = $18 every day", 1, 1), (r"$5 \cdot 3 = 15$.", 1, 1),
+    ("3 x 4 = 12", 1, 1), ("3 \u00d7 4 = 12", 1, 1), ("12 \u00f7 4 = 3", 1, 1), ("5 \u2212 3 = 2", 1, 1),
+    ("1,200 + 300 = 1,500", 1, 1),
+    ("2 + 3 = 5 = 5", 1, 1), ("1 + 1 + 1 = 2 + 1 = 3", 2, 2), ("4 + 4 = 8 - 2 = 6", 1, 2),
+    ("2 + 3 * 4 = 14", 1, 1), ("(2 + 3) * 4 = 20", 1, 1), ("2(3+4)=14", 1, 1),
+    ("2^3 = 8", 1, 1), ("-2^2 + 1 = -3", 1, 1),
+    ("20% of 50 = 10", 1, 1), ("5/20*100 = 25%", 1, 1), ("50 * 20% = 10", 1, 1), ("1/2 of 48 = 24", 1, 1),
+    ("10/3 = 3.33", 1, 1), ("10/3 = 3.34", 0, 1), ("10/3 = 3", 0, 1), ("10/3 \u2248 3", 1, 1),
+    (r"\frac{3}{4} \times 8 = 6", 1, 1), ("2/2=<<2/2=1>>1 bolt", 1, 1),
+    ("- 5 * 3 = 15\n- 2 + 2 = 5", 1, 2), ("1. 5*3 = 15\n2) 4+4=8", 2, 2),
+    ("**15 - 4 = 11**", 1, 1), ("(5 * 3 = 15)", 1, 1),
+    ("5 + 3 apples = 8 apples", 1, 1), ("So -5 + 8 = 3", 1, 1), ("3 + 4\n= 7", 1, 1),
+    ("a total of 5 * 3 = 15", 1, 1),
+    # nothing to check: variables, units inside, bare values, no arithmetic
+    ("x + 5 + 3 = 12", 0, 0), ("2x + 3 = 7", 0, 0), ("y = 3 + 4 = 7", 1, 1), ("half of 10 + 2 = 7", 0, 0),
+    ("5 = 5", 0, 0), ("the answer = 5", 0, 0), ("3 apples + 4 = 7", 0, 0), ("", 0, 0),
+    ("1/0 = 3", 0, 0), ("9^9^9^9 = 3", 0, 0),
+])
+def test_check_steps_counts_equations_and_those_that_hold(text, right, total):
+    assert tuple(check_steps(text)) == (right, total)
+
+
+@pytest.mark.parametrize("piece", [
+    "1", "1+", "(", "1,234,", "= ", " ", r"\frac{", r"\boxed{", r"\boxed{1}", "5 apples ", "#### ",
+    "answer is ", "1=", "1+1=2 ", "\n ", "x ", "((1)", r"\left$", "**"])
+def test_hostile_text_is_read_in_linear_time(piece):
+    """A quadratic step would take a minute on 100,000 characters; linear reading well under a second."""
+    text = piece * (100_000 // len(piece))
+    start = time.process_time()
+    extract_answer(text), check_steps(text), plain_number(text)
+    assert time.process_time() - start < 10
+
+
+def test_power_towers_and_long_numbers_are_refused_not_computed():
+    start = time.process_time()
+    for text in ("9^9^9^9", "((9^99)^99)^99", "9" * 390, "2^-99999999999", "9^0.5"):
+        assert plain_number(text) is None
+    assert time.process_time() - start < 1

@@ -1,0 +1,120 @@
+"""report.html: it holds what the run folder holds, needs nothing else, and runs no script from a model's text."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from minimath.grading.answer import AnswerChecker
+from minimath.config.schema import EvalConfig
+from minimath.core.errors import UserError
+from minimath.eval.evaluate import summarise
+from minimath.report.page import report, spread, write_page
+
+EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+
+
+def record(number, right, text, tokens):
+    return {"number": number, "id": f"p{number}", "problem": f"How many, case {number}?", "gold": "4", "sample": 0,
+            "text": text, "answer": "4", "right": right, "tokens": tokens, "ended": True, "right_steps": 1, "steps": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run folder as minimath run leaves it, small."""
+    out = tmp_path_factory.mktemp("runs") / "my-run"
+    with AnswerChecker() as checker:
+        for name, wrong, size in (("base", 6, 90), ("sft", 3, 80), ("rlaif", 2, 30)):
+            rows = [record(n, n >= wrong, f"2 + 2 = {4 if n >= wrong else 5}.\n{EVIL}\nThe answer is 4.", size + n)
+                    for n in range(8)]
+            at = out / f"eval-{name}"
+            at.mkdir(parents=True)
+            (at / "completions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+            (at / "eval.json").write_text(json.dumps(summarise(rows, EvalConfig(), checker)))
+    for stage in ("sft", "rlaif"):
+        (out / stage).mkdir()
+        metrics = [{"step": s, "loss": 1 / s, "grad_norm": 0.1} if stage == "sft" else
+                   {"step": s, "reward": 0.1 * s, "right": 0.5, "mean_tokens": 90 - s, "judge_comparisons": 10,
+                    "judge_no_votes": 1, "judge_position_bias": 0.25, "judge_error": "<b>late</b>"} for s in (1, 2, 3)]
+        cut = '{"step": 4, "los'  # as a kill leaves it
+        (out / stage / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics) + cut)
+        (out / stage / "config.yaml").write_text("lr: 0.001\n")
+    made = {"command": ["/x/minimath", "run", "mine.yaml"], "started": "2026"}
+    (out / "environment.json").write_text(json.dumps(made))
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return write_page([folder], folder).read_text(encoding="utf-8")
+
+
+def test_the_page_holds_evaluations_curves_solutions_judge_settings_and_the_command(page, folder):
+    for words in ("SFT + RLAIF", "75.0%", "Training: SFT", "Training: RLAIF", "position bias", "0.25", "case 0?",
+                  "lr: 0.001", "minimath run mine.yaml", "Accuracy 25.0% to 75.0%"):
+        assert words in page, words
+    assert page.count("<svg") == 5
+    pictures = sorted(p.name for p in (folder / "plots").iterdir())
+    assert pictures == ["beside-paper.png", "lengths.png", "tradeoff.png", "training-rlaif.png", "training-sft.png"]
+    assert all((folder / "plots" / name).stat().st_size > 5000 for name in pictures)
+
+
+def test_differences_are_paired_by_problem(page):
+    assert "against base" in page and "+50.0 (+12.5 to +87.5)" in page  # RLAIF: 6 of 8 for 2 of 8
+    assert "-60.0 (-60.0 to -60.0)" in page  # the same number of tokens fewer on every problem
+
+
+def test_every_step_is_marked_right_or_wrong(page):
+    assert "2 + 2 = 5. <span class=\"wrong\">" in page and "2 + 2 = 4. <span class=\"right\">" in page
+
+
+def test_texts_are_escaped_and_no_address_is_left(page):
+    body = page[page.index("<body>"):]
+    assert "<script" not in page and "<img" not in page and "&lt;script&gt;" in page and "&lt;b&gt;late" in page
+    assert "default-src 'none'" in page
+    assert not re.search(r'(?:src|href)="(?!#|data:)', body)  # the ids of the SVGs, and pictures in the page
+
+
+def test_ids_of_one_picture_do_not_occur_in_another(page):
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert ids and len(ids) == len(set(ids))
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_a_script_in_a_completion_does_not_run_in_a_browser(folder, page, tmp_path):
+    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+             "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}"]
+    dom = subprocess.run([*words, "--dump-dom", f"file://{folder}/report.html"], capture_output=True, text=True,
+                         timeout=120).stdout
+    assert "<title>my-run: minimath report</title>" in dom and "SFT + RLAIF" in dom
+    unsafe = tmp_path / "unsafe.html"  # the same without escapes: the browser would have run it
+    unsafe.write_text(f"<title>safe</title><body>{EVIL}")
+    dom = subprocess.run([*words, "--dump-dom", f"file://{unsafe}"], capture_output=True, text=True, timeout=120).stdout
+    assert "<title>owned</title>" in dom
+
+
+def test_several_runs_stand_beside_each_other(folder, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    result = report([str(folder), str(other), f"out={tmp_path / 'both'}"])
+    both = (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
+    assert result["page"].endswith("report.html") and "my-run: base" in both and "other: SFT + RLAIF" in both
+
+
+def test_a_single_stage_and_a_single_evaluation_are_runs_too(folder, tmp_path):
+    for part, words in (("rlaif", "Training: RLAIF"), ("eval-sft", "62.5%")):
+        assert words in write_page([folder / part], tmp_path / part).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("words, error", [([], "needs a run folder"), (["nowhere"], "no evaluation and no training"),
+                                          (["x", "format=pdf"], "format")])
+def test_what_cannot_be_reported_is_said(words, error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=error):
+        report(words)
+
+
+def test_problems_shown_are_the_first_and_some_of_the_others():
+    assert spread(list(range(20)), 6) == [0, 1, 2, 3, 8, 14] and spread([1, 2], 6) == [1, 2]
