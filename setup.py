@@ -2,7 +2,7 @@
 package whose import name is `kernels`, so a top-level package of that name here would overwrite it."""
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 README = Path(__file__).parent / "README.md"
 
@@ -34,9 +34,10 @@ setup(
     ],
     # No upper bound: torch decides which Python it has builds for. 3.14 has not been tried, so it has no classifier.
     python_requires=">=3.10",
-    packages=["minimath", "minimath.recipes", "minimath.kernels"],
+    packages=[*find_packages(include=["minimath", "minimath.*"]), "minimath.kernels"],
     package_dir={"minimath.kernels": "kernels"},
-    package_data={"minimath.recipes": ["*.yaml", "*.json"], "minimath": ["*.txt", "*.css"]},
+    package_data={"minimath": ["recipes/*.yaml", "recipes/*.json", "judges/*.txt", "data/*.json", "report/*.html",
+                               "report/*.css"]},
     # Bounded below the next major, where names may go; triton has broken in minor releases, and each torch wants its
     # own. .ci/constraints.txt has the versions that were tried together.
     install_requires=[
@@ -62,7 +63,8 @@ setup(
         "test": ["pytest>=8", "pytest-xdist>=3.6,<4", "hypothesis>=6.100",
                  "xllamacpp>=2026.10; platform_system == 'Linux' and platform_machine == 'x86_64'"],
         "liger": ["liger-kernel>=0.8,<1"],
+        "judge": ["openai>=2,<4"],
         "bench": ["trl>=1.16,<2", "liger-kernel>=0.8,<1", "cut-cross-entropy>=25.1"],
     },
-    entry_points={"console_scripts": ["minimath = minimath.__main__:main"]},
+    entry_points={"console_scripts": ["minimath = minimath.cli:main"]},
 )

@@ -58,6 +58,16 @@ def load_config(cls, recipe: str | None, words: list[str], section: str = "", *,
     return cfg
 
 
+def config_of_words(cls, words: list[str], section: str = ""):
+    """The config of a command line: an optional recipe, then `key=value` words. Raises UserError."""
+    return load_config(cls, take_recipe(words := list(words)), words, section)
+
+
+def take_recipe(words: list[str]) -> str | None:
+    """Take a leading word that is no option from `words`."""
+    return words.pop(0) if words and "=" not in words[0] and not words[0].startswith("--") else None
+
+
 def read_recipe(recipe: str) -> tuple[dict[str, Setting], dict[str, dict[str, Setting]]]:
     """Read a YAML recipe without typing its values -> (top-level settings, settings of each section)."""
     path = find_recipe(recipe)
