@@ -14,7 +14,7 @@ import re
 from minimath.grading.sandbox import BoundedChild
 from minimath.grading.steps import StepCount, check_steps, plain_number, same_number
 
-__all__ = ["AnswerChecker", "StepCount", "answer_end", "check_steps", "extract_answer"]
+__all__ = ["AnswerChecker", "StepCount", "answer_end", "check_steps", "extract_answer", "final_answer"]
 
 MAX_ANSWER_CHARS = 400        # a longer "answer" is wrong: the longest gold answer of MATH-500 has 53
 MAX_TAIL_CHARS = 1 << 17      # of a text, its end is read for an answer: a hostile megabyte would take 0.7 s
@@ -53,6 +53,20 @@ def extract_answer(text: str, *, strict: bool = False) -> str | None:
             if answer:
                 return answer
     return _last_number(text)
+
+
+def final_answer(text: str, finished: bool) -> str | None:
+    """Return the answer of a completion; of one that was cut only a closed box counts.
+
+    lighteval and Qwen2.5-Math's grader do not look at why a completion ended: they take the last box, and else any
+    last number. A box is the answer that the prompt asks for, so it counts here too; the last number of a solution
+    that was cut is a place in it, and as an answer it would pay for luck.
+    """
+    if finished:
+        return extract_answer(text)
+    # what stands after the last of these may lack its end: \boxed 12 of \boxed 120
+    end = max(text.rfind(mark) for mark in " \n}") + 1
+    return extract_answer(text[:end], strict=True)
 
 
 def _said(answer: str) -> str:
