@@ -1,20 +1,18 @@
-"""Final answers and worked steps: extract, compare, count. No torch here.
+"""Extract final answers from texts and compare them.
 
-An answer is taken from the text (`extract_answer`) and compared with the gold one (`AnswerChecker`). Plain
-numbers, fractions, arithmetic and identical strings are decided here, exactly. Everything else goes to
-math-verify, which can hang or eat memory on hostile LaTeX: bounded.py runs it, and the regular expressions of
-gate=regex, in processes with limits.
-
-`check_steps` (from steps.py) counts the `a op b = c` steps of a solution. Nothing here is ever eval'd.
+An answer is taken from the text (`final_answer`) and compared with the gold one (`AnswerChecker`). Plain numbers,
+fractions, arithmetic and identical strings are decided here, exactly. Everything else goes to math-verify, which can
+hang or eat memory on hostile LaTeX: sandbox.py runs it, and the regular expressions of verifier=regex, in processes
+with limits. Nothing here is ever eval'd.
 """
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Iterable
 
 from minimath.grading.sandbox import BoundedChild
-from minimath.grading.steps import StepCount, check_steps, plain_number, same_number
-
-__all__ = ["AnswerChecker", "StepCount", "answer_end", "check_steps", "extract_answer", "final_answer"]
+from minimath.grading.steps import plain_number, same_number
 
 MAX_ANSWER_CHARS = 400        # a longer "answer" is wrong: the longest gold answer of MATH-500 has 53
 MAX_TAIL_CHARS = 1 << 17      # of a text, its end is read for an answer: a hostile megabyte would take 0.7 s
@@ -188,14 +186,17 @@ def _close(exact: str, rounded: str) -> bool:
 
 
 class AnswerChecker:
-    """Compares answers; a context manager, usable from any thread. `timeout_s` bounds one comparison, by the
-    clock. Counters: `bad_gold` (no one can read the gold answer: all answers are wrong, so that it pays nobody),
-    `timeouts`, and `starts` of the child, which starts at the first answer that needs it."""
+    """Compares answers; a context manager, usable from any thread.
+
+    `timeout_s` bounds one comparison, by the clock. Counters: `bad_gold` (no one can read the gold answer: all answers
+    are wrong, so that it pays nobody), `timeouts`, and `starts` of the child, which starts at the first answer that
+    needs it. Every method raises UserError only when the child can't start.
+    """
 
     def __init__(self, timeout_s: float = 2.0):
         self.bad_gold = 0
         self.child = BoundedChild(timeout_s)
-        self._cache: dict[tuple[str, str, str], str] = {}
+        self._ask = functools.lru_cache(maxsize=10_000)(self.child.ask)
 
     def __enter__(self):
         return self
@@ -211,17 +212,18 @@ class AnswerChecker:
     def starts(self) -> int:
         return self.child.starts
 
-    def check(self, text: str, gold: str) -> bool:
-        """Whether the final answer of `text` equals `gold`; False without an answer."""
-        answer = extract_answer(text)
-        return answer is not None and self.equal(answer, gold)
+    def check(self, samples: Iterable, gold: str) -> list[bool]:
+        """Tell for each sample, which has `.text` and `.finished`, whether its final answer equals `gold`."""
+        answers = (final_answer(sample.text, sample.finished) for sample in samples)
+        return [answer is not None and self.equal(answer, gold) for answer in answers]
 
-    def check_many(self, rows: list[tuple[str, str]]) -> list[bool]:
-        """`check` for each (text, gold)."""
-        return [self.check(text, gold) for text, gold in rows]
+    def check_many(self, rows: Iterable[tuple[str, str]]) -> list[bool]:
+        """Tell for each (text, gold) whether the final answer of the finished text equals gold."""
+        answers = ((extract_answer(text), gold) for text, gold in rows)
+        return [answer is not None and self.equal(answer, gold) for answer, gold in answers]
 
     def equal(self, answer: str, gold: str) -> bool:
-        """Whether two answers are the same mathematical object. UserError only when the child can't start."""
+        """Tell whether two answers are the same mathematical object."""
         if not gold.strip() or len(gold) > MAX_ANSWER_CHARS:
             self.bad_gold += 1
             return False
@@ -244,23 +246,16 @@ class AnswerChecker:
         self.bad_gold += reply == "bad gold"
         return reply == "right"
 
-    def matches(self, text: str, pattern: str) -> bool:
-        """Whether the final answer of `text` matches the regular expression from end to end, case ignored; False
-        without an answer, and where the pattern takes longer than the time limit."""
-        answer = extract_answer(text)
+    def matches(self, text: str, pattern: str, finished: bool = True) -> bool:
+        """Tell whether the regular expression matches the whole final answer of a completion, case ignored.
+
+        False without an answer, and where the pattern takes longer than the time limit.
+        """
+        answer = final_answer(text, finished)
         if answer is None or len(answer) > MAX_ANSWER_CHARS:
             return False
         return self._ask("match", pattern, answer.strip()) == "right"
 
-    def _ask(self, *question: str) -> str:
-        reply = self._cache.get(question)
-        if reply is None:
-            reply = self.child.ask(*question)
-            if len(self._cache) >= 10_000:
-                self._cache.clear()
-            self._cache[question] = reply
-        return reply
-
     def close(self):
-        """Ends the child; the checker can be used again afterwards."""
+        """End the child; the checker can be used again afterwards."""
         self.child.close()

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from minimath.grading.answer import AnswerChecker, check_steps, extract_answer
+from minimath.grading.answer import AnswerChecker, extract_answer, final_answer
 from minimath.grading.sandbox import MEMORY_BYTES
-from minimath.grading.steps import plain_number
+from minimath.grading.steps import check_steps, plain_number
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_checker_works_from_many_threads_with_one_child(checker):
     results = [None] * len(rows)
 
     def work(k):
-        results[k] = checker.check(*rows[k])
+        [results[k]] = checker.check_many([rows[k]])
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(len(rows))]
     starts = checker.starts
