@@ -1,51 +1,50 @@
-"""Completions of an evaluation as they end, kept in its run folder: an interrupt loses none, a resume goes on.
+"""Completions of an evaluation, kept in its run folder as they finish: an interrupt loses none, a resume goes on.
 
     run/fingerprint.json         what decides the completions: options; hashes of problems, adapter, model
-    run/completions.part.jsonl   {"number", "sample", "ids", "ended"} of each completion; gone once eval.json is there
+    run/completions.part.jsonl   {"number", "sample", "ids", "finished"} of each completion; gone once eval.json is there
 
-A completion's random stream is seeded by (seed, problem, sample), so the others do not depend on which ones are
-done. A line is handed to the system as its completion ends: kill -9 can tear the line being written, no other.
+A completion's random stream is seeded by (seed, problem, sample), so it does not depend on which others are done. A
+line is handed to the system as its completion finishes: kill -9 can tear the line being written, no other.
 """
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from minimath.core import dist
-from minimath.core.run_folder import find_adapter
-from minimath.data.chat import eos_ids
-from minimath.core.checkpoint import ADAPTER_FILES
-from minimath.core.files import read_json, sha256
-from minimath.config.load import config_dict
+from minimath.config.load import plain_values
+from minimath.config.options import options_of
 from minimath.config.schema import EvalConfig
+from minimath.core import dist
+from minimath.core.checkpoint import ADAPTER_FILES
 from minimath.core.errors import UserError
-from minimath.data.examples import Example
+from minimath.core.files import read_json, sha256, write_whole
 from minimath.core.log import RunLog
+from minimath.core.run_folder import FINGERPRINT, PART, find_adapter
+from minimath.data.examples import Example
+from minimath.data.sample import Sample
 from minimath.models.load import pick_device, pick_dtype
-from minimath.rollout.engine import Completion
-from minimath.core.files import write_whole
-from minimath.core.run import PART
+from minimath.models.policy import Policy
 
-FINGERPRINT = "fingerprint.json"
+Job = tuple[int, int]  # the problem's place in the data, and the sample
 # Every other option decides the completions. Of these, model, adapter, dtype and data are told apart by what they
-# lead to; device and slots change rounding only, and may have to change before a resume works (another card, less
-# memory); budgets are looked at afterwards.
-NOT_DECISIVE = {"model", "adapter", "dtype", "data", "split", "limit", "data_format", "strict", "device", "slots",
-                "budgets", "trust_remote_code", "out", "resume", "shard", "suite", "suite_data", "suite_samples",
-                "suite_temperature"}
+# lead to; device and max_num_seqs change rounding only, and may have to change before a resume works (another card,
+# less memory); budgets are looked at afterwards.
+NOT_DECISIVE = {"model", "adapter", "dtype", "data", "split", "limit", "strict", "device", "max_num_seqs", "budgets",
+                "trust_remote_code", "out", "resume", "shard", "suite"}
 
 
 class PartFile:
-    """The completions done so far: `done` {(number, sample): Completion}, and the file that add() appends to."""
+    """The completions that are there: `done`, and the file that add() appends to. folder None: no file."""
 
-    def __init__(self, folder: Path, done: dict[tuple[int, int], Completion], total: int):
-        self.path, self.done, self.total = Path(folder) / PART, done, total
+    def __init__(self, folder: Path | None = None, done: dict[Job, Sample] | None = None):
+        self.path, self.done = folder and folder / PART, done or {}
         self.file = None  # opened at the first completion: a run that fails before it leaves nothing behind
 
-    def add(self, number: int, sample: int, completion: Completion) -> None:
+    def add(self, number: int, sample: int, completion: Sample) -> None:
         """Append one completion. Raises UserError when the disk is full; those before it are intact."""
         self.done[number, sample] = completion
-        if not dist.is_main():  # what the other processes sample is sampled again after an interrupt
+        if self.path is None or not dist.is_main():  # what other processes sample is sampled again after an interrupt
             return
         try:
             if self.file is None:
@@ -67,15 +66,17 @@ class PartFile:
         self.path.unlink(missing_ok=True)
 
 
-def part_line(number: int, sample: int, completion: Completion) -> str:
-    row = {"number": number, "sample": sample, "ids": completion.ids, "ended": completion.ended}
+def part_line(number: int, sample: int, completion: Sample) -> str:
+    row = {"number": number, "sample": sample, "ids": completion.ids, "finished": completion.finished}
     return json.dumps(row) + "\n"
 
 
 @contextlib.contextmanager
-def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig):
-    """Yield the PartFile of log.run_dir: new, or with cfg.run.resume what an earlier process left, its damaged
-    lines dropped and told. Raises UserError when `decides` differs from what that process had."""
+def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy: Policy) -> Iterator[PartFile]:
+    """Yield the PartFile of log.run_dir: new, or with resume what an earlier process left.
+
+    Damaged lines are dropped and told. Raises UserError when `decides` differs from what that process had.
+    """
     folder, done = log.run_dir, {}
     if cfg.run.resume and holds_part(folder):
         refuse_changes(folder, decides)
@@ -84,70 +85,73 @@ def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig):
             log.say(f"{folder / PART}: {dropped} line{'s' * (dropped > 1)} cut off or damaged, as a kill or a "
                     "crash leaves them: dropped, and sampled again")
             write_whole(folder / PART, "".join(part_line(n, s, c) for (n, s), c in done.items()))
+        for completion in done.values():
+            completion.text = policy.decode(completion.ids)
         log.say(f"going on after {len(done)} of {problems * cfg.samples} completions")
     elif cfg.run.resume:
         log.say(f"no completion in {folder} yet: starting with the first")
     write_whole(folder / FINGERPRINT, json.dumps(decides, indent=1) + "\n")
-    part = PartFile(folder, done, problems * cfg.samples)
-    try:
+    with contextlib.closing(PartFile(folder, done)) as part:
         yield part
-    finally:
-        part.close()
 
 
 def holds_part(folder) -> bool:
-    """Whether the folder holds completions of an unfinished evaluation."""
+    """Tell whether the folder holds completions of an unfinished evaluation."""
     path = Path(folder) / PART
     return path.is_file() and path.stat().st_size > 0
 
 
-def read_part(path: Path, problems: int, samples: int) -> tuple[dict[tuple[int, int], Completion], int]:
-    """Read a part file -> (completions by (number, sample), number of lines that are none)."""
+def read_part(path: Path, problems: int, samples: int) -> tuple[dict[Job, Sample], int]:
+    """Read a part file: completions without their text, and the number of lines that are none."""
     done, dropped = {}, 0
     *lines, rest = path.read_bytes().split(b"\n")  # rest: behind the last line end, so a line that was cut
     for line in lines:
         try:
             row = json.loads(line)
-            number, sample, ids, ended = row["number"], row["sample"], row["ids"], row["ended"]
+            number, sample, ids, finished = row["number"], row["sample"], row["ids"], row["finished"]
             sound = (type(number) is int and 0 <= number < problems and type(sample) is int
-                     and 0 <= sample < samples and type(ended) is bool and bool(ids)
+                     and 0 <= sample < samples and type(finished) is bool and bool(ids)
                      and all(type(i) is int and i >= 0 for i in ids))
         except (ValueError, TypeError, KeyError):
             sound = False
         if sound:
-            done[number, sample] = Completion(ids, [], ended)
+            done[number, sample] = Sample(ids, [], finished)
         else:
             dropped += 1
     return done, dropped + bool(rest)
 
 
 def fingerprint(cfg: EvalConfig, examples: list[Example]) -> dict:
-    """What decides the completions and is known before the model is loaded. Raises UserError as find_adapter does."""
+    """Collect what decides the completions and is known before the model is loaded.
+
+    Raises UserError as find_adapter does.
+    """
     problems = hashlib.sha256(json.dumps([e.problem for e in examples]).encode()).hexdigest()
     adapter = "none"
     if cfg.adapter.path:
         folder = find_adapter(cfg.adapter.path)
         adapter = " ".join(sha256(folder / name)[:16] for name in ADAPTER_FILES)
     dtype, _ = pick_dtype(cfg.model.dtype, pick_device(cfg.model.device))
-    options = {name: value for name, value in config_dict(cfg).items() if name not in NOT_DECISIVE}
+    values = plain_values(cfg)  # of EvalConfig's options: what `minimath sample` keeps is chosen afterwards
     return {"model": Path(cfg.model.name).name, "adapter": adapter, "dtype": str(dtype).removeprefix("torch."),
-            "data": f"{len(examples)} problems {problems[:16]}", **options}
+            "data": f"{len(examples)} problems {problems[:16]}",
+            **{name: values[name] for name in options_of(EvalConfig) if name not in NOT_DECISIVE}}
 
 
-def model_hash(model, tokenizer) -> str:
-    """Hash of about 100 values of every parameter, the chat template and the end tokens: tells models apart."""
+def model_hash(policy: Policy) -> str:
+    """Hash about 100 values of every parameter, the chat template and the end tokens: it tells models apart."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in policy.model.named_parameters():
         flat = parameter.detach().reshape(-1)
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(flat[::max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
-    words = [tokenizer.chat_template, len(tokenizer), sorted(eos_ids(tokenizer, model))]
+    words = [policy.tokenizer.chat_template, len(policy.tokenizer), sorted(policy.eos)]
     digest.update(json.dumps(words, default=str).encode())
     return digest.hexdigest()[:16]
 
 
 def refuse_changes(folder: Path, decides: dict) -> None:
-    """Raise UserError unless the evaluation in the folder was begun with the same `decides` (or with more)."""
+    """Raise UserError unless the evaluation in the folder was begun with the same `decides`, or with more."""
     try:
         before = read_json(folder / FINGERPRINT)
         changed = {name: (before.get(name), value) for name, value in decides.items() if before.get(name) != value}

@@ -1,0 +1,98 @@
+"""Figures of an evaluation from its records: accuracy with its interval, tokens, pass@k, maj@k, token budgets.
+
+A record is one completion, a line of completions.jsonl: number (the problem's place in the data), id, problem, gold,
+sample, text, answer, correct, tokens, finished, correct_steps, steps. Step consistency (every `a op b = c`) is a
+tripwire, not a quality score: most wrong solutions pass it too.
+"""
+import json
+import statistics
+from pathlib import Path
+
+from minimath.config.schema import EvalConfig
+from minimath.core.files import write_whole
+from minimath.core.run_folder import COMPLETIONS, EVAL
+from minimath.core.stats import bootstrap, pass_at, wilson
+from minimath.core.text import comma_list
+from minimath.grading.answer import AnswerChecker
+
+COLUMNS = ["model", "accuracy", "95% interval", "mean tokens", "tokens per correct", "correct steps", "finished"]
+
+
+def summarise(records: list[dict], cfg: EvalConfig, checker: AnswerChecker) -> dict:
+    """Make the summary of an evaluation; intervals treat problems, not samples, as independent."""
+    groups, k = list(by_problem(records).values()), cfg.samples
+    rates = [sum(r["correct"] for r in group) / len(group) for group in groups]
+    correct, tokens = sum(r["correct"] for r in records), [r["tokens"] for r in records]
+    steps = sum(r["steps"] for r in records)
+    summary = {
+        "problems": len(groups), "samples": k, "accuracy": statistics.fmean(rates),
+        "interval": wilson(correct, len(records)) if k == 1 else bootstrap(rates, cfg.run.seed),
+        "mean_tokens": statistics.fmean(tokens), "median_tokens": statistics.median(tokens),
+        "tokens_per_correct": sum(tokens) / correct if correct else None,
+        "correct_steps": sum(r["correct_steps"] for r in records) / max(1, steps), "checked_steps": steps,
+        "finished": statistics.fmean(r["finished"] for r in records),
+    }
+    if k > 1:
+        summary[f"avg@{k}"] = summary["accuracy"]
+        counts = [sum(r["correct"] for r in group) for group in groups]
+        for n in sorted({2 ** i for i in range(k.bit_length()) if 2 ** i <= k} | {k}):
+            summary[f"pass@{n}"] = statistics.fmean(pass_at(n, k, c) for c in counts)
+        summary[f"maj@{k}"] = statistics.fmean(majority_correct(group, checker) for group in groups)
+    return summary | at_budgets(groups, cfg.budgets)
+
+
+def by_problem(records: list[dict]) -> dict[int, list[dict]]:
+    """Group records by their problem's place in the data: one that occurs twice there counts twice."""
+    problems: dict[int, list[dict]] = {}
+    for record in records:
+        problems.setdefault(record["number"], []).append(record)
+    return problems
+
+
+def at_budgets(groups: list[list[dict]], budgets: str) -> dict[str, float]:
+    """Compute accuracy@N for each N of a comma list: what did not finish within N tokens counts as wrong."""
+    return {f"accuracy@{budget}": statistics.fmean(
+        sum(r["correct"] and r["finished"] and r["tokens"] <= budget for r in group) / len(group) for group in groups)
+        for budget in map(int, comma_list(budgets))}
+
+
+def majority_correct(group: list[dict], checker: AnswerChecker) -> bool:
+    """Tell whether the most frequent answer is correct; the answer seen first wins a tie.
+
+    Answers count as one when they are equal as mathematics: 1,200 and 1200, 1/2 and \\frac{1}{2}. The correct ones
+    all equal the gold answer, so only wrong ones are compared, and only where the outcome can depend on it.
+    """
+    answered = [r for r in group if r["answer"] is not None]
+    correct = sum(r["correct"] for r in answered)
+    if correct == 0 or 2 * correct > len(answered):
+        return correct > 0
+    votes: list[list] = []  # [answer, correct, count] in the order seen first
+    for r in answered:
+        vote = next((v for v in votes if (r["correct"] and v[1]) or (not r["correct"] and not v[1] and (
+            r["answer"] == v[0] or checker.equal(r["answer"], v[0])))), None)
+        if vote is None:
+            votes.append(vote := [r["answer"], r["correct"], 0])
+        vote[2] += 1
+    return max(votes, key=lambda vote: vote[2])[1]
+
+
+def table_row(name: str, summary: dict) -> list[str]:
+    """Word one row of the table whose columns are COLUMNS."""
+    low, high = summary["interval"]
+    per_correct = summary["tokens_per_correct"]
+    return [name, f"{100 * summary['accuracy']:.1f}%", f"{100 * low:.1f} to {100 * high:.1f}",
+            f"{summary['mean_tokens']:.1f}", f"{per_correct:.1f}" if per_correct else "-",
+            f"{100 * summary['correct_steps']:.1f}%", f"{100 * summary['finished']:.1f}%"]
+
+
+def write_results(folder: Path, summary: dict, records: list[dict]) -> None:
+    """Write completions.jsonl, then eval.json: where that is, both are whole."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_whole(folder / COMPLETIONS, lines)
+    write_whole(folder / EVAL, json.dumps(summary, indent=1) + "\n")
+
+
+def read_records(folder: Path) -> list[dict]:
+    """Read the records of a complete evaluation. OSError when there are none."""
+    lines = (folder / COMPLETIONS).read_text(encoding="utf-8").split("\n")  # other line ends may be text
+    return [json.loads(line) for line in lines if line]
