@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from minimath.config.schema import ModelConfig
-from minimath.models.load import load_model
+from minimath.config.schema import EvalConfig, SFTConfig
+from minimath.models.policy import Policy, load_policy
 
 
 def write_problems(path: Path, n: int = 24, seed: int = 0) -> str:
@@ -39,10 +39,16 @@ def make_config(cls, model: str, **options):
     )
 
 
-def load(folder, cls=ModelConfig, *, train: bool = False, **options):
-    """(model, tokenizer) of a tiny model folder on CPU in fp32."""
+def load(folder, cls=None, *, train: bool = False, **options):
+    """(model, tokenizer) of a tiny model folder on CPU in fp32; cls: SFTConfig to train, else EvalConfig."""
+    policy = policy_of(folder, cls, train=train, **options)
+    return policy.model, policy.tokenizer
+
+
+def policy_of(folder, cls=None, *, train: bool = False, **options) -> Policy:
+    """The policy of a tiny model folder on CPU in fp32; cls: SFTConfig to train, else EvalConfig."""
     torch.manual_seed(0)
-    return load_model(make_config(cls, str(folder), **options), train=train)
+    return load_policy(make_config(cls or (SFTConfig if train else EvalConfig), str(folder), **options), train=train)
 
 
 def wake_adapter(model, scale: float = 0.1, seed: int = 1) -> None:
