@@ -1,12 +1,11 @@
-"""The figures of a report: SVG that takes the colour of the page's text, and the same as PNG on white.
-
-Every function makes one matplotlib Figure; `svg` and `save_png` turn it into what is shown.
-"""
+"""Draw the figures of a report: SVG in the colour of the page's text, and the same as PNG on white."""
 import io
 import re
 from pathlib import Path
 
 import numpy as np
+
+from minimath.report.metrics import series
 
 INK = "#101418"  # of text and axes; the page's own colour takes its place in the SVG
 COLOURS = ["#6b7280", "#2f7de1", "#e0533d", "#d98a00", "#8b5cf6", "#10a37f"]
@@ -18,7 +17,7 @@ PAPER = {"MATH-500 (paper, 14B)": [(86.4, 2556), (88.1, 2969), (91.2, 2084)],
 
 
 def new_figure(width: float = 7.2, height: float = 3.6, **grid):
-    """(Figure, axes) in plain style, transparent, without pyplot's global state."""
+    """Make (Figure, axes) in plain style, transparent, without pyplot's global state."""
     import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 10, "axes.grid": True, "grid.alpha": 0.25,
@@ -31,7 +30,7 @@ def new_figure(width: float = 7.2, height: float = 3.6, **grid):
 
 
 def svg(figure, name: str) -> str:
-    """The figure as an <svg> element: text stays text, ink is currentColor. name: makes its ids differ from others'."""
+    """Turn a figure into an <svg> element: text stays text, ink is currentColor, `name` makes its ids unique."""
     import matplotlib
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -54,7 +53,10 @@ def legend(axis, **options) -> None:
 # ---- evaluations
 
 def tradeoff(rows: dict[str, dict]):
-    """Accuracy with its 95% interval against mean tokens, one point per evaluation: up and to the left is better."""
+    """Draw accuracy with its 95% interval against mean tokens, one point per evaluation.
+
+    rows: name -> summary of an evaluation. Up and to the left is better.
+    """
     figure, axis = new_figure(height=3.8)
     for i, (name, summary) in enumerate(rows.items()):
         x, y = summary["mean_tokens"], 100 * summary["accuracy"]
@@ -72,8 +74,7 @@ def tradeoff(rows: dict[str, dict]):
 
 
 def beside_paper(rows: dict[str, dict]):
-    """The two stages relative to the model before them, beside the paper's: points of accuracy gained against tokens as
-    a share of the first model's."""
+    """Draw the two stages relative to the model before them, beside the paper's: points of accuracy against tokens."""
     figure, axis = new_figure(height=3.4)
     ours = [(100 * s["accuracy"], s["mean_tokens"]) for s in rows.values()][:3]
     for i, (name, points) in enumerate({"this run": ours, **PAPER}.items()):
@@ -91,14 +92,14 @@ def beside_paper(rows: dict[str, dict]):
 
 
 def lengths(completions: dict[str, list[dict]]):
-    """Histograms of completion lengths, right ones filled, one row per evaluation on one scale."""
+    """Draw histograms of completion lengths, correct ones filled, one row per evaluation on one scale."""
     figure, axes = new_figure(height=0.9 + 1.15 * len(completions), nrows=len(completions), sharex=True, squeeze=False)
     most = max((r["tokens"] for records in completions.values() for r in records), default=1)
     bins = np.linspace(0, max(most, 1), 41)
     for i, (axis, (name, records)) in enumerate(zip(axes[:, 0], completions.items())):
-        every, right = ([r["tokens"] for r in records if not only or r["right"]] for only in (False, True))
+        every, correct = ([r["tokens"] for r in records if not only or r["correct"]] for only in (False, True))
         axis.hist(every, bins, color=COLOURS[i % len(COLOURS)], alpha=0.3, label="all")
-        axis.hist(right, bins, color=COLOURS[i % len(COLOURS)], label="right")
+        axis.hist(correct, bins, color=COLOURS[i % len(COLOURS)], label="correct")
         axis.set_title(name, fontsize=9, loc="left", color=INK)
         axis.set_ylabel("solutions")
     legend(axes[0, 0], loc="upper right")
@@ -109,17 +110,14 @@ def lengths(completions: dict[str, list[dict]]):
 # ---- training
 
 def curves(metrics: list[dict], panels: list[tuple[str, list[str]]]):
-    """Metrics over steps. panels: (label of the axis, names of the metrics in it); faint as logged, bold smoothed."""
+    """Draw metrics over steps, faint as logged, bold smoothed. panels: (label of the axis, names of its metrics)."""
     figure, axes = new_figure(height=0.8 + 1.5 * len(panels), nrows=len(panels), sharex=True, squeeze=False)
     for axis, (label, names) in zip(axes[:, 0], panels):
         for i, name in enumerate(names):
-            points = [(m["step"], m[name]) for m in metrics if isinstance(m.get(name), (int, float))]
-            if not points:
-                continue
-            x, y = np.array(points, dtype=float).T
+            x, y = np.array(series(metrics, name), dtype=float).T
             colour = COLOURS[(i + 1) % len(COLOURS)]
             axis.plot(x, y, lw=0.8, alpha=0.35, color=colour)
-            axis.plot(x, smoothed(y), lw=1.8, color=colour, label=name.replace("_", " "))
+            axis.plot(x, smoothed(y), lw=1.8, color=colour, label=name)
         axis.set_ylabel(label)
         if len(names) > 1:
             legend(axis, loc="best")
@@ -128,7 +126,7 @@ def curves(metrics: list[dict], panels: list[tuple[str, list[str]]]):
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over SMOOTH of the values, shorter at the ends, where it leans on what there is."""
+    """Compute the centred running mean over SMOOTH of the values, shorter at the ends."""
     half = int(len(values) * SMOOTH / 2)
     total = np.concatenate([[0.0], np.cumsum(values)])
     left = np.maximum(np.arange(len(values)) - half, 0)

@@ -7,18 +7,19 @@ import subprocess
 
 import pytest
 
-from minimath.grading.answer import AnswerChecker
 from minimath.config.schema import EvalConfig
 from minimath.core.errors import UserError
 from minimath.eval.evaluate import summarise
+from minimath.grading.answer import AnswerChecker
 from minimath.report.page import report, spread, write_page
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
 
-def record(number, right, text, tokens):
+def record(number, correct, text, tokens):
     return {"number": number, "id": f"p{number}", "problem": f"How many, case {number}?", "gold": "4", "sample": 0,
-            "text": text, "answer": "4", "right": right, "tokens": tokens, "ended": True, "right_steps": 1, "steps": 1}
+            "text": text, "answer": "4", "correct": correct, "tokens": tokens, "finished": True,
+            "correct_steps": 1, "steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,10 @@ def folder(tmp_path_factory):
             (at / "eval.json").write_text(json.dumps(summarise(rows, EvalConfig(), checker)))
     for stage in ("sft", "rlaif"):
         (out / stage).mkdir()
-        metrics = [{"step": s, "loss": 1 / s, "grad_norm": 0.1} if stage == "sft" else
-                   {"step": s, "reward": 0.1 * s, "right": 0.5, "mean_tokens": 90 - s, "judge_comparisons": 10,
-                    "judge_no_votes": 1, "judge_position_bias": 0.25, "judge_error": "<b>late</b>"} for s in (1, 2, 3)]
+        metrics = [{"step": s, "loss": 1 / s, "optim/grad_norm": 0.1} if stage == "sft" else
+                   {"step": s, "reward/mean": 0.1 * s, "rollout/correct": 0.5, "rollout/tokens": 90 - s,
+                    "judge/comparisons": 10, "judge/no_votes": 1, "judge/position_bias": 0.25,
+                    "judge/error": "<b>late</b>"} for s in (1, 2, 3)]
         cut = '{"step": 4, "los'  # as a kill leaves it
         (out / stage / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics) + cut)
         (out / stage / "config.yaml").write_text("lr: 0.001\n")
@@ -66,8 +68,8 @@ def test_differences_are_paired_by_problem(page):
     assert "-60.0 (-60.0 to -60.0)" in page  # the same number of tokens fewer on every problem
 
 
-def test_every_step_is_marked_right_or_wrong(page):
-    assert "2 + 2 = 5. <span class=\"wrong\">" in page and "2 + 2 = 4. <span class=\"right\">" in page
+def test_every_step_is_marked_correct_or_wrong(page):
+    assert "2 + 2 = 5. <span class=\"wrong\">" in page and "2 + 2 = 4. <span class=\"correct\">" in page
 
 
 def test_texts_are_escaped_and_no_address_is_left(page):

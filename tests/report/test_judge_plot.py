@@ -6,11 +6,12 @@ import struct
 import pytest
 from matplotlib.figure import Figure
 
-from minimath.report import metrics as report
+from minimath.report import judge_plot as report
+from minimath.report.metrics import read_metrics, series
 
-HACKED = [{"step": i, "right": 0.5, "mean_tokens": 100.0 + i, "reward": 0.5,
-           **({"canary_pairs": 24, "canary_worse_wins": 0.1, "canary_rollout_pairs": 8,
-               "canary_rollout_worse_wins": 0.1 if i < 30 else 0.9} if i % 5 == 0 else {})} for i in range(1, 61)]
+HACKED = [{"step": i, "rollout/correct": 0.5, "rollout/tokens": 100.0 + i, "reward/mean": 0.5,
+           **({"canary/pairs": 24, "canary/worse_wins": 0.1, "canary/rollout_pairs": 8,
+               "canary/rollout_worse_wins": 0.1 if i < 30 else 0.9} if i % 5 == 0 else {})} for i in range(1, 61)]
 
 
 def drawn(rows, draw=report.draw_gap):
@@ -48,35 +49,36 @@ def test_a_picture_is_written_of_many_points_and_of_few(tmp_path, rows):
 
 
 def test_missing_figures_are_left_out_and_the_others_drawn(tmp_path):
-    hole = {"right": None, "canary_rollout_worse_wins": None, "canary_rollout_pairs": 0, "mean_tokens": None}
-    rows = HACKED + [{"step": 61, "canary_worse_wins": float("nan"), **hole}, {"step": 20, "eval_accuracy": 0.5}]
-    assert [step for step, _ in report.series(rows, "right")] == list(range(1, 61))
-    assert report.series(rows, "canary_rollout_worse_wins")[-1] == (60, 0.9)
-    assert report.series(rows, "canary_worse_wins")[-1] == (60, 0.1)
+    hole = {"rollout/correct": None, "canary/rollout_worse_wins": None, "canary/rollout_pairs": 0,
+            "rollout/tokens": None}
+    rows = HACKED + [{"step": 61, "canary/worse_wins": float("nan"), **hole}, {"step": 20, "eval/accuracy": 0.5}]
+    assert [step for step, _ in series(rows, "rollout/correct")] == list(range(1, 61))
+    assert series(rows, "canary/rollout_worse_wins")[-1] == (60, 0.9)
+    assert series(rows, "canary/worse_wins")[-1] == (60, 0.1)
     report.plot_judge(rows, tmp_path / "judge.png", "run")
     assert is_picture(tmp_path / "judge.png")
-    fixed_only = [{k: v for k, v in row.items() if "rollout" not in k} for row in HACKED]
+    fixed_only = [{k: v for k, v in row.items() if "rollout_" not in k} for row in HACKED]
     assert len(drawn(fixed_only)) == len(drawn(HACKED)) - 2  # without the curve and its gap
 
 
-def test_the_gap_is_shaded_where_wrong_ones_win_more_and_no_more_are_right():
+def test_the_gap_is_shaded_where_wrong_ones_win_more_and_no_more_are_correct():
     low, high = gap(HACKED)
     assert 20 < low < 30 and high == 60
-    assert gap([row | {"right": 0.3 + 0.01 * row["step"]} for row in HACKED]) is None
-    assert gap([row | {"canary_rollout_worse_wins": 0.1} for row in HACKED]) is None
+    assert gap([row | {"rollout/correct": 0.3 + 0.01 * row["step"]} for row in HACKED]) is None
+    assert gap([row | {"canary/rollout_worse_wins": 0.1} for row in HACKED]) is None
     assert gap(HACKED[:5]) is None  # one canary
 
 
 def test_a_line_that_a_kill_left_unfinished_is_skipped(tmp_path):
-    path = write(tmp_path / "metrics.jsonl", HACKED, '{"step": 61, "right": 0.')
-    assert report.read_metrics(path) == HACKED
-    report.plot_judge(path, tmp_path / "judge.png", "run$ {of$")
+    path = write(tmp_path / "metrics.jsonl", HACKED, '{"step": 61, "rollout/correct": 0.')
+    assert read_metrics(path) == HACKED
+    report.plot_judge(read_metrics(path), tmp_path / "judge.png", "run$ {of$")
     assert is_picture(tmp_path / "judge.png")
 
 
 def test_a_run_without_canaries_gets_no_picture_and_no_words(tmp_path):
     said = []
-    write(tmp_path / "metrics.jsonl", [{"step": 1, "right": 0.5}])
+    write(tmp_path / "metrics.jsonl", [{"step": 1, "rollout/correct": 0.5}])
     report.write_judge_plot(tmp_path, said.append)
     assert said == [] and not (tmp_path / "judge.png").exists()
 
