@@ -5,20 +5,30 @@ for one after the other, until an empty line.
 """
 import sys
 import time
+from collections.abc import Iterator
 
-from minimath.grading.answer import extract_answer
-from minimath.data.chat import prompt_ids
-from minimath.config.load import fields_of
+from minimath.config.load import load_config
+from minimath.config.options import options_of
 from minimath.config.schema import EvalConfig
+from minimath.core.entry import run_command
 from minimath.core.errors import UserError
-from minimath.rollout.open import open_engine
-from minimath.models.load import describe, load_model
+from minimath.core.log import printable
 from minimath.core.run import keep_freed_memory
+from minimath.grading.answer import extract_answer
 from minimath.grading.steps import check_steps
+from minimath.models.load import describe
+from minimath.models.policy import Policy, load_policy
+from minimath.rollout.open import open_engine
+
+
+def solve_command(words: list[str]) -> None:
+    """Run `minimath solve` with the words behind it. Raises UserError as `parse` and `solve` do."""
+    problem, options = parse(words)
+    solve(problem, load_config(EvalConfig, None, options))
 
 
 def solve(problem: str, cfg: EvalConfig) -> None:
-    """Print a solution (greedy unless temperature is set), the checked steps of each line, and the answer.
+    """Print a solution, its checked steps and its answer; greedy unless temperature is set.
 
     samples > 1 prints several. problem "": read problems from standard input, one a line, until an empty one. Raises
     UserError when there is none, or for an unusable model.
@@ -28,24 +38,24 @@ def solve(problem: str, cfg: EvalConfig) -> None:
         raise UserError('minimath solve needs a problem: minimath solve "Tom has 3 apples ..." adapter=runs/... '
                         "(in a terminal it asks for one)")
     keep_freed_memory()
-    model, tokenizer = load_model(cfg, train=False)
-    print(describe(model, cfg) + (f", adapter {cfg.adapter.path}" if cfg.adapter.path else ""), flush=True)
-    with open_engine(cfg, model, tokenizer) as sample:
+    policy = load_policy(cfg, train=False)
+    print(describe(policy.model, cfg) + (f", adapter {cfg.adapter.path}" if cfg.adapter.path else ""), flush=True)
+    with open_engine(cfg.engine, cfg.sampling, policy, seed=cfg.run.seed) as engine:
         for one in problems:
-            solve_one(one, cfg, tokenizer, sample)
+            solve_one(one, cfg, policy, engine)
 
 
 def parse(words: list[str]) -> tuple[str, list[str]]:
-    """(problem, options) of the command line; the problem may be left out. UserError for an empty one."""
+    """Split the command line into problem and options; the problem may be left out. UserError for an empty one."""
     # an option in its place is an option; "x=3, y=x+1. What is y?" is a problem
-    if not words or words[0].lstrip("-").partition("=")[0].replace("-", "_") in fields_of(EvalConfig):
+    if not words or words[0].lstrip("-").partition("=")[0].replace("-", "_") in options_of(EvalConfig):
         return "", words
     if not words[0].strip():
         raise UserError('the problem is empty: minimath solve "Tom has 3 apples ..." adapter=runs/...')
     return words[0], words[1:]
 
 
-def ask():
+def ask() -> Iterator[str]:
     """Yield problems from standard input until an empty line or its end."""
     prompt = "\nproblem (empty line ends): " if sys.stdin.isatty() else ""
     while True:
@@ -56,23 +66,23 @@ def ask():
         yield line
 
 
-def solve_one(problem: str, cfg: EvalConfig, tokenizer, sample) -> None:
-    prompt = prompt_ids(tokenizer, problem, system=cfg.prompt.system, prompt_template=cfg.prompt.prompt_template)
+def solve_one(problem: str, cfg: EvalConfig, policy: Policy, engine) -> None:
+    """Print the solutions of one problem; a single one as it is written. UserError for a problem that is too long."""
+    prompt = policy.prompt_ids(problem)
     if len(prompt) > cfg.prompt.max_prompt_len:
         raise UserError(f"the problem has {len(prompt)} tokens, max_prompt_len={cfg.prompt.max_prompt_len}: raise that")
-    shown, started = Shown(), time.perf_counter()
-    live = cfg.samples == 1
+    shown, started, live, samples = Shown(), time.perf_counter(), cfg.samples == 1, {}
     print()
-    [completions] = sample([prompt], samples=cfg.samples, on_tokens=(
-        lambda _, __, ids: shown.add(tokenizer.decode(ids, skip_special_tokens=True))) if live else None)
+    for finished in engine.stream([prompt], cfg.samples):
+        samples |= {s: sample for _, s, sample in finished}
+        for _, _, ids in engine.running() if live else ():
+            shown.add(policy.decode(ids))
     seconds = time.perf_counter() - started
-    for completion in completions:
-        text = tokenizer.decode(completion.ids, skip_special_tokens=True)
-        shown.end(text)
-        ended = "" if completion.ended else f", cut at max_new_tokens={cfg.sampling.max_new_tokens}"
-        speed = f", {len(completion.ids) / max(seconds, 1e-9):.0f} tokens/s" if live else ""
-        size = f"{len(completion.ids)} tokens{ended}{speed}"
-        print(f"answer: {printable(str(extract_answer(text)))} ({size})", flush=True)
+    for _, sample in sorted(samples.items()):
+        shown.end(sample.text)
+        cut = "" if sample.finished else f", cut at max_new_tokens={cfg.sampling.max_new_tokens}"
+        speed = f", {sample.tokens / max(seconds, 1e-9):.0f} tokens/s" if live else ""
+        print(f"answer: {printable(str(extract_answer(sample.text)))} ({sample.tokens} tokens{cut}{speed})", flush=True)
         shown = Shown()
 
 
@@ -93,21 +103,16 @@ class Shown:
         self.count = max(self.count, len(text))
 
     def end(self, text: str) -> None:
-        """The rest of the whole text, and the mark of its last line."""
+        """Show the rest of the whole text, and the mark of its last line."""
         self.add(text)
         print(printable(text[self.count:]) + mark(text[text.rfind("\n") + 1:]))
 
 
 def mark(line: str) -> str:
+    """Say whether the steps of a line hold; "" for a line without one."""
     steps = check_steps(line)
-    return "" if not steps.total else "  [right]" if steps.right == steps.total else "  [WRONG]"
-
-
-def printable(text: str) -> str:
-    """Text without control characters: what a model writes must not drive the terminal."""
-    return "".join(c if c.isprintable() or c == "\t" else "?" for c in text)
+    return "" if not steps.total else "  [correct]" if steps.right == steps.total else "  [WRONG]"
 
 
 if __name__ == "__main__":
-    from minimath.cli import dispatch, run_command
-    sys.exit(run_command(lambda: dispatch("solve", sys.argv[1:])))
+    sys.exit(run_command(lambda: solve_command(sys.argv[1:])))

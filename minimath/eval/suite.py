@@ -1,63 +1,80 @@
-"""Several sets of problems, one model: minimath eval suite=gsm8k,math500,mine=my.jsonl model=... out=FOLDER
+"""Evaluate one model on several sets: minimath eval suite=gsm8k,math500,mine=my.jsonl model=... out=FOLDER
 
-    out/NAME/       what a lone evaluation of that set leaves (evaluate.py): eval.json, completions.jsonl, ...
+    out/NAME/       what a lone evaluation of that set leaves (evaluate.py)
     out/suite.json  {"model", "adapter", "sets": {NAME: summary}, "mean"}: where it is, all sets are complete
 
-The model is loaded once. Problems come from suite_data=FOLDER (NAME.jsonl or NAME_test.jsonl; also csv, parquet, ...),
-else from the hub. suite_samples=aime24:64 and suite_temperature=aime24:0.6 are for single sets. Interrupted, the same
-command with resume=true goes on: complete sets are read, the unfinished one goes on after its last completion.
+The model is loaded once. Problems come from the folder data=FOLDER (NAME.jsonl or NAME_test.jsonl; also csv, parquet,
+...), and what it lacks from the hub. Interrupted, the same command with resume=true goes on: complete sets are read,
+the unfinished one goes on after its last completion.
 """
-import dataclasses
 import functools
 import json
 import math
 import re
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from minimath.config.load import PARSERS, check_value
-from minimath.config.schema import EvalConfig
+from minimath.config.load import config_text
+from minimath.config.schema import DataOptions, EvalConfig
+from minimath.core import interrupt
 from minimath.core.errors import Interrupted, UserError
+from minimath.core.files import write_whole
+from minimath.core.run import open_run
+from minimath.core.run_folder import SUITE, held_run
 from minimath.core.text import comma_list, did_you_mean
-from minimath.data.examples import Example, describe_report, load_examples, to_example
+from minimath.data.examples import Example, describe_report, load_examples
+from minimath.data.readers import SUFFIXES
 from minimath.eval.evaluate import evaluate_examples, load_and_say
 from minimath.eval.partial import fingerprint, refuse_changes
-from minimath.data.readers import SUFFIXES, BadRow, Row, read_rows
-from minimath.core.files import write_whole
-from minimath.core.run import held_run, open_run
 
-SUITE = "suite.json"
-# name: (hub id, config, split, columns that make the problem, column of the answer, number of problems)
+
+class KnownSet(NamedTuple):
+    source: str  # hub id, and its configuration
+    split: str
+    size: int    # problems, as published
+    columns: str = "problem and answer"
+
+
 SETS = {
-    "gsm8k": ("openai/gsm8k", "main", "test", ("question",), "answer", 1319),
-    "math500": ("HuggingFaceH4/MATH-500", None, "test", ("problem",), "answer", 500),
-    "aime24": ("HuggingFaceH4/aime_2024", None, "train", ("problem",), "answer", 30),
-    "aime25": ("math-ai/aime25", None, "test", ("problem",), "answer", 30),
-    "svamp": ("ChilleD/SVAMP", None, "test", ("Body", "Question"), "Answer", 300),
+    "gsm8k": KnownSet("openai/gsm8k:main", "test", 1319, "question and answer"),
+    "math500": KnownSet("HuggingFaceH4/MATH-500", "test", 500),
+    "aime24": KnownSet("HuggingFaceH4/aime_2024", "train", 30),
+    "aime25": KnownSet("math-ai/aime25", "test", 30),
+    "svamp": KnownSet("ChilleD/SVAMP", "test", 300, "Body, Question and Answer"),
 }
 OWN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # it becomes a folder
-AVERAGED = ("accuracy", "mean_tokens", "tokens_per_right", "right_steps", "ended")
+AVERAGED = ("accuracy", "mean_tokens", "tokens_per_correct", "correct_steps", "finished")
 SUMMED = ("problems", "checker_timeouts", "bad_gold")
 
-Problems = tuple[EvalConfig, list[Example], str]  # of one set: its options, its problems, what is said of them
+
+class Problems(NamedTuple):
+    """One set: the options of its evaluation, its problems, and what is to be said of them."""
+    cfg: EvalConfig
+    examples: list[Example]
+    note: str
 
 
-def suite(cfg: EvalConfig) -> dict:
-    """Evaluate cfg.model.name on each set of cfg.suite -> what suite.json holds. Raises Interrupted; UserError before anything
-    is sampled for an unknown set, problems that are nowhere, and a folder that holds something else."""
+def evaluate_suite(cfg: EvalConfig) -> dict:
+    """Evaluate a model on each set of cfg.suite; returns what suite.json holds.
+
+    Raises Interrupted; UserError before anything is sampled for an unknown set, problems that are nowhere, and a folder
+    that holds something else.
+    """
     sets = read_sets(cfg)
     refuse_folder(cfg, sets)
-    with open_run(cfg, "eval") as (log, stop):
+    with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume) as log:
         load = functools.cache(lambda: load_and_say(cfg, log))  # called by the first set that is not complete
         summaries: dict[str, dict] = {}
-        for name, (set_cfg, examples, note) in sets.items():
+        for name, problems in sets.items():
             folder = log.run_dir / name
-            set_cfg = set_cfg.replace(out=str(folder), resume=cfg.run.resume and bool(held_run(folder)))
+            set_cfg = problems.cfg.replace(out=str(folder), resume=cfg.run.resume and bool(held_run(folder)))
             try:
-                stop.check()
+                if number := interrupt.requested():
+                    raise Interrupted(number)
                 log.say(f"{name}, {len(summaries) + 1} of {len(sets)}:")
-                summaries[name] = evaluate_examples(set_cfg, examples, note, within=stop, load=lambda *_: load())
+                summaries[name] = evaluate_examples(set_cfg, problems.examples, problems.note, within=True,
+                                                    load=lambda *_: load())
             except Interrupted:
                 log.say(f"{len(summaries)} of {len(sets)} sets are complete; the same command with out={log.run_dir} "
                         "resume=true goes on")
@@ -69,43 +86,34 @@ def suite(cfg: EvalConfig) -> dict:
 
 
 def refuse_folder(cfg: EvalConfig, sets: dict[str, Problems]) -> None:
-    """UserError when cfg.run.out can't be filled or gone on with: now, not when the first sets have been evaluated."""
+    """Raise UserError when cfg.run.out can't be filled or gone on with, before any set is evaluated."""
     if not cfg.run.out:
         return
     if held := held_run(Path(cfg.run.out)):
         raise UserError(f"{cfg.run.out} already holds {held} that is no suite; choose another out=")
-    for name, (set_cfg, examples, _) in sets.items():
-        if not (held := held_run(Path(cfg.run.out) / name)):
+    for name, problems in sets.items():
+        folder = Path(cfg.run.out) / name
+        if not (held := held_run(folder)):
             continue
         if not cfg.run.resume:
-            raise UserError(f"{cfg.run.out} already holds a suite ({name}: {held}); add resume=true to go on with it, or "
-                            "choose another out=")
-        refuse_changes(Path(cfg.run.out) / name, fingerprint(set_cfg, examples))
+            raise UserError(f"{cfg.run.out} already holds a suite ({name}: {held}); add resume=true to go on with it, "
+                            "or choose another out=")
+        refuse_changes(folder, fingerprint(problems.cfg, problems.examples))
 
 
 # ---- which sets, and their problems
 
 def read_sets(cfg: EvalConfig) -> dict[str, Problems]:
-    """The sets of cfg.suite in its order. Raises UserError as `suite` does."""
-    if cfg.data.source:
-        raise UserError(f"give data= or suite=, not both; data as a set of its own: suite={cfg.suite},mine={cfg.data.source}")
-    chosen = chosen_sets(cfg.suite)
-    samples = of_single_sets(cfg, "samples", chosen)
-    temperature = of_single_sets(cfg, "temperature", chosen)
-    sets = {}
-    for name, file in chosen.items():
-        k, heat = samples.get(name, cfg.samples), temperature.get(name, cfg.sampling.temperature)
-        if k > 1 and heat == 0:
-            raise UserError(f"{name}: {k} samples with temperature=0 would repeat one greedy completion; add "
-                            f"suite_temperature={name}:0.6, or temperature=0.6 for all sets")
-        data, split, examples, note = read_set(name, file, cfg)
-        sets[name] = (cfg.replace(data=data, split=split, samples=k, temperature=heat, suite="",
-                                          suite_data="", suite_samples="", suite_temperature=""), examples, note)
-    return sets
+    """Read the sets of cfg.suite, in its order. Raises UserError as `evaluate_suite` does."""
+    chosen, folder = chosen_sets(cfg.suite), cfg.data.source
+    if folder and not (isinstance(folder, str) and Path(folder).expanduser().is_dir()):
+        raise UserError(f"data={folder}: no such folder; with suite= it is to hold files such as {next(iter(chosen))}"
+                        f".jsonl. Problems of your own are a set: suite={cfg.suite},NAME=FILE")
+    return {name: read_own(file, cfg) if file else read_known(name, cfg) for name, file in chosen.items()}
 
 
 def chosen_sets(text: str) -> dict[str, str]:
-    """"gsm8k,mine=my.jsonl" -> {"gsm8k": "", "mine": "my.jsonl"}. UserError for a name that is no set."""
+    """Parse "gsm8k,mine=my.jsonl" to {"gsm8k": "", "mine": "my.jsonl"}. UserError for a name that is no set."""
     chosen: dict[str, str] = {}
     for item in comma_list(text):
         name, equals, file = (part.strip() for part in item.partition("="))
@@ -122,79 +130,43 @@ def chosen_sets(text: str) -> dict[str, str]:
     return chosen
 
 
-def of_single_sets(cfg: EvalConfig, key: str, chosen: Iterable[str]) -> dict[str, float]:
-    """The list cfg.suite_<key>, "aime24:64,aime25:32" -> {"aime24": 64, "aime25": 32}. UserError for what is none."""
-    option, kind, values = f"suite_{key}", type(getattr(cfg, key)), {}
-    for item in comma_list(getattr(cfg, f"suite_{key}")):
-        name, _, number = (part.strip() for part in item.partition(":"))
-        if name not in chosen:
-            raise UserError(f"{option}: {name!r} is not in suite={cfg.suite}{did_you_mean(name, chosen)}")
-        try:
-            values[name] = PARSERS[kind](number)
-        except ValueError:
-            example = {"samples": "aime24:64", "temperature": "aime24:0.6"}[key]
-            raise UserError(f"{option}: {item!r} must be NAME:NUMBER, as in {example}") from None
-        check_value(key, values[name], f"{option}={item}")
-    return values
+def read_own(file: str, cfg: EvalConfig) -> Problems:
+    """Read a set of the user's own."""
+    cfg = cfg.replace(suite="", data=file)
+    examples, report = load_examples(cfg.data, need=("answer",))
+    return Problems(cfg, examples, describe_report(report))
 
 
-def read_set(name: str, file: str, cfg: EvalConfig) -> tuple[str, str, list[Example], str]:
-    """(data, split, problems, what is to be said of them) of one set; file: of an own set, else "".
+def read_known(name: str, cfg: EvalConfig) -> Problems:
+    """Read a set that has a name in the field, from the folder or the hub.
 
-    A row that can't be used is an UserError in a set that has a name in the field: without it, it is another set.
+    A row that can't be used is a UserError: without it, it is another set.
     """
-    if file:
-        examples, report = load_examples(file, split=cfg.data.split, limit=cfg.data.limit, strict=cfg.data.strict, need=("answer",),
-                                         data_format=cfg.data_format)
-        return file, cfg.data.split, examples, describe_report(report)
-    hub, config, split, problem, answer, size = SETS[name]
-    path, examples = local_file(name, cfg.data.source), []
-    for where, row in read_rows(path) if path else hub_rows(name, cfg.data.source):
-        made = row if isinstance(row, BadRow) else to_example(renamed(row, problem, answer), where, ("answer",))
-        if isinstance(made, BadRow):
-            raise UserError(f"{where}: {made.reason}; {made.fix} ({name} without a row is another set)")
-        examples.append(made)
-    if not examples:
-        raise UserError(f"{path}: no row; {name} has {size} problems")
-    note = "" if len(examples) == size else f"{path or hub}: {len(examples)} problems, {name} as published has {size}"
-    data = str(path) if path else f"{hub}:{config}" if config else hub
-    return data, split, examples[:cfg.data.limit or None], note
-
-
-def local_file(name: str, folder: str) -> Path | None:
-    """NAME or NAME_test with a suffix that readers.py reads, in the folder; None without one. UserError: no folder."""
-    if folder and not Path(folder).expanduser().is_dir():
-        raise UserError(f"suite_data={folder}: no such folder; it is to hold {name}.jsonl or {name}_test.jsonl")
-    places = (Path(folder).expanduser() / f"{stem}{suffix}" for stem in (name, f"{name}_test") for suffix in SUFFIXES)
-    return next((path for path in places if path.is_file()), None) if folder else None
-
-
-def hub_rows(name: str, folder: str) -> Iterable[Row]:
-    """Rows of the set from the hub, or from what `datasets` kept of it. UserError that says which file would do."""
-    hub, config, split, problem, answer, _ = SETS[name]
+    known, folder = SETS[name], Path(cfg.data.source or "FOLDER")
+    path = local_file(name, folder.expanduser()) if cfg.data.source else None
+    source, limit = str(path or known.source), cfg.data.limit
     try:
-        import datasets  # seconds to import: only when the hub is asked
-        rows = datasets.load_dataset(hub, config, split=split)
-    except Exception as error:  # errors of hub, network, disk, format and import share no other base
-        text = " ".join(str(error).split())[:200]
-        columns = " and ".join((*problem, answer)) + (" (or problem and answer)" if problem != ("problem",) else "")
-        raise UserError(f"{name}: {hub} can't be loaded from the hub ({type(error).__name__}: {text}). Without a hub, "
-                        f"put its {split} split, rows with {columns}, in {Path(folder or 'FOLDER') / name}.jsonl"
-                        f"{'' if folder else ' and add suite_data=FOLDER'}") from error
-    return ((f"{hub}:{split}:row {number}", row) for number, row in enumerate(rows, 1))
+        examples, _ = load_examples(DataOptions(source, known.split, strict=True), need=("answer",))
+    except UserError as error:
+        if path:
+            raise
+        raise UserError(f"{name}: {error}. Without a hub, put its {known.split} split, rows with {known.columns}, in "
+                        f"{folder / name}.jsonl{'' if cfg.data.source else ' and add data=FOLDER'}") from error
+    note = "" if len(examples) == known.size else \
+        f"{source}: {len(examples)} problems, {name} as published has {known.size}"
+    return Problems(cfg.replace(suite="", data=source, split=known.split), examples[:limit or None], note)
 
 
-def renamed(row: dict, problem: tuple[str, ...], answer: str) -> dict:
-    """The row with the hub's columns as problem and answer; a row that has others is what data.py makes of it."""
-    if not all(isinstance(row.get(column), str) for column in problem) or row.get(answer) is None:
-        return row
-    return row | {"problem": " ".join(row[column].strip() for column in problem), "answer": row[answer]}
+def local_file(name: str, folder: Path) -> Path | None:
+    """Find NAME or NAME_test in the folder, with a suffix that data/readers.py reads."""
+    places = (folder / f"{stem}{suffix}" for stem in (name, f"{name}_test") for suffix in SUFFIXES)
+    return next((path for path in places if path.is_file()), None)
 
 
 # ---- what comes out
 
 def mean_of(summaries: dict[str, dict]) -> dict:
-    """The macro average: each set counts the same, whatever its size; figures that a set lacks are left out.
+    """Average over the sets, each counting the same; figures that a set lacks are left out.
 
     The interval of the mean accuracy is put together from those of the sets, which are independent (MOVER: Zou, Huang
     and Zhang 2009, "A note on confidence interval estimation for a linear function of binomial proportions").
@@ -209,23 +181,18 @@ def mean_of(summaries: dict[str, dict]) -> dict:
 
 
 def suite_table(result: dict) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows) of what suite.json holds: a row per set, then the mean."""
-    summaries = result["sets"]
-    several = any(summary["samples"] > 1 for summary in summaries.values())
-    budgets = sorted({int(key.partition("@")[2]) for summary in summaries.values() for key in summary
-                      if key.startswith("accuracy@")})
-    columns = ["set", "problems", *(["k", "avg@k"] if several else ["accuracy"]), "95% interval",
-               *(["pass@k", "maj@k"] if several else []), "mean tokens", "ended", *(f"acc@{n}" for n in budgets)]
+    """Word what suite.json holds as (columns, rows): a row per set, then the mean."""
+    summaries, budgets = result["sets"], [key for key in result["mean"] if key.startswith("accuracy@")]
+    k = max(summary["samples"] for summary in summaries.values())
+    first, *more = ["accuracy"] if k == 1 else [f"avg@{k}", f"pass@{k}", f"maj@{k}"]
 
     def percent(value) -> str:
         return "-" if value is None else f"{100 * value:.1f}%"
 
     rows = []
     for name, summary in (*summaries.items(), ("mean", result["mean"])):
-        k, (low, high) = summary.get("samples", "-"), summary["interval"]
-        rows.append([name, summary["problems"], *([k] if several else []), percent(summary["accuracy"]),
-                     f"{100 * low:.1f} to {100 * high:.1f}",
-                     *([percent(summary.get(f"{what}@{k}")) for what in ("pass", "maj")] if several else []),
-                     f"{summary['mean_tokens']:.1f}", percent(summary["ended"]),
-                     *(percent(summary.get(f"accuracy@{n}")) for n in budgets)])
-    return columns, [[str(cell) for cell in row] for row in rows]
+        low, high = summary["interval"]
+        rows.append([name, str(summary["problems"]), percent(summary.get(first)), f"{100 * low:.1f} to {100 * high:.1f}",
+                     *(percent(summary.get(key)) for key in more), f"{summary['mean_tokens']:.1f}",
+                     *(percent(summary.get(key)) for key in ("finished", *budgets))])
+    return ["set", "problems", first, "95% interval", *more, "mean tokens", "finished", *budgets], rows
