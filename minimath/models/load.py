@@ -1,12 +1,11 @@
 """Load a causal LM for training or inference and reach its parts: adapter, final hidden states, LM head.
 
-One model sits in memory. The reference policy and the self-judge are this model under `adapter_off`; rollouts and
-updates use the same weights. The LM head is never called: losses and log-probs go through `minimath.kernels`.
+The reference policy and the self-judge are this model under `adapter_off`; rollouts and updates use the same weights.
+The LM head is never called: losses and log-probs go through `minimath.kernels`.
 """
 import contextlib
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from minimath.config.schema import ModelOptions
 from minimath.core import dist
-from minimath.core.run_folder import find_adapter
-from minimath.config.schema import ModelConfig
 from minimath.core.errors import UserError
+from minimath.core.run_folder import find_adapter
 from minimath.models.sharding import shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,8 +37,11 @@ class Head(NamedTuple):
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" -> cuda (also ROCm), else mps, else cpu; of several processes each its own. Raises UserError for a device
-    that is not there."""
+    """Find the device that an option names.
+
+    auto: cuda (also ROCm), else mps, else cpu; of several processes each its own. Raises UserError for one that is not
+    there.
+    """
     if name == "auto":
         found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         name = dist.local_card() or found
@@ -47,7 +49,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name!r} cannot be used here ({str(error).splitlines()[0]}); "
+        raise UserError(f"device={name!r} cannot be used here ({first_line(error)}); "
                         "use device=auto or device=cpu") from None
     if device.type != "cuda" and dist.local_card():
         raise UserError(f"device={name} with several processes on a machine with cards: set ACCELERATE_USE_CPU=1")
@@ -55,8 +57,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """(dtype, reason). auto: bf16 where the hardware computes it (Turing, sm_75, only emulates it), else fp16 on CUDA,
-    which optim.LossScale keeps from underflow, else fp32."""
+    """Find the compute type and the reason for it, in words.
+
+    auto: bf16 where the hardware computes it (Turing, sm_75, only emulates it), else fp16 on CUDA, which a loss scale
+    keeps from underflow, else fp32.
+    """
     if name != "auto":
         return DTYPES[name], "as configured"
     if device.type == "cuda":
@@ -77,53 +82,37 @@ def _cpu_flag(*names: str) -> bool:
     return any(name in text for name in names)
 
 
-def load_tokenizer(cfg: ModelConfig):
-    """The tokenizer of cfg.model.name, with a pad token. Raises UserError."""
-    with _load_errors(cfg.model.name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
+def load_tokenizer(cfg):
+    """Load the tokenizer of cfg.model, with a pad token. Raises UserError."""
+    name = cfg.model.name
+    with _load_errors(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.model.trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{cfg.model.name}: the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
+        raise UserError(f"{name}: the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(cfg: ModelConfig, *, train: bool):
-    """Load model and tokenizer; add the adapter.
+def load_model(cfg, *, train: bool):
+    """Load (model, tokenizer) of a stage's config, with the adapter.
 
     train=True: a trainable LoRA adapter (new, or the one in cfg.adapter.path) in fp32 over frozen weights; needs the
-    fields of AdapterConfig. train=False: cfg.adapter.path if given, everything frozen.
+    groups AdapterOptions and OptimizerOptions. train=False: cfg.adapter.path if given, everything frozen.
 
-    Returns (model, tokenizer). Raises UserError with one line: missing model, unreadable adapter, impossible
-    dtype or quantisation.
+    Raises UserError with one line: missing model, unreadable adapter, impossible dtype or quantisation.
     """
-    device = pick_device(cfg.model.device)
-    dtype, _ = pick_dtype(cfg.model.dtype, device)
-    tokenizer = load_tokenizer(cfg)
-    kwargs = {"dtype": dtype, "attn_implementation": cfg.model.attn, "trust_remote_code": cfg.model.trust_remote_code,
-              "use_safetensors": True}
-    if cfg.model.shard and (cfg.model.quant == "nf4" or cfg.model.liger):
+    options = cfg.model
+    if options.shard and (options.quant == "nf4" or options.liger):
         raise UserError("shard=true splits plain 16- and 32-bit layers: leave shard away, or quant=nf4 (a quarter of "
                         "the size on every card) and liger=true")
-    if cfg.model.quant == "nf4":
-        kwargs["quantization_config"] = _nf4_config(cfg, dtype)
-        kwargs["device_map"] = {"": device}
-    transformers.utils.logging.disable_progress_bar()
-    with _load_errors(cfg.model.name, "model"):
-        _refuse_other_shards(Path(cfg.model.name) / "model.safetensors.index.json")
-        model = AutoModelForCausalLM.from_pretrained(cfg.model.name, **kwargs)
-    if cfg.model.quant != "nf4" and not cfg.model.shard:
-        model.to(device)
-    keep_4bit_weights_trainable(model)
-    if cfg.model.liger:
-        patch_with_liger(model)
-    model.config.use_cache = False
-    model.requires_grad_(False)
+    tokenizer = load_tokenizer(cfg)
+    model, device = _load_base(options)
     if cfg.adapter.path:
         model = _load_adapter(model, find_adapter(cfg.adapter.path), train)
     elif train:
         model = _new_adapter(model, cfg)
-    if cfg.model.shard:
+    if options.shard:
         shard(model, base_causal_lm(model), device)
     if train and cfg.optimizer.gradient_checkpointing:
         checkpoint_activations(model)
@@ -132,9 +121,29 @@ def load_model(cfg: ModelConfig, *, train: bool):
     return model, tokenizer
 
 
+def _load_base(options: ModelOptions):
+    """The frozen base model (still on the CPU if it is to be sharded), and the device."""
+    device = pick_device(options.device)
+    dtype, _ = pick_dtype(options.dtype, device)
+    kwargs = {"dtype": dtype, "attn_implementation": options.attn, "trust_remote_code": options.trust_remote_code,
+              "use_safetensors": True}
+    if options.quant == "nf4":
+        kwargs |= {"quantization_config": _nf4_config(dtype), "device_map": {"": device}}
+    transformers.utils.logging.disable_progress_bar()
+    with _load_errors(options.name, "model"):
+        _refuse_other_shards(Path(options.name) / "model.safetensors.index.json")
+        model = AutoModelForCausalLM.from_pretrained(options.name, **kwargs)
+    if options.quant != "nf4" and not options.shard:
+        model.to(device)
+    keep_4bit_weights_trainable(model)
+    if options.liger:
+        patch_with_liger(model)
+    model.config.use_cache = False
+    return model.requires_grad_(False), device
+
+
 def checkpoint_activations(model, **kwargs) -> None:
-    """Recompute the activations of each layer in backward instead of keeping them. kwargs: of
-    torch.utils.checkpoint.checkpoint."""
+    """Recompute each layer's activations in backward; kwargs: of torch's checkpoint."""
     base = base_causal_lm(model)
     # the name since transformers 5.23, which warns about the old one; 6 drops that
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -149,17 +158,17 @@ def _refuse_other_shards(index: Path) -> None:
         raise ValueError(f"{index.name} names {other[0]!r}: only safetensors files are read")
 
 
-def _nf4_config(cfg: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise UserError("quant=nf4 needs bitsandbytes: pip install bitsandbytes, or use quant=none") from None
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
-                              bnb_4bit_use_double_quant=cfg.double_quant)
+                              bnb_4bit_use_double_quant=True)
 
 
 def patch_with_liger(model) -> None:
-    """Put liger-kernel's RMSNorm, RoPE and SwiGLU into `model`, never its losses: those stay minimath.kernels.
+    """Put liger-kernel's RMSNorm, RoPE and SwiGLU into `model`, but not its losses.
 
     RoPE is a function of transformers' module of the model's family, so it changes for every model of that family in
     this process. Raises UserError without a GPU, without the package, for a family that it does not know.
@@ -180,35 +189,34 @@ def patch_with_liger(model) -> None:
 
 
 def keep_4bit_weights_trainable(model) -> int:
-    """Stop bitsandbytes from repacking 4-bit weights on CPUs with avx512_bf16; returns the number of layers guarded.
+    """Stop bitsandbytes from repacking 4-bit weights; returns the number of layers.
 
-    One no-grad forward in eval mode repacks Linear4bit weights for good; LoRA gradients after that are wrong by
-    77-99% with a normal-looking loss. RL generates and trains with the same weights, so the repack must never run.
+    On CPUs with avx512_bf16 one no-grad forward in eval mode repacks Linear4bit weights for good; LoRA gradients after
+    that are wrong by 77-99% with a normal-looking loss. RL generates and trains with the same weights.
     """
-    guarded = 0
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            guarded += 1
-    return guarded
+    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return len(layers)
 
 
 def _new_adapter(model, cfg):
     """A fresh LoRA adapter, weights in fp32: a bf16 adapter loses updates smaller than 1/256 of a weight."""
-    targets = cfg.adapter.lora_targets if cfg.adapter.lora_targets == "all-linear" else cfg.adapter.lora_targets.replace(" ", "").split(",")
-    init = {"default": True, "true": True, "false": False}.get(cfg.adapter.lora_init, cfg.adapter.lora_init)
+    options = cfg.adapter
+    targets = options.lora_targets.replace(" ", "")
+    init = {"default": True, "true": True, "false": False}.get(options.lora_init, options.lora_init)
     try:
-        with _quiet():
-            model = get_peft_model(model, LoraConfig(
-                r=cfg.adapter.lora_r, lora_alpha=cfg.adapter.lora_alpha, lora_dropout=cfg.adapter.lora_dropout, target_modules=targets,
-                use_rslora=cfg.adapter.rslora, use_dora=cfg.adapter.dora, init_lora_weights=init, task_type="CAUSAL_LM"))
+        model = get_peft_model(model, LoraConfig(
+            r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout,
+            target_modules=targets if targets == "all-linear" else targets.split(","), use_rslora=options.rslora,
+            use_dora=options.dora, init_lora_weights=init, task_type="CAUSAL_LM"))
     except ValueError as error:
         names = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise UserError(f"lora_targets={cfg.adapter.lora_targets!r}, lora_init={cfg.adapter.lora_init!r}: {str(error).splitlines()[0]} "
+        raise UserError(f"lora_targets={options.lora_targets!r}, lora_init={options.lora_init!r}: {first_line(error)} "
                         f"Linear layers of this model: {', '.join(names)}; or all-linear") from None
     if any(p.requires_grad for p in head_module(model).parameters()):
-        raise UserError(f"lora_targets={cfg.adapter.lora_targets!r} includes the LM head, which the fused kernels keep frozen; "
-                        "leave it out, or use all-linear")
+        raise UserError(f"lora_targets={options.lora_targets!r} includes the LM head, which the fused kernels keep "
+                        "frozen; leave it out, or use all-linear")
     return model
 
 
@@ -217,19 +225,15 @@ def _load_adapter(model, folder: Path, train: bool):
         raise UserError(f"{folder}: no adapter_model.safetensors (pickled adapters are never loaded); "
                         "give a run folder, a checkpoint or a peft adapter folder")
     try:
-        with _quiet():
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=train, torch_device=str(model.device))
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=train, torch_device=str(model.device))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"{folder}: the adapter cannot be loaded into this model "
-                        f"({str(error).strip().splitlines()[0]}); was it trained on another base model?") from None
+        raise UserError(f"{folder}: the adapter cannot be loaded into this model ({first_line(error)}); was it "
+                        "trained on another base model?") from None
 
 
-@contextlib.contextmanager
-def _quiet():
-    """peft and transformers warn about each other's deprecations; a user can do nothing about those."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextlib.contextmanager
@@ -242,26 +246,22 @@ def _load_errors(name: str, what: str):
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "only safetensors files are read, and this is none" if isinstance(error, SafetensorError) else \
             "check the folder" if looks_like_path else \
             "check the name and the network, or give the folder of a model on this disk"
-        raise UserError(f"cannot load the {what} of model={name!r}: {first[:200]} ({hint})") from None
+        raise UserError(f"cannot load the {what} of model={name!r}: {first_line(error)} ({hint})") from None
 
 
 @contextlib.contextmanager
 def adapter_off(model):
-    """Inside, the model is its frozen base: the reference policy and the self-judge. A no-op without an adapter."""
-    if not isinstance(model, PeftModel):
-        yield
-        return
-    with model.disable_adapter():
+    """Make the model its frozen base inside; nothing changes without an adapter."""
+    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
         yield
 
 
 @contextlib.contextmanager
 def inference(model):
-    """Inside: eval mode (dropout off) and no autograd. Restores the former mode."""
+    """Turn dropout and autograd off inside, and restore the former mode."""
     was_training = model.training
     model.eval()
     try:
@@ -272,10 +272,10 @@ def inference(model):
 
 
 def cast_adapters_down(model) -> None:
-    """Stop peft from casting activations up to the adapter's fp32; `compute_dtype` casts the adapter down instead.
+    """Stop peft from casting activations up to the adapter's fp32.
 
-    Same rounding of the result, a third less time per step: 735 -> 988 tokens/s in forward + backward of SmolLM2-135M
-    on 2 CPU cores with bf16.
+    `compute_dtype` casts the adapter down instead: same rounding of the result, a third less time per step (735 -> 988
+    tokens/s in forward + backward of SmolLM2-135M on 2 CPU cores with bf16).
     """
     if base_causal_lm(model).dtype != torch.float32:
         for module in model.modules():
@@ -285,7 +285,7 @@ def cast_adapters_down(model) -> None:
 
 @contextlib.contextmanager
 def compute_dtype(model):
-    """Autocast to the base model's dtype, so that fp32 adapter weights take part in bf16 / fp16 products."""
+    """Autocast to the base's dtype, so that fp32 adapters take part in 16-bit products."""
     base = base_causal_lm(model)
     wanted = isinstance(model, PeftModel) and base.dtype != torch.float32
     with torch.autocast(base.device.type, base.dtype, enabled=True) if wanted else contextlib.nullcontext():
@@ -298,7 +298,7 @@ def base_causal_lm(model):
 
 
 def hidden_states(model, input_ids: torch.Tensor, *, attention_mask=None, position_ids=None, **kwargs) -> torch.Tensor:
-    """Final hidden states (after the last norm), live adapter included, without calling the LM head.
+    """Compute the final hidden states, after the last norm, without the LM head.
 
     input_ids (B, T) -> (B, T, D). With B = 1, no attention_mask and position_ids that restart at 0, transformers
     masks attention between the packed examples itself (sliding windows included).
@@ -319,8 +319,10 @@ def head_module(model) -> torch.nn.Module:
 
 
 def head(model) -> Head:
-    """The LM head as the kernels take it, with the softcap of Gemma and RecurrentGemma and the logit scale of Cohere,
-    Granite and Falcon-H1."""
+    """Read the LM head off the model, as the kernels take it.
+
+    With the softcap of Gemma and RecurrentGemma and the logit scale of Cohere, Granite and Falcon-H1.
+    """
     config = base_causal_lm(model).config.get_text_config()
     module = head_module(model)
     scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -330,15 +332,16 @@ def head(model) -> Head:
     return Head(module.weight, getattr(module, "bias", None), softcap, scale)
 
 
-def describe(model, cfg: ModelConfig) -> str:
-    """One line for the preflight: device, dtype, quantisation, sizes, and why."""
-    device = pick_device(cfg.model.device)
-    dtype, reason = pick_dtype(cfg.model.dtype, device)
+def describe(model, cfg) -> str:
+    """Say device, dtype, quantisation and sizes of a stage's model on one line."""
+    options = cfg.model
+    device = pick_device(options.device)
+    dtype, reason = pick_dtype(options.dtype, device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else \
         f" ({torch.get_num_threads()} of {os.cpu_count()} threads)" if device.type == "cpu" else ""
-    quant = ", NF4 weights" + (" with double quantisation" if cfg.double_quant else "") if cfg.model.quant == "nf4" else ""
+    quant = ", NF4 weights with double quantisation" if options.quant == "nf4" else ""
     kernels = "Triton kernels" if device.type == "cuda" else "chunked torch kernels"
-    return (f"{cfg.model.name}: {device}{card}, {str(dtype).removeprefix('torch.')} ({reason}){quant}, "
-            f"{stored / 1e6:.0f} MB of weights, {trained / 1e6:.2f} M trained, attention {cfg.model.attn}, {kernels}")
+    return (f"{options.name}: {device}{card}, {str(dtype).removeprefix('torch.')} ({reason}){quant}, "
+            f"{stored / 1e6:.0f} MB of weights, {trained / 1e6:.2f} M trained, attention {options.attn}, {kernels}")

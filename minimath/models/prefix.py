@@ -12,6 +12,7 @@ from minimath.core import dist
 from minimath.data.batch import micro_batches
 from minimath.data.chat import Encoded
 from minimath.models.load import base_causal_lm
+from minimath.models.policy import Policy
 
 # Shared sequences pay from here on. A saved token saves 2 flops for every weight; a pair of tokens that do not see each
 # other costs 4 D in every layer, which at sequences of up to a few thousand tokens is the smaller part.
@@ -20,43 +21,43 @@ EAGER_TOKENS = 1024  # of a shared sequence under eager attention, which keeps (
 
 
 def prompt_length(row: Encoded) -> int:
-    return row.mask.index(True)
+    return row.loss_mask.index(True)
 
 
-def own_rows(rows: list[Encoded]) -> list[int]:
-    """Indices of the rows that this process computes: those of every world-th prompt. All, in one process."""
-    numbers: dict[tuple, int] = {}  # of prompts, as they come
-    prompts = [tuple(row.ids[:prompt_length(row)]) for row in rows]
-    return [i for i, prompt in enumerate(prompts)
-            if numbers.setdefault(prompt, len(numbers)) % dist.world() == dist.rank()]
+def own_rows(groups: list[int]) -> list[int]:
+    """Find the rows that this process computes: those of every world-th group.
+
+    groups[i] is the number of row i's group, from 0. Returns indices; all, in one process.
+    """
+    return [i for i, group in enumerate(groups) if group % dist.world() == dist.rank()]
 
 
-def shared_packs(rows: list[Encoded], micro_batch_tokens: int) -> list[list[int]]:
-    """Indices of rows in packs of one prompt each, of at most micro_batch_tokens tokens (a longer row goes alone).
+def shared_packs(rows: list[Encoded], groups: list[int], micro_batch_tokens: int) -> list[list[int]]:
+    """Cut rows into packs of one group, each with one copy of the prompt.
 
-    rows: prompt + trained completion, those of one prompt next to each other, as rlaif.training_rows makes them.
+    rows: prompt + trained completion, those of a group next to each other; groups: the number of each row's group.
+    Returns indices; a pack has at most micro_batch_tokens tokens, and a longer row goes alone.
     """
     packs, last, length = [], None, 0
-    for index, row in enumerate(rows):
-        prompt = row.ids[:prompt_length(row)]
-        more = len(row.ids) - len(prompt)
-        if prompt == last and length + more <= micro_batch_tokens:
+    for index, (row, group) in enumerate(zip(rows, groups, strict=True)):
+        more = len(row.ids) - prompt_length(row)
+        if group == last and length + more <= micro_batch_tokens:
             packs[-1].append(index)
             length += more
         else:
             packs.append([index])
-            last, length = prompt, len(row.ids)
+            last, length = group, len(row.ids)
     return packs
 
 
 def share_saved(rows: list[Encoded], packs: list[list[int]]) -> float:
-    """Share of the tokens of `rows` that need not be computed when each pack has one prompt."""
+    """Share of the rows' tokens that one prompt for each pack saves."""
     saved = sum((len(pack) - 1) * prompt_length(rows[pack[0]]) for pack in packs)
     return saved / max(1, sum(len(row.ids) for row in rows))
 
 
 def shared_batch(model, rows: list[Encoded]) -> dict:
-    """One sequence of rows with a common prompt, for model.hidden_states.
+    """Lay rows with a common prompt out as one sequence, for hidden_states.
 
     input_ids, position_ids (1, T), attention_mask as the model takes it, source (N,): the places whose hidden states
     predict the N trained tokens, target (N,): those tokens, in the order of rows.
@@ -79,8 +80,11 @@ def shared_batch(model, rows: list[Encoded]) -> dict:
 
 
 def shared_mask(model, position: torch.Tensor, segment: torch.Tensor):
-    """Additive mask (1, 1, T, T), by layer type where the model has layers of several: a token sees the prompt (segment
-    0) and its own segment up to itself; in a layer with a window w, itself and the w - 1 positions before it."""
+    """Make the additive mask (1, 1, T, T) of a shared sequence.
+
+    position, segment (T,). A token sees the prompt (segment 0) and its own segment up to itself; in a layer with a
+    window w, itself and the w - 1 positions before it. A dict by layer type where the model has layers of several.
+    """
     config = base_causal_lm(model).config.get_text_config()
     age = position[:, None] - position[None]  # (T, T)
     seen = (age >= 0) & ((segment[:, None] == segment[None]) | (segment[None] == 0))
@@ -99,19 +103,25 @@ def shared_mask(model, position: torch.Tensor, segment: torch.Tensor):
     return sliding
 
 
-def forward_batches(cfg, model, rows: list[Encoded], pad_id: int) -> Iterator[tuple[list[int], dict]]:
-    """Yield (indices into rows, batch), behind shared prompts where that saves enough, else rows of like length padded.
-    Every batch has input_ids, position_ids, attention_mask and target; `trained_states` finds the hidden states."""
-    most = min(cfg.optimizer.micro_batch_tokens, EAGER_TOKENS) if cfg.model.attn == "eager" else cfg.optimizer.micro_batch_tokens
-    packs = shared_packs(rows, most) if cfg.shared_prefix and cfg.model.attn != "flash_attention_2" else []
+def forward_batches(policy: Policy, rows: list[Encoded], groups: list[int],
+                    micro_batch_tokens: int) -> Iterator[tuple[list[int], dict]]:
+    """Yield (indices into rows, batch) behind shared prompts where that saves enough.
+
+    Else rows of like length, padded. groups: as in shared_packs. Every batch has input_ids, position_ids,
+    attention_mask and target; `trained_states` finds the hidden states that belong to the targets.
+    """
+    attn = policy.options.attn
+    most = min(micro_batch_tokens, EAGER_TOKENS) if attn == "eager" else micro_batch_tokens
+    packs = shared_packs(rows, groups, most) if attn != "flash_attention_2" else []  # which takes no mask of ours
     if packs and share_saved(rows, packs) >= LEAST_SAVED:
         for pack in packs:
-            yield pack, shared_batch(model, [rows[i] for i in pack])
+            yield pack, shared_batch(policy.model, [rows[i] for i in pack])
     else:
-        yield from micro_batches(rows, packing=False, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, pad_id=pad_id, device=model.device)
+        yield from micro_batches(rows, packing=False, micro_batch_tokens=micro_batch_tokens,
+                                 pad_id=policy.tokenizer.pad_token_id, device=policy.device)
 
 
 def trained_states(hidden: torch.Tensor, batch: dict) -> torch.Tensor:
-    """The hidden states (N, D) that belong to batch["target"] (N,), of hidden (B, T, D)."""
+    """Pick the hidden states (N, D) of batch["target"] (N,) out of hidden (B, T, D)."""
     hidden = hidden.flatten(0, 1)
     return hidden.index_select(0, batch["source"]) if "source" in batch else hidden
