@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from minimath.core.errors import UserError
 from minimath.commands.solve import Shown, parse
+from minimath.core.errors import UserError
 
 SMALL = ("device=cpu", "dtype=fp32", "max_new_tokens=40")
 
@@ -19,7 +19,7 @@ def test_a_solution_in_pieces_is_shown_whole_with_a_mark_behind_each_checked_lin
     for end in range(0, len(text), size):
         shown.add(text[:end])
     shown.end(text)
-    assert capsys.readouterr().out == ("We add: 2 + 3 = 5.  [right]\nThen 5 * 2 = 11.  [WRONG]\n\n"
+    assert capsys.readouterr().out == ("We add: 2 + 3 = 5.  [correct]\nThen 5 * 2 = 11.  [WRONG]\n\n"
                                        "So \u00e9t\u00e9: \\boxed{11}\n")
 
 

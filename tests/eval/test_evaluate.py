@@ -88,9 +88,9 @@ def test_several_greedy_samples_are_refused(options, tmp_path):
 
 def test_a_complete_evaluation_gets_the_budgets_it_lacks_from_its_completions(options, tmp_path):
     evaluate(make_config(EvalConfig, **options))
-    path = tmp_path / "eval" / "completions.jsonl"
-    rows = [row | {"correct": True, "finished": True, "tokens": n} for n, row in enumerate(read_records(path.parent), 1)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [row | {"correct": True, "finished": True, "tokens": n}
+            for n, row in enumerate(read_records(tmp_path / "eval"), 1)]
+    (tmp_path / "eval" / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = evaluate(make_config(EvalConfig, **options, budgets="2,4", resume=True))
     assert (summary["accuracy@2"], summary["accuracy@4"]) == (2 / 5, 4 / 5)
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())["accuracy@2"] == 2 / 5

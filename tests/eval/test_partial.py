@@ -1,6 +1,5 @@
 """An evaluation that was interrupted, killed or cut short goes on, and equals an unbroken one."""
 
-import dataclasses
 import json
 import os
 import random
@@ -13,31 +12,27 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny_model
-from toy import load, make_config, wake_adapter, write_problems
+from toy import make_config, policy_of, wake_adapter, write_problems
 
-from minimath.core.checkpoint import save_adapter
-from minimath.config.schema import EvalConfig, SFTConfig
-from minimath.core.errors import Interrupted, UserError
-from minimath.data.examples import Example
-from minimath.eval.evaluate import evaluate, evaluate_model
-from minimath.core.log import RunLog
-from minimath.models.load import load_model
-from minimath.eval.partial import FINGERPRINT, NOT_DECISIVE, PartFile, fingerprint, read_part
 from minimath.commands.run import evaluation, how_to_go_on
-from minimath.rollout.engine import Completion
-from minimath.core.run import PART, Stop
+from minimath.config.options import options_of
+from minimath.config.schema import EvalConfig, SFTConfig
+from minimath.core.checkpoint import save_adapter
+from minimath.core.errors import Interrupted, UserError
+from minimath.core.interrupt import interruptible
+from minimath.core.log import RunLog
+from minimath.core.run_folder import EVAL_CONFIG, FINGERPRINT, PART
+from minimath.data.examples import Example
+from minimath.data.sample import Sample
+from minimath.eval.evaluate import evaluate, evaluate_policy
+from minimath.eval.partial import NOT_DECISIVE, PartFile, fingerprint, read_part
+from minimath.eval.sample import SampleConfig
 
 
 @pytest.fixture
 def options(tiny_dir, tmp_path):
-    return {
-        "model": tiny_dir,
-        "data": write_problems(tmp_path / "test.jsonl", n=7),
-        "samples": 2,
-        "temperature": 1.0,
-        "max_new_tokens": 24,
-        "slots": 3,
-    }
+    return {"model": tiny_dir, "data": write_problems(tmp_path / "test.jsonl", n=7), "samples": 2, "temperature": 1.0,
+            "max_new_tokens": 24, "max_num_seqs": 3}
 
 
 @pytest.fixture
@@ -56,6 +51,11 @@ def results(folder):
     del summary["tokens_per_s"]
     with open(folder / "completions.jsonl", encoding="utf-8") as lines:  # str.splitlines would split a record's text
         return summary, [json.loads(line) for line in lines]
+
+
+def done_at(path, problems, samples):
+    """{(number, sample): (ids, finished)} of a part file."""
+    return {job: (one.ids, one.finished) for job, one in read_part(path, problems, samples)[0].items()}
 
 
 @pytest.fixture
@@ -107,11 +107,11 @@ def test_interrupted_anywhere_and_resumed_equals_unbroken(run, interrupt, tmp_pa
 
 def test_what_is_done_is_not_sampled_again(run, interrupt, tmp_path, capsys):
     left_at("run", 9, run, interrupt)
-    before = read_part(tmp_path / "run" / PART, 7, 2)[0]
+    before = done_at(tmp_path / "run" / PART, 7, 2)
     interrupt(14 - len(before))  # comes with the last completion: the signal is told while grading
     with pytest.raises(Interrupted):
         run("run", resume=True)
-    after = read_part(tmp_path / "run" / PART, 7, 2)[0]
+    after = done_at(tmp_path / "run" / PART, 7, 2)
     assert len(before) >= 9 and len(after) == 14 and after.items() >= before.items()
     interrupt(0)
     capsys.readouterr()
@@ -119,46 +119,37 @@ def test_what_is_done_is_not_sampled_again(run, interrupt, tmp_path, capsys):
     assert "going on after 14 of 14 completions" in capsys.readouterr().out
 
 
-def test_a_signal_does_not_wait_for_a_completion_to_end(tiny_dir, tmp_path):
-    """One decode step: of 500 tokens no more than the first five are computed."""
-    model, tokenizer = load(tiny_dir)
-    stop, forwards = Stop(0), []
+def test_a_signal_does_not_wait_for_a_completion_to_finish(tiny_dir, tmp_path):
+    """Of 500 tokens a handful is computed after it."""
+    policy, forwards = policy_of(tiny_dir), []
 
     def step(*_):
         forwards.append(1)
-        stop.signal = signal.SIGTERM if len(forwards) == 5 else 0
+        if len(forwards) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    model.get_input_embeddings().register_forward_hook(step)
+    policy.model.get_input_embeddings().register_forward_hook(step)
     cfg = make_config(EvalConfig, tiny_dir, max_new_tokens=500)
-    with RunLog(tmp_path, "test") as log, pytest.raises(Interrupted):
-        evaluate_model(model, tokenizer, [Example("1 + 1 = ?", answer="2")], cfg, log, stop)
-    assert len(forwards) == 5
-    assert not model.get_input_embeddings()._forward_pre_hooks
+    with RunLog(tmp_path, "test") as log, interruptible((), log.say), pytest.raises(Interrupted) as stopped:
+        evaluate_policy(policy, [Example("1 + 1 = ?", answer="2")], cfg, log)
+    assert stopped.value.args == (signal.SIGTERM,) and 5 <= len(forwards) < 25
 
 
 def test_an_evaluation_within_a_training_keeps_no_part_file(tiny_dir, tmp_path):
-    model, tokenizer = load(tiny_dir)
     cfg = make_config(EvalConfig, tiny_dir, max_new_tokens=4)
     with RunLog(tmp_path / "sft", "test") as log:
-        evaluate_model(model, tokenizer, [Example("1 + 1 = ?", answer="2")], cfg, log, Stop(0))
+        evaluate_policy(policy_of(tiny_dir), [Example("1 + 1 = ?", answer="2")], cfg, log)
     assert [path.name for path in (tmp_path / "sft").iterdir()] == ["environment.json"]
 
 
 # ---- what a kill leaves
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        b'{"number": 0, "sam',
-        b"\0" * 40 + b"\n",
-        b'{"number": 7, "sample": 0, "ids": [5], "ended": true}\n',
-        b'{"number": 0, "sample": 2, "ids": [5], "ended": true}\n',
-        b'{"number": 0, "sample": 0, "ids": [], "ended": true}\n',
-        b"3\n",
-    ],
-    ids=["torn", "zeros", "number", "sample", "empty", "no record"],
-)
+@pytest.mark.parametrize("damage", [
+    b'{"number": 0, "sam', b"\0" * 40 + b"\n", b'{"number": 7, "sample": 0, "ids": [5], "finished": true}\n',
+    b'{"number": 0, "sample": 2, "ids": [5], "finished": true}\n',
+    b'{"number": 0, "sample": 0, "ids": [], "finished": true}\n', b"3\n",
+], ids=["torn", "zeros", "number", "sample", "empty", "no record"])
 def test_a_torn_or_damaged_line_is_dropped_and_told(run, interrupt, tmp_path, capsys, damage):
     left_at("run", 5, run, interrupt)
     part = tmp_path / "run" / PART
@@ -174,7 +165,7 @@ def test_a_torn_or_damaged_line_is_dropped_and_told(run, interrupt, tmp_path, ca
 
 
 def test_kill_9_loses_at_most_what_was_running(run, options, tmp_path):
-    longer = {"max_new_tokens": 100, "samples": 6, "slots": 4}
+    longer = {"max_new_tokens": 100, "samples": 6, "max_num_seqs": 4}
     words = [f"{name}={value}" for name, value in {**options, **longer}.items()]
     words += ["prompt_template={problem}", "device=cpu", "dtype=fp32", f"out={tmp_path / 'run'}"]
     part = tmp_path / "run" / PART
@@ -194,37 +185,26 @@ def test_kill_9_loses_at_most_what_was_running(run, options, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_there(tmp_path):
-    part = PartFile(tmp_path, {}, 2)
-    part.add(0, 0, Completion([1, 2], [], True))
+    part = PartFile(tmp_path)
+    part.add(0, 0, Sample([1, 2], [], True))
     part.close()
-    full = PartFile(tmp_path, {}, 2)
+    full = PartFile(tmp_path)
     full.path = Path("/dev/full")
     if not full.path.exists():
         pytest.skip("no /dev/full here")
     with pytest.raises(UserError, match="resume=true"):
-        full.add(0, 1, Completion([3], [], False))
+        full.add(0, 1, Sample([3], [], False))
     full.close()
-    assert read_part(tmp_path / PART, 1, 2) == ({(0, 0): Completion([1, 2], [], True)}, 0)
+    assert done_at(tmp_path / PART, 1, 2) == {(0, 0): ([1, 2], True)} and read_part(tmp_path / PART, 1, 2)[1] == 0
 
 
 # ---- what may not change, and what may
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"seed": 1},
-        {"temperature": 0.9},
-        {"top_k": 5},
-        {"samples": 3},
-        {"max_new_tokens": 30},
-        {"prompt_template": "Q: {problem}"},
-        {"system": "Be brief."},
-        {"attn": "eager"},
-        {"dtype": "bf16"},
-        {"limit": 6},
-    ],
-)
+@pytest.mark.parametrize("changed", [
+    {"seed": 1}, {"temperature": 0.9}, {"top_k": 5}, {"samples": 3}, {"max_new_tokens": 30},
+    {"prompt_template": "Q: {problem}"}, {"system": "Be brief."}, {"attn": "eager"}, {"dtype": "bf16"}, {"limit": 6},
+])
 def test_a_changed_option_is_named_and_refused(run, interrupt, tmp_path, changed):
     left_at("run", 3, run, interrupt)
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -252,7 +232,7 @@ def test_another_adapter_or_model_under_the_same_path_is_refused(run, interrupt,
     where = {"model": str(tmp_path / "model"), "adapter": str(tmp_path / "sft")}
 
     for seed in (1, 2):
-        model, _ = load_model(make_config(SFTConfig, tiny_dir, lora_r=4), train=True)
+        model = policy_of(tiny_dir, SFTConfig, train=True, lora_r=4).model
         wake_adapter(model, seed=seed)
         save_adapter(model, tmp_path / f"sft{seed}" / "adapter")
     shutil.copytree(tmp_path / "sft1", tmp_path / "sft")
@@ -268,15 +248,17 @@ def test_another_adapter_or_model_under_the_same_path_is_refused(run, interrupt,
 
 
 def test_an_option_decides_unless_it_is_known_not_to(tiny_dir):
-    names = {field.name for field in dataclasses.fields(EvalConfig)}
+    names, examples = set(options_of(EvalConfig)), [Example("1 + 1 = ?", answer="2")]
     assert NOT_DECISIVE < names
-    told = fingerprint(make_config(EvalConfig, tiny_dir), [Example("1 + 1 = ?", answer="2")])
+    told = fingerprint(make_config(EvalConfig, tiny_dir), examples)
     assert set(told) == names - NOT_DECISIVE | {"model", "adapter", "dtype", "data"}
+    sampling = make_config(SampleConfig, tiny_dir, keep=2, samples=1, temperature=0)
+    assert fingerprint(sampling, examples) == told  # what is kept is chosen afterwards
 
 
-def test_slots_and_budgets_may_change(run, interrupt):
+def test_max_num_seqs_and_budgets_may_change(run, interrupt):
     left_at("run", 3, run, interrupt)
-    summary, records = run("run", resume=True, slots=5, budgets="8")
+    summary, records = run("run", resume=True, max_num_seqs=5, budgets="8")
     assert "accuracy@8" in summary and records == run("unbroken")[1]
 
 
@@ -319,6 +301,7 @@ def test_a_user_error_leaves_a_folder_that_can_be_used(run):
 
 def test_the_evaluation_of_a_pipeline_goes_on(options, interrupt, tmp_path, capsys):
     cfg = make_config(EvalConfig, **options)
+    (tmp_path / EVAL_CONFIG).touch()  # by which a whole run is known
     interrupt(4)
     with RunLog(tmp_path, "run") as log, pytest.raises(Interrupted), how_to_go_on(log, "run"):
         evaluation(cfg, tmp_path / "eval-base", "")
@@ -333,11 +316,11 @@ def test_the_evaluation_of_a_pipeline_goes_on(options, interrupt, tmp_path, caps
 
 
 def test_a_signal_after_the_last_completion_of_an_evaluation_still_ends_the_run(tmp_path, monkeypatch):
-    def late(cfg, *, within):
-        within.signal = 15
+    def late(cfg):
+        os.kill(os.getpid(), signal.SIGTERM)
         return {"accuracy": 1.0}
 
     monkeypatch.setattr("minimath.commands.run.evaluate", late)
-    with pytest.raises(Interrupted) as stopped:
+    with interruptible((), print), pytest.raises(Interrupted) as stopped:
         evaluation(EvalConfig(), tmp_path / "eval", "")
-    assert stopped.value.args == (15,)
+    assert stopped.value.args == (signal.SIGTERM,)

@@ -8,20 +8,23 @@ import signal
 import pytest
 from toy import make_config, write_problems
 
-from minimath.eval import suite as module
-from minimath.grading.answer import AnswerChecker
 from minimath.config.schema import EvalConfig
+from minimath.core import interrupt
 from minimath.core.errors import Interrupted, UserError
-from minimath.eval.evaluate import evaluate, read_records
-from minimath.report.page import report
+from minimath.core.run_folder import PART, SUITE
+from minimath.eval import evaluate as evaluation
+from minimath.eval import suite as module
+from minimath.eval.evaluate import evaluate
+from minimath.eval.metrics import read_records
 from minimath.eval.partial import PartFile
-from minimath.core.run import PART
-from minimath.eval.suite import SETS, SUITE, chosen_sets, mean_of, read_sets, suite
+from minimath.eval.suite import SETS, chosen_sets, mean_of, read_sets
+from minimath.grading.answer import AnswerChecker
+from minimath.report.page import report
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """suite_data with three sets, small."""
+    """A folder with three sets, small."""
     at = tmp_path / "data"
     at.mkdir()
     write_problems(at / "gsm8k_test.jsonl", n=4)
@@ -34,7 +37,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def options(tiny_dir, folder):
-    return {"model": tiny_dir, "suite_data": str(folder), "max_new_tokens": 8, "slots": 2}
+    return {"model": tiny_dir, "data": str(folder), "max_new_tokens": 8, "max_num_seqs": 2}
 
 
 @pytest.fixture
@@ -60,36 +63,20 @@ def files(out):
 def test_an_unknown_set_is_named_with_the_nearest(config):
     for name, near in (("gsm8", "gsm8k"), ("MATH-500", "math500"), ("aime2025", "aime25")):
         with pytest.raises(UserError, match=f"unknown set '{name}'.*did you mean '{near}'"):
-            suite(config(name))
+            evaluate(config(name))
 
 
-@pytest.mark.parametrize(
-    "words, error",
-    [
-        ({"sets": ","}, "names no set"),
-        ({"sets": "gsm8k,gsm8k"}, "occurs twice"),
-        ({"sets": "a/b=x.jsonl"}, "NAME=FILE"),
-        ({"sets": "mine="}, "NAME=FILE"),
-        ({"data": "x.jsonl"}, "data= or suite=, not both"),
-        ({"suite_samples": "aime24:4"}, "'aime24' is not in suite="),
-        ({"suite_samples": "gsm8k"}, "NAME:NUMBER, as in aime24:64"),
-        ({"suite_samples": "gsm8k:0"}, "samples must be above 0"),
-        ({"suite_temperature": "gsm8k:warm"}, "NAME:NUMBER, as in aime24:0.6"),
-        ({"suite_samples": "gsm8k:4"}, "suite_temperature=gsm8k:0.6"),
-        ({"suite_data": "/nowhere"}, "no such folder"),
-    ],
-)
+@pytest.mark.parametrize("words, error", [
+    ({"sets": ","}, "names no set"), ({"sets": "gsm8k,gsm8k"}, "occurs twice"),
+    ({"sets": "a/b=x.jsonl"}, "NAME=FILE"), ({"sets": "mine="}, "NAME=FILE"),
+    ({"data": "x.jsonl"}, "data=x.jsonl: no such folder; .* gsm8k.jsonl.* suite=gsm8k,math500,NAME=FILE"),
+    ({"data": "/nowhere"}, "no such folder"), ({"samples": 4}, "would repeat one greedy completion"),
+])
 def test_what_makes_no_suite_is_said_before_anything_is_loaded(config, words, error, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "load_and_say", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=error):
-        suite(config(**words))
+        evaluate(config(**words))
     assert not (tmp_path / "suite").exists()
-
-
-def test_options_of_a_suite_are_refused_where_they_do_nothing(config):
-    for cfg in (config(data="x.jsonl"), config("", data="x.jsonl", suite_samples="gsm8k:2")):
-        with pytest.raises(UserError, match="minimath eval suite="):
-            evaluate(cfg)
 
 
 # ---- where problems come from
@@ -105,16 +92,16 @@ def test_the_columns_of_the_hub_become_problem_and_answer(monkeypatch, config):
     }
     asked = []
 
-    def load_dataset(name, part, split):
-        asked.append((name, part, split))
-        return [hub[next(key for key, value in SETS.items() if value[0] == name)]]
+    def load_dataset(name, part, *, split, **_):
+        asked.append((name + (f":{part}" if part else ""), split))
+        return [hub[next(key for key, known in SETS.items() if known.source == asked[-1][0])]]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    sets = read_sets(config(",".join(SETS), suite_data=""))
-    got = {name: (examples[0].problem, examples[0].answer) for name, (_, examples, _) in sets.items()}
+    sets = read_sets(config(",".join(SETS), data=""))
+    got = {name: (one.examples[0].problem, one.examples[0].answer) for name, one in sets.items()}
     assert got == {"gsm8k": ("2 and 3?", "5"), "math500": ("x?", "\\frac12"), "aime24": ("m+n?", "025"),
-                   "aime25": ("b?", "70"), "svamp": ("Tom has 8 pens. And 7 more?", "15.0")}  # fmt: skip
-    assert asked == [(hub, part, split) for hub, part, split, *_ in SETS.values()]
+                   "aime25": ("b?", "70"), "svamp": ("Tom has 8 pens. And 7 more?", "15.0")}
+    assert asked == [(known.source, known.split) for known in SETS.values()]
     with AnswerChecker() as checker:
         assert all(checker.equal(*pair) for pair in (("15", "15.0"), ("25", "025")))
 
@@ -122,11 +109,11 @@ def test_the_columns_of_the_hub_become_problem_and_answer(monkeypatch, config):
 def test_a_file_of_the_folder_needs_no_hub_and_another_size_is_said(monkeypatch, config):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     sets = read_sets(config("svamp,gsm8k", limit=3))
-    assert [len(examples) for _, examples, _ in sets.values()] == [1, 3]
+    assert [len(one.examples) for one in sets.values()] == [1, 3]
     _, [example], note = sets["svamp"]
     assert (example.problem, example.answer) == ("Tom has 8 pens. How many are 8 and 7?", "15.0")
     assert "1 problems, svamp as published has 300" in note
-    assert sets["gsm8k"][0].data.endswith("gsm8k_test.jsonl")
+    assert sets["gsm8k"].cfg.data.source.endswith("gsm8k_test.jsonl")
 
 
 def test_without_hub_and_file_the_file_to_make_is_named(config, monkeypatch, folder):
@@ -135,24 +122,24 @@ def test_without_hub_and_file_the_file_to_make_is_named(config, monkeypatch, fol
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(UserError) as caught:
-        suite(config("gsm8k,aime25"))
+        evaluate(config("gsm8k,aime25"))
     assert str(folder / "aime25.jsonl") in str(caught.value) and "problem and answer" in str(caught.value)
-    with pytest.raises(UserError, match="Body and Question and Answer .* FOLDER/svamp.jsonl and add suite_data=FOLDER"):
-        suite(config("svamp", suite_data=""))
+    with pytest.raises(UserError, match="Body, Question and Answer, .*FOLDER/svamp.jsonl and add data=FOLDER"):
+        evaluate(config("svamp", data=""))
 
 
 def test_a_bad_row_of_a_named_set_is_refused(config, folder):
     with open(folder / "gsm8k_test.jsonl", "a", encoding="utf-8") as file:
         file.write('{"problem": "1 + 1 = ?"}\n')
     with pytest.raises(UserError, match="gsm8k_test.jsonl:5: no answer"):
-        suite(config())
+        evaluate(config())
 
 
 def test_own_problems_are_a_set_and_unreadable_gold_answers_are_counted(config, tmp_path, capsys, monkeypatch):
     rows = [{"id": "good", "problem": "1 + 1 = ?", "answer": "2"}, {"id": "bad", "problem": "Which?", "answer": "}{"}]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("minimath.eval.evaluate.boxed_before_cut", lambda _: "2")
-    result = suite(config(f"mine={tmp_path / 'my.jsonl'},math500"))
+    monkeypatch.setattr(evaluation, "final_answer", lambda *_: "2")
+    result = evaluate(config(f"mine={tmp_path / 'my.jsonl'},math500"))
     assert list(result["sets"]) == ["mine", "math500"]
     assert [result["sets"][name]["bad_gold"] for name in ("mine", "math500")] == [1, 0]
     assert (result["mean"]["bad_gold"], result["mean"]["checker_timeouts"], result["mean"]["problems"]) == (1, 0, 5)
@@ -166,55 +153,51 @@ def test_own_problems_are_a_set_and_unreadable_gold_answers_are_counted(config, 
 def test_each_set_is_what_a_lone_evaluation_leaves_and_the_model_is_loaded_once(config, tmp_path, monkeypatch, folder):
     loads, load = [], module.load_and_say
     monkeypatch.setattr(module, "load_and_say", lambda *a: loads.append(1) or load(*a))
-    result = suite(config(budgets="4,8"))
+    result = evaluate(config(budgets="4,8"))
     assert loads == [1]
-    lone = config("", "lone", suite_data="", data=str(folder / "math500.jsonl"), budgets="4,8")
+    lone = config("", "lone", data=str(folder / "math500.jsonl"), budgets="4,8")
     assert result["sets"]["math500"] | {"tokens_per_s": 0} == evaluate(lone) | {"tokens_per_s": 0}
     for name in ("completions.jsonl", "fingerprint.json"):
         assert (tmp_path / "lone" / name).read_bytes() == (tmp_path / "suite" / "math500" / name).read_bytes()
 
 
-def test_single_sets_have_their_own_samples_and_temperature(config, capsys):
-    result = suite(config(suite_samples="math500:4", suite_temperature="math500:0.9", budgets="8000,16000,32000"))
-    greedy, sampled = result["sets"].values()
-    assert (greedy["samples"], sampled["samples"]) == (1, 4)
-    assert sampled["avg@4"] == sampled["accuracy"] and {"pass@4", "maj@4"} <= set(sampled) and "avg@1" not in greedy
+def test_samples_and_budgets_have_columns_of_their_own(config, capsys):
+    result = evaluate(config(samples=4, temperature=0.9, budgets="8000,16000"))
+    assert all(one["avg@4"] == one["accuracy"] and {"pass@4", "maj@4"} <= set(one) for one in result["sets"].values())
     *_, header, _, first, second, mean = capsys.readouterr().out.splitlines()
-    assert header.split() == ("set problems k avg@k 95% interval pass@k maj@k mean tokens ended acc@8000 acc@16000 "
-                              "acc@32000").split()  # fmt: skip
-    assert first.split()[:3] == ["gsm8k", "4", "1"] and second.split()[:3] == ["math500", "3", "4"]
-    assert mean.split()[:3] == ["mean", "7", "-"]
+    assert header.split() == ("set problems avg@4 95% interval pass@4 maj@4 mean tokens finished accuracy@8000 "
+                              "accuracy@16000").split()
+    assert [line.split()[:2] for line in (first, second, mean)] == [["gsm8k", "4"], ["math500", "3"], ["mean", "7"]]
 
 
-def test_a_completion_beyond_the_budget_is_wrong_in_the_table_too(config, monkeypatch, capsys):
-    monkeypatch.setattr("minimath.eval.evaluate.extract_answer", lambda text: "12")
-    monkeypatch.setattr("minimath.eval.evaluate.boxed_before_cut", lambda text: "12")
+def test_a_completion_beyond_the_budget_is_wrong_in_the_table_too(config, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(evaluation, "final_answer", lambda *_: "12")
     monkeypatch.setattr(AnswerChecker, "equal", lambda *_: True)
     lengths = {"gsm8k": [3, 4, 5, 8], "math500": [4, 8, 8]}
-    suite(config())
+    evaluate(config())
     for name, sizes in lengths.items():  # the same records, of known lengths
-        at = module.Path(config().out) / name / "completions.jsonl"
-        rows = [row | {"tokens": n, "ended": True, "right": True} for row, n in zip(read_records(at.parent), sizes)]
+        at = tmp_path / "suite" / name / "completions.jsonl"
+        rows = [row | {"tokens": n, "finished": True, "correct": True} for row, n in zip(read_records(at.parent), sizes)]
         at.write_text("".join(json.dumps(row) + "\n" for row in rows))
     capsys.readouterr()
-    result = suite(config(budgets="4,5", resume=True))  # complete, and asked for budgets that it lacks
+    result = evaluate(config(budgets="4,5", resume=True))  # complete, and asked for budgets that it lacks
     assert [result["sets"][name]["accuracy@4"] for name in lengths] == pytest.approx([1 / 2, 1 / 3])
     assert result["mean"]["accuracy@5"] == pytest.approx((3 / 4 + 1 / 3) / 2)
     *_, header, _, first, second, mean = capsys.readouterr().out.splitlines()
-    assert header.split()[-2:] == ["acc@4", "acc@5"]
+    assert header.split()[-2:] == ["accuracy@4", "accuracy@5"]
     assert [line.split()[-2:] for line in (first, second, mean)] == [
-        ["50.0%", "75.0%"], ["33.3%", "33.3%"], ["41.7%", "54.2%"]]  # fmt: skip
+        ["50.0%", "75.0%"], ["33.3%", "33.3%"], ["41.7%", "54.2%"]]
 
 
 def test_the_mean_counts_each_set_the_same_and_its_interval_is_narrower():
     def summary(problems, accuracy, low, high, **more):
         return {"problems": problems, "samples": 1, "accuracy": accuracy, "interval": (low, high), "mean_tokens": 10,
-                "tokens_per_right": None, "right_steps": 1, "ended": 1, **more}  # fmt: skip
+                "tokens_per_correct": None, "correct_steps": 1, "finished": 1, **more}
 
     mean = mean_of({"a": summary(1000, 0.2, 0.16, 0.26), "b": summary(10, 0.8, 0.77, 0.88, **{"pass@4": 1})})
     assert mean["accuracy"] == pytest.approx(0.5) and mean["problems"] == 1010
     assert mean["interval"] == pytest.approx((0.5 - 0.05 / 2, 0.5 + 0.10 / 2))  # 3-4-5 and 6-8-10
-    assert "tokens_per_right" not in mean and "pass@4" not in mean and mean["mean_tokens"] == 10
+    assert "tokens_per_correct" not in mean and "pass@4" not in mean and mean["mean_tokens"] == 10
 
 
 # ---- interrupts
@@ -222,12 +205,10 @@ def test_the_mean_counts_each_set_the_same_and_its_interval_is_narrower():
 
 @pytest.mark.parametrize("within, between", [(2, 3), (5, 6), (4, 7)])
 def test_stopped_within_and_between_sets_and_resumed_equals_unbroken(config, tmp_path, monkeypatch, capsys, within,
-                                                                     between):  # fmt: skip
+                                                                     between):
     """Two interrupts: while the nth completion is kept, and when the results of the first set are being written."""
-    from minimath.eval import evaluate as evaluation
-
-    more = {"suite_samples": "math500:2", "suite_temperature": "math500:1"}
-    suite(config(out="unbroken", **more))
+    more = {"samples": 2, "temperature": 1.0}
+    evaluate(config(out="unbroken", **more))
     add, write, count = PartFile.add, evaluation.write_results, [0, 0]
 
     def interrupted_add(self, *completion):
@@ -247,7 +228,7 @@ def test_stopped_within_and_between_sets_and_resumed_equals_unbroken(config, tmp
     stops = []
     for attempt in range(4):
         try:
-            suite(config(resume=attempt > 0, **more))
+            evaluate(config(resume=attempt > 0, **more))
             break
         except Interrupted as stopped:
             stops.append(stopped.args[0])
@@ -266,34 +247,34 @@ def test_a_stop_file_in_the_folder_of_the_suite_stops_the_set(config, tmp_path, 
         add(self, *completion)
         (tmp_path / "suite" / "stop").touch()
 
-    monkeypatch.setattr("minimath.core.run.LOOK_S", 0)
+    monkeypatch.setattr(interrupt, "LOOK_S", 0)
     monkeypatch.setattr(PartFile, "add", touch)
     with pytest.raises(Interrupted):
-        suite(config())
+        evaluate(config())
     assert (tmp_path / "suite" / "gsm8k" / PART).exists() and not (tmp_path / "suite" / "math500").exists()
 
 
 def test_a_complete_suite_is_read_without_its_model_and_grows_by_a_set(config, tmp_path, monkeypatch):
-    suite(config("gsm8k"))
+    evaluate(config("gsm8k"))
     with pytest.raises(UserError, match="already holds a suite .*resume=true"):
-        suite(config("gsm8k"))
-    first = suite(config("gsm8k,math500", resume=True))
+        evaluate(config("gsm8k"))
+    first = evaluate(config("gsm8k,math500", resume=True))
     monkeypatch.setattr(module, "load_and_say", lambda *_: pytest.fail("a model was loaded"))
-    assert suite(config("gsm8k,math500", resume=True)) == json.loads(json.dumps(first)) | {
-        "mean": mean_of(first["sets"])}  # fmt: skip
+    assert evaluate(config("gsm8k,math500", resume=True)) == json.loads(json.dumps(first)) | {
+        "mean": mean_of(first["sets"])}
 
 
 def test_a_changed_option_is_refused_before_other_sets_are_sampled(config, tmp_path):
-    suite(config("math500"))
+    evaluate(config("math500"))
     with pytest.raises(UserError, match="suite/math500 was begun with something else: max_new_tokens was 8"):
-        suite(config("gsm8k,math500", resume=True, max_new_tokens=9))
+        evaluate(config("gsm8k,math500", resume=True, max_new_tokens=9))
     assert not (tmp_path / "suite" / "gsm8k").exists()
 
 
-def test_a_folder_with_a_lone_evaluation_is_not_filled_with_a_suite(config, folder):
-    evaluate(config("", suite_data="", data=str(folder / "math500.jsonl")))
+def test_a_folder_with_a_lone_evaluation_is_not_filled_with_a_evaluate(config, folder):
+    evaluate(config("", data=str(folder / "math500.jsonl")))
     with pytest.raises(UserError, match="no suite"):
-        suite(config("gsm8k", resume=True))
+        evaluate(config("gsm8k", resume=True))
 
 
 # ---- the command, and the report
