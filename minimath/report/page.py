@@ -20,8 +20,7 @@ from minimath.core.errors import UserError
 from minimath.core.files import read_json, write_whole
 from minimath.core.run_folder import COMPLETIONS, ENVIRONMENT, EVAL, METRICS, REPORT, SUITE
 from minimath.core.stats import paired
-from minimath.eval.evaluate import COLUMNS, read_records
-from minimath.eval.evaluate import row as table_row
+from minimath.eval.metrics import COLUMNS, read_records, table_row
 from minimath.eval.suite import suite_table
 from minimath.grading.steps import check_steps
 from minimath.report import figures

@@ -4,8 +4,8 @@ import json
 import pytest
 
 from minimath.commands import demo as demo_module
-from minimath.core.errors import UserError
 from minimath.commands.demo import DemoConfig, demo, demo_model, parse, scaled_steps, write_problems
+from minimath.core.errors import UserError
 from minimath.data.problems import canonical
 
 
@@ -32,7 +32,8 @@ def test_words_are_parsed_in_any_order():
     assert parse(["seed=3", "--full", "--minutes", "5", "--out=a/b"]) == (5.0, True, "a/b", ["seed=3"])
 
 
-@pytest.mark.parametrize("words", [["--minutes", "0"], ["--minutes", "soon"], ["--minutes"], ["--fast"]])
+@pytest.mark.parametrize("words", [["--minutes", "0"], ["--minutes", "soon"], ["--minutes"], ["--minutes", "inf"],
+                                   ["--fast"]])
 def test_a_wrong_word_is_named(words):
     with pytest.raises(UserError, match=words[-1] if words[-1] != "--minutes" else "positive"):
         parse(words)
@@ -60,10 +61,10 @@ def test_the_whole_demo_runs_on_the_tiny_model(tiny_dir, tmp_path, monkeypatch, 
     summary = demo(["--out", str(tmp_path / "run"), "--minutes", "0.2", "--full", "rlaif.prompts_per_step=2",
                     "attn=sdpa",
                     "rlaif.group_size=2", "rlaif.max_new_tokens=8", "eval.max_new_tokens=8", "dtype=fp32", "lora_r=4"])
-    assert list(summary["rows"]) == ["base", "SFT", "SFT + RLAIF (rules judge)", "RL only (rules judge)",
-                                     "SFT + RL (paper's rules)"]
+    assert list(summary["rows"]) == ["base", "SFT", "SFT + RLAIF (heuristic judge)", "RL only (heuristic judge)",
+                                     "SFT + RL (paper's rewards)"]
     shown = capsys.readouterr().out
-    assert "95% interval" in shown and "tokens per right" in shown
+    assert "95% interval" in shown and "tokens per correct" in shown
     run = tmp_path / "run"
     for name in ("summary.json", "tradeoff.png", "sft/adapter/adapter_model.safetensors", "rlaif/metrics.jsonl",
                  "rlaif/adapter/adapter_model.safetensors", "eval-rlaif/completions.jsonl", "data/test.jsonl"):

@@ -9,7 +9,7 @@ import pytest
 
 from minimath.config.schema import EvalConfig
 from minimath.core.errors import UserError
-from minimath.eval.evaluate import summarise
+from minimath.eval.metrics import summarise
 from minimath.grading.answer import AnswerChecker
 from minimath.report.page import report, spread, write_page
 
