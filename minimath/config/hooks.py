@@ -18,8 +18,15 @@ def as_number(value) -> float | None:
         return None
 
 
+def user_function(value: str | Callable, option: str) -> tuple[Callable, str]:
+    """The function that an option gives or names, and its name. Raises UserError."""
+    if callable(value):
+        return value, getattr(value, "__name__", type(value).__name__)
+    return load_function(value, option), value
+
+
 def load_function(spec: str, option: str) -> Callable:
-    """The function that "python:module.fn" names; the module is looked for in the current folder too.
+    """Load the function that "python:module.fn" names; the module is looked for in the current folder too.
 
     It is code that runs with all rights of this process, as a recipe that names it says openly. Raises UserError.
     """

@@ -86,10 +86,9 @@ class Option(NamedTuple):
                 allowed = [*self.choices, *(["python:module.function"] if self.hook else [])]
                 raise UserError(f"{where}{self.name} must be one of {', '.join(allowed)}, not {item!r}"
                                 f"{did_you_mean(item, self.choices)}")
-        if check := CHECKS.get(self.name):
-            if fault := check(value):
-                secret = self.name in KEEPS_SECRETS_OUT
-                raise UserError(f"{self.name}: {fault}" if secret else f"{where}{self.name} {fault}")
+        if (check := CHECKS.get(self.name)) and (fault := check(value)):
+            secret = self.name in KEEPS_SECRETS_OUT
+            raise UserError(f"{self.name}: {fault}" if secret else f"{where}{self.name} {fault}")
         return value
 
 
@@ -236,7 +235,7 @@ def _walk(cls) -> Iterator[Option]:
 
 
 def _option(name: str, group: str, attribute: str, annotation, default, doc: str) -> Option:
-    extras = [extra for extra in get_args(annotation)[1:]] if get_origin(annotation) is Annotated else []
+    extras = list(get_args(annotation)[1:]) if get_origin(annotation) is Annotated else []
     inner = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
     parts = get_args(inner) if get_origin(inner) in (Union, types.UnionType) else (inner,)
     choices = [get_args(part) for part in (*parts, *extras) if get_origin(part) is Literal]

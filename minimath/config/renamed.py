@@ -5,7 +5,8 @@ RENAMED = {
     "beta": "kl_coef", "lam_judge": "judge_weight", "lam_length": "brevity_weight", "lam_format": "format_weight",
     "judge_plan": "judge_pairs", "suite_data": "data",
 }
-RENAMED_VALUES = {("judge", "rules"): "heuristic", ("judge_fallback", "rules"): "heuristic", ("reward", "rules"): "paper"}
+RENAMED_VALUES = {("judge", "rules"): "heuristic", ("judge_fallback", "rules"): "heuristic",
+                  ("reward", "rules"): "paper"}
 REMOVED = {
     "double_quant": "nf4 scales are always quantised too",
     "beta1": "Adam's decay is 0.9", "beta2": "Adam's decay is 0.999",

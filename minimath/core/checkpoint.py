@@ -11,10 +11,7 @@ A checkpoint is built in a hidden folder beside its final place, flushed to disk
 one or the new one. The manifest also says whether it was the best so far: this fact is as atomic as the rest.
 """
 import contextlib
-import hashlib
 import json
-import os
-import shutil
 import warnings
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from minimath.core import dist
 from minimath.core.errors import UserError
+from minimath.core.files import discard, finish_rename, read_json, read_manifest, sha256, write_atomically
 from minimath.core.state import optimizer_state, restore_optimizer, restore_rng, rng_state
 
 try:
@@ -42,7 +40,7 @@ def save_checkpoint(run_dir, step: int, *, model, optimizer, state: dict, keep: 
     the bytes needed when the disk is full or not writable; earlier checkpoints are intact then. Of several processes
     the first one writes.
     """
-    target = Path(run_dir) / "checkpoints" / f"step-{step:06d}"
+    target = checkpoint_folder(run_dir, step)
     if not dist.is_main():
         return target
     tensors, numbers = optimizer_state(optimizer)
@@ -118,6 +116,11 @@ def verify(folder) -> list[str]:
         elif sha256(path) != digest:
             problems.append(f"{name}: content differs from its hash")
     return problems
+
+
+def checkpoint_folder(run_dir, step: int) -> Path:
+    """The folder of the checkpoint after a step, there or not."""
+    return Path(run_dir) / "checkpoints" / f"step-{step:06d}"
 
 
 def list_checkpoints(run_dir) -> list[Path]:

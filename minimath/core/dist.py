@@ -80,12 +80,13 @@ def broadcast(value):
 
 
 def all_reduce_sum(numbers: dict[str, float]) -> dict[str, float]:
-    """Each number summed over processes, which must have the same keys in the same order."""
+    """Each number summed over processes; one that a process lacks counts as 0 there."""
     if not state():
         return numbers
-    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=state().device)
-    torch.distributed.all_reduce(values)
-    return dict(zip(numbers, values.tolist(), strict=True))
+    parts: list = [None] * world()
+    torch.distributed.all_gather_object(parts, numbers)
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
 
 
 def all_reduce_max(value: float) -> float:

@@ -1,5 +1,6 @@
 """What a run needs besides its weights to go on bitwise: optimizer state and random generators, as tensors
 and plain numbers that safetensors and json can hold."""
+import hashlib
 import random
 
 import numpy as np
@@ -44,6 +45,12 @@ def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], meta: dict, *
             for name in {"state1", "state2"} & state.keys():
                 buffer = optimizer.get_state_buffer(param, dtype=state[name].dtype)
                 state[name] = buffer.copy_(state[name])
+
+
+def stream_seed(*parts: int) -> int:
+    """A 63-bit seed from several integers; unlike hash(), the same in every process."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def seed_rng(seed: int) -> None:

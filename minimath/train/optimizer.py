@@ -1,23 +1,124 @@
-"""Optimisers by name, the learning-rate schedule, and a step that a non-finite gradient can't spoil.
+"""The optimizer: one step takes a batch and a closure, and spares the loops everything that is not the loss.
 
-8-bit and paged optimisers come from bitsandbytes (8-bit block-wise states: Dettmers et al. 2021, arXiv
-2110.02861; paging: QLoRA, arXiv 2305.14314). Tensors below 4,096 elements keep 32-bit state there, so with
-low ranks on a small model `adamw8bit` saves little.
+8-bit and paged optimizers come from bitsandbytes (8-bit block-wise states: Dettmers et al. 2021, arXiv 2110.02861;
+paging: QLoRA, arXiv 2305.14314). Tensors below 4,096 elements keep 32-bit state there, so with low ranks on a small
+model `adamw8bit` saves little.
 """
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
-from minimath.config.schema import AdapterConfig
+from minimath.config.schema import OptimizerOptions
+from minimath.core import dist
 from minimath.core.errors import UserError
+from minimath.core.state import optimizer_state, restore_optimizer
+from minimath.models.policy import Policy
+from minimath.train.oom import MicroBatchBudget
 
 BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit",
                 "paged_adamw32bit": "PagedAdamW32bit"}
 BAD_STEPS = 3  # non-finite steps in a row that end a run
 
+Closure = Callable[[list[int], dict], tuple[torch.Tensor, dict[str, float]]]
 
-def make_optimizer(params: Iterable[torch.nn.Parameter], cfg: AdapterConfig) -> torch.optim.Optimizer:
+
+class Optimizer:
+    """AdamW over the adapter, with loss scale, memory retry, clipping and the count of steps that were not finite.
+
+    state_dict holds the counts and scales; the moments are saved as tensors, by checkpoint.py.
+    """
+
+    def __init__(self, policy: Policy, cfg, say: Callable[[str], None]):
+        self.policy, self.options, self.say = policy, cfg.optimizer, say
+        self.params = policy.params
+        self.inner = make_optimizer(self.params, cfg.optimizer)
+        self.scale = LossScale(policy.model)
+        self.budget = MicroBatchBudget(cfg, say)
+        self.lr = cfg.optimizer.lr  # of the next step; the trainer follows the schedule
+        self.bad = self.skipped = 0  # steps that were not finite: in a row, and of the run
+        self.taken = 0  # steps since the last commit
+        self.several = getattr(cfg, "updates_per_rollout", 1) > 1  # steps between two commits
+        self.before = None  # weights and moments at the last commit, where several steps follow
+
+    def step(self, batch, loss_of_micro_batch: Closure) -> dict:
+        """Take one step of the loss summed over the micro-batches of `batch`; returns the metrics.
+
+        batch: has `lengths`, the tokens of the rows that this process computes, and `micro_batches(most)`, which yields
+        (indices, tensors) of at most `most` tokens. loss_of_micro_batch(indices, tensors) -> (loss (), metrics): both
+        are sums over the rows, already divided by what the whole step is divided by. A step whose loss or gradient is
+        not finite changes no weight; UserError after BAD_STEPS of them in a row.
+        """
+        def forward_backward(micro_batch_tokens: int) -> dict:
+            totals: dict[str, float] = {}
+            for indices, tensors in batch.micro_batches(micro_batch_tokens):
+                loss, metrics = loss_of_micro_batch(indices, tensors)
+                (loss * self.scale.value).backward()
+                for name, value in {"loss": float(loss.detach()), **metrics}.items():
+                    totals[name] = totals.get(name, 0.0) + value
+            return totals
+
+        totals = self.retry_on_oom(forward_backward, batch.lengths)
+        totals = dist.all_reduce_sum(totals)
+        dist.all_reduce_gradients(self.params)
+        norm, stepped = clip_and_step(self.inner, self.params, self.options.max_grad_norm, self.lr,
+                                      scale=self.scale.value, loss=totals["loss"])
+        self.taken += 1
+        return totals | self._count(norm, stepped, totals["loss"])
+
+    def skip_step(self, *, finite: bool) -> dict:
+        """Count a step without a batch; one whose samples come from NaN logits as not finite."""
+        if not finite:
+            return self._count(math.nan, False, math.nan)
+        return {"optim/lr": self.lr, "optim/skipped": self.skipped}
+
+    def retry_on_oom(self, work: Callable[[int], object], lengths: list[int]):
+        """work(micro_batch_tokens), again with fewer of them when memory runs out. Raises UserError."""
+        return self.budget.retry_on_oom(work, lengths, self.params)
+
+    def _count(self, norm: float, stepped: bool, loss: float) -> dict:
+        """Metrics of a step. An overflow of the fp16 loss scale is no bad step; it can't spoil the loss."""
+        overflow = math.isfinite(loss) and self.scale.update(stepped)
+        self.bad = 0 if overflow or math.isfinite(norm) else self.bad + 1
+        self.skipped += not stepped
+        if self.bad >= BAD_STEPS:
+            raise UserError(f"loss or gradient was not finite in {self.bad} steps in a row; they changed no weight and "
+                            "earlier checkpoints are intact: try a lower lr, dtype=bf16 or fp32 instead of fp16, a "
+                            "longer warmup, then resume=true")
+        if self.bad:
+            self.say(f"loss or gradient is not finite, no weight was changed ({self.bad} such in a row; {BAD_STEPS} "
+                     "end the run)")
+        return {"optim/lr": self.lr, "optim/grad_norm": norm, "optim/stepped": float(stepped),
+                "optim/skipped": self.skipped}
+
+    def commit(self) -> None:
+        """Take the weights as they are: what roll_back goes back to."""
+        self.taken = 0
+        if self.several:
+            self.before = ([p.detach().to("cpu", copy=True) for p in self.params], optimizer_state(self.inner))
+
+    @torch.no_grad()
+    def roll_back(self) -> bool:
+        """Go back to the last commit; whether the weights are those of it."""
+        if self.taken and self.before is not None:
+            weights, (tensors, meta) = self.before
+            for p, weight in zip(self.params, weights, strict=True):
+                p.copy_(weight)
+            restore_optimizer(self.inner, tensors, meta, where="the last step")
+            self.taken = 0
+        return self.taken == 0
+
+    def state_dict(self) -> dict:
+        return {"bad": self.bad, "skipped": self.skipped, "scale": self.scale.value, "good": self.scale.good,
+                "budget": self.budget.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.bad, self.skipped = state["bad"], state["skipped"]
+        self.scale.value, self.scale.good = state["scale"], state["good"]
+        self.budget.load_state_dict(state["budget"])
+
+
+def make_optimizer(params: Iterable[torch.nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
     """AdamW over the parameters that require a gradient; vectors (biases, DoRA magnitudes) get no weight
     decay.
 
@@ -28,14 +129,14 @@ def make_optimizer(params: Iterable[torch.nn.Parameter], cfg: AdapterConfig) -> 
         raise UserError("no parameter requires a gradient: nothing to train; check lora_targets")
     matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
     groups = [{"params": group, "weight_decay": decay}
-              for group, decay in ((matrices, cfg.optimizer.weight_decay), (vectors, 0.0)) if group]
-    options = {"lr": cfg.optimizer.lr, "betas": (cfg.beta1, cfg.beta2), "eps": 1e-8}
-    if cfg.optimizer.name == "adamw":
+              for group, decay in ((matrices, options.weight_decay), (vectors, 0.0)) if group]
+    adam = {"lr": options.lr, "betas": (0.9, 0.999), "eps": 1e-8}
+    if options.name == "adamw":
         # An adapter is hundreds of small tensors: a step over 420 of them took 0.24 s in the default loop and
         # 0.003 s fused (2 CPU cores).
         fused = all(p.device.type in ("cpu", "cuda") for p in trained)
-        return torch.optim.AdamW(groups, fused=fused, **options)
-    return getattr(import_bitsandbytes(cfg.optimizer.name).optim, BITSANDBYTES[cfg.optimizer.name])(groups, **options)
+        return torch.optim.AdamW(groups, fused=fused, **adam)
+    return getattr(import_bitsandbytes(options.name).optim, BITSANDBYTES[options.name])(groups, **adam)
 
 
 def import_bitsandbytes(optimizer: str):
@@ -48,12 +149,11 @@ def import_bitsandbytes(optimizer: str):
     return bitsandbytes
 
 
-def lr_at(step: int, total_steps: int, *, lr: float, schedule: str, warmup: float,
-          min_lr_ratio: float) -> float:
-    """Learning rate of step 0 .. total_steps - 1.
+def lr_at(step: int, total_steps: int, *, lr: float, schedule: str, warmup: float) -> float:
+    """Return the learning rate of step 0 .. total_steps - 1.
 
-    warmup below 1 is a share of the steps, from 1 on a number of them. Warm-up starts at lr / steps, not at
-    0, and the decay reaches lr * min_lr_ratio one step after the last, so that no step is spent at rate 0.
+    warmup below 1 is a share of the steps, from 1 on a number of them. Warm-up starts at lr / steps, not at 0, and the
+    decay reaches 0 one step after the last, so that no step is spent at rate 0.
     """
     warmup_steps = math.ceil(warmup * total_steps - 1e-9) if warmup < 1 else round(warmup)
     warmup_steps = min(warmup_steps, total_steps)
@@ -62,13 +162,7 @@ def lr_at(step: int, total_steps: int, *, lr: float, schedule: str, warmup: floa
     if schedule == "constant":
         return lr
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))  # 0 .. 1
-    if schedule == "linear":
-        shape = 1 - progress
-    elif schedule == "cosine":
-        shape = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        raise ValueError(f"unknown schedule {schedule!r}")
-    return lr * (min_lr_ratio + (1 - min_lr_ratio) * shape)
+    return lr * (1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 @torch.no_grad()
@@ -126,29 +220,6 @@ class LossScale:
             return False
         overflow, self.value, self.good = self.value > 1, max(1.0, self.value / 2), 0
         return overflow
-
-
-def count_bad_steps(streak: int, grad_norm: float, *, limit: int = BAD_STEPS) -> int:
-    """Number of non-finite steps in a row, given the number before this step. UserError when it reaches
-    limit."""
-    if math.isfinite(grad_norm):
-        return 0
-    if streak + 1 >= limit:
-        raise UserError(f"loss or gradient was not finite in {streak + 1} steps in a row; they "
-                        "changed no weight and earlier checkpoints are intact: try a lower lr, dtype=bf16 "
-                        "or fp32 instead of fp16, a longer warmup, then resume=true")
-    return streak + 1
-
-
-def count_step(state: dict, scale: LossScale, stepped: bool, grad_norm: float, loss: float, say) -> None:
-    """Count an optimiser step in the loop's state: `skipped` ones of the run, `bad` ones in a row, which are said.
-    UserError as in count_bad_steps. An overflow of the fp16 loss scale is no bad step; it can't spoil the loss."""
-    overflow = math.isfinite(loss) and scale.update(stepped)
-    state["bad"] = 0 if overflow else count_bad_steps(state["bad"], grad_norm)
-    state["skipped"] += not stepped
-    if state["bad"]:
-        say(f"step {state['done'] + 1}: loss or gradient is not finite, no weight was changed ({state['bad']} such in "
-            f"a row; {BAD_STEPS} end the run)")
 
 
 @torch.no_grad()

@@ -1,71 +1,91 @@
-"""What decides right or wrong (`gate=`), and the user's own functions (`python:module.fn`) for gate and reward.
-
-The gate is asked per completion; a completion that was cut has not answered and is wrong under every gate.
-"""
-import importlib
-import os
+"""What decides correct or wrong: the reference answer, a pattern, nothing, or the user's own function."""
 import re
-import sys
-from collections.abc import Callable
 
+from minimath.config.hooks import as_number, user_function
 from minimath.core.errors import UserError
 from minimath.data.examples import Example
+from minimath.data.sample import Group
+from minimath.grading.answer import AnswerChecker
+
+NEEDS_ANSWER = ("exact", "regex")
 
 
-def make_gate(cfg, checker) -> Callable[[list[str], Example], list[bool]]:
-    """gate(texts, example) -> whether each completion of the example is right, by cfg.verifier:
+def verifier_columns(verifier) -> tuple[str, ...]:
+    """What a row of the data must have for this verifier."""
+    return ("answer",) if verifier in NEEDS_ANSWER else ()
 
-      exact: its final answer equals the reference answer; checker: an answer.AnswerChecker
-      regex: its final answer matches the reference answer, a regular expression, from end to end; the checker runs
-        it, with a time limit
-      none: every completion is right, and judge and brevity alone speak
-      python:module.fn: fn(text, example) -> bool, or a score in [0, 1] of which 0.5 and above is right
 
-    Raises UserError when the function can't be loaded; the gate itself raises it for a bad pattern or result.
+class Verifier:
+    """Marks the samples of a group as correct or wrong.
+
+      exact: the final answer equals the reference answer; of a completion that was cut only a closed box is one, as in
+        an evaluation
+      regex: the final answer matches the reference answer, a regular expression, from end to end; with a time limit
+      none: every completion that finished is correct, and judge and brevity alone speak
+      python:module.fn, or a callable: fn(text, example) -> bool, or a score in [0, 1] of which 0.5 and above is
+        correct; a completion that was cut has not answered and is wrong
+
+    Raises UserError when the function can't be loaded; `mark` raises it for a bad pattern or result.
     """
-    if cfg.verifier == "exact":
-        return lambda texts, example: checker.check_many([(text, example.answer) for text in texts])
-    if cfg.verifier == "regex":
-        return lambda texts, example: [checker.matches(text, answer_pattern(example)) for text in texts]
-    if cfg.verifier == "none":
-        return lambda texts, example: [True] * len(texts)
-    fn = load_function(cfg.verifier, "gate")
-    return lambda texts, example: [verdict(fn, cfg.verifier, text, example) for text in texts]
+
+    def __init__(self, verifier):
+        self.kind, self.checker = verifier, AnswerChecker()
+        self.fn = self.name = None
+        if verifier not in (*NEEDS_ANSWER, "none"):
+            self.fn, self.name = user_function(verifier, "verifier")
+
+    def __enter__(self):
+        self.checker.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.checker.__exit__(*error)
+
+    def mark(self, groups: list[Group]) -> None:
+        """Set `correct` of every sample."""
+        for group in groups:
+            for sample, correct in zip(group.samples, self.verdicts(group), strict=True):
+                sample.correct = correct
+
+    def verdicts(self, group: Group) -> list[bool]:
+        samples, example = group.samples, group.example
+        if self.kind == "exact":
+            return self.checker.check(samples, example.answer)
+        if self.kind == "regex":
+            return [s.finished and self.checker.matches(s.text, answer_pattern(example)) for s in samples]
+        if self.kind == "none":
+            return [s.finished for s in samples]
+        return [s.finished and self.asked(s.text, example) for s in samples]
+
+    def asked(self, text: str, example: Example) -> bool:
+        """The user's verdict on one completion. UserError names the function and what it returned or raised."""
+        try:
+            value = self.fn(text, example)
+        except Exception as error:  # any: it is the user's code, and the message must say whose
+            raise UserError(f"verifier={self.name} raised {type(error).__name__}: {error}") from error
+        number = as_number(value)
+        if number is None or not 0 <= number <= 1:
+            raise UserError(f"verifier={self.name} returned {value!r}; it must return True, False or a number from 0 "
+                            "to 1")
+        return number >= 0.5
 
 
-def needed_columns(gate: str) -> tuple[str, ...]:
-    """What load_examples must find in a row for this gate."""
-    return ("answer",) if gate in ("exact", "regex") else ()
-
-
-def check_gate(cfg, examples: list[Example]) -> None:
-    """Raises UserError, before any long work, for a function that can't be loaded or a pattern that is none."""
-    make_gate(cfg, None)
-    if cfg.verifier == "regex":
+def check_verifier(verifier, examples: list[Example]) -> None:
+    """Raise UserError, before any long work, for a function that can't be loaded or a pattern that is none."""
+    if verifier == "regex":
         for example in examples:
             answer_pattern(example)
+    elif verifier not in (*NEEDS_ANSWER, "none"):
+        user_function(verifier, "verifier")
 
 
 def answer_pattern(example: Example) -> str:
-    """The reference answer as a pattern. Raises UserError when it is none; re caches the compilation."""
+    """The reference answer as a pattern; re caches the compilation. Raises UserError when it is none."""
     pattern = example.answer.strip()
     try:
         re.compile(pattern, re.IGNORECASE | re.DOTALL)
     except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(f"{example.where or example.id or 'example'}: gate=regex, but the answer {pattern[:200]!r} is "
-                        f"no regular expression ({error}); escape special characters, or use gate=exact") from None
+        raise UserError(f"{example.where or example.id or 'example'}: verifier=regex, but the answer {pattern[:200]!r} "
+                        f"is no regular expression ({error}); escape special characters, or use verifier=exact"
+                        ) from None
     return pattern
-
-
-def verdict(fn, name: str, text: str, example: Example) -> bool:
-    """The user's gate on one completion. Raises UserError that names the function and what it returned or raised."""
-    try:
-        value = fn(text, example)
-    except Exception as error:  # any: it is the user's code, and the message must say whose
-        raise UserError(f"gate={name} raised {type(error).__name__}: {error}") from error
-    number = as_number(value)
-    if number is None or not 0 <= number <= 1:
-        raise UserError(f"gate={name} returned {value!r}; it must return True, False or a number from 0 to 1")
-    return number >= 0.5
-
-

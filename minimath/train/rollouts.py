@@ -1,0 +1,46 @@
+"""From problems to groups of verified samples, shared between the processes of a run."""
+from collections.abc import Callable
+
+from minimath.config.schema import RLAIFConfig
+from minimath.core import dist
+from minimath.core.errors import UserError
+from minimath.data.examples import Example, describe_report
+from minimath.data.sample import Group
+from minimath.models.policy import Policy
+from minimath.train.curriculum import Problem
+from minimath.train.losses import clip_hint
+from minimath.train.verifier import Verifier
+
+
+def encode_problems(cfg: RLAIFConfig, policy: Policy, examples: list[Example], report,
+                    say: Callable[[str], None]) -> list[tuple[Example, list[int]]]:
+    """Pair the examples with their prompts, those that fit; says what there is. Raises UserError when too few do."""
+    longest = cfg.prompt.max_prompt_len
+    prompts = [policy.prompt_ids(example.problem) for example in examples]
+    problems = [(e, p) for e, p in zip(examples, prompts, strict=True) if len(p) <= longest]
+    if len(problems) < cfg.prompts_per_step:
+        raise UserError(f"{len(problems)} of {len(examples)} prompts fit max_prompt_len={longest}, but a step needs "
+                        f"{cfg.prompts_per_step}; raise max_prompt_len or lower prompts_per_step")
+    if text := describe_report(report):
+        say(text)
+    reward = getattr(cfg.reward.name, "__name__", cfg.reward.name)
+    verifier = getattr(cfg.verifier, "__name__", cfg.verifier)
+    judge = f" with judge {cfg.judge.name}" if cfg.uses_judge() else ""
+    say(f"{len(problems)} problems ({len(examples) - len(problems)} too long), reward={reward}{judge}, "
+        f"verifier={verifier}, loss={cfg.loss.name}")
+    if hint := clip_hint(cfg):
+        say(hint)
+    return problems
+
+
+def sample_groups(engine, verifier: Verifier, drawn: list[Problem], group_size: int) -> list[Group]:
+    """Sample and verify group_size completions of each problem. Several processes take a share each, and hold all
+    groups afterwards.
+
+    The random stream of a sample depends on the draw's place in the run and on its own number, not on the batch.
+    """
+    mine = dist.shard(drawn)
+    sampled = engine.generate([p.prompt for p in mine], group_size, keys=[p.key for p in mine])
+    groups = [Group(p.example, p.prompt, samples) for p, samples in zip(mine, sampled, strict=True)]
+    verifier.mark(groups)
+    return dist.gather(groups)

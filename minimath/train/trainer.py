@@ -1,0 +1,268 @@
+"""What both stages need around their algorithm: the run folder, resume, rollback, checkpoints, evaluation, signals.
+
+    with Trainer(cfg, "sft") as trainer:
+        trainer.track(sampler=sampler)               # whatever has memory: state_dict / load_state_dict
+        for step in trainer.steps(100):
+            step.log(trainer.optimizer.step(batch, closure))
+    return trainer.summary()
+
+Asking for the next step commits the last one: counter, random numbers and tracked states are taken over, its metrics
+are written, it is saved and evaluated when due. `steps` ends on a stop signal or at the deadline. An exception inside
+the block gives up what was not committed, random numbers too (a user's verifier may throw dice), saves the last commit
+if no checkpoint has it, and goes on; Interrupted ends the block as its own end would.
+"""
+import contextlib
+import copy
+import time
+from collections.abc import Iterator
+
+import torch
+
+from minimath.config.load import config_text, plain_values
+from minimath.config.options import options_of
+from minimath.config.schema import DataOptions, EvalConfig
+from minimath.core import dist, interrupt
+from minimath.core.checkpoint import (
+    best_checkpoint,
+    checkpoint_folder,
+    load_checkpoint,
+    save_adapter,
+    save_checkpoint,
+    verify,
+)
+from minimath.core.errors import Interrupted, UserError
+from minimath.core.files import read_json
+from minimath.core.log import RunLog, truncate_metrics
+from minimath.core.run import open_run
+from minimath.core.run_folder import ADAPTER
+from minimath.core.state import restore_rng, rng_state, seed_rng, stream_seed
+from minimath.data.examples import load_examples
+from minimath.eval.evaluate import evaluate_policy
+from minimath.models.load import describe
+from minimath.models.policy import load_policy
+from minimath.train.optimizer import Optimizer, check_finite, lr_at
+
+KEPT = 3  # newest checkpoints; the best one is kept besides
+BAR = ("loss", "time/tokens_per_s", "reward/mean", "rollout/correct", "rollout/tokens")  # metrics beside the progress
+
+
+class Step:
+    """One step of the loop: its number from 1, and the metrics it has so far."""
+
+    def __init__(self, number: int, log: RunLog):
+        self.number, self.metrics, self._log = number, {}, log
+
+    def log(self, *metrics: dict) -> None:
+        for each in metrics:
+            self.metrics |= each
+
+    def warn(self, texts: list[str]) -> None:
+        for text in texts:
+            self._log.say(f"step {self.number}: {text}")
+
+    def due(self, every: int) -> bool:
+        """Whether something done every N steps is due; 0: never."""
+        return bool(every) and self.number % every == 0
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.metrics[f"time/{name}"] = self.metrics.get(f"time/{name}", 0.0) + time.monotonic() - started
+
+
+class Trainer:
+    """Owns folder, lock, log, signals, model and optimizer of a training run. Raises UserError."""
+
+    def __init__(self, cfg, stage: str):
+        self.cfg, self.stage = cfg, stage
+        if fault := cfg.check():
+            raise UserError(fault)
+        self.held_out = load_held_out(cfg)
+        self.tracked: dict[str, object] = {}
+        self.done = self.saved = 0  # steps committed; steps that the newest checkpoint has
+        self.total = 0
+        self.best = -1.0  # score of the best evaluation
+        self.owed = False  # an evaluation was interrupted: the run that goes on begins with it
+        self.interrupted_by = 0
+
+    def __enter__(self) -> "Trainer":
+        with contextlib.ExitStack() as stack:
+            run = self.cfg.run
+            self.log = stack.enter_context(open_run(run.out, self.stage, config=config_text(self.cfg),
+                                                    resume=run.resume, trackers=run.trackers))
+            self.started = time.monotonic()
+            seed_rng(run.seed)  # adapter initialisation, and whatever a user's function draws
+            self.policy = load_policy(self.cfg, train=True)
+            self.log.say(describe(self.policy.model, self.cfg))
+            dist.broadcast_parameters(self.policy.params)
+            self.optimizer = Optimizer(self.policy, self.cfg, self.log.say)
+            self.track(optimizer=self.optimizer)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind, error, trace) -> bool:
+        with self._stack:
+            if isinstance(error, Interrupted):
+                self._roll_back()
+                self.log.say("the step was interrupted and is not counted")
+            elif isinstance(error, Exception):
+                self._roll_back()
+                self._rescue()
+                return False
+            elif error is not None:
+                return False
+            self._finish()
+        return True
+
+    def track(self, **objects) -> None:
+        """Keep the state of objects with state_dict / load_state_dict in the checkpoints."""
+        self.tracked |= objects
+
+    # ---- the steps
+
+    def steps(self, total: int) -> Iterator[Step]:
+        """Yield steps until `total` are done, a signal comes or the time is up; see the module's docstring."""
+        cfg, self.total = self.cfg, total
+        if cfg.run.resume:
+            self._resume()
+        self._commit_state()
+        deadline = self.started + 60 * cfg.run.max_minutes if cfg.run.max_minutes else float("inf")
+        with self.log.progress(total, self.stage, done=self.done) as advance:
+            if self.owed and self.held_out and self._evaluate():
+                self._save(best=True)
+            while self.done < total and not self._ends(deadline):
+                step = Step(self.done + 1, self.log)
+                # seeded by the step, so that dropout after a resume is what it would have been
+                torch.manual_seed(stream_seed(cfg.run.seed, self.done) + dist.rank())
+                self.optimizer.lr = lr_at(self.done, total, lr=cfg.optimizer.lr, schedule=cfg.optimizer.lr_schedule,
+                                          warmup=cfg.optimizer.warmup)
+                yield step
+                self.done += 1
+                self._commit_state()
+                self.log.metrics(self.done, **step.metrics)
+                advance(1, **{name.split("/")[-1]: step.metrics[name] for name in BAR if name in step.metrics})
+                is_best = bool(self.held_out) and step.due(cfg.evaluation.eval_every) and self._evaluate()
+                if is_best or step.due(cfg.run.save_every):
+                    self._save(best=is_best)
+
+    def _ends(self, deadline: float) -> bool:
+        self.interrupted_by = interrupt.requested()
+        return bool(self.interrupted_by) or dist.all_reduce_max(time.monotonic() - deadline) > 0
+
+    # ---- evaluation within training
+
+    def _evaluate(self) -> bool:
+        """Greedy accuracy on the held-out problems with the run's own options; whether it is the best so far."""
+        cfg = self.cfg
+        shared = {name: cfg.value(name) for name, option in options_of(EvalConfig).items()
+                  if option.group in ("model", "prompt", "engine")}
+        if cfg.engine.rollout == "vllm":  # its engine has the sampling options of the rollouts
+            shared["rollout"] = "auto"
+        own = EvalConfig(**shared, max_new_tokens=cfg.evaluation.eval_max_new_tokens, seed=cfg.run.seed)
+        self.owed = True
+        try:
+            summary, _ = evaluate_policy(self.policy, self.held_out, own, self.log)
+        except Interrupted:
+            self.log.say("the evaluation was interrupted")
+            return False
+        self.owed = False
+        self.log.metrics(self.done, **{"eval/accuracy": summary["accuracy"], "eval/tokens": summary["mean_tokens"]})
+        low, high = summary["interval"]
+        self.log.say(f"step {self.done}: accuracy {summary['accuracy']:.3f} ({low:.3f} to {high:.3f}), "
+                     f"{summary['mean_tokens']:.0f} tokens on {summary['problems']} held-out problems")
+        score = summary["accuracy"] - 1e-6 * summary["mean_tokens"]  # among equals the shorter
+        is_best, self.best = score > self.best, max(score, self.best)
+        return is_best
+
+    # ---- commit, save, resume
+
+    def _commit_state(self) -> None:
+        """Take the states as they are: what is saved and what an interrupted step goes back to."""
+        self.optimizer.commit()
+        self._state = copy.deepcopy({name: each.state_dict() for name, each in self.tracked.items()})
+        self._rng = rng_state()
+
+    def _roll_back(self) -> None:
+        restore_rng(*self._rng)
+        if not self.optimizer.roll_back():  # its weights have no name: the checkpoint before stands
+            self.done = self.saved
+
+    def _save(self, best: bool = False) -> None:
+        """Save in the middle of a run. A checkpoint that can't be written is said, and the run goes on: hours of
+        training need not end where the next save may work."""
+        check_finite(self.policy.params, self.optimizer.inner)
+        try:
+            self._write(best)
+        except UserError as error:
+            on_disk = best_checkpoint(self.log.run_dir)
+            self.best = -1.0 if on_disk is None or verify(on_disk) else read_json(on_disk / "state.json")["best"]
+            self.log.say(f"step {self.done} is not saved; the run goes on, and tries again at the next save: {error}")
+
+    def _write(self, best: bool = False) -> None:
+        state = {"done": self.done, "best": self.best, "owed": self.owed, "config": plain_values(self.cfg),
+                 "tracked": self._state}
+        save_checkpoint(self.log.run_dir, self.done, model=self.policy.model, optimizer=self.optimizer.inner,
+                        state=state, keep=KEPT, best=best)
+        self.saved = self.done
+
+    def _rescue(self) -> None:
+        """After an exception: save the steps done, unless a sound checkpoint has them."""
+        if not self.done or not verify(checkpoint_folder(self.log.run_dir, self.done)):
+            return
+        try:
+            check_finite(self.policy.params, self.optimizer.inner)
+            self._write()
+            self.log.say(f"the {self.done} steps done are saved; put it right and go on with resume=true")
+        except (UserError, RuntimeError) as error:  # that of the loop is what the user must hear
+            self.log.say(f"the steps since the last checkpoint can't be saved: {error}")
+
+    def _finish(self) -> None:
+        """Save what the last checkpoint lacks, and the adapter; say how far it got."""
+        check_finite(self.policy.params, self.optimizer.inner)
+        if self.done > self.saved:
+            self._write()
+        self.interrupted_by = interrupt.requested()
+        adapter = save_adapter(self.policy.model, self.log.run_dir / ADAPTER)
+        if self.done < self.total:
+            self.log.say(f"{interrupt.reason()}: stopped after step {self.done} of {self.total}; go on with "
+                         f"out={self.log.run_dir} resume=true")
+        self.log.say(f"adapter: {adapter} ({time.monotonic() - self.started:.0f} s)")
+
+    def _resume(self) -> None:
+        """Load the newest sound checkpoint; say what changed in the options; drop metrics of lost steps."""
+        state = load_checkpoint(self.log.run_dir, model=self.policy.model, optimizer=self.optimizer.inner)
+        self.done = self.saved = state["done"] if state else 0
+        if dist.all_reduce_max(self.done) > self.done:
+            raise UserError(f"process {dist.rank()} found {self.done} steps in {self.log.run_dir}, another one found "
+                            "more: all machines need the same run folder, on a drive that they share")
+        truncate_metrics(self.log.run_dir, self.done)
+        if state is None:
+            self.log.say("no checkpoint yet: starting from step 0")
+            return
+        self.best, self.owed = state["best"], state["owed"]
+        for name, each in self.tracked.items():
+            if name in state["tracked"]:
+                each.load_state_dict(state["tracked"][name])
+        now, before = plain_values(self.cfg), state["config"]
+        changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now
+                   if before.get(k) != now[k] and k not in ("resume", "out")]
+        if changed:
+            self.log.say("options changed since the checkpoint: " + ", ".join(changed))
+        self.log.say(f"resumed after step {self.done}")
+
+    def summary(self) -> dict:
+        """What the stage did: steps, run_dir, adapter, and the signal that ended it (0: none)."""
+        return {"steps": self.done, "run_dir": str(self.log.run_dir), "adapter": str(self.log.run_dir / ADAPTER),
+                "signal": self.interrupted_by}
+
+
+def load_held_out(cfg) -> list:
+    """Load the problems evaluated during training, or []. Raises UserError if they are asked for without data."""
+    own = cfg.evaluation
+    if own.eval_every and not own.eval_data:
+        raise UserError("eval_every needs held-out problems: set eval_data=, or eval_every=0")
+    if not own.eval_data:
+        return []
+    options = DataOptions(source=own.eval_data, split="test", limit=own.eval_limit, strict=cfg.data.strict)
+    return load_examples(options, need=("answer",))[0]
