@@ -26,8 +26,7 @@ from minimath.core.run_folder import EVAL, PART, stop_files
 from minimath.core.text import comma_list
 from minimath.data.examples import Example, describe_report, load_examples
 from minimath.data.sample import Sample
-from minimath.eval.metrics import (
-    COLUMNS, at_budgets, by_problem, read_records, summarise, table_row, write_results)
+from minimath.eval.metrics import COLUMNS, at_budgets, by_problem, read_records, summarise, table_row, write_results
 from minimath.eval.partial import PartFile, fingerprint, holds_part, model_hash, open_part, refuse_changes
 from minimath.grading.answer import AnswerChecker, final_answer
 from minimath.models.load import describe

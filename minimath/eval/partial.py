@@ -1,7 +1,7 @@
 """Completions of an evaluation, kept in its run folder as they finish: an interrupt loses none, a resume goes on.
 
     run/fingerprint.json         what decides the completions: options; hashes of problems, adapter, model
-    run/completions.part.jsonl   {"number", "sample", "ids", "finished"} of each completion; gone once eval.json is there
+    run/completions.part.jsonl   {"number", "sample", "ids", "finished"} of each completion; gone with the last one
 
 A completion's random stream is seeded by (seed, problem, sample), so it does not depend on which others are done. A
 line is handed to the system as its completion finishes: kill -9 can tear the line being written, no other.

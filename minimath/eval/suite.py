@@ -24,7 +24,7 @@ from minimath.core.run import open_run
 from minimath.core.run_folder import SUITE, held_run
 from minimath.core.text import comma_list, did_you_mean
 from minimath.data.examples import Example, describe_report, load_examples
-from minimath.data.readers import SUFFIXES
+from minimath.data.readers import SUFFIXES, rows_of
 from minimath.eval.evaluate import evaluate_examples, load_and_say
 from minimath.eval.partial import fingerprint, refuse_changes
 
@@ -146,7 +146,8 @@ def read_known(name: str, cfg: EvalConfig) -> Problems:
     path = local_file(name, folder.expanduser()) if cfg.data.source else None
     source, limit = str(path or known.source), cfg.data.limit
     try:
-        examples, _ = load_examples(DataOptions(source, known.split, strict=True), need=("answer",))
+        rows = svamp_rows(source, known.split) if name == "svamp" else source
+        examples, _ = load_examples(DataOptions(rows, known.split, strict=True), need=("answer",))
     except UserError as error:
         if path:
             raise
@@ -155,6 +156,14 @@ def read_known(name: str, cfg: EvalConfig) -> Problems:
     note = "" if len(examples) == known.size else \
         f"{source}: {len(examples)} problems, {name} as published has {known.size}"
     return Problems(cfg.replace(suite="", data=source, split=known.split), examples[:limit or None], note)
+
+
+def svamp_rows(source: str, split: str) -> list[dict]:
+    """Read SVAMP's rows, Body and Question put together as the problem; rows with other columns as they are."""
+    rows = [row for _, row in rows_of(source, split)]
+    return [row | {"problem": f"{row['Body'].strip()} {row['Question'].strip()}", "answer": row.get("Answer")}
+            if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("Body", "Question")) else row
+            for row in rows]
 
 
 def local_file(name: str, folder: Path) -> Path | None:
@@ -191,8 +200,8 @@ def suite_table(result: dict) -> tuple[list[str], list[list[str]]]:
 
     rows = []
     for name, summary in (*summaries.items(), ("mean", result["mean"])):
-        low, high = summary["interval"]
-        rows.append([name, str(summary["problems"]), percent(summary.get(first)), f"{100 * low:.1f} to {100 * high:.1f}",
+        interval = " to ".join(f"{100 * end:.1f}" for end in summary["interval"])
+        rows.append([name, str(summary["problems"]), percent(summary.get(first)), interval,
                      *(percent(summary.get(key)) for key in more), f"{summary['mean_tokens']:.1f}",
                      *(percent(summary.get(key)) for key in ("finished", *budgets))])
     return ["set", "problems", first, "95% interval", *more, "mean tokens", "finished", *budgets], rows

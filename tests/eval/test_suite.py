@@ -176,9 +176,9 @@ def test_a_completion_beyond_the_budget_is_wrong_in_the_table_too(config, monkey
     lengths = {"gsm8k": [3, 4, 5, 8], "math500": [4, 8, 8]}
     evaluate(config())
     for name, sizes in lengths.items():  # the same records, of known lengths
-        at = tmp_path / "suite" / name / "completions.jsonl"
-        rows = [row | {"tokens": n, "finished": True, "correct": True} for row, n in zip(read_records(at.parent), sizes)]
-        at.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        at = tmp_path / "suite" / name
+        rows = [row | {"tokens": n, "finished": True, "correct": True} for row, n in zip(read_records(at), sizes)]
+        (at / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     capsys.readouterr()
     result = evaluate(config(budgets="4,5", resume=True))  # complete, and asked for budgets that it lacks
     assert [result["sets"][name]["accuracy@4"] for name in lengths] == pytest.approx([1 / 2, 1 / 3])
@@ -203,9 +203,8 @@ def test_the_mean_counts_each_set_the_same_and_its_interval_is_narrower():
 # ---- interrupts
 
 
-@pytest.mark.parametrize("within, between", [(2, 3), (5, 6), (4, 7)])
-def test_stopped_within_and_between_sets_and_resumed_equals_unbroken(config, tmp_path, monkeypatch, capsys, within,
-                                                                     between):
+@pytest.mark.parametrize("within", [2, 8, 11])
+def test_stopped_within_and_between_sets_and_resumed_equals_unbroken(config, tmp_path, monkeypatch, capsys, within):
     """Two interrupts: while the nth completion is kept, and when the results of the first set are being written."""
     more = {"samples": 2, "temperature": 1.0}
     evaluate(config(out="unbroken", **more))
