@@ -1,8 +1,7 @@
-r"""Seeded arithmetic word problems of one to three steps with worked solutions: the data of `minimath demo`.
+r"""Make seeded arithmetic word problems of one to three steps with worked solutions.
 
-Made for a 135M model that learns them in minutes on a CPU: operands mostly 2 to 20, results 1 to 199, exact
-division.
-A problem is a scene (a story whose running total goes through events, or a formula with its own steps); its
+They are the data of `minimath demo`, for a 135M model that learns them in minutes on a CPU: operands mostly 2 to 20,
+results 1 to 199, exact division. A problem is a scene (a story whose running total goes through events, or a formula with its own steps); its
 solution is written in one of three registers, because a policy fitted to one wording has nothing left for RL
 to choose:
 
@@ -10,18 +9,26 @@ to choose:
     plain    one sentence with its equation for each step
     verbose  restates the question, explains each step, mostly checks the last one
 
-Every step is an equation `a op b = c` in all three. The texts of the scenes live in scenes.py.
+Every step is an equation `a op b = c` in all three. scenes.json has names, events of the stories (total op n; one with
+`ask` ends the story), stories (a start, or `packs`: a start k * m; texts and phrases go in pairs), and formulas (ranges
+of variables, steps "a op b"; r1, r2 are earlier results). Slots: {A}, {B} names; {he}, {his} for A; {n}, {k}, {m} or a
+variable for numbers; {eq} the equation or its result. A phrase starts in lower case and has no full stop, so that it
+fits after "First, ".
 Train and test never overlap: sha256 of the text without names and pronouns decides the side (see `split_of`).
 """
 import hashlib
+import json
 import random
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from minimath.core.errors import UserError
 from minimath.data.examples import Example
-from minimath.data.scenes import FORMULAS, NAMES, STORIES
 
+SCENES = json.loads(Path(__file__).with_name("scenes.json").read_text(encoding="utf-8"))
+EVENTS, STORIES, FORMULAS = SCENES["events"], SCENES["stories"], SCENES["formulas"]
+NAMES = [(name, sex) for sex in "mf" for name in SCENES["names"][sex]]
 REGISTERS = ("terse", "plain", "verbose")
 STYLE_WEIGHTS = {"terse": 0.25, "plain": 0.35, "verbose": 0.40}
 TEST_SHARE_PERCENT = 20  # share of all possible problem texts that is reserved for split="test"
@@ -127,7 +134,7 @@ def apply(a: int, op: str, b: int) -> int | None:
 def _draw(rng: random.Random, steps: int) -> Problem:
     """Draw scenes and numbers until they fit; a draw fails in about one case of three."""
     while True:
-        formulas = [f for f in FORMULAS if len(f.steps) == steps]
+        formulas = [f for f in FORMULAS if len(f["steps"]) == steps]
         use_formula = rng.random() < len(formulas) / (len(formulas) + len(STORIES))
         problem = _draw_formula(rng, rng.choice(formulas)) if use_formula else _draw_story(rng, steps)
         if problem is not None:
@@ -144,12 +151,12 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _draw_formula(rng: random.Random, formula) -> Problem | None:
+def _draw_formula(rng: random.Random, formula: dict) -> Problem | None:
     """Numbers for the variables of a formula; None when a step leaves the range."""
-    values = {name: rng.randint(low, high) for name, (low, high) in formula.ranges.items()}
-    words = {**_people(rng), **{key: rng.choice(options) for key, options in formula.words.items()}}
+    values = {name: rng.randint(low, high) for name, (low, high) in formula["ranges"].items()}
+    words = {**_people(rng), **{key: rng.choice(options) for key, options in formula["words"].items()}}
     results: list[Step] = []
-    for expression, phrase in formula.steps:
+    for expression, phrase in formula["steps"]:
         left, op, right = expression.split()
         known = {**values, **{f"r{i + 1}": s.value for i, s in enumerate(results)}}
         a, b = (int(x) if x.isdigit() else known[x] for x in (left, right))
@@ -157,41 +164,41 @@ def _draw_formula(rng: random.Random, formula) -> Problem | None:
         if value is None:
             return None
         results.append(Step(a, op, b, value, phrase.format(**words, **values, eq="{eq}")))
-    story = rng.choice(formula.texts).format(**words, **values)
-    return Problem(_sentence(story), _sentence(rng.choice(formula.asks).format(**words, **values)), results)
+    story = rng.choice(formula["texts"]).format(**words, **values)
+    return Problem(_sentence(story), _sentence(rng.choice(formula["asks"]).format(**words, **values)), results)
 
 
 def _draw_story(rng: random.Random, steps: int) -> Problem | None:
     """A running total: a start, then events; the last may bring the question. None when the numbers fail."""
     scene = rng.choice(STORIES)
-    words = {**_people(rng), **{key: rng.choice(options) for key, options in scene.words.items()}}
-    question, previous = rng.choice(scene.asks).format(**words), None
+    words = {**_people(rng), **{key: rng.choice(options) for key, options in scene["words"].items()}}
+    question, previous = rng.choice(scene["asks"]).format(**words), None
     results: list[Step] = []
-    if scene.packs and rng.random() < 0.4:
+    if scene["packs"] and rng.random() < 0.4:
         k, m = rng.randint(2, 9), rng.randint(2, 9)
-        text, phrase = rng.choice(scene.packs)
+        text, phrase = rng.choice(scene["packs"])
         sentences = [text.format(**words, k=k, m=m)]
-        question = scene.asks[0].format(**words) if steps == 1 else question
+        question = scene["asks"][0].format(**words) if steps == 1 else question
         value = k * m
         results.append(Step(k, "*", m, value, phrase.format(**words, k=k, m=m, eq="{eq}")))
     else:
         value = rng.randint(5, 20) if rng.random() < 0.7 else rng.randint(21, 60)
-        sentences = [rng.choice(scene.starts).format(**words, n=value)]
+        sentences = [rng.choice(scene["starts"]).format(**words, n=value)]
     while len(results) < steps:
         last = len(results) == steps - 1
-        use_final = last and scene.finals and rng.random() < 0.5
-        kind = rng.choice([e for e in (scene.finals if use_final else scene.events) if e is not previous])
-        previous = kind
-        n = _operand(rng, value, kind.op)
-        result = n and apply(value, kind.op, n)
+        use_final = last and scene["finals"] and rng.random() < 0.5
+        previous = rng.choice([name for name in scene["finals" if use_final else "events"] if name != previous])
+        event = EVENTS[previous]
+        n = _operand(rng, value, event["op"])
+        result = n and apply(value, event["op"], n)
         if not result:
             return None
-        text = rng.choice(kind.texts).format(**words, n=n)
-        phrase = kind.phrase.format(**words, n=n, state=scene.state.format(**words, eq="{eq}"), eq="{eq}")
-        results.append(Step(value, kind.op, n, result, phrase))
+        text = rng.choice(event["texts"]).format(**words, n=n)
+        phrase = event["phrase"].format(**words, n=n, state=scene["state"].format(**words, eq="{eq}"), eq="{eq}")
+        results.append(Step(value, event["op"], n, result, phrase))
         joiner = rng.choice(("", "", "then ", "later, ", "after that, "))
-        sentences.append((joiner if not kind.ask else "") + text)
-        question = kind.ask.format(**words, n=n) if kind.ask else question
+        sentences.append(("" if "ask" in event else joiner) + text)
+        question = event["ask"].format(**words, n=n) if "ask" in event else question
         value = result
     return Problem(" ".join(map(_sentence, sentences)), _sentence(question), results)
 

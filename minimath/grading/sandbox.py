@@ -3,7 +3,7 @@
 math-verify (https://github.com/huggingface/Math-Verify) can hang or eat memory on hostile LaTeX and has no time-out
 of its own off the main thread; re has none at all. So neither runs in this process:
 
-    this process -- passes a socket --> `python -m minimath.grading.sandbox` -- fork --> worker at the socket's other end
+    this process - passes a socket -> `python -m minimath.grading.sandbox` - forks -> worker at the socket's other end
 
 The child imports math-verify once (a second), then does nothing but fork: it reads no question and so never hangs. A
 worker that runs out of time or memory dies alone, and the next one is forked in milliseconds.
@@ -90,8 +90,8 @@ class BoundedChild:
 
     def _start(self):
         if not hasattr(os, "fork"):
-            raise UserError("answer checker: this answer needs a process of its own, which takes os.fork; on Windows use "
-                            "WSL")
+            raise UserError("answer checker: this answer needs a process of its own, which takes os.fork; on Windows "
+                            "use WSL")
         self._stop()
         env = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
         root = str(Path(__file__).resolve().parents[2])
@@ -133,7 +133,7 @@ class BoundedChild:
 
 def _serve(control: socket.socket) -> None:
     """Fork a worker for each socket that comes, until the other end closes."""
-    import resource                                 # not on Windows, where only this process would miss it
+    import resource  # not on Windows, where only this process would miss it
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C at a terminal goes to all: the parent decides
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)   # dead workers leave no zombies
     for gold, answer in WARM_UP:
