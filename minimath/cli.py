@@ -1,7 +1,13 @@
 """The command line: minimath COMMAND ...; `minimath COMMAND --help` lists its options."""
+import importlib
 import sys
 
+from minimath.commands.help import docstring_of, options_help
+from minimath.config.load import config_of_words, take_recipe
+from minimath.config.schema import STAGES
 from minimath.core.entry import run_command, started_together
+from minimath.core.errors import UserError
+from minimath.core.text import did_you_mean
 
 USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GPU
 
@@ -22,11 +28,15 @@ USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GP
 `minimath sft --help` lists every option of a stage with its default. A recipe is YAML: `key: value` lines, shared
 or in a section (sft:, rlaif:, eval:); key=value words win. With `run`, `sft.lr=1e-4` is for one stage.
 """
-STAGES = ("sft", "rlaif", "eval")
-SHARED = (*STAGES, "run")  # commands that several processes can share; see core/dist.py
-COMMANDS = (*SHARED, "solve", "sample", "demo", "judge", "report", "doctor", "plan", "export")
-DESCRIBED_IN = {"demo": "commands.demo", "run": "commands.run", "doctor": "commands.doctor", "plan": "plan.plan",
-                "report": "report.page"}
+# Where each command is, by what it takes. Loaded when it is asked for: help and errors come at once
+OF_OPTIONS = {"sft": "commands.train.sft", "rlaif": "commands.train.rlaif", "eval": "eval.evaluate.evaluate",
+              "sample": "eval.sample.sample"}
+OF_RECIPE = {"run": "commands.run.run", "plan": "plan.plan.plan"}
+OF_WORDS = {"demo": "commands.demo.demo", "solve": "commands.solve.solve_command", "report": "report.page.report",
+            "doctor": "commands.doctor.doctor", "export": "export.merge.export"}
+JUDGE = {"check": "commands.judge_check", "compare": "commands.judge_compare"}
+COMMANDS = (*OF_OPTIONS, *OF_RECIPE, *OF_WORDS, "judge")
+SHARED = ("sft", "rlaif", "eval", "run")  # commands that several processes can share; see core/dist.py
 
 
 def main() -> int:
@@ -43,9 +53,7 @@ def main() -> int:
 
 
 def dispatch(command: str, words: list[str]):
-    """Run one command. Imports are in the functions, so that help and errors come at once. Raises UserError."""
-    from minimath.core.errors import UserError
-    from minimath.core.text import did_you_mean
+    """Run one command. Raises UserError."""
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{did_you_mean(command, COMMANDS)}; see minimath --help")
     if "--help" in words or "-h" in words:
@@ -55,89 +63,50 @@ def dispatch(command: str, words: list[str]):
         raise UserError(f"minimath {command} is made for one process; accelerate launch and torchrun are for "
                         f"{', '.join(SHARED)}")
     words = list(words)
-    if command in STAGES:
-        return stage(command, words)
     if command == "judge":
-        return judge(words)
-    return other(command, words)
+        kind = judge_kind(words)
+        return load(f"{JUDGE[kind]}.judge_{kind}")(words[1:])
+    if command in OF_OPTIONS:
+        cfg = config_of_words(config_class(command), words, command)
+        return load(OF_OPTIONS[command])(cfg)
+    if command in OF_WORDS:
+        return load(OF_WORDS[command])(words)
+    recipe = take_recipe(words)
+    if command == "run" and recipe is None:
+        raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
+    return load(OF_RECIPE[command])(recipe, words)
 
 
-def stage(command: str, words: list[str]):
-    """Train or evaluate."""
-    from minimath.config import schema
-    from minimath.config.load import config_of_words
-    cfg = config_of_words(schema.STAGES[command], words)
-    if command == "eval":
-        from minimath.eval.evaluate import evaluate
-        return evaluate(cfg)
-    from minimath.commands.train import train
-    return train(command, cfg)
+def load(path: str):
+    """Import what "package.module.name" of minimath names."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(f"minimath.{module}"), name)
 
 
-def judge(words: list[str]):
-    """minimath judge check | compare."""
-    from minimath.core.errors import UserError
-    from minimath.core.text import did_you_mean
-    kind, words = (words[0] if words else ""), words[1:]
-    if kind == "check":
-        from minimath.commands.judge_check import judge_check
-        return judge_check(words)
-    if kind == "compare":
-        from minimath.commands.judge_compare import judge_compare
-        return judge_compare(words)
+def judge_kind(words: list[str]) -> str:
+    """Which judge command the words begin with. Raises UserError."""
+    kind = words[0] if words else ""
     if kind == "attack":
         raise UserError("minimath judge attack is now part of minimath judge check")
-    raise UserError(f"minimath judge {kind}: use check or compare{did_you_mean(kind, ('check', 'compare'))}")
+    if kind not in JUDGE:
+        raise UserError(f"minimath judge {kind}: use {' or '.join(JUDGE)}{did_you_mean(kind, JUDGE)}")
+    return kind
 
 
-def other(command: str, words: list[str]):
-    """The commands of one line each."""
-    from minimath.config.load import config_of_words, take_recipe
-    match command:
-        case "demo":
-            from minimath.commands.demo import demo
-            return demo(words)
-        case "run":
-            from minimath.commands.run import run
-            return run(take_recipe(words), words)
-        case "solve":
-            from minimath.commands.solve import solve_command
-            return solve_command(words)
-        case "sample":
-            from minimath.eval.sample import SampleConfig, sample
-            return sample(config_of_words(SampleConfig, words, "sample"))
-        case "report":
-            from minimath.report.page import report
-            return report(words)
-        case "doctor":
-            from minimath.commands.doctor import doctor
-            return doctor(words)
-        case "plan":
-            from minimath.plan.plan import plan
-            return plan(take_recipe(words), words)
-        case "export":
-            from minimath.export.merge import export
-            return export(words)
+def config_class(command: str):
+    """The class of the options of a command."""
+    own = {"sample": "eval.sample.SampleConfig", "export": "export.merge.ExportConfig"}
+    return load(own[command]) if command in own else STAGES["eval" if command == "solve" else command]
 
 
 def help_text(command: str, words: list[str]) -> str:
-    """What a command is for and takes; of a stage all options with default, choices and meaning."""
-    from minimath.commands.help import docstring_of, options_help
-    if command in DESCRIBED_IN:
-        return docstring_of(f"minimath.{DESCRIBED_IN[command]}")
+    """Say what a command is for and what it takes; of a stage all options with default, choices and meaning."""
     if command == "judge":
-        if "compare" in words:
-            from minimath.commands.judge_compare import help_text as of_judge
-        else:
-            from minimath.commands.judge_check import help_text as of_judge
-        return of_judge()
-    if command == "sample":
-        from minimath.eval.sample import SampleConfig as cls
-    elif command == "export":
-        from minimath.export.merge import ExportConfig as cls
-    else:
-        from minimath.config.schema import STAGES as configs
-        cls = configs["eval" if command == "solve" else command]
+        return load(f"{JUDGE['compare' if 'compare' in words else 'check']}.help_text")()
+    if command in (*OF_RECIPE, "demo", "report", "doctor"):
+        path = {**OF_RECIPE, **OF_WORDS}[command]
+        return docstring_of(f"minimath.{path.rpartition('.')[0]}")
+    cls = config_class(command)
     takes = {"solve": '["PROBLEM"] ', "export": ""}.get(command, "[RECIPE.yaml] ")
     return f"minimath {command} {takes}key=value ...\n{cls.__doc__}\n\n{options_help(cls, command)}"
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from toy import write_problems
 
+from minimath.config.options import options_of
+from minimath.config.schema import STAGES
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["device=cpu", "dtype=fp32", "prompt_template={problem}", "max_new_tokens=6"]
 TRAIN = ["lora_r=4", "lr=0.01", "steps=2", "save_every=0"]
@@ -52,15 +55,71 @@ def test_help_names_every_command(tmp_path):
     assert minimath(cwd=tmp_path).stdout == done.stdout
 
 
+@pytest.mark.parametrize("command", STAGES)
+def test_help_of_a_stage_names_every_option_with_its_default_choices_and_meaning_under_its_group(here, command):
+    status, out, _ = here(command, "--help")
+    assert status == 0
+    flat = " ".join(out.split())
+    heading, under = "", {}
+    for line in out.splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            heading = line[:-1]
+        elif line.startswith("  ") and "=" in line and line[2] != " ":
+            under[line.strip().partition("=")[0]] = heading
+    options = options_of(STAGES[command])
+    assert under == {name: option.group or command for name, option in options.items()}
+    for name, option in options.items():
+        default = str(option.default).lower() if option.kind is bool else str(option.default).replace("\n", "\\n")
+        choices = [*option.choices, *(["python:module.fn"] if option.hook else [])]
+        shown = f"{option.doc} [{' | '.join(choices)}]" if choices else option.doc
+        assert " ".join(f"{name}={default} {shown}".split()) in flat
+
+
+def test_help_and_the_configs_come_without_torch(tmp_path):
+    script = """
+import sys
+import minimath
+from minimath import SFTConfig, RLAIFConfig, EvalConfig
+from minimath.cli import main
+RLAIFConfig(model="x", lr=1e-4, judge="heuristic").replace(steps=2)
+for command in ("demo", "run", "sft", "rlaif", "eval", "solve", "plan", "report", "doctor"):
+    sys.argv = ["minimath", command, "--help"]
+    assert main() == 0, command
+print("torch" in sys.modules, "transformers" in sys.modules, "matplotlib" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False False False"
+
+
+def test_the_names_of_the_package_are_the_functions_and_configs_themselves():
+    import minimath
+    from minimath.config.schema import EvalConfig, RLAIFConfig, SFTConfig
+    from minimath.eval.evaluate import evaluate
+    from minimath.train.rlaif import rlaif
+    from minimath.train.sft import sft
+    here = {"SFTConfig": SFTConfig, "RLAIFConfig": RLAIFConfig, "EvalConfig": EvalConfig, "sft": sft, "rlaif": rlaif,
+            "evaluate": evaluate}
+    assert {name: getattr(minimath, name) for name in minimath.__all__} == here and set(here) <= set(dir(minimath))
+    with pytest.raises(AttributeError, match="no attribute 'rlhf'"):
+        minimath.rlhf  # noqa: B018
+
+
 @pytest.mark.parametrize(
     "command, option",
     [
-        ("sft", "label_smoothing"),
-        ("rlaif", "loss_type"),
+        ("sft", "packing"),
+        ("rlaif", "updates_per_rollout"),
         ("eval", "budgets"),
         ("solve", "temperature"),
         ("run", "RECIPE"),
         ("demo", "minutes"),
+        ("sample", "keep"),
+        ("judge", "judge_url"),
+        ("plan", "card="),
+        ("report", "out="),
+        ("doctor", "device"),
+        ("export", "adapter"),
     ],
 )
 def test_help_of_a_command_lists_its_options(here, command, option):
@@ -71,7 +130,7 @@ def test_help_of_a_command_lists_its_options(here, command, option):
 def test_help_shows_default_and_meaning_of_each_option(here):
     _, out, _ = here("rlaif", "--help")
     [line] = [line for line in out.splitlines() if "group_size" in line]
-    assert line.split() == ["group_size=8", "int", "completions", "per", "problem"]
+    assert line.split()[:4] == ["group_size=8", "completions", "per", "problem;"]
 
 
 @pytest.mark.parametrize(
@@ -82,6 +141,10 @@ def test_help_shows_default_and_meaning_of_each_option(here):
         (["rlaif", "grup_size=4"], "did you mean 'group_size'?"),
         (["eval", "samples=many"], "samples"),
         (["run"], "needs a recipe"),
+        (["judge"], "use check or compare"),
+        (["judge", "chek"], "did you mean 'check'?"),
+        (["judge", "attack"], "is now part of minimath judge check"),
+        (["rlaif", "loss_type=grpo"], "is now called 'loss'"),
     ],
 )
 def test_slips_get_one_line_with_the_nearest_name(tmp_path, words, said):
@@ -188,7 +251,7 @@ rlaif:
   prompts_per_step: 2
   group_size: 2
   max_new_tokens: 6
-  judge: rules
+  judge: heuristic
 eval:
   limit: 3
   max_new_tokens: 6
@@ -200,9 +263,9 @@ eval:
 def test_run_does_both_stages_and_resume_skips_what_is_finished(here, recipe, tmp_path):
     status, out, err = here("run", recipe, "out=whole")
     assert status == 0, out + err
-    assert all(name in out for name in ("base", "SFT", "SFT + RLAIF (rules judge)"))
+    assert all(name in out for name in ("base", "SFT", "SFT + RLAIF (heuristic judge)"))
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    assert list(summary["rows"]) == ["base", "SFT", "SFT + RLAIF (rules judge)"] and summary["problems"] == 3
+    assert list(summary["rows"]) == ["base", "SFT", "SFT + RLAIF (heuristic judge)"] and summary["problems"] == 3
     assert (tmp_path / "whole" / "tradeoff.png").stat().st_size > 1000
 
     assert_one_line(*here("run", recipe, "out=whole"), "resume=true")

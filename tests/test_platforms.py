@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from toy import load
 
-from minimath.config.schema import AdapterConfig
+from minimath.config.schema import SFTConfig
 from minimath.models.load import base_causal_lm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,13 +49,13 @@ importlib.metadata.Distribution.from_name = distribution_but_absent
 sys.addaudithook(no_network)
 """
 IMPORT_ALL = WITHOUT + """
-import importlib, minimath, minimath.kernels, minimath.recipes
-from minimath.__main__ import main
-for package in (minimath, minimath.kernels, minimath.recipes):
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.name != "__main__":
-            importlib.import_module(f"{package.__name__}.{module.name}")
-            print("imported", f"{package.__name__}.{module.name}")
+import importlib, minimath, minimath.kernels
+from minimath.cli import main
+for package in (minimath, minimath.kernels):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+            print("imported", module.name)
 print("present", sorted((ABSENT | {"tensorboard", "trackio"}) & set(sys.modules)))
 for words in sys.argv[1:]:
     sys.argv = ["minimath", *words.split()]
@@ -124,7 +124,7 @@ def test_a_library_that_may_break_us_with_its_next_major_has_an_upper_bound(meta
 def imported_packages() -> dict[str, set[str]]:
     """Top-level package -> the files that import it, of all that is installed."""
     found: dict[str, set[str]] = {}
-    for file in [*(ROOT / "minimath").glob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+    for file in [*(ROOT / "minimath").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
                 [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
@@ -150,8 +150,9 @@ def test_without_optional_libraries_and_network_all_modules_import_and_doctor_sa
                           timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "NETWORK" not in done.stdout and "present []" in done.stdout
-    modules = {f"minimath.{path.stem}" for path in (ROOT / "minimath").glob("*.py")} | \
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "minimath").rglob("*.py")} | \
         {f"minimath.kernels.{path.stem}" for path in (ROOT / "kernels").glob("*.py")}
+    assert len(modules) > 60
     imported = set(re.findall(r"^imported (\S+)", done.stdout, re.MULTILINE))
     assert {m for m in modules if "__" not in m} <= imported
     assert "status --help 0" in done.stdout
@@ -169,7 +170,7 @@ NEEDS_MISSING = {  # options -> what is said about the library that they need
     "model={model} data=owner/name": "pip install datasets",
 }
 RUN_EACH = WITHOUT + """
-from minimath.__main__ import main
+from minimath.cli import main
 for words in sys.argv[1:]:
     sys.argv = ["minimath", "sft", *words.split()]
     sys.stderr.write(f"status {main()}\\n")
@@ -200,7 +201,7 @@ def test_activations_are_checkpointed_by_the_name_that_transformers_has_without_
                             LlamaForCausalLM._activation_checkpointing_enable)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*checkpointing_enable", category=FutureWarning)
-        model, _ = load(tiny_dir, AdapterConfig, train=True, gradient_checkpointing=True)
+        model, _ = load(tiny_dir, SFTConfig, train=True, gradient_checkpointing=True)
     layers = base_causal_lm(model).model.layers
     assert all(layer.gradient_checkpointing for layer in layers)
     assert all(layer._gradient_checkpointing_func.keywords == {"use_reentrant": False} for layer in layers)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from minimath.commands.train import train
+from minimath.commands.train import rlaif, sft
 from minimath.config.load import load_config, save_config
 from minimath.config.schema import EvalConfig, RLAIFConfig, SFTConfig
 from minimath.core import dist, interrupt
@@ -30,7 +30,7 @@ from minimath.train.rewards import make_reward
 from minimath.train.verifier import Verifier
 
 
-def run(recipe: str | None, overrides: list[str], *, full: bool = False, command: str = "run") -> dict:
+def run(recipe: str, overrides: list[str], *, full: bool = False, command: str = "run") -> dict:
     """Run the recipe; returns the summary, which is also in the run folder.
 
     full: add RL without SFT, and RL with the paper's rewards. A signal ends the run with the stage's checkpoint or the
@@ -58,10 +58,8 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
     return summary
 
 
-def load_stages(recipe: str | None, overrides: list[str]) -> tuple[SFTConfig, RLAIFConfig, EvalConfig]:
+def load_stages(recipe: str, overrides: list[str]) -> tuple[SFTConfig, RLAIFConfig, EvalConfig]:
     """Read the options of the three stages. What would fail in a later stage is found out now. Raises UserError."""
-    if recipe is None:
-        raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
     sft_cfg, rl_cfg = (load_config(cls, recipe, overrides, allow_other=True) for cls in (SFTConfig, RLAIFConfig))
     # limit= is for the training problems, eval.limit= for the others
     eval_cfg = load_config(EvalConfig, recipe, [w for w in overrides if not w.startswith("limit=")], allow_other=True)
@@ -78,25 +76,25 @@ def run_arms(out: Path, sft_cfg: SFTConfig, rl_cfg: RLAIFConfig, eval_cfg: EvalC
     judged = {"judge": f"{rl_cfg.judge.name} judge", "paper": "paper's rewards"}.get(reward, reward)
     rows = {"base": evaluation(eval_cfg, out / "eval-base", "")}
 
-    def arm(name: str, stage: str, cfg, shown: str) -> str:
+    def arm(name: str, stage, cfg, shown: str) -> str:
         adapter = train_stage(stage, cfg, out / name)
         rows[shown] = evaluation(eval_cfg, out / f"eval-{name}", adapter)
         return adapter
 
-    after_sft = arm("sft", "sft", sft_cfg, ARMS["sft"])
-    arm("rlaif", "rlaif", rl_cfg.replace(adapter=after_sft), f"{ARMS['rlaif']} ({judged})")
+    after_sft = arm("sft", sft, sft_cfg, ARMS["sft"])
+    arm("rlaif", rlaif, rl_cfg.replace(adapter=after_sft), f"{ARMS['rlaif']} ({judged})")
     if full:
-        arm("rlaif-only", "rlaif", rl_cfg.replace(adapter=sft_cfg.adapter.path), f"{ARMS['rlaif-only']} ({judged})")
-        arm("paper", "rlaif", rl_cfg.replace(adapter=after_sft, reward="paper"), ARMS["paper"])
+        arm("rlaif-only", rlaif, rl_cfg.replace(adapter=sft_cfg.adapter.path), f"{ARMS['rlaif-only']} ({judged})")
+        arm("paper", rlaif, rl_cfg.replace(adapter=after_sft, reward="paper"), ARMS["paper"])
     return rows
 
 
-def train_stage(stage: str, cfg, out: Path) -> str:
+def train_stage(stage, cfg, out: Path) -> str:
     """Run one stage in its folder, or find it complete; returns the run folder as the next stage's adapter."""
     if dist.broadcast((out / SUMMARY).exists()):
         find_adapter(out)
         return str(out)
-    result = train(stage, cfg.replace(out=str(out), resume=dist.broadcast(cfg.run.resume and out.exists())))
+    result = stage(cfg.replace(out=str(out), resume=dist.broadcast(cfg.run.resume and out.exists())))
     free_memory()
     if result["signal"]:
         raise Interrupted(result["signal"])
