@@ -1,4 +1,4 @@
-"""Which examples a step trains on, and how they are cut into forward passes.
+"""Choose the examples that a step trains on, and cut them into forward passes.
 
 The order of the data is a function of (seed, step), so a resumed run needs no cursor but its step. Cutting a step
 into micro-batches is a decision about memory alone: losses are divided by the trained tokens of the whole step.
@@ -7,19 +7,20 @@ from collections.abc import Iterator
 
 import torch
 
-from minimath.data.chat import IGNORE, Encoded, collate_packed, collate_padded, pack
+from minimath.data.chat import IGNORE, Encoded
 
 
 def step_indices(step: int, size: int, batch_size: int, seed: int) -> list[int]:
-    """Indices (batch_size,) of step 0, 1, ... in an endless stream of permutations of range(size), one per epoch.
+    """Return batch_size indices for step 0, 1, ... of an endless stream of permutations of range(size).
 
-    No index appears twice before all have appeared once; a batch may reach into the next epoch.
+    Each epoch is one permutation: no index appears twice before all have appeared once. A batch may reach into the
+    next epoch.
     """
     return stream_indices(step * batch_size, batch_size, size, seed)
 
 
 def stream_indices(start: int, count: int, size: int, seed: int) -> list[int]:
-    """Places start .. start + count - 1 of the stream that step_indices cuts into batches."""
+    """Return places start .. start + count - 1 of the stream that step_indices cuts into batches."""
     order, epoch = [], start // size
     while len(order) < start % size + count:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -30,11 +31,11 @@ def stream_indices(start: int, count: int, size: int, seed: int) -> list[int]:
 
 def micro_batches(rows: list[Encoded], *, packing: bool, micro_batch_tokens: int, pad_id: int,
                   device) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Yield (indices into rows, batch) with at most micro_batch_tokens tokens each (a longer row goes alone).
+    """Yield (indices into rows, batch) with at most micro_batch_tokens tokens each; a longer row goes alone.
 
     packing: several rows behind one another in one sequence, without attention between them. Otherwise rows of like
     length are padded to the longest. The batch has input_ids (B, T), position_ids (B, T), target (B*T,) and, when
-    padded, attention_mask (B, T).
+    padded, attention_mask (B, T), all int64.
     """
     lengths = [len(row.ids) for row in rows]
     for indices in (pack(lengths, micro_batch_tokens) if packing else like_lengths(lengths, micro_batch_tokens)):
@@ -43,10 +44,14 @@ def micro_batches(rows: list[Encoded], *, packing: bool, micro_batch_tokens: int
         yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def _longest_first(lengths: list[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
 def like_lengths(lengths: list[int], budget: int) -> list[list[int]]:
-    """Groups of indices by descending length, each padded to its longest within `budget` tokens; deterministic."""
+    """Group indices by descending length, each group padded to its longest within `budget` tokens."""
     groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in _longest_first(lengths):
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
             groups[-1].append(index)
         else:
@@ -54,8 +59,56 @@ def like_lengths(lengths: list[int], budget: int) -> list[list[int]]:
     return groups
 
 
+def pack(lengths: list[int], budget: int) -> list[list[int]]:
+    """Pack indices into bins of at most `budget` tokens by first fit, longest first.
+
+    A length over the budget gets a bin of its own. Indices are ascending within a bin.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in _longest_first(lengths):
+        place = next((b for b, left in enumerate(room) if left >= lengths[index]), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(budget)
+        bins[place].append(index)
+        room[place] -= lengths[index]
+    return [sorted(indices) for indices in bins]
+
+
+def _targets(row: Encoded) -> list[int]:
+    """Return the next token of each where that is trained, else IGNORE; the last one has no next token."""
+    return [i if trained else IGNORE for i, trained in zip(row.ids[1:], row.loss_mask[1:])] + [IGNORE]
+
+
+def collate_packed(rows: list[Encoded]) -> dict[str, torch.Tensor]:
+    """Put all examples one after the other in one row, as int64.
+
+    input_ids (1, T); position_ids (1, T), from 0 for each example; target (T,). Without a mask, with restarting
+    position_ids and use_cache=False, transformers finds the borders itself (seen in 5.23); with its default
+    use_cache=True, or a mask of ones, examples silently attend to each other.
+    """
+    return {
+        "input_ids": torch.tensor([[i for row in rows for i in row.ids]]),
+        "position_ids": torch.tensor([[p for row in rows for p in range(len(row.ids))]]),
+        "target": torch.tensor([t for row in rows for t in _targets(row)]),
+    }
+
+
+def collate_padded(rows: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """Pad examples at the right, as int64: input_ids, attention_mask, position_ids (B, T), target (B*T,)."""
+    width = max(len(row.ids) for row in rows)
+    gaps = [width - len(row.ids) for row in rows]
+    return {
+        "input_ids": torch.tensor([row.ids + [pad_id] * gap for row, gap in zip(rows, gaps)]),
+        "attention_mask": torch.tensor([[1] * len(row.ids) + [0] * gap for row, gap in zip(rows, gaps)]),
+        "position_ids": torch.arange(width).repeat(len(rows), 1),
+        "target": torch.tensor([t for row, gap in zip(rows, gaps) for t in _targets(row) + [IGNORE] * gap]),
+    }
+
+
 def forward_args(batch: dict[str, torch.Tensor]) -> dict:
-    """The arguments of model.hidden_states for a batch of micro_batches."""
+    """Return the arguments of model.hidden_states for a batch of micro_batches."""
     return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"],
             "attention_mask": batch.get("attention_mask")}
 

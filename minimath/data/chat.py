@@ -1,15 +1,12 @@
-"""Examples to token ids: chat template, exactly one BOS, a trained EOS, the loss mask, packing, preflight.
+"""Turn examples into token ids and a loss mask: chat template, exactly one BOS, a trained EOS, preflight.
 
-Trained are the tokens of the assistant and the token that ends its turn, nothing else. Prompt and solution
-are tokenised together as the template writes them, when the prompt's ids are a prefix of the whole; when a
-merge crosses the border, or the template changes the solution (some cut the thinking out), they are tokenised
-apart, which is what generation sees too. A tokenizer without a chat template (base models) gets plain text:
-"problem\\n\\nsolution<eos>".
+Trained are the tokens of the assistant and the token that ends its turn, nothing else. Prompt and solution are
+tokenised together as the template writes them, when the prompt's ids are a prefix of the whole; when a merge crosses
+the border, or the template changes the solution (some cut the thinking out), they are tokenised apart, which is what
+generation sees too. A tokenizer without a chat template (base models) gets plain text: "problem\\n\\nsolution<eos>".
 """
 from functools import lru_cache
 from typing import NamedTuple
-
-import torch
 
 from minimath.core.errors import UserError
 from minimath.data.examples import Example, hashes_answer
@@ -22,9 +19,9 @@ SHOWN_CHARS = 1600
 
 
 class Encoded(NamedTuple):
-    """ids and mask have the same length; tokens with a true mask are trained. truncated: cut at max_len."""
+    """ids and loss_mask have the same length; tokens with a true one are trained. truncated: cut at max_len."""
     ids: list[int]
-    mask: list[bool]
+    loss_mask: list[bool]
     truncated: bool
 
 
@@ -35,7 +32,10 @@ def has_template(tokenizer) -> bool:
 
 
 def user_text(problem: str, prompt_template: str) -> str:
-    """The user message of a problem. Raises UserError for unknown slots or none for the problem."""
+    """Return the user message of a problem.
+
+    Raises UserError for unknown slots or none for the problem.
+    """
     try:
         text = prompt_template.format(problem=problem)
     except (KeyError, IndexError, ValueError) as error:
@@ -47,7 +47,7 @@ def user_text(problem: str, prompt_template: str) -> str:
 
 
 def prompt_ids(tokenizer, problem: str, *, system: str = "", prompt_template: str) -> list[int]:
-    """Ids of the prompt that asks for a solution, up to where the assistant begins; one BOS at most."""
+    """Return the ids of the prompt, up to where the assistant begins; one BOS at most."""
     return _prompt(tokenizer, _question(tokenizer, problem, system, prompt_template))
 
 
@@ -72,7 +72,7 @@ def _render(tokenizer, messages: list[dict], *, generate: bool = False) -> str:
 
 
 def _tokens(tokenizer, text: str) -> list[int]:
-    """Ids of a text from its beginning: the BOS that the tokenizer adds by itself, unless the text has it."""
+    """Return the ids of a text, with the BOS that the tokenizer adds by itself, once."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     adds = bos is not None and tokenizer("a")["input_ids"][0] == bos
@@ -80,7 +80,7 @@ def _tokens(tokenizer, text: str) -> list[int]:
 
 
 def neutral(tokenizer, text: str) -> str:
-    """Text in which no special token is left: "<|im_end|>" inside a problem must not end the turn."""
+    """Break up special tokens: "<|im_end|>" inside a problem must not end the turn."""
     for token in special_tokens(tokenizer):
         if token in text:
             text = text.replace(token, token[:1] + " " + token[1:])
@@ -89,14 +89,14 @@ def neutral(tokenizer, text: str) -> str:
 
 @lru_cache(maxsize=4)
 def special_tokens(tokenizer) -> dict[str, int]:
-    """Text -> id of the special tokens (transformers builds its table anew on each access: cached)."""
+    """Map text to id of the special tokens; cached, as transformers builds its table anew on each access."""
     return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 # ---- the end of a turn
 
 def turn_end(tokenizer) -> int:
-    """The token that ends the assistant's turn: what the template writes there, else EOS."""
+    """Return the token that ends the assistant's turn: what the template writes there, else EOS."""
     return _turn_end(tokenizer, str(getattr(tokenizer, "chat_template", None)))
 
 
@@ -117,8 +117,11 @@ def _turn_end(tokenizer, template: str) -> int:  # the template is part of the k
 
 
 def eos_ids(tokenizer, model=None) -> list[int]:
-    """All ids that end a turn, the trained one first: of the template, the tokenizer, the generation config,
-    and the well-known ones that are special tokens of this tokenizer."""
+    """Return all ids that end a turn, the trained one first.
+
+    They are those of template, tokenizer and generation config, and the well-known ones that are special tokens of
+    this tokenizer.
+    """
     found = [turn_end(tokenizer), tokenizer.eos_token_id]
     config = getattr(model, "generation_config", None)
     listed = getattr(config, "eos_token_id", None)
@@ -128,10 +131,10 @@ def eos_ids(tokenizer, model=None) -> list[int]:
     return list(dict.fromkeys(i for i in found if i is not None))
 
 
-# ---- an example to ids and mask
+# ---- an example to ids and loss mask
 
 def final_text(solution: str, answer: str) -> str:
-    """The solution with its final answer in \\boxed{}: "#### x" is rewritten, a missing answer appended."""
+    """Put the final answer in \\boxed{}: "#### x" is rewritten, a missing answer appended."""
     if "\\boxed" in solution:
         return solution
     if final := hashes_answer(solution):
@@ -141,10 +144,11 @@ def final_text(solution: str, answer: str) -> str:
 
 
 def encode(tokenizer, example: Example, *, system: str = "", prompt_template: str, max_len: int) -> Encoded:
-    """Prompt, solution and turn end as ids, cut at max_len from the right (the mask may then be all false).
+    """Encode prompt, solution and turn end, cut at max_len from the right: the mask may then be all false.
 
     Rows with messages keep them as they are (system is put first when they bring none) and train every
-    assistant turn; where the template rewrites earlier turns as the talk goes on, only the last is trained.
+    assistant turn; where the template rewrites earlier turns as the talk goes on, only the last is trained. Raises
+    UserError without a solution.
     """
     if example.messages:
         messages = [{**m, "content": neutral(tokenizer, m["content"])} for m in example.messages]
@@ -156,8 +160,8 @@ def encode(tokenizer, example: Example, *, system: str = "", prompt_template: st
                     {"role": "assistant", "content": solution}]
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise UserError(f"{example.where or example.id or 'example'}: no solution to train on; add one")
-    ids, mask = _whole(tokenizer, messages) or _apart(tokenizer, messages)
-    return Encoded(ids[:max_len], mask[:max_len], len(ids) > max_len)
+    ids, loss_mask = _whole(tokenizer, messages) or _apart(tokenizer, messages)
+    return Encoded(ids[:max_len], loss_mask[:max_len], len(ids) > max_len)
 
 
 def _whole(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]] | None:
@@ -189,76 +193,14 @@ def _apart(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]]:
     return prompt + done, [False] * len(prompt) + [True] * len(done)
 
 
-# ---- batches
-
-def pack(lengths: list[int], budget: int) -> list[list[int]]:
-    """First-fit decreasing bins of indices with at most `budget` tokens each; deterministic.
-
-    A length over the budget gets a bin of its own. Indices are ascending within a bin.
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = next((b for b, left in enumerate(room) if left >= lengths[index]), None)
-        if place is None:
-            bins.append([])
-            room.append(budget)
-            place = len(bins) - 1
-        bins[place].append(index)
-        room[place] -= lengths[index]
-    return [sorted(indices) for indices in bins]
-
-
-def _targets(row: Encoded) -> list[int]:
-    """target[t] is the next token where that is trained, else IGNORE; the last one has no next token."""
-    return [i if trained else IGNORE for i, trained in zip(row.ids[1:], row.mask[1:])] + [IGNORE]
-
-
-def collate_packed(rows: list[Encoded]) -> dict[str, torch.Tensor]:
-    """One row of all examples, one after the other, int64: input_ids (1, T); position_ids (1, T), from 0 for
-    each example; target (T,), the next token or -100; segment (1, T), the number of the example."""
-    return {
-        "input_ids": torch.tensor([[i for row in rows for i in row.ids]]),
-        "position_ids": torch.tensor([[p for row in rows for p in range(len(row.ids))]]),
-        "target": torch.tensor([t for row in rows for t in _targets(row)]),
-        "segment": torch.tensor([[n for n, row in enumerate(rows) for _ in row.ids]]),
-    }
-
-
-def collate_padded(rows: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Examples padded at the right, int64: input_ids, attention_mask, position_ids (B, T), target (B*T,)."""
-    width = max(len(row.ids) for row in rows)
-    gaps = [width - len(row.ids) for row in rows]
-    return {
-        "input_ids": torch.tensor([row.ids + [pad_id] * gap for row, gap in zip(rows, gaps)]),
-        "attention_mask": torch.tensor([[1] * len(row.ids) + [0] * gap for row, gap in zip(rows, gaps)]),
-        "position_ids": torch.arange(width).repeat(len(rows), 1),
-        "target": torch.tensor([t for row, gap in zip(rows, gaps) for t in _targets(row) + [IGNORE] * gap]),
-    }
-
-
-def packed_attention_mask(segment: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Causal within an example, nothing across: segment (1, T) -> bool (1, 1, T, T), true where allowed.
-
-    With a float dtype: 0 where allowed, the lowest number elsewhere. Eager attention adds its mask, so it
-    takes only that form (a bool mask there is silently wrong); sdpa takes both. Without a mask, with
-    restarting position_ids and use_cache=False, transformers finds the borders itself (seen in 5.23); with
-    its default use_cache=True, or a mask of ones, examples silently attend to each other.
-    """
-    same = segment[:, None, :, None] == segment[:, None, None, :]  # (1, 1, T, T)
-    allowed = same & torch.ones_like(same).tril()
-    if dtype is None:
-        return allowed
-    zeros = torch.zeros(allowed.shape, dtype=dtype, device=segment.device)
-    return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
-
-
 # ---- preflight
 
 def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
-    """One example, [[trained text]] marked, and the counts. Raises UserError for what would waste a run:
-    no trained tokens, more than one BOS, an example that trains no EOS."""
-    trained = sum(map(sum, (row.mask for row in rows)))
+    """Show one example, [[trained text]] marked, and the counts.
+
+    Raises UserError for what would waste a run: no trained tokens, more than one BOS, an example that trains no EOS.
+    """
+    trained = sum(map(sum, (row.loss_mask for row in rows)))
     cut, tokens = sum(row.truncated for row in rows), sum(len(row.ids) for row in rows)
     longest = max((len(row.ids) for row in rows), default=0)
     if not trained:
@@ -269,16 +211,16 @@ def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
         if bos is not None and (row.ids[:2] == [bos, bos] or row.ids.count(bos) > 1 and not opens_turns):
             raise UserError(f"example {number} has more than one BOS ({tokenizer.bos_token}): "
                             f"{tokenizer.decode(row.ids[:12])!r}; take it out of data or chat template")
-        if not row.truncated and not (row.mask[-1] and row.ids[-1] in eos):
+        if not row.truncated and not (row.loss_mask[-1] and row.ids[-1] in eos):
             raise UserError(f"example {number} trains no EOS at its end, {tokenizer.decode(row.ids[-8:])!r}: "
                             "the model would not learn to stop; check what the template writes after a turn")
-    shown = next((row for row in rows if any(row.mask) and not row.truncated), None)
-    shown = shown or next(row for row in rows if any(row.mask))
+    shown = next((row for row in rows if any(row.loss_mask) and not row.truncated), None)
+    shown = shown or next(row for row in rows if any(row.loss_mask))
     share = f"{trained} trained ({100 * trained / tokens:.0f}%)"
     lines = ["an example, trained text in [[ ]]:", marked(tokenizer, shown), "",
              f"{len(rows)} rows, {tokens} tokens, {share}, longest {longest}"]
     if cut:
-        lost = sum(not any(row.mask) for row in rows)
+        lost = sum(not any(row.loss_mask) for row in rows)
         lines.append(f"{cut} rows truncated at max_len, {lost} of them to nothing trained; raise "
                      "max_len to keep them whole")
     if not has_template(tokenizer):
@@ -287,7 +229,7 @@ def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
 
 
 def _bos_opens_turns(tokenizer) -> bool:
-    """Whether the template opens turns with BOS (SmolLM2, Llama 2): then only a doubled first is wrong."""
+    """Tell whether the template opens turns with BOS, as SmolLM2 and Llama 2 do: only a doubled first is wrong."""
     if tokenizer.bos_token is None or not has_template(tokenizer):
         return False
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
@@ -295,14 +237,14 @@ def _bos_opens_turns(tokenizer) -> bool:
 
 
 def marked(tokenizer, row: Encoded) -> str:
-    """The decoded text of an example, trained spans in [[ ]]; the middle of a long one is left out."""
+    """Decode an example, trained spans in [[ ]]; the middle of a long one is left out."""
     parts, start = [], 0
     for stop in range(1, len(row.ids) + 1):
-        if stop == len(row.ids) or row.mask[stop] != row.mask[start]:
+        if stop == len(row.ids) or row.loss_mask[stop] != row.loss_mask[start]:
             text = tokenizer.decode(row.ids[start:stop])
             if len(text) > SHOWN_CHARS:
                 half = SHOWN_CHARS // 2
                 text = f"{text[:half]} ...({len(text) - 2 * half} characters)... {text[-half:]}"
-            parts.append(f"[[{text}]]" if row.mask[start] else text)
+            parts.append(f"[[{text}]]" if row.loss_mask[start] else text)
             start = stop
     return "".join(parts)
