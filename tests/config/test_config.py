@@ -1,17 +1,21 @@
 """Options: precedence, types, and errors that name the place and the nearest right name."""
-import dataclasses
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import pytest
 import yaml
 
-from minimath.config.load import CHOICES, config_dict, describe_config, load_config, save_config
-from minimath.config.schema import STAGES, EvalConfig, RLAIFConfig, SFTConfig
+from minimath.config.load import RECIPES, config_of_words, config_text, load_config, plain_values, save_config
+from minimath.config.options import Bound, Main, Stage, options_of
+from minimath.config.renamed import REMOVED, RENAMED, RENAMED_VALUES
+from minimath.config.schema import STAGES, EvalConfig, LossOptions, RLAIFConfig, SFTConfig
 from minimath.core.errors import UserError
-from minimath.config.schema import AT_MOST_ONE, BELOW_ONE, POSITIVE
 
 
-def recipe(tmp_path, text):
-    path = tmp_path / "recipe.yaml"
+def recipe(tmp_path, text, name="recipe.yaml"):
+    path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     return str(path)
 
@@ -19,11 +23,11 @@ def recipe(tmp_path, text):
 def test_each_layer_overrides_the_one_before(tmp_path):
     text = "lr: 0.1\nseed: 1\nbatch_size: 2\nsft:\n  lr: 0.2\n  seed: 2\nrlaif:\n  lr: 0.9\n"
     path = recipe(tmp_path, text)
-    assert load_config(SFTConfig, None, []).lr == 2e-4
+    assert load_config(SFTConfig, None, []).optimizer.lr == 2e-4
     assert load_config(SFTConfig, path, []).batch_size == 2
-    assert load_config(SFTConfig, path, []).lr == 0.2
-    assert load_config(RLAIFConfig, path, []).lr == 0.9
-    assert load_config(EvalConfig, path, []).seed == 1
+    assert load_config(SFTConfig, path, []).optimizer.lr == 0.2
+    assert load_config(RLAIFConfig, path, []).optimizer.lr == 0.9
+    assert load_config(EvalConfig, path, []).run.seed == 1
     cfg = load_config(SFTConfig, path, ["sft.seed=4", "seed=3", "lr=0.3", "rlaif.lr=0.7"])
     assert (cfg.optimizer.lr, cfg.run.seed) == (0.3, 4)
 
@@ -40,16 +44,17 @@ def test_bools_ints_and_strings_take_the_type_of_the_field(tmp_path):
                             "model: 12:30\n")
     sft, evaluation = load_config(SFTConfig, path, []), load_config(EvalConfig, path, [])
     assert sft.packing is False and sft.steps == 1000 and type(sft.steps) is int
-    assert (evaluation.budgets, evaluation.adapter, evaluation.system) == ("256", "", "null")
-    assert evaluation.model == "12:30"
-    assert load_config(SFTConfig, None, ["--resume"]).resume is True
-    assert load_config(SFTConfig, None, ["--save-every=7", "data=a=b"]).data == "a=b"
+    assert (evaluation.budgets, evaluation.adapter.path, evaluation.prompt.system) == ("256", "", "null")
+    assert evaluation.model.name == "12:30"
+    assert load_config(SFTConfig, None, ["--resume"]).run.resume is True
+    cfg = load_config(SFTConfig, None, ["--save-every=7", "data=a=b"])
+    assert (cfg.run.save_every, cfg.data.source) == (7, "a=b")
 
 
 @pytest.mark.parametrize("word,says", [
     ("learning_rat=1", "learning_rat"), ("epoch=1", "did you mean 'epochs'"), ("lr=fast", "must be a number"),
     ("steps=1.5", "whole number"), ("steps=inf", "whole number"), ("lr=nan", "must be a number"),
-    ("lr=0", "above 0"), ("steps=-1", "negative"), ("beta1=1", "below 1"), ("packing=maybe", "true or false"),
+    ("lr=0", "above 0"), ("steps=-1", "negative"), ("lora_dropout=1", "below 1"), ("packing=maybe", "true or false"),
     ("optimizer=adamw8bits", "did you mean 'adamw8bit'"), ("rlai.lr=1", "did you mean 'rlaif'"),
     ("lr", "key=value"),
     ("group_size=4", "option of rlaif"), ("trackers=wandb,tensorbord", "did you mean 'tensorboard'"),
@@ -69,7 +74,7 @@ def test_a_wrong_word_names_itself_and_the_reason(word, says):
     ("seed: 1\nsft: 3\n", 2, "section"), ("seed: 1\nrlaif:\n  group_size: x\n", 3, "whole number"),
     ("seed: 1\n  lr: 2\n", 2, "YAML"), ("- 1\n", 1, "key: value"),
     ("eval:\n  lora_r: 8\n", 2, "option of sft, rlaif"),
-    ("a: 'b\n", 2, "YAML"), ("? [1]\n: 2\n", 1, "plain word"), ("group_size: 0\n", 1, "above 0"),
+    ("a: 'b\n", 2, "YAML"), ("? [1]\n: 2\n", 1, "plain word"), ("group_size: 1\n", 1, "at least 2"),
 ])
 def test_a_wrong_recipe_names_file_and_line(tmp_path, text, line, says):
     path = recipe(tmp_path, text)
@@ -97,19 +102,19 @@ def test_run_accepts_words_of_other_stages_only_when_asked():
 
 
 def test_a_class_of_its_own_reads_its_section(tmp_path):
-    @dataclasses.dataclass
     class Demo(SFTConfig):
         minutes: float = 15.0
+        """time there is"""
     path = recipe(tmp_path, "seed: 5\ndemo:\n  minutes: 3\nsft:\n  seed: 6\n")
     cfg = load_config(Demo, path, ["demo.lr=0.5"], "demo")
     assert (cfg.minutes, cfg.run.seed, cfg.optimizer.lr) == (3.0, 5, 0.5)
-    assert load_config(SFTConfig, path, []).seed == 6
+    assert load_config(SFTConfig, path, []).run.seed == 6
     with pytest.raises(UserError, match="did you mean 'minutes'"):
         load_config(Demo, None, ["demo.minute=3"], "demo")
 
 
 @pytest.mark.parametrize("cls,words,says", [
-    (RLAIFConfig, ["judge_weight=0.4", "brevity_weight=0.3"], "right answer always beats"),
+    (RLAIFConfig, ["judge_weight=0.4", "brevity_weight=0.3"], "correct answer always beats"),
     (RLAIFConfig, ["group_size=1"], "at least 2"), (RLAIFConfig, ["temperature=0"], "temperature"),
     (RLAIFConfig, ["judge=openai"], "judge_url"), (EvalConfig, ["samples=4"], "temperature"),
     (EvalConfig, ["budgets=128,x"], "comma list"),
@@ -133,20 +138,162 @@ def test_a_saved_config_loads_back_equal(tmp_path, cls):
     save_config(cfg, tmp_path / "saved.yaml")
     assert load_config(cls, str(tmp_path / "saved.yaml"), []) == cfg
     saved = yaml.safe_load((tmp_path / "saved.yaml").read_text(encoding="utf-8"))
-    assert list(saved) == list(config_dict(cfg))
+    assert list(saved) == list(options_of(cls)) == list(cfg.to_dict())
+    with pytest.raises(UserError, match="cannot write"):
+        save_config(cfg, tmp_path / "none" / "saved.yaml")
 
 
 @pytest.mark.parametrize("cls", STAGES.values())
-def test_every_option_has_a_one_line_docstring_and_a_valid_default(cls):
-    rows = describe_config(cls)
-    assert [row[0] for row in rows] == list(config_dict(cls()))
-    for name, kind, default, doc in rows:
-        assert doc and "\n" not in doc and doc.isascii(), name
-        assert type(default).__name__ == kind, name
-    words = [f"{name}={value}" for name, value in config_dict(cls()).items()]
+def test_every_option_has_a_one_line_help_and_a_valid_default(cls):
+    for name, option in options_of(cls).items():
+        assert option.doc and "\n" not in option.doc and option.doc.isascii(), name
+        assert type(option.default) is option.kind, name
+        assert option.check(option.default, "") == option.default, name
+    words = [f"{name}={value}" for name, value in cls().to_dict().items()]
     assert load_config(cls, None, words) == cls()
 
 
-def test_the_tables_of_allowed_values_name_real_options():
-    known = {name for cls in STAGES.values() for name in config_dict(cls())}
-    assert set(CHOICES) | POSITIVE | AT_MOST_ONE | BELOW_ONE <= known
+def test_the_three_stages_have_at_most_90_options():
+    assert len({name for cls in STAGES.values() for name in options_of(cls)}) <= 90
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_shipped_recipes_are_read(recipe):
+    for cls in STAGES.values():
+        assert load_config(cls, recipe, []).check() == ""
+
+
+# ---- an option is declared in one place
+
+@dataclass
+class DummyLoss(LossOptions):
+    dummy_tau: Annotated[float, Bound(above=0, most=2)] = 0.5
+    """temperature of the dummy loss"""
+    dummy_form: Literal["soft", "hard"] = "soft"
+    """form of the dummy loss"""
+
+
+@dataclass
+class Dummies:
+    prefix = "dummy_"
+    name: Annotated[str, Main] = "none"
+    """which dummy"""
+    size: int = 3
+    """how large it is"""
+
+
+class DummyConfig(RLAIFConfig):
+    """Stage 2 with options of a test."""
+    loss: DummyLoss = field(default_factory=lambda: DummyLoss(clip_low=0.1))
+    dummy: Dummies
+
+
+def test_an_option_declared_in_one_place_is_known_to_recipe_words_help_and_python(tmp_path):
+    path = recipe(tmp_path, "rlaif:\n  dummy_tau: 1e-1\n  dummy_form: hard\n  dummy_size: 4\n")
+    cfg = config_of_words(DummyConfig, [path, "dummy_size=5", "dummy=one"], "rlaif")
+    assert (cfg.loss.dummy_tau, cfg.loss.dummy_form, cfg.dummy.size, cfg.dummy.name) == (0.1, "hard", 5, "one")
+    in_python = DummyConfig(dummy_tau=0.1, dummy_form="hard", dummy_size=5, dummy="one")
+    assert in_python == cfg and in_python.value("dummy_size") == 5
+    assert in_python.replace(dummy_size=6).dummy.size == 6 and in_python.dummy.size == 5
+    assert "dummy_tau: 0.1\n" in config_text(cfg) and "dummy_tau=0.1" in repr(cfg)
+    option = options_of(DummyConfig)["dummy_tau"]
+    assert (option.group, option.default, option.doc) == ("loss", 0.5, "temperature of the dummy loss")
+    assert options_of(DummyConfig)["clip_low"].default == 0.1 and "dummy_tau" not in options_of(RLAIFConfig)
+    for word, says in (("dummy_tau=0", "above 0"), ("dummy_tau=3", "at most 2"), ("dummy_tua=1", "'dummy_tau'"),
+                       ("dummy_form=sofd", "did you mean 'soft'"), ("dummy_size=-1", "negative")):
+        with pytest.raises(UserError, match=says):
+            config_of_words(DummyConfig, [word], "rlaif")
+
+
+def test_two_configs_share_no_group():
+    one, two = RLAIFConfig(), RLAIFConfig()
+    one.optimizer.lr = 0.5
+    assert two.optimizer.lr == RLAIFConfig().optimizer.lr == 1e-5
+
+
+# ---- names of earlier versions
+
+def stage_of(name):
+    return next((cls for cls in STAGES.values() if name in options_of(cls)), SFTConfig)
+
+
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_an_old_name_answers_with_the_new_one(tmp_path, old, new):
+    cls, says = stage_of(new), f"{old!r} is now called {new!r}"
+    section = next(name for name, stage in STAGES.items() if stage is cls)
+    shared = recipe(tmp_path, f"{old}: 1\n", "shared.yaml")
+    inside = recipe(tmp_path, f"seed: 1\n{section}:\n  {old}: 1\n", "inside.yaml")
+    for path, words, where in ((None, [f"{old}=1"], f"'{old}=1'"), (shared, [], f"{shared}:1"),
+                               (inside, [], f"{inside}:3")):
+        with pytest.raises(UserError) as error:
+            load_config(cls, path, words)
+        assert says in str(error.value) and where in str(error.value)
+    with pytest.raises(UserError, match=says):
+        cls(**{old: 1})
+    assert old not in options_of(cls) and new in options_of(cls)
+
+
+@pytest.mark.parametrize("old", REMOVED)
+def test_a_removed_option_says_why_or_what_to_do(tmp_path, old):
+    path = recipe(tmp_path, f"{old}: 1\n")
+    for args in ((None, [f"{old}=1"]), (path, [])):
+        with pytest.raises(UserError) as error:
+            load_config(RLAIFConfig, *args)
+        assert f"{old!r} is no longer an option: {REMOVED[old]}" in str(error.value)
+    assert not any(old in options_of(cls) for cls in STAGES.values()) and old not in RENAMED
+
+
+@pytest.mark.parametrize("name, old", RENAMED_VALUES)
+def test_an_old_value_answers_with_the_new_one(name, old):
+    with pytest.raises(UserError, match=f"{name}={old} is now called {name}={RENAMED_VALUES[name, old]}"):
+        load_config(RLAIFConfig, None, [f"{name}={old}"])
+
+
+# ---- what only Python gives
+
+def shortest(samples, example):
+    return [-float(sample.tokens) for sample in samples]
+
+
+def test_reward_and_verifier_take_a_callable_and_data_a_list_of_dicts(tmp_path):
+    rows = [{"problem": "1 + 1?", "answer": "2"}]
+    cfg = RLAIFConfig(reward=shortest, verifier=shortest, data=rows, eval_data=rows)
+    assert cfg.reward.name is shortest and cfg.verifier is shortest and not cfg.uses_judge()
+    assert cfg.data.source is rows and cfg.evaluation.eval_data is rows
+    assert cfg.replace(lr=1e-3).reward.name is shortest
+    saved = yaml.safe_load(config_text(cfg))  # of what only Python can give, its name
+    assert saved == plain_values(cfg)
+    assert saved["reward"] == saved["verifier"] == f"python:{__name__}.shortest"
+    assert saved["data"] == "1 rows given in Python"
+    for options in ({"loss": shortest}, {"lr": rows}, {"judge": shortest}, {"reward": 3}, {"out": rows}):
+        with pytest.raises(UserError, match="must be"):
+            RLAIFConfig(**options)
+
+
+@pytest.mark.parametrize("options, says", [
+    ({"lrr": 1.0}, "did you mean 'lr'"), ({"lr": "0.1"}, "of type float"), ({"lr": 0}, "above 0"),
+    ({"steps": True}, "of type int"), ({"steps": 1.5}, "of type int"), ({"loss": "ppo"}, "one of dapo"),
+    ({"group_size": 1}, "at least 2"), ({"gate": "none"}, "now called 'verifier'"),
+    ({"reward": "python:fn"}, "python:module.function"), ({"top_p": 1.5}, "at most 1"),
+])
+def test_python_options_are_checked_as_words_are(options, says):
+    with pytest.raises(UserError, match=says):
+        RLAIFConfig(**options)
+    assert type(RLAIFConfig(lr=1).optimizer.lr) is float
+
+
+def test_importing_minimath_and_its_options_imports_no_torch():
+    code = ("import sys; from minimath import SFTConfig, RLAIFConfig, EvalConfig; import minimath.config.load; "
+            "assert 'torch' not in sys.modules, 'torch'; "
+            "assert {'sft', 'rlaif', 'evaluate'} <= set(dir(__import__('minimath')))")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_stage_of_its_own_needs_no_list():
+    class Own(Stage):
+        """Options of a command."""
+        size: Annotated[int, Bound(above=0)] = 2
+        """how large"""
+    assert load_config(Own, None, ["size=3"], "own").size == 3
+    with pytest.raises(UserError, match="above 0"):
+        load_config(Own, None, ["size=0"], "own")
