@@ -59,9 +59,7 @@ class Card(NamedTuple):
         return self.tensor_flops / self.bandwidth
 
 
-REGISTER_BYTES = (
-    65_536 * 4
-)  # register file of one multiprocessor (CUDA); AMD's is 4 x 192 KB per pair of units
+REGISTER_BYTES = 65_536 * 4  # register file of one multiprocessor (CUDA); AMD's is 4 x 192 KB per pair of units
 
 CARDS = (
     Card(
@@ -73,8 +71,7 @@ CARDS = (
     Card(
         *("RTX 3090", "sm_86", 71 * TERA, 35.6 * TERA, 936 * GIGA, 6 * MIB, 2.4 * TERA),
         *(100 * KIB, 99 * KIB, 82, 24 * 10**9),
-        "GA102 (FP16 tensor with FP32 accumulate 71; 142 with sparsity); L2 rate BENCHES A40, same chip; "
-        "CUDA 8.6",
+        "GA102 (FP16 tensor with FP32 accumulate 71; 142 with sparsity); L2 rate BENCHES A40, same chip; CUDA 8.6",
     ),
     Card(
         *("RTX 4090", "sm_89", 165.2 * TERA, 82.6 * TERA, 1008 * GIGA, 72 * MIB, 4.9 * TERA),
@@ -84,8 +81,7 @@ CARDS = (
     Card(
         *("RTX 5090", "sm_120", 209.5 * TERA, 104.8 * TERA, 1792 * GIGA, 96 * MIB, 6.0 * TERA),
         *(100 * KIB, 99 * KIB, 170, 32 * 10**9),
-        "BLACK (FP16 tensor with FP32 accumulate 209.5; 419 with sparsity); L2 rate scaled from BENCHES L40; "
-        "CUDA 12.0",
+        "BLACK (FP16 tensor with FP32 accumulate 209.5; 419 with sparsity); L2 rate scaled from BENCHES L40; CUDA 12.0",
     ),
     Card(
         *("L4", "sm_89", 121 * TERA, 30.3 * TERA, 300 * GIGA, 48 * MIB, 2.1 * TERA),
@@ -139,8 +135,10 @@ DEVICE_NAMES = {
 
 
 def card_named(device_name: str) -> Card | None:
-    """The card of a name as torch.cuda.get_device_name() prints it ("NVIDIA GeForce RTX 4090") or as in
-    CARDS; None for a card that is not in the table, near relatives included."""
+    """Find the card of a name as torch prints it, such as "NVIDIA GeForce RTX 4090", or as in CARDS.
+
+    None for a card that is not in the table, near relatives included.
+    """
     words = re.sub(r"\b(nvidia|geforce|amd|radeon|tesla)\b", " ", device_name.lower())
     short = " ".join(words.split())
     listed = DEVICE_NAMES.get(short)
@@ -148,7 +146,7 @@ def card_named(device_name: str) -> Card | None:
 
 
 def nearest_names(name: str) -> list[str]:
-    """Names of CARDS closest to a name that card_named does not know; at least three."""
+    """List the names of CARDS closest to a name that card_named does not know; at least three."""
     lower = {card.name.lower(): card.name for card in CARDS}
     found = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.0)
     return [lower[each] for each in found]

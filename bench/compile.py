@@ -5,35 +5,32 @@
     python -m bench.compile --peers    # Liger's and cut-cross-entropy's kernels beside ours
     python -m bench.compile --space    # which tiles of logp_kernel are worth having, per chip
 
-Prints registers, spills, stack, shared memory, occupancy, and the tensor and memory instructions of the
-inner loop per kernel and chip; writes bench/results/compile.json (compile-peers.json, compile-space.json).
-Exits 1 if anything spills to memory, needs more shared memory than the chip has (triton.compile does not
-check that: it builds a kernel for 131,072 B on a chip with 101,376 B), or moves an aligned tile in pieces
-under 16 bytes.
+Prints registers, spills, stack, shared memory, occupancy, and the tensor and memory instructions of the inner loop per
+kernel and chip; writes bench/results/compile.json (compile-peers.json, compile-space.json). Exits 1 if anything spills
+to memory, needs more shared memory than the chip has (triton.compile does not check that: it builds a kernel for
+131,072 B on a chip with 101,376 B), or moves an aligned tile in pieces under 16 bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from . import measure
 from .disassembly import amd_resources, hot_code, moved_wide, nvidia_resources
 from .occupancy import PROCESSORS, SHARED_LIMIT, occupancy
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-RESULTS = Path(__file__).parent / "results"
 TYPES = {"target": "*i64"}
 TYPES |= dict.fromkeys(("raw_target", "out", "sums", "factor", "numbers", "coefs", "pulled"), "*fp32")
 TYPES |= dict.fromkeys(("inner", "outer", "chain", "slack", "lift"), "fp32")
@@ -45,7 +42,7 @@ MODULES = ("linear_logp", "tile_triton")  # of minimath.kernels, where the Trito
 
 
 class Case(NamedTuple):
-    """One kernel specialisation. `types` maps argument names to Triton types (others are i32)."""
+    """One kernel specialisation; `types` maps argument names to Triton types, others are i32."""
 
     kernel: str
     arch: str
@@ -60,7 +57,7 @@ class Case(NamedTuple):
 
 
 def kernel_function(name: str, module: str = ""):
-    """The Triton function, without its autotuner or heuristics."""
+    """Find the Triton function, without its autotuner or heuristics."""
     places = [module] if module else [f"minimath.kernels.{each}" for each in MODULES]
     function = next(vars(each)[name] for each in map(import_module, places) if name in vars(each))
     while not hasattr(function, "params"):
@@ -69,14 +66,12 @@ def kernel_function(name: str, module: str = ""):
 
 
 def split_config(config: dict) -> tuple[dict, dict]:
-    """(compile-time constants, launch options) of a kernel's config."""
+    """Split a kernel's config into compile-time constants and launch options."""
     options = {key: value for key, value in config.items() if key.startswith("num_")}
     return {key: value for key, value in config.items() if key not in options}, options
 
 
-def logp_case(
-    arch: str, dtype, config: dict, bias: bool, cap: bool, precision: str, even: bool, aligned: bool
-):
+def logp_case(arch: str, dtype, config: dict, bias: bool, cap: bool, precision: str, even: bool, aligned: bool):
     constants, options = split_config(config)
     types = dict.fromkeys(("hidden", "weight", "bias"), POINTER[dtype]) | TYPES
     fixed = {"HAS_BIAS": bias, "HAS_CAP": cap, "PRECISION": precision, "UPCAST": False, "EVEN_D": even}
@@ -95,8 +90,10 @@ def row_case(kernel: str, arch: str, dtype, config: dict, flags: dict, aligned: 
 
 
 def row_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
-    """Cases of the kernels that work on one row: whole tiles, and without quick also the narrow ones of a
-    small vocabulary."""
+    """List the cases of the kernels that work on one row.
+
+    Whole tiles, and without quick also the narrow ones of a small vocabulary.
+    """
     common, tiles = (import_module(f"minimath.kernels.{each}") for each in ("common", "tile_triton"))
     found = [row_case("pull_kernel", arch, dtype, tiles.pull_config(896), {}, aligned)]
     if not aligned:  # the workspace's rows are aligned, whatever the vocabulary; the hidden size may be odd
@@ -118,18 +115,17 @@ def logp_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
     config = logp.logp_config(arch, dtype, aligned)
     tf32 = dtype == torch.float32 and arch != "gfx1100" and not quick
     evens = (True, False) if aligned else (False,)  # an odd width is no multiple of BLOCK_D
-    found = [
-        logp_case(arch, dtype, config, bias, cap, precision, even, aligned)
-        for bias, cap, even, precision in product(
-            (False, True), (False, True), evens, ("ieee", "tf32") if tf32 else ("ieee",)
-        )
-    ]
+    precisions = ("ieee", "tf32") if tf32 else ("ieee",)
+    found = [logp_case(arch, dtype, config, bias, cap, precision, even, aligned)
+             for bias, cap, even, precision in product((False, True), (False, True), evens, precisions)]
     return [found[0], found[-1]] if quick and aligned else found[-1:] if quick else found
 
 
 def cases(arch: str, *, quick: bool) -> list[Case]:
-    """Every specialisation that a run on this chip can ask for; with quick, the extremes of each choice for
-    every kernel."""
+    """List every specialisation that a run on this chip can ask for.
+
+    With quick, the extremes of each choice for every kernel.
+    """
     half = torch.float16 if arch == "sm_75" else torch.bfloat16  # Turing has no bf16 arithmetic
     found = []
     for dtype, aligned in product((half, torch.float32) if quick else tuple(POINTER), (True, False)):
@@ -141,15 +137,16 @@ def cases(arch: str, *, quick: bool) -> list[Case]:
 
 def gpu_target(arch: str):
     from triton.backends.compiler import GPUTarget
-
     if arch.startswith("sm_"):
         return GPUTarget("cuda", int(arch[3:]), 32)
     return GPUTarget("hip", arch, PROCESSORS[arch].warp_size)
 
 
 def tile_bytes(case: Case) -> tuple[int, int]:
-    """Bytes of global memory that one block (loads, stores) per step of its inner loop, without the numbers
-    of a row, which are narrow by nature."""
+    """Compute the bytes of global memory that one block loads and stores per step of its inner loop.
+
+    Without the numbers of a row, which are narrow by nature.
+    """
     size, constants = getattr(torch, case.dtype).itemsize, case.constants
     if case.kernel == "logp_kernel":
         return (constants["BLOCK_N"] + constants["BLOCK_V"]) * constants["BLOCK_D"] * size, 0
@@ -160,29 +157,26 @@ def tile_bytes(case: Case) -> tuple[int, int]:
 
 
 def build(case: Case):
-    """Triton's compiled kernel. Needs no GPU."""
+    """Compile with Triton. Needs no GPU."""
     import triton
     from triton.compiler import ASTSource
-
     function = kernel_function(case.kernel, case.module)
-    signature = {
-        name: "constexpr" if name in case.constants else case.types.get(name, "i32")
-        for name in function.arg_names
-    }
+    signature = {name: "constexpr" if name in case.constants else case.types.get(name, "i32")
+                 for name in function.arg_names}
     general = {each.name for each in function.params if each.do_not_specialize}
-    divisible = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(function.arg_names)
-        if signature[name].startswith("*") or (case.aligned and name in case.round and name not in general)
-    }
+    divisible = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(function.arg_names)
+                 if signature[name].startswith("*") or (case.aligned and name in case.round and name not in general)}
     constants = {name: value for name, value in case.constants.items() if name in signature}
     source = ASTSource(function, signature=signature, constexprs=constants, attrs=divisible)
     return triton.compile(source, target=gpu_target(case.arch), options=case.options)
 
 
 def compile_case(case: Case) -> dict:
-    """Compile one case and return its row of the table: `wide` is whether the inner loop moves its tile in
-    pieces of 16 bytes (None where nothing is promised), `ok` whether it passes the gate."""
+    """Compile one case and return its row of the table.
+
+    `wide` is whether the inner loop moves its tile in pieces of 16 bytes (None where nothing is promised), `ok` whether
+    the case passes.
+    """
     built = build(case)
     nvidia = "cubin" in built.asm
     found, code = nvidia_resources(built.asm["cubin"]) if nvidia else amd_resources(built.asm["amdgcn"])
@@ -200,23 +194,21 @@ def compile_case(case: Case) -> dict:
 
 
 def is_wide(case: Case, loops, threads: int) -> bool:
-    """Whether 16-byte instructions move the whole tile in every inner loop."""
+    """Tell whether 16-byte instructions move the whole tile in every inner loop."""
     loaded, stored = tile_bytes(case)
-    return all(
-        moved_wide(each.loads, threads) >= loaded and moved_wide(each.stores, threads) >= stored
-        for each in loops
-    )
+    return all(moved_wide(each.loads, threads) >= loaded and moved_wide(each.stores, threads) >= stored
+               for each in loops)
 
 
 def config_text(case: Case) -> str:
-    """ "128x64x32 w8 s2": the tile, warps and stages."""
+    """Write the tile, warps and stages as "128x64x32 w8 s2"."""
     tile = "x".join(str(case.constants[key]) for key in case.constants if key.startswith("BLOCK"))
     stages = f" s{case.options['num_stages']}" if "num_stages" in case.options else ""
     return f"{tile} w{case.options['num_warps']}{stages}"
 
 
 def compile_many(wanted: list[Case], *, workers: int = 0) -> list[dict]:
-    """Rows of the cases, in a pool of fresh processes; in this one for a single worker."""
+    """Compile in a pool of fresh processes, in this one for a single worker -> the rows."""
     if workers == 1 or len(wanted) < 2:
         return [compile_case(case) for case in wanted]
     with ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
@@ -224,41 +216,34 @@ def compile_many(wanted: list[Case], *, workers: int = 0) -> list[dict]:
 
 
 def compile_all(*, quick: bool, archs=tuple(SHARED_LIMIT), workers: int = 0) -> list[dict]:
-    """Rows of every case for every chip."""
+    """Compile every case for every chip -> the rows."""
     return compile_many([case for arch in archs for case in cases(arch, quick=quick)], workers=workers)
 
 
 def loop_text(counts: dict) -> str:
-    """ "4 LDGSTS.128, 1 LDG.16" of the loads or stores of a loop, widest first."""
+    """Write the loads or stores of a loop as "4 LDGSTS.128, 1 LDG.16", widest first."""
     order = sorted(counts, key=lambda key: -int(key.split(".")[1]))
     return ", ".join(f"{counts[key]} {key}" for key in order)
 
 
 def show(rows: list[dict], title: str) -> None:
-    """Prints rows of compile_case; numbers of several inner loops are separated by |."""
+    """Print rows of compile_case; numbers of several inner loops are separated by |."""
     table = Table(title=title)
-    for name in ("kernel", "chip", "dtype", "variant", "config", "regs", "spill", "stack", "shared", "occ."):
-        table.add_column(
-            name, justify="right" if name in ("regs", "spill", "stack", "shared", "occ.") else "left"
-        )
-    for name in ("tensor", "loads", "stores", ""):
-        table.add_column(name)
+    numbers = ("regs", "spill", "stack", "shared", "occ.")
+    for name in ("kernel", "chip", "dtype", "variant", "config", *numbers, "tensor", "loads", "stores", ""):
+        table.add_column(name, justify="right" if name in numbers else "left")
     for row in rows:
         resources = (f"{row[key]:,}" for key in ("registers", "spills", "stack", "shared"))
         loops = row["loops"]
-        table.add_row(
-            *(row[key] for key in ("kernel", "arch", "dtype", "variant", "config")),
-            *resources,
-            f"{row['occupancy']:.0%}",
-            "|".join(str(each["tensor"]) for each in loops),
-            *("|".join(loop_text(each[key]) or "-" for each in loops) for key in ("loads", "stores")),
-            "ok" if row["ok"] else "[red]FAIL[/]",
-        )
+        table.add_row(*(row[key] for key in ("kernel", "arch", "dtype", "variant", "config")), *resources,
+                      f"{row['occupancy']:.0%}", "|".join(str(each["tensor"]) for each in loops),
+                      *("|".join(loop_text(each[key]) or "-" for each in loops) for key in ("loads", "stores")),
+                      "ok" if row["ok"] else "[red]FAIL[/]")
     Console(width=230).print(table)
 
 
 def worst_rows(rows: list[dict]) -> list[dict]:
-    """Worst case per kernel, chip and dtype: failing, then narrow, then most registers."""
+    """Find the worst case per kernel, chip and dtype: failing, then most registers."""
     worst = {}
     for row in rows:
         key = (row["kernel"], row["arch"], row["dtype"])
@@ -268,25 +253,14 @@ def worst_rows(rows: list[dict]) -> list[dict]:
     return [row for _, row in worst.values()]
 
 
-def write_rows(name: str, rows: list[dict]) -> None:
-    """bench/results/<name>, one row a line, so that a change is a line in a diff."""
-    RESULTS.mkdir(exist_ok=True)
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    (RESULTS / name).write_text(f"[\n{lines}\n]\n")
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.split("\n")[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--peers", action="store_true", help="other packages' kernels beside ours")
     what.add_argument("--space", action="store_true", help="search logp_kernel's tiles")
     what.add_argument("--quick", action="store_true", help="the extremes of each choice, as CI does")
-    parser.add_argument(
-        "--arch", action="append", choices=list(SHARED_LIMIT), help="only this chip; repeatable"
-    )
-    parser.add_argument(
-        "--all", action="store_true", help="print every row, not the worst of each kernel and chip"
-    )
+    parser.add_argument("--arch", action="append", choices=list(SHARED_LIMIT), help="only this chip; repeatable")
+    parser.add_argument("--all", action="store_true", help="print every row, not the worst of each kernel and chip")
     parser.add_argument("--workers", type=int, default=0, help="processes; all cores by default")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -298,7 +272,7 @@ def main() -> int:
         return other.run(archs, everything=options.all, workers=options.workers)
     rows = compile_all(quick=options.quick, archs=archs, workers=options.workers)
     show(rows if options.all else worst_rows(rows), "Ahead-of-time compilation")
-    write_rows("compile.json", rows)
+    measure.write_rows(measure.RESULTS / "compile.json", rows)
     bad = [row for row in rows if not row["ok"]]
     if bad and not options.all:
         show(bad, "Failing")

@@ -45,9 +45,7 @@ GCN_MEMORY = re.compile(r"^(?:global|buffer|flat)_(load|store)_(lds_)?(\w+)$")
 GCN_BITS = {"byte": 8, "ubyte": 8, "sbyte": 8, "short": 16, "ushort": 16, "sshort": 16, "dword": 32}
 
 
-def read_code(
-    text: str, line: re.Pattern, label: re.Pattern, target: re.Pattern, branch: str
-) -> list[Instruction]:
+def read_code(text: str, line: re.Pattern, label: re.Pattern, target: re.Pattern, branch: str) -> list[Instruction]:
     labels, found = {}, []
     for each in text.splitlines():
         if place := label.match(each):
@@ -66,9 +64,7 @@ def read_sass(text: str) -> list[Instruction]:
 
 def read_gcn(text: str) -> list[Instruction]:
     """Instructions in AMD assembly; the first function of it."""
-    return read_code(
-        text.split(".Lfunc_end0:")[0], GCN_LINE, GCN_LABEL, GCN_TARGET, ("s_branch", "s_cbranch")
-    )
+    return read_code(text.split(".Lfunc_end0:")[0], GCN_LINE, GCN_LABEL, GCN_TARGET, ("s_branch", "s_cbranch"))
 
 
 def is_tensor(name: str) -> bool:

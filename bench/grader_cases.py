@@ -15,8 +15,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from minimath.grading.answer import extract_answer
 from minimath.core.errors import UserError
+from minimath.grading.answer import extract_answer
 
 
 class Case(NamedTuple):

@@ -29,12 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.grader_cases import Case, generated_cases, qwen_cases, test_cases
-from bench.measure import RESULTS, machine
-from bench.roofline import positive
-from minimath.grading.answer import AnswerChecker
+from bench.measure import RESULTS, machine, positive
 from minimath.core.errors import UserError
-from minimath.core.stats import wilson
 from minimath.core.files import write_whole
+from minimath.core.stats import wilson
+from minimath.grading.answer import AnswerChecker
 
 WORKER = Path(__file__).with_name("grader_peer.py")
 TIMEOUT_S, START_S, SHOWN = 10.0, 300.0, 120

@@ -4,15 +4,13 @@
     python -m bench.kernels --device cuda    # the same on a GPU, with Liger's and CCE's own kernels
     python -m bench.kernels --shapes 4096x896x151936 --dtypes bf16 --rounds 9
 
-The task is mean NLL of N tokens under a frozen head (V, D), forward, and forward plus the gradient in hidden.
-All methods take turns within each round in one process, so that a change in the machine's load hits all
-alike; speeds are ratios of medians and of the best of the rounds. A process per method, with empty compiler
-caches, tells the peak extra memory (on the CPU the highest resident size during one warm call above what was
-resident before it, on a GPU the allocator's peak), how long the first call takes, and the first at another
-number of tokens. On a GPU that bench/cards.py knows, times are also given as a share of its roofline. Writes
-kernels-<device>.json and .png to bench/results, or to the folder named by --out.
+The task is mean NLL of N tokens under a frozen head (V, D), forward, and forward plus the gradient in hidden. All
+methods take turns within each round in one process, so that a change in the machine's load hits all alike; speeds are
+ratios of medians and of the best of the rounds. A process per method, with empty compiler caches, tells the peak extra
+memory (CPU: highest resident size during one warm call above that before it, GPU: the allocator's peak), how long the
+first call takes, and the first at another number of tokens. On a GPU that bench/cards.py knows, times are also given as
+a share of its roofline. Writes kernels-<device>.json and .png to bench/results, or to the folder named by --out.
 """
-
 from __future__ import annotations
 
 import argparse
@@ -35,8 +33,8 @@ from rich.table import Table
 from minimath.kernels import linear_cross_entropy, reference
 
 from .cards import Card, card_named, nearest_names
-from .measure import RESULTS, machine, resident_bytes
-from .roofline import positive, share_of_roofline
+from .measure import RESULTS, ROOT, machine, positive, resident_bytes, told_path
+from .work import share_of_roofline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OURS = "minimath"
@@ -54,17 +52,13 @@ class Shape(NamedTuple):
         return "x".join(map(str, self))
 
 
-def ours(hidden, weight, target):
-    return linear_cross_entropy(hidden, weight, target)
-
-
 def eager(hidden, weight, target):
     return F.cross_entropy((hidden @ weight.t()).float(), target)
 
 
 def methods(device: str) -> dict:
-    """Name -> function(hidden, weight, target) -> mean NLL, for everything that runs on this device."""
-    found = {OURS: ours, "eager": eager, "torch.compile": torch.compile(eager)}
+    """Name every function(hidden, weight, target) -> mean NLL that runs on this device."""
+    found = {OURS: linear_cross_entropy, "eager": eager, "torch.compile": torch.compile(eager)}
     if hasattr(F, "linear_cross_entropy"):
         found["F.linear_cross_entropy"] = F.linear_cross_entropy
     try:
@@ -86,8 +80,10 @@ def methods(device: str) -> dict:
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: str):
-    """hidden (N, D) requiring grad, weight (V, D), target (N,): logits of a few units, as a trained head
-    gives."""
+    """Draw hidden (N, D) requiring grad, weight (V, D), target (N,).
+
+    The logits are of a few units, as a trained head gives.
+    """
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(shape.n, shape.d, generator=draw).to(device, dtype).requires_grad_()
     weight = (torch.randn(shape.v, shape.d, generator=draw) * 2 / shape.d**0.5).to(device, dtype)
@@ -120,7 +116,7 @@ def seconds(phase, method, arguments, device: str) -> float:
 
 
 def peak_extra_bytes(method, phase, arguments, device: str) -> int:
-    """Highest memory during one warm call above what is held before it."""
+    """Measure the highest memory during one warm call above what is held before it."""
     phase(method, *arguments)
     arguments[0].grad = None
     if device == "cuda":
@@ -156,40 +152,33 @@ def cold(name: str, shape: Shape, dtype: str, phase: str, device: str) -> Cold:
 
 
 def cold_in_child(name: str, shape: Shape, dtype: str, phase: str, device: str) -> Cold | None:
-    """`cold` in a process of its own, with empty compiler caches; None where it fails."""
+    """Call `cold` in a process of its own, with empty compiler caches; None where it fails."""
     words = ["--device", device, "--shapes", str(shape), "--dtypes", dtype, "--cold", name, phase]
     with tempfile.TemporaryDirectory() as empty:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{empty}/inductor", "TRITON_CACHE_DIR": f"{empty}/triton"}
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.kernels", *words],
-            cwd=Path(__file__).parent.parent,
-            env=os.environ | caches,
-            capture_output=True,
-            text=True,
-        )
+        done = subprocess.run([sys.executable, "-m", "bench.kernels", *words], cwd=ROOT, env=os.environ | caches,
+                              capture_output=True, text=True)
     lines = done.stdout.splitlines()
     return Cold(*json.loads(lines[-1])) if done.returncode == 0 and lines else None
 
 
 def errors(method, shape: Shape, dtype: torch.dtype, device: str) -> dict:
-    """Relative error of the loss and of the gradient (2-norm) against float64, on ERROR_ROWS rows."""
+    """Compute relative errors of loss and gradient, 2-norm, against float64 on ERROR_ROWS rows."""
     hidden, weight, target = inputs(shape._replace(n=min(shape.n, ERROR_ROWS)), dtype, device)
     exact_hidden = hidden.detach().double().requires_grad_()
-    exact, _ = reference.linear_token_loss(
-        exact_hidden, weight.double(), target, lambda stats, rows: -stats.logp / len(target)
-    )
+    exact, _ = reference.linear_token_loss(exact_hidden, weight.double(), target,
+                                           lambda stats, rows: -stats.logp / len(target))
     exact.backward()
     loss = forward_backward(method, hidden, weight, target)
     difference = (hidden.grad.double() - exact_hidden.grad).norm() / exact_hidden.grad.norm()
-    return {
-        "loss_error": abs(loss.item() - exact.item()) / abs(exact.item()),
-        "grad_error": difference.item(),
-    }
+    return {"loss_error": abs(loss.item() - exact.item()) / abs(exact.item()), "grad_error": difference.item()}
 
 
 def measure(shape: Shape, dtype_name: str, device: str, rounds: int, card: Card | None = None) -> list[dict]:
-    """One row per method that runs: seconds of both phases, what a fresh process tells, errors, and on a known card
-    the share of its roofline."""
+    """Make one row per method that runs.
+
+    Seconds of both phases, what a fresh process tells, errors, and on a known card the share of its roofline.
+    """
     torch.compiler.reset()  # else its limit of variants per function sends the later cells of torch.compile to eager
     dtype, arguments, running, rows = DTYPES[dtype_name], inputs(shape, DTYPES[dtype_name], device), {}, []
     for name, method in methods(device).items():
@@ -215,9 +204,7 @@ def measure(shape: Shape, dtype_name: str, device: str, rounds: int, card: Card 
             row[f"{phase} first call s"] = fresh and round(fresh.first_s, 3)
             row[f"{phase} other N s"] = fresh and round(fresh.other_n_s, 3)
             if card:
-                share = share_of_roofline(
-                    card, shape.d, shape.v, shape.n, dtype_name, phase != "forward", row[f"{phase} median s"]
-                )
+                share = share_of_roofline(card, shape, dtype_name, phase != "forward", row[f"{phase} median s"])
                 row[f"{phase} share of roofline"] = float(f"{share:.3g}")
         rows.append(row)
     for row in rows:
@@ -230,7 +217,7 @@ def measure(shape: Shape, dtype_name: str, device: str, rounds: int, card: Card 
 
 
 def show(rows: list[dict]) -> None:
-    """Print the table: medians, and of ours the speed against the fastest peer (of medians, of the best)."""
+    """Print the table: medians, and of ours the speed against the fastest peer."""
     table = Table(title="mean NLL with a frozen head; speed: ours against the fastest peer, of medians, of the best")
     share = any("forward share of roofline" in row for row in rows)
     names = ["tokens x hidden x vocab", "dtype", "method", "fwd ms", "fwd+bwd ms", "speed fwd", "speed fwd+bwd"]
@@ -255,27 +242,20 @@ def show(rows: list[dict]) -> None:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Time of forward plus backward and peak memory, one group of bars per shape and dtype."""
+    """Draw time of forward plus backward and peak memory, one group of bars per shape and dtype."""
     import matplotlib
-
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-
     groups = list(dict.fromkeys((row["shape"], row["dtype"]) for row in rows))
     names = list(dict.fromkeys(row["method"] for row in rows))
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
-    for axis, key, factor, label in (
-        (axes[0], "forward+backward median s", 1e3, "forward + backward, ms (median)"),
-        (axes[1], "forward+backward peak bytes", 1e-6, "peak extra memory, MB"),
-    ):
+    panels = (("forward+backward median s", 1e3, "forward + backward, ms (median)"),
+              ("forward+backward peak bytes", 1e-6, "peak extra memory, MB"))
+    for axis, (key, factor, label) in zip(axes, panels):
         for place, name in enumerate(names):
             found = {(row["shape"], row["dtype"]): row[key] for row in rows if row["method"] == name}
-            axis.bar(
-                [index + (place - len(names) / 2) * 0.8 / len(names) for index in range(len(groups))],
-                [(found.get(group) or 0) * factor for group in groups],
-                0.8 / len(names),
-                label=name,
-            )
+            axis.bar([index + (place - len(names) / 2) * 0.8 / len(names) for index in range(len(groups))],
+                     [(found.get(group) or 0) * factor for group in groups], 0.8 / len(names), label=name)
         labels = [shape.replace("x", "\n") + f"\n{dtype}" for shape, dtype in groups]
         axis.set_xticks(range(len(groups)), labels, fontsize=7)
         axis.set_xlabel("tokens, hidden, vocabulary, dtype", fontsize=7)
@@ -291,32 +271,23 @@ def parse_shape(text: str) -> Shape:
     try:
         n, d, v = map(int, text.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected tokens x hidden x vocab, like 4096x576x49152"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{text!r}: expected tokens x hidden x vocab, like 4096x576x49152") from None
     return Shape(n, d, v)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--shapes",
-        nargs="+",
-        type=parse_shape,
-        default=[Shape(1024, 576, 49152), Shape(4096, 576, 49152), Shape(2048, 896, 151936)],
-    )
+    parser.add_argument("--shapes", nargs="+", type=parse_shape,
+                        default=[Shape(1024, 576, 49152), Shape(4096, 576, 49152), Shape(2048, 896, 151936)])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=positive, default=7, help="turns of each method")
-    parser.add_argument(
-        "--cold", nargs=2, metavar=("METHOD", "PHASE"), help="print what this fresh process tells of one method"
-    )
+    parser.add_argument("--cold", nargs=2, metavar=("METHOD", "PHASE"),
+                        help="print what this fresh process tells of one method")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the json and the plot")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print(
-            "bench.kernels: torch sees no GPU here; use --device cpu, or a machine with one", file=sys.stderr
-        )
+        print("bench.kernels: torch sees no GPU here; use --device cpu, or a machine with one", file=sys.stderr)
         return 2
     if options.cold:
         name, phase = options.cold
@@ -335,7 +306,7 @@ def main() -> int:
     path = options.out / f"kernels-{options.device}.json"
     path.write_text(json.dumps({**about, "rounds": options.rounds, "rows": rows}, indent=1) + "\n")
     plot(rows, path.with_suffix(".png"))
-    print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path} and .png")
+    print(f"wrote {told_path(path)} and .png")
     return 0
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
-from bench.roofline import positive
+from bench.measure import positive
 from minimath.core.errors import UserError
 
 LISTENING = "listening at"

@@ -1,51 +1,41 @@
 """What every measurement here says of itself and of this process."""
-
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 from datetime import date
 from pathlib import Path
 
-import torch
-
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy")
 
 
-def machine(device: str) -> dict:
-    """What a reader needs to place the numbers: processor, versions, commit."""
+def machine(device: str, packages: tuple[str, ...] = PACKAGES) -> dict:
+    """Describe what a reader needs to place the numbers: processor, versions, commit, date."""
+    import torch
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        names = [
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for name in ("triton", "liger-kernel", "cut-cross-entropy"):
+    for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "load before": os.getloadavg()[0],
-        "versions": versions,
-        "commit": commit,
-        "date": date.today().isoformat(),
-        **({"driver": driver()} if device == "cuda" else {}),
-    }
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    return {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "threads": torch.get_num_threads(),
+            "load before": os.getloadavg()[0], "versions": versions, "commit": commit.strip(),
+            "date": date.today().isoformat(), **({"driver": driver()} if device == "cuda" else {})}
 
 
 def driver() -> str | None:
-    """Version of the NVIDIA driver, None where nvidia-smi does not tell."""
+    """Return the version of the NVIDIA driver, None where nvidia-smi does not tell."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0] or None
@@ -54,8 +44,26 @@ def driver() -> str | None:
 
 
 def resident_bytes(key: str) -> int:
-    """VmRSS, VmHWM (the highest since it was last reset) or VmSize of this process, from /proc."""
+    """Read VmRSS, VmHWM (the highest since its last reset) or VmSize of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"no {key} in /proc/self/status")
+
+
+def positive(text: str) -> int:
+    """Parse a whole number above 0, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write rows as JSON, one a line, so that a change is a line in a diff."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def told_path(path: Path) -> str:
+    """Write a path as short as it is from the current folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,13 +1,12 @@
 """Other packages' kernels, compiled the way their own launchers would have them compiled, beside ours.
 
 Liger (fused linear cross-entropy: its row kernel, and the kernel that scales gradients) and cut-cross-entropy
-(log-sum-exp, target logit, backward), for bf16, hidden sizes 896 and 3584, a vocabulary of 151,936, and 4,001
-rows that count. A launcher's call is given here as its arguments, with tensors on the meta device; what
-Triton specialises on (1, multiples of 16, None) and the packages' heuristics do the rest. cut-cross-entropy
-takes one fixed tile unless CCE_AUTOTUNE is set; the tiles it then tries are compiled as well, for three
-chips, and a line says how many of them spill or need more shared memory than the chip has.
+(log-sum-exp, target logit, backward), for bf16, hidden sizes 896 and 3584, a vocabulary of 151,936, and 4,001 rows that
+count. A launcher's call is given here as its arguments, with tensors on the meta device; what Triton specialises on (1,
+multiples of 16, None) and the packages' heuristics do the rest. cut-cross-entropy takes one fixed tile unless
+CCE_AUTOTUNE is set; the tiles it then tries are compiled as well, for three chips, and a line says how many of them
+spill or need more shared memory than the chip has.
 """
-
 from __future__ import annotations
 
 from importlib import import_module
@@ -15,123 +14,75 @@ from importlib.util import find_spec
 
 import torch
 
-from .compile import Case, compile_many, logp_cases, row_cases, show, write_rows
+from . import measure
+from .compile import Case, compile_many, logp_cases, row_cases, show
 from .occupancy import SHARED_LIMIT
 
 ROWS, VOCAB, WIDTHS = 4001, 151_936, (896, 3584)
 PACKAGES = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
 TUNED = ("sm_86", "sm_89", "sm_90")  # chips for which the autotuner's tiles are compiled too
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
-TYPES[torch.uint32] = "*u32"
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
+         torch.uint32: "*u32"}
 
 
 def pointer(dtype, *shape) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty(shape or 1, dtype=dtype, device="meta")
 
 
 def liger_calls(arch: str, width: int) -> list[tuple]:
-    """(module, kernel, arguments, launch options) of Liger's fused linear cross-entropy."""
+    """List (module, kernel, arguments, launch options) of Liger's fused linear cross-entropy."""
     warps = {"num_warps": 16 if arch.startswith("gfx") else 32}
     largest = 65536 // 2
-    loss = {
-        "X_ptr": pointer(torch.bfloat16, 1),
-        "X_stride": VOCAB,
-        "Y_ptr": pointer(torch.int64, 1),
-        "Y_stride": 1,
-        "loss_ptr": pointer(torch.float32, 1),
-        "loss_stride": 1,
-        "n_cols": VOCAB,
-        "n_non_ignore": ROWS,
-        "sum_non_ignore_weight": ROWS,
-        "weight_sum": 0.0,
-        "ignore_index": -100,
-        "lse_square_scale": 0.0,
-        "label_smoothing": 0.0,
-        "reduction": "mean",
-        "token_accuracy_stride": 0,
-        "predicted_tokens_stride": 0,
-        "BLOCK_SIZE": min(largest, 1 << (VOCAB - 1).bit_length()),
-        "HAS_GRADIENTS": True,
-    }
-    absent = ("weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "predicted_tokens_ptr", "softcap")
-    flags = (
-        "RETURN_Z_LOSS",
-        "RETURN_TOKEN_ACCURACY",
-        "RETURN_PREDICTED_TOKENS",
-        "HAS_WEIGHT",
-        "HAS_SOFTCAPPING",
-    )
-    loss |= dict.fromkeys(absent) | dict.fromkeys(flags, False)
-    scale = {
-        "X_ptr": pointer(torch.bfloat16, 1),
-        "X_stride": width,
-        "grad_output_ptr": pointer(torch.float32, 1),
-        "n_cols": width,
-        "X_col_stride": 1,
-        "BLOCK_SIZE": min(largest, 1 << (width - 1).bit_length()),
-    }
-    return [
-        ("liger_kernel.ops.cross_entropy", "liger_cross_entropy_kernel", loss, warps),
-        ("liger_kernel.ops.utils", "element_mul_kernel", scale, warps),
-    ]
+    loss = {"X_ptr": pointer(torch.bfloat16), "X_stride": VOCAB, "Y_ptr": pointer(torch.int64), "Y_stride": 1,
+            "loss_ptr": pointer(torch.float32), "loss_stride": 1, "n_cols": VOCAB, "n_non_ignore": ROWS,
+            "sum_non_ignore_weight": ROWS, "weight_sum": 0.0, "ignore_index": -100, "lse_square_scale": 0.0,
+            "label_smoothing": 0.0, "reduction": "mean", "token_accuracy_stride": 0, "predicted_tokens_stride": 0,
+            "BLOCK_SIZE": min(largest, 1 << (VOCAB - 1).bit_length()), "HAS_GRADIENTS": True}
+    loss |= dict.fromkeys(("weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "predicted_tokens_ptr", "softcap"))
+    loss |= dict.fromkeys(("RETURN_Z_LOSS", "RETURN_TOKEN_ACCURACY", "RETURN_PREDICTED_TOKENS", "HAS_WEIGHT",
+                           "HAS_SOFTCAPPING"), False)
+    scale = {"X_ptr": pointer(torch.bfloat16), "X_stride": width, "grad_output_ptr": pointer(torch.float32),
+             "n_cols": width, "X_col_stride": 1, "BLOCK_SIZE": min(largest, 1 << (width - 1).bit_length())}
+    return [("liger_kernel.ops.cross_entropy", "liger_cross_entropy_kernel", loss, warps),
+            ("liger_kernel.ops.utils", "element_mul_kernel", scale, warps)]
 
 
 def cce_calls(width: int) -> list[tuple]:
-    """The same for cut-cross-entropy: forward with the mean logit that its gradient filter sorts by, and
-    backward for a frozen head (no dC)."""
+    """List the same for cut-cross-entropy.
+
+    Forward with the mean logit that its gradient filter sorts by, and backward for a frozen head (no dC).
+    """
     e, c = pointer(torch.bfloat16, ROWS, width), pointer(torch.bfloat16, VOCAB, width)
     numbers, valids = pointer(torch.float32, ROWS), pointer(torch.int32, ROWS)
-    strides = {"stride_eb": width, "stride_ed": 1, "stride_cv": width, "stride_cd": 1, "stride_vb": 1}
-    shared = {"E": e, "C": c, "Valids": valids, "B": ROWS, "D": width, "B_BIN": 1024} | strides
+    shared = {"E": e, "C": c, "Valids": valids, "B": ROWS, "D": width, "B_BIN": 1024, "stride_eb": width,
+              "stride_ed": 1, "stride_cv": width, "stride_cd": 1, "stride_vb": 1}
     locks = -(-width // 64)
-    lse = shared | {
-        "LSE": numbers,
-        "LA": pointer(torch.float32, VOCAB),
-        "Locks": pointer(torch.uint32, 1),
-        "softcap": None,
-        "V": VOCAB,
-        "stride_lse_b": 1,
-        "num_locks": -(-ROWS // 128),
-    }
+    lse = shared | {"LSE": numbers, "LA": pointer(torch.float32, VOCAB), "Locks": pointer(torch.uint32),
+                    "softcap": None, "V": VOCAB, "stride_lse_b": 1, "num_locks": -(-ROWS // 128)}
     dot = shared | {"Inds": pointer(torch.int64, ROWS), "Out": numbers, "stride_ib": 1, "SHIFT": False}
     back = shared | {
-        "LSE": numbers,
-        "dOut": pointer(torch.bfloat16, 1),
-        "grad_scale": 1 / ROWS,
-        "VocabOrdering": pointer(torch.int32, VOCAB),
-        "softcap": None,
-        "Targets": pointer(torch.int64, ROWS),
-        "dE": e,
-        "dELocks": pointer(torch.int32, 1),
-        "dC": c,
-        "dCLocks": pointer(torch.int32, 1),
-        "V": VOCAB,
-        "n_de_locks_0": -(-ROWS // locks),
-        "n_de_locks_1": locks,
-        "n_dc_locks_0": -(-VOCAB // locks),
-        "n_dc_locks_1": locks,
-        "filter_eps": torch.finfo(torch.bfloat16).eps / 32,
-        "SHIFT": False,
-        "REQUIRES_GRAD": False,
-    }
-    return [
-        ("cut_cross_entropy.cce_lse_forward", "_cce_lse_forward_kernel", lse, {}),
-        ("cut_cross_entropy.indexed_dot", "_indexed_neg_dot_forward_kernel", dot, {}),
-        ("cut_cross_entropy.cce_backward", "_cce_backward_kernel", back, {}),
-    ]
+        "LSE": numbers, "dOut": pointer(torch.bfloat16), "grad_scale": 1 / ROWS,
+        "VocabOrdering": pointer(torch.int32, VOCAB), "softcap": None, "Targets": pointer(torch.int64, ROWS), "dE": e,
+        "dELocks": pointer(torch.int32), "dC": c, "dCLocks": pointer(torch.int32), "V": VOCAB,
+        "n_de_locks_0": -(-ROWS // locks), "n_de_locks_1": locks, "n_dc_locks_0": -(-VOCAB // locks),
+        "n_dc_locks_1": locks, "filter_eps": torch.finfo(torch.bfloat16).eps / 32, "SHIFT": False,
+        "REQUIRES_GRAD": False}
+    return [("cut_cross_entropy.cce_lse_forward", "_cce_lse_forward_kernel", lse, {}),
+            ("cut_cross_entropy.indexed_dot", "_indexed_neg_dot_forward_kernel", dot, {}),
+            ("cut_cross_entropy.cce_backward", "_cce_backward_kernel", back, {})]
 
 
 def specialised(arch: str, module: str, kernel: str, arguments: dict, options: dict, variant: str) -> Case:
-    """The case that Triton would compile for this call: heuristics applied, then 1 and None as constants and
-    multiples of 16 as such."""
+    """Make the case that Triton would compile for this call.
+
+    Heuristics are applied, then 1 and None are constants and multiples of 16 known as such.
+    """
     function, given, options = getattr(import_module(module), kernel), dict(arguments), dict(options)
     while not hasattr(function, "params"):
         for name, heuristic in function.values.items():
             given.setdefault(name, heuristic(given))
         function = function.fn
-    options |= {
-        name: given.pop(name) for name in list(given) if name.startswith("num_") and name not in arguments
-    }
+    options |= {name: given.pop(name) for name in list(given) if name.startswith("num_") and name not in arguments}
     types, constants, even = {}, {}, []
     for parameter in function.params:
         name, value = parameter.name, given[parameter.name]
@@ -148,8 +99,10 @@ def specialised(arch: str, module: str, kernel: str, arguments: dict, options: d
 
 
 def tuner_tiles(arch: str) -> list[dict]:
-    """Tiles of cut-cross-entropy's autotuner for matrix products that are bound by arithmetic, without those
-    whose operands alone exceed the chip's shared memory (it drops them too)."""
+    """List the tiles of cut-cross-entropy's autotuner for matrix products that are bound by arithmetic.
+
+    Without those whose operands alone exceed the chip's shared memory: it drops them too.
+    """
     found = []
     for config in import_module("cut_cross_entropy.tl_autotune").get_autotune_config():
         tile = config.kwargs
@@ -160,34 +113,30 @@ def tuner_tiles(arch: str) -> list[dict]:
 
 
 def peer_cases(arch: str, package: str) -> list[Case]:
-    """What this package would compile with its default settings; empty if it is not installed. Widths that
-    lead to the same specialisation appear once."""
+    """List what this package would compile with its default settings; empty if it is not installed.
+
+    Widths that lead to the same specialisation appear once.
+    """
     if not installed(package):
         return []
     found = {}
     for width in WIDTHS:
-        for module, kernel, arguments, options in (
-            liger_calls(arch, width) if package == "liger" else cce_calls(width)
-        ):
+        calls = liger_calls(arch, width) if package == "liger" else cce_calls(width)
+        for module, kernel, arguments, options in calls:
             case = specialised(arch, module, kernel, arguments, options, f"D={width}")
             found.setdefault(str(case._replace(variant="")), case)
     return list(found.values())
 
 
 def tuned_cases(arch: str) -> list[Case]:
-    """The tiles of cut-cross-entropy's autotuner, for the two kernels that it tunes over them."""
+    """List the tiles of cut-cross-entropy's autotuner, for the two kernels that it tunes over them."""
     if arch not in TUNED or not installed("cut-cross-entropy"):
         return []
-    return [
-        specialised(arch, module, kernel, arguments | tile, options | launch_of(tile), "autotune")
-        for tile in tuner_tiles(arch)
-        for module, kernel, arguments, options in cce_calls(WIDTHS[0])
-        if "BLOCK_V" in import_module(module).__dict__[kernel].fn.fn.arg_names
-    ]
-
-
-def launch_of(tile: dict) -> dict:
-    return {name: tile[name] for name in ("num_warps", "num_stages")}
+    launch = ("num_warps", "num_stages")
+    return [specialised(arch, module, kernel, arguments | tile, options | {name: tile[name] for name in launch},
+                        "autotune")
+            for tile in tuner_tiles(arch) for module, kernel, arguments, options in cce_calls(WIDTHS[0])
+            if "BLOCK_V" in import_module(module).__dict__[kernel].fn.fn.arg_names]
 
 
 def installed(package: str) -> bool:
@@ -195,19 +144,14 @@ def installed(package: str) -> bool:
 
 
 def our_cases(arch: str) -> list[Case]:
-    """What our launchers compile for the same call: bf16, no bias, no cap, hidden size a multiple of
-    BLOCK_D."""
-    found = logp_cases(arch, torch.bfloat16, True, quick=True)[:1]
-    return found + [
-        case
-        for case in row_cases(arch, torch.bfloat16, True, quick=False)
-        if not case.constants.get("HAS_CAP")
-        and (case.constants["BLOCK"] > 1024 or case.kernel == "pull_kernel")  # not a small vocabulary's tile
-    ]
+    """List what our launchers compile for the same call: no bias, no cap, whole BLOCK_D."""
+    return logp_cases(arch, torch.bfloat16, True, quick=True)[:1] + [
+        case for case in row_cases(arch, torch.bfloat16, True, quick=False) if not case.constants.get("HAS_CAP")
+        and (case.constants["BLOCK"] > 1024 or case.kernel == "pull_kernel")]  # not a small vocabulary's tile
 
 
 def tuner_summary(rows: list[dict]) -> list[str]:
-    """One line a chip and kernel about autotuned tiles: how many spill or do not fit, and the best left."""
+    """Write a line per chip and kernel: how many autotuned tiles spill or do not fit, and the best left."""
     lines = []
     for arch, kernel in dict.fromkeys((row["arch"], row["kernel"]) for row in rows):
         mine = [row for row in rows if (row["arch"], row["kernel"]) == (arch, kernel)]
@@ -215,27 +159,24 @@ def tuner_summary(rows: list[dict]) -> list[str]:
         left = [row for row in mine if row["ok"]]
         best = max(left, key=lambda row: (tile_reuse(row["config"]), row["occupancy"]), default=None)
         spilling = sum(row["spills"] > 0 for row in mine)
-        lines.append(
-            f"{arch} {kernel}: {len(mine)} tiles of its autotuner, {spilling} spill, "
-            f"{large} exceed shared memory; best left {best['config'] if best else 'none'}"
-        )
+        lines.append(f"{arch} {kernel}: {len(mine)} tiles of its autotuner, {spilling} spill, "
+                     f"{large} exceed shared memory; best left {best['config'] if best else 'none'}")
     return lines
 
 
 def tile_reuse(config: str) -> float:
-    """Multiply-adds per element loaded, of a tile written as "128x64x32 w8 s2"."""
+    """Compute the multiply-adds per element loaded, of a tile written as "128x64x32 w8 s2"."""
     rows, columns = map(int, config.split(" ")[0].split("x")[:2])
     return rows * columns / (rows + columns)
 
 
 def run(archs, *, everything: bool, workers: int) -> int:
-    """`python -m bench.compile --peers`: table, compile-peers.json, exit status 0 (peers are not gated)."""
+    """Print the tables and write compile-peers.json; 0, since peers are held to nothing."""
     wanted = [("minimath", case) for arch in archs for case in our_cases(arch)]
     for package in PACKAGES:
         if not installed(package):
             print(f"{package}: not installed")
         wanted += [(package, case) for arch in archs for case in peer_cases(arch, package)]
-    wanted += [("prototype", case) for arch in archs for case in prototype_cases(arch)]
     wanted += [("cut-cross-entropy autotune", case) for arch in archs for case in tuned_cases(arch)]
     rows = compile_many([case for _, case in wanted], workers=workers)
     rows = [{"package": package} | row for (package, _), row in zip(wanted, rows)]
@@ -244,13 +185,5 @@ def run(archs, *, everything: bool, workers: int) -> int:
         mine = [row for row in rows if row["arch"] == arch and (everything or row not in tuned)]
         show(mine, f"Ours and theirs on {arch}, bf16, V={VOCAB:,}")
     print("\n".join(tuner_summary(tuned)))
-    write_rows("compile-peers.json", rows)
+    measure.write_rows(measure.RESULTS / "compile-peers.json", rows)
     return 0
-
-
-def prototype_cases(arch: str) -> list[Case]:
-    """Fully fused forms kept for comparison (bench.fused_forms), where that module has any for this chip."""
-    if arch not in ("sm_86", "sm_89", "sm_90") or find_spec("bench.fused_forms") is None:
-        return []
-    offered = getattr(import_module("bench.fused_forms"), "fused_cases", None)
-    return list(offered(arch)) if offered else []

@@ -2,20 +2,17 @@
 
     python -m bench.rollout_worker '{"engine": "generate", ...}'    # bench.rollout starts it so
 
-Each engine loads the same model with a new LoRA adapter (minimath's options) and samples the completions of
-the round's prompts when the parent says so (train_worker.Turns), after a first, short rollout that warms up.
-TRL's engine is the `_generate` of a GRPOTrainer in the middle of its train(), with what accelerate and TRL
-put around the model there; no update follows. The spec: bench.rollout.
+Each engine loads the same model with a new LoRA adapter (minimath's options) and samples the completions of the round's
+prompts when the parent says so (train_worker.Turns), after a first, short rollout that warms up. TRL's engine is the
+`_generate` of a GRPOTrainer in the middle of its train(), with what accelerate and TRL put around the model there; no
+update follows. The spec: bench.rollout.
 """
-import inspect
-import json
+import dataclasses
 import logging
-import os
 import statistics
-import sys
 import tempfile
 
-from bench.train_worker import Turns, config_of, examples_of, load_peer, lora_of, touch, trl_grpo
+from bench.train_worker import Turns, config_of, examples_of, load_peer, lora_of, start, touch, trl_grpo
 
 WARM_UP_PROMPTS, WARM_UP_TOKENS = 2, 8
 
@@ -23,8 +20,8 @@ WARM_UP_PROMPTS, WARM_UP_TOKENS = 2, 8
 def take_turns(spec: dict, turns: Turns, prompts: list, eos: list[int], roll) -> None:
     """Report that all is loaded, warm up, then one rollout per round, each on prompts of its own.
 
-    prompts: those of all rounds, in order. roll(prompts, limit, round) -> (completions, facts): token ids of
-    all completions, at most `limit` each, prompt by prompt, and more to report.
+    prompts: those of all rounds, in order. roll(prompts, limit, round) -> (completions, facts): token ids of all
+    completions, at most `limit` each, prompt by prompt, and more to report.
     """
     count = spec["prompts"]
     turns.pause({})
@@ -38,60 +35,62 @@ def take_turns(spec: dict, turns: Turns, prompts: list, eos: list[int], roll) ->
 
 
 def cut_at_end(row: list[int], eos: list[int]) -> list[int]:
-    """The ids up to and including the first that ends a completion; padding behind it goes."""
+    """Keep the ids up to and including the first that ends a completion; padding behind it goes."""
     return row[:1 + next((i for i, token in enumerate(row) if token in eos), len(row) - 1)]
 
 
 def length_facts(rows: list[list[int]], eos: list[int]) -> dict:
-    """Sampled tokens, end tokens included, and how their lengths spread."""
+    """Count sampled tokens, end tokens included, and how their lengths spread."""
     lengths = sorted(len(row) for row in rows)
     return {"tokens": sum(lengths), "completions": len(rows), "mean_length": statistics.fmean(lengths),
-            "ended": statistics.fmean(row[-1] in eos for row in rows),
+            "finished": statistics.fmean(row[-1] in eos for row in rows),
             "length_deciles": [lengths[round(i * (len(lengths) - 1) / 10)] for i in range(11)]}
 
 
 def padded_fill(calls: list[list[list[int]]]) -> dict:
-    """Slot fill of calls that decode all rows until the longest has ended; calls: the completions of each."""
+    """Compute the fill of calls that decode all rows until the longest has ended; calls: completions of each."""
     used = sum(len(row) for rows in calls for row in rows)
     held = sum(len(rows) * max(map(len, rows)) for rows in calls)
-    return {"slot_fill": used / held, "slots": max(map(len, calls))}
+    return {"seq_fill": used / held, "max_num_seqs": max(map(len, calls))}
 
 
 def prompts_of(spec: dict, cfg, tokenizer) -> list[list[int]]:
-    """Token ids of the prompts of all rounds, in the order in which TRL takes them."""
+    """Encode the prompts of all rounds, in the order in which TRL takes them."""
     from minimath.data.chat import prompt_ids
-    examples = examples_of({"trainer": "trl"}, spec["prompts"] * spec["rounds"])
-    return [prompt_ids(tokenizer, e.problem, prompt_template=cfg.prompt.prompt_template) for e in examples]
+    return [prompt_ids(tokenizer, e.problem, prompt_template=cfg.prompt.prompt_template)
+            for e in examples_of("trl", spec["prompts"] * spec["rounds"])]
 
-
-# ---- minimath
 
 def run_minimath(spec: dict, turns: Turns) -> None:
     import torch
 
-    from minimath.data.chat import eos_ids
-    from minimath.models.load import load_model
-    from minimath.rollout.engine import generate
+    from minimath.models.policy import load_policy
+    from minimath.rollout.open import open_engine
     cfg = config_of(spec)
     torch.manual_seed(cfg.run.seed)
-    model, tokenizer = load_model(cfg, train=True)
-    touch(model)
-    eos, tells = eos_ids(tokenizer, model), "facts" in inspect.signature(generate).parameters
+    policy = load_policy(cfg, train=True)
+    touch(policy.model)
 
     def roll(prompts, limit, number):
-        facts = {}
-        groups = generate(model, tokenizer, prompts, samples=spec["samples"], max_new_tokens=limit,
-                          temperature=cfg.sampling.temperature, eos=eos, seed=number, slots=spec["slots"],
-                          **({"facts": facts} if tells else {}))
-        return [c.ids for group in groups for c in group], facts
+        sampling = dataclasses.replace(cfg.sampling, max_new_tokens=limit)
+        with open_engine(cfg.engine, sampling, policy, seed=number) as engine:
+            groups = engine.generate(prompts, n=spec["samples"])
+            return [sample.ids for group in groups for sample in group], engine.metrics()
 
-    take_turns(spec, turns, prompts_of(spec, cfg, tokenizer), eos, roll)
+    take_turns(spec, turns, prompts_of(spec, cfg, policy.tokenizer), policy.eos, roll)
 
 
 # ---- transformers
 
+def adapted_peer(cfg):
+    """Load (model with a new adapter, tokenizer, end ids) as transformers and peft load them."""
+    from peft import get_peft_model
+    model, tokenizer, eos = load_peer(cfg)
+    return get_peft_model(model, lora_of(cfg)).eval(), tokenizer, eos
+
+
 def sampling_of(spec: dict, tokenizer, eos: list[int], limit: int):
-    """GenerationConfig of minimath's sampling: temperature, nothing cut off."""
+    """Make the GenerationConfig of minimath's sampling: temperature, nothing cut off."""
     from transformers import GenerationConfig
     return GenerationConfig(do_sample=True, temperature=spec["temperature"], top_k=0, top_p=1.0,
                             repetition_penalty=1.0, max_new_tokens=limit, eos_token_id=eos,
@@ -99,19 +98,18 @@ def sampling_of(spec: dict, tokenizer, eos: list[int], limit: int):
 
 
 def run_generate(spec: dict, turns: Turns) -> None:
-    """model.generate on left-padded rows, generate_batch of them a call."""
+    """Call model.generate on left-padded rows, generate_batch of them at a time."""
     import torch
-    from peft import get_peft_model
     cfg = config_of(spec)
-    model, tokenizer, eos = load_peer(cfg)
-    model = get_peft_model(model, lora_of(cfg)).eval()
+    device = cfg.model.device
+    model, tokenizer, eos = adapted_peer(cfg)
 
     def call(rows: list[list[int]], limit: int) -> list[list[int]]:
         width = max(map(len, rows))
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])  # (B, T)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        with torch.no_grad(), torch.autocast(cfg.model.device, torch.bfloat16, enabled=spec["autocast"]):
-            out = model.generate(input_ids=ids.to(cfg.model.device), attention_mask=mask.to(cfg.model.device),
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=spec["autocast"]):
+            out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device),
                                  generation_config=sampling_of(spec, tokenizer, eos, limit))
         return [cut_at_end(row, eos) for row in out[:, width:].tolist()]
 
@@ -126,22 +124,20 @@ def run_generate(spec: dict, turns: Turns) -> None:
 
 
 def run_continuous(spec: dict, turns: Turns) -> None:
-    """transformers' continuous batching, with `slots` requests at a time; each prompt forks into its samples.
+    """Run transformers' continuous batching, max_num_seqs requests at a time; a prompt forks into its samples.
 
-    Its cache is sized here for that many requests of full length: left alone, it takes 0.6 of a CPU's free
-    memory (and minutes to fill it), and 0.9 of a GPU's. A new manager each round, as in TRL: the prompts that
-    it keeps would be of old weights. It decodes in a thread of its own, out of reach of an autocast here.
+    Its cache is sized here for that many requests of full length: left alone, it takes 0.6 of a CPU's free memory (and
+    minutes to fill it), and 0.9 of a GPU's. A new manager each round, as in TRL: the prompts that it keeps would be of
+    old weights. It decodes in a thread of its own, out of reach of an autocast here.
     """
-    from peft import get_peft_model
     from transformers.generation import ContinuousBatchingConfig
-    cfg = config_of(spec)
-    model, tokenizer, eos = load_peer(cfg)
-    model = get_peft_model(model, lora_of(cfg)).eval()
+    cfg, requests = config_of(spec), spec["max_num_seqs"]
+    model, tokenizer, eos = adapted_peer(cfg)
     prompts = prompts_of(spec, cfg, tokenizer)
     page, longest = 32, max(map(len, prompts)) + spec["max_new_tokens"]
     batching = ContinuousBatchingConfig(
-        page_size=page, num_blocks=(spec["slots"] + 1) * (-(-longest // page) + 1),
-        max_batch_tokens=max(longest, 8 * spec["slots"]), max_requests_per_batch=spec["slots"], seed=cfg.run.seed)
+        page_size=page, num_blocks=(requests + 1) * (-(-longest // page) + 1),
+        max_batch_tokens=max(longest, 8 * requests), max_requests_per_batch=requests, seed=cfg.run.seed)
 
     def roll(prompts, limit, number):
         how = sampling_of(spec, tokenizer, eos, limit)
@@ -159,12 +155,11 @@ def run_continuous(spec: dict, turns: Turns) -> None:
 # ---- TRL
 
 def run_trl(spec: dict, turns: Turns) -> None:
-    """GRPOTrainer._generate, whole rounds at once as TRL does by default, or split_rows at a time."""
+    """Call GRPOTrainer._generate, whole rounds at once as TRL does by default, or split_rows at a time."""
     cfg = config_of(spec)
     model, tokenizer, eos = load_peer(cfg)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trl_grpo(spec, cfg, folder, {}, model=model, processing_class=tokenizer,
-                           peft_config=lora_of(cfg))
+        trainer = trl_grpo(spec, cfg, folder, {}, model=model, processing_class=tokenizer, peft_config=lora_of(cfg))
         prompts, generate = list(trainer.train_dataset["prompt"]), trainer._generate
 
         def roll(prompts, limit, number):
@@ -182,21 +177,6 @@ def run_trl(spec: dict, turns: Turns) -> None:
         trainer.train()
 
 
-RUNS = {"minimath": run_minimath, "generate": run_generate, "continuous": run_continuous, "trl": run_trl}
-
-
-def main() -> int:
-    spec = json.loads(sys.argv[1])
-    stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print; the protocol has its own file
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.captureWarnings(True)
-    if spec["keep_freed_memory"]:
-        from minimath.core.run import keep_freed_memory
-        keep_freed_memory()
-    RUNS[spec["engine"]](spec, Turns(stdout, spec["device"]))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    logging.captureWarnings(True)
+    start({"minimath": run_minimath, "generate": run_generate, "continuous": run_continuous, "trl": run_trl}, "engine")

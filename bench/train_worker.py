@@ -2,9 +2,9 @@
 
     python -m bench.train_worker '{"trainer": "trl", "stage": "sft", ...}'    # bench.train starts it so
 
-The real loops run here (minimath.train.sft.train, minimath.train.rlaif.train, trl.SFTTrainer, trl.GRPOTrainer); each
-stops after every optimiser step, tells what it measured as one JSON line on stdout, and goes on when it reads
-a line. Whatever else is printed goes to stderr. It ends at the end of its stdin. The spec: bench.train.
+The real loops run here (minimath.train.sft and rlaif, trl.SFTTrainer, trl.GRPOTrainer); each stops after every
+optimizer step, tells what it measured as one JSON line on stdout, and goes on when it reads a line. Whatever else is
+printed goes to stderr. It ends at the end of its stdin. The spec: bench.train.
 """
 import contextlib
 import ctypes
@@ -28,7 +28,7 @@ class Turns:
         self.started = self.loaded_bytes = None
 
     def pause(self, facts: dict) -> None:
-        """Called once when all is loaded, then after each step, with the step's own facts."""
+        """Wait for the parent: once when all is loaded, then after each step, with the step's own facts."""
         if self.device == "cuda":
             import torch
             torch.cuda.synchronize()
@@ -44,7 +44,7 @@ class Turns:
         self.started = time.perf_counter()
 
     def reset_peak(self) -> None:
-        """From here on, memory counts: weights are loaded, no step has run."""
+        """Count memory from here on: weights are loaded, no step has run."""
         if self.device == "cuda":
             import torch
             torch.cuda.empty_cache()
@@ -57,7 +57,7 @@ class Turns:
             stay_within_memory()
 
     def peak_extra_bytes(self) -> int | None:
-        """Highest memory since reset_peak above what was held then; None where it can't be measured."""
+        """Measure the highest memory since reset_peak above what was held then; None where it can't be measured."""
         if self.loaded_bytes is None:
             return None
         if self.device == "cuda":
@@ -81,36 +81,40 @@ def stay_within_memory() -> None:
 # ---- work that both trainers do alike
 
 def config_of(spec: dict):
-    """The minimath options of the spec; TRL gets its own from these."""
+    """Make the minimath options of the spec; TRL gets its own from these."""
     from minimath.config.schema import RLAIFConfig, SFTConfig
     common = {"model": spec["model"], "device": spec["device"], "dtype": spec["dtype"], "attn": spec["attn"],
-              "steps": spec["total_steps"], "micro_batch_tokens": spec["micro_batch_tokens"], "lr_schedule": "constant",
-              "warmup": 0.0, "save_every": 0}
+              "steps": spec["total_steps"], "micro_batch_tokens": spec["micro_batch_tokens"],
+              "lr_schedule": "constant", "warmup": 0.0, "save_every": 0}
     if spec["stage"] == "sft":
         return SFTConfig(**common, batch_size=spec["batch_size"], packing=spec["packing"])
-    if spec.get("slots"):
-        common["slots"] = spec["slots"]
     # every group counts and none is drawn anew, so that both trainers update on every completion
     return RLAIFConfig(**common, prompts_per_step=spec["prompts"], group_size=spec["group_size"],
-                       max_new_tokens=spec["max_new_tokens"], max_refill=0, overlong="none", sample_every=0)
+                       max_new_tokens=spec["max_new_tokens"], max_num_seqs=spec.get("max_num_seqs") or 0,
+                       max_refill=0, overlong="none", sample_every=0, reward=spread_reward)
 
 
-def examples_of(spec: dict, count: int) -> list:
-    """Examples in the order in which minimath's loops take them: the first batch first."""
+def examples_of(trainer: str, count: int) -> list:
+    """Make examples in the order in which minimath's loops take them: for TRL the first batch first."""
     from minimath.data.batch import step_indices
     from minimath.data.problems import make_problems
     examples = make_problems(count, seed=0)
-    return [examples[i] for i in step_indices(0, count, count, 0)] if spec["trainer"] == "trl" else examples
+    return [examples[i] for i in step_indices(0, count, count, 0)] if trainer == "trl" else examples
 
 
-def completion_rewards(right: list[bool], ids: list[list[int]]) -> list[float]:
-    """1 for a right answer plus a number in [0, 0.5) that differs between completions.
+def completion_rewards(correct: list[bool], ids: list[list[int]]) -> list[float]:
+    """Give 1 for a correct answer plus a number in [0, 0.5) that differs between completions.
 
-    A base model is right too rarely: without the second term most groups would have no signal, and minimath,
-    which drops such groups where TRL trains on zeros, would win by doing less.
+    A base model is correct too rarely: without the second term most groups would have no signal, and minimath, which
+    drops such groups where TRL trains on zeros, would win by doing less.
     """
     spread = [hashlib.sha256(str(i).encode()).digest()[0] / 512 for i in ids]
-    return [float(ok) + part for ok, part in zip(right, spread, strict=True)]
+    return [float(ok) + part for ok, part in zip(correct, spread, strict=True)]
+
+
+def spread_reward(texts: list[str], group) -> list[float]:
+    """Reward the samples of a group of minimath's as TRL's are rewarded."""
+    return completion_rewards([sample.correct for sample in group.samples], [sample.ids for sample in group.samples])
 
 
 def touch(model) -> None:
@@ -121,74 +125,63 @@ def touch(model) -> None:
 
 # ---- minimath
 
-class StepLog:
-    """Stands in for RunLog: keeps the metrics of the last step and pauses where a step ends."""
-
-    def __init__(self, run_dir: Path, turns: Turns):
-        self.run_dir, self.turns, self.last = run_dir, turns, {}
-
-    def say(self, text: str) -> None:
-        print(text, file=sys.stderr)
-
-    def metrics(self, step: int, **numbers) -> None:
-        self.last = numbers
+def pause_after_steps(turns: Turns) -> None:
+    """Make every run of this process take turns: where its progress begins, and after each record of metrics."""
+    from minimath.core.log import RunLog
+    progress, metrics = RunLog.progress, RunLog.metrics
 
     @contextlib.contextmanager
-    def progress(self, total: int, what: str):
-        yield lambda n=1, **shown: self.turns.pause(self.facts())
+    def begin(log, *args, **options):
+        with progress(log, *args, **options) as advance:
+            if turns.started is None:
+                turns.pause({})
+            yield advance
 
-    def facts(self) -> dict:
-        last = self.last
-        if "sampled" not in last:
-            return {"tokens": last.get("tokens")}
-        return {"tokens": round(last["mean_tokens"] * last["sampled"]), "completions": last["sampled"],
-                "trained_groups": last["groups"], "rollout_seconds": last["rollout_seconds"],
-                "update_seconds": last["update_seconds"]}
+    def end(log, step: int, **numbers) -> None:
+        metrics(log, step, **numbers)
+        turns.pause(step_facts(numbers))
+
+    RunLog.progress, RunLog.metrics = begin, end
+
+
+def step_facts(numbers: dict) -> dict:
+    """Pick what is reported out of a step's metrics."""
+    if "rollout/samples" not in numbers:
+        return {"tokens": numbers["data/tokens"]}
+    return {"tokens": round(numbers["rollout/tokens"] * numbers["rollout/samples"]),
+            "completions": numbers["rollout/samples"], "trained_groups": numbers["rollout/groups"],
+            "rollout_seconds": numbers["time/rollout"], "update_seconds": numbers["time/update"]}
 
 
 def run_minimath(spec: dict, turns: Turns) -> None:
-    import torch
+    from minimath.models import policy
+    from minimath.train.rlaif import rlaif
+    from minimath.train.sft import sft
+    cfg, load = config_of(spec), policy.load_model
 
-    from minimath.train import rlaif
-    from minimath.train import sft
-    from minimath.data.chat import encode, prompt_ids
-    from minimath.models.load import load_model
-    from minimath.core.run import Stop
-    cfg = config_of(spec)
-    torch.manual_seed(cfg.run.seed)
-    model, tokenizer = load_model(cfg, train=True)
-    touch(model)
+    def load_and_touch(*args, **options):
+        model, tokenizer = load(*args, **options)
+        touch(model)
+        return model, tokenizer
+
+    policy.load_model = load_and_touch
+    pause_after_steps(turns)
+    count = cfg.steps * (cfg.batch_size if spec["stage"] == "sft" else cfg.prompts_per_step)
+    data = [{"problem": e.problem, "solution": e.solution, "answer": e.answer} for e in examples_of("minimath", count)]
     with tempfile.TemporaryDirectory() as folder:
-        log, stop = StepLog(Path(folder), turns), Stop(0.0)
-        if spec["stage"] == "sft":
-            rows = [encode(tokenizer, e, prompt_template=cfg.prompt.prompt_template, max_len=cfg.max_len)
-                    for e in examples_of(spec, cfg.batch_size * cfg.steps)]
-            sft.train(cfg, model, tokenizer, rows, [], log, stop)
-            return
-        rlaif.score_groups = score_groups  # the same rewards as TRL gets
-        problems = [(e, prompt_ids(tokenizer, e.problem, prompt_template=cfg.prompt.prompt_template))
-                    for e in examples_of(spec, cfg.prompts_per_step * cfg.steps)]
-        rlaif.train(cfg, model, tokenizer, problems, None, [], log, stop)
-
-
-def score_groups(cfg, groups: list, judge) -> dict:
-    """In place of minimath.train.rlaif.score_groups: completion_rewards, group advantages."""
-    from minimath.train.rewards import group_advantages
-    for group in groups:
-        group.rewards = completion_rewards(group.right, [c.ids for c in group.completions])
-        group.advantage = group_advantages([group.rewards], scale="group", valid=[group.valid])[0].tolist()
-    return {}
+        train = sft if spec["stage"] == "sft" else rlaif
+        train(cfg.replace(data=data, out=f"{folder}/run"))
 
 
 # ---- TRL
 
 def rows_per_forward(rows: int, longest: int, micro_batch_tokens: int) -> int:
-    """Largest divisor of `rows` whose padded forward stays within micro_batch_tokens, at least 1."""
+    """Find the largest divisor of `rows` whose padded forward stays within micro_batch_tokens, at least 1."""
     return max([d for d in range(1, rows + 1) if rows % d == 0 and d * longest <= micro_batch_tokens], default=1)
 
 
 def trl_arguments(spec: dict, cfg, rows: int, longest: int) -> dict:
-    """TrainingArguments that equal minimath's options, and what spares TRL work that minimath doesn't do."""
+    """Make TrainingArguments that equal minimath's options and spare TRL work that minimath doesn't do."""
     at_once = rows_per_forward(math.gcd(rows, spec.get("rows_per_generation") or rows), longest,
                                spec["micro_batch_tokens"])
     return {
@@ -196,13 +189,13 @@ def trl_arguments(spec: dict, cfg, rows: int, longest: int) -> dict:
         "gradient_checkpointing": False, "per_device_train_batch_size": at_once,
         "gradient_accumulation_steps": rows // at_once, "max_steps": cfg.steps, "learning_rate": cfg.optimizer.lr,
         "lr_scheduler_type": "constant", "warmup_steps": 0, "optim": "adamw_torch_fused",
-        "adam_beta2": cfg.beta2, "weight_decay": cfg.optimizer.weight_decay, "max_grad_norm": cfg.optimizer.max_grad_norm,
+        "weight_decay": cfg.optimizer.weight_decay, "max_grad_norm": cfg.optimizer.max_grad_norm,
         "seed": cfg.run.seed, "save_strategy": "no", "logging_strategy": "no", "report_to": "none",
         "disable_tqdm": True, "dataloader_pin_memory": False}
 
 
 def load_peer(cfg):
-    """(model without adapter, tokenizer, end ids), as transformers loads them."""
+    """Load (model without adapter, tokenizer, end ids) as transformers loads them."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -218,12 +211,17 @@ def load_peer(cfg):
     return model, tokenizer, eos
 
 
+def lora_of(cfg):
+    """Make peft's config of the adapter that minimath gives the model."""
+    from peft import LoraConfig
+    return LoraConfig(r=cfg.adapter.lora_r, lora_alpha=cfg.adapter.lora_alpha, lora_dropout=cfg.adapter.lora_dropout,
+                      target_modules=cfg.adapter.lora_targets, task_type="CAUSAL_LM")
+
+
 def run_trl(spec: dict, turns: Turns) -> None:
     from transformers import TrainerCallback
-    cfg = config_of(spec)
+    cfg, facts = config_of(spec), {}
     model, tokenizer, _ = load_peer(cfg)
-    lora = lora_of(cfg)
-    facts = {}
 
     class Pauses(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -239,31 +237,23 @@ def run_trl(spec: dict, turns: Turns) -> None:
 
     make = trl_sft if spec["stage"] == "sft" else trl_grpo
     with tempfile.TemporaryDirectory() as folder:
-        make(spec, cfg, folder, facts, model=model, processing_class=tokenizer, peft_config=lora,
+        make(spec, cfg, folder, facts, model=model, processing_class=tokenizer, peft_config=lora_of(cfg),
              callbacks=[Pauses()]).train()
 
 
-def lora_of(cfg):
-    """The adapter that minimath gives the model, as peft's config."""
-    from peft import LoraConfig
-    return LoraConfig(r=cfg.adapter.lora_r, lora_alpha=cfg.adapter.lora_alpha, lora_dropout=cfg.adapter.lora_dropout,
-                      target_modules=cfg.adapter.lora_targets, task_type="CAUSAL_LM")
-
-
 def trl_sft(spec, cfg, folder, facts: dict, **trainer):
-    """SFTTrainer on the token ids that minimath trains on, in the same order."""
+    """Make an SFTTrainer on the token ids that minimath trains on, in the same order."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     from minimath.data.chat import encode
     rows = [encode(trainer["processing_class"], e, prompt_template=cfg.prompt.prompt_template, max_len=cfg.max_len)
-            for e in examples_of(spec, cfg.batch_size * cfg.steps)]
+            for e in examples_of("trl", cfg.batch_size * cfg.steps)]
     lengths = [len(row.ids) for row in rows]
     facts["batches"] = [sum(lengths[i:i + cfg.batch_size]) for i in range(0, len(rows), cfg.batch_size)]
-    args = SFTConfig(**trl_arguments(spec, cfg, cfg.batch_size, max(lengths)), output_dir=folder,
-                     packing=False, max_length=None, completion_only_loss=True,
-                     train_sampling_strategy="sequential")
-    data = Dataset.from_list([{"input_ids": row.ids, "completion_mask": [int(m) for m in row.mask]}
+    args = SFTConfig(**trl_arguments(spec, cfg, cfg.batch_size, max(lengths)), output_dir=folder, packing=False,
+                     max_length=None, completion_only_loss=True, train_sampling_strategy="sequential")
+    data = Dataset.from_list([{"input_ids": row.ids, "completion_mask": list(map(int, row.loss_mask))}
                               for row in rows])
 
     class ModelLoss(SFTTrainer):
@@ -277,35 +267,33 @@ def trl_sft(spec, cfg, folder, facts: dict, **trainer):
 
 
 def trl_grpo(spec, cfg, folder, facts: dict, **trainer):
-    """GRPOTrainer on the same prompts in the same order, with the loss and the rewards of run_minimath."""
+    """Make a GRPOTrainer on the same prompts in the same order, with the loss and rewards of run_minimath."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from minimath.grading.answer import AnswerChecker
     from minimath.data.chat import prompt_ids, user_text
-    examples, tokenizer = examples_of(spec, cfg.prompts_per_step * cfg.steps), trainer["processing_class"]
-    longest = max(len(prompt_ids(tokenizer, e.problem, prompt_template=cfg.prompt.prompt_template))
-                  for e in examples)
+    from minimath.grading.answer import AnswerChecker
+    examples, tokenizer = examples_of("trl", cfg.prompts_per_step * cfg.steps), trainer["processing_class"]
+    template = cfg.prompt.prompt_template
+    longest = max(len(prompt_ids(tokenizer, e.problem, prompt_template=template)) for e in examples)
     checker = AnswerChecker()
     checker.__enter__()  # its child ends with this process
 
     def reward(prompts, completions, completion_ids, answer, **kwargs):
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids]
-        right = checker.check_many(list(zip(texts, answer, strict=True)))
-        rewards = completion_rewards(right, completion_ids)
         facts["tokens"] = facts.get("tokens", 0) + sum(map(len, completion_ids))
         facts["completions"] = facts.get("completions", 0) + len(texts)
-        return rewards
+        return completion_rewards(checker.check_many(list(zip(texts, answer, strict=True))), completion_ids)
 
+    limit = cfg.sampling.max_new_tokens
     args = GRPOConfig(
-        **trl_arguments(spec, cfg, cfg.prompts_per_step * cfg.group_size, longest + cfg.sampling.max_new_tokens),
-        output_dir=folder, num_generations=cfg.group_size, max_completion_length=cfg.sampling.max_new_tokens,
-        temperature=cfg.sampling.temperature, top_p=cfg.sampling.top_p, top_k=cfg.sampling.top_k, beta=cfg.loss.kl_coef, loss="dapo",
+        **trl_arguments(spec, cfg, cfg.prompts_per_step * cfg.group_size, longest + limit), output_dir=folder,
+        num_generations=cfg.group_size, max_completion_length=limit, temperature=cfg.sampling.temperature,
+        top_p=cfg.sampling.top_p, top_k=cfg.sampling.top_k, beta=cfg.loss.kl_coef, loss_type="dapo",
         epsilon=cfg.loss.clip_low, epsilon_high=cfg.loss.clip_high, scale_rewards="group", shuffle_dataset=False,
         generation_batch_size=spec.get("rows_per_generation") or None)
-    asked = [[{"role": "user", "content": user_text(e.problem, cfg.prompt.prompt_template)}] for e in examples]
-    data = Dataset.from_list([{"prompt": prompt, "answer": e.answer}
-                              for prompt, e in zip(asked, examples, strict=True)])
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": user_text(e.problem, template)}],
+                               "answer": e.answer} for e in examples])
 
     class TimesRollouts(GRPOTrainer):
         def _generate_and_score_completions(self, inputs):
@@ -317,7 +305,8 @@ def trl_grpo(spec, cfg, folder, facts: dict, **trainer):
     return TimesRollouts(args=args, train_dataset=data, reward_funcs=reward, **trainer)
 
 
-def main() -> int:
+def start(runs: dict, key: str) -> None:
+    """Run the worker that the spec on the command line names: runs[spec[key]](spec, turns)."""
     spec = json.loads(sys.argv[1])
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print; the protocol has its own file
@@ -325,9 +314,8 @@ def main() -> int:
     if spec["keep_freed_memory"]:
         from minimath.core.run import keep_freed_memory
         keep_freed_memory()
-    {"minimath": run_minimath, "trl": run_trl}[spec["trainer"]](spec, Turns(stdout, spec["device"]))
-    return 0
+    runs[spec[key]](spec, Turns(stdout, spec["device"]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start({"minimath": run_minimath, "trl": run_trl}, "trainer")

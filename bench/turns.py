@@ -1,38 +1,33 @@
 """One process per trainer or engine of a comparison; each takes one step when told to, in turns.
 
 A worker prints one JSON line once all is loaded and one after each step, and goes on when it reads a line
-(train_worker.Turns is its side). Steps alternate, and every other round goes in the reverse order, so that a
-change in the machine's load hits all alike.
+(train_worker.Turns is its side). Steps alternate, and every other round goes in the reverse order, so that a change in
+the machine's load hits all alike.
 """
-
 import contextlib
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
+from bench.measure import ROOT
 from minimath.core.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 PAUSE_S = 0.3  # between steps: OpenMP threads of the process that just ran spin for 0.2 s
 
 
 def start_worker(module: str, spec: dict, log) -> subprocess.Popen:
     """Start `python -m module` for one trainer's spec; log: the open file that takes its stderr."""
-    return subprocess.Popen(
-        [sys.executable, "-m", module, json.dumps(spec)],
-        cwd=ROOT,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-    )
+    return subprocess.Popen([sys.executable, "-m", module, json.dumps(spec)], cwd=ROOT, text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
 
 
 def answer(worker: subprocess.Popen, name: str, log) -> dict:
-    """The worker's next line; UserError with the end of its log, without the traceback, when it died."""
+    """Read the worker's next line.
+
+    Raises UserError with the end of its log, without the traceback, when it died.
+    """
     line = worker.stdout.readline()
     if line:
         return json.loads(line)
@@ -54,13 +49,12 @@ def one_step(worker: subprocess.Popen, name: str, log) -> dict:
     return answer(worker, name, log)
 
 
-def take_turns(
-    names: list[str], start, rounds: int, label: str, warm_up: int, failed: dict | None = None
-) -> dict[str, list[dict]]:
-    """Name -> the facts of its `rounds` measured steps; every other round goes in the reverse order.
+def take_turns(names: list[str], start, rounds: int, label: str, warm_up: int,
+               failed: dict | None = None) -> dict[str, list[dict]]:
+    """Measure `rounds` steps of every worker -> {name: what each step told}.
 
-    start(name, log): starts the worker of that name. failed: takes name -> reason of a worker that died,
-    which then takes no more part; None, or the death of the first of `names`: UserError.
+    start(name, log): starts the worker of that name. failed: takes name -> reason of a worker that died, which then
+    takes no more part. Raises UserError when it is None, or when the first of `names` dies.
     """
     steps, workers, logs = {name: [] for name in names}, {}, {}
 
@@ -81,18 +75,18 @@ def take_turns(
             except UserError as error:
                 drop(name, error)
         for turn in range(warm_up + rounds):
-            facts = {}
+            told = {}
             for name in list(workers) if turn % 2 == 0 else list(reversed(workers)):
                 time.sleep(PAUSE_S)
                 try:
-                    facts[name] = one_step(workers[name], name, logs[name])
+                    told[name] = one_step(workers[name], name, logs[name])
                 except UserError as error:
                     drop(name, error)
                     continue
                 if turn >= warm_up:
-                    steps[name].append(facts[name])
+                    steps[name].append(told[name])
             what = "warm-up" if turn < warm_up else f"round {turn + 1 - warm_up} of {rounds}"
-            times = ", ".join(f"{name} {facts[name]['seconds']:.2f} s" for name in workers)
+            times = ", ".join(f"{name} {told[name]['seconds']:.2f} s" for name in workers)
             print(f"{label} {what}: {times}", flush=True)
     finally:
         for worker in workers.values():

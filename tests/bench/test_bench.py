@@ -5,16 +5,13 @@ import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
-
-from bench import train, train_worker, turns  # noqa: E402
-from minimath.core.errors import UserError  # noqa: E402
+from bench import train, train_worker, turns
+from bench.measure import ROOT
+from minimath.core.errors import UserError
 
 
 def step(seconds: float, tokens: int, peak: int | None = 0, **more) -> dict:

@@ -2,16 +2,14 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
+from bench import kernels
+from bench.cards import card_named
 
-from bench import kernels  # noqa: E402
-from bench.cards import card_named  # noqa: E402
+TWO = {"minimath": kernels.linear_cross_entropy, "eager": kernels.eager}
 
 
 def run(monkeypatch, *words) -> int:
@@ -46,17 +44,17 @@ def test_a_peer_that_fails_is_a_result_and_ours_failing_is_an_error(monkeypatch,
     def fails(hidden, weight, target):
         raise RuntimeError("no kernel for this")
 
-    monkeypatch.setattr(kernels, "methods", lambda device: {"minimath": kernels.ours, "peer": fails})
+    monkeypatch.setattr(kernels, "methods", lambda device: TWO | {"eager": fails})
     monkeypatch.setattr(kernels, "cold_in_child", lambda *words: None)
     (row,) = kernels.measure(kernels.Shape(5, 4, 40), "fp32", "cpu", 1)
-    assert row["method"] == "minimath" and "peer does not run" in capsys.readouterr().out
+    assert row["method"] == "minimath" and "eager does not run" in capsys.readouterr().out
     monkeypatch.setattr(kernels, "methods", lambda device: {"minimath": fails})
     with pytest.raises(RuntimeError, match="no kernel"):
         kernels.measure(kernels.Shape(5, 4, 40), "fp32", "cpu", 1)
 
 
 def test_on_a_known_card_times_are_given_as_a_share_of_its_roofline(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "methods", lambda device: {"minimath": kernels.ours, "eager": kernels.eager})
+    monkeypatch.setattr(kernels, "methods", lambda device: TWO)
     monkeypatch.setattr(kernels, "cold_in_child", lambda *words: None)
     card = card_named("NVIDIA GeForce RTX 4090")
     rows = kernels.measure(kernels.Shape(64, 16, 400), "bf16", "cpu", 2, card)
@@ -68,7 +66,7 @@ def test_on_a_known_card_times_are_given_as_a_share_of_its_roofline(monkeypatch,
 
 def test_a_tiny_run_writes_table_json_and_plot_with_ratios_and_cold_calls(monkeypatch, capsys, tmp_path):
     """The real command, its fresh processes included; two methods, since compiling the peers takes minutes."""
-    monkeypatch.setattr(kernels, "methods", lambda device: {"minimath": kernels.ours, "eager": kernels.eager})
+    monkeypatch.setattr(kernels, "methods", lambda device: TWO)
     assert run(monkeypatch, "--shapes", "37x8x203", "--dtypes", "fp32", "--rounds", 2, "--out", tmp_path) == 0
     facts = json.loads((tmp_path / "kernels-cpu.json").read_text())
     assert facts["rounds"] == 2 and facts["versions"]["torch"] == torch.__version__ and facts["date"]

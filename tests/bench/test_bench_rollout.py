@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
-
-from bench import rollout, rollout_worker, train, turns  # noqa: E402
-from minimath.core.errors import UserError  # noqa: E402
+from bench import rollout, rollout_worker, train, turns
+from bench.measure import ROOT
+from minimath.core.errors import UserError
 
 TINY = [
     "--tiny",

@@ -1,11 +1,7 @@
 """bench.cards: which card a device's name means, and figures that agree with one another."""
 
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # bench/ is not installed
 
 from bench.cards import CARDS, DEVICE_NAMES, SHAPES, card_named, nearest_names
 

@@ -280,8 +280,7 @@ def test_tensor_memory_limits_occupancy_on_blackwell():
 
 def test_absent_peers_are_said_to_be_not_installed(monkeypatch, capsys, tmp_path):
     pytest.importorskip("triton")
-    from bench import compile as bench_compile
-    from bench import peer_kernels
+    from bench import measure, peer_kernels
 
     monkeypatch.setattr(
         peer_kernels, "PACKAGES", {"liger": "no_such_liger", "cut-cross-entropy": "no_such_cce"}
@@ -289,7 +288,7 @@ def test_absent_peers_are_said_to_be_not_installed(monkeypatch, capsys, tmp_path
     monkeypatch.setattr(
         peer_kernels, "compile_many", lambda cases, workers: [stand_in(case) for case in cases]
     )
-    monkeypatch.setattr(bench_compile, "RESULTS", tmp_path)
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
     assert peer_kernels.run(("sm_86",), everything=False, workers=1) == 0
     printed = capsys.readouterr().out
     assert "liger: not installed" in printed and "cut-cross-entropy: not installed" in printed
@@ -344,7 +343,7 @@ def test_the_tile_search_writes_the_first_tile_that_passes_for_every_head(monkey
     import json
 
     from bench import compile as bench_compile
-    from bench import tile_space
+    from bench import measure, tile_space
 
     def compiled(cases, workers):
         rows = [stand_in(case) | {"config": bench_compile.config_text(case)} for case in cases]
@@ -353,7 +352,7 @@ def test_the_tile_search_writes_the_first_tile_that_passes_for_every_head(monkey
         return rows
 
     monkeypatch.setattr(tile_space, "compile_many", compiled)
-    monkeypatch.setattr(bench_compile, "RESULTS", tmp_path)
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
     assert tile_space.run(("sm_86", "sm_75"), everything=False, workers=1) == 0
     rows = json.loads((tmp_path / "compile-space.json").read_text())
     winners = {row["arch"]: row["config"] for row in rows if row["winner"]}

@@ -3,15 +3,11 @@
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
-
-from bench import grader_cases, graders  # noqa: E402
-from minimath.grading.answer import AnswerChecker  # noqa: E402
+from bench import grader_cases, graders
+from minimath.grading.answer import AnswerChecker
 
 GRADER = r'''
 import time
