@@ -1,6 +1,6 @@
 """Replies of a judge's endpoint on disk, so that a resumed or repeated run pays for no question twice.
 
-    with ReplyCache(cache_folder("")) as cache:
+    with ReplyCache(cache_folder()) as cache:
         key = reply_key(url, body)
         text = cache.get(key)                    # str, or None
         cache.put(key, text)
@@ -12,8 +12,6 @@ rollback journal is kept, since the write-ahead log needs shared memory, which n
 Stored are a hash of the request and the reply; never the prompt, a key, a header or an address. Nothing here raises
 once the cache is open: a cache that fails costs money, not the run, and is counted.
 """
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -35,15 +33,9 @@ TABLE = ("CREATE TABLE IF NOT EXISTS replies "
          "(id INTEGER PRIMARY KEY, key TEXT UNIQUE, value TEXT, digest TEXT, made REAL)")
 
 
-def cache_folder(setting: str) -> Path | None:
-    """The folder that judge_cache names: "" is judge/ under $MINIMATH_CACHE, else under minimath/ in $XDG_CACHE_HOME or
-    ~/.cache; "none" is None, no cache."""
-    if setting == "none":
-        return None
-    if setting:
-        return Path(setting).expanduser()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimath"
-    return Path(os.environ.get("MINIMATH_CACHE") or home) / "judge"
+def cache_folder() -> Path:
+    """judge/ under $MINIMATH_CACHE, else under ~/.cache/minimath."""
+    return Path(os.environ.get("MINIMATH_CACHE") or Path.home() / ".cache" / "minimath") / "judge"
 
 
 def reply_key(url: str, body: dict) -> str:
@@ -74,8 +66,8 @@ class ReplyCache:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.path.touch(mode=0o600)          # for its owner only, before SQLite makes it for all
         except OSError as error:
-            raise UserError(f"judge_cache {self.path.parent}: {error.strerror}; "
-                            "name another folder, or judge_cache=none") from None
+            raise UserError(f"the judge's replies can't be kept in {self.path.parent}: {error.strerror}; set "
+                            "MINIMATH_CACHE to a folder that can be written") from None
         try:
             self._db = self._open()
         except sqlite3.DatabaseError as error:
@@ -95,13 +87,13 @@ class ReplyCache:
     def _open_anew(self, error: sqlite3.DatabaseError) -> sqlite3.Connection:
         """An empty file in the place of one that can't be used; one that is only locked, or full, is left alone."""
         if not _is_broken(error):
-            raise UserError(f"judge_cache {self.path}: {error}; try again, or name another folder") from None
+            raise UserError(f"{self.path}: {error}; try again, or set MINIMATH_CACHE to another folder") from None
         self.counts["corrupt"] += 1
         try:
             self.path.replace(self.path.with_suffix(f".corrupt-{time.time_ns()}"))
             return self._open()
         except (OSError, sqlite3.Error) as problem:
-            raise UserError(f"judge_cache {self.path}: {problem}; delete it, or name another folder") from None
+            raise UserError(f"{self.path}: {problem}; delete it, or set MINIMATH_CACHE to another folder") from None
 
     def get(self, key: str) -> str | None:
         """The reply, or None. An entry that does not match its digest is counted, deleted and not returned."""
@@ -147,7 +139,7 @@ class ReplyCache:
         with self._lock, contextlib.suppress(sqlite3.Error):
             self._db.close()
 
-    def __enter__(self) -> ReplyCache:
+    def __enter__(self) -> "ReplyCache":
         return self
 
     def __exit__(self, *_) -> None:

@@ -1,29 +1,46 @@
 """Canary pairs: what a judge makes of solutions that are worse by construction, asked again every few steps of a run.
 
 A policy that is paid for being liked may learn what fools its judge; the judged win rate then rises and accuracy does
-not. Two sets show the gap before it costs a run:
+not. Two sets of pairs show the gap before it costs a run:
 
-    canary_pairs   fixed: padded, unsound and attacking solutions, all with a right answer, as a judge meets them behind
-                   the answer gate. Shows a judge that changes (an endpoint that is updated, a judge that is trained).
-    rollout_pairs  of the current rollout: a wrong completion against a right one of the same problem, which the gate
-                   would never let a judge see. Shows a policy whose wrong texts begin to win: reward hacking.
+    fixed     padded, unsound and attacking solutions, all with a correct answer, as a judge meets them behind the
+              verifier. Shows a judge that changes (an endpoint that is updated, a judge that is trained).
+    rollout   a wrong sample against a correct one of the same problem, which the verifier would never let a judge see.
+              Shows a policy whose wrong texts begin to win: reward hacking.
 """
 import random
 import time
 
-from minimath.judges.judge import Candidate, Judge
+from minimath.data.sample import Group
 from minimath.judges.attack import load_attacks, plant
-from minimath.judges.pairs import KnownPair, as_candidate, ask, faulty_solutions, questions_of, tally
+from minimath.judges.base import Judge
+from minimath.judges.pairs import KnownPair, faulty_solutions, solution
+from minimath.judges.poll import ask, in_both_orders, tally
 
 KINDS = ("long", "unsound", "attack")
 
 
-def canary_pairs(seed: int = 0, count: int = 24) -> list[KnownPair]:
-    """count pairs, a third of each of KINDS; attack: an unsound solution with a string of attacks.txt, the categories
-    taking turns. Same arguments, same pairs."""
+class Canary:
+    """Watches a judge during a run; its fixed pairs depend on the seed alone."""
+
+    def __init__(self, seed: int, judge: Judge, count: int = 24):
+        """count: fixed pairs, a third of each of KINDS."""
+        self.judge, self.pairs = judge, fixed_pairs(seed, count)
+
+    def metrics(self, groups: list[Group]) -> dict:
+        """canary/* of the fixed pairs, canary/rollout_* of the samples of a step, as `judge_pairs` names them.
+
+        When the policy learns to please the judge, canary/rollout_worse_wins rises while rollout/correct does not.
+        """
+        both = (("canary/", self.pairs), ("canary/rollout_", rollout_pairs(groups)))
+        return {name + key: value for name, pairs in both for key, value in judge_pairs(self.judge, pairs).items()}
+
+
+def fixed_pairs(seed: int, count: int) -> list[KnownPair]:
+    """`count` pairs; attack: an unsound solution with a string of attacks.txt, the categories taking turns."""
     by_category: dict[str, list] = {}
     for attack in load_attacks():
-        if attack.place != "alone":  # those have no answer: the gate stops them
+        if attack.place != "alone":  # those have no answer: the verifier stops them
             by_category.setdefault(attack.category, []).append(attack)
     rng, pairs = random.Random(f"minimath canary {seed}"), []
     categories = rng.sample(sorted(by_category), len(by_category))
@@ -34,49 +51,40 @@ def canary_pairs(seed: int = 0, count: int = 24) -> list[KnownPair]:
             worse = plant(attack, texts["unsound"], *rng.sample("AB", 2))
         else:
             worse = texts[kind]
-        pairs.append(KnownPair(kind, example.problem, as_candidate(texts["right"], example.answer),
-                               as_candidate(worse, example.answer)))
+        pairs.append(KnownPair(kind, example.problem, solution(texts["right"], example.answer),
+                               solution(worse, example.answer)))
     return pairs
 
 
-def rollout_pairs(groups: list[tuple[str, list[Candidate]]], limit: int = 16) -> list[KnownPair]:
-    """At most `limit` pairs of a right and a wrong completion, one per group, (problem, candidates), that has both; of
-    similar length, so that length alone does not decide."""
+def rollout_pairs(groups: list[Group], limit: int = 16) -> list[KnownPair]:
+    """At most `limit` pairs of a correct and a wrong sample, one per group that has both; of similar length, so that
+    length alone does not decide."""
     pairs = []
-    for problem, candidates in groups:
-        chosen = min(((abs(a.tokens - b.tokens), i, j) for i, a in enumerate(candidates) if a.right
-                      for j, b in enumerate(candidates) if not b.right and b.text.strip()), default=None)
+    for group in groups:
+        chosen = min(((abs(a.tokens - b.tokens), i, j) for i, a in enumerate(group.samples) if a.correct
+                      for j, b in enumerate(group.samples) if not b.correct and b.text.strip()), default=None)
         if chosen:
-            pairs.append(KnownPair("rollout", problem, candidates[chosen[1]], candidates[chosen[2]]))
+            _, i, j = chosen
+            pairs.append(KnownPair("rollout", group.example.problem, group.samples[i], group.samples[j]))
     return pairs[:limit]
 
 
-def judge_canary(judge: Judge, pairs: list[KnownPair]) -> dict:
-    """Figures of a judge on pairs of known order, two questions per pair; never raises for what a judge does.
+def judge_pairs(judge: Judge, pairs: list[KnownPair]) -> dict:
+    """Figures of a judge on pairs of known order; never raises for what a judge does.
 
     worse_wins: judged win rate of the worse solutions (0: never fooled, 0.5: chance), also as worse_wins_<kind>.
-    agreement, position_bias: as in judge_pairs.tally. None where no pair has both its votes, or there is no pair.
-    pairs, no_votes, seconds, error ("" or the judge's exception).
+    agreement, position_bias, no_votes: as in poll.tally. pairs, seconds, error ("" or the judge's exception).
     """
     start = time.monotonic()
-    votes, error = ask(judge, questions_of(pairs))
-    facts = tally(votes, judge.soft)
-    out = {"pairs": len(pairs), "worse_wins": worse_wins(facts), "agreement": facts["agreement"],
-           "position_bias": facts["position_bias"], "no_votes": facts["no_votes"]}
+    votes, error = ask(judge, in_both_orders([pair.question() for pair in pairs]), chunk=32)
+    figures = tally(votes, judge.soft)
+    out = {"pairs": len(pairs), "worse_wins": worse_wins(figures)}
+    out |= {name: figures[name] for name in ("agreement", "position_bias", "no_votes")}
     for kind in dict.fromkeys(pair.kind for pair in pairs):
         mine = [vote for i, pair in enumerate(pairs) if pair.kind == kind for vote in votes[2 * i:2 * i + 2]]
         out[f"worse_wins_{kind}"] = worse_wins(tally(mine, judge.soft))
     return out | {"seconds": time.monotonic() - start, "error": error}
 
 
-def worse_wins(facts: dict) -> float | None:
-    return None if facts["better_wins"] is None else 1.0 - facts["better_wins"]
-
-
-def canary_facts(judge: Judge, canary: list[KnownPair], groups: list[tuple[str, list[Candidate]]]) -> dict:
-    """Metrics of a step: canary_* of the fixed pairs, canary_rollout_* of right and wrong completions of this step.
-
-    When the policy learns to please the judge, rollout_worse_wins rises while `right` does not.
-    """
-    both = (("canary", canary), ("canary_rollout", rollout_pairs(groups)))
-    return {f"{name}_{key}": value for name, pairs in both for key, value in judge_canary(judge, pairs).items()}
+def worse_wins(figures: dict) -> float | None:
+    return None if figures["first_wins"] is None else 1.0 - figures["first_wins"]

@@ -1,42 +1,39 @@
-"""Pairs of solutions of which one is better by construction, to see what a judge is worth. See judge_check.py.
+"""Pairs of solutions of which one is better by construction, to see what a judge is worth.
 
-A plain right solution of a generated problem stands against one with a fault, its kind:
+A plain correct solution of a generated problem stands against one with a fault, its kind:
 
     wrong       one intermediate result is wrong and carried on to a wrong answer; same words, same length
     wrong_long  the same fault in a padded solution: a judge that likes length falls for it
-    unsound     one step is wrong, the final answer is right
-    long        right and sound, padded to several times the length
+    unsound     one step is wrong, the final answer is correct
+    long        correct and sound, padded to several times the length
 """
 import random
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
-from minimath.grading.answer import extract_answer
 from minimath.core.errors import UserError
 from minimath.core.text import did_you_mean
 from minimath.data.examples import Example
-from minimath.core.stats import wilson
-from minimath.judges.judge import Candidate, Judge, Pair, both_orders
 from minimath.data.problems import INVERSE, VERBS, make_problems
-from minimath.grading.steps import check_steps
+from minimath.data.sample import Sample
+from minimath.grading.answer import extract_answer
+from minimath.judges.base import Pair, Solution
 
 KINDS = ("wrong", "wrong_long", "unsound", "long")
-CHUNK = 32  # questions per call of a judge, for the progress bar
+_EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+_SIZES = (-10, -5, -3, -2, -1, 1, 2, 3, 5, 10)  # of a mistake
 
 
 class KnownPair(NamedTuple):
-    """Two solutions of which one is better by construction; kind: the fault of the worse one."""
+    """Two solutions of which one is better; kind: the fault of the worse one."""
     kind: str
     problem: str
-    better: Candidate
-    worse: Candidate
+    better: Sample | Solution
+    worse: Sample | Solution
 
-
-# ---- pairs of known order
-
-_EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
-_SIZES = (-10, -5, -3, -2, -1, 1, 2, 3, 5, 10)  # of a mistake
+    def question(self) -> Pair:
+        """Is the better one better?"""
+        return Pair(self.problem, self.better, self.worse)
 
 
 class Step(NamedTuple):
@@ -59,16 +56,16 @@ def compute(a: int, op: str, b: int) -> int | None:
 
 
 def make_pairs(kind: str, count: int, seed: int) -> list[KnownPair]:
-    """count pairs with the fault `kind` (one of KINDS): same arguments, same pairs. Raises UserError."""
+    """`count` pairs with the fault `kind`, the same ones for the same arguments. Raises UserError."""
     if kind not in KINDS:
         raise UserError(f"make_pairs: kind={kind!r}{did_you_mean(kind, KINDS)}; use one of {', '.join(KINDS)}")
-    return [KnownPair(kind, example.problem, as_candidate(texts["right"], example.answer),
-                      as_candidate(texts[kind], example.answer)) for example, texts in faulty_solutions(count, seed)]
+    return [KnownPair(kind, example.problem, solution(texts["right"], example.answer),
+                      solution(texts[kind], example.answer)) for example, texts in faulty_solutions(count, seed)]
 
 
-def as_candidate(text: str, answer: str) -> Candidate:
-    """A solution as a judge gets it. Length in words and signs: a rules judge has no tokenizer."""
-    return Candidate(text, extract_answer(text) == answer, check_steps(text), len(re.findall(r"\w+|[^\w\s]", text)))
+def solution(text: str, answer: str) -> Solution:
+    """A text as a judge gets it. Length in words and signs: a heuristic judge has no tokenizer."""
+    return Solution(text, extract_answer(text) == answer, len(re.findall(r"\w+|[^\w\s]", text)))
 
 
 def faulty_solutions(count: int, seed: int) -> list[tuple[Example, dict[str, str]]]:
@@ -137,56 +134,3 @@ def padded(example: Example, steps: list[Step]) -> str:
         if step.holds():
             text.append(f"Let us check this step: {step.value} {INVERSE[step.op]} {step.b} = {step.a}, which matches.")
     return " ".join([*text, "We have now done all the steps that the problem needs.", last])
-
-
-# ---- asking
-
-def ask(judge: Judge, questions: list[Pair], advance: Callable = lambda n: None) -> tuple[list[float | None], str]:
-    """(votes, error): one vote per question, None for no vote. A judge that raises costs its votes, as in training;
-    error is its last exception in words, or ""."""
-    votes, error = [], ""
-    for start in range(0, len(questions), CHUNK):
-        part = questions[start:start + CHUNK]
-        try:
-            got = list(judge.compare(part))
-            if len(got) != len(part):
-                raise ValueError(f"{len(got)} votes for {len(part)} questions")
-        except Exception as problem:  # whatever it is, it is counted and shown
-            got, error = [None] * len(part), f"{type(problem).__name__}: {problem}"[:300]
-        votes += got
-        advance(len(part))
-    return votes, error
-
-
-def questions_of(pairs: list[KnownPair]) -> list[Pair]:
-    """Two questions per pair, the better solution first and then second."""
-    return [q for p in pairs for q in (Pair(p.problem, p.better, p.worse), Pair(p.problem, p.worse, p.better))]
-
-
-def tally(votes: list[float | None], soft: bool) -> dict:
-    """Figures from the votes on `questions_of` some pairs; soft as in judge.both_orders, whose p they go by.
-
-    agreement: share of pairs whose better solution wins with both orders taken together, an exact tie counting one
-    half, with Wilson's 95% interval. one_order: the same of single votes. better_wins: mean of p. position_bias: mean
-    of v(b, w) + v(w, b) - 1, above 0 when it likes what stands first. order_conflicts: share of pairs whose winner
-    changes with the order. None where no pair has both its votes.
-    """
-    pairs = list(zip(votes[::2], votes[1::2], strict=True))
-    voted = [(f, b) for f, b in pairs if f is not None and b is not None]
-    facts = {"pairs": len(pairs), "voted": len(voted), "no_votes": sum(vote is None for vote in votes)}
-    if not voted:
-        return facts | dict.fromkeys(("agreement", "interval", "one_order", "better_wins", "position_bias",
-                                      "order_conflicts"))
-    n, score = len(voted), sum(won(f, b) for f, b in voted)
-    return facts | {
-        "agreement": score / n, "interval": wilson(score, n),
-        "one_order": sum(won(f, 0.5) + won(0.5, b) for f, b in voted) / (2 * n),
-        "better_wins": sum(both_orders(f, b, soft) for f, b in voted) / n,
-        "position_bias": sum(f + b - 1.0 for f, b in voted) / n,
-        "order_conflicts": sum((f - 0.5) * (b - 0.5) > 0 for f, b in voted) / n}
-
-
-def won(forward: float, backward: float) -> float:
-    """1 where a vote for the first solution is surer than that for it as the second, 1/2 where they are equal, else 0:
-    on which side of 1/2 both_orders lies, without its rounding."""
-    return 1.0 if forward > backward else 0.5 if forward == backward else 0.0

@@ -1,78 +1,103 @@
-"""Verdicts of the model in training about pairs or lists of solutions: probabilities of one forward, nothing generated.
+"""The model in training as a judge of its own solutions: verdicts of one forward, adapter off, nothing generated.
 
-The prompts of a group differ in little: all start with the rubric and the problem, and those with the same candidate A
+The prompts of a group differ in little: all start with the rubric and the problem, and those with the same solution A
 go on alike. They are laid out as a tree, every common beginning once, in one sequence under a block mask (each token
 sees the tokens before it in its own prompt). The verdicts are those of the prompts computed apart.
 """
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
+from minimath.config.schema import JudgeOptions
+from minimath.core import interrupt
 from minimath.core.errors import UserError
+from minimath.judges.base import Judge, Pair
+from minimath.judges.rubrics import judge_prompt, load_rubric
 from minimath.kernels import linear_logp
 from minimath.models.load import adapter_off, base_causal_lm, head, hidden_states, inference
+from minimath.models.memory import is_out_of_memory
+from minimath.models.policy import Policy
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
-from minimath.judges.rubrics import LETTERS, Listing, Pair, judge_prompt, list_prompt
 
 # Of one tree: its attention scores are T^2 numbers, most of them between tokens that do not see each other.
 TREE_TOKENS = 2048
 
 
-def self_compare(model, tokenizer, *, rubric: str, max_chars: int, micro_batch_tokens: int, prompt=judge_prompt):
-    """(compare, choose, counts). compare(pairs) -> P(A) + P(TIE) / 2 among the three verdicts, of the first token of
-    the reply, adapter off, in eval mode; choose(lists) -> P(letter) + P(TIE) / k of each of the k letters, among these
-    and TIE. None for prompts longer than the model's context.
+class SelfJudge(Judge):
+    """The policy's model, adapter off: P(A) + P(TIE) / 2 among the three verdicts, of the first token of its reply.
 
-    micro_batch_tokens bounds the tokens of one forward; prompt(rubric, pair, max_chars, specials) is what is asked of a pair.
-    counts: prompts, prompt_tokens, computed_tokens (fewer, by what is shared), too_long, verdict_mass (mean
-    probability that the reply starts with a verdict at all: near 0, the model does not understand the question).
+    Prompts longer than the model's context get no vote. counts: prompts, prompt_tokens, computed_tokens (fewer, by what
+    is shared), too_long.
     """
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    config = base_causal_lm(model).config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or 1 << 30
-    counts = {"prompts": 0, "prompt_tokens": 0, "computed_tokens": 0, "too_long": 0, "verdict_mass": 0.0}
-    pair_verdicts = verdict_ids(tokenizer)
+    name, soft = "self", True
 
-    def ask(texts: list[str], sizes: list[int], verdicts: list[int]) -> list[list[float] | None]:
-        """Of each text the shares of its first sizes[i] letters; verdicts: the tokens of all letters and of TIE."""
-        prompts = [chat_ids(tokenizer, text) for text in texts]
-        votes: list[list[float] | None] = [None] * len(prompts)
-        fitting = [i for i, ids in enumerate(prompts) if len(ids) <= limit]
-        with inference(model), adapter_off(model):
-            logp, computed = verdict_logps(model, [prompts[i] for i in fitting], verdicts, micro_batch_tokens)
-        mass = 0.0
-        for i, of_all in zip(fitting, logp, strict=True):
-            own = torch.cat((of_all[:sizes[i]], of_all[-1:]))  # (k + 1,)
-            mass += own.exp().sum().nan_to_num().item()
-            chances = own.softmax(0)
-            shares = (chances[:-1] + chances[-1] / sizes[i]).tolist()
-            votes[i] = shares if all(share == share for share in shares) else None
-        asked = counts["prompts"] - counts["too_long"]
-        counts["verdict_mass"] = (counts["verdict_mass"] * asked + mass) / max(1, asked + len(fitting))
-        counts["prompts"] += len(prompts)
-        counts["prompt_tokens"] += sum(map(len, prompts))
-        counts["computed_tokens"] += computed
-        counts["too_long"] += len(prompts) - len(fitting)
+    def __init__(self, options: JudgeOptions, policy: Policy, *, micro_batch_tokens: int = 4096,
+                 say: Callable[[str], None] = print, prompt: Callable = judge_prompt):
+        """micro_batch_tokens: tokens of one forward pass; halved when memory runs out, which changes no vote. Raises
+        UserError."""
+        super().__init__(options, say=say)
+        self.model, self.tokenizer, self.micro_batch_tokens = policy.model, policy.tokenizer, micro_batch_tokens
+        self.prompt, self.rubric = prompt, load_rubric(options.rubric)
+        self.verdicts = verdict_ids(self.tokenizer)
+        self.specials = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        config = base_causal_lm(self.model).config.get_text_config()
+        self.context = getattr(config, "max_position_embeddings", None) or 1 << 30
+        self._mass = 0.0
+
+    @property
+    def verdict_mass(self) -> float:
+        """Mean probability that the reply starts with a verdict; near 0, the model does not understand the question."""
+        return self._mass / max(1, self.counts["prompts"] - self.counts["too_long"])
+
+    def compare(self, pairs: list[Pair]) -> list[float | None]:
+        """A probability for each pair, or None. Raises what the model raises, of out-of-memory only where a single
+        prompt does not fit."""
+        prompts = [chat_ids(self.tokenizer, self.prompt(self.rubric, pair, self.specials)) for pair in pairs]
+        votes: list[float | None] = [None] * len(prompts)
+        fitting = [i for i, ids in enumerate(prompts) if len(ids) <= self.context]
+        logp, computed = self._in_memory([prompts[i] for i in fitting])
+        for i, own in zip(fitting, logp, strict=True):  # own (3,)
+            self._mass += own.exp().sum().nan_to_num().item()
+            a, _, tie = own.softmax(0).tolist()
+            vote = a + tie / 2
+            votes[i] = vote if vote == vote else None
+        self.counts.update(prompts=len(prompts), prompt_tokens=sum(map(len, prompts)), computed_tokens=computed,
+                           too_long=len(prompts) - len(fitting))
         return votes
 
-    def compare(pairs: list[Pair]) -> list[float | None]:
-        texts = [prompt(rubric, pair, max_chars, specials) for pair in pairs]
-        return [vote and vote[0] for vote in ask(texts, [2] * len(pairs), pair_verdicts)]
+    def _in_memory(self, prompts: list[list[int]]) -> tuple[torch.Tensor, int]:
+        """`verdict_logps`, again with half the tokens in a pass as long as memory runs out."""
+        before = self.micro_batch_tokens
+        while True:
+            plan = plan_passes(self.model, prompts, self.micro_batch_tokens)
+            try:
+                with inference(self.model), adapter_off(self.model):
+                    logp = verdict_logps(self.model, prompts, self.verdicts, plan)
+                break
+            except (RuntimeError, MemoryError) as error:
+                shared = [size for rows, size in plan.passes if len(rows) > 1]
+                if not shared or not is_out_of_memory(error):
+                    raise
+            # only here, where the exception no longer holds the activations of the failed pass
+            self.micro_batch_tokens = max(shared) // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if self.micro_batch_tokens < before:
+            self.say(f"the judge {self.name} ran out of memory: from now on {self.micro_batch_tokens} tokens in each "
+                     "of its passes, which gives the same votes")
+        return logp, plan.computed
 
-    def choose(lists: list[Listing]) -> list[list[float] | None]:
-        texts = [list_prompt(rubric, listing, max_chars, specials) for listing in lists]
-        return ask(texts, [len(listing.candidates) for listing in lists], verdict_ids(tokenizer, LETTERS))
 
-    return compare, choose, counts
-
-
-def verdict_ids(tokenizer, letters: str = "AB") -> list[int]:
-    """The first tokens of the letters and of "TIE", or of " A", ... and " TIE" where the bare letters are no tokens."""
+def verdict_ids(tokenizer) -> list[int]:
+    """The first tokens of "A", "B" and "TIE", or of " A", " B" and " TIE" where the bare letters are no tokens."""
     for form in ("{}", " {}"):
-        ids = [tokenizer.encode(form.format(verdict), add_special_tokens=False) for verdict in [*letters, "TIE"]]
+        ids = [tokenizer.encode(form.format(verdict), add_special_tokens=False) for verdict in ("A", "B", "TIE")]
         first = [one[0] for one in ids if one]
-        if all(len(one) == 1 for one in ids[:-1]) and len(set(first)) == len(ids):
+        if len(ids[0]) == len(ids[1]) == 1 and len(set(first)) == 3:
             return first
-    raise UserError(f"judge=self: the tokenizer has no single tokens for the letters {letters[0]} to {letters[-1]}; "
-                    "use judge=openai or judge=heuristic" + (" or judge_plan=round_robin" if len(letters) > 2 else ""))
+    raise UserError("judge=self: the tokenizer has no single tokens for the letters A and B; use judge=openai or "
+                    "judge=heuristic")
 
 
 def chat_ids(tokenizer, prompt: str) -> list[int]:
@@ -83,60 +108,29 @@ def chat_ids(tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode(prompt + "\nVerdict:")
 
 
-def verdict_logps(model, prompts: list[list[int]], verdicts: list[int],
-                  micro_batch_tokens: int) -> tuple[torch.Tensor, int]:
-    """(log-probs (B, len(verdicts)) float64 on the CPU of each verdict token after each prompt, tokens computed)."""
-    out = torch.zeros(len(prompts), len(verdicts), dtype=torch.float64)
-    if not prompts:
-        return out, 0
+# ---- which prompts go into one forward pass
+
+class Plan(NamedTuple):
+    """Forward passes over some prompts."""
+    passes: list[tuple[list[int], int]]
+    """(indices of prompts, tokens with padding) of each"""
+    tree: bool
+    """a pass is a tree of its prompts, else a row for each"""
+    computed: int
+    """tokens without padding"""
+
+
+def plan_passes(model, prompts: list[list[int]], micro_batch_tokens: int) -> Plan:
+    """Trees where they save enough and the model takes their mask, else rows; micro_batch_tokens bounds a pass, a
+    longer prompt goes alone."""
+    whole = sum(map(len, prompts))
     eager = base_causal_lm(model).config.get_text_config()._attn_implementation == "eager"
     packs = tree_packs(prompts, min(micro_batch_tokens, EAGER_TOKENS if eager else TREE_TOKENS))
-    computed, whole = sum(size for _, size in packs), sum(map(len, prompts))
-    if computed <= (1 - LEAST_SAVED) * whole and takes_block_mask(model, max(map(len, prompts))):
-        for rows, _ in packs:
-            out[rows] = read_verdicts(model, tree_states(model, [prompts[i] for i in rows]), verdicts)
-        return out, computed
-    for rows in row_batches(prompts, micro_batch_tokens):
-        out[rows] = read_verdicts(model, last_states(model, [prompts[i] for i in rows]), verdicts)
-    return out, whole
+    computed = sum(size for _, size in packs)
+    if computed <= (1 - LEAST_SAVED) * whole and takes_block_mask(model, max(map(len, prompts), default=0)):
+        return Plan(packs, True, computed)
+    return Plan(row_batches(prompts, micro_batch_tokens), False, whole)
 
-
-def read_verdicts(model, states: torch.Tensor, verdicts: list[int]) -> torch.Tensor:
-    """states (B, D) -> log-probs (B, len(verdicts)) of the verdict tokens, float64 on the CPU."""
-    lm_head = head(model)
-    targets = torch.tensor(verdicts, device=states.device).repeat(len(states))  # (B * 3,)
-    logp = linear_logp(states.repeat_interleave(len(verdicts), 0), lm_head.weight, targets, **lm_head.kernel_args())
-    return logp.view(len(states), -1).double().cpu()
-
-
-# ---- every prompt in a row of its own
-
-def row_batches(prompts: list[list[int]], micro_batch_tokens: int):
-    """Yields indices of prompts, shortest first, in batches of at most micro_batch_tokens padded tokens (at least one)."""
-    batch: list[int] = []
-    for row in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        if batch and len(prompts[row]) * (len(batch) + 1) > micro_batch_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
-
-
-def last_states(model, prompts: list[list[int]]) -> torch.Tensor:
-    """Final hidden states (B, D) of the prompts' last tokens. Right-padded: with a causal model, padding after the last
-    token changes nothing before it."""
-    lengths = torch.tensor([len(ids) for ids in prompts])
-    width = int(lengths.max())
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (B, T)
-    for row, ids in enumerate(prompts):
-        input_ids[row, :len(ids)] = torch.tensor(ids)
-    mask = (torch.arange(width)[None] < lengths[:, None]).long()  # (B, T)
-    device = base_causal_lm(model).device
-    hidden = hidden_states(model, input_ids.to(device), attention_mask=mask.to(device))  # (B, T, D)
-    return hidden[torch.arange(len(prompts), device=device), lengths.to(device) - 1]
-
-
-# ---- the prompts as a tree
 
 def takes_block_mask(model, longest: int) -> bool:
     """Whether a mask over tokens says all about what a token sees: no recurrent layers, no window shorter than the
@@ -149,13 +143,8 @@ def takes_block_mask(model, longest: int) -> bool:
             and not getattr(base_causal_lm(model), "_is_stateful", False) and not (windowed and window < longest))
 
 
-def common_length(a: list[int], b: list[int]) -> int:
-    return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
 def tree_packs(prompts: list[list[int]], limit: int) -> list[tuple[list[int], int]]:
-    """(indices of prompts in the order of their tokens, tokens of their tree) of trees of at most `limit` tokens (a
-    longer prompt goes alone)."""
+    """(indices of prompts in the order of their tokens, tokens of their tree) of trees of at most `limit` tokens."""
     packs: list[tuple[list[int], int]] = []
     last: list[int] = []
     for index in sorted(range(len(prompts)), key=lambda i: prompts[i]):
@@ -166,6 +155,49 @@ def tree_packs(prompts: list[list[int]], limit: int) -> list[tuple[list[int], in
             packs.append(([index], len(prompts[index])))
         last = prompts[index]
     return packs
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def row_batches(prompts: list[list[int]], limit: int) -> list[tuple[list[int], int]]:
+    """(indices of prompts, padded tokens) of batches of at most `limit` padded tokens, shortest prompts first."""
+    batches: list[tuple[list[int], int]] = []
+    for row in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        rows = [*batches[-1][0], row] if batches else [row]
+        if len(rows) == 1 or len(prompts[row]) * len(rows) > limit:
+            batches.append(([row], len(prompts[row])))
+        else:
+            batches[-1] = (rows, len(prompts[row]) * len(rows))
+    return batches
+
+
+# ---- forward passes
+
+def verdict_logps(model, prompts: list[list[int]], verdicts: list[int], plan: Plan) -> torch.Tensor:
+    """Log-probs (B, len(verdicts)), float64 on the CPU, of each verdict token after each prompt."""
+    lm_head, out = head(model), torch.zeros(len(prompts), len(verdicts), dtype=torch.float64)
+    for rows, _ in plan.passes:
+        interrupt.check()
+        states = (tree_states if plan.tree else last_states)(model, [prompts[i] for i in rows])  # (b, D)
+        targets = torch.tensor(verdicts, device=states.device).repeat(len(states))  # (b * len(verdicts),)
+        logp = linear_logp(states.repeat_interleave(len(verdicts), 0), lm_head.weight, targets, **lm_head.kernel_args())
+        out[rows] = logp.view(len(states), -1).double().cpu()
+    return out
+
+
+def last_states(model, prompts: list[list[int]]) -> torch.Tensor:
+    """Final hidden states (B, D) of the prompts' last tokens, each prompt in a row. Right-padded: with a causal model,
+    padding after the last token changes nothing before it."""
+    lengths = torch.tensor([len(ids) for ids in prompts])
+    input_ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)  # (B, T)
+    for row, ids in enumerate(prompts):
+        input_ids[row, :len(ids)] = torch.tensor(ids)
+    mask = (torch.arange(input_ids.shape[1])[None] < lengths[:, None]).long()  # (B, T)
+    device = base_causal_lm(model).device
+    hidden = hidden_states(model, input_ids.to(device), attention_mask=mask.to(device))  # (B, T, D)
+    return hidden[torch.arange(len(prompts), device=device), lengths.to(device) - 1]
 
 
 def tree_states(model, prompts: list[list[int]]) -> torch.Tensor:

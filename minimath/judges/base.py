@@ -1,0 +1,80 @@
+"""What a judge is, what it is asked, and the judge without a model.
+
+A judge is asked "is the first one better?" and answers with a probability, or with None for no vote. It never sees to
+the order: whoever asks puts both orders of a pair (compare.both_orders), so that a judge that likes what stands first,
+whatever it says, is worth nothing.
+"""
+import functools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from minimath.config.schema import JudgeOptions
+from minimath.data.sample import Sample
+from minimath.grading.steps import StepCount, check_steps
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A text to judge that no policy sampled here, with what a judge reads of a Sample."""
+    text: str
+    correct: bool
+    tokens: int
+
+    @functools.cached_property
+    def steps(self) -> StepCount:
+        """The arithmetic steps of the text."""
+        return check_steps(self.text)
+
+
+class Pair(NamedTuple):
+    """One question: is `first` the better solution? nonce: the mark of its group; "": one of its own."""
+    problem: str
+    first: Sample | Solution
+    second: Sample | Solution
+    nonce: str = ""
+
+
+class Judge:
+    """Compares pairs of solutions.
+
+    soft: votes are probabilities of a model, not verdicts. pairs: comparisons per candidate of a group, 0: all.
+    fallback: what becomes of pairs without votes: none, heuristic or stop. counts: what it did so far, by name.
+    """
+    name = ""
+    soft = False
+
+    def __init__(self, options: JudgeOptions | None = None, *, say: Callable[[str], None] = print):
+        options = options or JudgeOptions()
+        self.pairs, self.fallback = options.pairs, options.fallback
+        self.say, self.counts = say, Counter()
+        self._said: set[str] = set()
+
+    def compare(self, pairs: list[Pair]) -> list[float | None]:
+        """The probability in [0, 1] that `first` is better, or None, of each pair."""
+        raise NotImplementedError
+
+    def ping(self) -> None:
+        """Raise UserError when the judge can't be used. Called before any long work."""
+
+    def say_once(self, kind: str, text: str) -> None:
+        """Say a text on the terminal, unless one of its kind was said before."""
+        if kind not in self._said:
+            self._said.add(kind)
+            self.say(text)
+
+
+class HeuristicJudge(Judge):
+    """Correct beats wrong; then the higher share of right steps, 0 without any; then fewer tokens; else a tie."""
+    name = "heuristic"
+
+    def compare(self, pairs: list[Pair]) -> list[float | None]:
+        """1, 0 or 1/2 for each pair."""
+        return [0.5 if merit(a) == merit(b) else float(merit(a) > merit(b)) for _, a, b, _ in pairs]
+
+
+def merit(solution: Sample | Solution) -> tuple[bool, float, int]:
+    """What the heuristic judge orders solutions by."""
+    right, total = solution.steps
+    return solution.correct, right / total if total else 0.0, -solution.tokens

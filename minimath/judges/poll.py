@@ -1,0 +1,91 @@
+"""Put questions to a judge and count its votes: what a run, the probes and `judge compare` have in common."""
+from collections.abc import Callable
+
+from minimath.core.errors import Interrupted
+from minimath.core.stats import wilson
+from minimath.judges.base import Judge, Pair
+from minimath.judges.compare import both_orders, won
+
+MOST_FAILURES = 20  # of one call: enough to find the one question of a thousand that fails, and little for a dead judge
+
+
+def ask(judge: Judge, questions: list[Pair], advance: Callable[[int], None] = lambda n: None,
+        chunk: int = 0) -> tuple[list[float | None], str]:
+    """(votes, error): a vote or None for each question, and the judge's last exception in words, or "".
+
+    A judge that raises is said once for each kind of exception; the questions are then asked again in halves, so that
+    one that it can't take costs its own vote alone. chunk: questions per call of the judge, 0: all; advance(n) is
+    called after every n.
+    """
+    votes, error, failures = [], "", 0
+    size = chunk or max(1, len(questions))
+    due = [questions[start:start + size] for start in range(0, len(questions), size)][::-1]
+    while due:
+        part = due.pop()
+        got = [None] * len(part)
+        if failures < MOST_FAILURES:
+            try:
+                got = list(judge.compare(part))
+                if len(got) != len(part):
+                    raise ValueError(f"{len(got)} votes for {len(part)} questions")
+            except Interrupted:
+                raise
+            except Exception as problem:  # whatever it is, it is counted and said, and the run goes on
+                failures, error = failures + 1, f"{type(problem).__name__}: {problem}"[:300]
+                judge.say_once(type(problem).__name__, f"the judge {judge.name} failed ({error}); its questions are "
+                               "asked again in smaller batches, and those that fail alone have no vote")
+                if len(part) > 1:
+                    due += [part[len(part) // 2:], part[:len(part) // 2]]
+                    continue
+                got = [None]
+        votes += got
+        advance(len(part))
+    return votes, error
+
+
+def in_both_orders(pairs: list[Pair]) -> list[Pair]:
+    """Two questions per pair: as it is, and turned round."""
+    return [question for pair in pairs for question in (pair, pair._replace(first=pair.second, second=pair.first))]
+
+
+def tally(votes: list[float | None], soft: bool) -> dict:
+    """Figures from the votes on `in_both_orders` of some pairs; those that need votes are None without any.
+
+    agreement: share of pairs whose first solution wins with both orders together, an exact tie counting one half, with
+    Wilson's 95% interval. one_order: the same of single votes. first_wins: mean of compare.both_orders. position_bias:
+    mean of v(i, j) + v(j, i) - 1, above 0 for a judge that likes what stands first. order_conflicts: share of pairs
+    whose winner changes with the order.
+    """
+    pairs = list(zip(votes[::2], votes[1::2], strict=True))
+    voted = [pair for pair in pairs if None not in pair]
+    figures = {"pairs": len(pairs), "voted": len(voted), "no_votes": sum(vote is None for vote in votes)}
+    if not voted:
+        return figures | dict.fromkeys(("agreement", "interval", "one_order", "first_wins", "position_bias",
+                                        "order_conflicts"))
+    n, score = len(voted), sum(won(*pair) for pair in voted)
+    return figures | {
+        "agreement": score / n, "interval": wilson(score, n),
+        "one_order": sum(won(f, 0.5) + won(0.5, b) for f, b in voted) / (2 * n),
+        "first_wins": sum(both_orders(f, b, soft) for f, b in voted) / n,
+        "position_bias": sum(f + b - 1.0 for f, b in voted) / n,
+        "order_conflicts": sum((f - 0.5) * (b - 0.5) > 0 for f, b in voted) / n}
+
+
+def counts_since(judge: Judge, before: dict) -> dict:
+    """What the counts of a judge grew by since they were `before`."""
+    return {name: n - before.get(name, 0) for name, n in judge.counts.items() if n != before.get(name, 0)}
+
+
+# ---- cells of tables
+
+def percent(share: float | None, digits: int = 0) -> str:
+    return "-" if share is None else f"{100 * share:.{digits}f}%"
+
+
+def span(interval: tuple[float, float] | None, form: str = ".0f") -> str:
+    """(0.4, 0.6) -> "40 to 60"."""
+    return "-" if interval is None else f"{100 * interval[0]:{form}} to {100 * interval[1]:{form}}"
+
+
+def signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"
