@@ -114,10 +114,10 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: can't be read ({reason}); check path and rights") from error
 
 
-def _object(value, kind: str = "JSON ") -> "dict | BadRow":
+def _object(value, kind: str = "a JSON ") -> "dict | BadRow":
     if isinstance(value, dict):
         return value if _size(value) <= MAX_ROW_BYTES else TOO_LONG
-    return BadRow(f"a {kind}{type(value).__name__} instead of an object",
+    return BadRow(f"{kind}{type(value).__name__} instead of an object",
                   'write each row as {"problem": "...", "solution": "..."}')
 
 

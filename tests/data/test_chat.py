@@ -7,22 +7,19 @@ from tiny import tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
+from minimath.core.errors import UserError
+from minimath.data.batch import collate_packed, collate_padded, pack
 from minimath.data.chat import (
     IGNORE,
     Encoded,
-    collate_packed,
-    collate_padded,
     encode,
     eos_ids,
     final_text,
-    pack,
-    packed_attention_mask,
     preflight,
     prompt_ids,
     turn_end,
     user_text,
 )
-from minimath.core.errors import UserError
 from minimath.data.examples import Example
 
 TEMPLATE = "{problem}\nPut the final answer in \\boxed{{}}."
@@ -56,11 +53,11 @@ def encoded(tokenizer, example: Example = EXAMPLE, **options) -> Encoded:
 
 
 def trained_text(tokenizer, row: Encoded) -> str:
-    return tokenizer.decode([i for i, trained in zip(row.ids, row.mask) if trained])
+    return tokenizer.decode([i for i, trained in zip(row.ids, row.loss_mask) if trained])
 
 
 def prompt_text(tokenizer, row: Encoded) -> str:
-    return tokenizer.decode([i for i, trained in zip(row.ids, row.mask) if not trained])
+    return tokenizer.decode([i for i, trained in zip(row.ids, row.loss_mask) if not trained])
 
 
 @pytest.mark.parametrize("template", [tiny_tokenizer().chat_template, SMOLLM2, WITH_BOS, None],
@@ -70,7 +67,7 @@ def test_prompt_is_untrained_solution_and_eos_are_trained_and_one_bos_at_most(te
     tokenizer = make_tokenizer(template, bos=bos)
     row = encoded(tokenizer)
     prompt = prompt_ids(tokenizer, EXAMPLE.problem, prompt_template=TEMPLATE)
-    assert row.ids[:len(prompt)] == prompt and not any(row.mask[:len(prompt)]) and all(row.mask[len(prompt):])
+    assert row.ids[:len(prompt)] == prompt and not any(row.loss_mask[:len(prompt)]) and all(row.loss_mask[len(prompt):])
     assert trained_text(tokenizer, row) == EXAMPLE.solution + "<|im_end|>"
     assert row.ids.count(tokenizer.bos_token_id) == (1 if bos else 0)
     assert not bos or row.ids[0] == tokenizer.bos_token_id
@@ -83,7 +80,7 @@ def test_bos_that_opens_every_turn_is_accepted_once_per_turn_but_not_doubled():
     row = encoded(tokenizer)
     assert row.ids.count(tokenizer.bos_token_id) == 3
     preflight(tokenizer, [row], eos=eos_ids(tokenizer))
-    doubled = Encoded([row.ids[0], *row.ids], [False, *row.mask], False)
+    doubled = Encoded([row.ids[0], *row.ids], [False, *row.loss_mask], False)
     with pytest.raises(UserError, match="more than one BOS"):
         preflight(tokenizer, [doubled], eos=eos_ids(tokenizer))
 
@@ -147,7 +144,7 @@ def test_truncation_is_marked_and_cuts_at_max_len(tiny_tokenizer):
     whole = encoded(tiny_tokenizer)
     assert not encoded(tiny_tokenizer, max_len=len(whole.ids)).truncated
     cut = encoded(tiny_tokenizer, max_len=len(whole.ids) - 1)
-    assert cut.truncated and cut.ids == whole.ids[:-1] and len(cut.mask) == len(cut.ids)
+    assert cut.truncated and cut.ids == whole.ids[:-1] and len(cut.loss_mask) == len(cut.ids)
     text = preflight(tiny_tokenizer, [whole, cut], eos=eos_ids(tiny_tokenizer))
     assert "2 rows" in text and "1 rows truncated" in text
 
@@ -181,9 +178,9 @@ def test_preflight_refuses_what_would_waste_a_run(tiny_tokenizer):
     with pytest.raises(UserError, match="no trained tokens in 0 rows"):
         preflight(tiny_tokenizer, [], eos=eos)
     with pytest.raises(UserError, match="example 2 trains no EOS"):
-        preflight(tiny_tokenizer, [row, Encoded(row.ids[:-1], row.mask[:-1], False)], eos=eos)
+        preflight(tiny_tokenizer, [row, Encoded(row.ids[:-1], row.loss_mask[:-1], False)], eos=eos)
     with pytest.raises(UserError, match="example 1 trains no EOS"):
-        preflight(tiny_tokenizer, [Encoded(row.ids, [*row.mask[:-1], False], False)], eos=eos)
+        preflight(tiny_tokenizer, [Encoded(row.ids, [*row.loss_mask[:-1], False], False)], eos=eos)
     tokenizer = make_tokenizer(WITH_BOS.replace("{{ bos_token }}", "{{ bos_token + bos_token }}"), bos=True)
     with pytest.raises(UserError, match="more than one BOS"):
         preflight(tokenizer, [encoded(tokenizer)], eos=eos)
@@ -193,7 +190,7 @@ def test_preflight_shows_the_trained_text_and_the_counts(tiny_tokenizer):
     row = encoded(tiny_tokenizer)
     text = preflight(tiny_tokenizer, [row] * 3, eos=eos_ids(tiny_tokenizer))
     assert "<|im_start|>assistant\n[[2 + 3 = 5. \\boxed{5}<|im_end|>]]" in text
-    assert f"3 rows, {3 * len(row.ids)} tokens, {3 * sum(row.mask)} trained" in text
+    assert f"3 rows, {3 * len(row.ids)} tokens, {3 * sum(row.loss_mask)} trained" in text
     plain = make_tokenizer(None)
     assert "no chat template" in preflight(plain, [encoded(plain)], eos=eos_ids(plain))
 
@@ -214,7 +211,6 @@ def test_targets_are_the_next_trained_token_and_packed_and_padded_agree():
     packed, padded = collate_packed(rows), collate_padded(rows, pad_id=3)
     assert packed["target"].tolist() == [IGNORE, 12, 13, IGNORE, 21, IGNORE]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1]]
-    assert packed["segment"].tolist() == [[0, 0, 0, 0, 1, 1]]
     assert padded["input_ids"].tolist() == [[10, 11, 12, 13], [20, 21, 3, 3]]
     assert padded["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert padded["target"].tolist() == [IGNORE, 12, 13, IGNORE, 21, IGNORE, IGNORE, IGNORE]
@@ -228,12 +224,9 @@ def test_packed_examples_have_the_hidden_states_of_separate_ones(tmp_path, famil
     rng = random.Random(1)
     rows = [Encoded([rng.randrange(4, 380) for _ in range(n)], [True] * n, False) for n in (7, 12, 1, 20)]
     batch = collate_packed(rows)
-    mask = packed_attention_mask(batch["segment"], None if attention == "sdpa" else torch.float32)
     with torch.no_grad():
         separate = torch.cat([model(torch.tensor([row.ids])).last_hidden_state[0] for row in rows])
-        masked = model(batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"])
         by_position = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
         leaking = model(batch["input_ids"])
-    torch.testing.assert_close(masked.last_hidden_state[0], separate, atol=1e-5, rtol=0)
     torch.testing.assert_close(by_position.last_hidden_state[0], separate, atol=1e-5, rtol=0)
     assert (leaking.last_hidden_state[0] - separate).abs().max() > 0.1  # the comparison can fail

@@ -1,9 +1,10 @@
-"""Every way a row can be bad is named with its file:line; every accepted shape loads."""
+"""Every way a row can be bad is named with its place; every accepted shape loads."""
 import json
 import sys
 
 import pytest
 
+from minimath.config.schema import DataOptions
 from minimath.core.errors import UserError
 from minimath.data.examples import describe_report, load_examples
 
@@ -16,8 +17,13 @@ def write(tmp_path, raw: bytes | str, name: str = "rows.jsonl"):
     return path
 
 
+def load(source, *, need=("solution",), **options):
+    source = source if isinstance(source, list) else str(source)
+    return load_examples(DataOptions(source=source, **options), need=need)
+
+
 def load_one(tmp_path, row: dict, **options):
-    return load_examples(write(tmp_path, json.dumps(row) + "\n"), **options)[0][0]
+    return load(write(tmp_path, json.dumps(row) + "\n"), **options)[0][0]
 
 
 def line(**fields) -> bytes:
@@ -67,60 +73,60 @@ BAD_LINES = {  # raw line -> (reason, part of the fix)
 @pytest.mark.parametrize("raw", BAD_LINES, ids=[f"{i}-{v[0]}" for i, v in enumerate(BAD_LINES.values())])
 def test_a_bad_row_names_file_line_reason_and_fix_and_the_rest_is_kept(tmp_path, raw):
     path = write(tmp_path, line(id="first") + b"\n" + raw + b"\n" + line(id="last") + b"\n")
-    examples, report = load_examples(path)
+    examples, report = load(path)
     reason, fix = BAD_LINES[raw]
     assert [e.id for e in examples] == ["first", "last"] and report.kept == 2
     assert report.skipped == {reason: 1}
     assert report.rows[0].startswith(f"{path}:2: {reason}; ") and fix in report.rows[0]
     with pytest.raises(UserError, match="strict=true"):
-        load_examples(path, strict=True)
+        load(path, strict=True)
 
 
 def test_a_truncated_last_line_is_named_and_a_whole_one_without_newline_is_kept(tmp_path):
     cut = write(tmp_path, line() + b"\n" + line()[:-9])
-    assert load_examples(cut)[1].skipped == {"truncated last line": 1}
+    assert load(cut)[1].skipped == {"truncated last line": 1}
     inside_a_letter = write(tmp_path, line() + b'\n{"problem": "caf\xc3')
-    assert load_examples(inside_a_letter)[1].skipped == {"truncated last line": 1}
+    assert load(inside_a_letter)[1].skipped == {"truncated last line": 1}
     whole = write(tmp_path, line() + b"\n" + line())
-    assert load_examples(whole)[1].kept == 2 and load_examples(whole)[1].skipped == {}
+    assert load(whole)[1].kept == 2 and load(whole)[1].skipped == {}
 
 
 def test_bom_crlf_and_blank_lines_at_the_end_are_no_errors(tmp_path):
     path = write(tmp_path, b"\xef\xbb\xbf" + line(id="a") + b"\r\n" + line(id="b") + b"\r\n\r\n\n")
-    examples, report = load_examples(path)
+    examples, report = load(path)
     assert [e.id for e in examples] == ["a", "b"] and not report.skipped
     assert [e.where for e in examples] == [f"{path}:1", f"{path}:2"]
 
 
 def test_utf16_and_unknown_kinds_and_no_rows_are_one_clear_error(tmp_path):
     with pytest.raises(UserError, match="UTF-16; save it as UTF-8"):
-        load_examples(write(tmp_path, json.dumps(GOOD).encode("utf-16")))
+        load(write(tmp_path, json.dumps(GOOD).encode("utf-16")))
     with pytest.raises(UserError, match="unknown kind of file '.xml'"):
-        load_examples(write(tmp_path, b"<x/>", "rows.xml"))
+        load(write(tmp_path, b"<x/>", "rows.xml"))
     with pytest.raises(UserError, match="no usable row"):
-        load_examples(write(tmp_path, b""))
+        load(write(tmp_path, b""))
     with pytest.raises(UserError, match=r"2 skipped: 2 x not JSON\n.*rows.jsonl:1: not JSON"):
-        load_examples(write(tmp_path, b"a\nb\n"))
+        load(write(tmp_path, b"a\nb\n"))
     with pytest.raises(UserError, match="not a readable parquet"):
-        load_examples(write(tmp_path, b"PAR1 no", "rows.parquet"))
+        load(write(tmp_path, b"PAR1 no", "rows.parquet"))
 
 
 def test_a_missing_file_names_the_nearest_existing_one(tmp_path):
     write(tmp_path, line() + b"\n", "train.jsonl")
     with pytest.raises(UserError, match="did you mean 'train.jsonl'"):
-        load_examples(tmp_path / "trian.jsonl")
+        load(tmp_path / "trian.jsonl")
     with pytest.raises(UserError, match="nowhere does not exist.*train.jsonl"):
-        load_examples(tmp_path / "nowhere" / "deeper" / "x.jsonl")
+        load(tmp_path / "nowhere" / "deeper" / "x.jsonl")
     with pytest.raises(UserError, match="no data given"):
-        load_examples("")
+        load("")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no data files in this folder"):
-        load_examples(tmp_path / "empty")
+        load(tmp_path / "empty")
 
 
 def test_a_hub_name_that_cannot_be_loaded_is_one_clear_error():
     with pytest.raises(UserError, match="data=nobody/nothing-here: is no file here, and as a hub data set"):
-        load_examples("nobody/nothing-here")
+        load("nobody/nothing-here")
 
 
 def test_gsm8k_answers_are_split_and_their_marks_removed(tmp_path):
@@ -170,8 +176,6 @@ def test_the_rows_of_the_authors_own_sets_load(tmp_path):
 def test_of_several_generations_the_shortest_that_is_right_and_whole_is_taken(tmp_path):
     e = load_one(tmp_path, OPEN_R1, need=("solution", "answer"))
     assert (e.problem, e.solution, e.answer, e.messages) == ("p", "right \\boxed{5}", "5", None)
-    assert load_one(tmp_path, OPEN_R1, data_format="problem_solution").solution == "the reference"
-    assert load_one(tmp_path, OPEN_R1, data_format="messages").solution == "the first right one"
     by_llama = {**OPEN_R1, "correctness_math_verify": None, "correctness_llama": [True, False, False, False]}
     assert load_one(tmp_path, by_llama).solution == OPEN_R1["generations"][0]
     assert load_one(tmp_path, {**OPEN_R1, "is_reasoning_complete": None}).solution == "cut"
@@ -183,7 +187,7 @@ def test_of_several_generations_the_shortest_that_is_right_and_whole_is_taken(tm
     ({"correctness_math_verify": None}, "generations without verdicts", "minimath sample"),
 ])
 def test_generations_without_a_right_one_are_a_bad_row_for_sft_and_a_problem_for_rl(tmp_path, change, reason, fix):
-    _, report = load_examples(write(tmp_path, json.dumps(OPEN_R1 | change) + "\n" + json.dumps(GOOD) + "\n"))
+    _, report = load(write(tmp_path, json.dumps(OPEN_R1 | change) + "\n" + json.dumps(GOOD) + "\n"))
     assert report.skipped == {reason: 1} and fix in report.rows[0]
     e = load_one(tmp_path, OPEN_R1 | change, need=("answer",))
     assert (e.problem, e.solution, e.answer) == ("p", "", "5")
@@ -193,80 +197,93 @@ def test_generations_load_from_parquet(tmp_path):
     import pyarrow
     import pyarrow.parquet
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([OPEN_R1]), tmp_path / "a.parquet")
-    assert load_examples(tmp_path / "a.parquet")[0][0].solution == "right \\boxed{5}"
+    assert load(tmp_path / "a.parquet")[0][0].solution == "right \\boxed{5}"
 
 
-@pytest.mark.parametrize("name, library", [("a.parquet", "pyarrow"), ("owner/name", "datasets")])
+@pytest.mark.parametrize("name, library", [("a.parquet", "pyarrow"), ("a.csv", "pyarrow"), ("owner/name", "datasets")])
 def test_a_missing_reader_is_named_with_the_line_that_installs_it(tmp_path, monkeypatch, name, library):
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.chdir(tmp_path)
     if "." in name:
         (tmp_path / name).write_bytes(b"PAR1")
     with pytest.raises(UserError, match=f"pip install {library}"):
-        load_examples(name)
+        load(name)
 
 
-def test_data_format_is_obeyed_and_a_wrong_name_gets_the_nearest(tmp_path):
-    row = {"question": "q", "problem": "p", "solution": "s"}
-    assert load_one(tmp_path, row, data_format="question_answer").problem == "q"
-    assert load_one(tmp_path, row).problem == "p"
-    with pytest.raises(UserError, match="did you mean 'messages'"):
-        load_one(tmp_path, row, data_format="mesages")
+def test_the_first_name_of_a_column_counts(tmp_path):
+    assert load_one(tmp_path, {"question": "q", "problem": "p", "solution": "s"}).problem == "p"
 
 
-def test_json_list_and_data_object_give_the_line_of_each_row(tmp_path):
-    rows = [{**GOOD, "id": "a"}, {"problem": "p"}, {**GOOD, "id": "b"}]
-    for name, text, bad_line in (("a.json", json.dumps(rows, indent=1), 7), ("c.json", json.dumps(rows), 1),
-                                 ("b.json", json.dumps({"version": 1, "data": rows}, indent=1), 9)):
-        examples, report = load_examples(write(tmp_path, text, name))
-        assert [e.id for e in examples] == ["a", "b"]
-        assert report.rows[0].startswith(f"{tmp_path / name}:{bad_line}: no solution")
+def test_a_list_of_dicts_loads_as_a_file_does_and_its_rows_have_numbers():
+    rows = [{**GOOD, "id": "a"}, {"problem": "p"}, 7, {**GOOD, "id": "b"}, {**GOOD, "solution": "x" * 1_000_001}]
+    examples, report = load(rows)
+    assert [(e.id, e.where, e.answer) for e in examples] == [("a", "row 1", "5"), ("b", "row 4", "5")]
+    assert report.skipped == {"no solution": 1, "int instead of an object": 1, "row longer than 1 MB": 1}
+    assert [row.split("; ")[0] for row in report.rows] == [
+        "row 2: no solution", "row 3: int instead of an object", "row 5: row longer than 1 MB"]
+    assert len(load(rows, limit=1)[0]) == 1
+    with pytest.raises(UserError, match="^row 2: no solution; .*strict=true"):
+        load(rows, strict=True)
+    with pytest.raises(UserError, match="^data: no usable row"):
+        load([{"problem": "p"}])
 
 
-def test_a_cut_json_list_keeps_the_rows_before_the_cut(tmp_path):
-    examples, report = load_examples(write(tmp_path, json.dumps([GOOD, GOOD])[:-20], "a.json"))
-    assert len(examples) == 1 and report.skipped == {"truncated last row": 1}
-    with pytest.raises(UserError, match="no list of rows"):
-        load_examples(write(tmp_path, json.dumps({"rows": 1}, indent=1), "b.json"))
+def test_json_list_and_data_object_give_the_number_of_each_row(tmp_path):
+    rows = [{**GOOD, "id": "a"}, {"problem": "p"}, {**GOOD, "id": "b"}, "text"]
+    for name, text in (("a.json", json.dumps(rows, indent=1)), ("c.json", json.dumps(rows)),
+                       ("b.json", json.dumps({"version": 1, "data": rows}, indent=1)),
+                       ("d.json", json.dumps({"data": rows}))):
+        examples, report = load(write(tmp_path, text, name))
+        assert [(e.id, e.where) for e in examples] == [("a", f"{tmp_path / name}:row 1"),
+                                                       ("b", f"{tmp_path / name}:row 3")]
+        assert report.rows[0].startswith(f"{tmp_path / name}:row 2: no solution")
+        assert report.rows[1].startswith(f"{tmp_path / name}:row 4: a JSON str instead of an object")
+
+
+@pytest.mark.parametrize("raw, reason", [
+    (json.dumps([GOOD, GOOD]).encode()[:-20], "not JSON .* line 1 column"),
+    (b'[{"problem": "caf\xe9"}]', "not JSON .*0xe9"),
+    (b'[{"problem": "a\0b"}]', "not JSON .*control character"), (b'[{"n": ' + b"9" * 5000 + b"}]", "not JSON .*digits"),
+    (b"[" * 100_000, "not JSON .*recursion"), (json.dumps({"rows": 1}, indent=1).encode(), "no list of rows")])
+def test_a_spoiled_json_file_is_one_clear_error(tmp_path, raw, reason):
+    with pytest.raises(UserError, match=f"a.json: {reason}"):
+        load(write(tmp_path, raw, "a.json"))
 
 
 def test_jsonl_under_the_name_json_loads(tmp_path):
-    assert load_examples(write(tmp_path, line() + b"\n" + line() + b"\n", "a.json"))[1].kept == 2
+    assert load(write(tmp_path, line() + b"\n" + line() + b"\n", "a.json"))[1].kept == 2
 
 
-def test_csv_rows_have_the_line_they_start_on(tmp_path):
-    text = 'problem,solution\r\n"two\nlines",s1\r\nonly one cell\r\np3,s3\r\nb\xff,s4\r\n'
-    examples, report = load_examples(write(tmp_path, text.encode("latin-1"), "a.csv"))
+def test_csv_rows_are_texts_and_numbered(tmp_path):
+    text = 'problem,solution\r\n"two\nlines",007\r\nonly one cell\r\n 1,234\r\nb\xff,s4\r\nb\xff\r\na\0b,s\r\n'
+    examples, report = load(write(tmp_path, text.encode("latin-1"), "a.csv"))
     path = tmp_path / "a.csv"
-    assert [e.where for e in examples] == [f"{path}:2", f"{path}:5"]
-    assert examples[0].problem == "two\nlines"
-    reasons = [row.split("; ")[0] for row in report.rows]
-    assert reasons == [f"{path}:4: wrong number of cells", f"{path}:6: not UTF-8"]
+    assert [(e.where, e.problem, e.solution) for e in examples] == [
+        (f"{path}:row 1", "two\nlines", "007"), (f"{path}:row 3", "1", "234")]
+    assert [row.split("; ")[0] for row in report.rows] == [
+        f"{path}:row 2: wrong number of cells", f"{path}:row 4: not UTF-8", f"{path}:row 5: not UTF-8",
+        f"{path}:row 6: NUL byte"]
+    tabs = write(tmp_path, "\ufeff problem \tsolution\np\ta, b\n", "a.tsv")
+    assert load(tabs)[0][0].solution == "a, b"
 
 
-def test_csv_with_a_lost_quote_names_the_row(tmp_path):
-    _, report = load_examples(write(tmp_path, b'problem,solution\np,s\n"q,s\np,s\n', "a.csv"))
-    assert report.rows[0].startswith(f"{tmp_path / 'a.csv'}:3: quote not closed; ")
+@pytest.mark.parametrize("lost", ['"q,s\np,s\n', 'q,"s\np,s\n', 'q,"s'])
+def test_csv_with_a_lost_quote_names_the_row(tmp_path, lost):
+    examples, report = load(write(tmp_path, "problem,solution\np,s\n" + lost, "a.csv"))
+    assert report.rows[0].startswith(f"{tmp_path / 'a.csv'}:row 2: quote not closed; ") and len(examples) == 1
+    with pytest.raises(UserError, match="a.csv: not a readable table"):
+        load(write(tmp_path, '"problem,solution\np,s\n', "a.csv"))
 
 
 def test_csv_blank_lines_are_rows_only_between_rows_and_a_long_cell_is_a_long_row(tmp_path):
     text = "\nproblem,solution\n\np,s\n\n\n" + "x" * 1_000_001 + ",s\np,s\n\n"
-    examples, report = load_examples(write(tmp_path, text, "a.csv"))
+    examples, report = load(write(tmp_path, text, "a.csv"))
     assert len(examples) == 2 and report.skipped == {"empty row": 3, "row longer than 1 MB": 1}
-    with pytest.raises(UserError, match="a.csv:1: the header is not CSV"):
-        load_examples(write(tmp_path, 'problem,"sol"ution\np,s\n', "a.csv"))
 
 
-def test_a_bad_element_of_a_json_list_does_not_cost_those_after_it(tmp_path):
-    good = json.dumps(GOOD)
-    bad = [b'{"problem": "caf\xe9"}', b'{"problem": "a\0b"}', b'{"problem": "a\tb"}', b'{"n": ' + b"9" * 5000 + b"}"]
-    raw = b"[" + b", ".join([good.encode(), *bad, good.encode()]) + b"]"
-    examples, report = load_examples(write(tmp_path, raw, "a.json"))
-    assert len(examples) == 2 and report.skipped == {"not UTF-8": 1, "NUL byte": 1, "not JSON": 2}
-    lines = f"[\n {good},\n {{oops,\n  {{\n }},\n {good} oops,\n {good}\n]"
-    examples, report = load_examples(write(tmp_path, lines, "b.json"))
-    assert [e.where for e in examples] == [f"{tmp_path / 'b.json'}:{n}" for n in (2, 6, 7)]
-    assert report.skipped == {"not JSON": 2}
+def test_a_csv_file_of_one_column_loads(tmp_path):
+    examples, _ = load(write(tmp_path, "problem\np\nq\n", "a.csv"), need=())
+    assert [e.problem for e in examples] == ["p", "q"]
 
 
 def test_parquet_rows_are_numbered(tmp_path):
@@ -274,7 +291,7 @@ def test_parquet_rows_are_numbered(tmp_path):
     import pyarrow.parquet
     table = pyarrow.Table.from_pylist([GOOD, {"problem": "p", "solution": None}])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    examples, report = load_examples(tmp_path / "a.parquet")
+    examples, report = load(tmp_path / "a.parquet")
     assert examples[0].where.endswith("a.parquet:row 1")
     assert report.rows[0].startswith(f"{tmp_path / 'a.parquet'}:row 2: no solution")
 
@@ -284,7 +301,7 @@ def test_parquet_text_that_is_not_utf8_is_one_bad_row(tmp_path):
     import pyarrow.parquet
     texts = pyarrow.array([b"p", b"caf\xe9", b"q"]).view(pyarrow.utf8())
     pyarrow.parquet.write_table(pyarrow.table({"problem": texts, "solution": ["s"] * 3}), tmp_path / "a.parquet")
-    examples, report = load_examples(tmp_path / "a.parquet")
+    examples, report = load(tmp_path / "a.parquet")
     assert [e.problem for e in examples] == ["p", "q"] and report.skipped == {"not UTF-8": 1}
     assert report.rows[0].startswith(f"{tmp_path / 'a.parquet'}:row 2: ")
 
@@ -303,19 +320,19 @@ def test_a_markdown_heading_is_no_final_answer(tmp_path):
 def test_a_folder_gives_the_files_of_the_split(tmp_path):
     write(tmp_path, line(id="a") + b"\n", "my_train.jsonl")
     write(tmp_path, line(id="b") + b"\n", "my_test.jsonl")
-    assert [e.id for e in load_examples(tmp_path, split="test")[0]] == ["b"]
-    assert len(load_examples(tmp_path, split="validation")[0]) == 2
+    assert [e.id for e in load(tmp_path, split="test")[0]] == ["b"]
+    assert len(load(tmp_path, split="validation")[0]) == 2
 
 
 def test_repeated_ids_and_problems_are_kept_and_noted_and_limit_stops(tmp_path):
     path = write(tmp_path, (line(id="a") + b"\n") * 3)
-    examples, report = load_examples(path)
+    examples, report = load(path)
     assert len(examples) == 3 and report.notes == {"repeated id": 2, "repeated problem": 2}
     assert "2 x repeated id" in describe_report(report)
-    assert len(load_examples(path, limit=2)[0]) == 2
+    assert len(load(path, limit=2)[0]) == 2
 
 
 def test_the_report_keeps_20_rows_and_all_counts(tmp_path):
-    _, report = load_examples(write(tmp_path, b"bad\n" * 50 + line() + b"\n"))
+    _, report = load(write(tmp_path, b"bad\n" * 50 + line() + b"\n"))
     assert report.skipped == {"not JSON": 50} and len(report.rows) == 20
     assert describe_report(report).startswith("1 rows kept, 50 skipped: 50 x not JSON")

@@ -6,8 +6,15 @@ import pytest
 
 from minimath.core.errors import UserError
 from minimath.data.examples import Example
-from minimath.data.problems import REGISTERS, assert_disjoint, canonical, make_problems, split_of
-from minimath.data.scenes import FORMULAS, STORIES
+from minimath.data.problems import (
+    FORMULAS,
+    REGISTERS,
+    STORIES,
+    assert_disjoint,
+    canonical,
+    make_problems,
+    split_of,
+)
 
 EQUATION = re.compile(r"(\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)")
 

@@ -2,6 +2,7 @@
 import os
 import threading
 import time
+from typing import NamedTuple
 
 import pytest
 
@@ -56,6 +57,27 @@ def test_extract_answer_takes_the_last_final_answer(text, answer):
 def test_strict_extraction_accepts_boxed_only():
     assert extract_answer("#### 15", strict=True) is None
     assert extract_answer(r"#### 15 \boxed{16}", strict=True) == "16"
+
+
+class Completion(NamedTuple):
+    text: str
+    finished: bool
+
+
+@pytest.mark.parametrize("text, finished, answer", [
+    ("2 + 2 = 4", True, "4"), ("2 + 2 = 4", False, None), ("The answer is 4", False, None), ("#### 4", False, None),
+    (r"so \boxed{4} and then 7", False, "4"), (r"so \boxed{4} or \boxed{5", False, "4"), (r"\boxed{4", False, None),
+    (r"\boxed 12", False, None), (r"\boxed 12 ", False, "12"), ("", False, None)])
+def test_a_completion_that_was_cut_counts_only_with_a_closed_box(checker, text, finished, answer):
+    assert final_answer(text, finished) == answer
+    assert checker.check([Completion(text, finished)], "4") == [answer == "4"]
+    assert checker.matches(text, "4|12", finished=finished) == (answer is not None)
+
+
+def test_samples_are_checked_in_order():
+    samples = [Completion("so 3", True), Completion(r"\boxed{4}", True), Completion("so 4", False), Completion("4", True)]
+    checker = AnswerChecker()
+    assert checker.check(samples, "4") == [False, True, False, True] and checker.check([], "4") == []
 
 
 EQUAL = [
