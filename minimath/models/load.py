@@ -4,8 +4,8 @@ The reference policy and the self-judge are this model under `adapter_off`; roll
 The LM head is never called: losses and log-probs go through `minimath.kernels`.
 """
 import contextlib
-import json
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +13,14 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minimath.config.schema import ModelOptions
 from minimath.core import dist
 from minimath.core.errors import UserError
+from minimath.core.files import read_json
 from minimath.core.run_folder import find_adapter
+from minimath.models.quant_liger import keep_4bit_weights_trainable, nf4_config, patch_with_liger
 from minimath.models.sharding import shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,9 +67,8 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if name != "auto":
         return DTYPES[name], "as configured"
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the card computes bf16"
-        return torch.float16, "the card does not compute bf16"
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16, "the card computes bf16") if bf16 else (torch.float16, "the card does not compute bf16")
     # the flag first: builds without oneDNN (some for ARM) have no such operator
     if device.type == "cpu" and _cpu_flag("avx512_bf16", "amx_bf16") and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16, "the processor computes bf16"
@@ -75,11 +76,10 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def _cpu_flag(*names: str) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(name in text for name in names)
+        return any(name in text for name in names)
+    return False
 
 
 def load_tokenizer(cfg):
@@ -128,7 +128,7 @@ def _load_base(options: ModelOptions):
     kwargs = {"dtype": dtype, "attn_implementation": options.attn, "trust_remote_code": options.trust_remote_code,
               "use_safetensors": True}
     if options.quant == "nf4":
-        kwargs |= {"quantization_config": _nf4_config(dtype), "device_map": {"": device}}
+        kwargs |= {"quantization_config": nf4_config(dtype), "device_map": {"": device}}
     transformers.utils.logging.disable_progress_bar()
     with _load_errors(options.name, "model"):
         _refuse_other_shards(Path(options.name) / "model.safetensors.index.json")
@@ -153,53 +153,20 @@ def checkpoint_activations(model, **kwargs) -> None:
 
 def _refuse_other_shards(index: Path) -> None:
     """ValueError for an index of shards that are not safetensors files: transformers would unpickle them."""
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if os.path.isfile(index) else []
+    shards = read_json(index)["weight_map"].values() if index.is_file() else []
     if other := [str(shard) for shard in shards if not str(shard).endswith(".safetensors")]:
         raise ValueError(f"{index.name} names {other[0]!r}: only safetensors files are read")
 
 
-def _nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise UserError("quant=nf4 needs bitsandbytes: pip install bitsandbytes, or use quant=none") from None
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
-                              bnb_4bit_use_double_quant=True)
+@contextlib.contextmanager
+def _quiet():
+    """peft and transformers warn about each other's deprecations; a user can do nothing about those."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
-def patch_with_liger(model) -> None:
-    """Put liger-kernel's RMSNorm, RoPE and SwiGLU into `model`, but not its losses.
-
-    RoPE is a function of transformers' module of the model's family, so it changes for every model of that family in
-    this process. Raises UserError without a GPU, without the package, for a family that it does not know.
-    """
-    if model.device.type != "cuda":
-        raise UserError(f"liger=true needs a GPU (its kernels are Triton); the model is on {model.device.type}: "
-                        "use liger=false here")
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as families
-    except ImportError:
-        raise UserError("liger=true needs liger-kernel: pip install -e '.[liger]', or use liger=false") from None
-    if model.config.model_type not in families:
-        raise UserError(f"liger=true: liger-kernel has no kernels for {model.config.model_type} models "
-                        f"(it has {', '.join(sorted(families))}); use liger=false")
-    _apply_liger_kernel_to_instance(model=model, rope=True, rms_norm=True, swiglu=True, geglu=True,
-                                    cross_entropy=False, fused_linear_cross_entropy=False)
-
-
-def keep_4bit_weights_trainable(model) -> int:
-    """Stop bitsandbytes from repacking 4-bit weights; returns the number of layers.
-
-    On CPUs with avx512_bf16 one no-grad forward in eval mode repacks Linear4bit weights for good; LoRA gradients after
-    that are wrong by 77-99% with a normal-looking loss. RL generates and trains with the same weights.
-    """
-    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-    return len(layers)
-
-
+@_quiet()
 def _new_adapter(model, cfg):
     """A fresh LoRA adapter, weights in fp32: a bf16 adapter loses updates smaller than 1/256 of a weight."""
     options = cfg.adapter
@@ -220,6 +187,7 @@ def _new_adapter(model, cfg):
     return model
 
 
+@_quiet()
 def _load_adapter(model, folder: Path, train: bool):
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: no adapter_model.safetensors (pickled adapters are never loaded); "
@@ -288,7 +256,7 @@ def compute_dtype(model):
     """Autocast to the base's dtype, so that fp32 adapters take part in 16-bit products."""
     base = base_causal_lm(model)
     wanted = isinstance(model, PeftModel) and base.dtype != torch.float32
-    with torch.autocast(base.device.type, base.dtype, enabled=True) if wanted else contextlib.nullcontext():
+    with torch.autocast(base.device.type, base.dtype) if wanted else contextlib.nullcontext():
         yield
 
 
@@ -335,8 +303,7 @@ def head(model) -> Head:
 def describe(model, cfg) -> str:
     """Say device, dtype, quantisation and sizes of a stage's model on one line."""
     options = cfg.model
-    device = pick_device(options.device)
-    dtype, reason = pick_dtype(options.dtype, device)
+    dtype, reason = pick_dtype(options.dtype, device := pick_device(options.device))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else \

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from minimath.core import dist
-from minimath.data.chat import IGNORE
 from minimath.core.errors import UserError
+from minimath.data.chat import IGNORE
 
 
 def shard(model, base, device: torch.device) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from engines import generate
 from toy import load, make_config, wake_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from minimath.config.schema import EvalConfig
 from minimath.core.checkpoint import save_adapter
-from minimath.config.schema import AdapterConfig, ModelConfig
 from minimath.core.errors import UserError
 from minimath.kernels.reference import full_logits
 from minimath.models.load import (
@@ -26,7 +27,6 @@ from minimath.models.load import (
     pick_device,
     pick_dtype,
 )
-from minimath.rollout.engine import generate
 
 IDS = torch.arange(10, 26)[None]  # (1, 16)
 
@@ -58,7 +58,7 @@ def nf4_dir(tmp_path_factory):
 
 def test_adapter_off_gives_the_base_model(tiny_dir):
     base, _ = load(tiny_dir)
-    model, _ = load(tiny_dir, AdapterConfig, train=True)
+    model, _ = load(tiny_dir, train=True)
     wake_adapter(model)
     with inference(model):
         live = hidden_states(model, IDS)
@@ -72,7 +72,7 @@ def test_adapter_off_gives_the_base_model(tiny_dir):
 
 
 def test_only_the_adapter_is_trained_and_in_fp32(tiny_dir):
-    model, _ = load(tiny_dir, AdapterConfig, train=True, dtype="bf16")
+    model, _ = load(tiny_dir, train=True, dtype="bf16")
     for name, param in model.named_parameters():
         assert param.requires_grad == ("lora_" in name)
         assert param.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
@@ -81,7 +81,7 @@ def test_only_the_adapter_is_trained_and_in_fp32(tiny_dir):
 
 
 def test_a_saved_adapter_is_loaded_for_inference_and_for_more_training(tiny_dir, tmp_path):
-    model, _ = load(tiny_dir, AdapterConfig, train=True)
+    model, _ = load(tiny_dir, train=True)
     wake_adapter(model)
     save_adapter(model, tmp_path / "run" / "adapter")
     with inference(model):
@@ -90,7 +90,7 @@ def test_a_saved_adapter_is_loaded_for_inference_and_for_more_training(tiny_dir,
     assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.training
     with torch.no_grad():
         torch.testing.assert_close(hidden_states(frozen, IDS), wanted)
-    trained, _ = load(tiny_dir, AdapterConfig, train=True, adapter=str(tmp_path / "run"))
+    trained, _ = load(tiny_dir, train=True, adapter=str(tmp_path / "run"))
     assert {n for n, p in trained.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
     }
@@ -108,7 +108,7 @@ def test_a_saved_adapter_is_loaded_for_inference_and_for_more_training(tiny_dir,
     ],
 )
 def test_adapter_variants_get_gradients(tiny_dir, options):
-    model, _ = load(tiny_dir, AdapterConfig, train=True, lora_r=4, **options)
+    model, _ = load(tiny_dir, train=True, lora_r=4, **options)
     hidden_states(model, IDS).square().sum().backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     assert grads and all(g is not None and torch.isfinite(g).all() for g in grads)
@@ -124,7 +124,7 @@ def test_adapter_variants_get_gradients(tiny_dir, options):
 def test_rslora_scales_by_the_root_of_the_rank(tiny_dir):
     scales = []
     for rslora in (False, True):
-        model, _ = load(tiny_dir, AdapterConfig, train=True, lora_r=4, lora_alpha=8.0, rslora=rslora)
+        model, _ = load(tiny_dir, train=True, lora_r=4, lora_alpha=8.0, rslora=rslora)
         scales.append(next(m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")))
     assert scales == [2.0, 4.0]
 
@@ -140,16 +140,13 @@ def lora_gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_nf4_gradients_after_generate_equal_those_of_a_fresh_model(nf4_dir, double_quant):
+def test_nf4_gradients_after_generate_equal_those_of_a_fresh_model(nf4_dir):
     """The repack trap: on CPUs with avx512_bf16, bitsandbytes repacks 4-bit weights in the first no-grad
     forward, and every LoRA gradient after it is wrong. An RL loop generates and trains with the same weights."""
-    fresh, tokenizer = load(
-        nf4_dir, AdapterConfig, train=True, quant="nf4", dtype="bf16", double_quant=double_quant
-    )
+    fresh, tokenizer = load(nf4_dir, train=True, quant="nf4", dtype="bf16")
     wake_adapter(fresh)
     wanted = lora_gradients(fresh)
-    used, _ = load(nf4_dir, AdapterConfig, train=True, quant="nf4", dtype="bf16", double_quant=double_quant)
+    used, _ = load(nf4_dir, train=True, quant="nf4", dtype="bf16")
     wake_adapter(used)
     generate(used, tokenizer, [IDS[0].tolist()] * 3, samples=2, max_new_tokens=4, eos=[])
     got = lora_gradients(used)
@@ -161,7 +158,7 @@ def test_nf4_gradients_after_generate_equal_those_of_a_fresh_model(nf4_dir, doub
 def test_the_guard_reaches_every_4bit_layer(nf4_dir):
     import bitsandbytes
 
-    model, _ = load(nf4_dir, AdapterConfig, train=True, quant="nf4", dtype="bf16")
+    model, _ = load(nf4_dir, train=True, quant="nf4", dtype="bf16")
     layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 14 and keep_4bit_weights_trainable(model) >= 14
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
@@ -252,7 +249,7 @@ def test_a_pickled_adapter_is_never_read(tiny_dir, tmp_path):
 
 
 def test_an_adapter_of_another_model_is_refused(tiny_dir, nf4_dir, tmp_path):
-    model, _ = load(nf4_dir, AdapterConfig, train=True)
+    model, _ = load(nf4_dir, train=True)
     save_adapter(model, tmp_path / "adapter")
     with pytest.raises(UserError, match="another base model") as caught:
         load(tiny_dir, adapter=str(tmp_path / "adapter"))
@@ -265,13 +262,13 @@ def test_an_adapter_of_another_model_is_refused(tiny_dir, nf4_dir, tmp_path):
 def test_lora_targets_that_cannot_work_are_refused(tmp_path, targets, said):
     folder = tiny.tiny_model(tmp_path, "llama-untied")
     with pytest.raises(UserError, match=said) as caught:
-        load(folder, AdapterConfig, train=True, lora_targets=targets)
+        load(folder, train=True, lora_targets=targets)
     assert targets in one_line(caught)
 
 
 def test_an_unknown_lora_init_is_refused(tiny_dir):
     with pytest.raises(UserError, match="pisa") as caught:
-        load(tiny_dir, AdapterConfig, train=True, lora_init="pisa")
+        load(tiny_dir, train=True, lora_init="pisa")
     one_line(caught)
 
 
@@ -298,7 +295,7 @@ def test_dtype_choices():
 
 
 def test_describe_names_device_dtype_and_quantisation(nf4_dir):
-    cfg = make_config(ModelConfig, str(nf4_dir), quant="nf4", dtype="bf16")
+    cfg = make_config(EvalConfig, str(nf4_dir), quant="nf4", dtype="bf16")
     model, _ = load(nf4_dir, quant="nf4", dtype="bf16")
     text = describe(model, cfg)
     assert all(part in text for part in (str(nf4_dir), "cpu", "bfloat16", "NF4", "double", "0.00 M trained"))
@@ -309,15 +306,15 @@ def test_liger_without_a_gpu_is_refused_in_one_line(tiny_dir):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="liger=true needs a GPU"):
-        load_model(ModelConfig(model=str(tiny_dir), device="cpu", liger=True), train=False)
+        load_model(EvalConfig(model=str(tiny_dir), device="cpu", liger=True), train=False)
 
 
 LIGER = """
 import sys
 from types import SimpleNamespace
 from transformers import AutoModelForCausalLM
-from minimath.config import UserError
-from minimath.model import patch_with_liger
+from minimath.core.errors import UserError
+from minimath.models.load import patch_with_liger
 
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 forward = type(model).forward

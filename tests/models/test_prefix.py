@@ -1,20 +1,18 @@
 """Completions behind one shared prompt: the same hidden states, loss and gradient as rows computed apart."""
 
-from types import SimpleNamespace
-
 import pytest
 import tiny
 import torch
-from toy import load, wake_adapter
+from toy import policy_of, wake_adapter
 
 from minimath.data.batch import forward_args, micro_batches
 from minimath.data.chat import IGNORE, Encoded
-from minimath.config.schema import AdapterConfig
 from minimath.kernels import linear_token_loss
 from minimath.models.load import head, hidden_states
-from minimath.models.prefix import LEAST_SAVED, forward_batches, share_saved, shared_packs, trained_states
+from minimath.models.prefix import LEAST_SAVED, forward_batches, own_rows, share_saved, shared_packs, trained_states
 
 PROMPTS = [list(range(20, 31)), list(range(40, 45))]
+GROUPS = [0, 0, 0, 0, 1, 1]  # of the rows of rows_of()
 
 
 def rows_of(lengths=((3, 1, 7, 4), (5, 2))) -> list[Encoded]:
@@ -33,14 +31,14 @@ def gradients(model, rows, batches):
     model.zero_grad()
     lm_head, logp = head(model), [None] * len(rows)
     for indices, batch in batches:
-        weight = torch.cat([torch.linspace(1, 2, sum(rows[i].mask)).double() * (i + 1) for i in indices])
+        weight = torch.cat([torch.linspace(1, 2, sum(rows[i].loss_mask)).double() * (i + 1) for i in indices])
         spread = torch.zeros(len(batch["target"])).double()
         spread[batch["target"] != IGNORE] = weight
         hidden = trained_states(hidden_states(model, **forward_args(batch)), batch)
         loss, stats = linear_token_loss(hidden, lm_head.weight, batch["target"],
                                         lambda s, at, spread=spread: -s.logp * spread[at], **lm_head.kernel_args())
         loss.backward()
-        parts = stats.logp[batch["target"] != IGNORE].split([sum(rows[i].mask) for i in indices])
+        parts = stats.logp[batch["target"] != IGNORE].split([sum(rows[i].loss_mask) for i in indices])
         for i, part in zip(indices, parts):
             logp[i] = part
     return logp, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -52,12 +50,11 @@ def test_loss_and_gradient_equal_those_of_rows_computed_apart(tmp_path, family, 
     if (family, attn) == ("gemma2", "sdpa"):
         pytest.skip("its capped attention scores need eager attention")
     folder = tiny.tiny_model(tmp_path / family, family)
-    model, _ = load(folder, AdapterConfig, train=True, attn=attn)
-    wake_adapter(model)
+    policy = policy_of(folder, train=True, attn=attn)
+    wake_adapter(model := policy.model)
     model.double().eval()
     rows = rows_of()
-    cfg = SimpleNamespace(micro_batch_tokens=200, shared_prefix=True, attn=attn)
-    shared = list(forward_batches(cfg, model, rows, 0))
+    shared = list(forward_batches(policy, rows, GROUPS, 200))
     assert len(shared) == 2 and all("source" in batch for _, batch in shared)
     apart = micro_batches(rows, packing=False, micro_batch_tokens=200, pad_id=0, device="cpu")
     want_logp, want = gradients(model, rows, apart)
@@ -70,8 +67,8 @@ def test_loss_and_gradient_equal_those_of_rows_computed_apart(tmp_path, family, 
 def test_a_sliding_window_counts_positions_not_places(tmp_path, family):
     """A window of 6 reaches from a late completion into its prompt, across the completions between."""
     folder = tiny.tiny_model(tmp_path / family, family)
-    model, _ = load(folder, AdapterConfig, train=True, attn="eager")
-    wake_adapter(model)
+    policy = policy_of(folder, train=True, attn="eager")
+    wake_adapter(model := policy.model)
     model.double().eval()
     config = model.get_base_model().config
     config.sliding_window = 6
@@ -79,7 +76,7 @@ def test_a_sliding_window_counts_positions_not_places(tmp_path, family):
         if getattr(module, "sliding_window", None):
             module.sliding_window = 6
     rows = rows_of()
-    shared = forward_batches(SimpleNamespace(micro_batch_tokens=200, shared_prefix=True, attn="eager"), model, rows, 0)
+    shared = forward_batches(policy, rows, GROUPS, 200)
     apart = micro_batches(rows, packing=False, micro_batch_tokens=1, pad_id=0, device="cpu")  # unpadded, each alone
     want_logp, want = gradients(model, rows, apart)
     logp, got = gradients(model, rows, shared)
@@ -89,18 +86,28 @@ def test_a_sliding_window_counts_positions_not_places(tmp_path, family):
 
 def test_packs_hold_one_prompt_and_keep_the_token_budget():
     rows = rows_of()
-    assert shared_packs(rows, 1000) == [[0, 1, 2, 3], [4, 5]]
-    assert shared_packs(rows, 16) == [[0, 1], [2], [3], [4, 5]]  # 11 + 3 + 1; 11 + 7 alone is too long already
-    assert shared_packs(rows, 1) == [[0], [1], [2], [3], [4], [5]]
+    assert shared_packs(rows, GROUPS, 1000) == [[0, 1, 2, 3], [4, 5]]
+    assert shared_packs(rows, GROUPS, 16) == [[0, 1], [2], [3], [4, 5]]  # 11 + 3 + 1; 11 + 7 alone is too long already
+    assert shared_packs(rows, GROUPS, 1) == [[0], [1], [2], [3], [4], [5]]
     total = sum(len(row.ids) for row in rows)
-    assert share_saved(rows, shared_packs(rows, 1000)) == pytest.approx((3 * 11 + 5) / total)
+    assert share_saved(rows, shared_packs(rows, GROUPS, 1000)) == pytest.approx((3 * 11 + 5) / total)
+
+
+def test_every_process_has_whole_groups_and_every_row_one_process(monkeypatch):
+    groups = [0, 0, 1, 1, 1, 2, 4, 4]
+    assert own_rows(groups) == list(range(8))
+    monkeypatch.setattr("minimath.core.dist.world", lambda: 2)
+    told = []
+    for rank in range(2):
+        monkeypatch.setattr("minimath.core.dist.rank", lambda rank=rank: rank)
+        told.append(own_rows(groups))
+    assert told == [[0, 1, 5, 6, 7], [2, 3, 4]]
 
 
 def test_long_completions_and_flash_attention_are_not_shared(tiny_dir):
-    model, _ = load(tiny_dir)
+    policy, groups = policy_of(tiny_dir), [0, 0, 1, 1]
     long = rows_of(((300, 300), (300, 300)))
-    assert share_saved(long, shared_packs(long, 4096)) < LEAST_SAVED
-    short = rows_of()
-    for rows, attn, wanted in ((long, "sdpa", True), (short, "flash_attention_2", True), (short, "sdpa", False)):
-        cfg = SimpleNamespace(micro_batch_tokens=4096, shared_prefix=wanted, attn=attn)
-        assert all("source" not in batch for _, batch in forward_batches(cfg, model, rows, 0))
+    assert share_saved(long, shared_packs(long, groups, 4096)) < LEAST_SAVED
+    assert all("source" not in batch for _, batch in forward_batches(policy, long, groups, 4096))
+    policy.options.attn = "flash_attention_2"
+    assert all("source" not in batch for _, batch in forward_batches(policy, rows_of(), GROUPS, 4096))
