@@ -1,4 +1,6 @@
-"""Solve problems and check their arithmetic: minimath solve ["PROBLEM"] model=... adapter=runs/...
+"""Solve problems and check their arithmetic.
+
+    minimath solve ["PROBLEM"] model=... adapter=runs/...
 
 The solution appears as it is written; behind each line stands whether its arithmetic holds. Without a problem it asks
 for one after the other, until an empty line.
@@ -22,13 +24,13 @@ from minimath.rollout.open import open_engine
 
 
 def solve_command(words: list[str]) -> None:
-    """Run `minimath solve` with the words behind it. Raises UserError as `parse` and `solve` do."""
+    """Run `minimath solve` with the words behind it. Raises UserError."""
     problem, options = parse(words)
     solve(problem, load_config(EvalConfig, None, options))
 
 
 def solve(problem: str, cfg: EvalConfig) -> None:
-    """Print a solution, its checked steps and its answer; greedy unless temperature is set.
+    """Print a solution with its checked steps and its answer.
 
     samples > 1 prints several. problem "": read problems from standard input, one a line, until an empty one. Raises
     UserError when there is none, or for an unusable model.
@@ -46,7 +48,7 @@ def solve(problem: str, cfg: EvalConfig) -> None:
 
 
 def parse(words: list[str]) -> tuple[str, list[str]]:
-    """Split the command line into problem and options; the problem may be left out. UserError for an empty one."""
+    """Split the command line into problem, "" if left out, and options. UserError."""
     # an option in its place is an option; "x=3, y=x+1. What is y?" is a problem
     if not words or words[0].lstrip("-").partition("=")[0].replace("-", "_") in options_of(EvalConfig):
         return "", words
@@ -67,7 +69,7 @@ def ask() -> Iterator[str]:
 
 
 def solve_one(problem: str, cfg: EvalConfig, policy: Policy, engine) -> None:
-    """Print the solutions of one problem; a single one as it is written. UserError for a problem that is too long."""
+    """Print the solutions of one problem, a single one as it is written. UserError."""
     prompt = policy.prompt_ids(problem)
     if len(prompt) > cfg.prompt.max_prompt_len:
         raise UserError(f"the problem has {len(prompt)} tokens, max_prompt_len={cfg.prompt.max_prompt_len}: raise that")
@@ -87,14 +89,14 @@ def solve_one(problem: str, cfg: EvalConfig, policy: Policy, engine) -> None:
 
 
 class Shown:
-    """A solution on the terminal, as far as it is written: each line gets its mark when it is complete."""
+    """A solution on the terminal, as far as it is written."""
 
     def __init__(self):
         self.count = 0  # characters shown
 
     def add(self, text: str) -> None:
-        """Show what is new in `text`; a character that may still change (half of one in UTF-8) waits."""
-        text = text.rstrip("\ufffd")
+        """Show what is new in `text`, and the mark of each line that is complete."""
+        text = text.rstrip("\ufffd")  # half of a character in UTF-8 waits
         while (end := text.find("\n", self.count)) >= 0:
             line_start = text.rfind("\n", 0, end) + 1
             print(printable(text[self.count:end]) + mark(text[line_start:end]))

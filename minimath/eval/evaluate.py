@@ -1,6 +1,8 @@
-"""Evaluate a model on problems with known answers: minimath eval data=... model=... adapter=...
+"""Evaluate a model on problems with known answers.
 
-Greedy, or k samples per problem. Completions are kept as they finish: after an interrupt, a crash or kill -9 the same
+    minimath eval data=problems.jsonl model=... [adapter=...] [samples=8 temperature=0.6]
+
+Completions are kept as they finish: after an interrupt, a crash or kill -9 the same
 command with resume=true goes on. What is computed is in metrics.py; several sets of problems in one go, in suite.py.
 
     out/eval.json           the summary: where it is, the evaluation is complete
@@ -35,11 +37,11 @@ from minimath.rollout.open import open_engine
 
 
 def evaluate(cfg: EvalConfig) -> dict:
-    """Evaluate a model on problems with known answers; returns the summary, of a suite what suite.json holds.
+    """Evaluate a model on problems with known answers, or on a suite of them.
 
-    With resume, a complete evaluation in the run folder is returned as it is. Raises Interrupted, after it has said
-    what is done and how to go on, and UserError also when what decides the completions is not what the evaluation to go
-    on with was begun with.
+    Returns the summary, of a suite what suite.json holds. With resume, a complete evaluation in the run folder is
+    returned as it is. Raises Interrupted, after it has said what is done and how to go on, and UserError also when what
+    decides the completions is not what the evaluation to go on with was begun with.
     """
     if fault := cfg.check():
         raise UserError(fault)
@@ -59,9 +61,10 @@ def load_and_say(cfg: EvalConfig, log: RunLog) -> Policy:
 
 def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str = "", *,
                       load: Callable[[EvalConfig, RunLog], Policy] = load_and_say, within: bool = False) -> dict:
-    """Evaluate on examples that are loaded; returns the summary. Raises as `evaluate` does.
+    """Evaluate on examples that are loaded; returns the summary.
 
-    note: what is said of the examples. within: this is a part of a suite, which says how to go on.
+    note: what is said of the examples. within: this is a part of a suite, which says how to go on. Raises as `evaluate`
+    does.
     """
     decides = fingerprint(cfg, examples)
     if cfg.run.resume and cfg.run.out and (Path(cfg.run.out) / EVAL).exists():
@@ -72,18 +75,18 @@ def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str = "", 
         log.say(note or f"{len(examples)} problems")
         policy = load(cfg, log)
         decides["model files"] = model_hash(policy)
-        with open_part(log, decides, len(examples), cfg, policy) as part:
-            try:
-                summary, records = evaluate_policy(policy, examples, cfg, log, part)
-            except Interrupted:
-                within = within or len(stop_files(log.run_dir)) > 1  # or a part of a run of the whole recipe
-                go_on = "" if within else f"; the same command with out={log.run_dir} resume=true goes on"
-                log.say(f"{interrupt.reason()}: stopped, {len(part.done)} of {len(examples) * cfg.samples} completions "
-                        f"are done{go_on}")
-                raise
-            if dist.is_main():
-                write_results(log.run_dir, summary, records)
-                part.remove()
+        part = open_part(log, decides, len(examples), cfg, policy)
+        try:
+            summary, records = evaluate_policy(policy, examples, cfg, log, part)
+        except Interrupted:
+            within = within or len(stop_files(log.run_dir)) > 1  # or a part of a run of the whole recipe
+            go_on = "" if within else f"; the same command with out={log.run_dir} resume=true goes on"
+            log.say(f"{interrupt.reason()}: stopped, {len(part.done)} of {len(examples) * cfg.samples} completions are "
+                    f"done{go_on}")
+            raise
+        if dist.is_main():
+            write_results(log.run_dir, summary, records)
+            part.path.unlink(missing_ok=True)
         name = cfg.adapter.path or cfg.model.name
         log.table(f"{name} on {len(examples)} problems", COLUMNS, [table_row(name, summary)])
         for name, value in summary.items():
@@ -112,7 +115,7 @@ def complete(folder: Path, decides: dict, cfg: EvalConfig) -> dict:
 
 def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, log: RunLog,
                     part: PartFile | None = None, engine=None) -> tuple[dict, list[dict]]:
-    """Sample and grade; returns (summary, records), one record per completion.
+    """Sample and grade; returns the summary, and a record per completion.
 
     Several processes take a share of the problems each, and all return the whole. part: where completions are kept as
     they finish, with those that an earlier process left; None, within a training: nowhere. engine: an open one;
@@ -151,7 +154,10 @@ def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, lo
 
 def sample_completions(policy: Policy, prompts: dict[int, list[int]], cfg: EvalConfig, log: RunLog, part: PartFile,
                        engine=None) -> int:
-    """Sample what `part` lacks of the problems by their place in the data; returns the number of tokens sampled."""
+    """Sample what `part` lacks; returns the number of tokens sampled.
+
+    prompts: token ids by the problem's place in the data, which seeds its random streams.
+    """
     numbers, total = list(prompts), len(prompts) * cfg.samples
     skip = {(p, s) for p, i in enumerate(numbers) for s in range(cfg.samples) if (i, s) in part.done}
     tokens, new_tokens = sum(part.done[numbers[p], s].tokens for p, s in skip), 0
@@ -170,7 +176,7 @@ def sample_completions(policy: Policy, prompts: dict[int, list[int]], cfg: EvalC
 
 
 def grade(number: int, s: int, example: Example, sample: Sample, checker: AnswerChecker) -> dict:
-    """Make the record of one completion: text, answer, correct or wrong, tokens, steps."""
+    """Make the record of one completion."""
     answer = final_answer(sample.text, sample.finished)
     return {"number": number, "id": example.id, "problem": example.problem, "gold": example.answer, "sample": s,
             "text": sample.text, "answer": answer,
@@ -179,7 +185,7 @@ def grade(number: int, s: int, example: Example, sample: Sample, checker: Answer
 
 
 def worded_given_up(timeouts: int, unreadable: list[Example]) -> str:
-    """Say in one line which comparisons ran out of time, and which gold answers no one can read."""
+    """Say what was not compared in time, and which gold answers no one can read."""
     parts = []
     if timeouts:
         parts.append(f"{timeouts} comparison{'s' * (timeouts > 1)} of answers took too long and counted as wrong")

@@ -1,4 +1,4 @@
-"""Figures of an evaluation from its records: accuracy with its interval, tokens, pass@k, maj@k, token budgets.
+"""Compute the figures of an evaluation from its records.
 
 A record is one completion, a line of completions.jsonl: number (the problem's place in the data), id, problem, gold,
 sample, text, answer, correct, tokens, finished, correct_steps, steps. Step consistency (every `a op b = c`) is a
@@ -19,7 +19,7 @@ COLUMNS = ["model", "accuracy", "95% interval", "mean tokens", "tokens per corre
 
 
 def summarise(records: list[dict], cfg: EvalConfig, checker: AnswerChecker) -> dict:
-    """Make the summary of an evaluation; intervals treat problems, not samples, as independent."""
+    """Summarise records; intervals take problems, not samples, as independent."""
     groups, k = list(by_problem(records).values()), cfg.samples
     rates = [sum(r["correct"] for r in group) / len(group) for group in groups]
     correct, tokens = sum(r["correct"] for r in records), [r["tokens"] for r in records]
@@ -42,7 +42,7 @@ def summarise(records: list[dict], cfg: EvalConfig, checker: AnswerChecker) -> d
 
 
 def by_problem(records: list[dict]) -> dict[int, list[dict]]:
-    """Group records by their problem's place in the data: one that occurs twice there counts twice."""
+    """Group records by their problem's place in the data, not by its text."""
     problems: dict[int, list[dict]] = {}
     for record in records:
         problems.setdefault(record["number"], []).append(record)
@@ -50,14 +50,14 @@ def by_problem(records: list[dict]) -> dict[int, list[dict]]:
 
 
 def at_budgets(groups: list[list[dict]], budgets: str) -> dict[str, float]:
-    """Compute accuracy@N for each N of a comma list: what did not finish within N tokens counts as wrong."""
+    """Compute accuracy@N for a list of N: what did not finish by then is wrong."""
     return {f"accuracy@{budget}": statistics.fmean(
         sum(r["correct"] and r["finished"] and r["tokens"] <= budget for r in group) / len(group) for group in groups)
         for budget in map(int, comma_list(budgets))}
 
 
 def majority_correct(group: list[dict], checker: AnswerChecker) -> bool:
-    """Tell whether the most frequent answer is correct; the answer seen first wins a tie.
+    """Tell whether the most frequent answer is correct; the first wins a tie.
 
     Answers count as one when they are equal as mathematics: 1,200 and 1200, 1/2 and \\frac{1}{2}. The correct ones
     all equal the gold answer, so only wrong ones are compared, and only where the outcome can depend on it.

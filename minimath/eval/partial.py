@@ -1,4 +1,4 @@
-"""Completions of an evaluation, kept in its run folder as they finish: an interrupt loses none, a resume goes on.
+"""Keep the completions of an evaluation as they finish, so that it can go on.
 
     run/fingerprint.json         what decides the completions: options; hashes of problems, adapter, model
     run/completions.part.jsonl   {"number", "sample", "ids", "finished"} of each completion; gone with the last one
@@ -6,10 +6,9 @@
 A completion's random stream is seeded by (seed, problem, sample), so it does not depend on which others are done. A
 line is handed to the system as its completion finishes: kill -9 can tear the line being written, no other.
 """
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minimath.config.load import plain_values
@@ -34,48 +33,39 @@ NOT_DECISIVE = {"model", "adapter", "dtype", "data", "split", "limit", "strict",
                 "trust_remote_code", "out", "resume", "shard", "suite"}
 
 
+@dataclass
 class PartFile:
-    """The completions that are there: `done`, and the file that add() appends to. folder None: no file."""
-
-    def __init__(self, folder: Path | None = None, done: dict[Job, Sample] | None = None):
-        self.path, self.done = folder and folder / PART, done or {}
-        self.file = None  # opened at the first completion: a run that fails before it leaves nothing behind
+    """The completions that are done, and the file that keeps them."""
+    path: Path | None = None
+    """None: they are not kept"""
+    done: dict[Job, Sample] = field(default_factory=dict)
 
     def add(self, number: int, sample: int, completion: Sample) -> None:
-        """Append one completion. Raises UserError when the disk is full; those before it are intact."""
+        """Append one completion.
+
+        Raises UserError when the disk is full; those before it are intact, and a resume drops the torn line.
+        """
         self.done[number, sample] = completion
         if self.path is None or not dist.is_main():  # what other processes sample is sampled again after an interrupt
             return
         try:
-            if self.file is None:
-                self.file = open(self.path, "a", encoding="ascii")
-            self.file.write(part_line(number, sample, completion))
-            self.file.flush()
+            with open(self.path, "a", encoding="ascii") as file:
+                file.write(part_line(number, sample, completion))
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; free some space, then go on with "
                             "resume=true") from None
 
-    def close(self) -> None:
-        if self.file is not None:
-            with contextlib.suppress(OSError):  # a full disk: add has told, a resume drops the torn line
-                self.file.close()
-
-    def remove(self) -> None:
-        """Delete the file: the evaluation is complete."""
-        self.close()
-        self.path.unlink(missing_ok=True)
-
 
 def part_line(number: int, sample: int, completion: Sample) -> str:
+    """Write one completion as a line of the part file."""
     row = {"number": number, "sample": sample, "ids": completion.ids, "finished": completion.finished}
     return json.dumps(row) + "\n"
 
 
-@contextlib.contextmanager
-def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy: Policy) -> Iterator[PartFile]:
-    """Yield the PartFile of log.run_dir: new, or with resume what an earlier process left.
+def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy: Policy) -> PartFile:
+    """Start the part file of log.run_dir, or with resume read what is there.
 
-    Damaged lines are dropped and told. Raises UserError when `decides` differs from what that process had.
+    Damaged lines are dropped and told. Raises UserError when `decides` differs from what the evaluation began with.
     """
     folder, done = log.run_dir, {}
     if cfg.run.resume and holds_part(folder):
@@ -91,8 +81,7 @@ def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy
     elif cfg.run.resume:
         log.say(f"no completion in {folder} yet: starting with the first")
     write_whole(folder / FINGERPRINT, json.dumps(decides, indent=1) + "\n")
-    with contextlib.closing(PartFile(folder, done)) as part:
-        yield part
+    return PartFile(folder / PART, done)
 
 
 def holds_part(folder) -> bool:
@@ -102,22 +91,20 @@ def holds_part(folder) -> bool:
 
 
 def read_part(path: Path, problems: int, samples: int) -> tuple[dict[Job, Sample], int]:
-    """Read a part file: completions without their text, and the number of lines that are none."""
+    """Read a part file: completions without text, and how many lines are none."""
     done, dropped = {}, 0
     *lines, rest = path.read_bytes().split(b"\n")  # rest: behind the last line end, so a line that was cut
     for line in lines:
         try:
             row = json.loads(line)
-            number, sample, ids, finished = row["number"], row["sample"], row["ids"], row["finished"]
-            sound = (type(number) is int and 0 <= number < problems and type(sample) is int
-                     and 0 <= sample < samples and type(finished) is bool and bool(ids)
-                     and all(type(i) is int and i >= 0 for i in ids))
-        except (ValueError, TypeError, KeyError):
-            sound = False
-        if sound:
-            done[number, sample] = Sample(ids, [], finished)
-        else:
-            dropped += 1
+        except ValueError:
+            row = None
+        match row:
+            case {"number": int(number), "sample": int(sample), "ids": [_, *_] as ids, "finished": bool(finished)} if (
+                    0 <= number < problems and 0 <= sample < samples and all(type(i) is int and i >= 0 for i in ids)):
+                done[number, sample] = Sample(ids, [], finished)
+            case _:
+                dropped += 1
     return done, dropped + bool(rest)
 
 
@@ -139,7 +126,7 @@ def fingerprint(cfg: EvalConfig, examples: list[Example]) -> dict:
 
 
 def model_hash(policy: Policy) -> str:
-    """Hash about 100 values of every parameter, the chat template and the end tokens: it tells models apart."""
+    """Hash about 100 values of every parameter, the chat template and the end ids."""
     digest = hashlib.sha256()
     for name, parameter in policy.model.named_parameters():
         flat = parameter.detach().reshape(-1)
@@ -151,7 +138,7 @@ def model_hash(policy: Policy) -> str:
 
 
 def refuse_changes(folder: Path, decides: dict) -> None:
-    """Raise UserError unless the evaluation in the folder was begun with the same `decides`, or with more."""
+    """Raise UserError unless the evaluation there began with the same `decides`."""
     try:
         before = read_json(folder / FINGERPRINT)
         changed = {name: (before.get(name), value) for name, value in decides.items() if before.get(name) != value}

@@ -1,10 +1,12 @@
-"""Make training data by rejection: minimath sample data=problems.jsonl model=... [adapter=...] [samples=8] out=FOLDER
+"""Make training data of a model's own correct solutions.
 
-Samples k solutions of each problem from the model and keeps the shortest correct ones, as the paper keeps the shortest
-correct trace of each problem (arXiv 2507.08267, section 3.1): a model fine-tuned on its own correct solutions loses
+    minimath sample data=problems.jsonl model=... [adapter=...] [samples=8] out=FOLDER
+
+Rejection sampling: of k solutions per problem the shortest correct ones are kept, as the paper keeps the shortest
+correct trace of each problem (arXiv 2507.08267, section 3.1). A model fine-tuned on its own correct solutions loses
 less than on another's, and the problems that it never or always solves can be left out. The solutions are in
-train.jsonl, ready for `minimath sft data=`. Sampling is an evaluation (evaluate.py) with samples: interrupted, the same
-command with resume=true goes on.
+train.jsonl, ready for `minimath sft data=`. Sampling is an evaluation: interrupted, the same command with resume=true
+goes on.
 """
 import json
 import statistics
@@ -51,9 +53,9 @@ class SampleConfig(EvalConfig):
 
 
 def sample(cfg: SampleConfig) -> dict:
-    """Sample, grade, keep; writes train.jsonl beside the evaluation's files. Returns counts.
+    """Sample, grade, keep; writes train.jsonl beside the evaluation's files.
 
-    Raises Interrupted, and UserError also when nothing is left.
+    Returns counts. Raises Interrupted, and UserError also when nothing is left.
     """
     evaluate(cfg)
     out = Path(cfg.run.out)
@@ -69,7 +71,7 @@ def sample(cfg: SampleConfig) -> dict:
 
 
 def kept_rows(records: list[dict], cfg: SampleConfig) -> tuple[list[dict], dict]:
-    """Choose training rows from the records of an evaluation; returns them, by problem, and counts."""
+    """Choose training rows from records; returns them, by problem, and counts."""
     problems = by_problem(records)
     counts = {"problems": len(problems), "never_correct": 0, "outside_rates": 0, "unsound": 0, "cut": 0}
     rows = []

@@ -1,4 +1,6 @@
-"""Evaluate one model on several sets: minimath eval suite=gsm8k,math500,mine=my.jsonl model=... out=FOLDER
+"""Evaluate one model on several sets of problems.
+
+    minimath eval suite=gsm8k,math500,mine=my.jsonl model=... [data=FOLDER] out=FOLDER
 
     out/NAME/       what a lone evaluation of that set leaves (evaluate.py)
     out/suite.json  {"model", "adapter", "sets": {NAME: summary}, "mean"}: where it is, all sets are complete
@@ -49,10 +51,10 @@ SUMMED = ("problems", "checker_timeouts", "bad_gold")
 
 
 class Problems(NamedTuple):
-    """One set: the options of its evaluation, its problems, and what is to be said of them."""
-    cfg: EvalConfig
+    """The problems of one set."""
+    cfg: EvalConfig  # of their evaluation
     examples: list[Example]
-    note: str
+    note: str        # what is to be said of them
 
 
 def evaluate_suite(cfg: EvalConfig) -> dict:
@@ -86,7 +88,7 @@ def evaluate_suite(cfg: EvalConfig) -> dict:
 
 
 def refuse_folder(cfg: EvalConfig, sets: dict[str, Problems]) -> None:
-    """Raise UserError when cfg.run.out can't be filled or gone on with, before any set is evaluated."""
+    """Raise UserError when the run folder can't be filled or gone on with."""
     if not cfg.run.out:
         return
     if held := held_run(Path(cfg.run.out)):
@@ -104,7 +106,7 @@ def refuse_folder(cfg: EvalConfig, sets: dict[str, Problems]) -> None:
 # ---- which sets, and their problems
 
 def read_sets(cfg: EvalConfig) -> dict[str, Problems]:
-    """Read the sets of cfg.suite, in its order. Raises UserError as `evaluate_suite` does."""
+    """Read the sets of cfg.suite, in its order. Raises UserError."""
     chosen, folder = chosen_sets(cfg.suite), cfg.data.source
     if folder and not (isinstance(folder, str) and Path(folder).expanduser().is_dir()):
         raise UserError(f"data={folder}: no such folder; with suite= it is to hold files such as {next(iter(chosen))}"
@@ -113,7 +115,10 @@ def read_sets(cfg: EvalConfig) -> dict[str, Problems]:
 
 
 def chosen_sets(text: str) -> dict[str, str]:
-    """Parse "gsm8k,mine=my.jsonl" to {"gsm8k": "", "mine": "my.jsonl"}. UserError for a name that is no set."""
+    """Parse "gsm8k,mine=my.jsonl" to {"gsm8k": "", "mine": "my.jsonl"}.
+
+    Raises UserError for a name that is no set.
+    """
     chosen: dict[str, str] = {}
     for item in comma_list(text):
         name, equals, file = (part.strip() for part in item.partition("="))
@@ -159,7 +164,7 @@ def read_known(name: str, cfg: EvalConfig) -> Problems:
 
 
 def svamp_rows(source: str, split: str) -> list[dict]:
-    """Read SVAMP's rows, Body and Question put together as the problem; rows with other columns as they are."""
+    """Read SVAMP's rows, Body and Question put together as the problem."""
     rows = [row for _, row in rows_of(source, split)]
     return [row | {"problem": f"{row['Body'].strip()} {row['Question'].strip()}", "answer": row.get("Answer")}
             if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("Body", "Question")) else row
@@ -175,10 +180,11 @@ def local_file(name: str, folder: Path) -> Path | None:
 # ---- what comes out
 
 def mean_of(summaries: dict[str, dict]) -> dict:
-    """Average over the sets, each counting the same; figures that a set lacks are left out.
+    """Average over the sets, each counting the same.
 
-    The interval of the mean accuracy is put together from those of the sets, which are independent (MOVER: Zou, Huang
-    and Zhang 2009, "A note on confidence interval estimation for a linear function of binomial proportions").
+    Figures that a set lacks are left out. The interval of the mean accuracy is put together from those of the sets,
+    which are independent (MOVER: Zou, Huang and Zhang 2009, "A note on confidence interval estimation for a linear
+    function of binomial proportions").
     """
     rows = list(summaries.values())
     names = [*AVERAGED, *(key for key in rows[0] if "@" in key)]
@@ -190,7 +196,7 @@ def mean_of(summaries: dict[str, dict]) -> dict:
 
 
 def suite_table(result: dict) -> tuple[list[str], list[list[str]]]:
-    """Word what suite.json holds as (columns, rows): a row per set, then the mean."""
+    """Word what suite.json holds as columns and rows: the sets, then the mean."""
     summaries, budgets = result["sets"], [key for key in result["mean"] if key.startswith("accuracy@")]
     k = max(summary["samples"] for summary in summaries.values())
     first, *more = ["accuracy"] if k == 1 else [f"avg@{k}", f"pass@{k}", f"maj@{k}"]

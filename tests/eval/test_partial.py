@@ -185,16 +185,13 @@ def test_kill_9_loses_at_most_what_was_running(run, options, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_there(tmp_path):
-    part = PartFile(tmp_path)
+    part = PartFile(tmp_path / PART)
     part.add(0, 0, Sample([1, 2], [], True))
-    part.close()
-    full = PartFile(tmp_path)
-    full.path = Path("/dev/full")
+    full = PartFile(Path("/dev/full"))
     if not full.path.exists():
         pytest.skip("no /dev/full here")
     with pytest.raises(UserError, match="resume=true"):
         full.add(0, 1, Sample([3], [], False))
-    full.close()
     assert done_at(tmp_path / PART, 1, 2) == {(0, 0): ([1, 2], True)} and read_part(tmp_path / PART, 1, 2)[1] == 0
 
 
