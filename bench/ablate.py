@@ -1,38 +1,19 @@
 """What each part of the recipe is worth: the demo's recipe with one thing changed at a time, several seeds each.
 
     python -m bench.ablate                          # every arm, seeds 0 1 2; hours, and goes on where it was stopped
-    python -m bench.ablate --arms rules no-judge --seeds 0
+    python -m bench.ablate --arms heuristic no-judge --seeds 0
     python -m bench.ablate --table                  # table and picture of what has been measured so far
 
 Made word problems as in `minimath demo`; a seed has one SFT run, from which its arms start, and decides the order of
-the data and the samples. Every stage is the command line in a process of its own. All models answer the same held-out
-problems, greedily. Arms:
-
-    base, sft      without training; after stage 1
-    rules          SFT + RLAIF with the rules judge: the recipe, which every other arm changes in one thing
-    self           judged by the model itself, adapter off
-    endpoint       judged by SmolLM2 behind llama.cpp's server (bench.llama_server)
-    no-judge       judge_weight=0: right or wrong, and brevity
-    no-brevity     brevity_weight=0: right or wrong, and the judge
-    right-only     both 0: right or wrong alone
-    no-gate        gate=none: nothing says which answers are right
-    grpo           loss=grpo; with one update per rollout gspo has the same gradient
-    dapo-2, grpo-2, gspo-2    two updates per rollout
-    gspo-clip      gspo-2 with the clip of its paper, 3e-4 and 4e-4: the others' can hardly bite
-    lr-third       lr=1e-4 instead of 3e-4
-    steps-12       the same with twice the steps
-    group-16       16 samples per problem instead of 8
-    paper          reward=paper: the paper's own stage 2, without a judge
-    rl, rl-paper   RLAIF, and the paper's stage 2, on the base: no SFT
+data and samples. Every stage is the command line in a process of its own. All models answer the same held-out
+problems, greedily. What every arm changes: ARMS below.
 
 Accuracy and tokens are means over seeds; the 95% intervals come from a bootstrap over seeds and problems, and the
-differences to `rules` from one over the same draws of both. readable: how often a judge held out of training finds the
-arm's solution easier to read than that of its SFT model, both being right (as `minimath judge compare`;
---readers 0 leaves it out). The default reader is the base model itself, with the position taken out; --reader names a
-better one, as the judge options of `minimath judge check`. Writes bench/results/ablate-<device>.json, a row at a time,
-and a picture of it.
+differences to `heuristic` from one over the same draws of both. readable: how often a judge held out of training finds
+the arm's solution easier to read than that of its SFT model, both being correct, with the position taken out (--readers
+0 leaves it out). The default reader is the base model itself; --reader names a better one, as the judge options of
+`minimath judge check`. Writes bench/results/ablate-<device>.json, a row at a time, and a picture of it.
 """
-
 from __future__ import annotations
 
 import argparse
@@ -50,42 +31,43 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.llama_server import serve
-from bench.measure import RESULTS, machine
-from bench.roofline import positive
+from bench.measure import RESULTS, ROOT, machine, positive
+from minimath.commands.demo import DemoConfig, demo_model, write_problems
 from minimath.config.load import load_config
 from minimath.config.schema import RLAIFConfig
 from minimath.core.errors import UserError
-from minimath.commands.demo import DemoConfig, demo_model, write_problems
-from minimath.report.figures import COLOURS, INK, new_figure, save_png
-from minimath.judges.judge import make_judge
-from minimath.commands.judge_compare import checked_records, pair_up, read_pairs, same_text, win_shares
-from minimath.models.load import load_model
 from minimath.core.files import write_whole
+from minimath.core.run_folder import EVAL, METRICS
+from minimath.eval.metrics import read_records
+from minimath.judges.base import Pair, Solution
+from minimath.judges.compare import both_orders
+from minimath.judges.judge import make_judge
+from minimath.models.policy import load_policy
+from minimath.report.figures import COLOURS, INK, new_figure, save_png
 
-ROOT = Path(__file__).parent.parent
-REFERENCE = "rules"
+REFERENCE = "heuristic"
 TWO = ["updates_per_rollout=2"]
 ARMS = {  # name -> (the model it starts from, what it changes in the recipe); None: no training
     "base": ("", None),
     "sft": ("sft", None),
-    "rules": ("sft", []),
-    "self": ("sft", ["judge=self", "judge_plan=swiss"]),
-    "endpoint": ("sft", ["judge=openai", "judge_model=SmolLM2-135M-Instruct", "judge_key_env=", "judge_plan=swiss",
-                         "judge_timeout_s=600", "judge_step_s=0"]),
-    "no-judge": ("sft", ["judge_weight=0"]),
-    "no-brevity": ("sft", ["brevity_weight=0"]),
-    "right-only": ("sft", ["judge_weight=0", "brevity_weight=0"]),
-    "no-gate": ("sft", ["gate=none"]),
-    "grpo": ("sft", ["loss=grpo"]),
-    "dapo-2": ("sft", TWO),
+    "heuristic": ("sft", []),  # the recipe: SFT + RLAIF with the heuristic judge
+    "self": ("sft", ["judge=self", "judge_pairs=4"]),  # judged by the model itself, adapter off
+    "endpoint": ("sft", ["judge=openai", "judge_model=SmolLM2-135M-Instruct", "judge_key_env=", "judge_pairs=4",
+                         "judge_timeout_s=600"]),  # by SmolLM2 behind llama.cpp's server
+    "no-judge": ("sft", ["judge_weight=0"]),  # correct or wrong, and brevity
+    "no-brevity": ("sft", ["brevity_weight=0"]),  # correct or wrong, and the judge
+    "correct-only": ("sft", ["judge_weight=0", "brevity_weight=0"]),
+    "no-verifier": ("sft", ["verifier=none"]),  # nothing says which answers are correct
+    "grpo": ("sft", ["loss=grpo"]),  # with one update per rollout gspo has the same gradient
+    "dapo-2": ("sft", TWO),  # two updates per rollout
     "grpo-2": ("sft", ["loss=grpo", *TWO]),
     "gspo-2": ("sft", ["loss=gspo", *TWO]),
-    "gspo-clip": ("sft", ["loss=gspo", "clip_low=0.0003", "clip_high=0.0004", *TWO]),
-    "lr-third": ("sft", ["lr=1e-4"]),
-    "steps-12": ("sft", ["lr=1e-4", "steps=12"]),
-    "group-16": ("sft", ["group_size=16"]),
-    "paper": ("sft", ["reward=paper"]),
-    "rl": ("", []),
+    "gspo-clip": ("sft", ["loss=gspo", "clip_low=0.0003", "clip_high=0.0004", *TWO]),  # the clip of its paper
+    "lr-third": ("sft", ["lr=1e-4"]),  # instead of 3e-4
+    "steps-12": ("sft", ["lr=1e-4", "steps=12"]),  # the same with twice the steps
+    "group-16": ("sft", ["group_size=16"]),  # instead of 8
+    "paper": ("sft", ["reward=paper"]),  # the paper's own stage 2, without a judge
+    "rl": ("", []),  # RLAIF on the base: no SFT
     "rl-paper": ("", ["reward=paper"]),
 }
 
@@ -111,7 +93,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 # ---- running
 
 def run_stage(out: Path, words: list[str], threads: int) -> None:
-    """One stage by the command line, unless it is done; one that was stopped goes on. UserError when it fails."""
+    """Run one stage by the command line, unless it is done; one that was stopped goes on.
+
+    Raises UserError when it fails.
+    """
     done = out / "done"
     if done.exists():
         return
@@ -127,44 +112,43 @@ def run_stage(out: Path, words: list[str], threads: int) -> None:
 
 
 def run_arm(arm: str, seed: int, options, url: str, threads: int) -> dict:
-    """Train and evaluate one arm with one seed -> its row."""
+    """Train and evaluate one arm with one seed; return its row."""
     start, changes = ARMS[arm]
     work, data = options.work, options.work / "data"
     common = [f"model={options.model}", f"seed={seed}"]
     adapter = [f"adapter={work / f'sft-{seed}'}"] if start else []
     if changes is not None:
         out = work / f"{arm}-{seed}"
-        served = [f"judge_url={url}", f"judge_cache={work / 'replies'}"] if arm == "endpoint" else []
+        served = [f"judge_url={url}"] if arm == "endpoint" else []
         words = ["rlaif", "demo", *common, f"data={data / 'rl.jsonl'}", *adapter, *options.set, *changes, *served]
         run_stage(out, words, threads)
         adapter = [f"adapter={out}"]
     folder = work / f"eval-{arm}-{seed}"
     run_stage(folder, ["eval", "demo", *common, f"data={data / 'test.jsonl'}", *adapter, *options.set], threads)
-    return row_of(arm, seed, folder, work / f"{arm}-{seed}" / "metrics.jsonl" if changes is not None else None)
+    return row_of(arm, seed, folder, work / f"{arm}-{seed}" / METRICS if changes is not None else None)
 
 
 def row_of(arm: str, seed: int, folder: Path, metrics: Path | None) -> dict:
-    """The figures of one evaluation, the answers problem by problem, where and when they were made, and what the judge
-    of its training cost."""
-    summary = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    kept = ("problems", "accuracy", "mean_tokens", "right_steps", "checked_steps", "ended")
-    records = checked_records(folder)
+    """Collect the figures of one evaluation: answers by problem, where and when, what its judge cost."""
+    summary = json.loads((folder / EVAL).read_text(encoding="utf-8"))
+    kept = ("problems", "accuracy", "mean_tokens", "correct_steps", "checked_steps", "finished")
+    records = read_records(folder)
     row = {"arm": arm, "seed": seed} | {name: summary[name] for name in kept}
-    row |= {"right": "".join(str(int(r["right"])) for r in records), "tokens": [r["tokens"] for r in records]}
+    row |= {"correct": "".join(str(int(r["correct"])) for r in records), "tokens": [r["tokens"] for r in records]}
     here = machine("cuda" if torch.cuda.is_available() else "cpu")
     row["measured"] = {name: here.get(name) for name in ("device", "driver", "commit", "date") if here.get(name)}
     if metrics is not None:
         steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        judged = [s for s in steps if s.get("judge_comparisons")]
-        asked = sum(s["judge_comparisons"] for s in judged)
-        row["judge"] = {"comparisons": asked, "no_votes": sum(s["judge_no_votes"] for s in judged)} | {
-            name: sum(s[f"judge_{name}"] * s["judge_comparisons"] for s in judged) / max(1, asked)
+        judged = [s for s in steps if s.get("judge/comparisons")]
+        asked = sum(s["judge/comparisons"] for s in judged)
+        row["judge"] = {"comparisons": asked, "no_votes": sum(s["judge/no_votes"] for s in judged)} | {
+            name: sum(s[f"judge/{name}"] * s["judge/comparisons"] for s in judged) / max(1, asked)
             for name in ("position_bias", "order_conflicts")}
     return row
 
 
 def run_all(options, rows: dict[str, dict], save) -> list[str]:
-    """Run what is missing, seed by seed; calls save() after each row. Returns what failed, in words."""
+    """Run what is missing, seed by seed, with save() after each row; return what failed, in words."""
     made = load_config(DemoConfig, "demo", [word for word in options.set if word.startswith("demo.")], "demo")
     options.set = [word for word in options.set if not word.startswith("demo.")]
     options.model = options.model or str(demo_model())
@@ -206,28 +190,30 @@ def read_all(options, rows: dict[str, dict], save) -> None:
         return
     words = [f"model={options.model or demo_model()}", "judge_rubric=readability"]
     cfg = load_config(RLAIFConfig, None, [*words, *options.reader])
-    model, tokenizer = load_model(cfg, train=False) if cfg.judge.name == "self" else (None, None)
-    judge = make_judge(cfg, model, tokenizer)
+    policy = load_policy(cfg, train=False) if cfg.judge.name == "self" else None
+    judge = make_judge(cfg.judge, policy, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, say=print)
     judge.ping()
     for row in due:
-        votes, facts = read_pairs(judge, readable_pairs(options.work, row)[: options.readers])
-        if facts["error"]:
-            print(f"the reader failed: {facts['error']}", flush=True)
+        pairs = readable_pairs(options.work, row)[:options.readers]
+        votes = judge.compare([each for a in pairs for each in (a, a._replace(first=a.second, second=a.first))])
+        both = [pair for pair in zip(votes[::2], votes[1::2], strict=True) if None not in pair]
         row["reader"] = f"{judge.name}, {Path(cfg.model.name).name}" if cfg.judge.name == "self" else judge.name
-        row["readable"] = [round(p, 4) for p in win_shares(votes, judge.soft) if p is not None]
+        row["readable"] = [round(both_orders(*pair, judge.soft), 4) for pair in both]
         save()
 
 
-def readable_pairs(work: Path, row: dict) -> list:
-    """The right solutions of the row's arm, each beside that of its SFT model, where both are right and differ."""
-    ours, sft = (checked_records(work / f"eval-{arm}-{row['seed']}") for arm in (row["arm"], "sft"))
-    return [pair for pair in pair_up(ours, sft, "all") if pair.a.right and pair.b.right and not same_text(pair)]
+def readable_pairs(work: Path, row: dict) -> list[Pair]:
+    """Pair the correct solutions of the row's arm with those of its SFT model, where both differ."""
+    ours, sft = (read_records(work / f"eval-{arm}-{row['seed']}") for arm in (row["arm"], "sft"))
+    return [Pair(a["problem"], *(Solution(r["text"], True, r["tokens"]) for r in (a, b)))
+            for a, b in zip(ours, sft, strict=True)
+            if a["correct"] and b["correct"] and a["text"].strip() != b["text"].strip()]
 
 
 # ---- figures
 
 def interval(values: np.ndarray, draws: int = 4000) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the mean of values (S, P), over seeds and problems at once."""
+    """Compute the 95% bootstrap interval of the mean of values (S, P), over seeds and problems at once."""
     rng = np.random.default_rng(0)
     seeds, problems = values.shape
     means = [values[rng.integers(0, seeds, seeds)][:, rng.integers(0, problems, problems)].mean() for _ in range(draws)]
@@ -236,21 +222,23 @@ def interval(values: np.ndarray, draws: int = 4000) -> tuple[float, float]:
 
 
 def figures(rows: dict[str, dict], arm: str) -> dict | None:
-    """Mean accuracy (%), tokens, right steps (%) of an arm over its seeds with intervals, and the differences to the
-    reference over the seeds that both have; None without a row."""
+    """Compute mean accuracy, tokens and correct steps of an arm over its seeds, with intervals.
+
+    Shares are in percent; the differences to the reference are over the seeds that both have. None without a row.
+    """
     mine = {row["seed"]: row for row in rows.values() if row["arm"] == arm}
     theirs = {row["seed"]: row for row in rows.values() if row["arm"] == REFERENCE}
     if not mine:
         return None
     out = {"seeds": len(mine)}
-    for name in ("right", "tokens"):
+    for name in ("correct", "tokens"):
         values = np.array([values_of(row, name) for row in mine.values()])  # (S, P)
         out[name], out[f"{name}_interval"] = float(values.mean()), interval(values)
         both = [seed for seed in mine if seed in theirs]
         if both and arm != REFERENCE:
             gap = np.array([values_of(mine[s], name) - values_of(theirs[s], name) for s in both])
             out[f"{name}_gap"], out[f"{name}_gap_interval"] = float(gap.mean()), interval(gap)
-    out["right_steps"] = 100 * float(np.mean([row["right_steps"] for row in mine.values()]))
+    out["correct_steps"] = 100 * float(np.mean([row["correct_steps"] for row in mine.values()]))
     read = np.array([p for row in mine.values() for p in row.get("readable", [])])
     if len(read):
         out["readable"], out["readable_interval"] = 100 * float(read.mean()), interval(100 * read[None])
@@ -258,19 +246,20 @@ def figures(rows: dict[str, dict], arm: str) -> dict | None:
 
 
 def values_of(row: dict, name: str) -> np.ndarray:
-    """(P,): 100 for a right answer and 0 for a wrong one, or the tokens."""
-    return np.array([100.0 * int(c) for c in row["right"]] if name == "right" else row["tokens"], dtype=float)
+    """List per problem 100 for a correct answer and 0 for a wrong one, or the tokens; (P,)."""
+    return np.array([100.0 * int(c) for c in row["correct"]] if name == "correct" else row["tokens"], dtype=float)
 
 
 def table(rows: dict[str, dict]) -> Table:
     problems = next(iter(rows.values()))["problems"]
     out = Table(title=f"{problems} held-out problems; 95% intervals; differences to {REFERENCE}")
-    for name in ("arm", "seeds", "accuracy, %", "difference", "tokens", "difference", "right steps", "readable, %"):
+    for name in ("arm", "seeds", "accuracy, %", "difference", "tokens", "difference", "correct steps", "readable, %"):
         out.add_column(name, justify="left" if name == "arm" else "right")
     for arm in ARMS:
         if facts := figures(rows, arm):
-            cells = [with_interval(facts, name) for name in ("right", "right_gap", "tokens", "tokens_gap", "readable")]
-            out.add_row(arm, str(facts["seeds"]), *cells[:4], f"{facts['right_steps']:.1f}%", cells[4])
+            shown = ("correct", "correct_gap", "tokens", "tokens_gap", "readable")
+            cells = [with_interval(facts, name) for name in shown]
+            out.add_row(arm, str(facts["seeds"]), *cells[:4], f"{facts['correct_steps']:.1f}%", cells[4])
     return out
 
 
@@ -283,18 +272,21 @@ def with_interval(facts: dict, name: str) -> str:
 
 
 def plot(rows: dict[str, dict], path: Path) -> None:
-    """Accuracy and tokens of every arm, and the difference in accuracy to the reference of those that start from SFT,
-    which is too small to be seen beside the base."""
+    """Draw accuracy and tokens of every arm, and the difference to the reference of those that start from SFT.
+
+    The difference is too small to be seen beside the base.
+    """
     facts = {arm: found for arm in ARMS if (found := figures(rows, arm))}
     figure, axes = new_figure(10, 0.3 * len(facts) + 1.1, ncols=3, sharey=True)
-    panels = (("right", "accuracy, %"), ("tokens", "mean tokens"), ("right_gap", f"accuracy, points above {REFERENCE}"))
+    panels = (("correct", "accuracy, %"), ("tokens", "mean tokens"),
+              ("correct_gap", f"accuracy, points above {REFERENCE}"))
     for axis, (name, label) in zip(axes, panels, strict=True):
         for place, (arm, found) in enumerate(facts.items()):
-            if name in found and (name != "right_gap" or ARMS[arm][0]):
+            if name in found and (name != "correct_gap" or ARMS[arm][0]):
                 low, high = found[f"{name}_interval"]
                 axis.plot([low, high], [place, place], color=COLOURS[0], linewidth=2)
                 axis.plot([found[name]], [place], "o", markersize=5, color=COLOURS[2 if arm == REFERENCE else 1])
-        line = 0 if name == "right_gap" else facts.get(REFERENCE, {}).get(name)
+        line = 0 if name == "correct_gap" else facts.get(REFERENCE, {}).get(name)
         if line is not None:
             axis.axvline(line, color=INK, linewidth=0.8, linestyle=":")
         axis.set_xlabel(label)
@@ -310,11 +302,11 @@ def key(arm: str, seed: int) -> str:
 def main(words: list[str] | None = None) -> int:
     options = parse(words)
     held = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"rows": {}}
-    rows, failed = held["rows"], []
+    rows, failed = held.pop("rows"), []
 
     def save() -> None:
         lines = ",\n".join(f'  "{name}": {json.dumps(rows[name])}' for name in sorted(rows))
-        write_whole(options.out, f'{{"rows": {{\n{lines}\n}}}}\n')
+        write_whole(options.out, json.dumps(held)[:-1] + ", " * bool(held) + f'"rows": {{\n{lines}\n}}}}\n')
 
     if not options.table:
         try:

@@ -112,9 +112,9 @@ def completion_rewards(correct: list[bool], ids: list[list[int]]) -> list[float]
     return [float(ok) + part for ok, part in zip(correct, spread, strict=True)]
 
 
-def spread_reward(texts: list[str], group) -> list[float]:
-    """Reward the samples of a group of minimath's as TRL's are rewarded."""
-    return completion_rewards([sample.correct for sample in group.samples], [sample.ids for sample in group.samples])
+def spread_reward(samples: list, example) -> list[float]:
+    """Reward minimath's samples as TRL's are rewarded."""
+    return completion_rewards([sample.correct for sample in samples], [sample.ids for sample in samples])
 
 
 def touch(model) -> None:
