@@ -65,7 +65,7 @@ def load_stages(recipe: str, overrides: list[str]) -> tuple[SFTConfig, RLAIFConf
     eval_cfg = load_config(EvalConfig, recipe, [w for w in overrides if not w.startswith("limit=")], allow_other=True)
     if not (sft_cfg.data.source and rl_cfg.data.source and eval_cfg.data.source):
         raise UserError("a run needs training and held-out problems: set sft.data=, rlaif.data= and eval.data=")
-    make_reward(rl_cfg, lambda: None)  # functions of the user's that can't be loaded
+    make_reward(rl_cfg, None)  # functions of the user's that can't be loaded
     Verifier(rl_cfg.verifier)
     return sft_cfg, rl_cfg, eval_cfg
 
