@@ -19,14 +19,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from minimath.core import adapters
+from minimath.config.schema import OptimizerOptions
 from minimath.core import checkpoint
-from minimath.core.run_folder import find_adapter
-from minimath.core.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, lock_run, save_adapter, save_checkpoint, verify
-from minimath.config.schema import SFTConfig
+from minimath.core.checkpoint import (
+    best_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_adapter,
+    save_checkpoint,
+    verify,
+)
 from minimath.core.errors import UserError
-from minimath.train.optimizer import clip_and_step, make_optimizer
+from minimath.core.files import manifest_digest, sha256
+from minimath.core.run_folder import find_adapter
 from minimath.core.state import optimizer_state
+from minimath.train.optimizer import clip_and_step, make_optimizer
 
 SIZE = pytest.mark.filterwarnings("ignore:Paged optimizers")
 
@@ -39,7 +46,7 @@ def make(tiny_dir):
         model = AutoModelForCausalLM.from_pretrained(tiny_dir)
         options = {"r": 128, "target_modules": "all-linear", "lora_dropout": 0.1} | lora
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options)).train()
-        return model, make_optimizer(model.parameters(), SFTConfig(optimizer=optimizer))
+        return model, make_optimizer(model.parameters(), OptimizerOptions(optimizer))
     return build
 
 
@@ -236,8 +243,8 @@ def test_a_manifest_can_not_point_outside_its_folder(tmp_path, make):
     folder = save(tmp_path, 1, make(r=4))
     manifest = json.loads((folder / "manifest.json").read_text())
     (tmp_path / "x").write_text("")
-    manifest["files"]["../../x"] = {"bytes": 0, "sha256": checkpoint.sha256(tmp_path / "x")}
-    manifest["sha256"] = checkpoint.manifest_digest({name: manifest[name] for name in ("step", "best", "files")})
+    manifest["files"]["../../x"] = {"bytes": 0, "sha256": sha256(tmp_path / "x")}
+    manifest["sha256"] = manifest_digest({name: manifest[name] for name in ("step", "best", "files")})
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert verify(folder) == ["../../x: missing"]
 
@@ -325,12 +332,6 @@ def test_of_a_run_of_the_whole_recipe_the_adapter_of_the_last_complete_stage_is_
         find_adapter(tmp_path)
 
 
-def test_the_names_of_stages_are_those_of_the_pipeline():
-    from minimath.commands import run as pipeline
-    source = Path(pipeline.__file__).read_text()
-    assert adapters.COMPLETE == pipeline.SUMMARY and all(f'out / "{stage}"' in source for stage in adapters.STAGES)
-
-
 def test_a_saved_adapter_loads_in_peft_bitwise(tmp_path, make, tiny_dir):
     model, optimizer = make(r=4)
     train(model, optimizer, 2)
@@ -377,22 +378,10 @@ def test_an_unreadable_or_missing_adapter_says_what_was_looked_for(tmp_path, mak
         find_adapter(tmp_path / "adapter_old")
 
 
-def test_a_second_writer_is_refused_until_the_first_has_left(tmp_path):
-    # flock belongs to the open file, so a second opening in this process stands for another process
-    for _ in range(2):
-        with lock_run(tmp_path / "run"):
-            with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
-                with lock_run(tmp_path / "run"):
-                    pass
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="choose another out="), lock_run(tmp_path / "file" / "run"):
-        pass
-
-
 KILL_SCRIPT = """
 import sys, torch, peft
 from transformers import AutoModelForCausalLM
-from minimath.checkpoint import save_checkpoint
+from minimath.core.checkpoint import save_checkpoint
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 model = peft.get_peft_model(model, peft.LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"))
 optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)

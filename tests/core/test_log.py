@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from minimath.core import log
+from minimath.core.credentials import mask
 from minimath.core.errors import UserError
-from minimath.core.log import RunLog, fmt, fmt_duration, mask, truncate_metrics
+from minimath.core.log import RunLog, fmt, fmt_duration, truncate_metrics
 
 
 class Terminal(io.StringIO):
@@ -70,6 +71,25 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds_with_time_left(
     assert shown[0] == "sft 10/60, 10 s, 50 s left, 1.5 GiB, loss=0.123"
     assert shown[-1] == "sft 60/60, 1 min 00 s, 1.5 GiB, loss=0.123"
     assert "\x1b" not in out.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_that_finished_nothing_shows_no_time_left_and_after_a_resume_the_estimate_is_of_this_process(
+        tmp_path, clock, terminal):
+    """40 of 60 are done by an earlier process; this one needs 30 s for each of the first two."""
+    out = Terminal() if terminal else io.StringIO()
+    with RunLog(tmp_path, "test", stream=out).progress(60, "sft", done=40) as advance:
+        clock[0] += 36
+        advance(0, tok_s=5.0)
+        assert "40/60" in out.getvalue() or terminal  # rich draws it in its own time
+        first = len(out.getvalue())
+        assert "left" not in out.getvalue() and (terminal or "sft 40/60, 36 s," in out.getvalue())
+        clock[0] += 24
+        advance(2)
+        if not terminal:
+            assert "sft 42/60, 1 min 00 s, 9 min 00 s left" in out.getvalue()[first:]
+    if terminal:
+        assert "42/60" in out.getvalue()[first:] and "9 min 00 s left" in out.getvalue()[first:]
 
 
 def test_on_a_terminal_progress_is_drawn_and_texts_are_not_markup(tmp_path):
