@@ -8,6 +8,7 @@ y = x W^T + x A^T (s B)^T, for q, k, v or gate, up together. What stands in the 
 - else W as it is, and the adapters of a group in one small product.
 """
 import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,10 @@ class Parts(NamedTuple):
 
 
 def parts_of(module: nn.Module) -> Parts | None:
-    """The parts of a linear layer, plain or 4-bit, with or without LoRA; None for a layer that is something else or
-    more (DoRA and other variants, fan_in_fan_out, other quantisation)."""
+    """Take a linear layer apart, plain or 4-bit, with or without LoRA.
+
+    None for one that is something else or more: DoRA and other variants, fan_in_fan_out, other quantisation.
+    """
     base, a, b = module, [], []
     if isinstance(module, LoraLayer):
         base = module.base_layer
@@ -52,7 +55,7 @@ def is_4bit(module: nn.Module) -> bool:
 
 
 def weight_of(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """W (out, in) in dtype, dequantised if it is 4-bit: what the layer itself multiplies by."""
+    """Give W (out, in) in dtype as the layer itself multiplies by it, dequantised."""
     if not is_4bit(base):
         return base.weight.detach().to(dtype)
     from bitsandbytes.functional import dequantize_4bit
@@ -62,8 +65,7 @@ def weight_of(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
 class Group:
     """Linear layers that get the same input one after another, computed in one go at the first one's call."""
 
-    def __init__(self, modules: list[nn.Module], parts: list[Parts], dtype: torch.dtype, *, copy: bool, rows: int):
-        self.modules = tuple(modules)
+    def __init__(self, parts: list[Parts], dtype: torch.dtype, *, copy: bool, rows: int):
         self.widths = [p.base.out_features for p in parts]
         self.width = sum(self.widths)
         self.x = self.y = None
@@ -88,7 +90,7 @@ class Group:
             self.bases = [p.base for p in parts]
 
     def adapters(self, parts: list[Parts], dtype: torch.dtype):
-        """All A of the group (R, in), and their B as one (R, width) with zeros between the layers."""
+        """Stack all A of the group (R, in), and their B as one (R, width), zeros between."""
         ranks = [0 if p.a is None else len(p.a) for p in parts]
         if not any(ranks):
             return None, None
@@ -102,7 +104,7 @@ class Group:
         return a.to(dtype), b.to(dtype)
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in) -> (..., width) for all layers of the group."""
+        """Compute (..., width) for all layers of the group from x (..., in)."""
         flat = x.reshape(-1, x.shape[-1])
         if self.bases is None:
             y = self.product(flat)
@@ -116,7 +118,7 @@ class Group:
         return y.view(*x.shape[:-1], self.width)
 
     def forward_of(self, index: int):
-        """The forward of the layer `index`: the first one computes, the others take their part of it."""
+        """Make the forward of the layer `index`: the first one computes for all."""
         start = sum(self.widths[:index])
         last = index == len(self.widths) - 1
 
@@ -131,7 +133,10 @@ class Group:
 
 
 def packs(weight: torch.Tensor) -> bool:
-    """Whether oneDNN can hold this weight in its own layout; bf16 only on processors with AVX-512 or better."""
+    """Tell whether oneDNN can hold this weight in its own layout.
+
+    bf16 only on processors with AVX-512 or better.
+    """
     if weight.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     return weight.dtype == torch.float32 or (
@@ -139,7 +144,10 @@ def packs(weight: torch.Tensor) -> bool:
 
 
 def packed_product(weight: torch.Tensor, bias, rows: int):
-    """x -> x W^T + bias with W in oneDNN's layout for about `rows` rows: what torch.compile does to frozen weights."""
+    """Make x -> x W^T + bias with W in oneDNN's layout for about `rows` rows.
+
+    That is what torch.compile does to frozen weights.
+    """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
@@ -149,13 +157,13 @@ def plain_product(weight: torch.Tensor, bias):
 
 
 def copied_bytes(model, dtype: torch.dtype) -> int:
-    """Bytes of a copy in dtype of the weights of all linear layers, the head included."""
+    """Count the bytes of a copy in dtype of all linear layers, the head included."""
     return sum(m.in_features * m.out_features for m in model.modules()
                if type(m) is nn.Linear or is_4bit(m)) * dtype.itemsize
 
 
 def called_together(model) -> list[list[nn.Module]]:
-    """Linear layers of the decoder in the order of their calls, those that got the very same input together."""
+    """List the decoder's linear layers as they are called; those with one input together."""
     base, calls, hooks = base_causal_lm(model), [], []
     inner = {id(part) for m in model.modules() if isinstance(m, LoraLayer) for part in m.modules() if part is not m}
 
@@ -185,11 +193,13 @@ def called_together(model) -> list[list[nn.Module]]:
 
 
 @contextlib.contextmanager
-def decoding_linears(model, *, copy: bool, rows: int):
-    """Inside, the decoder's linear layers run in groups. Yields ({layer: its group}, whether every adapted layer is in
-    one, so that nothing needs autocast). rows: how many are decoded side by side, for the layout. Weights must not
-    change inside."""
-    dtype, patched, adapted, group_of = base_causal_lm(model).dtype, [], 0, {}
+def decoding_linears(model, *, copy: bool, rows: int) -> Iterator[bool]:
+    """Run the decoder's linear layers in groups inside. Weights must not change there.
+
+    rows: how many are decoded side by side, for the layout. Yields whether every adapted layer is in a group, so that
+    nothing needs autocast.
+    """
+    patched, adapted = [], 0
     if isinstance(model, PeftModel):
         adapted = sum(isinstance(m, LoraLayer) and isinstance(getattr(m, "base_layer", None), nn.Module)
                       for m in model.modules())
@@ -199,13 +209,12 @@ def decoding_linears(model, *, copy: bool, rows: int):
             if not known or not copy and all(parts.a is None for _, parts in known):  # nothing to gain
                 adapted -= sum(isinstance(m, LoraLayer) for m, _ in known)
                 continue
-            group = Group([m for m, _ in known], [parts for _, parts in known], dtype, copy=copy, rows=rows)
+            group = Group([parts for _, parts in known], base_causal_lm(model).dtype, copy=copy, rows=rows)
             for index, (module, _) in enumerate(known):
                 patched.append((module, module.__dict__.get("forward")))
                 module.forward = group.forward_of(index)
                 adapted -= isinstance(module, LoraLayer)
-                group_of[module] = group
-        yield group_of, adapted == 0
+        yield adapted == 0
     finally:
         for module, before in patched:
             if before is None:

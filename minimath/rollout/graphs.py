@@ -8,8 +8,10 @@ MOST = 24  # graphs kept; a batch that shrinks needs a new one for every size
 
 
 class StepGraphs:
-    """Runs step(n, length, spans), from recordings where the device can. Recordings hold addresses: `forget` them when
-    a tensor that the step uses has moved."""
+    """Runs step(n, length, spans), from recordings where the device can.
+
+    Recordings hold addresses: `forget` them when a tensor that the step uses has moved.
+    """
 
     def __init__(self, device: torch.device):
         self.usable = device.type == "cuda" and torch.version.hip is None
@@ -38,7 +40,7 @@ class StepGraphs:
         self.used = True
 
     def record(self, step, n: int, length: int):
-        """The graph of one step, which does not run it; None if it cannot be recorded (said once)."""
+        """Record one step without running it; None if it cannot be recorded, said once."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool):

@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from minimath.core.errors import UserError
-from minimath.models.load import base_causal_lm
+from minimath.models.load import base_causal_lm, compute_dtype, inference
 
 ALIGN = 64  # places are a multiple of this, which keeps the rows of a mask aligned for CUDA's sdpa kernels
 ATTENTION = "minimath_slots"
@@ -31,7 +31,10 @@ class SlotLayer(CacheLayerMixin):
         raise RuntimeError("a SlotLayer is allocated by SlotCache")
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Write one token per row at its position; return the part in use. key_states (n, H, 1, Dh)."""
+        """Write one token per row at its position; return the part in use.
+
+        key_states, value_states (n, H, 1, Dh).
+        """
         n = key_states.shape[0]
         self.keys[self.rows, :, self.pos] = key_states[:, :, 0]
         self.values[self.rows, :, self.pos] = value_states[:, :, 0]
@@ -51,9 +54,11 @@ class SlotCache(Cache):
     """A transformers cache in which each of S rows has its own length."""
 
     def __init__(self, prefilled: DynamicCache, slots: int, length: int):
-        """Buffers for `slots` rows of up to `length` places, shaped as a prefilled cache. They are made once: buffers
-        that grow leave holes in the heap, and recorded steps hold their addresses. Zeros, for what attention masks must
-        be finite."""
+        """Make buffers for `slots` rows of up to `length` places, shaped as a prefilled cache.
+
+        Once: buffers that grow leave holes in the heap, and recorded steps hold their addresses. Zeros, for what
+        attention masks must be finite.
+        """
         places = -(-length // ALIGN) * ALIGN
         layers = [SlotLayer(layer.keys.new_zeros(slots, layer.keys.shape[1], places, layer.keys.shape[3]),
                             layer.values.new_zeros(slots, layer.values.shape[1], places, layer.values.shape[3]))
@@ -76,7 +81,7 @@ class SlotCache(Cache):
             layer.values[targets, :, :length] = layer.values[sources, :, :length]
 
     def at(self, pos: torch.Tensor, length: int) -> None:
-        """Set the places (n,) at which the rows' next tokens are written; attention sees the first `length`."""
+        """Set the places (n,) of the rows' next tokens; attention sees the first `length`."""
         rows = torch.arange(len(pos), device=pos.device)
         for layer in self.layers:
             layer.rows, layer.pos, layer.length = rows, pos, length
@@ -87,26 +92,34 @@ class NoStandardCache(UserError):
 
 
 def check_model(model) -> None:
-    """Raises NoStandardCache for models with recurrent layers, or layers that `decode_mask` does not know."""
-    base = base_causal_lm(model)
+    """Raise NoStandardCache unless a forward leaves keys and values in every layer.
+
+    Also for models with layers that `decode_mask` does not know.
+    """
+    base, cache = base_causal_lm(model), DynamicCache()
+    if has_known_layers(base):
+        with inference(model), compute_dtype(model):
+            ids = torch.zeros(1, 1, dtype=torch.long, device=base.device)
+            base.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+        if cache.layers and all(getattr(layer, "keys", None) is not None and layer.keys.dim() == 4
+                                for layer in cache.layers):
+            return
+    raise NoStandardCache(f"{type(base).__name__} has no standard KV cache")
+
+
+def has_known_layers(base) -> bool:
+    """Tell whether the layers are those that attend, as far as the config says."""
     kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
-    if kinds - {"full_attention", "sliding_attention"} or getattr(base, "_is_stateful", False):
-        raise NoStandardCache(f"{type(base).__name__} has no standard KV cache")
-
-
-def check_cache(model, prefilled: DynamicCache) -> None:
-    """Raises NoStandardCache when a forward did not leave keys and values of every layer in `prefilled`."""
-    if not prefilled.layers or any(getattr(layer, "keys", None) is None or layer.keys.dim() != 4
-                                   for layer in prefilled.layers):
-        raise NoStandardCache(f"{type(base_causal_lm(model)).__name__} has no standard KV cache")
+    return not (kinds - {"full_attention", "sliding_attention"} or getattr(base, "_is_stateful", False))
 
 
 # ---- attention
 
 def slot_attention(module, query, key, value, attention_mask, *, spans=None, **kwargs):
-    """transformers' sdpa over blocks of rows. query (n, Hq, 1, Dh), key (n, H, T, Dh), attention_mask (n, 1, 1, T).
+    """Attend by transformers' sdpa, a block of rows at a time.
 
-    spans: (first row, end row, places) of each block; None: all as one.
+    query (n, Hq, 1, Dh), key (n, H, T, Dh), attention_mask (n, 1, 1, T). spans: (first row, end row, places) of each
+    block; None: all as one.
     """
     if spans is None or len(spans) == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -121,7 +134,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @contextlib.contextmanager
 def decoding_attention(model):
-    """Inside, the model attends by `slot_attention`, where its attention is plain enough; yields whether it does.
+    """Let the model attend by `slot_attention` inside; yields whether it does.
 
     Not so for models with a softcap on scores (Gemma-2): sdpa has none, they keep their eager attention. Eager
     attention copies the keys of every group of heads per token, and flash_attention_2 takes no mask of ours.
@@ -140,9 +153,11 @@ def decoding_attention(model):
 
 
 def decode_mask(model, pos: torch.Tensor, length: int):
-    """The additive attention mask for one new token per row at position pos (n,) over the first `length` places:
-    (n, 1, 1, T), by layer type where the model has layers of several. A window w lets a token see itself and the
-    w - 1 before it (transformers would count it from the longest row)."""
+    """Make the additive mask (n, 1, 1, T) of one new token per row over `length` places.
+
+    pos (n,): the tokens' positions. A dict by layer type where the model has layers of several. A window w lets a token
+    see itself and the w - 1 before it; transformers would count it from the longest row.
+    """
     config = base_causal_lm(model).config.get_text_config()
     dtype = base_causal_lm(model).dtype
     age = pos[:, None] - torch.arange(length, device=pos.device)[None]  # (n, T)

@@ -1,10 +1,9 @@
-"""Choose tokens: temperature, repetition penalty, top-k, min-p, top-p, for all rows at once and without a read-back.
+"""Choose tokens: temperature, top-k, min-p, top-p, for all rows at once and without a read-back.
 
 A token is found by inverting the cumulative distribution at a number in [0, 1) that belongs to the completion and the
 place in it alone. What a completion becomes therefore depends on its own logits and its own seed, not on the batch it
 was decoded in, nor on how many tokens were tried at once.
 """
-import hashlib
 import math
 from typing import NamedTuple
 
@@ -20,39 +19,32 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
     min_p: float = 0.0
     top_k: int = 0
-    repetition_penalty: float = 1.0  # logits of tokens that occurred: divided by it above 0, multiplied below
 
     def full(self) -> bool:
         """Whether tokens come from the whole softmax, so that there is only one log-prob to speak of."""
-        return self.top_p >= 1 and self.min_p <= 0 and self.top_k <= 0 and self.repetition_penalty == 1
-
-
-def stream_seed(*parts: int) -> int:
-    """A 63-bit seed from several integers; unlike hash(), the same in every process."""
-    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+        return self.top_p >= 1 and self.min_p <= 0 and self.top_k <= 0
 
 
 def stream_noise(seed: int, count: int) -> torch.Tensor:
-    """(count,) fp32 in [0, 1): the random numbers of one completion's tokens, the same for every count."""
+    """Draw the random numbers of one completion's tokens.
+
+    (count,) fp32 in [0, 1); the first ones are the same for every count.
+    """
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, generator=generator, dtype=torch.float64).to(torch.float32)
 
 
-def sample_tokens(logits: torch.Tensor, noise: torch.Tensor, how: Sampling,
-                  seen: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sample_tokens(logits: torch.Tensor, noise: torch.Tensor,
+                  how: Sampling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Choose one token per row.
 
-    logits (n, V) fp32, overwritten; noise (n,) in [0, 1); seen (n, T) int64: the row's tokens so far, for the
-    repetition penalty. Returns token (n,) int64, logp (n,) fp32 under the distribution sampled from (after temperature,
-    penalty, and renormalised after top-k, min-p and top-p, in this order), full_logp (n,) after temperature alone: what
-    linear_logp gives for the token.
+    logits (n, V) fp32, overwritten; noise (n,) in [0, 1). Returns token (n,) int64, logp (n,) fp32 under the
+    distribution sampled from (after temperature, and renormalised after top-k, min-p and top-p, in this order),
+    full_logp (n,) after temperature alone: what linear_logp gives for the token.
     """
     if how.temperature > 0 and how.temperature != 1:
         logits /= how.temperature
     whole = None if how.full() else logits.clone()
-    if how.repetition_penalty != 1:
-        penalise(logits, seen, how.repetition_penalty)
     if how.temperature == 0:
         token = logits.argmax(-1)
         logp = gather(logits, token) - logits.logsumexp(-1)
@@ -64,9 +56,10 @@ def sample_tokens(logits: torch.Tensor, noise: torch.Tensor, how: Sampling,
 
 
 def invert(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """token, logp (n,) of the softmax of logits (n, V) at cumulative probability noise (n,).
+    """Find the tokens at which the cumulative softmax passes noise.
 
-    In two levels, sums of blocks and then one block: a running sum over the whole vocabulary is slower by far.
+    logits (n, V), noise (n,); returns token, logp (n,). In two levels, sums of blocks and then one block: a running sum
+    over the whole vocabulary is slower by far.
     """
     n, size = logits.shape
     block = math.gcd(size, BLOCK)
@@ -89,15 +82,8 @@ def invert(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def gather(values: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """values (n, V) at token (n,) -> (n,)."""
+    """Pick values (n, V) at token (n,): (n,)."""
     return values.gather(-1, token[:, None])[:, 0]
-
-
-def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> None:
-    """Repetition penalty (Keskar et al. 2019, arXiv 1909.05858, section 4.1, as transformers applies it), in place:
-    every token of seen (n, T) once, prompt included."""
-    values = logits.gather(-1, seen)
-    logits.scatter_(-1, seen, torch.where(values > 0, values / penalty, values * penalty))
 
 
 def truncate(logits: torch.Tensor, how: Sampling) -> None:

@@ -1,5 +1,6 @@
 """Ends of a completion beside the end token: a closed box, a loop."""
 import weakref
+from typing import NamedTuple
 
 from minimath.grading.answer import box_closed
 
@@ -23,6 +24,14 @@ class BoxWatch:
         return box_closed(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
+class Ends(NamedTuple):
+    """All that ends a completion."""
+    eos: list[int]
+    max_new_tokens: int
+    box: BoxWatch | None = None
+    loop_guard: int = 0  # tokens at the end that must not repeat themselves; 0: off
+
+
 def in_loop(ids: list[int]) -> bool:
-    """Whether the whole of ids repeats a piece of at most a quarter of its length, that is at least four times."""
+    """Whether all of ids repeats a piece of at most a quarter of its length."""
     return any(ids[period:] == ids[:-period] for period in range(1, len(ids) // 4 + 1))

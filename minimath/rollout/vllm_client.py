@@ -1,36 +1,36 @@
-"""What rollout_vllm.py needs of a vLLM server: completions of token ids, and adapters loaded while it runs.
+"""What vllm.py needs of a vLLM server: completions of token ids, and adapters loaded while it runs.
 
-Written after vLLM's documentation, and tried against vLLM 0.32. Standard library only; many threads may call.
+Written after vLLM's documentation, and tried against vLLM 0.32. Requests go through the `openai` package.
 """
-import contextlib
-import http.client
-import json
+import asyncio
+import concurrent.futures
 import math
 import os
-import socket
 import threading
 import urllib.parse
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from minimath.core.errors import UserError
-from minimath.judges.endpoint_http import RETRIED_STATUS
-from minimath.rollout.engine import Completion
+from minimath.rollout.engine import Job
 from minimath.rollout.sampling import Sampling
 
-CONNECT_S = 30.0  # until a connection stands; an answer may take vllm_timeout_s
-MAX_BYTES_PER_TOKEN = 2000  # of a reply
+KEY = "VLLM_API_KEY"  # environment variable that holds the server's key
+CONNECT_S, ANSWER_S = 30.0, 1200.0  # until a connection stands; until an answer is there, retries included
+RETRIES = 3
+LOOK_S = 1.0  # the caller is heard at least this often
 
 
-class Job(NamedTuple):
-    """One completion to sample."""
-    prompt: list[int]
-    seed: int
+class Answer(NamedTuple):
+    """A completion as vLLM tells it."""
+    ids: list[int]
+    logp: list[float]
+    finished: bool
 
 
-def completion_of(where: str, ids, logp, reason: str, max_new_tokens: int, eos: list[int]) -> Completion:
-    """What vLLM answered, as a Completion; UserError if it is no answer to what was asked."""
+def answer_of(where: str, ids, logp, reason: str, max_new_tokens: int, eos: list[int]) -> Answer:
+    """Check a completion that vLLM gave. Raises UserError if it is none to what was asked."""
     fault, logp = "", logp or []
     if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
         fault = "no token ids (return_token_ids); vLLM 0.10.2 or newer gives them"
@@ -42,190 +42,167 @@ def completion_of(where: str, ids, logp, reason: str, max_new_tokens: int, eos: 
         fault = f"a completion cut at {len(ids)} tokens ({reason}); has it a --max-model-len for prompt and completion?"
     if fault:
         raise UserError(f"{where} answered with {fault}")
-    return Completion(ids, [float(x) for x in logp], ids[-1] in eos)
-
-
-class _Failure(Exception):
-    """A request that failed: HTTP status (0: no answer), what the server said, whether another try makes sense."""
-
-    def __init__(self, status: int, detail: str, retry: bool = False):
-        super().__init__(detail)
-        self.status, self.retry = status, retry
+    return Answer(ids, [float(x) for x in logp], ids[-1] in eos)
 
 
 class Server:
-    """vLLM's OpenAI-compatible server: /v1/completions with token ids, and LoRA adapters loaded by path."""
-    retries, pause_s = 3, 1.0  # the pause doubles each time
+    """vLLM's OpenAI-compatible server. Requests run on an event loop in a thread of their own."""
 
-    def __init__(self, cfg, longest: int, probe: list[int]):
+    def __init__(self, url: str, name: str, longest: int, probe: list[int]):
+        """Connect and look: longest, tokens of prompt and completion; probe, a prompt. Raises UserError."""
         try:
-            url = urllib.parse.urlsplit(cfg.engine.vllm_url)
-            self.address = (url.hostname or "", url.port)
-        except ValueError:  # a port that is no number
-            self.address = ("", None)
-        if not self.address[0] or url.scheme not in ("http", "https") or url.username:
-            raise UserError("vllm_url: give the base URL of a vLLM server, for example http://127.0.0.1:8000/v1 (a key "
-                            "goes into the environment variable named by vllm_key_env)")
-        self.https, self.prefix = url.scheme == "https", url.path.rstrip("/").removesuffix("/v1")
-        self.where = f"the server at vllm_url={cfg.engine.vllm_url}"
-        self.key_env, self.timeout_s = cfg.vllm_key_env, cfg.vllm_timeout_s
-        self.key = os.environ.get(self.key_env, "").strip() if self.key_env else ""
+            import openai
+        except ImportError:
+            raise UserError("vllm_url= needs the openai package: pip install 'minimath[judge]'") from None
+        self.openai, self.where, self.key = openai, f"the server at vllm_url={url}", os.environ.get(KEY, "").strip()
+        refuse_url(url)
         if not (self.key.isascii() and self.key.isprintable()):
-            raise UserError(f"the value of the environment variable {self.key_env} has line breaks or unprintable "
-                            "characters; set it to the server's key")
-        self.open, self.lock, self.stopped = set(), threading.Lock(), threading.Event()
+            raise UserError(f"the value of the environment variable {KEY} has line breaks or unprintable characters; "
+                            "set it to the server's key")
+        self.client = openai.AsyncOpenAI(
+            base_url=url.rstrip("/").removesuffix("/v1") + "/v1", api_key=self.key or "none", max_retries=RETRIES,
+            timeout=openai.Timeout(None, connect=CONNECT_S),
+            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=False))  # not with our key
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.model = ""
-        self.base = self.model = self._base_model(cfg, longest)
-        self.processed = self._gives_processed(probe)
+        self.base = self.model = self._base_model(name, longest)
+        # At top_k=1 there is one token, with log-prob 0, if log-probs are those of the distribution sampled from. At
+        # temperature 2, so that few distributions are so peaked that this is no sign; some tokens, for the others.
+        [answer] = [a for part in self.complete([Job((0, 0), probe, 0)], Sampling(2.0, top_k=1), 8, [], 1)
+                    for _, a in part]
+        self.processed = all(abs(logp) < 1e-4 for logp in answer.logp)
 
-    def _base_model(self, cfg, longest: int) -> str:
-        wanted = cfg.vllm_model or cfg.model.name
-        served = self._ask("GET", "/v1/models").get("data") or []
-        bases = [m for m in served if isinstance(m, dict) and not m.get("parent")]
-        found = [m for m in bases if wanted in (m.get("id"), m.get("root"))]
+    def _base_model(self, name: str, longest: int) -> str:
+        """The model served, by its own name if there are several: a swap compares its log-probs with ours."""
+        reply = self._run("/models", lambda: self.client.get("/models", cast_to=object)).result()
+        served = reply.get("data") if isinstance(reply, dict) else None
+        bases = [m for m in served or [] if isinstance(m, dict) and not m.get("parent")]
+        found = [m for m in bases if name in (m.get("id"), m.get("root"))] or (bases if len(bases) == 1 else [])
         if not found:
             names = ", ".join(str(m.get("id")) for m in bases) or "no model"
-            raise UserError(f"{self.where} serves {names}, not {wanted}; start it with that model, or give the name "
-                            "that the same model has there as vllm_model=")
+            raise UserError(f"{self.where} serves {names}, not {name}; start it with that model")
         limit = found[0].get("max_model_len")
         if limit and limit < longest:
             raise UserError(f"{self.where} takes {limit} tokens, but max_prompt_len + max_new_tokens is {longest}; "
                             f"start it with --max-model-len {longest}")
         return found[0]["id"]
 
-    def _gives_processed(self, probe: list[int]) -> bool:
-        """Whether log-probs are those of the distribution sampled from: at top_k=1 there is one token, with log-prob 0.
+    def complete(self, jobs: list[Job], how: Sampling, max_new_tokens: int, eos: list[int],
+                 most: int) -> Iterator[list[tuple[int, Answer]]]:
+        """Yield (index of the job, answer) as they end, `most` in flight.
 
-        At temperature 2, so that few distributions are so peaked that this is no sign; some tokens, for the others.
+        One that fails for good ends all others. Raises UserError that says what to do.
         """
-        [(_, completion)] = self.complete([Job(probe, 0)], Sampling(2.0, top_k=1), 8, [], 1)
-        return all(abs(logp) < 1e-4 for logp in completion.logp)
-
-    def complete(self, jobs: list[Job], how: Sampling, max_new_tokens: int, eos: list[int], most: int):
-        """Yield (index of the job, Completion) as they end. One that fails for good ends all others."""
-        pool = ThreadPoolExecutor(max_workers=max(1, min(most, len(jobs))))
+        room = asyncio.Semaphore(most)
+        futures = {self._run("/completions", lambda job=job: self._request(job, how, max_new_tokens, eos), room): i
+                   for i, job in enumerate(jobs)}
+        waiting = set(futures)
         try:
-            futures = {pool.submit(self._complete, job, how, max_new_tokens, eos): i for i, job in enumerate(jobs)}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            self._stop()  # after an error or Ctrl-C others may still wait for their answers
-            pool.shutdown(cancel_futures=True)
-            self.stopped.clear()
+            while waiting:
+                ended, waiting = concurrent.futures.wait(waiting, LOOK_S, concurrent.futures.FIRST_COMPLETED)
+                yield [(futures[future], self._answer(jobs[futures[future]], future.result(), max_new_tokens, eos))
+                       for future in ended]
+        finally:  # after an error or a signal: vLLM aborts what nobody waits for
+            for future in waiting:
+                future.cancel()
 
-    def _complete(self, job: Job, how: Sampling, max_new_tokens: int, eos: list[int]) -> Completion:
-        asked = {"model": self.model, "prompt": job.prompt, "n": 1, "max_tokens": max_new_tokens, "seed": job.seed,
-                 "temperature": how.temperature, "top_p": how.top_p, "min_p": how.min_p, "top_k": how.top_k or -1,
-                 "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,  # else the model's own
-                 "stop_token_ids": eos, "ignore_eos": True,  # no others than ours
-                 "logprobs": 0, "return_token_ids": True, "add_special_tokens": False}
-        reply = self._ask("POST", "/v1/completions", asked, limit=MAX_BYTES_PER_TOKEN * (max_new_tokens + 100))
-        choices = reply.get("choices")
+    def _request(self, job: Job, how: Sampling, max_new_tokens: int, eos: list[int]):
+        """The request of one completion, which leaves no setting to the server."""
+        return self.client.completions.create(
+            model=self.model, prompt=job.prompt, n=1, max_tokens=max_new_tokens, seed=job.seed, logprobs=0,
+            temperature=how.temperature, top_p=how.top_p, presence_penalty=0.0, frequency_penalty=0.0,
+            extra_body={"min_p": how.min_p, "top_k": how.top_k or -1, "repetition_penalty": 1.0,
+                        "stop_token_ids": eos, "ignore_eos": True, "return_token_ids": True,
+                        "add_special_tokens": False})
+
+    def _answer(self, job: Job, reply, max_new_tokens: int, eos: list[int]) -> Answer:
+        choices = reply.to_dict(warnings=False).get("choices") if hasattr(reply, "to_dict") else None
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise UserError(f"{self.where} answered with {len(choices or [])} choices where one was asked for")
+            raise UserError(f"{self.where} answered with {len(choices or [])} choices where one was asked for; is it a "
+                            "vLLM server?")
         choice = choices[0]
         if choice.get("prompt_token_ids", job.prompt) not in (job.prompt, None):
             raise UserError(f"{self.where} changed the prompt's token ids; is its tokenizer that of the model?")
-        return completion_of(self.where, choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs"),
-                             choice.get("finish_reason"), max_new_tokens, eos)
+        return answer_of(self.where, choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs"),
+                         choice.get("finish_reason"), max_new_tokens, eos)
 
     def load(self, name: str, number: int, folder: Path) -> None:
-        self._ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        """Serve the adapter in a folder, which the server finds under the same path."""
+        body = {"lora_name": name, "lora_path": str(folder)}
+        self._run("/load_lora_adapter", lambda: self.client.post("/load_lora_adapter", body=body, cast_to=str)).result()
         self.model = name
 
     def unload(self, name: str, number: int) -> None:
-        self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        """Drop an adapter."""
+        body = {"lora_name": name}
+        self._run("/unload_lora_adapter",
+                  lambda: self.client.post("/unload_lora_adapter", body=body, cast_to=str)).result()
         self.model = self.base if self.model == name else self.model
 
     def sleep(self) -> None:
-        """A server has its own card."""
+        """Do nothing: a server has its own card."""
 
     def close(self) -> None:
-        self._stop()
+        """End the thread."""
+        self._run("", self.client.close).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
 
-    def _stop(self) -> None:
-        """End the requests in flight: vLLM aborts what nobody waits for."""
-        with self.lock:
-            self.stopped.set()
-            for connection in self.open:
-                if connection.sock is not None:
-                    with contextlib.suppress(OSError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
-
-    def _ask(self, method: str, path: str, body: dict | None = None, *, limit: int = 1 << 20) -> dict:
-        """The reply to one request, tried again where that can help. UserError says what to do."""
-        for attempt in range(self.retries + 1):
+    def _run(self, path: str, request, room: asyncio.Semaphore | None = None) -> concurrent.futures.Future:
+        """Start request() on the loop; its future gives the reply, or a UserError that says what to do."""
+        async def ask():
             try:
-                raw = self._once(method, path, body, limit)
-                break
-            except _Failure as failure:
-                if attempt and "already been loaded" in str(failure):
-                    break  # by a try whose answer was lost
-                if not failure.retry or attempt == self.retries or self.stopped.is_set():
-                    raise UserError(self._advice(failure, path)) from None
-            self.stopped.wait(self.pause_s * 2 ** attempt)
-        if path.endswith("_lora_adapter"):
-            return {}  # plain text
-        try:
-            reply = json.loads(raw)
-        except (ValueError, RecursionError):
-            reply = None
-        if not isinstance(reply, dict):
-            raise UserError(f"{self.where} answered {path} with something else than JSON; is it a vLLM server?")
-        return reply
+                return await asyncio.wait_for(request(), ANSWER_S)
+            except asyncio.TimeoutError:
+                raise UserError(self._advice(0, f"no answer in {ANSWER_S:g} s", path)) from None
+            except self.openai.APIStatusError as error:
+                said = error_message(error.body)
+                if "already been loaded" in said:  # by a try whose answer was lost
+                    return None
+                raise UserError(self._advice(error.status_code, said, path)) from None
+            except self.openai.APIConnectionError as error:
+                raise UserError(self._advice(0, str(error.__cause__ or error)[:200], path)) from None
+            except ValueError:
+                raise UserError(f"{self.where} answered {path} with something else than JSON; is it a vLLM server?") \
+                    from None
 
-    def _once(self, method: str, path: str, body: dict | None, limit: int) -> bytes:
-        kind = http.client.HTTPSConnection if self.https else http.client.HTTPConnection
-        connection = kind(*self.address, timeout=min(CONNECT_S, self.timeout_s))  # follows no redirect with our key
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        with self.lock:
-            self.open.add(connection)
-        try:
-            connection.connect()
-            connection.sock.settimeout(self.timeout_s)
-            if self.stopped.is_set():
-                raise _Failure(0, "stopped")
-            connection.request(method, self.prefix + path, body and json.dumps(body).encode(), headers)
-            response = connection.getresponse()
-            raw = response.read(limit + 1)
-        except TimeoutError:  # not tried again: the next would wait as long
-            raise _Failure(0, "no answer in time") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise _Failure(0, f"{type(error).__name__}: {error}"[:200], retry=True) from None
-        finally:
-            with self.lock:
-                self.open.discard(connection)
-            connection.close()
-        if response.status != 200:
-            detail = error_message(raw)
-            raise _Failure(response.status, detail.replace(self.key, "***") if self.key else detail,
-                           retry=response.status in RETRIED_STATUS)
-        if len(raw) > limit:
-            raise _Failure(0, f"a reply of more than {limit} bytes")
-        return raw
+        async def ask_in_turn():
+            async with room or asyncio.Semaphore():
+                return await ask()
 
-    def _advice(self, failure: _Failure, path: str) -> str:
-        said = f" ({failure})" if str(failure) else ""
-        if failure.status == 0:
-            return f"{self.where} cannot be used{said}; start it, correct vllm_url, or raise vllm_timeout_s"
-        if failure.status in (401, 403):
-            return f"{self.where} refuses the key{said}; set the environment variable named by vllm_key_env"
+        return asyncio.run_coroutine_threadsafe(ask_in_turn(), self.loop)
+
+    def _advice(self, status: int, said: str, path: str) -> str:
+        said = f" ({said.replace(self.key, '***') if self.key else said})" if said else ""
+        if status == 0:
+            return f"{self.where} cannot be used{said}; start it, or correct vllm_url"
+        if status in (401, 403):
+            return f"{self.where} refuses the key{said}; set the environment variable {KEY}"
         if path.endswith("_lora_adapter"):
-            if failure.status == 404 and "adapter" not in str(failure).lower():
+            if status == 404 and "adapter" not in said.lower():
                 return (f"{self.where} loads no adapters at run time{said}; start it with --enable-lora and "
                         "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment")
             return (f"{self.where} cannot load the adapter{said}; it needs --enable-lora, --max-lora-rank of lora_r or "
-                    "more, and the adapter's folder under the same path (vllm_adapter_dir)")
-        if failure.status == 404:
+                    "more, and the run folder (out=) under the same path")
+        if status == 404:
             return f"{self.where} does not know {self.model or path}{said}; was it restarted, is it a vLLM server?"
-        return f"{self.where} refuses {path}: HTTP {failure.status}{said}"
+        return f"{self.where} refuses {path}: HTTP {status}{said}"
 
 
-def error_message(raw: bytes) -> str:
-    """What a server's error reply says, on one line."""
-    text = raw[:4000].decode("utf-8", "replace")
-    with contextlib.suppress(ValueError, AttributeError, RecursionError):
-        reply = json.loads(raw)
-        error = reply.get("error") or reply.get("detail") or text
-        text = str(error.get("message") if isinstance(error, dict) else error)
-    return " ".join(text.split())[:300]
+def refuse_url(url: str) -> None:
+    """Raise UserError for what is no base URL, or holds a password."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.hostname and parts.scheme in ("http", "https") and not parts.username and (parts.port or True)
+    except ValueError:  # a port that is no number
+        good = False
+    if not good:
+        raise UserError("vllm_url: give the base URL of a vLLM server, for example http://127.0.0.1:8000/v1 (a key "
+                        f"goes into the environment variable {KEY})")
+
+
+def error_message(body) -> str:
+    """Say on one line what the body of an error reply says."""
+    if isinstance(body, dict):
+        body = body.get("message") or body.get("detail") or body
+    return " ".join(str(body or "").split())[:300]

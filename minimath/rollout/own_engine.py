@@ -1,0 +1,96 @@
+"""minimath's own engine: groups of completions in slots that are refilled as rows end.
+
+Sequences decode side by side, one token per row and step. A prompt is prefilled once for the completions that start
+together. Long prompts go first; when a sixteenth of the slots is free the next completions move in, and when none is
+left the batch shrinks. Should memory run out all the same, half as many go on from the tokens sampled so far.
+"""
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from minimath.models.linears import copied_bytes, decoding_linears, is_4bit, packed_product, packs
+from minimath.models.load import base_causal_lm, compute_dtype, head, inference
+from minimath.models.memory import fitting_slots, free_bytes, is_out_of_memory
+from minimath.rollout.decode import Decode, Fast, Row
+from minimath.rollout.engine import Engine
+from minimath.rollout.kv_cache import check_model, decoding_attention
+from minimath.rollout.stopping import BoxWatch, Ends
+
+
+class OwnEngine(Engine):
+    """Decodes in this process. Raises NoStandardCache for models that keep other state than keys and values."""
+
+    def __init__(self, *options, **more):
+        super().__init__(*options, **more)
+        check_model(self.policy.model)
+        self.max_num_seqs = self.options.max_num_seqs  # 0: as many as memory allows; less once it ran out
+        self._batch, self._metrics = None, {}
+
+    @torch.no_grad()  # between two yields, too, the caller has its own grad mode
+    def stream(self, prompts, n=1, *, keys=None, skip=()):
+        jobs = sorted(self.jobs(prompts, n, keys, skip), key=lambda job: -len(job.prompt))
+        if not jobs:
+            return
+        model, tokenizer = self.policy.model, self.policy.tokenizer
+        ends = Ends(self.eos, self.max_new_tokens, BoxWatch(tokenizer) if self.options.stop_boxed else None,
+                    self.options.loop_guard)
+        most = min(self.max_num_seqs or len(jobs), len(jobs))
+        if not self.max_num_seqs:
+            most = fitting_slots(model, len(jobs[0].prompt) + self.max_new_tokens, most)
+        with inference(model), fast_decoding(model, most) as fast:
+            self._batch = Decode(model, tokenizer.pad_token_id, [Row(job) for job in jobs], self.how, ends, most, fast)
+            try:
+                while not self._batch.done():
+                    yield [(*row.job.place, self._sample_of(row)) for row in self._advance()]
+            finally:
+                self._metrics, self._batch = self._batch.metrics(), None
+
+    def _advance(self) -> list[Row]:
+        try:
+            return self._batch.advance()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        self._batch.halve(self.say)  # out here, where the exception no longer holds the tensors of the step
+        self.max_num_seqs = self._batch.max_num_seqs
+        return []
+
+    def _sample_of(self, row: Row):
+        return self.sample(row.ids, row.logp, row.finished, None if self.how.full() else row.full_logp)
+
+    def running(self):
+        return self._batch.running() if self._batch else []
+
+    def metrics(self):
+        return self._metrics
+
+    def state_dict(self):
+        return {"max_num_seqs": self.max_num_seqs, "learned_with": self._bears_on_memory()}
+
+    def load_state_dict(self, state):
+        """Go on with what was learned, unless an option that bears on memory has changed."""
+        if state.get("learned_with") == self._bears_on_memory():
+            self.max_num_seqs = state["max_num_seqs"]
+
+    def _bears_on_memory(self) -> list:
+        options = self.policy.options
+        return [self.options.max_num_seqs, self.max_new_tokens, options.name, options.device, options.dtype,
+                options.quant, options.attn]
+
+
+@contextlib.contextmanager
+def fast_decoding(model, rows: int) -> Iterator[Fast]:
+    """Set the model up for decoding inside, for about `rows` rows.
+
+    Linear layers run in groups, on a copy of the weights where it pays and fits (on a CPU, and for NF4 weights), under
+    autocast where an adapter runs by itself. Weights must not change inside.
+    """
+    base = base_causal_lm(model)
+    wanted = base.device.type == "cpu" or any(is_4bit(m) for m in base.modules())
+    copy = wanted and 3 * copied_bytes(model, base.dtype) < free_bytes(base.device)
+    with decoding_attention(model) as blocks, decoding_linears(model, copy=copy, rows=rows) as every:
+        lm_head = head(model)
+        product = packed_product(lm_head.weight, lm_head.bias, rows) if copy and packs(lm_head.weight) else None
+        with contextlib.nullcontext() if every else compute_dtype(model):
+            yield Fast(blocks, product, copy)
