@@ -24,7 +24,7 @@ def bootstrap(values: list[float], seed: int, draws: int = 2000) -> tuple[float,
 
 
 def paired(records: list[dict], others: list[dict], what: str = "correct") -> tuple[float, float, float]:
-    """(mean, low, high) of records` `what` (correct or tokens) minus the others', problem by problem, with a bootstrap
+    """(mean, low, high) of records' `what` (correct or tokens) minus the others', problem by problem, with a bootstrap
     95% interval. On the same problems that is narrower than the two models' own intervals. UserError without a common
     problem."""
     gaps = [statistics.fmean(float(r[what]) for r in mine) - statistics.fmean(float(r[what]) for r in theirs)
