@@ -93,7 +93,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 # ---- running
 
 def run_stage(out: Path, words: list[str], threads: int) -> None:
-    """Run one stage by the command line, unless it is done; one that was stopped goes on.
+    """Run one stage by the command line, unless it is done; a stopped one goes on.
 
     Raises UserError when it fails.
     """
@@ -129,7 +129,7 @@ def run_arm(arm: str, seed: int, options, url: str, threads: int) -> dict:
 
 
 def row_of(arm: str, seed: int, folder: Path, metrics: Path | None) -> dict:
-    """Collect the figures of one evaluation: answers by problem, where and when, what its judge cost."""
+    """Collect the figures of one evaluation, and what the judge of its training cost."""
     summary = json.loads((folder / EVAL).read_text(encoding="utf-8"))
     kept = ("problems", "accuracy", "mean_tokens", "correct_steps", "checked_steps", "finished")
     records = read_records(folder)
@@ -148,7 +148,7 @@ def row_of(arm: str, seed: int, folder: Path, metrics: Path | None) -> dict:
 
 
 def run_all(options, rows: dict[str, dict], save) -> list[str]:
-    """Run what is missing, seed by seed, with save() after each row; return what failed, in words."""
+    """Run what is missing, seed by seed; return what failed, in words."""
     made = load_config(DemoConfig, "demo", [word for word in options.set if word.startswith("demo.")], "demo")
     options.set = [word for word in options.set if not word.startswith("demo.")]
     options.model = options.model or str(demo_model())
@@ -183,7 +183,7 @@ def run_all(options, rows: dict[str, dict], save) -> list[str]:
 # ---- readability
 
 def read_all(options, rows: dict[str, dict], save) -> None:
-    """Add `readable` to the rows of arms that start from SFT: p of each pair read, arm over SFT."""
+    """Add `readable` to the rows of arms that start from SFT."""
     due = [row for row in rows.values() if ARMS[row["arm"]][0] and row["arm"] != "sft" and "readable" not in row
            and (options.work / f"eval-sft-{row['seed']}").exists()]
     if not due or not options.readers:
@@ -203,7 +203,7 @@ def read_all(options, rows: dict[str, dict], save) -> None:
 
 
 def readable_pairs(work: Path, row: dict) -> list[Pair]:
-    """Pair the correct solutions of the row's arm with those of its SFT model, where both differ."""
+    """Pair the correct solutions of an arm with those of its SFT model, if they differ."""
     ours, sft = (read_records(work / f"eval-{arm}-{row['seed']}") for arm in (row["arm"], "sft"))
     return [Pair(a["problem"], *(Solution(r["text"], True, r["tokens"]) for r in (a, b)))
             for a, b in zip(ours, sft, strict=True)
@@ -213,7 +213,7 @@ def readable_pairs(work: Path, row: dict) -> list[Pair]:
 # ---- figures
 
 def interval(values: np.ndarray, draws: int = 4000) -> tuple[float, float]:
-    """Compute the 95% bootstrap interval of the mean of values (S, P), over seeds and problems at once."""
+    """Compute a 95% bootstrap interval of a mean over seeds and problems at once."""
     rng = np.random.default_rng(0)
     seeds, problems = values.shape
     means = [values[rng.integers(0, seeds, seeds)][:, rng.integers(0, problems, problems)].mean() for _ in range(draws)]
@@ -222,7 +222,7 @@ def interval(values: np.ndarray, draws: int = 4000) -> tuple[float, float]:
 
 
 def figures(rows: dict[str, dict], arm: str) -> dict | None:
-    """Compute mean accuracy, tokens and correct steps of an arm over its seeds, with intervals.
+    """Compute means of an arm over its seeds, with intervals, in percent or tokens.
 
     Shares are in percent; the differences to the reference are over the seeds that both have. None without a row.
     """
@@ -246,7 +246,7 @@ def figures(rows: dict[str, dict], arm: str) -> dict | None:
 
 
 def values_of(row: dict, name: str) -> np.ndarray:
-    """List per problem 100 for a correct answer and 0 for a wrong one, or the tokens; (P,)."""
+    """List 100 or 0 per problem, correct or not, or the tokens."""
     return np.array([100.0 * int(c) for c in row["correct"]] if name == "correct" else row["tokens"], dtype=float)
 
 
@@ -272,7 +272,7 @@ def with_interval(facts: dict, name: str) -> str:
 
 
 def plot(rows: dict[str, dict], path: Path) -> None:
-    """Draw accuracy and tokens of every arm, and the difference to the reference of those that start from SFT.
+    """Draw accuracy and tokens of every arm, and its difference to the reference.
 
     The difference is too small to be seen beside the base.
     """

@@ -55,7 +55,7 @@ class Card(NamedTuple):
 
     @property
     def ridge(self) -> float:
-        """Flops per byte of memory above which a product is bound by the tensor cores."""
+        """Divide flops by bytes: above it a product is bound by the tensor cores."""
         return self.tensor_flops / self.bandwidth
 
 
@@ -135,7 +135,7 @@ DEVICE_NAMES = {
 
 
 def card_named(device_name: str) -> Card | None:
-    """Find the card of a name as torch prints it, such as "NVIDIA GeForce RTX 4090", or as in CARDS.
+    """Find the card of a name as torch prints it, or as in CARDS.
 
     None for a card that is not in the table, near relatives included.
     """
@@ -146,7 +146,7 @@ def card_named(device_name: str) -> Card | None:
 
 
 def nearest_names(name: str) -> list[str]:
-    """List the names of CARDS closest to a name that card_named does not know; at least three."""
+    """List the at least three names of CARDS closest to one that is not there."""
     lower = {card.name.lower(): card.name for card in CARDS}
     found = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.0)
     return [lower[each] for each in found]

@@ -42,7 +42,7 @@ MODULES = ("linear_logp", "tile_triton")  # of minimath.kernels, where the Trito
 
 
 class Case(NamedTuple):
-    """One kernel specialisation; `types` maps argument names to Triton types, others are i32."""
+    """One kernel specialisation; `types` has argument names, others are i32."""
 
     kernel: str
     arch: str
@@ -143,7 +143,7 @@ def gpu_target(arch: str):
 
 
 def tile_bytes(case: Case) -> tuple[int, int]:
-    """Compute the bytes of global memory that one block loads and stores per step of its inner loop.
+    """Compute the bytes that a block loads and stores per step of its inner loop.
 
     Without the numbers of a row, which are narrow by nature.
     """
@@ -208,7 +208,7 @@ def config_text(case: Case) -> str:
 
 
 def compile_many(wanted: list[Case], *, workers: int = 0) -> list[dict]:
-    """Compile in a pool of fresh processes, in this one for a single worker -> the rows."""
+    """Compile in a pool of fresh processes, in this one for a single worker."""
     if workers == 1 or len(wanted) < 2:
         return [compile_case(case) for case in wanted]
     with ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:

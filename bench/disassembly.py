@@ -22,8 +22,10 @@ class Instruction(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Instructions of one stretch of code. loads and stores: "LDG.128" -> how many; the number is bits a
-    lane."""
+    """Instructions of one stretch of code.
+
+    loads and stores: "LDG.128" -> how many; the number is bits a lane.
+    """
 
     tensor: int
     loads: dict
@@ -58,12 +60,12 @@ def read_code(text: str, line: re.Pattern, label: re.Pattern, target: re.Pattern
 
 
 def read_sass(text: str) -> list[Instruction]:
-    """Instructions in the output of `nvdisasm -c`."""
+    """Read instructions from the output of `nvdisasm -c`."""
     return read_code(text, SASS_LINE, SASS_LABEL, SASS_TARGET, "BRA")
 
 
 def read_gcn(text: str) -> list[Instruction]:
-    """Instructions in AMD assembly; the first function of it."""
+    """Read instructions from AMD assembly: the first function of it."""
     return read_code(text.split(".Lfunc_end0:")[0], GCN_LINE, GCN_LABEL, GCN_TARGET, ("s_branch", "s_cbranch"))
 
 
@@ -72,8 +74,10 @@ def is_tensor(name: str) -> bool:
 
 
 def memory_access(name: str) -> tuple[str, str, int] | None:
-    """("load" or "store", kind, bits a lane) of an instruction that moves global memory, else None. Bulk
-    copies (TMA) count as 128 bits: the hardware moves whole lines."""
+    """Tell how an instruction moves global memory; None if it does not.
+
+    ("load" or "store", kind, bits a lane). Bulk copies (TMA) count as 128 bits: the hardware moves whole lines.
+    """
     if found := SASS_MEMORY.match(name):
         kind, modifiers = found.groups()
         parts = modifiers.split(".")
@@ -107,7 +111,7 @@ def count(code: list[Instruction]) -> Counts:
 
 
 def inner_loops(code: list[Instruction]) -> list[list[Instruction]]:
-    """Bodies of the innermost loops that do the work, in the order of the code; empty if there is no loop."""
+    """Find the innermost loops that do the work, in the order of the code."""
     ends: dict[int, int] = {}
     for index, (_, target) in enumerate(code):
         if target is not None and target <= index:
@@ -125,12 +129,12 @@ def inner_loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def hot_code(code: list[Instruction]) -> list[Counts]:
-    """Counts of each innermost working loop; of the whole kernel where there is none."""
+    """Count each innermost working loop; the whole kernel where there is none."""
     return [count(body) for body in inner_loops(code)] or [count(code)]
 
 
 def moved_wide(counts: dict, threads: int) -> int:
-    """Bytes that one block moves with the instructions of `counts` that are 16 bytes a lane or more."""
+    """Add up the bytes that a block moves in pieces of 16 bytes a lane or more."""
     return sum(int(key.split(".")[1]) // 8 * number for key, number in counts.items() if wide(key)) * threads
 
 
@@ -139,8 +143,10 @@ def wide(key: str) -> bool:
 
 
 def sass_spills(code: list[Instruction]) -> int:
-    """Bytes a thread moves to and from local memory, as `ptxas -v` adds them up: Triton has no local arrays,
-    so all of it is spilled registers."""
+    """Add up the bytes a thread moves to and from local memory, as `ptxas -v` does.
+
+    Triton has no local arrays, so all of it is spilled registers.
+    """
     total = 0
     for name, _ in code:
         if re.match(r"(STL|LDL)\b", name):
@@ -150,7 +156,7 @@ def sass_spills(code: list[Instruction]) -> int:
 
 
 def run_tool(tool: str, *arguments: str) -> str:
-    """Output of one of the tools in Triton's wheel. Raises CalledProcessError where it fails."""
+    """Run one of the tools in Triton's wheel. Raises CalledProcessError."""
     import triton
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -158,7 +164,7 @@ def run_tool(tool: str, *arguments: str) -> str:
 
 
 def nvidia_resources(cubin: bytes) -> tuple[dict, list[Instruction]]:
-    """({registers, spills, stack}, instructions) of a compiled kernel."""
+    """Read a cubin: registers, spills and stack, and the instructions."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "kernel.cubin"
         place.write_bytes(cubin)
@@ -169,8 +175,10 @@ def nvidia_resources(cubin: bytes) -> tuple[dict, list[Instruction]]:
 
 
 def amd_resources(text: str) -> tuple[dict, list[Instruction]]:
-    """The same from AMD assembly. Spilled scalar registers are not counted: they go to lanes of vector
-    registers, not to memory."""
+    """Read the same from AMD assembly.
+
+    Spilled scalar registers are not counted: they go to lanes of vector registers, not to memory.
+    """
 
     def number(key):
         return int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))

@@ -20,7 +20,10 @@ from minimath.grading.answer import extract_answer
 
 
 class Case(NamedTuple):
-    """expected: whether the two are equal, None where the source does not say. kind: the test, or the variant."""
+    """Two answers to compare.
+
+    expected: whether they are equal, None where the source does not say. kind: the test, or the variant.
+    """
 
     form: str  # pair, answer, text
     answer: str
@@ -39,8 +42,11 @@ _LOOSE = re.compile(rf"pred\s*=\s*{_STRING},?\s*(?:#\s*)?gt\s*=\s*{_STRING}")
 
 
 def qwen_cases(folder: Path) -> list[Case]:
-    """The comparisons in Qwen2.5-Math's evaluation/grader.py: its unit tests, and what `_test_math_equal` tries, where
-    the outcome that they want is not written down. Raises UserError when the file is not there."""
+    """Read the comparisons in Qwen2.5-Math's evaluation/grader.py.
+
+    Its unit tests, and what `_test_math_equal` tries, where the outcome that they want is not written down. Raises
+    UserError when the file is not there.
+    """
     path = folder / "evaluation" / "grader.py"
     if not path.is_file():
         raise UserError(f"--qwen {folder}: no evaluation/grader.py in it; give a checkout of QwenLM/Qwen2.5-Math")
@@ -54,9 +60,11 @@ def qwen_cases(folder: Path) -> list[Case]:
 
 
 def test_cases(folder: Path) -> list[Case]:
-    """The (gold, pred, expected) rows of the pytest files of a folder, as Math-Verify's tests, which took over
-    lighteval's. Rows with a further argument (another precision, another mode) are left out, and so are rows whose gold
-    answer is a whole solution."""
+    """Read the gold, pred and expected rows of the pytest files of a folder.
+
+    As Math-Verify's tests, which took over lighteval's. Rows with a further argument (another precision, another mode)
+    are left out, and so are rows whose gold answer is a whole solution.
+    """
     files = sorted(folder.glob("test_*.py"))
     if not files:
         raise UserError(f"--tests {folder}: no test_*.py in it; give the tests folder of Math-Verify or lighteval")
@@ -66,7 +74,7 @@ def test_cases(folder: Path) -> list[Case]:
 
 
 def rows_of(file: Path) -> Iterator[tuple[str, str, int]]:
-    """Literal rows of pytest.mark.parametrize("gold,pred,expected", [...]); `precision` may follow if it is 6."""
+    """Read literal rows of pytest.mark.parametrize; `precision` may follow if it is 6."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if not (isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "parametrize" and len(node.args) == 2):
             continue
@@ -88,19 +96,19 @@ _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")
 
 
 def bare(text: str) -> str:
-    """A short answer without its box or its dollars."""
+    """Strip a short answer of its box or its dollars."""
     inner = extract_answer(text, strict=True)
     match = _SPAN.fullmatch(text)
     return inner or (next(group for group in match.groups() if group) if match else text).strip()
 
 
 def formed(pred: str) -> tuple[str, str]:
-    """(form, text): a prediction without prose is an answer, and a solution otherwise."""
+    """Tell form and text: a prediction without prose is an answer, else a solution."""
     return ("text", pred) if _PROSE.search(words_of(pred)) or "\\boxed" in pred else ("answer", bare(pred))
 
 
 def words_of(text: str) -> str:
-    """`text` without the words that LaTeX wants."""
+    """Strip a text of the words that LaTeX wants."""
     return re.sub(r"\\(?:text|mathrm|mbox|textbf|begin|end)\s*\{[^{}]*\}", "", text)
 
 
@@ -112,7 +120,7 @@ _WHOLE = re.compile(r"-?\d+(?:,\d{3})*")
 
 
 def generated_cases(golds: list[str], data: str, seed: int = 0) -> list[Case]:
-    """Variants of gold answers that are equal to them, and such that are not."""
+    """Make variants of gold answers that are equal to them, and such that are not."""
     rng, cases = random.Random(seed), []
     for gold in golds:
         cases += [Case("answer", answer, gold, True, kind, data) for kind, answer in equal_variants(gold, rng)]
@@ -124,7 +132,7 @@ def generated_cases(golds: list[str], data: str, seed: int = 0) -> list[Case]:
 
 
 def equal_variants(gold: str, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """(kind, answer) of other ways to write `gold`."""
+    """Write `gold` in other ways, each with its kind."""
     yield "same", gold
     yield "spaces", f" {gold.replace(',', ', ')} " if _TUPLE.fullmatch(gold) else f"  {gold} "
     if "frac" in gold:
@@ -157,7 +165,7 @@ def equal_variants(gold: str, rng: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def wrong_variants(gold: str) -> Iterator[tuple[str, str]]:
-    """(kind, answer) of answers that are not `gold`."""
+    """Write answers that are not `gold`, each with its kind."""
     plain = gold.replace("\\!", "").replace(" ", "")
     numbers = list(re.finditer(r"\d+", gold))
     if numbers and not re.search(r"\d,\\?!?\d{3}", plain):

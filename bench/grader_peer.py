@@ -17,7 +17,7 @@ MEMORY_BYTES = 6 << 30  # of the address space; sympy can fill a machine
 
 
 def qwen(folder: str):
-    """Qwen2.5-Math's evaluation: extract_answer of both sides as its evaluation does, then math_equal."""
+    """Load Qwen2.5-Math's extract_answer, called on both sides, and math_equal."""
     sys.path.insert(0, os.path.join(folder, "evaluation"))
     grader, parser = importlib.import_module("grader"), importlib.import_module("parser")
 
@@ -31,7 +31,7 @@ def qwen(folder: str):
 
 
 def lighteval():
-    """lighteval's metrics: pass@1 of MATH-500 and AIME, and for GSM8K its expr_gold_metric."""
+    """Load lighteval's pass@1 of MATH-500 and AIME; for GSM8K expr_gold_metric."""
     from lighteval.metrics.metrics import Metrics
     from lighteval.models.model_output import ModelResponse
     from lighteval.tasks.requests import Doc

@@ -61,8 +61,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 # ---- asking
 
 class Peer:
-    """A grader in a process of its own: `ask(case)` -> True, False, or why there is no verdict. Raises UserError when
-    it does not start."""
+    """A grader in a process of its own.
+
+    `ask(case)` -> True, False, or why there is no verdict. Raises UserError when it does not start.
+    """
 
     def __init__(self, name: str, command: list[str]):
         self.name, self.command, self.process = name, command, None
@@ -89,7 +91,7 @@ class Peer:
                 raise UserError(f"{self.name} does not start: {why[0][:200]}; try {' '.join(self.command)}")
 
     def read(self, seconds: float) -> str:
-        """The next line; "" when it is late or the process has ended."""
+        """Read the next line; "" when it is late or the process has ended."""
         line, end = b"", time.monotonic() + seconds
         while not line.endswith(b"\n"):
             left = end - time.monotonic()
@@ -144,7 +146,7 @@ def sets_of(options) -> dict[str, list[Case]]:
 # ---- figures
 
 def compare(cases: list[Case], ours: list[bool], theirs: list[bool | str]) -> dict:
-    """Agreement of one peer with us on one set, who is right where the truth is known, and every disagreement."""
+    """Compute agreement with one peer, who is right where known, all disagreements."""
     said = [verdict is True for verdict in theirs]
     agree = sum(a == b for a, b in zip(ours, said, strict=True))
     known = [(c.expected, a, b) for c, a, b in zip(cases, ours, said, strict=True) if c.expected is not None]
@@ -159,7 +161,7 @@ def compare(cases: list[Case], ours: list[bool], theirs: list[bool | str]) -> di
 
 
 def shown(case: Case, ours: bool, theirs: bool | str) -> list:
-    """[kind, the end of the answer, gold, expected, ours, theirs]."""
+    """List kind, end of the answer, gold, expected, our verdict, theirs."""
     return [case.kind, case.answer[-SHOWN:], case.gold[-SHOWN:], case.expected, ours, theirs]
 
 
@@ -199,7 +201,7 @@ def table(results: dict) -> Table:
 
 
 def by_kind(results: dict) -> str:
-    """The kinds of disagreement, most frequent first, with who says equal."""
+    """Count the kinds of disagreement, most frequent first, with who says equal."""
     counts = Counter((name, peer, row[0], "we" if row[4] else "they")
                      for name, result in results.items() for peer, facts in result["peers"].items()
                      for row in facts["disagreements"])

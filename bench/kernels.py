@@ -57,7 +57,7 @@ def eager(hidden, weight, target):
 
 
 def methods(device: str) -> dict:
-    """Name every function(hidden, weight, target) -> mean NLL that runs on this device."""
+    """Name every function of hidden, weight, target that runs on this device."""
     found = {OURS: linear_cross_entropy, "eager": eager, "torch.compile": torch.compile(eager)}
     if hasattr(F, "linear_cross_entropy"):
         found["F.linear_cross_entropy"] = F.linear_cross_entropy
@@ -80,7 +80,7 @@ def methods(device: str) -> dict:
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: str):
-    """Draw hidden (N, D) requiring grad, weight (V, D), target (N,).
+    """Draw hidden that requires grad, weight, target.
 
     The logits are of a few units, as a trained head gives.
     """
@@ -152,7 +152,7 @@ def cold(name: str, shape: Shape, dtype: str, phase: str, device: str) -> Cold:
 
 
 def cold_in_child(name: str, shape: Shape, dtype: str, phase: str, device: str) -> Cold | None:
-    """Call `cold` in a process of its own, with empty compiler caches; None where it fails."""
+    """Call `cold` in a process with empty compiler caches; None where it fails."""
     words = ["--device", device, "--shapes", str(shape), "--dtypes", dtype, "--cold", name, phase]
     with tempfile.TemporaryDirectory() as empty:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{empty}/inductor", "TRITON_CACHE_DIR": f"{empty}/triton"}
@@ -163,7 +163,7 @@ def cold_in_child(name: str, shape: Shape, dtype: str, phase: str, device: str) 
 
 
 def errors(method, shape: Shape, dtype: torch.dtype, device: str) -> dict:
-    """Compute relative errors of loss and gradient, 2-norm, against float64 on ERROR_ROWS rows."""
+    """Compute the 2-norm errors of loss and gradient, relative to float64."""
     hidden, weight, target = inputs(shape._replace(n=min(shape.n, ERROR_ROWS)), dtype, device)
     exact_hidden = hidden.detach().double().requires_grad_()
     exact, _ = reference.linear_token_loss(exact_hidden, weight.double(), target,
@@ -242,7 +242,7 @@ def show(rows: list[dict]) -> None:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Draw time of forward plus backward and peak memory, one group of bars per shape and dtype."""
+    """Draw time of forward plus backward and peak memory, by shape and dtype."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

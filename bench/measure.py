@@ -16,7 +16,7 @@ PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy")
 
 
 def machine(device: str, packages: tuple[str, ...] = PACKAGES) -> dict:
-    """Describe what a reader needs to place the numbers: processor, versions, commit, date."""
+    """Describe processor, versions, commit and date, to place the numbers."""
     import torch
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
@@ -44,7 +44,7 @@ def driver() -> str | None:
 
 
 def resident_bytes(key: str) -> int:
-    """Read VmRSS, VmHWM (the highest since its last reset) or VmSize of this process."""
+    """Read VmRSS, VmSize or VmHWM, the highest since its last reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024

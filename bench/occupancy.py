@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 
 class Processor(NamedTuple):
-    """Limits of one multiprocessor (CUDA) or of the unit that shares one LDS (AMD)."""
+    """Limits of a multiprocessor of CUDA, or of the unit of AMD that shares an LDS."""
 
     shared_block: int  # bytes of shared memory that one block may ask for
     shared: int  # bytes there are
@@ -52,7 +52,7 @@ def round_up(number: int, unit: int) -> int:
 
 
 def resident_blocks(arch: str, threads: int, registers: int, shared: int, tensor_columns: int = 0) -> int:
-    """Blocks that one multiprocessor holds at a time; 0 if not even one fits.
+    """Count the blocks that a multiprocessor holds at a time; 0 if none fits.
 
     registers per thread, shared bytes per block (without the driver's share), tensor_columns of tensor memory
     per block.

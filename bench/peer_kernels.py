@@ -30,7 +30,7 @@ def pointer(dtype, *shape) -> torch.Tensor:
 
 
 def liger_calls(arch: str, width: int) -> list[tuple]:
-    """List (module, kernel, arguments, launch options) of Liger's fused linear cross-entropy."""
+    """List module, kernel, arguments, launch options of Liger's cross-entropy."""
     warps = {"num_warps": 16 if arch.startswith("gfx") else 32}
     largest = 65536 // 2
     loss = {"X_ptr": pointer(torch.bfloat16), "X_stride": VOCAB, "Y_ptr": pointer(torch.int64), "Y_stride": 1,
@@ -99,7 +99,7 @@ def specialised(arch: str, module: str, kernel: str, arguments: dict, options: d
 
 
 def tuner_tiles(arch: str) -> list[dict]:
-    """List the tiles of cut-cross-entropy's autotuner for matrix products that are bound by arithmetic.
+    """List the tiles of cut-cross-entropy's autotuner that arithmetic bounds.
 
     Without those whose operands alone exceed the chip's shared memory: it drops them too.
     """
@@ -113,7 +113,7 @@ def tuner_tiles(arch: str) -> list[dict]:
 
 
 def peer_cases(arch: str, package: str) -> list[Case]:
-    """List what this package would compile with its default settings; empty if it is not installed.
+    """List what a package would compile by default; empty if not installed.
 
     Widths that lead to the same specialisation appear once.
     """
@@ -129,7 +129,7 @@ def peer_cases(arch: str, package: str) -> list[Case]:
 
 
 def tuned_cases(arch: str) -> list[Case]:
-    """List the tiles of cut-cross-entropy's autotuner, for the two kernels that it tunes over them."""
+    """List the autotuner's tiles for the two kernels that it tunes over them."""
     if arch not in TUNED or not installed("cut-cross-entropy"):
         return []
     launch = ("num_warps", "num_stages")
@@ -144,14 +144,14 @@ def installed(package: str) -> bool:
 
 
 def our_cases(arch: str) -> list[Case]:
-    """List what our launchers compile for the same call: no bias, no cap, whole BLOCK_D."""
+    """List what our launchers compile for the same call."""
     return logp_cases(arch, torch.bfloat16, True, quick=True)[:1] + [
         case for case in row_cases(arch, torch.bfloat16, True, quick=False) if not case.constants.get("HAS_CAP")
         and (case.constants["BLOCK"] > 1024 or case.kernel == "pull_kernel")]  # not a small vocabulary's tile
 
 
 def tuner_summary(rows: list[dict]) -> list[str]:
-    """Write a line per chip and kernel: how many autotuned tiles spill or do not fit, and the best left."""
+    """Write per chip and kernel how many autotuned tiles spill, and the best left."""
     lines = []
     for arch, kernel in dict.fromkeys((row["arch"], row["kernel"]) for row in rows):
         mine = [row for row in rows if (row["arch"], row["kernel"]) == (arch, kernel)]
@@ -165,13 +165,13 @@ def tuner_summary(rows: list[dict]) -> list[str]:
 
 
 def tile_reuse(config: str) -> float:
-    """Compute the multiply-adds per element loaded, of a tile written as "128x64x32 w8 s2"."""
+    """Compute multiply-adds per element loaded of a tile like "128x64x32 w8 s2"."""
     rows, columns = map(int, config.split(" ")[0].split("x")[:2])
     return rows * columns / (rows + columns)
 
 
 def run(archs, *, everything: bool, workers: int) -> int:
-    """Print the tables and write compile-peers.json; 0, since peers are held to nothing."""
+    """Print the tables, write compile-peers.json; 0, as peers are held to nothing."""
     wanted = [("minimath", case) for arch in archs for case in our_cases(arch)]
     for package in PACKAGES:
         if not installed(package):

@@ -72,7 +72,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def engines_of(options: argparse.Namespace) -> dict[str, dict]:
-    """Name every engine -> what tells it apart; minimath first, at one or several max_num_seqs."""
+    """Name every engine with what tells it apart, minimath first."""
     ours = {"engine": OURS, "keep_freed_memory": True}
     found = {f"{OURS}-{count or 'auto'}": {**ours, "max_num_seqs": count}
              for count in dict.fromkeys(options.max_num_seqs)}
@@ -80,7 +80,7 @@ def engines_of(options: argparse.Namespace) -> dict[str, dict]:
 
 
 def spec_of(engine: dict, options: argparse.Namespace, model: str) -> dict:
-    """Tell bench.rollout_worker what to run; what it takes from train_worker sees an RL step of this shape."""
+    """Tell bench.rollout_worker what to run; train_worker sees an RL step."""
     requests = next((count for count in options.max_num_seqs if count), 64)  # at a time, of continuous batching
     spec = {**DEFAULTS, "max_num_seqs": requests, **engine}
     taken = ("device", "dtype", "prompts", "samples", "max_new_tokens", "micro_batch_tokens", "generate_batch")
@@ -94,7 +94,7 @@ def spec_of(engine: dict, options: argparse.Namespace, model: str) -> dict:
 # ---- figures
 
 def summarise(steps: dict[str, list[dict]]) -> list[dict]:
-    """Make one row per engine that ran: medians over rounds, and the ratios of all but the first to the first."""
+    """Make one row per engine: medians over rounds, and ratios to the first."""
     rows = train.summarise(steps, ours=next(iter(steps)))
     for row in rows:
         taken = steps[row["trainer"]]
@@ -137,7 +137,7 @@ def about(options: argparse.Namespace, model: str) -> dict:
 
 
 def train_options(options: argparse.Namespace) -> argparse.Namespace:
-    """Make the options of bench.train for whole RL steps of this shape; of TRL, the engines asked for."""
+    """Make the options of bench.train for whole RL steps of this shape."""
     peers = [name for name in dict.fromkeys(options.engines) if PEERS.get(name, {}).get("engine") == "trl"]
     return argparse.Namespace(**vars(options), steps=options.rounds, group_size=options.samples, batch_size=1,
                               trainers=[OURS, *peers], step_max_num_seqs=options.max_num_seqs[0])

@@ -18,7 +18,7 @@ WARM_UP_PROMPTS, WARM_UP_TOKENS = 2, 8
 
 
 def take_turns(spec: dict, turns: Turns, prompts: list, eos: list[int], roll) -> None:
-    """Report that all is loaded, warm up, then one rollout per round, each on prompts of its own.
+    """Report that all is loaded, warm up, then one rollout per round.
 
     prompts: those of all rounds, in order. roll(prompts, limit, round) -> (completions, facts): token ids of all
     completions, at most `limit` each, prompt by prompt, and more to report.
@@ -35,7 +35,7 @@ def take_turns(spec: dict, turns: Turns, prompts: list, eos: list[int], roll) ->
 
 
 def cut_at_end(row: list[int], eos: list[int]) -> list[int]:
-    """Keep the ids up to and including the first that ends a completion; padding behind it goes."""
+    """Keep the ids up to and including the first that ends a completion."""
     return row[:1 + next((i for i, token in enumerate(row) if token in eos), len(row) - 1)]
 
 
@@ -48,7 +48,7 @@ def length_facts(rows: list[list[int]], eos: list[int]) -> dict:
 
 
 def padded_fill(calls: list[list[list[int]]]) -> dict:
-    """Compute the fill of calls that decode all rows until the longest has ended; calls: completions of each."""
+    """Compute the fill of calls that decode all rows until the longest has ended."""
     used = sum(len(row) for rows in calls for row in rows)
     held = sum(len(rows) * max(map(len, rows)) for rows in calls)
     return {"seq_fill": used / held, "max_num_seqs": max(map(len, calls))}
@@ -83,7 +83,7 @@ def run_minimath(spec: dict, turns: Turns) -> None:
 # ---- transformers
 
 def adapted_peer(cfg):
-    """Load (model with a new adapter, tokenizer, end ids) as transformers and peft load them."""
+    """Load model with a new adapter, tokenizer and end ids by transformers and peft."""
     from peft import get_peft_model
     model, tokenizer, eos = load_peer(cfg)
     return get_peft_model(model, lora_of(cfg)).eval(), tokenizer, eos
@@ -124,7 +124,7 @@ def run_generate(spec: dict, turns: Turns) -> None:
 
 
 def run_continuous(spec: dict, turns: Turns) -> None:
-    """Run transformers' continuous batching, max_num_seqs requests at a time; a prompt forks into its samples.
+    """Run transformers' continuous batching, max_num_seqs requests at a time.
 
     Its cache is sized here for that many requests of full length: left alone, it takes 0.6 of a CPU's free memory (and
     minutes to fill it), and 0.9 of a GPU's. A new manager each round, as in TRL: the prompts that it keeps would be of
@@ -155,7 +155,7 @@ def run_continuous(spec: dict, turns: Turns) -> None:
 # ---- TRL
 
 def run_trl(spec: dict, turns: Turns) -> None:
-    """Call GRPOTrainer._generate, whole rounds at once as TRL does by default, or split_rows at a time."""
+    """Call GRPOTrainer._generate, whole rounds at once or split_rows at a time."""
     cfg = config_of(spec)
     model, tokenizer, eos = load_peer(cfg)
     with tempfile.TemporaryDirectory() as folder:

@@ -45,7 +45,7 @@ class TileChoice(NamedTuple):
 
 
 def best_tile(card: Card, head: Head, tokens: int, cap_bytes: int = WORKSPACE) -> TileChoice:
-    """Find the fastest of ROWS x COLUMNS with 16-bit logits within cap_bytes; the smallest if none is."""
+    """Find the fastest tile whose 16-bit logits stay within cap_bytes."""
     shapes = [(r, c) for r in ROWS for c in COLUMNS if 2 * r * c <= cap_bytes] or [(ROWS[0], COLUMNS[0])]
     found = [TileChoice(*each, ours(card, head, tokens, *each, POLICY_LAUNCHES).seconds(card)) for each in shapes]
     return min(found, key=lambda each: each.seconds)
@@ -130,7 +130,7 @@ def show(rows: list[dict], cards: list[Card]) -> None:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Draw bars of loss+gradient time over the two-product floor, a panel per head, three at most."""
+    """Draw loss+gradient time over the two-product floor, three heads at most."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

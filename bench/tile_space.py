@@ -43,7 +43,7 @@ def in_flight(tile: dict) -> int:
 
 
 def plausible(tile: dict, arch: str) -> bool:
-    """Tell whether the resources known without compiling fit, and the tile reuses enough."""
+    """Tell whether a tile fits and reuses enough, as known without compiling."""
     lanes = tile["num_warps"] * PROCESSORS[arch].warp_size
     # one buffer a stage; products that read operands through registers need one less, Turing and AMD just one
     single = arch == "sm_75" or arch.startswith("gfx")
@@ -65,7 +65,7 @@ def heads(arch: str, tile: dict) -> list:
 
 
 def search(arch: str, *, workers: int) -> tuple[list[dict], dict | None]:
-    """Compile the plausible tiles -> (rows, best first, each with `tile`; the winning row or None)."""
+    """Compile the plausible tiles; return rows, best first, and the winner or None."""
     tiles = [tile for tile in all_tiles() if plausible(tile, arch)]
     # the head with everything on takes the most registers, so it decides
     rows = compile_many([heads(arch, tile)[0] for tile in tiles], workers=workers)
@@ -78,7 +78,7 @@ def search(arch: str, *, workers: int) -> tuple[list[dict], dict | None]:
 
 
 def run(archs, *, everything: bool, workers: int) -> int:
-    """Print the table and write compile-space.json; 1 if a chip is left without a tile."""
+    """Print the table, write compile-space.json; 1 if a chip is left without a tile."""
     table = Table(title=f"logp_kernel, 16-bit: of {len(all_tiles())} tiles")
     for name in ("chip", "dtype", "compiled", "left", "tile", "registers", "shared", "occupancy", "tensor ops"):
         table.add_column(name)

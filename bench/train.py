@@ -52,7 +52,7 @@ LORA = {"lora_r": 16, "lora_alpha": 32.0, "lora_targets": "all-linear", "optimiz
 
 
 def common_parser(module: str, doc: str) -> argparse.ArgumentParser:
-    """Make a parser with the options of every comparison of whole loops: model, device, dtype, files."""
+    """Make a parser with the options of every comparison of whole loops."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.{module}", description=doc.split("\n")[0])
     parser.add_argument("--model", default="", help="folder or hub id; default: the demo's SmolLM2-135M-Instruct")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -80,7 +80,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def require_trl(command: str) -> None:
-    """Raise UserError with the install line when TRL, with which `command` compares, is missing."""
+    """Raise UserError with the install line when TRL is missing."""
     if importlib.util.find_spec("trl") is None:
         raise UserError(f"{command} compares with TRL, which is not installed: pip install -e '.[bench]'")
 
@@ -167,7 +167,7 @@ def megabytes(count: int | None) -> str:
 
 
 def about(options: argparse.Namespace, stage: str, model: str) -> dict:
-    """Describe machine, versions, commit, date and settings of one stage's measurement."""
+    """Describe machine, versions, date and settings of one stage's measurement."""
     used = ("batch_size",) if stage == "sft" else ("prompts", "group_size", "max_new_tokens")
     settings = {key: getattr(options, key) for key in ("device", "dtype", "steps", "micro_batch_tokens", *used)}
     return machine(options.device, (*PACKAGES, "transformers", "peft", "trl", "accelerate")) | {
@@ -175,7 +175,7 @@ def about(options: argparse.Namespace, stage: str, model: str) -> dict:
 
 
 def save(path: Path, key: str, result: dict) -> None:
-    """Put one stage's result into the file; the results of other stages and dtypes stay."""
+    """Put one stage's result into the file; those of other stages and dtypes stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.write_text(json.dumps({**known, key: result}, indent=1) + "\n", encoding="utf-8")
@@ -200,7 +200,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def run_on_model(options: argparse.Namespace, run, needs_trl: str) -> int:
-    """Call run(options, model folder) with --tiny's model, --model, or the demo's.
+    """Call run with the options and --tiny's model, --model, or the demo's.
 
     needs_trl: the command that compares with TRL, "" for none. Returns the exit status.
     """

@@ -21,14 +21,14 @@ from bench.measure import resident_bytes
 
 
 class Turns:
-    """Gives the parent one step at a time; measures seconds and the highest memory of all steps."""
+    """Gives the parent one step at a time; measures seconds and peak memory."""
 
     def __init__(self, stdout, device: str):
         self.stdout, self.device = stdout, device
         self.started = self.loaded_bytes = None
 
     def pause(self, facts: dict) -> None:
-        """Wait for the parent: once when all is loaded, then after each step, with the step's own facts."""
+        """Wait for the parent: once when all is loaded, then after each step."""
         if self.device == "cuda":
             import torch
             torch.cuda.synchronize()
@@ -57,7 +57,7 @@ class Turns:
             stay_within_memory()
 
     def peak_extra_bytes(self) -> int | None:
-        """Measure the highest memory since reset_peak above what was held then; None where it can't be measured."""
+        """Measure the peak since reset_peak above what was held then; None if unknown."""
         if self.loaded_bytes is None:
             return None
         if self.device == "cuda":
@@ -67,7 +67,7 @@ class Turns:
 
 
 def stay_within_memory() -> None:
-    """Let this process grow by no more than is free: else Linux would kill something, maybe not this."""
+    """Let this process grow by no more than is free: else Linux would kill something."""
     import resource
     free = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
                 if line.startswith("MemAvailable:"))
@@ -95,7 +95,7 @@ def config_of(spec: dict):
 
 
 def examples_of(trainer: str, count: int) -> list:
-    """Make examples in the order in which minimath's loops take them: for TRL the first batch first."""
+    """Make examples in the order in which the trainer gets minimath's order of them."""
     from minimath.data.batch import step_indices
     from minimath.data.problems import make_problems
     examples = make_problems(count, seed=0)
@@ -103,7 +103,7 @@ def examples_of(trainer: str, count: int) -> list:
 
 
 def completion_rewards(correct: list[bool], ids: list[list[int]]) -> list[float]:
-    """Give 1 for a correct answer plus a number in [0, 0.5) that differs between completions.
+    """Give 1 for a correct answer plus less than 0.5 that differs by completion.
 
     A base model is correct too rarely: without the second term most groups would have no signal, and minimath, which
     drops such groups where TRL trains on zeros, would win by doing less.
@@ -118,7 +118,7 @@ def spread_reward(samples: list, example) -> list[float]:
 
 
 def touch(model) -> None:
-    """Read every weight, so that pages of a mapped file count as loaded, not as taken by the first step."""
+    """Read every weight, so that pages of a mapped file count as loaded."""
     for parameter in model.parameters():
         parameter.detach().sum()
 
@@ -126,7 +126,7 @@ def touch(model) -> None:
 # ---- minimath
 
 def pause_after_steps(turns: Turns) -> None:
-    """Make every run of this process take turns: where its progress begins, and after each record of metrics."""
+    """Make every run of this process take turns, at its start and after each step."""
     from minimath.core.log import RunLog
     progress, metrics = RunLog.progress, RunLog.metrics
 
@@ -176,12 +176,12 @@ def run_minimath(spec: dict, turns: Turns) -> None:
 # ---- TRL
 
 def rows_per_forward(rows: int, longest: int, micro_batch_tokens: int) -> int:
-    """Find the largest divisor of `rows` whose padded forward stays within micro_batch_tokens, at least 1."""
+    """Find the largest divisor of `rows` that stays within micro_batch_tokens."""
     return max([d for d in range(1, rows + 1) if rows % d == 0 and d * longest <= micro_batch_tokens], default=1)
 
 
 def trl_arguments(spec: dict, cfg, rows: int, longest: int) -> dict:
-    """Make TrainingArguments that equal minimath's options and spare TRL work that minimath doesn't do."""
+    """Make TrainingArguments that equal minimath's options and add no other work."""
     at_once = rows_per_forward(math.gcd(rows, spec.get("rows_per_generation") or rows), longest,
                                spec["micro_batch_tokens"])
     return {
@@ -195,7 +195,7 @@ def trl_arguments(spec: dict, cfg, rows: int, longest: int) -> dict:
 
 
 def load_peer(cfg):
-    """Load (model without adapter, tokenizer, end ids) as transformers loads them."""
+    """Load model without adapter, tokenizer and end ids as transformers does."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -257,7 +257,7 @@ def trl_sft(spec, cfg, folder, facts: dict, **trainer):
                               for row in rows])
 
     class ModelLoss(SFTTrainer):
-        """With the loss of the model's own forward over full logits, as TRL before 1.x and plain Trainer."""
+        """With the model's own loss over full logits, as TRL before 1.x and Trainer."""
 
         def compute_loss(self, *args, **kwargs):
             return super(SFTTrainer, self).compute_loss(*args, **kwargs)
@@ -267,7 +267,7 @@ def trl_sft(spec, cfg, folder, facts: dict, **trainer):
 
 
 def trl_grpo(spec, cfg, folder, facts: dict, **trainer):
-    """Make a GRPOTrainer on the same prompts in the same order, with the loss and rewards of run_minimath."""
+    """Make a GRPOTrainer with the prompts, loss and rewards of run_minimath."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -306,7 +306,7 @@ def trl_grpo(spec, cfg, folder, facts: dict, **trainer):
 
 
 def start(runs: dict, key: str) -> None:
-    """Run the worker that the spec on the command line names: runs[spec[key]](spec, turns)."""
+    """Run the worker that the spec on the command line names."""
     spec = json.loads(sys.argv[1])
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print; the protocol has its own file

@@ -18,7 +18,7 @@ PAUSE_S = 0.3  # between steps: OpenMP threads of the process that just ran spin
 
 
 def start_worker(module: str, spec: dict, log) -> subprocess.Popen:
-    """Start `python -m module` for one trainer's spec; log: the open file that takes its stderr."""
+    """Start `python -m module` for one spec; log: the file that takes its stderr."""
     return subprocess.Popen([sys.executable, "-m", module, json.dumps(spec)], cwd=ROOT, text=True,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
 

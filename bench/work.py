@@ -75,7 +75,7 @@ class Pass(NamedTuple):
 
 
 class Method(NamedTuple):
-    """Passes, and the most bytes held beyond hidden, weight and the (N, D) gradient."""
+    """Passes, and the most bytes held beyond hidden, weight and the gradient."""
 
     name: str
     passes: list[Pass]
@@ -89,7 +89,7 @@ class Method(NamedTuple):
 
 
 def floor_seconds(card: Card, head: Head, tokens: int, gemms: int) -> float:
-    """Compute the time of `gemms` products of N V D at the full tensor rate: nothing exact is faster."""
+    """Compute the time of `gemms` products of N V D at the full tensor rate."""
     return gemms * 2 * tokens * head.v * head.d / card.tensor_flops
 
 
@@ -107,7 +107,7 @@ def held(card: Card, sizes: list[float]) -> list[bool]:
 
 
 def product(card, name, m, n, k, *, cached: str = "", tiles=TILES, split_k=True) -> Pass:
-    """Count C (m, n) = A (m, k) @ B (k, n), B being the weight, with the fastest of tiles and splits.
+    """Count A @ B with the fastest of tiles and splits, B being the weight.
 
     cached: which of "a", "b", "c" lie in L2 and cost no memory traffic. split_k: may cut k. Hopper's blocks come in
     clusters of two that share what they read of B.
@@ -233,7 +233,7 @@ def cut_cross_entropy(card: Card, head: Head, tokens: int, gradient: bool, kept:
 
 
 def ends(card: Card, numbers: float, bytes_each: float, launches: int) -> Pass:
-    """Count the small kernels around a chunk's passes, over (C, D) numbers."""
+    """Count the small kernels around a chunk's passes."""
     moved = bytes_each * numbers
     memory = OUTER_BYTES * numbers if resident(card, END_HELD * numbers) else moved
     return Pass("ends and loss function", 0, False, memory, moved, launches)
@@ -257,7 +257,7 @@ def tile_passes(card: Card, head: Head, rows: int, columns: int) -> list[Pass]:
 
 
 def chunk_passes(card: Card, head: Head, rows: int, columns: int, loss_launches: int) -> list[Pass]:
-    """Count one chunk of C rows of kernels.linear_token_loss: no entropy in the loss, a frozen head."""
+    """Count one chunk of C rows of kernels.linear_token_loss, a frozen head."""
     columns = min(columns, head.v)
     passes = [each.times(head.v // columns) for each in tile_passes(card, head, rows, columns)]
     if head.v % columns:
@@ -266,7 +266,7 @@ def chunk_passes(card: Card, head: Head, rows: int, columns: int, loss_launches:
 
 
 def equal_rows(tokens: int, rows: int) -> int:
-    """Compute the rows of equal chunks of at most `rows`, as kernels.common.equal_parts makes them."""
+    """Compute the rows of equal chunks, as kernels.common.equal_parts makes them."""
     return min(tokens, math.ceil(tokens / math.ceil(tokens / rows) / 16) * 16)
 
 
@@ -282,7 +282,7 @@ def ours(card: Card, head: Head, tokens: int, rows: int, columns: int, loss_laun
 
 
 def choose_tile(card: Card, dtype: str) -> tuple[int, int]:
-    """Choose (BLOCK_N, BLOCK_V) of the forward kernel for "bf16", "fp16" or "fp32".
+    """Choose BLOCK_N and BLOCK_V of the forward kernel for bf16, fp16 or fp32.
 
     The smallest tile that reads operands from L2 at no more than 80% of its rate while the product runs at its peak
     (fp32: outside the tensor cores), else the largest that fits: accumulators within half the register file, two stages
@@ -300,7 +300,7 @@ def choose_tile(card: Card, dtype: str) -> tuple[int, int]:
 
 
 def ours_forward(card: Card, head: Head, tokens: int, tile: tuple[int, int]) -> Method:
-    """Count kernels.linear_logp: logits stay in registers, five numbers per row and part of the vocabulary."""
+    """Count kernels.linear_logp: five numbers per row and part of the vocabulary."""
     splits = max(1, math.ceil(2 * card.processors / math.ceil(tokens / tile[0])))
     passes = [
         product(card, "logits", tokens, head.v, head.d, cached="c", tiles=(tile,), split_k=False),
@@ -311,7 +311,7 @@ def ours_forward(card: Card, head: Head, tokens: int, tile: tuple[int, int]) -> 
 
 
 def share_of_roofline(card: Card, shape: tuple[int, int, int], dtype: str, gradient: bool, seconds: float) -> float:
-    """Compute the time that no exact method can beat over the time measured: 1.0 at the roof.
+    """Divide the time that no exact method can beat by the time measured.
 
     shape: (N, D, V). The roof is one product of 2 N V D flops (two with the gradient) at the peak of dtype ("fp32"
     outside the tensor cores, "bf16", "fp16"), or weight and hidden read once and the gradient written once, whichever
