@@ -1,11 +1,13 @@
-"""Arithmetic in worked solutions: a safe exact parser, and the share of `a op b = c` steps that hold.
+"""Read arithmetic in worked solutions exactly, and count the steps that hold.
 
-The share of right steps is a tripwire, not a quality score: most wrong solutions have right arithmetic. Text
-of a model is hostile input: every function runs in time linear in its length, numbers and powers are bounded,
-and nothing is eval'd. Exact throughout (fractions.Fraction).
+The share of correct steps `a op b = c` is a tripwire, not a quality score: most wrong solutions have correct
+arithmetic. Text of a model is hostile input: every function runs in time linear in its length, numbers and powers are
+bounded, and nothing is eval'd. Exact throughout (fractions.Fraction).
 """
 from __future__ import annotations
 
+import ast
+import operator
 import re
 from fractions import Fraction
 from typing import NamedTuple
@@ -17,7 +19,7 @@ MAX_POWER_BITS = 4096         # size of any power computed
 
 
 class StepCount(NamedTuple):
-    """Equations of a solution that hold exactly (or to the decimals shown), and all that could be read."""
+    """Equations of a solution: those that hold, to the decimals shown, and all that could be read."""
     right: int
     total: int
 
@@ -58,7 +60,7 @@ _SCALES = {"half", "twice", "double", "triple", "thrice", "quarter", "third", "t
 
 
 def _tokens(text: str) -> list[Token]:
-    """Tokens of arithmetic text. "x" and "of" between two numbers are products."""
+    """Cut arithmetic text into tokens; "x" and "of" between two numbers are products."""
     text = text.translate(_SIGN_TABLE)
     if "\\" in text or "{" in text or "&" in text:
         for pattern, replacement in _LATEX:
@@ -82,74 +84,52 @@ def _number(text: str) -> Fraction:
     return value / 100 if text.endswith("%") else value
 
 
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
 def _value(tokens: list[Token]) -> Fraction | None:
-    """Value of one side: + - * / ^, brackets, signs, "2(3)" as a product; None when it is not arithmetic."""
-    if not 0 < len(tokens) <= MAX_SIDE_TOKENS:
+    """Return the value of one side of an equation; None when it is not arithmetic.
+
+    Read are + - * / ^ **, signs, brackets, and "2(3)" as a product. Python's own parser gives the tree.
+    """
+    if len(tokens) > MAX_SIDE_TOKENS or not {token.kind for token in tokens} <= {"num", "op", "open", "close"}:
         return None
-    position = 0
-
-    def peek(*texts):
-        return position < len(tokens) and tokens[position].text in texts
-
-    def take():
-        nonlocal position
-        position += 1
-        return tokens[position - 1]
-
-    def total():
-        value = product()
-        while peek("+", "-"):
-            value = value + product() if take().text == "+" else value - product()
-        return value
-
-    def product():
-        value = signed()
-        while peek("*", "/", "("):
-            if peek("("):
-                value *= power()
-            elif take().text == "*":
-                value *= signed()
-            else:
-                value /= signed()
-        return value
-
-    def signed():
-        if peek("-", "+"):
-            return -signed() if take().text == "-" else signed()
-        return power()
-
-    def power():
-        base = atom()
-        if not peek("^", "**"):
-            return base
-        take()
-        exponent = signed()
-        bits = base.numerator.bit_length() + base.denominator.bit_length()
-        if exponent.denominator != 1 or abs(exponent) * bits > MAX_POWER_BITS:
-            raise ValueError("power out of bounds")
-        return base ** int(exponent)
-
-    def atom():
-        token = take()
+    numbers, words = [], []
+    for before, token in zip([None, *tokens], tokens):
         if token.kind == "num":
-            return _number(token.text)
-        if token.kind != "open":
-            raise ValueError("not a number")
-        value = total()
-        if take().kind != "close":
-            raise ValueError("unbalanced")
-        return value
-
+            words.append(str(len(numbers)))        # its place in numbers
+            numbers.append(_number(token.text))
+        else:
+            product = token.kind == "open" and before is not None and before.kind in ("num", "close")
+            words.append("*(" if product else "**" if token.text == "^" else token.text)
     try:
-        value = total()
-        return value if position == len(tokens) else None
-    except (ValueError, IndexError, ZeroDivisionError, OverflowError):
+        return _evaluate(ast.parse(" ".join(words), mode="eval").body, numbers)
+    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError):
         return None
+
+
+def _evaluate(node: ast.expr, numbers: list[Fraction]) -> Fraction:
+    """Compute a tree whose constants are places in `numbers`. Raises ValueError for what is not arithmetic."""
+    if isinstance(node, ast.Constant):
+        return numbers[node.value]
+    if isinstance(node, ast.UnaryOp):
+        value = _evaluate(node.operand, numbers)
+        return -value if isinstance(node.op, ast.USub) else value
+    if not isinstance(node, ast.BinOp):
+        raise ValueError("not arithmetic")
+    a, b = _evaluate(node.left, numbers), _evaluate(node.right, numbers)
+    if not isinstance(node.op, ast.Pow):
+        return _OPERATORS[type(node.op)](a, b)
+    if b.denominator != 1 or abs(b) * (a.numerator.bit_length() + a.denominator.bit_length()) > MAX_POWER_BITS:
+        raise ValueError("power out of bounds")
+    return a ** int(b)
 
 
 def _trim(side: list[Token], *, left: bool, right: bool) -> list[Token]:
-    """Cut what precedes an unmatched "(" (first side only) or follows an unmatched ")" (last side only):
-    "(5 * 3 = 15)" is an equation in brackets."""
+    """Cut what precedes an unmatched "(" of the first side or follows an unmatched ")" of the last.
+
+    "(5 * 3 = 15)" is an equation in brackets.
+    """
     while side and side[0].text == "**":       # bold type
         side = side[1:]
     while side and side[-1].text == "**":
@@ -174,14 +154,16 @@ def _trim(side: list[Token], *, left: bool, right: bool) -> list[Token]:
 
 
 def _scales(tokens: list[Token], i: int) -> bool:
-    """Whether words before token i change its value: "half of 10 + 2", "twice 4 + 1"."""
+    """Tell whether words before token i change its value, as in "half of 10 + 2"."""
     j = i - 2 if tokens[i - 1].text == "of" else i - 1
     return j >= 0 and tokens[j].text.lower() in _SCALES
 
 
 def _chains(tokens: list[Token]):
-    """Yields chains of sides, [[tokens of a], [tokens of b], ...] for "a = b = ...", and the signs between. A
-    side that touches anything not understood (a variable, a unit inside) becomes an empty list."""
+    """Yield the sides of each chain "a = b = ..." as lists of tokens, and the signs between.
+
+    A side that touches anything not understood (a variable, a unit inside) becomes an empty list.
+    """
     sides, signs, side = [], [], []
     spoiled, before, i = False, None, 0
 
@@ -228,7 +210,7 @@ def _chains(tokens: list[Token]):
 
 
 def _agree(a: list[Token], b: list[Token], sign: str) -> bool | None:
-    """Whether two neighbouring sides are equal; None when there is no operation to check."""
+    """Tell whether two neighbouring sides are equal; None without an operation."""
     if not (a and b) or not any(token.kind == "op" for side in (a, b) for token in side[1:]):
         return None
     left, right = _value(a), _value(b)
@@ -247,9 +229,11 @@ def _agree(a: list[Token], b: list[Token], sign: str) -> bool | None:
 
 
 def check_steps(text: str) -> StepCount:
-    """Counts the arithmetic equations of a solution and how many hold. `a + b = c = d` is one equation per
-    "=" with an operator on a side of it. Decimals may be rounded to the digits shown. Sides with variables,
-    units in the middle, or anything else that is not arithmetic are left out of both numbers."""
+    """Count the arithmetic equations of a solution and how many hold.
+
+    `a + b = c = d` is one equation per "=" with an operator on a side of it. Decimals may be rounded to the digits
+    shown. Sides with variables, units in the middle, or anything else that is not arithmetic are left out.
+    """
     right = total = 0
     for sides, signs in _chains(_tokens(text[-MAX_TEXT_CHARS:])):
         last = len(sides) - 1
@@ -262,7 +246,7 @@ def check_steps(text: str) -> StepCount:
 
 
 class Plain(NamedTuple):
-    """A text that is one number: exact value, whether it was a percentage, whether written with decimals."""
+    """A text that is one number: its exact value, and whether it had a percent sign or decimals."""
     value: Fraction
     percent: bool
     decimal: bool
@@ -275,8 +259,10 @@ _NOT_UNITS = {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "mod", "and
 
 
 def plain_number(text: str) -> Plain | None:
-    """Reads "18", "-1,200", "$18.00", "18 dollars", "3/4", "\\frac{3}{4}", "x = 5", "50%", "2 * 9 = 18".
-    None for everything else: tuples, variables, roots, intervals, prose."""
+    """Read a text that is one number; None for tuples, variables, roots, intervals, prose.
+
+    Read are "18", "-1,200", "$18.00", "18 dollars", "3/4", "\\frac{3}{4}", "x = 5", "50%", "2 * 9 = 18".
+    """
     if len(text) > 400 or (text.lstrip(" $\\").startswith("(") and "," in text):
         return None
     text = re.sub(r"^\s*\$?\s*[A-Za-z]\w{0,15}\s*=(?!=)", "", text.strip().rstrip("."))
@@ -305,8 +291,10 @@ def plain_number(text: str) -> Plain | None:
 
 
 def same_number(a: Plain, b: Plain) -> bool:
-    """Equal exactly; to 6 decimals when one is written as a decimal and the other as a fraction; "50%" equals
-    "50" and "0.5"."""
+    """Compare exactly, or to 6 decimals when one is a decimal and the other a fraction.
+
+    "50%" equals "50" and "0.5".
+    """
     scaled = [b.value] if a.percent == b.percent else [b.value, b.value / 100 if b.percent else b.value * 100]
     tolerance = Fraction(1, 2 * 10 ** 6) if a.decimal != b.decimal else 0
     return any(abs(a.value - value) <= tolerance for value in scaled)
