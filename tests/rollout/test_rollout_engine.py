@@ -1,23 +1,23 @@
-"""What the rollout engine does beside decoding: ends, penalties, memory, grouped layers, no read-back in a step."""
+"""What the own engine does beside decoding: ends, memory, grouped layers, no read-back in a step."""
 
 import itertools
+import json
 import math
 
 import pytest
 import tiny
 import torch
+from engines import engine_of, generate
 from test_rollout import LENGTHS, full_logps, prompts_of, renormalised, sampled
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from toy import load, wake_adapter
 
-from minimath.rollout import decode as decoding
-from minimath.models import memory
-from minimath.rollout import engine as rollout
-from minimath.config.schema import AdapterConfig, ModelConfig
 from minimath.core.errors import UserError
+from minimath.models import memory
 from minimath.models.linears import called_together, decoding_linears, parts_of
 from minimath.models.load import adapter_off, base_causal_lm, hidden_states, inference
-from minimath.rollout.engine import generate
+from minimath.rollout import decode as decoding
+from minimath.rollout import own_engine
 from minimath.rollout.sampling import Sampling, sample_tokens
 from minimath.rollout.stopping import BoxWatch, in_loop
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama(folder):
-    model, tokenizer = load(folder, AdapterConfig, train=True)
+    model, tokenizer = load(folder, train=True)
     wake_adapter(model)
     return model, tokenizer
 
@@ -41,9 +41,7 @@ def ids_of(groups):
 # ---- log-probs before and after the distribution is cut
 
 
-@pytest.mark.parametrize(
-    "how", [Sampling(0.9, top_p=0.8), Sampling(1.0, top_k=5), Sampling(1.0, repetition_penalty=1.5)]
-)
+@pytest.mark.parametrize("how", [Sampling(0.9, top_p=0.8), Sampling(1.0, top_k=5), Sampling(1.0, min_p=0.1)])
 def test_both_log_probs_are_recorded_where_the_distribution_is_cut(llama, how):
     model, tokenizer = llama
     groups = generate(model, tokenizer, prompts_of(), samples=2, max_new_tokens=12, eos=[], **how._asdict())
@@ -57,29 +55,6 @@ def test_both_log_probs_are_recorded_where_the_distribution_is_cut(llama, how):
 
 def test_an_uncut_distribution_has_one_log_prob(llama):
     assert sampled(llama)[0][0].full_logp is None
-
-
-def test_the_repetition_penalty_is_that_of_transformers(folder):
-    """Greedy with a penalty, token for token; prompt tokens are penalised too."""
-    model, tokenizer = load(folder)
-    for prompt in prompts_of():
-        [[ours]] = generate(
-            model, tokenizer, [prompt], max_new_tokens=30, temperature=0, repetition_penalty=1.3, eos=[]
-        )
-        theirs = model.generate(
-            torch.tensor([prompt]),
-            do_sample=False,
-            max_new_tokens=30,
-            min_new_tokens=30,
-            repetition_penalty=1.3,
-            use_cache=True,
-        )
-        [[plain]] = generate(model, tokenizer, [prompt], max_new_tokens=30, temperature=0, eos=[])
-        without_end = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=1)
-        assert len(without_end[0]) == len(prompt) + 1
-        if tokenizer.eos_token_id not in ours.ids:  # min_new_tokens forbids it in transformers
-            assert ours.ids == theirs[0, len(prompt) :].tolist()
-        assert ours.ids != plain.ids
 
 
 @pytest.mark.parametrize("vocab", [50, 257, 1000, 4096])  # blocks of 256, 16 and padding
@@ -138,12 +113,12 @@ def test_a_closed_box_ends_a_completion(llama):
 
     free = sampled(llama, eos=[], samples=8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout, "BoxWatch", Scripted)
+        patch.setattr(own_engine, "BoxWatch", Scripted)
         boxed = sampled(llama, eos=[], samples=8, stop_boxed=True)
     hits = 0
     for one, two in zip(sum(free, []), sum(boxed, []), strict=True):
         cut = one.ids.index(60) + 1 if 60 in one.ids else len(one.ids)
-        assert two.ids == one.ids[:cut] and two.ended == (60 in one.ids)
+        assert two.ids == one.ids[:cut] and two.finished == (60 in one.ids)
         hits += 60 in one.ids
     assert hits > 0
 
@@ -162,7 +137,7 @@ def test_loops_are_seen_from_four_turns_on():
     assert not in_loop([1, 2, 3, 4] * 3 + [1, 2, 3, 9])
 
 
-def test_the_loop_guard_cuts_a_completion_and_marks_it_as_not_ended(llama):
+def test_the_loop_guard_cuts_a_completion_and_marks_it_as_not_finished(llama):
     """A greedy tiny model ends in a loop soon."""
     model, tokenizer = llama
     options = {"max_new_tokens": 200, "temperature": 0, "eos": []}
@@ -170,21 +145,21 @@ def test_the_loop_guard_cuts_a_completion_and_marks_it_as_not_ended(llama):
     guarded = generate(model, tokenizer, prompts_of(), loop_guard=32, **options)
     shorter = 0
     for [one], [two] in zip(free, guarded, strict=True):
-        assert two.ids == one.ids[: len(two.ids)] and not two.ended
+        assert two.ids == one.ids[: len(two.ids)] and not two.finished
         assert len(two.ids) == 200 or in_loop(two.ids[-32:])
         shorter += len(two.ids) < 200
     assert shorter > 0
 
 
 @pytest.mark.parametrize("options", [{"loop_guard": 32, "temperature": 0.2}, {"stop_boxed": True}])
-def test_early_ends_do_not_depend_on_slots_or_on_when_the_host_looks(llama, monkeypatch, options):
+def test_early_ends_do_not_depend_on_the_batch_or_on_when_the_host_looks(llama, monkeypatch, options):
     monkeypatch.setattr(BoxWatch, "may_close", lambda self, token: token == 60)
     monkeypatch.setattr(BoxWatch, "closed", lambda self, ids: 60 in ids)
     told = []
     for slots, sync in ((16, 1), (3, 1), (16, 4), (5, 4)):
         monkeypatch.setitem(decoding.SYNC, "cpu", sync)
-        groups = sampled(llama, samples=4, slots=slots, eos=[], max_new_tokens=120, **options)
-        told.append([[(c.ids, c.ended) for c in group] for group in groups])
+        groups = sampled(llama, samples=4, max_num_seqs=slots, eos=[], max_new_tokens=120, **options)
+        told.append([[(c.ids, c.finished) for c in group] for group in groups])
     assert told[0] == told[1] == told[2] == told[3]
     assert any(len(ids) < 120 for group in told[0] for ids, _ in group)
 
@@ -195,29 +170,66 @@ def test_early_ends_do_not_depend_on_slots_or_on_when_the_host_looks(llama, monk
 class Failing:
     """Stands in for a method and runs out of memory at the given calls."""
 
-    def __init__(self, method, calls):
-        self.method, self.calls, self.count = method, calls, itertools.count()
+    def __init__(self, method, calls, error=torch.OutOfMemoryError("simulated")):  # noqa: B008
+        self.method, self.calls, self.count, self.error = method, calls, itertools.count(), error
 
     def __call__(self, *args, **kwargs):
         if next(self.count) in self.calls:
-            raise torch.OutOfMemoryError("simulated")
+            raise self.error
         return self.method(*args, **kwargs)
+
+
+def sampled_with_metrics(llama, **options):
+    """(completions, metrics, engine) of test_rollout.sampled's rollout."""
+    options = {"max_new_tokens": 24, "seed": 7, "eos": list(range(20, 50)), **options}
+    samples = options.pop("samples", 3)
+    engine = engine_of(*llama, **options)
+    return engine.generate(prompts_of(), samples), engine.metrics(), engine
 
 
 @pytest.mark.parametrize("sync", [1, 4])
 @pytest.mark.parametrize("where", ["run_step", "choose", "prefill", "admit"])
-def test_out_of_memory_halves_the_slots_and_changes_no_completion(llama, monkeypatch, where, sync):
+def test_out_of_memory_halves_the_batch_and_changes_no_completion(llama, monkeypatch, where, sync):
     monkeypatch.setitem(decoding.SYNC, "cpu", sync)
-    whole, said, facts = sampled(llama, slots=8), [], {}
+    whole, said = sampled(llama, max_num_seqs=8), []
     method = getattr(decoding.Decode, where)
     failing = Failing(method, {2, 9} if where in ("run_step", "choose") else {1})
     monkeypatch.setattr(decoding.Decode, where, lambda *args: failing(*args))
-    again = sampled(llama, slots=8, say=said.append, facts=facts)
+    again, metrics, _ = sampled_with_metrics(llama, max_num_seqs=8, say=said.append)
     assert ids_of(again) == ids_of(whole)
     for one, two in zip(sum(whole, []), sum(again, []), strict=True):
-        assert two.logp == pytest.approx(one.logp, abs=1e-5) and two.ended == one.ended
-    assert facts["halved"] == len(said) == len(failing.calls) and facts["slots"] == 8 >> len(said)
+        assert two.logp == pytest.approx(one.logp, abs=1e-5) and two.finished == one.finished
+    assert metrics["halved"] == len(said) == len(failing.calls) and metrics["max_num_seqs"] == 8 >> len(said)
     assert f"going on with {8 >> len(said)}" in said[-1]
+
+
+def test_a_cpus_out_of_memory_is_known_too(llama, monkeypatch):
+    """torch's CPU allocator raises a plain RuntimeError; any other one goes on."""
+    for text, known in (("[enforce fail] DefaultCPUAllocator: can't allocate memory", True), ("shapes differ", False)):
+        failing = Failing(decoding.Decode.run_step, {3}, RuntimeError(text))
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding.Decode, "run_step", lambda *args, failing=failing: failing(*args))
+            if known:
+                assert sampled_with_metrics(llama, max_num_seqs=8, say=lambda text: None)[1]["halved"] == 1
+            else:
+                with pytest.raises(RuntimeError, match="shapes differ"):
+                    sampled(llama, max_num_seqs=8)
+
+
+def test_what_out_of_memory_taught_is_the_engines_state(llama, monkeypatch):
+    """The next rollout, and the run that goes on, begin with fewer rows, unless the options have changed."""
+    failing = Failing(decoding.Decode.run_step, {2})
+    monkeypatch.setattr(decoding.Decode, "run_step", lambda *args: failing(*args))
+    _, _, engine = sampled_with_metrics(llama, max_num_seqs=8, say=lambda text: None)
+    engine.generate(prompts_of(), 3)
+    assert engine.metrics()["max_num_seqs"] == 4 and engine.metrics()["halved"] == 0
+    state = json.loads(json.dumps(engine.state_dict()))
+    for options, wanted in (({"max_num_seqs": 8}, 4), ({"max_num_seqs": 16}, 12),
+                            ({"max_num_seqs": 8, "max_new_tokens": 12}, 8)):
+        other = engine_of(*llama, **{"max_new_tokens": 24, **options})
+        other.load_state_dict(state)
+        other.generate(prompts_of(), 3)
+        assert other.metrics()["max_num_seqs"] == wanted
 
 
 @pytest.mark.parametrize("call", range(4, 12))
@@ -225,13 +237,27 @@ def test_out_of_memory_between_looks_loses_no_end(llama, monkeypatch, call):
     """Rows that ended, or closed their box, in the steps before are over: they do not go on from a prefill."""
     monkeypatch.setattr(BoxWatch, "may_close", lambda self, token: token in (60, 70, 80))
     monkeypatch.setattr(BoxWatch, "closed", lambda self, ids: ids[-1] in (60, 70, 80))
-    whole = sampled(llama, samples=4, slots=16, stop_boxed=True)
+    whole = sampled(llama, samples=4, max_num_seqs=16, stop_boxed=True)
     monkeypatch.setitem(decoding.SYNC, "cpu", 4)
     failing = Failing(decoding.Decode.run_step, {call})
     monkeypatch.setattr(decoding.Decode, "run_step", lambda *args: failing(*args))
-    again = sampled(llama, samples=4, slots=16, stop_boxed=True, say=lambda text: None)
+    again = sampled(llama, samples=4, max_num_seqs=16, stop_boxed=True, say=lambda text: None)
     assert ids_of(again) == ids_of(whole)
-    assert [c.ended for c in sum(again, [])] == [c.ended for c in sum(whole, [])]
+    assert [c.finished for c in sum(again, [])] == [c.finished for c in sum(whole, [])]
+
+
+@pytest.mark.parametrize("most", [12, 1])
+@pytest.mark.parametrize("call", [1, 2])
+def test_out_of_memory_when_every_row_has_ended_is_no_error(llama, monkeypatch, most, call):
+    """Rows end between two looks, and memory runs out in a step that none of them needed: nothing is left to sample."""
+    prompts = prompts_of()[:most]
+    whole = engine_of(*llama, max_new_tokens=2, eos=[], seed=7).generate(prompts, 1)
+    monkeypatch.setitem(decoding.SYNC, "cpu", 4)
+    failing, said = Failing(decoding.Decode.run_step, {call}), []
+    monkeypatch.setattr(decoding.Decode, "run_step", lambda *args: failing(*args))
+    engine = engine_of(*llama, max_new_tokens=2, eos=[], seed=7, max_num_seqs=most, say=said.append)
+    assert ids_of(engine.generate(prompts, 1)) == ids_of(whole)
+    assert engine.metrics()["halved"] == 1 and not said
 
 
 def test_memory_too_small_for_one_sequence_is_an_error_that_says_what_to_do(llama, monkeypatch):
@@ -240,7 +266,7 @@ def test_memory_too_small_for_one_sequence_is_an_error_that_says_what_to_do(llam
 
     monkeypatch.setattr(decoding.Decode, "run_step", full)
     with pytest.raises(UserError, match="lower max_new_tokens"):
-        sampled(llama, slots=4, say=lambda text: None)
+        sampled(llama, max_num_seqs=4, say=lambda text: None)
 
 
 def test_slots_follow_from_the_memory(llama):
@@ -260,20 +286,19 @@ def test_free_memory_is_read_from_this_machine():
     assert memory.free_bytes(torch.device("cpu")) > 10**7
 
 
-def test_slots_stay_full_while_completions_wait(llama):
-    facts = {}
-    sampled(llama, samples=32, slots=16, max_new_tokens=40, facts=facts)
-    assert facts["slots"] == 16 and facts["slot_fill_full"] >= 0.9
-    assert facts["slot_fill"] <= facts["slot_fill_full"]
+def test_the_batch_stays_full_while_completions_wait(llama, monkeypatch):
+    counts, step = [], decoding.Decode.step
+    monkeypatch.setattr(decoding.Decode, "step", lambda self: (counts.append((len(self.rows), bool(self.queue))),
+                                                               step(self)))
+    _, metrics, _ = sampled_with_metrics(llama, samples=32, max_num_seqs=16, max_new_tokens=40)
+    waiting = [rows for rows, queue in counts if queue]
+    assert metrics["max_num_seqs"] == 16 and sum(waiting) / (16 * len(waiting)) >= 0.9
+    assert metrics["seq_fill"] == sum(rows for rows, _ in counts) / (16 * len(counts))
 
 
-def test_prompts_expected_to_take_longest_start_first(llama):
-    order = []
-    sampled(llama, slots=3, expected=[1.0, 5.0, 9.0, 2.0], max_new_tokens=1, eos=[],
-            on_done=lambda p, s, c: order.append(p))
-    assert order == [2] * 3 + [1] * 3 + [3] * 3 + [0] * 3
-    order.clear()
-    sampled(llama, slots=3, max_new_tokens=1, eos=[], on_done=lambda p, s, c: order.append(p))
+def test_long_prompts_start_first(llama):
+    engine = engine_of(*llama, max_num_seqs=3, max_new_tokens=1, eos=[])
+    order = [p for finished in engine.stream(prompts_of(), 3) for p, _, _ in finished]
     assert order == [p for p in sorted(range(len(LENGTHS)), key=lambda p: -LENGTHS[p]) for _ in range(3)]
 
 
@@ -288,7 +313,7 @@ def test_rows_are_kept_in_blocks_of_like_length(llama, monkeypatch):
 
     monkeypatch.setattr(decoding.Decode, "arrange", spy)
     monkeypatch.setattr(decoding, "BLOCK", 4)
-    sampled(llama, samples=16, slots=16, max_new_tokens=40)
+    sampled(llama, samples=16, max_num_seqs=16, max_new_tokens=40)
     assert len(seen) > 10
     for lengths in seen:
         blocks = [lengths[a : a + 4] for a in range(0, len(lengths), 4)]
@@ -310,12 +335,12 @@ def test_layers_with_the_same_input_are_found(llama):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("off", [False, True])
 def test_grouped_layers_compute_what_the_model_computes(folder, copy, dtype, off):
-    model, _ = load(folder, AdapterConfig, train=True, dtype=dtype)
+    model, _ = load(folder, train=True, dtype=dtype)
     wake_adapter(model)
     ids = torch.tensor(prompts_of((9, 9)))
     with inference(model), adapter_off(model) if off else inference(model):
         wanted = hidden_states(model, ids)
-        with decoding_linears(model, copy=copy, rows=2) as (_, every):
+        with decoding_linears(model, copy=copy, rows=2) as every:
             assert every
             got = hidden_states(model, ids)
         again = hidden_states(model, ids)
@@ -330,25 +355,25 @@ def test_a_model_without_an_adapter_decodes_the_same(folder, copy):
     ids = torch.tensor(prompts_of((9, 9)))
     with inference(model):
         wanted = hidden_states(model, ids)
-        with decoding_linears(model, copy=copy, rows=2) as (groups, every):
-            assert every and bool(groups) == copy  # in place there is nothing to gain
+        with decoding_linears(model, copy=copy, rows=2) as every:
+            assert every and any("forward" in m.__dict__ for m in model.modules()) == copy  # in place nothing is gained
             torch.testing.assert_close(hidden_states(model, ids), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_rollouts_without_a_copy_of_the_weights_are_the_same(folder, monkeypatch, quant):
-    model, tokenizer = load(folder, AdapterConfig, train=True, quant=quant)
+    model, tokenizer = load(folder, train=True, quant=quant)
     wake_adapter(model)
-    copied = sampled((model, tokenizer), facts=(facts := {}))
-    assert facts["weights"] == "copied once"
-    monkeypatch.setattr(rollout, "free_bytes", lambda device: 0)
-    in_place = sampled((model, tokenizer), facts=facts)
-    assert facts["weights"] == "in place" and ids_of(in_place) == ids_of(copied)
+    copied, metrics, _ = sampled_with_metrics((model, tokenizer))
+    assert metrics["weights"] == "copied once"
+    monkeypatch.setattr(own_engine, "free_bytes", lambda device: 0)
+    in_place, metrics, _ = sampled_with_metrics((model, tokenizer))
+    assert metrics["weights"] == "in place" and ids_of(in_place) == ids_of(copied)
 
 
 def test_grouped_layers_keep_the_adapter_apart_in_16_bits(folder):
     """W + BA in bf16 would round away an adapter that is small against the weights."""
-    model, _ = load(folder, AdapterConfig, train=True, dtype="bf16")
+    model, _ = load(folder, train=True, dtype="bf16")
     wake_adapter(model, scale=1e-3)
     module = next(m for group in called_together(model) for m in group)
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -365,7 +390,7 @@ def test_grouped_layers_keep_the_adapter_apart_in_16_bits(folder):
 
 
 def test_dora_layers_are_left_to_peft(folder):
-    model, tokenizer = load(folder, AdapterConfig, train=True, dora=True)
+    model, tokenizer = load(folder, train=True, dora=True)
     wake_adapter(model)
     assert all(parts_of(m) is None for group in called_together(model) for m in group)
     [[completion]] = generate(model, tokenizer, prompts_of()[:1], max_new_tokens=8, eos=[])
@@ -374,12 +399,12 @@ def test_dora_layers_are_left_to_peft(folder):
 
 
 def test_nf4_weights_dequantised_once_give_the_layers_own_products(folder):
-    model, _ = load(folder, AdapterConfig, train=True, quant="nf4")
+    model, _ = load(folder, train=True, quant="nf4")
     wake_adapter(model)
     ids = torch.tensor(prompts_of((9, 9)))
     with inference(model):
         wanted = hidden_states(model, ids)
-        with decoding_linears(model, copy=True, rows=2) as (_, every):
+        with decoding_linears(model, copy=True, rows=2) as every:
             assert every
             got = hidden_states(model, ids)
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
@@ -389,7 +414,7 @@ def test_nf4_weights_dequantised_once_give_the_layers_own_products(folder):
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_training_goes_on_unchanged_after_a_rollout(folder, quant):
     """The same gradient before and after: no layer stays patched, no weight is repacked."""
-    model, tokenizer = load(folder, AdapterConfig, train=True, quant=quant)
+    model, tokenizer = load(folder, train=True, quant=quant)
     wake_adapter(model)
     ids = torch.tensor(prompts_of((9, 9)))
 
@@ -410,13 +435,13 @@ def test_training_goes_on_unchanged_after_a_rollout(folder, quant):
 
 def test_a_decode_step_never_waits_for_the_device(folder):
     """Under fake tensors anything that reads a value back raises: what a CUDA graph cannot hold."""
-    model, tokenizer = load(folder, ModelConfig)
+    model, tokenizer = load(folder)
     steps = []
     run_step = decoding.Decode.run_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding.Decode, "run_step",
                       lambda self, *args: (steps.append((self, args)), run_step(self, *args)))
-        how = {"top_p": 0.9, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1, "temperature": 0.8}
+        how = {"top_p": 0.9, "top_k": 20, "min_p": 0.01, "temperature": 0.8}
         generate(model, tokenizer, prompts_of(), max_new_tokens=4, eos=[1, 2], **how)
     state, (n, length, _) = steps[0]
     with FakeTensorMode(allow_non_fake_inputs=True), inference(model):
@@ -428,9 +453,9 @@ def test_a_decode_step_never_waits_for_the_device(folder):
 def test_one_block_attends_as_many_do(llama, monkeypatch):
     """A CUDA device gets all rows as one block, over a length that is a multiple of a window."""
     monkeypatch.setattr(decoding, "BLOCK", 4)
-    many = sampled(llama, samples=8, slots=16)
+    many = sampled(llama, samples=8, max_num_seqs=16)
     monkeypatch.setattr(decoding, "BLOCK", 10_000)
-    one = sampled(llama, samples=8, slots=16)
+    one = sampled(llama, samples=8, max_num_seqs=16)
     assert ids_of(many) == ids_of(one)
     assert math.isclose(many[0][0].logp[-1], one[0][0].logp[-1], abs_tol=1e-5)
 
@@ -438,26 +463,26 @@ def test_one_block_attends_as_many_do(llama, monkeypatch):
 @pytest.mark.parametrize("slots", [16, 5, 1])
 def test_steps_of_fixed_shapes_sample_the_same(llama, monkeypatch, slots):
     """What a CUDA device gets, on a CPU: whole halves of the slots, rounded lengths, looks at every fourth step."""
-    whole, shapes = sampled(llama, samples=8, slots=slots), set()
+    whole, shapes = sampled(llama, samples=8, max_num_seqs=slots), set()
     monkeypatch.setattr(decoding, "fixed_shapes", lambda device: True)
     monkeypatch.setattr(decoding, "WINDOW", 32)
     monkeypatch.setitem(decoding.SYNC, "cpu", 4)
     run_step = decoding.Decode.run_step
     monkeypatch.setattr(decoding.Decode, "run_step",
                         lambda self, *args: (shapes.add(args), run_step(self, *args)))
-    fixed = sampled(llama, samples=8, slots=slots)
+    fixed = sampled(llama, samples=8, max_num_seqs=slots)
     assert ids_of(fixed) == ids_of(whole)
     for one, two in zip(sum(whole, []), sum(fixed, []), strict=True):
-        assert two.logp == pytest.approx(one.logp, abs=1e-5) and two.ended == one.ended
+        assert two.logp == pytest.approx(one.logp, abs=1e-5) and two.finished == one.finished
     assert {n for n, _, _ in shapes} <= {slots >> i for i in range(5)}
     assert len({length for _, length, _ in shapes}) <= 3 and all(spans is None for *_, spans in shapes)
 
 
 def test_rows_that_ended_between_looks_keep_what_they_had(llama, monkeypatch):
     """A CUDA device is looked at every fourth step: rows that are over run on without effect."""
-    whole = sampled(llama, samples=8, slots=16)
+    whole = sampled(llama, samples=8, max_num_seqs=16)
     monkeypatch.setitem(decoding.SYNC, "cpu", 4)
-    rare = sampled(llama, samples=8, slots=16)
+    rare = sampled(llama, samples=8, max_num_seqs=16)
     assert ids_of(rare) == ids_of(whole)
     for one, two in zip(sum(whole, []), sum(rare, []), strict=True):
-        assert two.logp == pytest.approx(one.logp, abs=1e-5) and two.ended == one.ended
+        assert two.logp == pytest.approx(one.logp, abs=1e-5) and two.finished == one.finished
