@@ -36,61 +36,33 @@ PARTIALS = (
 
 
 @jit("rows", "out_stride")
-def logp_kernel(
-    hidden,
-    weight,
-    bias,
-    target,
-    out,
-    rows,
-    vocab,
-    width,
-    vocab_per_split,
-    hidden_stride,
-    weight_stride,
-    out_stride,
-    inner,
-    outer,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One program per (BLOCK_N rows, part of the vocabulary); a (BLOCK_N, BLOCK_V) tile of logits lives in
-    registers.
+def logp_kernel(hidden, weight, bias, target, out, rows, vocab, width, vocab_per_split, hidden_stride, weight_stride,
+                out_stride, inner, outer, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr,
+                UPCAST: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+                BLOCK_D: tl.constexpr):
+    """Reduce a (BLOCK_N, BLOCK_V) tile of logits in registers; one program per (rows, part of the vocabulary).
 
     hidden (N, D), weight (V, D), bias (V,), target (N,) -> out (splits, 5, N) fp32: PARTIALS of each part,
     which `merge` adds up in a fixed order. EVEN_D: D is a multiple of BLOCK_D.
     """
     row_blocks = tl.cdiv(rows, BLOCK_N)
-    row = (tl.program_id(0) % row_blocks) * BLOCK_N + tl.arange(
-        0, BLOCK_N
-    )  # neighbours share the weight tile in L2
+    row = (tl.program_id(0) % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)  # neighbours share the weight tile in L2
     split = tl.program_id(0) // row_blocks
     here = row < rows
     wanted = tl.load(target + row, mask=here, other=-1)
-    lanes = tl.arange(0, BLOCK_D)
-    # rows and columns past the end read the last one instead: no mask in the inner loop, and `inside` and `here`
-    # drop them afterwards
+    # what lies past the end reads the last row or column: no mask in the inner loop; `inside` and `here` drop it
     hidden_rows = hidden + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * hidden_stride
     top = tl.full([BLOCK_N], -1e30, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
-    weighted = tl.zeros([BLOCK_N], tl.float32)
-    plain = tl.zeros([BLOCK_N], tl.float32)
-    target_z = tl.zeros([BLOCK_N], tl.float32)
-    first = split * vocab_per_split
-    last = tl.minimum(first + vocab_per_split, vocab)
-    for start in range(first, last, BLOCK_V):
+    weighted, plain, target_z = total, total, total
+    last = tl.minimum((split + 1) * vocab_per_split, vocab)
+    for start in range(split * vocab_per_split, last, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         inside = column < last
         weight_rows = weight + tl.minimum(column, vocab - 1).to(tl.int64)[None, :] * weight_stride
         z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         for depth in range(0, width, BLOCK_D):
-            k = depth + lanes
+            k = depth + tl.arange(0, BLOCK_D)
             if EVEN_D:
                 x = tl.load(hidden_rows + k[None, :])
                 w = tl.load(weight_rows + k[:, None])

@@ -421,7 +421,7 @@ assert torch.allclose(loss, -linear_logp(hidden, weight, target).sum()), loss
 
 def test_the_folder_hands_over_to_the_package_of_the_same_name(tmp_path):
     """From the repository root `import kernels` finds ours first; it must not stand in for that package."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     (tmp_path / "kernels.py").write_text("get_kernel = 'theirs'\n")
     code = "import kernels; print(kernels.get_kernel)"
     command = [sys.executable, "-c", code]
