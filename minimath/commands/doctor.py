@@ -1,4 +1,6 @@
-"""What this machine is, what will be used on it and why, and whether the kernels work: minimath doctor [device=...]
+"""What this machine is, what will be used on it and why, and whether it works.
+
+    minimath doctor [device=...] [dtype=...]
 
 A self test of seconds: every kernel's loss and gradient against float64. Exit status 1 when something that would be
 used is missing or does not work.
@@ -43,7 +45,7 @@ class Finding:
 
 
 def doctor(words: list[str]) -> int:
-    """Print the report; returns the exit status. Raises UserError for words that are no options."""
+    """Print the report; returns the exit status. Raises UserError."""
     model = load_config(DoctorConfig, None, words, section="doctor").model
     device = pick_device(model.device)
     dtype, why = pick_dtype(model.dtype, device)
@@ -83,7 +85,7 @@ def machine_findings(device: torch.device, dtype: torch.dtype, why: str) -> list
 
 
 def system_finding() -> Finding:
-    """Describe operating system and Python. Windows is served through WSL, where it is Linux."""
+    """Describe operating system and Python; Windows is served through WSL."""
     words = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     if platform.system() == "Windows":
         return Finding("system", "note", f"{words}: not tried, no Triton, and two runs in one folder are not told "
@@ -109,7 +111,7 @@ def kernel_words(device: torch.device) -> str:
 
 
 def package_findings() -> list[Finding]:
-    """Compare versions with the ranges of the installed minimath; name what optional packages are for."""
+    """Compare versions with the ranges of the installed minimath."""
     from packaging.requirements import Requirement
     try:
         wanted = {r.name: r for r in map(Requirement, importlib.metadata.requires("minimath") or [])
@@ -151,9 +153,10 @@ KERNELS = {
 
 
 def kernel_test(kernel, device: torch.device, dtype: torch.dtype) -> str:
-    """Compare loss and gradient of the mean negative log-prob with float64. Raises ArithmeticError.
+    """Compare loss and gradient of the mean negative log-prob with float64.
 
-    The bound is 4 times the error that rounding the exact gradient to dtype makes, and at least 1e-5.
+    The bound is 4 times the error that rounding the exact gradient to dtype makes, and at least 1e-5. Raises
+    ArithmeticError.
     """
     generator = torch.Generator().manual_seed(0)
     n, d, v = 67, 96, 1009  # odd on purpose

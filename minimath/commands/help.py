@@ -9,15 +9,15 @@ WIDTH, COLUMN = 116, 34  # of a line, and where the meaning of an option begins
 
 
 def docstring_of(module: str) -> str:
-    """The docstring of a module of minimath, which is read and not imported."""
+    """Read the docstring of a module of minimath, which is not imported."""
     path = Path(__file__).parents[2] / f"{module.replace('.', '/')}.py"
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
 def options_help(cls, title: str, names=None) -> str:
-    """Every option of a config by group, with default, choices and meaning. names: of these only.
+    """Describe every option of a config by group: default, meaning, choices.
 
-    title: heads the options that belong to no group.
+    title: heads the options that belong to no group. names: of these only.
     """
     groups: dict[str, list[str]] = {}
     for name, option in options_of(cls).items():
@@ -28,7 +28,7 @@ def options_help(cls, title: str, names=None) -> str:
 
 
 def option_help(option: Option) -> str:
-    """The lines of one option."""
+    """Word one option, in lines of WIDTH."""
     default = str(option.default).lower() if option.kind is bool else str(option.default).replace("\n", "\\n")
     choices = [*option.choices, *(["python:module.fn"] if option.hook else [])]
     meaning = option.doc + (f" [{' | '.join(choices)}]" if choices else "")

@@ -1,4 +1,6 @@
-"""Both stages and their evaluation from one recipe: minimath run RECIPE.yaml [key=value ...]
+"""Both stages and their evaluation from one recipe.
+
+    minimath run RECIPE.yaml [key=value ...]
 
     base -> eval;  base -> sft -> eval;  sft -> rlaif -> eval
     with full (minimath demo --full) also base -> rlaif and sft -> rlaif with the paper's rewards, each with its eval
@@ -59,7 +61,10 @@ def run(recipe: str, overrides: list[str], *, full: bool = False, command: str =
 
 
 def load_stages(recipe: str, overrides: list[str]) -> tuple[SFTConfig, RLAIFConfig, EvalConfig]:
-    """Read the options of the three stages. What would fail in a later stage is found out now. Raises UserError."""
+    """Read the options of all stages, and find out now what would fail later.
+
+    Raises UserError.
+    """
     sft_cfg, rl_cfg = (load_config(cls, recipe, overrides, allow_other=True) for cls in (SFTConfig, RLAIFConfig))
     # limit= is for the training problems, eval.limit= for the others
     eval_cfg = load_config(EvalConfig, recipe, [w for w in overrides if not w.startswith("limit=")], allow_other=True)
@@ -90,7 +95,7 @@ def run_arms(out: Path, sft_cfg: SFTConfig, rl_cfg: RLAIFConfig, eval_cfg: EvalC
 
 
 def train_stage(stage, cfg, out: Path) -> str:
-    """Run one stage in its folder, or find it complete; returns the run folder as the next stage's adapter."""
+    """Run one stage, or find it complete; returns its folder, the next one's adapter."""
     if dist.broadcast((out / SUMMARY).exists()):
         find_adapter(out)
         return str(out)
@@ -104,7 +109,7 @@ def train_stage(stage, cfg, out: Path) -> str:
 
 
 def evaluation(cfg: EvalConfig, out: Path, adapter: str) -> dict:
-    """Evaluate base + adapter, go on with an unfinished evaluation, or read the result of a complete one."""
+    """Evaluate base and adapter, go on with it, or read the result of a complete one."""
     if dist.broadcast((out / EVAL).exists()):
         return read_json(out / EVAL)
     resume = dist.broadcast(cfg.run.resume and (out / PART).exists())
@@ -124,9 +129,9 @@ def free_memory() -> None:
 
 @contextlib.contextmanager
 def how_to_go_on(log: RunLog, command: str):
-    """Notice signals between the stages too, and say after one how the whole run goes on: a stage names its own folder.
+    """Notice signals between the stages too, and say after one how the run goes on.
 
-    Raises Interrupted.
+    A stage names only its own folder. Raises Interrupted.
     """
     try:
         with interrupt.interruptible(stop_files(log.run_dir), log.say):
@@ -138,7 +143,7 @@ def how_to_go_on(log: RunLog, command: str):
 
 
 def report_page(out: Path, log: RunLog) -> None:
-    """Write report.html of the whole run. What fails is said, never raised: the run is complete without it."""
+    """Write report.html of the run. What fails is said, never raised: all else is saved."""
     try:
         log.say(f"report: {write_page([out], out)}")
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Draw the figures of a report: SVG in the colour of the page's text, and the same as PNG on white."""
+"""The figures of a report: SVG in the colour of the page's text, PNG on white."""
 import io
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ PAPER = {"MATH-500 (paper, 14B)": [(86.4, 2556), (88.1, 2969), (91.2, 2084)],
 
 
 def new_figure(width: float = 7.2, height: float = 3.6, **grid):
-    """Make (Figure, axes) in plain style, transparent, without pyplot's global state."""
+    """Make a figure and its axes in plain style, without pyplot's global state."""
     import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 10, "axes.grid": True, "grid.alpha": 0.25,
@@ -30,7 +30,10 @@ def new_figure(width: float = 7.2, height: float = 3.6, **grid):
 
 
 def svg(figure, name: str) -> str:
-    """Turn a figure into an <svg> element: text stays text, ink is currentColor, `name` makes its ids unique."""
+    """Turn a figure into an <svg> element whose ids begin with `name`.
+
+    Text stays text, and ink is currentColor.
+    """
     import matplotlib
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -47,15 +50,15 @@ def save_png(figure, path: Path) -> None:
 
 
 def legend(axis, **options) -> None:
-    axis.legend(fontsize=8, frameon=False, labelcolor=INK, **options)
+    axis.legend(**{"fontsize": 8, "frameon": False, "labelcolor": INK, **options})
 
 
 # ---- evaluations
 
 def tradeoff(rows: dict[str, dict]):
-    """Draw accuracy with its 95% interval against mean tokens, one point per evaluation.
+    """Draw accuracy against mean tokens, one point per evaluation.
 
-    rows: name -> summary of an evaluation. Up and to the left is better.
+    rows: name -> summary of an evaluation, with its 95% interval. Up and to the left is better.
     """
     figure, axis = new_figure(height=3.8)
     for i, (name, summary) in enumerate(rows.items()):
@@ -74,7 +77,7 @@ def tradeoff(rows: dict[str, dict]):
 
 
 def beside_paper(rows: dict[str, dict]):
-    """Draw the two stages relative to the model before them, beside the paper's: points of accuracy against tokens."""
+    """Draw the two stages beside the paper's, relative to the model before them."""
     figure, axis = new_figure(height=3.4)
     ours = [(100 * s["accuracy"], s["mean_tokens"]) for s in rows.values()][:3]
     for i, (name, points) in enumerate({"this run": ours, **PAPER}.items()):
@@ -92,7 +95,7 @@ def beside_paper(rows: dict[str, dict]):
 
 
 def lengths(completions: dict[str, list[dict]]):
-    """Draw histograms of completion lengths, correct ones filled, one row per evaluation on one scale."""
+    """Draw histograms of completion lengths, correct ones filled."""
     figure, axes = new_figure(height=0.9 + 1.15 * len(completions), nrows=len(completions), sharex=True, squeeze=False)
     most = max((r["tokens"] for records in completions.values() for r in records), default=1)
     bins = np.linspace(0, max(most, 1), 41)
@@ -110,14 +113,17 @@ def lengths(completions: dict[str, list[dict]]):
 # ---- training
 
 def curves(metrics: list[dict], panels: list[tuple[str, list[str]]]):
-    """Draw metrics over steps, faint as logged, bold smoothed. panels: (label of the axis, names of its metrics)."""
+    """Draw metrics over steps, faint as logged, bold smoothed.
+
+    panels: (label of the axis, names of its metrics).
+    """
     figure, axes = new_figure(height=0.8 + 1.5 * len(panels), nrows=len(panels), sharex=True, squeeze=False)
     for axis, (label, names) in zip(axes[:, 0], panels):
         for i, name in enumerate(names):
             x, y = np.array(series(metrics, name), dtype=float).T
             colour = COLOURS[(i + 1) % len(COLOURS)]
             axis.plot(x, y, lw=0.8, alpha=0.35, color=colour)
-            axis.plot(x, smoothed(y), lw=1.8, color=colour, label=name)
+            axis.plot(x, smoothed(y, int(len(y) * SMOOTH / 2)), lw=1.8, color=colour, label=name)
         axis.set_ylabel(label)
         if len(names) > 1:
             legend(axis, loc="best")
@@ -125,9 +131,8 @@ def curves(metrics: list[dict], panels: list[tuple[str, list[str]]]):
     return figure
 
 
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Compute the centred running mean over SMOOTH of the values, shorter at the ends."""
-    half = int(len(values) * SMOOTH / 2)
+def smoothed(values: np.ndarray, half: int) -> np.ndarray:
+    """Compute the running mean over a value and `half` on each side, fewer at the ends."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     left = np.maximum(np.arange(len(values)) - half, 0)
     right = np.minimum(np.arange(len(values)) + half + 1, len(values))

@@ -1,15 +1,19 @@
-"""judge.png: what the judge of an RL run is made to believe, beside what is correct, step by step."""
+"""judge.png: what the judge of an RL run is made to believe, step by step."""
 from pathlib import Path
+
+import numpy as np
 
 from minimath.core.run_folder import METRICS
 from minimath.core.stats import wilson
+from minimath.report.figures import INK, legend, new_figure, save_png, smoothed
 from minimath.report.metrics import read_metrics, series
 
 JUDGE_PLOT = "judge.png"
-MEAN_OF = 5  # points of a running mean
-MEAN_OF_CANARIES = 3  # they are fewer
+MEAN_OF, MEAN_OF_CANARIES = 5, 3  # points of a running mean
 GAP_SHOWN = 10.0  # points by which the wins of wrong completions must rise, less is noise of few pairs
 CORRECT_RISEN = 5.0  # points by which the share of correct completions rises when it does
+ABOVE = {"loc": "lower left", "borderaxespad": 0, "fontsize": 7}  # where the legends are
+PURPLE = "#7c3aed"
 
 
 def write_judge_plot(run_dir, say) -> None:
@@ -29,23 +33,18 @@ def write_judge_plot(run_dir, say) -> None:
 
 
 def plot_judge(rows: list[dict], path: Path, title: str) -> None:
-    """Write the picture as a PNG on white. Raises OSError when it can't be written.
+    """Write the picture as a PNG on white.
 
     rows: records of metrics.jsonl. Above: share of correct completions and the judged win rate of worse solutions, with
     Wilson's interval of one standard error, shaded as by shade_gap. Below: length and reward. Points are raw, lines
-    running means.
+    running means. Raises OSError when it can't be written.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.style import context
-
-    with context("default"):  # a style file of the user's may be white on black
-        figure = Figure(figsize=(7.6, 6.4), dpi=150, layout="constrained", facecolor="white")
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-        draw_gap(top, rows)
-        draw_lengths(bottom, rows)
-        bottom.set_xlim(0, max([row["step"] for row in rows if isinstance(row.get("step"), int)], default=1) * 1.03)
-        figure.suptitle(title, fontsize=11, parse_math=False)  # a folder name may hold dollar signs
-        figure.savefig(path)
+    figure, (top, bottom) = new_figure(7.6, 6.4, nrows=2, sharex=True, height_ratios=[3, 2])
+    draw_gap(top, rows)
+    draw_lengths(bottom, rows)
+    bottom.set_xlim(0, max([row["step"] for row in rows if isinstance(row.get("step"), int)], default=1) * 1.03)
+    figure.suptitle(title, fontsize=11, color=INK, parse_math=False)  # a folder name may hold dollar signs
+    save_png(figure, path)
 
 
 def draw_gap(axis, rows: list[dict]) -> None:
@@ -64,24 +63,22 @@ def draw_gap(axis, rows: list[dict]) -> None:
     shade_gap(axis, wins, mean, correct)
     axis.axhline(50, color="#6b7280", lw=1, ls="--", label="chance: the judge cannot tell worse from better")
     axis.set(ylim=(-3, 103), ylabel="share of completions or wins, %")
-    axis.grid(alpha=0.3)
-    legend_above(axis, ncol=2)
+    legend(axis, ncol=2, bbox_to_anchor=(0, 1.01), **ABOVE)
 
 
 def shade_gap(axis, wins: list[tuple], mean: list[tuple], correct: list[tuple]) -> None:
-    """Fill up from the win rate of the first canaries where it has risen and the share of correct ones has not.
+    """Fill up from the first canaries where the judge is fooled more than then.
 
-    wins: points of the win rate of wrong completions; mean, correct: running means of draw_curve.
+    That is where the win rate of wrong completions has risen and the share of correct ones has not. wins: points of the
+    win rate; mean, correct: running means of draw_curve.
     """
     if len(wins) < 2 or not correct:
         return
-    from numpy import interp, linspace
-
     first = wins[:MEAN_OF_CANARIES]
     before = sum(y for _, y in first) / len(first)
-    steps = linspace(wins[0][0], wins[-1][0], 500)
-    now, correct_now = interp(steps, *zip(*mean)), interp(steps, *zip(*correct))
-    correct_before = sum(interp([x for x, _ in first], *zip(*correct))) / len(first)
+    steps = np.linspace(wins[0][0], wins[-1][0], 500)
+    now, correct_now = np.interp(steps, *zip(*mean)), np.interp(steps, *zip(*correct))
+    correct_before = sum(np.interp([x for x, _ in first], *zip(*correct))) / len(first)
     gap = (now > before + GAP_SHOWN) & (correct_now <= correct_before + CORRECT_RISEN)
     if gap.any():
         axis.fill_between(steps, before, now, where=gap, color="#dc2626", alpha=0.18, lw=0,
@@ -92,30 +89,24 @@ def draw_lengths(axis, rows: list[dict]) -> None:
     """Draw the lower axis: mean tokens to the left, mean reward to the right."""
     other = axis.twinx()
     draw_curve(axis, series(rows, "rollout/tokens"), "#111827", "tokens per completion")
-    draw_curve(other, series(rows, "reward/mean"), "#7c3aed", "reward")
+    draw_curve(other, series(rows, "reward/mean"), PURPLE, "reward")
     axis.set(xlabel="step", ylabel="mean tokens per completion")
-    other.set_ylabel("mean reward per completion", color="#7c3aed")
-    other.tick_params(axis="y", colors="#7c3aed")
+    other.set_ylabel("mean reward per completion", color=PURPLE)
+    other.tick_params(axis="y", colors=PURPLE)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.3)
     axis.set_ylim(bottom=0)
     for side, column in ((axis, 0.0), (other, 0.25)):
         if side.lines:
-            legend_above(side, column)
-
-
-def legend_above(axis, column: float = 0.0, **options) -> None:
-    axis.legend(fontsize=7, loc="lower left", bbox_to_anchor=(column, 1.01), frameon=False, borderaxespad=0, **options)
+            legend(side, bbox_to_anchor=(column, 1.01), **ABOVE)
 
 
 def draw_curve(axis, points: list[tuple], colour: str, label: str, marker=".", width: int = MEAN_OF) -> list[tuple]:
-    """Draw faint points and the line of their running mean over `width` of them; returns the line's points."""
-    mean = []
-    for i, (x, _) in enumerate(points):
-        near = [y for _, y in points[max(0, i - width // 2):i + width // 2 + 1]]
-        mean.append((x, sum(near) / len(near)))
-    if points:
-        axis.plot(*zip(*points), marker, color=colour, ms=5, alpha=0.4, mew=0)
-        lone = marker if len(points) == 1 else None  # one point has no line
-        axis.plot(*zip(*mean), color=colour, lw=1.8, marker=lone, ms=5, label=label)
-    return mean
+    """Draw faint points and the line of their running mean; returns the line's points."""
+    if not points:
+        return []
+    x, y = zip(*points)
+    mean = smoothed(np.array(y, dtype=float), width // 2)
+    axis.plot(x, y, marker, color=colour, ms=5, alpha=0.4, mew=0)
+    lone = marker if len(points) == 1 else None  # one point has no line
+    axis.plot(x, mean, color=colour, lw=1.8, marker=lone, ms=5, label=label)
+    return list(zip(x, mean))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Read the records of a metrics.jsonl; what a kill left of a line is skipped. Raises OSError."""
+    """Read a metrics.jsonl; what a kill left of a line is skipped. Raises OSError."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # other line ends may be text
         with contextlib.suppress(ValueError):
@@ -15,7 +15,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def series(rows: list[dict], name: str, scale: float = 1.0) -> list[tuple]:
-    """[(step, scale * value)] of the records with a finite number of that name, in order of their steps."""
+    """Collect the finite numbers of one name as points of step and scaled value, by step."""
     values = {}
     for row in rows:
         value = row.get(name)

@@ -1,4 +1,4 @@
-"""Write report.html: a run, or several beside each other, on one page that needs nothing else.
+"""Write report.html: one run or several on a page that needs nothing else.
 
     minimath report runs/demo-... [runs/other ...] [out=FOLDER]
 
@@ -47,13 +47,13 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture of the page. svg: an element of our own making, which the template does not escape."""
+    """A picture of the page; the template does not escape its svg, which we made."""
     svg: str
     caption: str
 
 
 def report(words: list[str]) -> dict:
-    """Write the page of the run folders named; returns {"page": path}. Raises UserError."""
+    """Write the page of the run folders named; returns its path. Raises UserError."""
     runs = [Path(word) for word in words if "=" not in word]
     options = dict(word.split("=", 1) for word in words if "=" in word)
     if unknown := set(options) - {"out"}:
@@ -66,7 +66,10 @@ def report(words: list[str]) -> dict:
 
 
 def write_page(runs: list[Path], out: Path) -> Path:
-    """Write report.html of the run folders into `out`. Raises UserError for a folder with nothing to report."""
+    """Write report.html of the run folders into `out`.
+
+    Raises UserError for a folder with nothing to report.
+    """
     evaluations, stages, suites = {}, {}, {}
     for run in runs:
         if (run / SUITE).is_file():
@@ -98,7 +101,7 @@ def write_page(runs: list[Path], out: Path) -> Path:
 
 
 def template() -> jinja2.Template:
-    """Load page.html. Whatever is put in is escaped, and a name that is missing is an error."""
+    """Load page.html, which escapes whatever is put in; a missing name is an error."""
     folder = Path(__file__).parent
     made = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
@@ -163,7 +166,7 @@ def suite_parts(suites: dict[str, Path], out: Path) -> dict:
 
 
 def evaluation_part(evaluations: dict[str, Path], out: Path, of_set: str = "") -> dict:
-    """Gather table, pictures, differences and solutions of evaluations on the same problems. of_set: of a suite."""
+    """Gather what there is of evaluations on the same problems. of_set: of a suite."""
     tail = f"-{of_set}" if of_set else ""  # of the names of pictures, which must differ
     rows = {name: read_json(at / EVAL) for name, at in evaluations.items()}
     records = {name: read_records(at) for name, at in evaluations.items() if (at / COMPLETIONS).is_file()}
@@ -218,7 +221,7 @@ def picture(figure, name: str, out: Path, caption: str = "") -> Picture:
 # ---- problems side by side
 
 def side_by_side(records: dict[str, list[dict]]) -> list[dict]:
-    """Choose a few problems, those first where the models differ, with the first solution of each model."""
+    """Choose a few problems with each model's first solution, those first that differ."""
     solutions = {name: {r["number"]: r for r in rows if r["sample"] == 0} for name, rows in records.items()}
     first = next(iter(solutions.values()))
     shared = [n for n in first if all(n in by_number for by_number in solutions.values())]
@@ -241,6 +244,6 @@ def spread(items: list, count: int) -> list:
 
 
 def marked_lines(text: str) -> list[tuple[str, bool | None]]:
-    """Split a solution into (line, whether all its arithmetic steps are correct, None without steps)."""
+    """Split a solution into lines; with each whether its steps hold, None without any."""
     lines = text[:LONGEST].split("\n")
     return [(line, correct == total if total else None) for line in lines for correct, total in [check_steps(line)]]
