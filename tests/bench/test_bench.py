@@ -109,7 +109,7 @@ def test_trl_forwards_stay_within_the_tokens_minimath_gets(rows, longest, expect
     assert train_worker.rows_per_forward(rows, longest, 4096) == expected
 
 
-def test_every_completion_of_a_group_gets_a_signal_and_right_beats_wrong():
+def test_every_completion_of_a_group_gets_a_signal_and_correct_beats_wrong():
     rewards = train_worker.completion_rewards([False, True, False], [[1, 2], [1, 2], [3]])
     assert rewards[1] >= 1 > max(rewards[0], rewards[2]) and rewards[0] != rewards[2]
 
@@ -117,7 +117,7 @@ def test_every_completion_of_a_group_gets_a_signal_and_right_beats_wrong():
 def test_trl_gets_the_examples_in_the_order_in_which_minimath_draws_them():
     from minimath.data.batch import step_indices
 
-    ours, theirs = (train_worker.examples_of({"trainer": name}, 12) for name in ("minimath", "trl"))
+    ours, theirs = (train_worker.examples_of(name, 12) for name in ("minimath", "trl"))
     batches = [[ours[i].problem for i in step_indices(step, 12, 4, 0)] for step in range(3)]
     assert batches == [[e.problem for e in theirs[i : i + 4]] for i in (0, 4, 8)]
 

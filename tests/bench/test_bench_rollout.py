@@ -35,7 +35,7 @@ def round_of(seconds: float, tokens: int, peak: int | None = 0, **more) -> dict:
         "tokens": tokens,
         "peak_extra_bytes": peak,
         "mean_length": tokens / 4,
-        "ended": 0.5,
+        "finished": 0.5,
         **more,
     }
 
@@ -53,7 +53,7 @@ def test_arguments_default_to_the_published_shape():
         ["--engines", "minimath", "vllm"],
         ["--engines", "minimath"],
         ["--engines", "generate", "trl"],
-        ["--slots", "-1"],
+        ["--max-num-seqs", "-1"],
         ["--rounds", "none"],
         ["--samples", "1"],
     ],
@@ -64,19 +64,19 @@ def test_bad_arguments_are_refused_before_any_work(words, capsys):
     assert stopped.value.code == 2 and "error" in capsys.readouterr().err
 
 
-def test_each_number_of_slots_is_an_engine_and_minimath_comes_first():
-    options = rollout.parse(["--slots", "64", "128", "64", "--engines", "trl", "minimath", "generate"])
+def test_each_max_num_seqs_is_an_engine_and_minimath_comes_first():
+    options = rollout.parse(["--max-num-seqs", "64", "128", "64", "--engines", "trl", "minimath", "generate"])
     engines = rollout.engines_of(options)
     assert list(engines) == ["minimath-64", "minimath-128", "trl", "generate"]
-    assert rollout.spec_of(engines["minimath-128"], options, "m")["slots"] == 128
-    assert rollout.spec_of(engines["trl"], options, "m")["slots"] == 64
+    assert rollout.spec_of(engines["minimath-128"], options, "m")["max_num_seqs"] == 128
+    assert rollout.spec_of(engines["trl"], options, "m")["max_num_seqs"] == 64
 
 
-def test_no_slots_leaves_their_number_to_minimath_but_not_to_continuous_batching():
-    options = rollout.parse(["--slots", "0", "16", "--engines", "minimath", "continuous"])
+def test_zero_leaves_max_num_seqs_to_minimath_but_not_to_continuous_batching():
+    options = rollout.parse(["--max-num-seqs", "0", "16", "--engines", "minimath", "continuous"])
     engines = rollout.engines_of(options)
-    slots = {name: rollout.spec_of(engine, options, "m")["slots"] for name, engine in engines.items()}
-    assert slots == {"minimath-auto": 0, "minimath-16": 16, "continuous": 16}
+    found = {name: rollout.spec_of(engine, options, "m")["max_num_seqs"] for name, engine in engines.items()}
+    assert found == {"minimath-auto": 0, "minimath-16": 16, "continuous": 16}
 
 
 def test_malloc_is_tuned_for_minimath_and_peers_that_say_so():
@@ -89,14 +89,14 @@ def test_malloc_is_tuned_for_minimath_and_peers_that_say_so():
     assert tuned == {"minimath-64", "generate-malloc", "trl-malloc"}
 
 
-def test_whole_steps_take_the_shape_and_the_slots_of_the_rollouts():
+def test_whole_steps_take_the_shape_and_max_num_seqs_of_the_rollouts():
     options = rollout.parse(
         [
             "--prompts",
             "5",
             "--samples",
             "3",
-            "--slots",
+            "--max-num-seqs",
             "7",
             "--generate-batch",
             "9",
@@ -110,7 +110,7 @@ def test_whole_steps_take_the_shape_and_the_slots_of_the_rollouts():
     asked = rollout.train_options(options)
     assert asked.trainers == ["minimath", "trl", "trl-split"]
     specs = [train.spec_of(name, "rlaif", asked, "m", 2) for name in asked.trainers]
-    assert all((s["prompts"], s["group_size"], s["slots"]) == (5, 3, 7) for s in specs)
+    assert all((s["prompts"], s["group_size"], s["max_num_seqs"]) == (5, 3, 7) for s in specs)
     assert [s["rows_per_generation"] for s in specs] == [None, None, 9]
 
 
@@ -122,14 +122,14 @@ def test_tokens_count_up_to_and_including_the_end(row, kept):
     assert rollout_worker.cut_at_end(row, [2, 9]) == kept
 
 
-def test_lengths_and_share_ended():
+def test_lengths_and_share_finished():
     facts = rollout_worker.length_facts([[5, 2], [5] * 4, [2], [5] * 5], [2])
-    assert (facts["tokens"], facts["completions"], facts["mean_length"], facts["ended"]) == (12, 4, 3.0, 0.5)
+    assert (facts["tokens"], facts["completions"], facts["mean_length"], facts["finished"]) == (12, 4, 3.0, 0.5)
     assert facts["length_deciles"][0] == 1 and facts["length_deciles"][-1] == 5
 
 
-def test_slot_fill_of_padded_calls_is_sampled_over_decoded_rows():
-    assert rollout_worker.padded_fill([[[1] * 4, [1]], [[1] * 2]]) == {"slot_fill": 7 / 10, "slots": 2}
+def test_seq_fill_of_padded_calls_is_sampled_over_decoded_rows():
+    assert rollout_worker.padded_fill([[[1] * 4, [1]], [[1] * 2]]) == {"seq_fill": 7 / 10, "max_num_seqs": 2}
 
 
 class Line:
@@ -168,14 +168,14 @@ def test_missing_completions_are_an_error_not_a_faster_engine():
 
 def test_speed_is_the_median_of_ratios_of_tokens_per_second_paired_by_round():
     steps = {
-        "minimath-64": [round_of(1, 100, 50, slot_fill=0.9), round_of(2, 100, 50, slot_fill=0.96)],
+        "minimath-64": [round_of(1, 100, 50, seq_fill=0.9), round_of(2, 100, 50, seq_fill=0.96)],
         "generate": [round_of(3, 100, 100), round_of(4, 50, 100)],  # 33.3 and 12.5 against 100 and 50
     }
     ours, peer = rollout.summarise(steps)
     assert peer["minimath against it"]["token speed"] == pytest.approx(3.5)
     assert peer["minimath against it"]["token speed range"] == pytest.approx([3, 4])
     assert peer["minimath against it"]["peak memory"] == 0.5 and "minimath against it" not in ours
-    assert ours["tokens/s"] == 75 and ours["slot_fill"] == pytest.approx(0.93) and peer["slot_fill"] is None
+    assert ours["tokens/s"] == 75 and ours["seq_fill"] == pytest.approx(0.93) and peer["seq_fill"] is None
 
 
 def test_table_names_the_engines_that_failed():
@@ -254,7 +254,7 @@ def check(result: dict, engines: list[str]) -> None:
         )
         assert all(r["seconds"] > 0 and r["length_deciles"][-1] <= 6 for r in rounds)
     assert all(row["minimath against it"]["token speed"] > 0 for row in result["summary"][1:])
-    assert result["settings"]["slots"] and result["versions"]["transformers"] and result["date"]
+    assert result["settings"]["max_num_seqs"] and result["versions"]["transformers"] and result["date"]
 
 
 def test_tiny_run_writes_rates_ratios_and_settings(tmp_path):
@@ -269,7 +269,7 @@ def test_tiny_run_writes_rates_ratios_and_settings(tmp_path):
         "4",
     )
     check(result["rollout fp32"], ["minimath-64", "generate"])
-    assert 0 < result["rollout fp32"]["summary"][1]["slot_fill"] <= 1 and "tokens/s" in result["printed"]
+    assert 0 < result["rollout fp32"]["summary"][1]["seq_fill"] <= 1 and "tokens/s" in result["printed"]
 
 
 @pytest.mark.slow
@@ -277,7 +277,7 @@ def test_tiny_run_of_all_engines_and_whole_steps(tmp_path):
     pytest.importorskip("trl")
     result = run_tiny(
         tmp_path / "r.json",
-        "--slots",
+        "--max-num-seqs",
         "4",
         "5",
         "--engines",
