@@ -1,20 +1,19 @@
-"""Rollouts by transformers' generate: for models without a standard KV cache, with the meaning of rollout.generate."""
+"""Rollouts by transformers' generate: for models without a standard KV cache, with the meaning of the own engine."""
 
 import pytest
 import tiny
 import torch
+from engines import all_facts, engine_of, generate
 from peft import LoraConfig, get_peft_model
 from toy import load, wake_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from minimath.core.errors import UserError
 from minimath.data.batch import forward_args, micro_batches
 from minimath.data.chat import IGNORE, Encoded
-from minimath.config.schema import AdapterConfig
-from minimath.core.errors import UserError
 from minimath.kernels import linear_logp
 from minimath.models.load import adapter_off, head, hidden_states, inference
-from minimath.rollout.engine import generate
-from minimath.rollout.transformers_engine import generate_hf, own_generation_config, padding_is_harmless
+from minimath.rollout.transformers_engine import TransformersEngine, own_generation_config, padding_is_harmless
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
 RECURRENT = {  # what each adds to the tiny config; none of them keeps only keys and values
@@ -25,6 +24,11 @@ RECURRENT = {  # what each adds to the tiny config; none of them keeps only keys
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "head_dim": 8, "attention_window_size": 16},
 }
 LENGTHS = (5, 41, 23, 12)
+
+
+def generate_hf(model, tokenizer, prompts, **options):
+    """What the engine of transformers samples."""
+    return generate(model, tokenizer, prompts, kind=TransformersEngine, **options)
 
 
 def prompts_of(lengths=LENGTHS, seed=0):
@@ -60,7 +64,7 @@ def recurrent(tiny_tokenizer):
 def llama(tmp_path_factory):
     """(model, tokenizer) of the tiny Llama with a live adapter, in train mode as in the loop."""
     folder = tiny.write_tiny(tmp_path_factory.mktemp("llama"))
-    model, tokenizer = load(folder, AdapterConfig, train=True)
+    model, tokenizer = load(folder, train=True)
     wake_adapter(model)
     return model, tokenizer
 
@@ -105,7 +109,7 @@ def test_a_model_that_the_decode_loop_refuses_is_served(recurrent, tiny_tokenize
             logits = model(input_ids=torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1]
         assert completion.ids == logits.argmax(-1).tolist()
         assert_close(completion.logp, full_logps(model, prompt, completion.ids))
-        assert not completion.ended and completion.full_logp is None
+        assert not completion.finished and completion.full_logp is None
 
 
 @pytest.mark.parametrize("family", RECURRENT)
@@ -114,7 +118,7 @@ def test_a_completion_of_a_recurrent_model_does_not_depend_on_its_batch(recurren
     options = {"samples": 2, "max_new_tokens": 10, "eos": [], "seed": 5}
     together = generate_hf(recurrent(family), tiny_tokenizer, prompts_of(), **options)
     for key, prompt in enumerate(prompts_of()):
-        [alone] = generate_hf(recurrent(family), tiny_tokenizer, [prompt], keys=[key], slots=1, **options)
+        [alone] = generate_hf(recurrent(family), tiny_tokenizer, [prompt], keys=[key], max_num_seqs=1, **options)
         assert [c.ids for c in alone] == [c.ids for c in together[key]]
 
 
@@ -139,10 +143,10 @@ def test_logps_that_are_not_those_of_training_are_refused(tiny_tokenizer):
                                       attention_hidden_size=32, intermediate_size=64)  # fmt: skip
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     options = {"samples": 2, "max_new_tokens": 12, "eos": [], "seed": 3}
-    with pytest.raises(UserError, match="RwkvForCausalLM .* slots=1"):
+    with pytest.raises(UserError, match="RwkvForCausalLM .* max_num_seqs=1"):
         generate_hf(model, tiny_tokenizer, prompts_of(), **options)
     for prompt, group in zip(
-        prompts_of(), generate_hf(model, tiny_tokenizer, prompts_of(), slots=1, **options), strict=True
+        prompts_of(), generate_hf(model, tiny_tokenizer, prompts_of(), max_num_seqs=1, **options), strict=True
     ):
         assert_close(group[1].logp, full_logps(model, prompt, group[1].ids))
 
@@ -161,7 +165,7 @@ def test_a_peft_model_samples_with_its_adapter(recurrent, tiny_tokenizer):
     assert [g[0].ids for g in off] == [g[0].ids for g in before]
 
 
-# ---- the meaning of rollout.generate
+# ---- the meaning of the own engine
 
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8, "min_p": 0.02},
@@ -170,10 +174,10 @@ def test_tokens_and_logps_are_those_of_the_decode_loop(llama, how):
     model, tokenizer = llama
     options = {"samples": 3, "max_new_tokens": 30, "eos": [tokenizer.eos_token_id, *range(4, 12)], "seed": 11, **how}
     ours = generate(model, tokenizer, prompts_of(), **options)
-    theirs = generate_hf(model, tokenizer, prompts_of(), slots=5, **options)
+    theirs = generate_hf(model, tokenizer, prompts_of(), max_num_seqs=5, **options)
     assert model.training
     for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):
-        assert (a.ids, a.ended) == (b.ids, b.ended)
+        assert (a.ids, a.finished) == (b.ids, b.finished)
         assert_close(b.logp, torch.tensor(a.logp))
     assert how == {"temperature": 0.0} or len({len(c.ids) for c in sum(theirs, [])}) > 1  # some ended early
 
@@ -211,7 +215,7 @@ def test_the_models_generation_config_does_not_leak_in(llama):
     try:
         for name, value in settings.items():
             setattr(config, name, value)
-        assert generate_hf(model, tokenizer, prompts_of(), **options) == plain
+        assert all_facts(generate_hf(model, tokenizer, prompts_of(), **options)) == all_facts(plain)
         assert model.get_base_model().generation_config is config
     finally:
         for name, value in before.items():
@@ -221,31 +225,29 @@ def test_the_models_generation_config_does_not_leak_in(llama):
 def test_completions_stop_at_any_end_token_or_at_the_limit(llama):
     model, tokenizer = llama
     [free] = generate_hf(model, tokenizer, prompts_of()[:1], samples=4, max_new_tokens=12, eos=[], seed=4)
-    assert all(len(c.ids) == 12 and not c.ended for c in free)
+    assert all(len(c.ids) == 12 and not c.finished for c in free)
     stop = [free[0].ids[3], free[1].ids[5]]
     [cut] = generate_hf(model, tokenizer, prompts_of()[:1], samples=4, max_new_tokens=12, eos=stop, seed=4)
     for whole, completion in zip(free, cut, strict=True):
         at = next((i for i, token in enumerate(whole.ids) if token in stop), None)
-        assert completion.ended == (at is not None)
+        assert completion.finished == (at is not None)
         assert completion.ids == whole.ids[: 12 if at is None else at + 1]
         assert len(completion.logp) == len(completion.ids)
 
 
-def test_what_is_done_is_not_sampled_again_and_each_completion_is_told(llama):
+def test_what_is_there_is_not_sampled_again_and_each_completion_is_told(llama):
     model, tokenizer = llama
-    options = {"samples": 2, "max_new_tokens": 6, "eos": [], "seed": 9}
-    plain = generate_hf(model, tokenizer, prompts_of(), **options)
-    told = {}
-    done = {(1, 0): plain[1][0], (2, 1): plain[2][1]}
-    again = generate_hf(model, tokenizer, prompts_of(), slots=3, done=done,
-                        on_done=lambda p, s, c: told.update({(p, s): c}), **options)  # fmt: skip
-    assert [[c.ids for c in g] for g in again] == [[c.ids for c in g] for g in plain]
-    assert again[1][0] is plain[1][0] and len(done) == 2
-    assert told.keys() == {(p, s) for p in range(4) for s in range(2)} - done.keys()
-    assert generate_hf(model, tokenizer, [], **options) == []
+    options = {"max_new_tokens": 6, "eos": [], "seed": 9, "kind": TransformersEngine}
+    plain = generate(model, tokenizer, prompts_of(), samples=2, **options)
+    skip = {(1, 0), (2, 1)}
+    told = list(engine_of(model, tokenizer, max_num_seqs=3, **options).stream(prompts_of(), 2, skip=skip))
+    assert [len(finished) for finished in told] == [3, 3]
+    assert {(p, s) for p, s, _ in sum(told, [])} == {(p, s) for p in range(4) for s in range(2)} - skip
+    assert all(sample.ids == plain[p][s].ids for p, s, sample in sum(told, []))
+    assert generate_hf(model, tokenizer, [], samples=2, max_new_tokens=6) == []
 
 
-def test_batches_hold_at_most_the_slots(llama, monkeypatch):
+def test_batches_hold_at_most_max_num_seqs(llama, monkeypatch):
     model, tokenizer = llama
     sizes = []
     base, theirs = model.get_base_model(), model.get_base_model().generate
@@ -255,7 +257,7 @@ def test_batches_hold_at_most_the_slots(llama, monkeypatch):
         return theirs(**options)
 
     monkeypatch.setattr(base, "generate", counted)
-    generate_hf(model, tokenizer, prompts_of((9,) * 4), samples=2, max_new_tokens=2, eos=[], slots=3)
+    generate_hf(model, tokenizer, prompts_of((9,) * 4), samples=2, max_new_tokens=2, eos=[], max_num_seqs=3)
     assert sizes == [3, 3, 2]
-    generate_hf(model, tokenizer, prompts_of((9,) * 4), samples=2, max_new_tokens=2, eos=[], slots=0)
+    generate_hf(model, tokenizer, prompts_of((9,) * 4), samples=2, max_new_tokens=2, eos=[])
     assert sizes[3:] == [8]
