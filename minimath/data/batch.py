@@ -11,16 +11,16 @@ from minimath.data.chat import IGNORE, Encoded
 
 
 def step_indices(step: int, size: int, batch_size: int, seed: int) -> list[int]:
-    """Return batch_size indices for step 0, 1, ... of an endless stream of permutations of range(size).
+    """Return the batch_size indices of step 0, 1, ... into data of `size` rows.
 
-    Each epoch is one permutation: no index appears twice before all have appeared once. A batch may reach into the
-    next epoch.
+    They come from an endless stream of permutations, one per epoch: no index appears twice before all have appeared
+    once. A batch may reach into the next epoch.
     """
     return stream_indices(step * batch_size, batch_size, size, seed)
 
 
 def stream_indices(start: int, count: int, size: int, seed: int) -> list[int]:
-    """Return places start .. start + count - 1 of the stream that step_indices cuts into batches."""
+    """Return places start to start + count - 1 of the stream of step_indices."""
     order, epoch = [], start // size
     while len(order) < start % size + count:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -31,11 +31,11 @@ def stream_indices(start: int, count: int, size: int, seed: int) -> list[int]:
 
 def micro_batches(rows: list[Encoded], *, packing: bool, micro_batch_tokens: int, pad_id: int,
                   device) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Yield (indices into rows, batch) with at most micro_batch_tokens tokens each; a longer row goes alone.
+    """Yield batches of at most micro_batch_tokens, each after its indices into rows.
 
-    packing: several rows behind one another in one sequence, without attention between them. Otherwise rows of like
-    length are padded to the longest. The batch has input_ids (B, T), position_ids (B, T), target (B*T,) and, when
-    padded, attention_mask (B, T), all int64.
+    A longer row goes alone. packing: several rows behind one another in one sequence, without attention between them.
+    Otherwise rows of like length are padded to the longest. The batch has input_ids (B, T), position_ids (B, T), target
+    (B*T,) and, when padded, attention_mask (B, T), all int64.
     """
     lengths = [len(row.ids) for row in rows]
     for indices in (pack(lengths, micro_batch_tokens) if packing else like_lengths(lengths, micro_batch_tokens)):
@@ -49,7 +49,7 @@ def _longest_first(lengths: list[int]) -> list[int]:
 
 
 def like_lengths(lengths: list[int], budget: int) -> list[list[int]]:
-    """Group indices by descending length, each group padded to its longest within `budget` tokens."""
+    """Group indices by descending length; a group padded to its longest fits `budget`."""
     groups: list[list[int]] = []
     for index in _longest_first(lengths):
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
@@ -77,7 +77,7 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def _targets(row: Encoded) -> list[int]:
-    """Return the next token of each where that is trained, else IGNORE; the last one has no next token."""
+    """Return the next token of each where that is trained, else IGNORE, as at the end."""
     return [i if trained else IGNORE for i, trained in zip(row.ids[1:], row.loss_mask[1:])] + [IGNORE]
 
 
@@ -96,7 +96,10 @@ def collate_packed(rows: list[Encoded]) -> dict[str, torch.Tensor]:
 
 
 def collate_padded(rows: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad examples at the right, as int64: input_ids, attention_mask, position_ids (B, T), target (B*T,)."""
+    """Pad examples at the right.
+
+    int64: input_ids, attention_mask, position_ids (B, T), target (B*T,).
+    """
     width = max(len(row.ids) for row in rows)
     gaps = [width - len(row.ids) for row in rows]
     return {

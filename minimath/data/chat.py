@@ -1,4 +1,4 @@
-"""Turn examples into token ids and a loss mask: chat template, exactly one BOS, a trained EOS, preflight.
+"""Turn examples into token ids and a loss mask, by the model's chat template.
 
 Trained are the tokens of the assistant and the token that ends its turn, nothing else. Prompt and solution are
 tokenised together as the template writes them, when the prompt's ids are a prefix of the whole; when a merge crosses
@@ -19,7 +19,7 @@ SHOWN_CHARS = 1600
 
 
 class Encoded(NamedTuple):
-    """ids and loss_mask have the same length; tokens with a true one are trained. truncated: cut at max_len."""
+    """An example as tokens: those with a true loss_mask are trained. truncated: cut."""
     ids: list[int]
     loss_mask: list[bool]
     truncated: bool
@@ -89,14 +89,14 @@ def neutral(tokenizer, text: str) -> str:
 
 @lru_cache(maxsize=4)
 def special_tokens(tokenizer) -> dict[str, int]:
-    """Map text to id of the special tokens; cached, as transformers builds its table anew on each access."""
+    """Map text to id of the special tokens."""  # transformers builds its table anew on each access: cached
     return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 # ---- the end of a turn
 
 def turn_end(tokenizer) -> int:
-    """Return the token that ends the assistant's turn: what the template writes there, else EOS."""
+    """Return the token that ends the assistant's turn: the template's, else EOS."""
     return _turn_end(tokenizer, str(getattr(tokenizer, "chat_template", None)))
 
 
@@ -134,7 +134,7 @@ def eos_ids(tokenizer, model=None) -> list[int]:
 # ---- an example to ids and loss mask
 
 def final_text(solution: str, answer: str) -> str:
-    """Put the final answer in \\boxed{}: "#### x" is rewritten, a missing answer appended."""
+    """Put the final answer in \\boxed{}: rewrite "#### x", append a missing answer."""
     if "\\boxed" in solution:
         return solution
     if final := hashes_answer(solution):
@@ -144,11 +144,11 @@ def final_text(solution: str, answer: str) -> str:
 
 
 def encode(tokenizer, example: Example, *, system: str = "", prompt_template: str, max_len: int) -> Encoded:
-    """Encode prompt, solution and turn end, cut at max_len from the right: the mask may then be all false.
+    """Encode prompt, solution and turn end, cut at max_len from the right.
 
-    Rows with messages keep them as they are (system is put first when they bring none) and train every
-    assistant turn; where the template rewrites earlier turns as the talk goes on, only the last is trained. Raises
-    UserError without a solution.
+    A cut may leave nothing trained. Rows with messages keep them as they are (system is put first when they bring none)
+    and train every assistant turn; where the template rewrites earlier turns as the talk goes on, only the last is
+    trained. Raises UserError without a solution.
     """
     if example.messages:
         messages = [{**m, "content": neutral(tokenizer, m["content"])} for m in example.messages]
@@ -165,7 +165,7 @@ def encode(tokenizer, example: Example, *, system: str = "", prompt_template: st
 
 
 def _whole(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]] | None:
-    """Tokenise the whole talk once; None when an assistant turn is not found in it as written."""
+    """Tokenise the whole talk once; None when an assistant turn is changed in it."""
     if not has_template(tokenizer):
         return None
     end, ids, mask = turn_end(tokenizer), _tokens(tokenizer, _render(tokenizer, messages)), []
@@ -229,7 +229,7 @@ def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
 
 
 def _bos_opens_turns(tokenizer) -> bool:
-    """Tell whether the template opens turns with BOS, as SmolLM2 and Llama 2 do: only a doubled first is wrong."""
+    """Tell whether the template opens turns with BOS, as SmolLM2 and Llama 2 do."""
     if tokenizer.bos_token is None or not has_template(tokenizer):
         return False
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2

@@ -1,4 +1,4 @@
-"""Turn rows into examples: find problem, solution and answer, and say which rows are refused and why.
+"""Turn rows into examples, and say which rows are refused and why.
 
 The shape is read off a row's columns; the first of these that fits counts:
     generations        problem + a list generations or generation (OpenR1-Math): the shortest of those that
@@ -36,7 +36,10 @@ ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator marks
 
 @dataclass
 class Example:
-    """One problem. `messages` replaces problem and solution for chat rows; `where` is the row's place."""
+    """One problem.
+
+    `messages` replaces problem and solution for chat rows; `where` is the row's place.
+    """
     problem: str
     solution: str = ""
     answer: str = ""
@@ -106,7 +109,7 @@ def describe_report(report: DataReport) -> str:
 
 
 def _shown(text: str) -> str:
-    """Return a part of a row as a message can hold it: cut, and what no terminal shows or encodes escaped."""
+    """Cut a part of a row for a message, and escape what no terminal shows."""
     text = text if len(text) <= REPORTED_CHARS else text[:REPORTED_CHARS] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -114,7 +117,7 @@ def _shown(text: str) -> str:
 # ---- a row to an example
 
 def to_example(row: dict, where: str, need: Iterable[str]) -> "Example | BadRow":
-    """Make an example of a row in any accepted shape; BadRow with the reason when it can't be used."""
+    """Make an example of a row in any accepted shape; BadRow when it can't be used."""
     best = _best_generation(row)
     if isinstance(best, BadRow) and "solution" in need:
         return best
@@ -137,7 +140,7 @@ def to_example(row: dict, where: str, need: Iterable[str]) -> "Example | BadRow"
 
 
 def _best_generation(row: dict) -> "str | BadRow | None":
-    """Return the shortest right one of a list of generations; None for a row without such a list."""
+    """Return the shortest correct one of a list of generations; None without a list."""
     name = next((n for n in ("generations", "generation") if isinstance(row.get(n), list)), None)
     if name is None:
         return None
@@ -151,13 +154,13 @@ def _best_generation(row: dict) -> "str | BadRow | None":
 
 
 def hashes_answer(solution: str) -> str:
-    """Return what follows the last "####" of GSM8K; "" where it opened a Markdown heading."""
+    """Return what follows the last "####"; "" where it opened a Markdown heading."""
     final = solution.rsplit("####", 1)[1].strip() if "####" in solution else ""
     return "" if "\n" in final else final
 
 
 def _text(value, name: str, *, number: bool = False) -> "str | BadRow":
-    """Strip a text; None is empty. number: ints and floats (answers often are) become text, NaN is empty."""
+    """Strip a text; None is empty. number: numbers become text, NaN is empty."""
     if value is None or (number and value != value):
         return ""
     if number and isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
@@ -175,7 +178,7 @@ def _text(value, name: str, *, number: bool = False) -> "str | BadRow":
 
 
 def _pick(row: dict, name: str) -> tuple[str, object]:
-    """Return (column, value) of the first column for `name` that the row has; (name, None) without one."""
+    """Return the first column for `name` that the row has, and its value, or None."""
     return next(((c, row[c]) for c in COLUMNS[name] if row.get(c) is not None), (name, None))
 
 

@@ -1,9 +1,9 @@
-r"""Make seeded arithmetic word problems of one to three steps with worked solutions.
+r"""Make seeded arithmetic word problems of one to three steps, with solutions.
 
 They are the data of `minimath demo`, for a 135M model that learns them in minutes on a CPU: operands mostly 2 to 20,
-results 1 to 199, exact division. A problem is a scene (a story whose running total goes through events, or a formula with its own steps); its
-solution is written in one of three registers, because a policy fitted to one wording has nothing left for RL
-to choose:
+results 1 to 199, exact division. A problem is a scene (a story whose running total goes through events, or a formula
+with its own steps); its solution is written in one of three registers, because a policy fitted to one wording has
+nothing left for RL to choose:
 
     terse    5*3=15. 15-4=11. \boxed{11}
     plain    one sentence with its equation for each step
@@ -39,7 +39,7 @@ INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
 
 
 class Step(NamedTuple):
-    """One step: a op b = value, and a phrase with the slot {eq} that says what the value is."""
+    """One step a op b = value, and a phrase with a slot {eq} for it."""
     a: int
     op: str
     b: int
@@ -56,10 +56,10 @@ class Problem(NamedTuple):
 
 def make_problems(n: int, *, seed: int, steps: tuple[int, ...] = (1, 2, 3), split: str = "train",
                   style_weights: dict[str, float] | None = None, largest: int = 199) -> list[Example]:
-    """Make n distinct problems of `split` ("train" or "test"): same arguments, same problems, everywhere.
+    """Make n distinct problems: same arguments, same problems, everywhere.
 
-    steps: step counts to draw from, each 1, 2 or 3; repeat one to draw it more often. style_weights: register ->
-    weight, default STYLE_WEIGHTS. largest: no step has a greater number, at least 20.
+    split: "train" or "test". steps: step counts to draw from, each 1, 2 or 3; repeat one to draw it more often.
+    style_weights: register -> weight, default STYLE_WEIGHTS. largest: no step has a greater number, at least 20.
     Example.id is "<split>-<seed>-<index>-<register>-<steps>". Raises UserError on a bad argument.
     """
     weights = STYLE_WEIGHTS if style_weights is None else style_weights
@@ -98,14 +98,14 @@ def _check_arguments(n: int, steps: tuple[int, ...], split: str, weights: dict[s
 
 
 def canonical(text: str) -> str:
-    """Lower-case words and numbers of a problem without names and pronouns: equal means the same problem."""
+    """Reduce a problem to lower-case words and numbers, without names and pronouns."""
     names = {name.lower() for name, _ in NAMES}
     words = re.findall(r"[a-z]+|\d+", text.lower())
     return " ".join("_" if w in names or w in PRONOUNS else w for w in words)
 
 
 def split_of(text: str) -> str:
-    """Side of a problem: "test" for TEST_SHARE_PERCENT of all texts, else "train"; the text alone decides."""
+    """Tell from a problem's text alone its side, "train" or "test"."""
     bucket = int.from_bytes(hashlib.sha256(canonical(text).encode()).digest()[:8], "big") % 100
     return "test" if bucket < TEST_SHARE_PERCENT else "train"
 
@@ -122,7 +122,7 @@ def assert_disjoint(train: list[Example], test: list[Example]) -> None:
 # ---- from a scene to numbers
 
 def apply(a: int, op: str, b: int) -> int | None:
-    """a op b when a small model can be asked for it (1..199, exact, small factors), else None."""
+    """Compute a op b; None when it is too hard for a small model."""
     if op == "*" and (min(a, b) > 9 or max(a, b) > 20 or min(a, b) < 2):
         return None
     if op == "/" and (b < 2 or a % b or b > 10 or a // b > 30):
@@ -132,7 +132,7 @@ def apply(a: int, op: str, b: int) -> int | None:
 
 
 def _draw(rng: random.Random, steps: int) -> Problem:
-    """Draw scenes and numbers until they fit; a draw fails in about one case of three."""
+    """Draw scenes and numbers until they fit; about one draw in three fails."""
     while True:
         formulas = [f for f in FORMULAS if len(f["steps"]) == steps]
         use_formula = rng.random() < len(formulas) / (len(formulas) + len(STORIES))
@@ -152,7 +152,7 @@ def _sentence(text: str) -> str:
 
 
 def _draw_formula(rng: random.Random, formula: dict) -> Problem | None:
-    """Numbers for the variables of a formula; None when a step leaves the range."""
+    """Draw numbers for a formula's variables; None when a step leaves the range."""
     values = {name: rng.randint(low, high) for name, (low, high) in formula["ranges"].items()}
     words = {**_people(rng), **{key: rng.choice(options) for key, options in formula["words"].items()}}
     results: list[Step] = []
@@ -169,7 +169,7 @@ def _draw_formula(rng: random.Random, formula: dict) -> Problem | None:
 
 
 def _draw_story(rng: random.Random, steps: int) -> Problem | None:
-    """A running total: a start, then events; the last may bring the question. None when the numbers fail."""
+    """Draw a start, then events; None when the numbers fail."""
     scene = rng.choice(STORIES)
     words = {**_people(rng), **{key: rng.choice(options) for key, options in scene["words"].items()}}
     question, previous = rng.choice(scene["asks"]).format(**words), None
@@ -204,7 +204,7 @@ def _draw_story(rng: random.Random, steps: int) -> Problem | None:
 
 
 def _operand(rng: random.Random, value: int, op: str) -> int | None:
-    """Second operand for `value op n`, or None when there is none."""
+    """Draw the n of `value op n`; None when there is none."""
     if op == "-":
         return rng.randint(2, min(20, value - 1)) if value > 2 else None
     if op == "/":
@@ -216,7 +216,7 @@ def _operand(rng: random.Random, value: int, op: str) -> int | None:
 # ---- from numbers to a worked solution
 
 def write_solution(problem: Problem, register: str, rng: random.Random) -> str:
-    """Worked solution in a register; ends with \\boxed{answer}."""
+    """Write a worked solution in a register; it ends with \\boxed{answer}."""
     return {"terse": _terse, "plain": _plain, "verbose": _verbose}[register](problem, rng)
 
 
@@ -274,6 +274,6 @@ def _sentence_after(head: str, text: str) -> str:
 
 
 def _known_numbers(problem: Problem) -> str:
-    """The numbers of the problem text in order, as "5, 3 and 4"."""
+    """List the numbers of the problem text in order, as "5, 3 and 4"."""
     numbers = re.findall(r"\d+", f"{problem.story} {problem.question}")
     return ", ".join(numbers[:-1]) + " and " + numbers[-1] if len(numbers) > 1 else numbers[0]

@@ -1,4 +1,4 @@
-"""Yield the rows of files, folders, hub data sets and lists, each with the place it came from.
+"""Yield the rows of files, folders, hub data sets and lists, each with its place.
 
 A row that can't be read comes out as a BadRow instead of an exception: load_examples counts it and goes on. Only what
 spoils the whole file (unreadable, UTF-16, cut JSON list, not parquet) raises UserError. jsonl, where a line can be
@@ -39,10 +39,10 @@ OPEN_QUOTE = BadRow("quote not closed", "close it, or write the last row again: 
 
 
 def rows_of(source: str | list, split: str) -> Iterator[Row]:
-    """Yield the rows of a list, a file, a folder of files, or a hub data set "owner/name[:config]".
+    """Yield the rows of a list, a file, a folder of files, or a hub data set.
 
-    split: of a hub data set; of a folder, the files with it in their name, if any. Raises UserError when nothing is
-    there, or a file is spoiled.
+    A hub data set is "owner/name" or "owner/name:config". split: of a hub data set; of a folder, the files with it in
+    their name, if any. Raises UserError when nothing is there, or a file is spoiled.
     """
     if isinstance(source, list):
         yield from ((f"row {number}", _object(row, "")) for number, row in enumerate(source, 1))
@@ -95,9 +95,9 @@ def _hub_rows(name: str, split: str) -> Iterator[Row]:
 # ---- files
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file, each with "file:line" in jsonl and "file:row N", from 1, elsewhere.
+    """Yield the rows of a file, each with its place.
 
-    Raises UserError for a spoiled file.
+    That is "file:line" in jsonl and "file:row N", from 1, elsewhere. Raises UserError for a spoiled file.
     """
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv, ".tsv": _csv}
     suffix = path.suffix.lower()
@@ -163,7 +163,7 @@ def _jsonl_row(raw: bytes) -> "dict | BadRow":
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """A list of objects, {"data": [...]}, or jsonl under another name."""
+    """Read a list of objects, {"data": [...]}, or jsonl under another name."""
     raw = path.read_bytes().removeprefix(BOM)
     if re.match(rb'\s*\{(?!\s*"data"\s*:)[^\n]*\}\s*(\n|$)', raw):  # one object on line 1
         yield from _jsonl(path)
@@ -192,7 +192,7 @@ def _pyarrow(path: Path):
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    """Every cell is a text."""
+    """Read every cell as text."""
     pyarrow = _pyarrow(path)
     csv = pyarrow.csv
     text = path.read_bytes().decode("utf-8", "surrogateescape").strip("\r\n")
@@ -252,7 +252,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _batch_rows(batch) -> "list[dict | BadRow]":
-    """Convert the rows of an Arrow batch. It keeps text as bytes, which other writers need not have checked."""
+    """Convert the rows of an Arrow batch, whose text no writer need have checked."""
     try:
         return [_object(row) for row in batch.to_pylist()]
     except (ValueError, OverflowError) as error:  # bytes that are not UTF-8, a time that Python has no type for

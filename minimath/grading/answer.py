@@ -37,9 +37,12 @@ MAX_PARAGRAPH = 2000          # characters before the last number, in which a fo
 
 
 def extract_answer(text: str, *, strict: bool = False) -> str | None:
-    """The final answer in `text`: the last complete, non-empty \\boxed{...}, else what follows the last
-    "####", else the last "answer is ...", else the last number, with the formula around it, else None. Boxes with
-    nothing but commas, "and" or "or" between them are one list. strict=True: \\boxed only."""
+    """Return the final answer in a finished text, or None.
+
+    It is the last complete, non-empty \\boxed{...}, else what follows the last "####", else the last "answer is ...",
+    else the last number, with the formula around it. Boxes with nothing but commas, "and" or "or" between them are one
+    list. strict=True: \\boxed only.
+    """
     text = text[-MAX_TAIL_CHARS:]
     boxed = _last_boxed(text)
     if boxed is not None or strict:
@@ -54,7 +57,7 @@ def extract_answer(text: str, *, strict: bool = False) -> str | None:
 
 
 def final_answer(text: str, finished: bool) -> str | None:
-    """Return the answer of a completion; of one that was cut only a closed box counts.
+    """Return the final answer of a completion; of one that was cut only a closed box.
 
     lighteval and Qwen2.5-Math's grader do not look at why a completion ended: they take the last box, and else any
     last number. A box is the answer that the prompt asks for, so it counts here too; the last number of a solution
@@ -68,8 +71,11 @@ def final_answer(text: str, finished: bool) -> str | None:
 
 
 def _said(answer: str) -> str:
-    """The answer that the words after "answer is" give: the formula, tuple or list that they begin with, else what
-    follows the last "is" of their sentence; of a long sentence its last number."""
+    """Return the answer that the words after "answer is" give.
+
+    It is the formula, tuple or list that they begin with, else what follows the last "is" of their sentence; of a long
+    sentence its last number.
+    """
     if match := _FIRST_FORMULA.match(answer) or _TUPLE_OR_LIST.match(answer):
         return _inside(match)
     sentence = _LAST_IS.sub("", _SENTENCE_END.split(answer, maxsplit=1)[0])
@@ -81,7 +87,7 @@ def _said(answer: str) -> str:
 
 
 def _last_number(text: str) -> str | None:
-    """The last number of `text`; where it stands in a formula, its last side: \\frac{3}{4} is not 4."""
+    """Return the last number, or the last side of its formula: \\frac{3}{4} is not 4."""
     numbers = list(_NUMBER.finditer(text))
     if not numbers:
         return None
@@ -101,8 +107,10 @@ def _inside(match: re.Match) -> str:
 
 
 def _boxes(text: str) -> list[tuple[str, int, int]]:
-    """(contents, start, end offset) of each complete, non-empty \\boxed{...} in the order in which they close. One
-    pass with a stack: cut or nested boxes must not make this quadratic."""
+    """Find each complete, non-empty \\boxed{...} in the order in which they close.
+
+    Returns (contents, start, end offset). One pass with a stack: cut or nested boxes must not make this quadratic.
+    """
     stack: list[tuple[int, int]] = []  # of a box its start and that of its contents, -1 for any other brace
     boxes = []
     for token in _BRACE.finditer(text):
@@ -123,8 +131,10 @@ MAX_LIST = 20                 # boxes that are read as one list
 
 
 def _last_boxed(text: str) -> str | None:
-    """Contents of the \\boxed{...} that closes last; boxes inside it are opened. "\\boxed{1} and \\boxed{2}" is "1, 2":
-    an answer of two parts, and no chance to name two and be right with one."""
+    """Return the contents of the \\boxed{...} that closes last; open boxes inside it.
+
+    "\\boxed{1} and \\boxed{2}" is "1, 2": an answer of two parts, and no chance to name two and be right with one.
+    """
     boxes = _boxes(text)
     if not boxes:
         bare = _BARE_BOX.findall(text)
@@ -150,13 +160,15 @@ def _opened(best: str) -> str:
 
 
 def box_closed(text: str) -> bool:
-    """Whether a non-empty \\boxed{...} is complete in text."""
+    """Tell whether a non-empty \\boxed{...} is complete in text."""
     return bool(_boxes(text))
 
 
 def answer_end(text: str) -> int:
-    """Offset just after the place where the final answer is first given, len(text) when it is in no box. What
-    follows is not part of the solution: a judge does not get to see it."""
+    """Return the offset just after the box that first gives the final answer.
+
+    len(text) when it is in no box. What follows is not part of the solution: a judge does not get to see it.
+    """
     boxes = _boxes(text)
     return next((end for contents, _, end in boxes if contents == boxes[-1][0]), len(text))
 
@@ -168,7 +180,7 @@ _SPACING = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:! ]|\\\$
 
 
 def _normal(answer: str) -> str:
-    """One spelling for answers that differ only in typography: \\dfrac, \\left, \\text{...}, spaces, "$"."""
+    """Unify typography: \\dfrac, \\left, \\text{...}, spaces, "$", the case of words."""
     text = _WRAPPERS.sub(r"\1", answer.strip())
     text = _SPACING.sub("", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")).rstrip(".")
     if re.fullmatch(r"\([A-Za-z]\)", text):
@@ -180,13 +192,13 @@ _IN_BASE = re.compile(r"(-?[0-9A-Za-z]+)_\{?(\d+)\}?")
 
 
 def _close(exact: str, rounded: str) -> bool:
-    """Whether two texts are numbers within 1% of each other."""
+    """Tell whether two texts are numbers within 1% of each other."""
     a, b = plain_number(exact), plain_number(rounded)
     return bool(a and b) and 100 * abs(a.value - b.value) <= abs(a.value)
 
 
 class AnswerChecker:
-    """Compares answers; a context manager, usable from any thread.
+    """Compare answers; a context manager, usable from any thread.
 
     `timeout_s` bounds one comparison, by the clock. Counters: `bad_gold` (no one can read the gold answer: all answers
     are wrong, so that it pays nobody), `timeouts`, and `starts` of the child, which starts at the first answer that
@@ -213,12 +225,12 @@ class AnswerChecker:
         return self.child.starts
 
     def check(self, samples: Iterable, gold: str) -> list[bool]:
-        """Tell for each sample, which has `.text` and `.finished`, whether its final answer equals `gold`."""
+        """Tell of each sample, by its text and finished, whether its answer is gold."""
         answers = (final_answer(sample.text, sample.finished) for sample in samples)
         return [answer is not None and self.equal(answer, gold) for answer in answers]
 
     def check_many(self, rows: Iterable[tuple[str, str]]) -> list[bool]:
-        """Tell for each (text, gold) whether the final answer of the finished text equals gold."""
+        """Tell for each finished text, with its gold answer, whether its answer equals it."""
         answers = ((extract_answer(text), gold) for text, gold in rows)
         return [answer is not None and self.equal(answer, gold) for answer, gold in answers]
 
@@ -247,7 +259,7 @@ class AnswerChecker:
         return reply == "right"
 
     def matches(self, text: str, pattern: str, finished: bool = True) -> bool:
-        """Tell whether the regular expression matches the whole final answer of a completion, case ignored.
+        """Tell whether a regular expression matches the whole final answer, case ignored.
 
         False without an answer, and where the pattern takes longer than the time limit.
         """

@@ -1,4 +1,4 @@
-"""Run math-verify and regular expressions on hostile text in processes with limits.
+"""Run math-verify and regular expressions on hostile text, within limits.
 
 math-verify (https://github.com/huggingface/Math-Verify) can hang or eat memory on hostile LaTeX and has no time-out
 of its own off the main thread; re has none at all. So neither runs in this process:
@@ -37,7 +37,7 @@ WARM_UP = ((r"2\sqrt{3}", r"\sqrt{12}"), ("x^2+2x+1", "(x+1)^2"), (r"x \in [2,5)
 
 
 class BoundedChild:
-    """Puts questions to the workers; usable from any thread.
+    """Put questions to the workers; usable from any thread.
 
     The child starts with the first question and lives until close(). A reply comes within `timeout_s` by the clock,
     the first start apart. `timeouts` counts the questions without one, for want of time or memory; `starts` the starts
@@ -156,7 +156,7 @@ def _serve(control: socket.socket) -> None:
 
 
 def _work(connection: socket.socket) -> None:
-    """Reply to questions, one a line. The alarm has its default action: it ends the process."""
+    """Reply to questions, one a line; the alarm's default action ends the process."""
     for line in connection.makefile("rb"):
         seconds, *question = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -175,7 +175,7 @@ def _reply(kind: str, first: str, second: str) -> str:
 
 
 def _equal(gold: str, answer: str) -> str:
-    """Return math-verify's verdict. The gold answer is its first argument: verify is not symmetric."""
+    """Return math-verify's verdict; verify is not symmetric, and wants the gold first."""
     from math_verify import verify
     right = _read(gold)
     if not right:

@@ -19,7 +19,7 @@ MAX_POWER_BITS = 4096         # size of any power computed
 
 
 class StepCount(NamedTuple):
-    """Equations of a solution: those that hold, to the decimals shown, and all that could be read."""
+    """Equations of a solution: those that hold, and all that could be read."""
     right: int
     total: int
 
@@ -109,7 +109,10 @@ def _value(tokens: list[Token]) -> Fraction | None:
 
 
 def _evaluate(node: ast.expr, numbers: list[Fraction]) -> Fraction:
-    """Compute a tree whose constants are places in `numbers`. Raises ValueError for what is not arithmetic."""
+    """Compute a tree whose constants are places in `numbers`.
+
+    Raises ValueError for what is not arithmetic.
+    """
     if isinstance(node, ast.Constant):
         return numbers[node.value]
     if isinstance(node, ast.UnaryOp):
@@ -126,9 +129,9 @@ def _evaluate(node: ast.expr, numbers: list[Fraction]) -> Fraction:
 
 
 def _trim(side: list[Token], *, left: bool, right: bool) -> list[Token]:
-    """Cut what precedes an unmatched "(" of the first side or follows an unmatched ")" of the last.
+    """Cut what is outside brackets that open or close around the whole equation.
 
-    "(5 * 3 = 15)" is an equation in brackets.
+    It precedes an unmatched "(" of the first side or follows an unmatched ")" of the last: "(5 * 3 = 15)".
     """
     while side and side[0].text == "**":       # bold type
         side = side[1:]
@@ -160,7 +163,7 @@ def _scales(tokens: list[Token], i: int) -> bool:
 
 
 def _chains(tokens: list[Token]):
-    """Yield the sides of each chain "a = b = ..." as lists of tokens, and the signs between.
+    """Yield the sides of each chain "a = b = ..." and the signs between.
 
     A side that touches anything not understood (a variable, a unit inside) becomes an empty list.
     """
@@ -246,7 +249,7 @@ def check_steps(text: str) -> StepCount:
 
 
 class Plain(NamedTuple):
-    """A text that is one number: its exact value, and whether it had a percent sign or decimals."""
+    """The exact value of a text that is one number, and how it was written."""
     value: Fraction
     percent: bool
     decimal: bool
@@ -259,7 +262,7 @@ _NOT_UNITS = {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "mod", "and
 
 
 def plain_number(text: str) -> Plain | None:
-    """Read a text that is one number; None for tuples, variables, roots, intervals, prose.
+    """Read a text that is one number; None for any other, as tuples, roots, prose.
 
     Read are "18", "-1,200", "$18.00", "18 dollars", "3/4", "\\frac{3}{4}", "x = 5", "50%", "2 * 9 = 18".
     """
@@ -291,7 +294,7 @@ def plain_number(text: str) -> Plain | None:
 
 
 def same_number(a: Plain, b: Plain) -> bool:
-    """Compare exactly, or to 6 decimals when one is a decimal and the other a fraction.
+    """Compare exactly, or to 6 decimals when only one was written as a decimal.
 
     "50%" equals "50" and "0.5".
     """

@@ -75,7 +75,8 @@ def test_a_completion_that_was_cut_counts_only_with_a_closed_box(checker, text, 
 
 
 def test_samples_are_checked_in_order():
-    samples = [Completion("so 3", True), Completion(r"\boxed{4}", True), Completion("so 4", False), Completion("4", True)]
+    samples = [Completion(text, finished) for text, finished in
+               (("so 3", True), (r"\boxed{4}", True), ("so 4", False), ("4", True))]
     checker = AnswerChecker()
     assert checker.check(samples, "4") == [False, True, False, True] and checker.check([], "4") == []
 
