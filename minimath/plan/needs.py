@@ -1,273 +1,208 @@
-"""Bytes that each stage of a recipe needs, the largest setting that a card holds, and what to change so that one does.
-"""
-import dataclasses
+"""Bytes that each stage needs, the most that a card holds, and what to change so that it holds a recipe."""
 import json
+from bisect import bisect_left
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
-from minimath.plan import footprint
 from minimath.config.load import RECIPES
-from minimath.config.schema import RLAIFConfig, SFTConfig
+from minimath.config.options import options_of
+from minimath.config.schema import EvalConfig, RLAIFConfig, SFTConfig
 from minimath.core.errors import UserError
 from minimath.core.text import did_you_mean
-from minimath.rollout.decode import PREFILL_TOKENS
-from minimath.plan.footprint import Live, Passes, Shape
-from minimath.models.memory import cache_bytes_per_token, fitting_slots
-from minimath.models.load import DTYPES, head_module
-from minimath.rollout.sampling import Sampling, sample_tokens
-from minimath.rollout.kv_cache import ALIGN
+from minimath.kernels.common import WORKSPACE_BYTES
+from minimath.models.load import DTYPES, base_causal_lm, head_module
+from minimath.models.memory import cache_bytes_per_token
+from minimath.models.prefix import EAGER_TOKENS
+from minimath.plan.footprint import Passes, empty_model
 
 GIB = 1 << 30
 CONTEXT = GIB // 2  # CUDA's context, cuBLAS's workspace and kernels, outside torch's allocator: an assumption
-FRAGMENTATION = 0.06  # of what torch allocates, lost between its blocks: an assumption
-UNIT = 256  # micro_batch_tokens and lengths that are proposed are multiples of it
-MOST_TOKENS = 1 << 17
-PROBES = (1024, 4096, 16384)  # lengths at which passes are followed; between them they grow as length and its square
+FRAGMENTATION = 0.06  # of what torch allocates, lost between its blocks or held inside kernels: an assumption
+UNIT, MOST_TOKENS = 256, 1 << 17  # micro_batch_tokens that are proposed: multiples of UNIT, up to MOST_TOKENS
+PREFILL_TOKENS, PLACES, MOST_SEQS = 4096, 64, {"cpu": 128, "cuda": 512}  # of the engine: a prefill, a length, a batch
+LOSS_SCRATCH = 6 << 20  # of the fused loss beside its logits
 BEAR_ON_SHAPES = ("dtype", "lora_r", "lora_targets", "dora")
-BEAR_ON_STATICS = (*BEAR_ON_SHAPES, "quant", "double_quant", "optimizer")
-BEAR_ON_PASSES = (*BEAR_ON_SHAPES, "quant", "attn", "gradient_checkpointing", "lora_dropout")
+BEAR_ON_PASSES = (*BEAR_ON_SHAPES, "attn", "gradient_checkpointing", "lora_dropout")
+REMEDIES = (("attn", "eager", "sdpa"), ("gradient_checkpointing", False, True), ("optimizer", "adamw", "adamw8bit"),
+            ("quant", "none", "nf4"))  # option, its value, what takes less memory; what costs least comes first
 
 
-# ---- the model
-
-def model_config(name: str) -> tuple[object, str]:
-    """(transformers config, where it is from) of a folder, a config.json or a hub id; no weights are touched. Where the
-    hub can't be asked, the shapes of a few models that ship with minimath. Raises UserError."""
-    on_disk = Path(name).expanduser()
+def model_config(name: str):
+    """The config of a folder or a hub id, else of a model whose shapes ship with minimath. Raises UserError."""
     try:
-        found = AutoConfig.from_pretrained(str(on_disk) if on_disk.exists() else name)
-        return found, "its config" if on_disk.exists() else "the hub's config"
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         shapes = json.loads((RECIPES / "shapes.json").read_text(encoding="utf-8"))
         if name in shapes:
-            fields = shapes[name] if isinstance(shapes[name], dict) else shapes[shapes[name]]
-            return AutoConfig.for_model(**fields), "shapes that ship with minimath (the hub could not be asked)"
-        first = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"model={name!r}: its config can't be read ({first}); give a folder or a config.json, or check "
-                        f"the name and the network{did_you_mean(name, shapes)}") from None
+            return AutoConfig.for_model(**(shapes[name] if isinstance(shapes[name], dict) else shapes[shapes[name]]))
+        raise UserError(f"model={name!r}: its config can't be read ({str(error).strip().splitlines()[0][:200]}); give "
+                        f"a folder, or check the name and the network{did_you_mean(name, shapes)}") from None
 
 
-class Subject:
-    """A model to plan for. Passes are followed once for options that they depend on, and kept."""
-
-    def __init__(self, name: str, device: str):
-        self.config, self.source = model_config(name)
-        self.device = "cpu" if device == "cpu" else "cuda"
-        self.kept: dict[tuple, object] = {}
-
-    def dtype(self, cfg) -> torch.dtype:
-        return DTYPES["fp32" if self.device == "cpu" else "bf16"] if cfg.model.dtype == "auto" else DTYPES[cfg.model.dtype]
-
-    def once(self, what: str, cfg, names: tuple[str, ...], make: Callable, *extra):
-        """make(), or what it gave before for the same values of the options `names`."""
-        key = (what, *extra, *(getattr(cfg, name) for name in names))
-        if key not in self.kept:
-            try:
-                self.kept[key] = make()
-            except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-                first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-                raise UserError(f"this model's passes can't be followed without its numbers ({first}); try another "
-                                "attn=, or plan with a model of like size") from None
-        return self.kept[key]
-
-    def empty(self, cfg):
-        return self.once("model", cfg, BEAR_ON_SHAPES,
-                         lambda: footprint.empty_model(self.config, cfg, self.dtype(cfg)))
-
-    def statics(self, cfg) -> footprint.Statics:
-        return self.once("statics", cfg, BEAR_ON_STATICS, lambda: footprint.statics(self.empty(cfg), cfg))
-
-    def tracers(self, cfg):
-        return self.once("tracers", cfg, BEAR_ON_PASSES,
-                         lambda: footprint.layer_tracer(self.config, cfg, self.dtype(cfg), self.device))
-
-    def follow(self, cfg, shape: Shape) -> tuple[int, ...]:
-        return self.once("pass", cfg, BEAR_ON_PASSES, lambda: self.tracers(cfg)[0](shape), shape[:3])
-
-    def prefill(self, cfg, shape: Shape) -> int:
-        return self.once("prefill", cfg, BEAR_ON_PASSES, lambda: self.tracers(cfg)[1](shape), shape)
-
-    def estimate(self, cfg, shape: Shape) -> tuple[int, ...]:
-        """follow, from the parabola through PROBES: a row costs a length and its square, rows add up. A padded row is
-        like a packed one."""
-        a, b, c = PROBES
-        kind = "packed" if shape.kind == "padded" else shape.kind
-        found = [self.follow(cfg, Shape(kind, 1, n)) for n in PROBES]
-
-        def at(ya: int, yb: int, yc: int) -> int:
-            slope = (yb - ya) / (b - a)
-            square = ((yc - yb) / (c - b) - slope) / (c - a)
-            fixed = ya - slope * a + square * a * b
-            each = (slope - square * (a + b)) * shape.length + square * shape.length ** 2
-            return int(fixed + shape.rows * each)
-        return tuple(map(at, *found))
+def frozen_linears(model) -> list[torch.nn.Linear]:
+    """The layers that quant=nf4 quantises: every linear layer but the head and the adapter's own."""
+    lm_head = head_module(model)
+    return [m for m in base_causal_lm(model).modules() if isinstance(m, torch.nn.Linear) and m is not lm_head
+            and not any(p.requires_grad for p in m.parameters())]
 
 
-# ---- what a stage needs
-
-def training_need(subject: Subject, cfg, *, exact: bool = True) -> tuple[dict[str, int], Passes]:
-    """(bytes by row of the table, the pass with the highest peak) of a training stage."""
-    stays, dtype = subject.statics(cfg), subject.dtype(cfg)
-    shapes = footprint.sft_shapes(cfg) if isinstance(cfg, SFTConfig) else footprint.rlaif_shapes(cfg)
-    follow = subject.follow if exact else subject.estimate
-    most = footprint.passes(subject.config, lambda shape: follow(cfg, shape), shapes, dtype, subject.device)
-    return {**fixed_rows(stays), "gradients": stays.gradients, "optimiser state": stays.optimizer,
-            "activations kept for backward": most.kept, "a layer's passes, or the loss": most.peak() - most.kept}, most
+def nf4_bytes(weights: int) -> int:
+    """Half a byte a weight; a byte for the scale of each 64; an fp32 for 256 of those; two code books, an offset."""
+    scales = -(-weights // 64)
+    return -(-weights // 2) + 16 * 4 + scales + 4 * -(-scales // 256) + 256 * 4 + 4
 
 
-def fixed_rows(stays: footprint.Statics) -> dict[str, int]:
-    return {"embeddings, head, norms": stays.outside, "linear layers": stays.layers, "adapter (fp32)": stays.adapter}
-
-
-class Rollout(NamedTuple):
-    """Bytes of sampling above the statics."""
-    cache: int  # keys and values of all slots
-    state: int  # tokens, random numbers and log-probs of all slots
-    step: int  # the most at a moment: logits and what sampling makes of them, or a prefill
-
-    def peak(self) -> int:
-        return sum(self)
-
-
-def rollout(model, prefill: Callable, cfg, slots: int, prompts: int) -> Rollout:
-    """Of `slots` sequences of up to max_prompt_len + max_new_tokens, when new prompts come in while the others run.
-    model: empty; prefill: of footprint.layer_tracer; prompts: different ones that can wait together."""
-    longest = cfg.prompt.max_prompt_len + cfg.sampling.max_new_tokens
-    places = -(-longest // ALIGN) * ALIGN
-    rows = max(1, min(PREFILL_TOKENS // cfg.prompt.max_prompt_len, prompts, slots))
-    how = Sampling(cfg.sampling.temperature, cfg.sampling.top_p, cfg.sampling.min_p, cfg.sampling.top_k, cfg.repetition_penalty)
-    with FakeTensorMode(), Live() as live:
-        seen = torch.empty(slots, longest, dtype=torch.long) if how.repetition_penalty != 1 else None
-        sample_tokens(torch.empty(slots, head_module(model).weight.shape[0]), torch.empty(slots), how, seen)
-    state = slots * (12 * cfg.sampling.max_new_tokens + 8 * (longest + 1))
-    return Rollout(slots * places * cache_bytes_per_token(model), state,
-                   max(live.peak, prefill(Shape("padded", rows, cfg.prompt.max_prompt_len))))
-
-
-def copies_bytes(model, dtype: torch.dtype) -> int:
-    """Of the copies of the linear layers' weights that a rollout makes on a CPU, and of NF4 weights: see linears.py."""
-    return sum(m.weight.numel() for m in [*footprint.quantised(model), head_module(model)]) * dtype.itemsize
-
-
-def rollout_need(subject: Subject, base, cfg, room: int, *, state: bool) -> tuple[dict[str, int], int]:
-    """(bytes by row, slots) of sampling with the options cfg in `room` bytes. base: of the training stage whose model
-    it is; state: its optimiser's state is there too. slots=0 takes what the engine would, less where that is too much.
-    """
-    stays, model = subject.statics(base), subject.empty(base)
-    rows = fixed_rows(stays) | ({"optimiser state": stays.optimizer} if state else {})
-    free = room - sum(rows.values())
-    train = isinstance(cfg, RLAIFConfig)
-    prompts = cfg.prompts_per_step if train else cfg.data.limit or 1000
-    wanted = prompts * (cfg.group_size if train else cfg.samples)
-    copies = copies_bytes(model, subject.dtype(base))
-    if (subject.device == "cpu" or base.quant == "nf4") and 3 * copies < free:
-        rows["weights copied for decoding"] = copies
-        free -= copies
-    longest = cfg.prompt.max_prompt_len + cfg.sampling.max_new_tokens
-    slots = min(cfg.engine.max_num_seqs, wanted) or fitting_slots(model, longest, min(wanted, 512), free=max(1, free))
-    while True:
-        need = rollout(model, lambda shape: subject.prefill(base, shape), cfg, slots, prompts)
-        if need.peak() <= free or cfg.engine.max_num_seqs or slots == 1:
-            break
-        slots = max(1, min(slots - 1, slots * max(0, free) // need.peak()))
-    return rows | {"keys and values of all slots": need.cache, "prefill, or a step's logits": need.step,
-                   "tokens and log-probs of slots": need.state}, slots
-
-
-def margin(total: int, device: str) -> int:
-    """What a card needs beside what torch allocates; nothing on a CPU."""
-    return 0 if device == "cpu" else CONTEXT + int(FRAGMENTATION * total)
-
-
-def room_in(card: int, device: str) -> int:
-    """Bytes that torch may allocate on a card."""
-    return card if device == "cpu" else int((card - CONTEXT) / (1 + FRAGMENTATION))
+def adam_bytes(weights: int, optimizer: str) -> int:
+    """Of two moments: in fp32, for adamw with a count of steps; or a byte each and an fp32 for 256 of them."""
+    if "8bit" not in optimizer or weights < 4096:  # the state of small tensors stays in fp32
+        return 8 * weights + (4 if optimizer == "adamw" else 0)
+    return 2 * (weights + 4 * -(-weights // 256))
 
 
 def longest_row(cfg) -> int:
     return cfg.max_len if isinstance(cfg, SFTConfig) else cfg.prompt.max_prompt_len + cfg.sampling.max_new_tokens
 
 
+def shapes(cfg) -> list[tuple[str, int, int]]:
+    """(kind, rows, length) of the largest forward passes: of micro_batch_tokens, or of one longer row. A group's
+    completions go padded or behind their prompt, as their lengths will decide."""
+    budget, longest, sft = cfg.optimizer.micro_batch_tokens, longest_row(cfg), isinstance(cfg, SFTConfig)
+    if sft and cfg.packing:
+        return [("row", 1, min(max(budget, longest), cfg.batch_size * longest))]
+    rows = max(1, min(budget // longest, cfg.batch_size if sft else cfg.prompts_per_step * cfg.group_size))
+    if sft or cfg.model.attn == "flash_attention_2":
+        return [("row", rows, longest)]
+    budget = min(budget, EAGER_TOKENS) if cfg.model.attn == "eager" else budget
+    whole = longest + (cfg.group_size - 1) * cfg.sampling.max_new_tokens
+    return [("row", rows, longest), ("shared", 1, min(max(budget, longest), whole))]
+
+
 def with_tokens(cfg, tokens: int):
-    """cfg with micro_batch_tokens=tokens and no row that is longer; None where no completion is left."""
+    """cfg with micro_batch_tokens=tokens and no row that is longer, as far as its prompt allows."""
     if isinstance(cfg, SFTConfig):
         return cfg.replace(micro_batch_tokens=tokens, max_len=min(cfg.max_len, tokens))
-    new = min(cfg.sampling.max_new_tokens, tokens - cfg.prompt.max_prompt_len)
-    return cfg.replace(micro_batch_tokens=tokens, max_new_tokens=new) if new >= 16 else None
+    new = min(cfg.sampling.max_new_tokens, max(16, tokens - cfg.prompt.max_prompt_len))
+    return cfg.replace(micro_batch_tokens=tokens, max_new_tokens=new)
 
 
-def fits(subject: Subject, cfg, room: int, *, exact: bool = True) -> bool:
-    return cfg is not None and sum(training_need(subject, cfg, exact=exact)[0].values()) <= room
+def most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest n up to limit that fits, where what fits with n fits with fewer; 0: not even 1."""
+    return bisect_left(range(1, limit + 1), True, key=lambda n: not fits(n))
 
 
-def largest(subject: Subject, cfg, room: int, most: int = MOST_TOKENS) -> int:
-    """The most micro_batch_tokens up to `most`, in UNITs, with which a training stage fits, by estimates; 0: none."""
-    if subject.statics(cfg).total() > room:
-        return 0
-    low, high = 0, max(1, most // UNIT)
-    while low < high:  # low fits, above high nothing does
-        middle = (low + high + 1) // 2
-        if fits(subject, with_tokens(cfg, middle * UNIT), room, exact=False):
-            low = middle
-        else:
-            high = middle - 1
-    return low * UNIT
+class Planner:
+    """What a model needs and what fits, on a card (device "cuda") or a CPU, by the options of the stages."""
 
+    def __init__(self, name: str, device: str):
+        self.config = model_config(name)
+        self.device = "cpu" if device == "cpu" else "cuda"
+        self.counted: dict[tuple, object] = {}
 
-# ---- what to change
+    def dtype(self, cfg) -> torch.dtype:
+        auto = "fp32" if self.device == "cpu" else "bf16"
+        return DTYPES[auto if cfg.model.dtype == "auto" else cfg.model.dtype]
 
-def remedies(stages: dict) -> list[tuple[dict, str]]:
-    """(options of all training stages, why), the cheapest first, each on top of the ones before."""
-    steps = [({}, "")]
-    for key, now, value, why in (
-            ("attn", "eager", "sdpa", "no scores are kept"),
-            ("gradient_checkpointing", False, True, "about a third slower, the same result"),
-            ("optimizer", "adamw", "adamw8bit", "a quarter of the optimiser's state"),
-            ("quant", "none", "nf4", "the frozen weights in 4 bits: slower, a little less exact")):
-        if any(getattr(stages[name], key) == now for name in ("sft", "rlaif")):
-            steps.append(({**steps[-1][0], key: value}, f"{key}={str(value).lower()} ({why})"))
-    return steps
+    def once(self, make: Callable, cfg, names: tuple[str, ...]):
+        """make(config, cfg, dtype), once for each set of values of the options `names`."""
+        key = make, *map(cfg.value, names)
+        if key not in self.counted:
+            self.counted[key] = make(self.config, cfg, self.dtype(cfg))
+        return self.counted[key]
 
+    def passes(self, cfg, *shape) -> tuple[int, ...]:
+        """Passes.of(*shape). Raises UserError where code looks at its numbers, as that of mixtures of experts does."""
+        try:
+            return self.once(Passes, cfg, BEAR_ON_PASSES).of(*shape)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            raise UserError(f"this model's passes can't be followed without its numbers ({str(error)[:200]!r}); try "
+                            "another attn=, or plan with a model of like size") from None
 
-def recommend(subject: Subject, stages: dict, card: int) -> tuple[dict[str, dict], list[str], bool]:
-    """(changed options by section, "" for shared ones; in words; whether it then fits) for a card of `card` bytes.
+    # ---- what a stage needs: bytes by what they are for
 
-    micro_batch_tokens changes no result, so it is lowered first; rows are cut only when every remedy is used."""
-    room, tried = room_in(card, subject.device), remedies(stages)
-    for options, _ in tried:
-        changes, short = {"": dict(options)}, False
-        for name in ("sft", "rlaif"):
-            cfg = dataclasses.replace(stages[name], **options)
-            if fits(subject, cfg, room, exact=not options):
+    def stays(self, cfg, *, optimizer: bool) -> dict[str, int]:
+        model, nf4 = self.once(empty_model, cfg, BEAR_ON_SHAPES), cfg.model.quant == "nf4"
+        linear = {id(m.weight): m.weight for m in frozen_linears(model)}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        rest = [p for p in model.parameters() if not p.requires_grad and id(p) not in linear] + list(model.buffers())
+        state = sum(adam_bytes(p.numel(), cfg.optimizer.name) for p in trained)
+        return {"embeddings, head, norms": sum(t.nbytes for t in rest),
+                "linear layers": sum(nf4_bytes(w.numel()) if nf4 else w.nbytes for w in linear.values()),
+                "adapter": sum(p.nbytes for p in trained)} | ({"optimizer state": state} if optimizer else {})
+
+    def with_margin(self, rows: dict[str, int]) -> dict[str, int]:
+        assumed = CONTEXT + int(FRAGMENTATION * sum(rows.values()))
+        return rows | ({"context and fragmentation (assumed)": assumed} if self.device != "cpu" else {})
+
+    def training(self, cfg) -> dict[str, int]:
+        """Of a training stage."""
+        rows, peak = self.stays(cfg, optimizer=True), 0
+        text, size = self.config.get_text_config(), self.dtype(cfg).itemsize
+        for kind, count, length in shapes(cfg):
+            kept, forward, backward = self.passes(cfg, kind, count, length)
+            # linear_token_loss: a tile's logits; sums and gradient of the hidden states with their copies
+            loss = LOSS_SCRATCH + min(WORKSPACE_BYTES[self.device], count * length * text.vocab_size * size)
+            loss += count * length * (text.hidden_size * (4 + 3 * size) + 32)
+            peak = max(peak, forward, backward, kept + loss)
+        if cfg.model.quant == "nf4":  # a matrix is made anew for each of its products
+            peak += text.hidden_size * text.intermediate_size * size
+        return self.with_margin(rows | {"gradients": rows["adapter"], "activations": peak})
+
+    def rollout(self, base, cfg, seqs: int, card: int) -> dict[str, int]:
+        """Of sampling `seqs` sequences side by side on a card of `card` bytes. base: options of what was trained."""
+        train, model = isinstance(cfg, RLAIFConfig), self.once(empty_model, base, BEAR_ON_SHAPES)
+        rows, lm_head = self.stays(base, optimizer=train), head_module(model).weight
+        copies = (sum(m.weight.numel() for m in frozen_linears(model)) + lm_head.numel()) * self.dtype(base).itemsize
+        if (self.device == "cpu" or base.model.quant == "nf4") and 3 * copies < card - sum(rows.values()):
+            rows["weights copied for decoding"] = copies
+        prompt, new = cfg.prompt.max_prompt_len, cfg.sampling.max_new_tokens
+        together = max(1, min(PREFILL_TOKENS // prompt, seqs, cfg.prompts_per_step if train else seqs))
+        # a step's logits in fp32 and their softmax; top-p sorts them, with the places that they came from
+        logits = seqs * lm_head.shape[0] * (28 if cfg.sampling.top_p < 1 else 12)
+        keys = -(-(prompt + new) // PLACES) * PLACES * cache_bytes_per_token(model)
+        return self.with_margin(rows | {
+            "keys and values": seqs * (keys + 20 * new + 8 * prompt),
+            "prefill, or a step's logits": max(logits, *self.passes(base, "prefill", together, prompt))})
+
+    # ---- what fits a card of `card` bytes
+
+    def most_tokens(self, cfg, card: int, limit: int = MOST_TOKENS) -> int:
+        """The most micro_batch_tokens up to `limit`, in UNITs, with which a training stage fits; 0: none."""
+        return UNIT * most(max(1, limit // UNIT), lambda n: sum(self.training(with_tokens(cfg, n * UNIT)).values()) <= card)
+
+    def most_seqs(self, base, cfg, card: int) -> int:
+        """The most sequences side by side, no more than the options ask for; 0: not even one."""
+        limit = cfg.engine.max_num_seqs or MOST_SEQS[self.device]
+        limit = min(limit, cfg.prompts_per_step * cfg.group_size) if isinstance(cfg, RLAIFConfig) else limit
+        return most(limit, lambda n: sum(self.rollout(base, cfg, n, card).values()) <= card)
+
+    def fitted(self, cfg, card: int):
+        """cfg with no more tokens in a pass and a row, and sequences, than fit; None where nothing does."""
+        if sum(self.training(cfg).values()) > card:
+            tokens = self.most_tokens(cfg, card, cfg.optimizer.micro_batch_tokens)
+            cfg = with_tokens(cfg, tokens) if tokens else None
+        if cfg is None or isinstance(cfg, SFTConfig):
+            return cfg
+        seqs = self.most_seqs(cfg, cfg, card)
+        return cfg.replace(max_num_seqs=min(seqs, cfg.engine.max_num_seqs)) if seqs else None
+
+    def changes(self, stages: dict, card: int) -> dict[str, dict] | None:
+        """{section: {option: text of its value}} that make the stages fit; None where nothing does.
+
+        micro_batch_tokens changes no result, so it is lowered first; rows are cut only when every remedy is used.
+        """
+        trained, options = {name: stages[name] for name in ("sft", "rlaif")}, {}
+        for key, worse, better in ((None,) * 3, *REMEDIES):
+            if key and all(cfg.value(key) != worse for cfg in trained.values()):
                 continue
-            most = largest(subject, cfg, room, cfg.optimizer.micro_batch_tokens)
-            short = short or most < longest_row(cfg)
-            changes[name] = changed(cfg, most)
-        if not short or options is tried[-1][0]:
-            break
-    for name in ("sft", "rlaif"):  # what estimates found is followed once
-        cfg = dataclasses.replace(stages[name], **options, **(changes.get(name) or {}))
-        while changes.get(name, {}) is not None and not fits(subject, cfg, room):
-            fewer = cfg.optimizer.micro_batch_tokens * 15 // 16 // UNIT * UNIT
-            changes[name] = changed(dataclasses.replace(stages[name], **options), fewer)
-            cfg = cfg.replace(**(changes[name] or {}))
-    words = [why for other, why in tried[1:] if other.items() <= options.items()]
-    words += [f"{name}.{key}={value}" for name in ("sft", "rlaif") for key, value in (changes.get(name) or {}).items()]
-    last = dataclasses.replace(stages["rlaif"], **options, **(changes.get("rlaif") or {}))
-    rows, _ = rollout_need(subject, last, dataclasses.replace(last, slots=0), room, state=True)
-    possible = None not in changes.values() and sum(rows.values()) <= room
-    return changes, words, possible
-
-
-def changed(cfg, tokens: int) -> dict | None:
-    """The options that with_tokens changes; None where nothing fits."""
-    new = with_tokens(cfg, tokens) if tokens else None
-    if new is None:
-        return None
-    return {name: getattr(new, name) for name in ("micro_batch_tokens", "max_len", "max_new_tokens")
-            if hasattr(cfg, name) and getattr(new, name) != getattr(cfg, name)}
+            options |= {key: better} if key else {}
+            new = {name: self.fitted(cfg.replace(**options), card) for name, cfg in trained.items()}
+            if all(new[name] and longest_row(new[name]) == longest_row(cfg) for name, cfg in trained.items()):
+                break
+        if None in new.values():
+            return None
+        new["eval"] = stages["eval"].replace(**{k: v for k, v in options.items() if k in options_of(EvalConfig)})
+        found = {name: {key: str(value).lower() for key, value in cfg.to_dict().items()
+                        if value != stages[name].value(key)} for name, cfg in new.items()}
+        return {name: values for name, values in found.items() if values}
