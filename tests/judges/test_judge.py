@@ -1,4 +1,4 @@
-"""The heuristic judge, the comparison of groups, what becomes of a judge that fails, and the judge that options name."""
+"""The heuristic judge, the comparison of groups, judges that fail, and the judge that options name."""
 import math
 import sys
 

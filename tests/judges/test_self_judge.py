@@ -14,7 +14,15 @@ from minimath.judges.base import Pair
 from minimath.judges.judge import judge_groups
 from minimath.judges.poll import ask
 from minimath.judges.rubrics import judge_prompt, load_rubric
-from minimath.judges.self_judge import SelfJudge, chat_ids, last_states, plan_passes, tree_packs, verdict_ids, verdict_logps
+from minimath.judges.self_judge import (
+    SelfJudge,
+    chat_ids,
+    last_states,
+    plan_passes,
+    tree_packs,
+    verdict_ids,
+    verdict_logps,
+)
 
 GOOD = Fixed(r"5*3=15. \boxed{15}", tokens=8)
 LONG = Fixed(r"Let us restate the problem. 5*3=15. We check it. \boxed{15}", tokens=20)
@@ -114,7 +122,6 @@ def test_trees_hold_every_prompt_once_and_keep_the_token_budget():
 
 
 def test_judging_a_group_shares_its_prompts_and_restores_nothing_else(policy):
-    model, tokenizer = policy.model, policy.tokenizer
     groups = [group("Tom has 12 apples and buys 7 more. " * 3, [GOOD, LONG, UNSOUND, Fixed(r"15 \boxed{15}")])]
     shared, apart = self_judge(policy), self_judge(policy, 1)
     wins, stats = judge_groups(shared, groups)
@@ -124,7 +131,6 @@ def test_judging_a_group_shares_its_prompts_and_restores_nothing_else(policy):
 
 
 def test_self_judge_does_not_depend_on_the_batch(policy):
-    model, tokenizer = policy.model, policy.tokenizer
     pairs = [Pair("p " * n, GOOD, LONG) for n in (1, 40, 5, 80, 2)]
     one = self_judge(policy, 1).compare(pairs)
     together = self_judge(policy, 1 << 20).compare(pairs)
@@ -132,7 +138,7 @@ def test_self_judge_does_not_depend_on_the_batch(policy):
 
 
 def test_self_judge_ignores_the_adapter_and_restores_train_mode(policy):
-    model, tokenizer = policy.model, policy.tokenizer
+    model = policy.model
     before = self_judge(policy).compare([Pair("p", GOOD, LONG)])
     moved = [p for name, p in model.named_parameters() if "lora_B" in name]
     saved = [p.detach().clone() for p in moved]
@@ -150,7 +156,6 @@ def test_self_judge_ignores_the_adapter_and_restores_train_mode(policy):
 
 
 def test_self_judge_gives_no_vote_to_prompts_beyond_the_context(policy):
-    model, tokenizer = policy.model, policy.tokenizer
     judge = self_judge(policy, prompt=bare_prompt)                    # which cuts nothing
     votes = judge.compare([Pair("p", Fixed("9" * 20_000), GOOD), Pair("p", GOOD, LONG)])
     assert votes[0] is None and votes[1] is not None and judge.counts["too_long"] == 1
@@ -177,7 +182,10 @@ PROBLEM = "Tom has 12 apples and buys 7 more. " * 3
 SAMPLES = [GOOD, LONG, UNSOUND, Fixed(r"15 \boxed{15}")]
 
 
-def card_with(monkeypatch, most: int, error=torch.OutOfMemoryError("CUDA out of memory")):
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
+
+def card_with(monkeypatch, most: int, error=NO_MEMORY):
     """Makes passes of more than `most` tokens fail; returns the tokens of each pass that was tried."""
     tried, forward = [], self_judge_file.hidden_states
 
@@ -191,8 +199,7 @@ def card_with(monkeypatch, most: int, error=torch.OutOfMemoryError("CUDA out of 
     return tried
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("error", [NO_MEMORY, MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_an_out_of_memory_costs_no_vote_is_said_once_and_smaller_passes_stay(policy, monkeypatch, error):
     said = []
     judge = self_judge(policy, say=said.append)

@@ -3,17 +3,19 @@ import json
 
 import pytest
 from judge_server import prefers_shorter, says, serve  # noqa: F401  (serve is a fixture)
+from judging import FakeJudge, judge_by
 
-from minimath.judges.judge import Judge, rules_judge
 from minimath.commands.judge_compare import checked_records, compare_solutions, evenly, findings, pair_up, win_shares
+from minimath.judges.base import HeuristicJudge
 from minimath.judges.rubrics import load_rubric
 
 SHORT, LONG = "2 * 3 = 6. \\boxed{6}", "First, 2 * 3 = 6. We look at it once more. \\boxed{6}"
 
 
-def record(number, text=SHORT, right=True, tokens=9, sample=0, **more):
+def record(number, text=SHORT, correct=True, tokens=9, sample=0, **more):
     return {"number": number, "id": "", "problem": f"Problem {number}?", "gold": "6", "sample": sample, "text": text,
-            "answer": "6", "right": right, "tokens": tokens, "ended": True, "right_steps": 1, "steps": 1} | more
+            "answer": "6", "correct": correct, "tokens": tokens, "finished": True, "correct_steps": 1,
+            "steps": 1} | more
 
 
 def evaluation(folder, records):
@@ -30,10 +32,6 @@ def shorts(numbers):
     return [record(n) for n in numbers]
 
 
-def judge_by(vote, soft=False):
-    return Judge("fake", lambda pairs: [vote(p) for p in pairs], soft=soft)
-
-
 # ---- pairs
 
 
@@ -46,10 +44,10 @@ def test_samples_are_paired_in_order_problem_by_problem(tmp_path):
     assert [p.number for p in pairs] == [0, 1, 1]
 
 
-@pytest.mark.parametrize("which, kept", [("right", [0]), ("same", [0, 3]), ("all", [0, 1, 2, 3])])
-def test_pairs_are_kept_by_who_is_right(which, kept):
-    a = [record(n, right=right) for n, right in enumerate((True, True, False, False))]
-    b = [record(n, right=right) for n, right in enumerate((True, False, True, False))]
+@pytest.mark.parametrize("which, kept", [("correct", [0]), ("same", [0, 3]), ("all", [0, 1, 2, 3])])
+def test_pairs_are_kept_by_who_is_correct(which, kept):
+    a = [record(n, correct=correct) for n, correct in enumerate((True, True, False, False))]
+    b = [record(n, correct=correct) for n, correct in enumerate((True, False, True, False))]
     assert [p.problem for p in pair_up(a, b, which)] == [f"Problem {n}?" for n in kept]
 
 
@@ -60,13 +58,13 @@ def test_fewer_readers_take_pairs_from_the_whole_list():
 # ---- judges whose figures are known
 
 
-def test_the_rules_judge_prefers_the_shorter_of_two_sound_solutions():
-    facts = compare_solutions(rules_judge(), pair_up(shorts(range(30)), longs(range(30))))
+def test_the_heuristic_judge_prefers_the_shorter_of_two_sound_solutions():
+    facts = compare_solutions(HeuristicJudge(), pair_up(shorts(range(30)), longs(range(30))))
     assert (facts["preferred"], facts["interval"], facts["pairs"], facts["ties"]) == (1.0, (1.0, 1.0), 30, 0)
     assert facts["mean_tokens"] == [9.0, 20.0] and facts["order_conflicts"] == 0.0
     assert findings(facts) == ["A's solutions are preferred to B's, in 100% of pairs"]
     assert "B's solutions are preferred to A's, in 100%" in findings(
-        compare_solutions(rules_judge(), pair_up(longs(range(30)), shorts(range(30)))))[0]
+        compare_solutions(HeuristicJudge(), pair_up(longs(range(30)), shorts(range(30)))))[0]
 
 
 def test_one_text_is_a_tie_and_is_not_asked_about():
@@ -101,7 +99,7 @@ def test_the_interval_takes_problems_and_not_samples_as_independent():
              for n in range(20) for s in range(samples)]
         b = [record(n, LONG if n % 2 else SHORT, tokens=20 if n % 2 else 9, sample=s)
              for n in range(20) for s in range(samples)]
-        return compare_solutions(rules_judge(), pair_up(a, b))
+        return compare_solutions(HeuristicJudge(), pair_up(a, b))
 
     assert half(8)["interval"] == half(1)["interval"] and half(8)["problems"] == 20 and half(8)["pairs"] == 160
     low, high = half(1)["interval"]
@@ -109,14 +107,14 @@ def test_the_interval_takes_problems_and_not_samples_as_independent():
 
 
 def test_a_judge_without_votes_says_nothing_and_names_its_error():
-    facts = compare_solutions(Judge("broken", lambda pairs: 1 / 0), pair_up(shorts(range(3)), longs(range(3))))
+    facts = compare_solutions(FakeJudge(lambda pairs: 1 / 0), pair_up(shorts(range(3)), longs(range(3))))
     assert facts["preferred"] is None and facts["no_votes"] == 6
     assert "ZeroDivisionError" in findings(facts)[0] and "nothing can be said" in findings(facts)[-1]
 
 
 def test_few_problems_are_called_few():
     mixed = [*shorts([0]), *longs([1])], [*longs([0]), *shorts([1])]
-    assert "2 problems are few" in findings(compare_solutions(rules_judge(), pair_up(*mixed)))[0]
+    assert "2 problems are few" in findings(compare_solutions(HeuristicJudge(), pair_up(*mixed)))[0]
 
 
 # ---- the command
@@ -128,12 +126,12 @@ def likes_short(handler, body):
     (prefers_shorter if shown else says("A"))(handler, body)
 
 
-def test_the_command_with_the_rules_judge_needs_no_model(here, tmp_path):
-    evaluation(tmp_path / "a", [*shorts(range(20)), record(20, right=False)])
+def test_the_command_with_the_heuristic_judge_needs_no_model(here, tmp_path):
+    evaluation(tmp_path / "a", [*shorts(range(20)), record(20, correct=False)])
     evaluation(tmp_path / "b", longs(range(21)))
     status, out, err = here("judge", "compare", "a", "b", "judge=heuristic", "readers=10")
     assert status == 0, out + err
-    assert "10 of 20 pairs (pairs=right)" in out and "100.0%" in out and "A's solutions are preferred" in out
+    assert "10 of 20 pairs (pairs=correct)" in out and "100.0%" in out and "A's solutions are preferred" in out
     result = json.loads((tmp_path / "a" / "judge-compare" / "judge-compare.json").read_text())
     assert (result["a"], result["b"], result["preferred"], result["pairs"]) == ("a", "b", 1.0, 10)
     assert not (tmp_path / "a" / "environment.json").exists()  # what the evaluation says of itself is left alone
@@ -141,11 +139,12 @@ def test_the_command_with_the_rules_judge_needs_no_model(here, tmp_path):
     assert status == 2 and "already holds a judge-compare.json" in err
 
 
-def test_the_command_asks_an_endpoint_in_both_orders_by_the_rubric_of_readability(here, serve, tmp_path):  # noqa: F811
+def test_the_command_asks_an_endpoint_in_both_orders_by_the_rubric_of_readability(here, serve, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("MINIMATH_CACHE", str(tmp_path / "kept"))
     url, server = serve(likes_short)
     evaluation(tmp_path / "a", longs(range(3)))
     evaluation(tmp_path / "b", shorts(range(3)))
-    words = ["judge=openai", f"judge_url={url}", "judge_key_env=", "judge_model=m", f"judge_cache={tmp_path / 'kept'}"]
+    words = ["judge=openai", f"judge_url={url}", "judge_key_env=", "judge_model=m"]
     status, out, err = here("judge", "compare", "a", "b", *words, "out=result")
     assert status == 0, out + err
     result = json.loads((tmp_path / "result" / "judge-compare.json").read_text())
@@ -156,12 +155,13 @@ def test_the_command_asks_an_endpoint_in_both_orders_by_the_rubric_of_readabilit
     assert sum(prompt.index("We look") < prompt.index("SOLUTION B") for prompt in prompts) == 3
 
 
-def test_the_command_says_when_an_endpoint_only_looks_at_the_position(here, serve, tmp_path):  # noqa: F811
+def test_the_command_says_when_an_endpoint_only_looks_at_the_position(here, serve, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("MINIMATH_CACHE", str(tmp_path / "kept"))
     url, _ = serve(says("B"))
     evaluation(tmp_path / "a", longs(range(3)))
     evaluation(tmp_path / "b", shorts(range(3)))
     status, out, err = here("judge", "compare", "a", "b", "judge=openai", f"judge_url={url}", "judge_key_env=",
-                            "judge_model=m", f"judge_cache={tmp_path / 'kept'}", "pairs=all")
+                            "judge_model=m", "pairs=all")
     assert status == 0, out + err
     assert "near useless" in out and "stands second" in out and "judge_rubric=maths" in out
 
@@ -177,20 +177,20 @@ def test_the_command_asks_a_model_itself(here, tiny_dir, tmp_path):
 
 @pytest.mark.parametrize("words, said", [
     (["a"], "two folders"), (["a", "none"], "none: not an evaluation"), (["a", "other"], "no problem in common"),
-    (["a", "wrong"], "none of 2 pairs is left (A is right in 2, B in 0); use pairs=all"),
-    (["a", "a", "pairs=rigth"], "did you mean 'right'"), (["a", "a", "readers=-1"], "readers=-1"),
+    (["a", "wrong"], "none of 2 pairs is left (A is correct in 2, B in 0); use pairs=all"),
+    (["a", "a", "pairs=corect"], "did you mean 'correct'"), (["a", "a", "readers=-1"], "readers must not be negative"),
     (["a", "a", "raeders=3"], "did you mean 'readers'"), (["a", "torn"], "completions.jsonl:2: not a record")])
 def test_slips_get_one_line(here, tmp_path, words, said):
     evaluation(tmp_path / "a", shorts(range(2)))
     evaluation(tmp_path / "other", shorts(range(5, 7)))
-    evaluation(tmp_path / "wrong", [record(n, right=False) for n in range(2)])
+    evaluation(tmp_path / "wrong", [record(n, correct=False) for n in range(2)])
     evaluation(tmp_path / "torn", [record(0), {"problem": "?"}])
     status, _, err = here("judge", "compare", *words, "judge=heuristic")
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and said in err
 
 
 def test_help_lists_the_options_of_compare(here):
-    status, out, _ = here("judge", "--help")
+    status, out, _ = here("judge", "compare", "--help")
     assert status == 0 and "EVAL_A EVAL_B" in out and "  readers=200" in out and "  judge_url=" in out
 
 
