@@ -102,7 +102,7 @@ class JudgeReward(Reward):
         if not judged:
             return {}
         metrics = {name: sum(s.get(name, 0) for s in judged) for name in
-                   ("comparisons", "no_votes", "skipped", "skipped_gate", "skipped_equal", "identical", "unasked",
+                   ("comparisons", "no_votes", "skipped", "skipped_few", "skipped_equal", "identical", "unasked",
                     "fallbacks", "seconds")}
         for name in dict.fromkeys(name for s in judged for name in s.get("counts", {})):  # of an endpoint: faults, cost
             metrics[name.replace(" ", "_")] = sum(s.get("counts", {}).get(name, 0) for s in judged)

@@ -63,10 +63,10 @@ def rlaif(cfg: RLAIFConfig) -> dict:
             for step in trainer.steps(cfg.steps):
                 with step.timed("rollout"):
                     kept, seen = collect_groups(cfg, engine, sampler, verifier, reward)
-                with step.timed("update"):
-                    step.log(update(cfg, policy, trainer.optimizer, kept, seen))
                 step.log(rollout_metrics(kept, seen, engine), reward.metrics(), sampler.metrics(),
                          canary.metrics(step, kept))
+                with step.timed("update"):
+                    step.log(update(cfg, policy, trainer.optimizer, kept, seen))
                 step.warn(monitor.check(step.metrics))
                 if kept and step.due(cfg.run.sample_every):
                     show_group(kept[0], step.number, trainer.log)

@@ -43,7 +43,8 @@ from minimath.models.policy import load_policy
 from minimath.train.optimizer import Optimizer, check_finite, lr_at
 
 KEPT = 3  # newest checkpoints; the best one is kept besides
-BAR = ("loss", "time/tokens_per_s", "reward/mean", "rollout/correct", "rollout/tokens")  # metrics beside the progress
+BAR = {"loss": "loss", "time/tokens_per_s": "tok_s", "reward/mean": "reward", "rollout/correct": "correct",
+       "rollout/tokens": "tokens"}  # metrics beside the progress bar, and what they are called there
 
 
 class Step:
@@ -85,6 +86,7 @@ class Trainer:
         self.best = -1.0  # score of the best evaluation
         self.owed = False  # an evaluation was interrupted: the run that goes on begins with it
         self.interrupted_by = 0
+        self._rng = None  # random generators at the last commit
 
     def __enter__(self) -> "Trainer":
         with contextlib.ExitStack() as stack:
@@ -141,7 +143,7 @@ class Trainer:
                 self.done += 1
                 self._commit_state()
                 self.log.metrics(self.done, **step.metrics)
-                advance(1, **{name.split("/")[-1]: step.metrics[name] for name in BAR if name in step.metrics})
+                advance(1, **beside_bar(step.metrics))
                 is_best = bool(self.held_out) and step.due(cfg.evaluation.eval_every) and self._evaluate()
                 if is_best or step.due(cfg.run.save_every):
                     self._save(best=is_best)
@@ -184,6 +186,8 @@ class Trainer:
         self._rng = rng_state()
 
     def _roll_back(self) -> None:
+        if self._rng is None:  # no step has begun
+            return
         restore_rng(*self._rng)
         if not self.optimizer.roll_back():  # its weights have no name: the checkpoint before stands
             self.done = self.saved
@@ -255,6 +259,15 @@ class Trainer:
         """What the stage did: steps, run_dir, adapter, and the signal that ended it (0: none)."""
         return {"steps": self.done, "run_dir": str(self.log.run_dir), "adapter": str(self.log.run_dir / ADAPTER),
                 "signal": self.interrupted_by}
+
+
+def beside_bar(metrics: dict) -> dict:
+    """What of a step's metrics stands beside the progress bar: loss, speed, reward with its parts, tokens."""
+    shown = {short: metrics[name] for name, short in BAR.items() if name in metrics}
+    if metrics.get("time/rollout"):
+        shown["tok_s"] = metrics["rollout/samples"] * metrics["rollout/tokens"] / metrics["time/rollout"]
+    return shown | {name.removeprefix("reward/"): value for name, value in metrics.items()
+                    if name.startswith("reward/") and name not in BAR}
 
 
 def load_held_out(cfg) -> list:

@@ -20,7 +20,8 @@ class Verifier:
 
       exact: the final answer equals the reference answer; of a completion that was cut only a closed box is one, as in
         an evaluation
-      regex: the final answer matches the reference answer, a regular expression, from end to end; with a time limit
+      regex: the final answer, in the same sense, matches the reference answer, a regular expression, from end to end;
+        with a time limit
       none: every completion that finished is correct, and judge and brevity alone speak
       python:module.fn, or a callable: fn(text, example) -> bool, or a score in [0, 1] of which 0.5 and above is
         correct; a completion that was cut has not answered and is wrong
@@ -52,7 +53,7 @@ class Verifier:
         if self.kind == "exact":
             return self.checker.check(samples, example.answer)
         if self.kind == "regex":
-            return [s.finished and self.checker.matches(s.text, answer_pattern(example)) for s in samples]
+            return [self.checker.matches(s.text, answer_pattern(example), s.finished) for s in samples]
         if self.kind == "none":
             return [s.finished for s in samples]
         return [s.finished and self.asked(s.text, example) for s in samples]

@@ -11,15 +11,15 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from toy import metrics, write_problems
+import toy
+from toy import ending_model, metrics, write_problems
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["device=cpu", "dtype=fp32", "prompt_template={problem}", "lora_r=4", "lr_schedule=constant",
          "warmup=0", "micro_batch_tokens=200"]
-HOOK = "def fn(texts, facts):\n    return [sum(map(ord, text)) % 7 / 7 for text in texts]\n"
-RL = ["reward=python:hook.fn", "gate=none", "overlong=none", "beta=0.05", "updates_per_rollout=2", "minibatches=2",
+HOOK = "def fn(samples, example):\n    return [sum(map(ord, s.text)) % 7 / 7 for s in samples]\n"
+RL = ["reward=python:hook.fn", "verifier=none", "overlong=none", "kl_coef=0.05", "updates_per_rollout=2",
       "prompts_per_step=3", "group_size=4", "max_new_tokens=10", "max_refill=1"]
-LOCAL = {"slots", "slot_fill", "weights"}  # of each process's own share, and of our own engine
+LOCAL = {"rollout/max_num_seqs", "rollout/seq_fill", "rollout/weights"}  # of each process's own share
 
 
 def launch(processes: int, *words: str, cwd, script: str = "", timeout: float = 300):
@@ -44,7 +44,7 @@ def assert_same_records(ours: list[dict], theirs: list[dict], rtol: float = 1e-6
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() - LOCAL == b.keys() - LOCAL
         for name in a.keys() - LOCAL:
-            if "seconds" not in name and "per_s" not in name:
+            if not name.startswith("time/") and "seconds" not in name:
                 assert a[name] == b[name] or math.isclose(a[name], b[name], rel_tol=rtol, abs_tol=rtol), (name, a, b)
 
 
@@ -94,13 +94,13 @@ def test_each_process_keeps_its_part_of_a_sharded_layer(tiny_dir, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(textwrap.dedent(f"""
         import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path.insert(0, {str(Path(toy.__file__).parent)!r})
         import torch
         from toy import load
-        from minimath import ranks
-        from minimath.config import SFTConfig
-        from minimath.model import hidden_states
-        from minimath.sharding import in_step
+        from minimath.config.schema import SFTConfig
+        from minimath.core import dist
+        from minimath.models.load import hidden_states
+        from minimath.models.sharding import in_step
         dist.state()
         whole, _ = load({tiny_dir!r}, SFTConfig, train=True)
         split, _ = load({tiny_dir!r}, SFTConfig, train=True, shard=True)
@@ -153,20 +153,17 @@ def test_two_processes_go_on_where_a_stop_file_ended_them(folder, tiny_dir, here
 
 
 def test_a_process_that_fails_ends_the_others(folder, tiny_dir):
-    """The gate raises in the second process alone, in the second step: nothing hangs, and the first step is kept."""
-    (folder / "gate.py").write_text(textwrap.dedent("""
+    """The verifier raises in the second process alone, in the second step: nothing hangs, the first step is kept."""
+    (folder / "check.py").write_text(textwrap.dedent("""
         import os
-        calls = 0
 
         def fn(text, example):
-            global calls
-            calls += 1
-            if os.environ["RANK"] == "1" and calls > 4:  # one of the three problems is its share: four completions
+            if os.environ["RANK"] == "1" and os.path.exists("run/checkpoints/step-000001"):
                 raise OSError("no sandbox")
             return len(text) % 2 == 0
     """))
-    words = ["rlaif", *SMALL, *RL, f"model={tiny_dir}", "data=train.jsonl", "steps=3", "save_every=1", "max_refill=0",
-             "out=run", "gate=python:gate.fn"]
+    words = ["rlaif", *SMALL, *RL, f"model={ending_model(tiny_dir, folder / 'model')}", "data=train.jsonl", "steps=3",
+             "save_every=1", "max_refill=0", "max_new_tokens=30", "out=run", "verifier=python:check.fn"]
     done = launch(2, *words, cwd=folder, timeout=150)
     assert done.returncode != 0 and "no sandbox" in done.stderr
     assert (folder / "run" / "checkpoints" / "step-000001" / "manifest.json").exists()
@@ -176,7 +173,7 @@ def test_shares_come_together_again_and_sums_are_of_all(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(textwrap.dedent("""
         import sys, torch
-        from minimath import ranks
+        from minimath.core import dist
         me, items = dist.rank(), list(range(7))
         assert dist.world() == 3 and dist.is_main() == (me == 0)
         assert dist.shard(items) == items[me::3]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -30,6 +31,14 @@ def write_problems(path: Path, n: int = 24, seed: int = 0) -> str:
                 + "\n"
             )
     return str(path)
+
+
+def ending_model(base, folder: Path) -> str:
+    """A copy of a tiny model that has many end tokens: a random one would hardly ever stop by itself."""
+    shutil.copytree(base, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": list(range(20, 60))}))
+    return str(folder)
 
 
 def make_config(cls, model: str, **options):
@@ -68,7 +77,7 @@ def metrics(run_dir, *names: str) -> list[dict]:
 
 def without_times(records: list[dict]) -> list[dict]:
     """The records without what depends on the clock."""
-    return [{k: v for k, v in r.items() if "seconds" not in k and "per_s" not in k} for r in records]
+    return [{k: v for k, v in r.items() if not k.startswith("time/") and "seconds" not in k} for r in records]
 
 
 def adapter(run_dir) -> dict[str, torch.Tensor]:
