@@ -1,14 +1,10 @@
 """Losses: values against a few lines of numpy, gradients against what the formulas say by hand."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 
-from minimath.config.load import check_together
-from minimath.config.schema import RLAIFConfig
-from minimath.core.errors import UserError
+from minimath.config.schema import LossOptions, RLAIFConfig
 from minimath.kernels import TokenStats, linear_token_loss
 from minimath.train.losses import PolicyRows, clip_hint, nll_loss, policy_loss, token_weights
 
@@ -33,7 +29,7 @@ def make_rows(seed=0, drift=0.5):
 
 def evaluate(logp, entropy, rows, **options):
     """(per-token losses, gradient in logp) of the rows taken in two chunks, as the kernel would."""
-    loss_fn = policy_loss(rows, **options)
+    loss_fn = policy_loss(rows, LossOptions(**options))
     parts = []
     for chunk in torch.arange(len(logp)).split(6):
         zeros = torch.zeros(len(chunk))
@@ -43,56 +39,38 @@ def evaluate(logp, entropy, rows, **options):
     return losses.detach().numpy(), gradient.numpy()
 
 
-def numpy_loss(loss_type, logp, entropy, rows, *, low, high, beta, entropy_coef, cap, dual, kl, importance):
+def numpy_loss(loss, logp, entropy, rows, *, low, high, kl_coef, entropy_coef, cap):
     """The per-token loss, written from the papers, with the clip in PPO's case form."""
     a, w, sampled, old, ref, seq = (np.asarray(x, dtype=np.float64) for x in rows)
-    ratio = np.exp(seq) if loss_type == "gspo" else np.exp(logp - old)
-    if loss_type == "cispo":
+    ratio = np.exp(seq) if loss == "gspo" else np.exp(logp - old)
+    if loss == "cispo":
         gain = np.where(ratio > 1 + high, 1 + high, ratio) * a * logp
     else:
-        largest = np.where(ratio > dual, dual, ratio) if dual else ratio
-        gain = np.where(
-            a > 0,
-            np.where(ratio > 1 + high, 1 + high, ratio) * a,
-            np.where(ratio < 1 - low, 1 - low, largest) * a,
-        )
+        gain = np.where(a > 0, np.where(ratio > 1 + high, 1 + high, ratio) * a,
+                        np.where(ratio < 1 - low, 1 - low, ratio) * a)
     iw = np.exp(old - sampled)
-    if not cap:
-        iw = np.ones_like(iw)
-    elif importance == "mask":
-        iw = np.where((iw > cap) | (iw < 1 / cap), 0, iw)
-    else:
-        iw = np.where(iw > cap, cap, iw)
+    iw = np.where(iw > cap, cap, iw) if cap else np.ones_like(iw)
     k3 = np.exp(ref - logp) - (ref - logp) - 1
-    if kl == "unbiased":
-        k3 = iw * np.exp(logp - old) * k3
-    return w * (-iw * gain + beta * k3 - entropy_coef * entropy)
+    return w * (-iw * gain + kl_coef * iw * np.exp(logp - old) * k3 - entropy_coef * entropy)
 
 
-@pytest.mark.parametrize("loss_type", TYPES)
-@pytest.mark.parametrize(
-    "importance, cap, dual, kl",
-    [("truncate", 0.0, 0.0, "k3"), ("truncate", 1.5, 1.6, "unbiased"), ("mask", 1.5, 0.0, "unbiased")],
-)
-def test_policy_loss_equals_numpy(loss_type, importance, cap, dual, kl):
+@pytest.mark.parametrize("loss", TYPES)
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+def test_policy_loss_equals_numpy(loss, cap):
     logp, entropy, rows = make_rows()
-    shared = {"beta": 0.1, "entropy_coef": 0.02, "importance": importance, "kl": kl}
-    ours, _ = evaluate(
-        logp, entropy, rows, loss_type=loss_type, clip_dual=dual, importance_cap=cap, clip_low=0.2, **shared
-    )
+    shared = {"kl_coef": 0.1, "entropy_coef": 0.02}
+    ours, _ = evaluate(logp, entropy, rows, name=loss, importance_cap=cap, clip_low=0.2, **shared)
     now = logp.detach().numpy().astype(np.float64)
-    wanted = numpy_loss(
-        loss_type, now, entropy.numpy(), rows, low=0.2, high=0.28, cap=cap, dual=dual, **shared
-    )
+    wanted = numpy_loss(loss, now, entropy.numpy(), rows, low=0.2, high=0.28, cap=cap, **shared)
     np.testing.assert_allclose(ours, wanted, rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss_type", TYPES)
-def test_on_policy_gradient_is_reinforce(loss_type):
+@pytest.mark.parametrize("loss", TYPES)
+def test_on_policy_gradient_is_reinforce(loss):
     """With the policy that sampled, d loss / d logp = -A w at every token, whatever the loss type and clips."""
     logp, entropy, rows = make_rows()
     rows = rows._replace(old_logp=None, seq_log_ratio=None, sampled_logp=logp.detach())
-    _, gradient = evaluate(logp, entropy, rows, loss_type=loss_type, clip_low=0.0, clip_high=0.01)
+    _, gradient = evaluate(logp, entropy, rows, name=loss, clip_low=0.0, clip_high=0.01)
     np.testing.assert_allclose(gradient, (-rows.advantage * rows.weight).numpy(), rtol=1e-5)
 
 
@@ -106,27 +84,27 @@ def one_token(ratio, advantage, **options):
     return float(evaluate(logp, torch.zeros(1), rows, clip_low=0.2, clip_high=0.28, **options)[1][0])
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "gspo"])
-def test_clip_stops_the_gradient_only_where_the_policy_already_moved(loss_type):
-    assert one_token(1.3, 1.0, loss_type=loss_type) == 0  # better and already above 1.28
-    assert one_token(0.7, -1.0, loss_type=loss_type) == 0  # worse and already below 0.8
-    assert one_token(1.3, -1.0, loss_type=loss_type) == pytest.approx(1.3, rel=1e-5)
-    assert one_token(0.7, 1.0, loss_type=loss_type) == pytest.approx(-0.7, rel=1e-5)
-    assert one_token(1.25, 1.0, loss_type=loss_type) == pytest.approx(
+@pytest.mark.parametrize("loss", ["dapo", "grpo", "dr_grpo", "gspo"])
+def test_clip_stops_the_gradient_only_where_the_policy_already_moved(loss):
+    assert one_token(1.3, 1.0, name=loss) == 0  # better and already above 1.28
+    assert one_token(0.7, -1.0, name=loss) == 0  # worse and already below 0.8
+    assert one_token(1.3, -1.0, name=loss) == pytest.approx(1.3, rel=1e-5)
+    assert one_token(0.7, 1.0, name=loss) == pytest.approx(-0.7, rel=1e-5)
+    assert one_token(1.25, 1.0, name=loss) == pytest.approx(
         -1.25, rel=1e-5
     )  # clip-higher: inside
-    assert one_token(0.78, -1.0, loss_type=loss_type) == 0  # the bounds are not symmetric
+    assert one_token(0.78, -1.0, name=loss) == 0  # the bounds are not symmetric
 
 
 def test_cispo_keeps_the_gradient_of_clipped_tokens():
-    assert one_token(3.0, 1.0, loss_type="cispo") == pytest.approx(-1.28, rel=1e-5)
-    assert one_token(0.1, -1.0, loss_type="cispo") == pytest.approx(0.1, rel=1e-5)
+    assert one_token(3.0, 1.0, name="cispo") == pytest.approx(-1.28, rel=1e-5)
+    assert one_token(0.1, -1.0, name="cispo") == pytest.approx(0.1, rel=1e-5)
 
 
 def test_gspo_weighs_all_tokens_of_a_completion_by_one_ratio():
     logp, entropy, rows = make_rows(drift=0.1)
     _, gradient = evaluate(
-        logp, entropy, rows, loss_type="gspo", clip_low=0.9, clip_high=9.0, importance_cap=0
+        logp, entropy, rows, name="gspo", clip_low=0.9, clip_high=9.0, importance_cap=0
     )
     shares = gradient / (-rows.advantage * rows.weight).numpy()
     for part, old, new in zip(
@@ -139,84 +117,40 @@ def test_gspo_weighs_all_tokens_of_a_completion_by_one_ratio():
         np.testing.assert_allclose(part, np.exp((new - old).mean()), rtol=1e-5)
 
 
-def expected_kl_gradient(kl, logits, old, ref):
-    """(value, gradient in logits) of the loss at beta = 1, in expectation over the old policy's tokens."""
+def expected_kl_gradient(logits, old, ref):
+    """(value, gradient in logits) of the loss at kl_coef = 1, in expectation over the old policy's tokens."""
     logits = torch.tensor(logits, requires_grad=True)
     logp, n = torch.log_softmax(logits, -1), len(logits)
     old, ref = torch.tensor(old, dtype=torch.float32), torch.tensor(ref, dtype=torch.float32)
     rows = PolicyRows(torch.zeros(n), old.exp(), old, old, ref)
     zeros = torch.zeros(n)
-    loss = policy_loss(rows, beta=1.0, kl=kl)(TokenStats(logp, zeros, zeros, zeros), torch.arange(n)).sum()
+    loss_fn = policy_loss(rows, LossOptions(kl_coef=1.0))
+    loss = loss_fn(TokenStats(logp, zeros, zeros, zeros), torch.arange(n)).sum()
     (gradient,) = torch.autograd.grad(loss, logits)
     return loss.item(), gradient.numpy()
 
 
 @pytest.mark.parametrize("on_policy", [True, False])
-def test_unbiased_kl_has_the_value_and_the_gradient_of_the_kl(on_policy):
-    """Against KL and its gradient p (log p/ref - KL) from whole distributions; k3 alone has another gradient."""
+def test_the_kl_has_the_value_and_the_gradient_of_the_kl(on_policy):
+    """Against KL and its gradient p (log p/ref - KL) from whole distributions."""
     rng = np.random.default_rng(1)
     log_softmax = lambda x: x - np.log(np.exp(x).sum())
     x = rng.normal(size=6).astype(np.float32)
     logp, ref = log_softmax(x.astype(np.float64)), log_softmax(rng.normal(size=6))
     old = logp if on_policy else log_softmax(x + 0.5 * rng.normal(size=6))
     p, divergence = np.exp(logp), (np.exp(logp) * (logp - ref)).sum()
-    wanted = p * (logp - ref - divergence)
-    value, gradient = expected_kl_gradient("unbiased", x, old, ref)
+    value, gradient = expected_kl_gradient(x, old, ref)
     assert value == pytest.approx(divergence, rel=1e-4)
-    np.testing.assert_allclose(gradient, wanted, rtol=1e-3, atol=1e-5)
-    _, plain = expected_kl_gradient("k3", x, old, ref)
-    assert np.abs(plain - wanted).max() > 0.05
-    if on_policy:  # what k3 alone descends on: KL(ref || p), whose gradient is p - ref
-        np.testing.assert_allclose(plain, p - np.exp(ref), rtol=1e-3, atol=1e-5)
-
-
-def test_plain_k3_gradient_is_as_published():
-    logp, entropy, rows = make_rows()
-    rows = rows._replace(advantage=torch.zeros_like(rows.advantage))
-    _, gradient = evaluate(logp, entropy, rows, beta=0.3, kl="k3")
-    d = (rows.ref_logp - logp).detach()
-    np.testing.assert_allclose(gradient, (0.3 * (1 - d.exp()) * rows.weight).numpy(), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(gradient, p * (logp - ref - divergence), rtol=1e-3, atol=1e-5)
 
 
 def test_a_clip_that_cannot_bite_on_sequence_ratios_is_told():
-    def hint(**changes):
-        return clip_hint(dataclasses.replace(RLAIFConfig(), **changes))
+    def hint(**options):
+        return clip_hint(RLAIFConfig(**options))
 
-    assert "clip_low=0.0003 clip_high=0.0004" in hint(loss_type="gspo", updates_per_rollout=2)
-    assert hint(loss_type="gspo", minibatches=2)
-    assert not hint(loss_type="gspo") and not hint(updates_per_rollout=2)  # on-policy nothing is ever clipped
-    assert not hint(loss_type="gspo", updates_per_rollout=2, clip_low=3e-4, clip_high=4e-4)
-
-
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "gspo"])
-def test_dual_clip_bounds_only_tokens_of_negative_advantage(loss_type):
-    options = {"loss_type": loss_type, "clip_dual": 3.0, "importance_cap": 0}
-    assert one_token(2.9, -1.0, **options) == pytest.approx(2.9, rel=1e-5)
-    assert one_token(3.1, -1.0, **options) == 0  # the gain is the constant -3
-    assert one_token(3.1, -1.0, **options | {"clip_dual": 0.0}) == pytest.approx(3.1, rel=1e-5)
-    assert one_token(1.2, 1.0, **options) == pytest.approx(-1.2, rel=1e-5)
-
-
-def test_masked_importance_drops_tokens_on_both_sides_and_keeps_the_others_as_they_are():
-    logp = torch.tensor([-2.0, -2.0, -2.0, -2.0], requires_grad=True)
-    weights = np.array([1.9, 2.1, 0.6, 0.4], dtype=np.float32)
-    rows = PolicyRows(torch.ones(4), torch.ones(4), logp.detach() - torch.tensor(weights).log())
-    _, gradient = evaluate(logp, torch.zeros(4), rows, importance="mask", importance_cap=2.0)
-    np.testing.assert_allclose(gradient, [-1.9, 0, -0.6, 0], rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "options, word",
-    [
-        ({"clip_dual": 0.9}, "clip_dual"),
-        ({"clip_dual": 3.0, "loss_type": "cispo"}, "cispo"),
-        ({"importance": "mask", "importance_cap": 0.0}, "importance_cap"),
-    ],
-)
-def test_update_options_that_would_do_nothing_are_refused(options, word):
-    check_together(RLAIFConfig(clip_dual=3.0, importance="mask"))
-    with pytest.raises(UserError, match=word):
-        check_together(RLAIFConfig(**options))
+    assert "clip_low=0.0003 clip_high=0.0004" in hint(loss="gspo", updates_per_rollout=2)
+    assert not hint(loss="gspo") and not hint(updates_per_rollout=2)  # on-policy nothing is ever clipped
+    assert not hint(loss="gspo", updates_per_rollout=2, clip_low=3e-4, clip_high=4e-4)
 
 
 def test_importance_weight_is_truncated_and_carries_no_gradient():
@@ -248,20 +182,14 @@ def test_token_weights():
         token_weights("ppo", [1], 1)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_nll_equals_cross_entropy_with_label_smoothing_and_z_loss(smoothing, z_loss):
+def test_nll_equals_cross_entropy():
     torch.manual_seed(0)
     hidden = torch.randn(23, 16, requires_grad=True)
     weight, target = torch.randn(101, 16), torch.randint(0, 101, (23,))
     target[::3] = -100
     kept = int((target != -100).sum())
-    loss, _ = linear_token_loss(
-        hidden, weight, target, nll_loss(kept, label_smoothing=smoothing, z_loss=z_loss)
-    )
+    loss, _ = linear_token_loss(hidden, weight, target, nll_loss(kept))
     (gradient,) = torch.autograd.grad(loss, hidden)
-    logits = hidden @ weight.T
-    wanted = torch.nn.functional.cross_entropy(logits, target, label_smoothing=smoothing)
-    wanted = wanted + z_loss * logits.logsumexp(-1)[target != -100].square().mean()
+    wanted = torch.nn.functional.cross_entropy(hidden @ weight.T, target)
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, torch.autograd.grad(wanted, hidden)[0], rtol=1e-4, atol=1e-6)
