@@ -1,13 +1,8 @@
 """Replies of a judge's endpoint on disk, so that a resumed or repeated run pays for no question twice.
 
-    with ReplyCache(cache_folder()) as cache:
-        key = reply_key(url, body)
-        text = cache.get(key)                    # str, or None
-        cache.put(key, text)
-
-One SQLite file, not a file of lines: an entry is there whole or not at all after a crash, several runs may read and
-write at once (SQLite locks), nothing is loaded at the start, and the oldest entries can go without a rewrite. The
-rollback journal is kept, since the write-ahead log needs shared memory, which network file systems do not have.
+One SQLite file: an entry is there whole or not at all after a crash, several runs may read and write at once, nothing is
+loaded at the start, and the oldest entries can go without a rewrite. It keeps its rollback journal, since the write-ahead
+log needs shared memory, which network file systems do not have.
 
 Stored are a hash of the request and the reply; never the prompt, a key, a header or an address. Nothing here raises
 once the cache is open: a cache that fails costs money, not the run, and is counted.
@@ -26,52 +21,62 @@ from pathlib import Path
 from minimath.core.errors import UserError
 
 FILE = "replies.sqlite"
-MAX_BYTES = 256 << 20        # some 500,000 replies with their log-probs
-MAX_VALUE_CHARS = 16_384     # a verdict is a word: what is longer is not worth its place
-CHECK_EVERY = 64             # writes between two looks at the size
+MAX_BYTES = 256 << 20  # some 500,000 replies with their log-probs
+MAX_VALUE_CHARS = 16_384  # a verdict is a word: what is longer is not worth its place
+CHECK_EVERY = 64  # writes between two looks at the size
 TABLE = ("CREATE TABLE IF NOT EXISTS replies "
          "(id INTEGER PRIMARY KEY, key TEXT UNIQUE, value TEXT, digest TEXT, made REAL)")
+BROKEN = ("not a database", "malformed", "no such column")  # no database, or not ours; else locked, or on a full disk
 
 
 def cache_folder() -> Path:
-    """judge/ under $MINIMATH_CACHE, else under ~/.cache/minimath."""
+    """Find judge/ under $MINIMATH_CACHE, else under ~/.cache/minimath."""
     return Path(os.environ.get("MINIMATH_CACHE") or Path.home() / ".cache" / "minimath") / "judge"
 
 
 def reply_key(url: str, body: dict) -> str:
-    """sha256, in hex, of the address without user, password and query, and of the whole request body: model, prompt,
-    temperature, form of the verdict. What changes any of them asks again."""
+    """Hash the address, without user, password and query, and the whole request body: model, prompt, temperature, form
+    of the verdict. What changes any of them asks again."""
     parts = urllib.parse.urlsplit(url)
     address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    text = json.dumps([address, body], sort_keys=True)
+    return _hash(json.dumps([address, body], sort_keys=True))
+
+
+def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _digest(key: str, value: str) -> str:
-    return hashlib.sha256(f"{key}\n{value}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return _hash(f"{key}\n{value}")[:16]
 
 
 class ReplyCache:
-    """Key -> reply text in `folder`/replies.sqlite, at most about max_bytes; over that the oldest quarter goes. Several
-    threads and processes may use it. `counts`: hits, misses, written, dropped (for room), corrupt (entries that do not
-    match their digest, and files that are no database), errors (reads and writes that failed).
+    """Key -> reply text in `folder`/replies.sqlite, for several threads and processes.
 
-    Raises UserError when the folder can't be made or written. A file that is no database is moved aside."""
+    At most about max_bytes: over that the oldest quarter goes. counts: hits, misses, written, dropped (for room), corrupt
+    (entries that do not match their digest, and files that are no database), errors (reads and writes that failed).
+    """
 
     def __init__(self, folder: str | Path, max_bytes: int = MAX_BYTES):
+        """Open or make the file; one that is no database is moved aside. Raises UserError when it can't be written."""
         self.path = Path(folder) / FILE
         self.max_bytes, self.counts = max_bytes, Counter()
         self._lock, self._writes = threading.Lock(), 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self.path.touch(mode=0o600)          # for its owner only, before SQLite makes it for all
-        except OSError as error:
-            raise UserError(f"the judge's replies can't be kept in {self.path.parent}: {error.strerror}; set "
-                            "MINIMATH_CACHE to a folder that can be written") from None
-        try:
-            self._db = self._open()
-        except sqlite3.DatabaseError as error:
-            self._db = self._open_anew(error)
+            self.path.touch(mode=0o600)  # for its owner only, before SQLite makes it for all
+            try:
+                self._db = self._open()
+            except sqlite3.DatabaseError as error:
+                if not any(words in str(error) for words in BROKEN):
+                    raise
+                self.counts["corrupt"] += 1
+                self.path.replace(self.path.with_suffix(f".corrupt-{time.time_ns()}"))
+                self._db = self._open()
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"the judge's replies can't be kept in {self.path.parent}: "
+                            f"{getattr(error, 'strerror', None) or error}; set MINIMATH_CACHE to a folder that can be "
+                            "written") from None
 
     def _open(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=5.0, isolation_level=None, check_same_thread=False)
@@ -84,56 +89,46 @@ class ReplyCache:
             raise
         return db
 
-    def _open_anew(self, error: sqlite3.DatabaseError) -> sqlite3.Connection:
-        """An empty file in the place of one that can't be used; one that is only locked, or full, is left alone."""
-        if not _is_broken(error):
-            raise UserError(f"{self.path}: {error}; try again, or set MINIMATH_CACHE to another folder") from None
-        self.counts["corrupt"] += 1
-        try:
-            self.path.replace(self.path.with_suffix(f".corrupt-{time.time_ns()}"))
-            return self._open()
-        except (OSError, sqlite3.Error) as problem:
-            raise UserError(f"{self.path}: {problem}; delete it, or set MINIMATH_CACHE to another folder") from None
-
     def get(self, key: str) -> str | None:
         """The reply, or None. An entry that does not match its digest is counted, deleted and not returned."""
         with self._lock:
-            try:
+            row = None
+            with self._counted_errors():
                 row = self._db.execute("SELECT value, digest FROM replies WHERE key = ?", (key,)).fetchone()
                 if row and not (isinstance(row[0], str) and row[1] == _digest(key, row[0])):
+                    row = None
                     self.counts["corrupt"] += 1
                     self._db.execute("DELETE FROM replies WHERE key = ?", (key,))
-                    row = None
-            except (sqlite3.Error, UnicodeError):
-                self.counts["errors"] += 1
-                row = None
             self.counts["hits" if row else "misses"] += 1
             return row[0] if row else None
 
     def put(self, key: str, value: str) -> None:
-        """Keeps a reply; the first one of a key stays. Values beyond 16,384 characters are not kept."""
+        """Keep a reply; the first one of a key stays. Values beyond 16,384 characters are not kept."""
         if len(value) > MAX_VALUE_CHARS:
             return
-        with self._lock:
-            try:
-                row = (key, value, _digest(key, value), time.time())
-                self._db.execute("INSERT OR IGNORE INTO replies (key, value, digest, made) VALUES (?, ?, ?, ?)", row)
-                self.counts["written"] += 1
-                self._writes += 1
-                if self._writes % CHECK_EVERY == 0:
-                    self._make_room()
-            except (sqlite3.Error, UnicodeError):
-                self.counts["errors"] += 1
+        with self._lock, self._counted_errors():
+            row = (key, value, _digest(key, value), time.time())
+            self._db.execute("INSERT OR IGNORE INTO replies (key, value, digest, made) VALUES (?, ?, ?, ?)", row)
+            self.counts["written"] += 1
+            self._writes += 1
+            if self._writes % CHECK_EVERY == 0:
+                self._make_room()
 
     def _make_room(self) -> None:
-        """Over max_bytes, deletes the oldest quarter; the file does not shrink, its free pages are written again."""
+        """Over max_bytes, delete the oldest quarter; the file does not shrink, its free pages are written again."""
         pages, free, size = (self._db.execute(f"PRAGMA {name}").fetchone()[0]
                              for name in ("page_count", "freelist_count", "page_size"))
-        if (pages - free) * size <= self.max_bytes:
-            return
-        quarter = self._db.execute("SELECT COUNT(*) FROM replies").fetchone()[0] // 4
-        oldest = "DELETE FROM replies WHERE id IN (SELECT id FROM replies ORDER BY id LIMIT ?)"
-        self.counts["dropped"] += self._db.execute(oldest, (quarter,)).rowcount
+        if (pages - free) * size > self.max_bytes:
+            quarter = self._db.execute("SELECT COUNT(*) FROM replies").fetchone()[0] // 4
+            oldest = "DELETE FROM replies WHERE id IN (SELECT id FROM replies ORDER BY id LIMIT ?)"
+            self.counts["dropped"] += self._db.execute(oldest, (quarter,)).rowcount
+
+    @contextlib.contextmanager
+    def _counted_errors(self):
+        try:
+            yield
+        except (sqlite3.Error, UnicodeError):
+            self.counts["errors"] += 1
 
     def close(self) -> None:
         with self._lock, contextlib.suppress(sqlite3.Error):
@@ -144,9 +139,3 @@ class ReplyCache:
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-def _is_broken(error: sqlite3.DatabaseError) -> bool:
-    """Whether the file is no database, or not ours, rather than locked by another or on a full disk."""
-    text = str(error)
-    return "not a database" in text or "malformed" in text or "no such column" in text
