@@ -16,7 +16,7 @@ from minimath.core.entry import run_command
 from minimath.core.errors import UserError
 from minimath.core.log import printable
 from minimath.core.run import keep_freed_memory
-from minimath.grading.answer import extract_answer
+from minimath.grading.answer import final_answer
 from minimath.grading.steps import check_steps
 from minimath.models.load import describe
 from minimath.models.policy import Policy, load_policy
@@ -84,7 +84,8 @@ def solve_one(problem: str, cfg: EvalConfig, policy: Policy, engine) -> None:
         shown.end(sample.text)
         cut = "" if sample.finished else f", cut at max_new_tokens={cfg.sampling.max_new_tokens}"
         speed = f", {sample.tokens / max(seconds, 1e-9):.0f} tokens/s" if live else ""
-        print(f"answer: {printable(str(extract_answer(sample.text)))} ({sample.tokens} tokens{cut}{speed})", flush=True)
+        answer = printable(str(final_answer(sample.text, sample.finished)))
+        print(f"answer: {answer} ({sample.tokens} tokens{cut}{speed})", flush=True)
         shown = Shown()
 
 

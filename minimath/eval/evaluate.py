@@ -2,13 +2,21 @@
 
     minimath eval data=problems.jsonl model=... [adapter=...] [samples=8 temperature=0.6]
 
-Completions are kept as they finish: after an interrupt, a crash or kill -9 the same
-command with resume=true goes on. What is computed is in metrics.py; several sets of problems in one go, in suite.py.
+Completions are kept as they finish: after an interrupt, a crash or kill -9 the same command with resume=true goes on.
+What is computed is in metrics.py.
 
     out/eval.json           the summary: where it is, the evaluation is complete
     out/completions.jsonl   one record per completion
+
+Several sets of problems (suite.py) share the model, which is loaded once:
+
+    minimath eval suite=gsm8k,math500,mine=my.jsonl model=... [data=FOLDER] out=FOLDER
+
+    out/NAME/               what a lone evaluation of that set leaves
+    out/suite.json          {"model", "adapter", "sets": {NAME: summary}, "mean"}: where it is, all sets are complete
 """
 import contextlib
+import functools
 import itertools
 import json
 import sys
@@ -24,12 +32,13 @@ from minimath.core.errors import Interrupted, UserError
 from minimath.core.files import write_whole
 from minimath.core.log import RunLog
 from minimath.core.run import open_run
-from minimath.core.run_folder import EVAL, PART, stop_files
+from minimath.core.run_folder import EVAL, PART, SUITE, held_run, stop_files
 from minimath.core.text import comma_list
 from minimath.data.examples import Example, describe_report, load_examples
 from minimath.data.sample import Sample
 from minimath.eval.metrics import COLUMNS, at_budgets, by_problem, read_records, summarise, table_row, write_results
 from minimath.eval.partial import PartFile, fingerprint, holds_part, model_hash, open_part, refuse_changes
+from minimath.eval.suite import Problems, mean_of, read_sets, suite_table
 from minimath.grading.answer import AnswerChecker, final_answer
 from minimath.models.load import describe
 from minimath.models.policy import Policy, load_policy
@@ -46,7 +55,6 @@ def evaluate(cfg: EvalConfig) -> dict:
     if fault := cfg.check():
         raise UserError(fault)
     if cfg.suite:
-        from minimath.eval.suite import evaluate_suite  # here, since a suite is made of evaluations
         return evaluate_suite(cfg)
     examples, report = load_examples(cfg.data, need=("answer",))
     return evaluate_examples(cfg, examples, describe_report(report))
@@ -59,12 +67,12 @@ def load_and_say(cfg: EvalConfig, log: RunLog) -> Policy:
     return policy
 
 
-def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str = "", *,
-                      load: Callable[[EvalConfig, RunLog], Policy] = load_and_say, within: bool = False) -> dict:
+def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str = "",
+                      load: Callable[[], Policy] | None = None) -> dict:
     """Evaluate on examples that are loaded; returns the summary.
 
-    note: what is said of the examples. within: this is a part of a suite, which says how to go on. Raises as `evaluate`
-    does.
+    note: what is said of the examples. load: gives the model within a suite, which says how to go on. Raises as
+    `evaluate` does.
     """
     decides = fingerprint(cfg, examples)
     if cfg.run.resume and cfg.run.out and (Path(cfg.run.out) / EVAL).exists():
@@ -73,14 +81,14 @@ def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str = "", 
         refuse_changes(Path(cfg.run.out), decides)  # now, not after a large model has loaded
     with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume) as log:
         log.say(note or f"{len(examples)} problems")
-        policy = load(cfg, log)
+        policy = load() if load else load_and_say(cfg, log)
         decides["model files"] = model_hash(policy)
         part = open_part(log, decides, len(examples), cfg, policy)
         try:
             summary, records = evaluate_policy(policy, examples, cfg, log, part)
         except Interrupted:
-            within = within or len(stop_files(log.run_dir)) > 1  # or a part of a run of the whole recipe
-            go_on = "" if within else f"; the same command with out={log.run_dir} resume=true goes on"
+            part_of_more = load or len(stop_files(log.run_dir)) > 1  # a suite, or a run of the whole recipe
+            go_on = "" if part_of_more else f"; the same command with out={log.run_dir} resume=true goes on"
             log.say(f"{interrupt.reason()}: stopped, {len(part.done)} of {len(examples) * cfg.samples} completions are "
                     f"done{go_on}")
             raise
@@ -111,6 +119,51 @@ def complete(folder: Path, decides: dict, cfg: EvalConfig) -> dict:
     print(f"{folder} holds the complete evaluation, nothing is left to do: accuracy {summary['accuracy']:.3f} "
           f"on {summary['problems']} problems")
     return summary
+
+
+def evaluate_suite(cfg: EvalConfig) -> dict:
+    """Evaluate a model on each set of cfg.suite; returns what suite.json holds.
+
+    Raises Interrupted; UserError before anything is sampled for an unknown set, problems that are nowhere, and a folder
+    that holds something else.
+    """
+    sets = read_sets(cfg)
+    refuse_folder(cfg, sets)
+    with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume) as log:
+        load = functools.cache(lambda: load_and_say(cfg, log))  # called by the first set that is not complete
+        summaries: dict[str, dict] = {}
+        for name, problems in sets.items():
+            folder = log.run_dir / name
+            set_cfg = problems.cfg.replace(out=str(folder), resume=cfg.run.resume and bool(held_run(folder)))
+            try:
+                if number := interrupt.requested():
+                    raise Interrupted(number)
+                log.say(f"{name}, {len(summaries) + 1} of {len(sets)}:")
+                summaries[name] = evaluate_examples(set_cfg, problems.examples, problems.note, load)
+            except Interrupted:
+                log.say(f"{len(summaries)} of {len(sets)} sets are complete; the same command with out={log.run_dir} "
+                        "resume=true goes on")
+                raise
+        result = {"model": cfg.model.name, "adapter": cfg.adapter.path, "sets": summaries, "mean": mean_of(summaries)}
+        write_whole(log.run_dir / SUITE, json.dumps(result, indent=1) + "\n")
+        log.table(f"{cfg.adapter.path or cfg.model.name} (in the mean each set counts the same)", *suite_table(result))
+    return result
+
+
+def refuse_folder(cfg: EvalConfig, sets: dict[str, Problems]) -> None:
+    """Raise UserError when the run folder can't be filled or gone on with."""
+    if not cfg.run.out:
+        return
+    if held := held_run(Path(cfg.run.out)):
+        raise UserError(f"{cfg.run.out} already holds {held} that is no suite; choose another out=")
+    for name, problems in sets.items():
+        folder = Path(cfg.run.out) / name
+        if not (held := held_run(folder)):
+            continue
+        if not cfg.run.resume:
+            raise UserError(f"{cfg.run.out} already holds a suite ({name}: {held}); add resume=true to go on with it, "
+                            "or choose another out=")
+        refuse_changes(folder, fingerprint(problems.cfg, problems.examples))
 
 
 def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, log: RunLog,

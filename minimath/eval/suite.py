@@ -1,34 +1,19 @@
-"""Evaluate one model on several sets of problems.
+"""Read the sets of problems of a suite, and average over them.
 
-    minimath eval suite=gsm8k,math500,mine=my.jsonl model=... [data=FOLDER] out=FOLDER
-
-    out/NAME/       what a lone evaluation of that set leaves (evaluate.py)
-    out/suite.json  {"model", "adapter", "sets": {NAME: summary}, "mean"}: where it is, all sets are complete
-
-The model is loaded once. Problems come from the folder data=FOLDER (NAME.jsonl or NAME_test.jsonl; also csv, parquet,
-...), and what it lacks from the hub. Interrupted, the same command with resume=true goes on: complete sets are read,
-the unfinished one goes on after its last completion.
+Problems come from the folder data=FOLDER (NAME.jsonl or NAME_test.jsonl; also csv, parquet, ...), and what it lacks
+from the hub.
 """
-import functools
-import json
 import math
 import re
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from minimath.config.load import config_text
 from minimath.config.schema import DataOptions, EvalConfig
-from minimath.core import interrupt
-from minimath.core.errors import Interrupted, UserError
-from minimath.core.files import write_whole
-from minimath.core.run import open_run
-from minimath.core.run_folder import SUITE, held_run
+from minimath.core.errors import UserError
 from minimath.core.text import comma_list, did_you_mean
 from minimath.data.examples import Example, describe_report, load_examples
 from minimath.data.readers import SUFFIXES, rows_of
-from minimath.eval.evaluate import evaluate_examples, load_and_say
-from minimath.eval.partial import fingerprint, refuse_changes
 
 
 class KnownSet(NamedTuple):
@@ -55,52 +40,6 @@ class Problems(NamedTuple):
     cfg: EvalConfig  # of their evaluation
     examples: list[Example]
     note: str        # what is to be said of them
-
-
-def evaluate_suite(cfg: EvalConfig) -> dict:
-    """Evaluate a model on each set of cfg.suite; returns what suite.json holds.
-
-    Raises Interrupted; UserError before anything is sampled for an unknown set, problems that are nowhere, and a folder
-    that holds something else.
-    """
-    sets = read_sets(cfg)
-    refuse_folder(cfg, sets)
-    with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume) as log:
-        load = functools.cache(lambda: load_and_say(cfg, log))  # called by the first set that is not complete
-        summaries: dict[str, dict] = {}
-        for name, problems in sets.items():
-            folder = log.run_dir / name
-            set_cfg = problems.cfg.replace(out=str(folder), resume=cfg.run.resume and bool(held_run(folder)))
-            try:
-                if number := interrupt.requested():
-                    raise Interrupted(number)
-                log.say(f"{name}, {len(summaries) + 1} of {len(sets)}:")
-                summaries[name] = evaluate_examples(set_cfg, problems.examples, problems.note, within=True,
-                                                    load=lambda *_: load())
-            except Interrupted:
-                log.say(f"{len(summaries)} of {len(sets)} sets are complete; the same command with out={log.run_dir} "
-                        "resume=true goes on")
-                raise
-        result = {"model": cfg.model.name, "adapter": cfg.adapter.path, "sets": summaries, "mean": mean_of(summaries)}
-        write_whole(log.run_dir / SUITE, json.dumps(result, indent=1) + "\n")
-        log.table(f"{cfg.adapter.path or cfg.model.name} (in the mean each set counts the same)", *suite_table(result))
-    return result
-
-
-def refuse_folder(cfg: EvalConfig, sets: dict[str, Problems]) -> None:
-    """Raise UserError when the run folder can't be filled or gone on with."""
-    if not cfg.run.out:
-        return
-    if held := held_run(Path(cfg.run.out)):
-        raise UserError(f"{cfg.run.out} already holds {held} that is no suite; choose another out=")
-    for name, problems in sets.items():
-        folder = Path(cfg.run.out) / name
-        if not (held := held_run(folder)):
-            continue
-        if not cfg.run.resume:
-            raise UserError(f"{cfg.run.out} already holds a suite ({name}: {held}); add resume=true to go on with it, "
-                            "or choose another out=")
-        refuse_changes(folder, fingerprint(problems.cfg, problems.examples))
 
 
 # ---- which sets, and their problems

@@ -13,7 +13,6 @@ from minimath.core import interrupt
 from minimath.core.errors import Interrupted, UserError
 from minimath.core.run_folder import PART, SUITE
 from minimath.eval import evaluate as evaluation
-from minimath.eval import suite as module
 from minimath.eval.evaluate import evaluate
 from minimath.eval.metrics import read_records
 from minimath.eval.partial import PartFile
@@ -73,7 +72,7 @@ def test_an_unknown_set_is_named_with_the_nearest(config):
     ({"data": "/nowhere"}, "no such folder"), ({"samples": 4}, "would repeat one greedy completion"),
 ])
 def test_what_makes_no_suite_is_said_before_anything_is_loaded(config, words, error, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "load_and_say", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluation, "load_and_say", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=error):
         evaluate(config(**words))
     assert not (tmp_path / "suite").exists()
@@ -151,8 +150,8 @@ def test_own_problems_are_a_set_and_unreadable_gold_answers_are_counted(config, 
 
 
 def test_each_set_is_what_a_lone_evaluation_leaves_and_the_model_is_loaded_once(config, tmp_path, monkeypatch, folder):
-    loads, load = [], module.load_and_say
-    monkeypatch.setattr(module, "load_and_say", lambda *a: loads.append(1) or load(*a))
+    loads, load = [], evaluation.load_and_say
+    monkeypatch.setattr(evaluation, "load_and_say", lambda *a: loads.append(1) or load(*a))
     result = evaluate(config(budgets="4,8"))
     assert loads == [1]
     lone = config("", "lone", data=str(folder / "math500.jsonl"), budgets="4,8")
@@ -258,7 +257,7 @@ def test_a_complete_suite_is_read_without_its_model_and_grows_by_a_set(config, t
     with pytest.raises(UserError, match="already holds a suite .*resume=true"):
         evaluate(config("gsm8k"))
     first = evaluate(config("gsm8k,math500", resume=True))
-    monkeypatch.setattr(module, "load_and_say", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluation, "load_and_say", lambda *_: pytest.fail("a model was loaded"))
     assert evaluate(config("gsm8k,math500", resume=True)) == json.loads(json.dumps(first)) | {
         "mean": mean_of(first["sets"])}
 
