@@ -45,7 +45,8 @@ def rows_of(source: str | list, split: str) -> Iterator[Row]:
     their name, if any. Raises UserError when nothing is there, or a file is spoiled.
     """
     if isinstance(source, list):
-        yield from ((f"row {number}", _object(row, "")) for number, row in enumerate(source, 1))
+        yield from ((f"row {number}", row if isinstance(row, BadRow) else _object(row, ""))
+                    for number, row in enumerate(source, 1))
         return
     path = Path(source).expanduser()
     if not source:
