@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -36,8 +36,7 @@ class DoctorConfig(Stage):
     model: ModelOptions
 
 
-@dataclass
-class Finding:
+class Finding(NamedTuple):
     """One line of the report. state: ok, note (works, with a reservation) or FAIL."""
     what: str
     state: str
@@ -51,23 +50,11 @@ def doctor(words: list[str]) -> int:
     dtype, why = pick_dtype(model.dtype, device)
     findings = [*machine_findings(device, dtype, why), *package_findings(),
                 *(tested(f"test: {name}", kernel, device, dtype) for name, kernel in KERNELS.items())]
-    print_report(findings)
+    for f in findings:
+        print(f"{f.what:<28} {f.state:<5} {f.words}")
     failed = [f.what for f in findings if f.state == "FAIL"]
     print(f"does not work: {', '.join(failed)}" if failed else "all that would be used works")
     return 1 if failed else 0
-
-
-def print_report(findings: list[Finding]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-    colours = {"ok": "green", "note": "yellow", "FAIL": "bold red"}
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for f in findings:
-        table.add_row(f.what, Text(f.state, colours[f.state]), Text(f.words))
-    console = Console()
-    console.width = max(console.width, 100)
-    console.print(table)
 
 
 # ---- what there is
@@ -76,7 +63,9 @@ def machine_findings(device: torch.device, dtype: torch.dtype, why: str) -> list
     """Describe device, dtype, kernels and memory, with the reasons for the choices."""
     free = free_bytes(device)
     scaled = ", with a loss scale" if dtype == torch.float16 else ""
-    kernels = "Triton" if runs_triton(torch.empty(0, device=device)) else kernel_words(device)
+    kernels = "Triton" if runs_triton(torch.empty(0, device=device)) else \
+        "chunked torch: Triton serves CUDA and ROCm" if device.type != "cuda" else \
+        "chunked torch: triton is not installed (pip install triton), which is slower"
     memory = f"{free / 2**30:.1f} GiB free" if free else \
         f"how much of {device.type} is free is not known: set max_num_seqs="
     return [system_finding(), Finding("device", "note" if device.type == "cpu" else "ok", device_words(device)),
@@ -105,11 +94,6 @@ def device_words(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads: {why}; fine for the demo and small models"
 
 
-def kernel_words(device: torch.device) -> str:
-    return "chunked torch: Triton serves CUDA and ROCm" if device.type != "cuda" else \
-        "chunked torch: triton is not installed (pip install triton), which is slower"
-
-
 def package_findings() -> list[Finding]:
     """Compare versions with the ranges of the installed minimath."""
     from packaging.requirements import Requirement
@@ -129,10 +113,8 @@ def package_findings() -> list[Finding]:
             out.append(Finding(name, "note", f"{version} is outside {need.specifier}, which is what was tried"))
         else:
             out.append(Finding(name, "ok", version))
-    there = [f"{name} {version_of(name)}" for name in OPTIONAL if version_of(name)]
-    missing = [f"{name} ({use})" for name, use in OPTIONAL.items() if not version_of(name)]
-    words = f"{', '.join(there) or 'none'}; not installed: {', '.join(missing) or 'none'}"
-    return [*out, Finding("optional", "ok", words)]
+    return [*out, *(Finding(name, "ok", version_of(name) or f"not installed, for {use}")
+                    for name, use in OPTIONAL.items())]
 
 
 def version_of(name: str) -> str | None:
