@@ -6,15 +6,14 @@ from typing import NamedTuple
 
 import torch
 
-from minimath.data.chat import prompt_ids
-from minimath.config.load import config_dict
 from minimath.config.schema import EvalConfig
 from minimath.core.errors import UserError
 from minimath.data.examples import load_examples
-from minimath.rollout.open import open_engine
-from minimath.models.load import base_causal_lm, compute_dtype, inference, load_model
-from minimath.export.model_card import shown
 from minimath.data.problems import make_problems
+from minimath.export.model_card import shown
+from minimath.models.load import base_causal_lm, compute_dtype, inference
+from minimath.models.policy import Policy, load_policy
+from minimath.rollout.open import open_engine
 
 LONGEST_PROMPT = 1024  # tokens; longer problems are left out of the measurement
 
@@ -31,26 +30,25 @@ class Drift(NamedTuple):
                 f"{self.tokens} tokens, its log-prob moved by at most {self.worst:.2g}")
 
 
-def drift_texts(model, tokenizer, load: EvalConfig, run: dict, count: int):
-    """([(prompt ids, completion ids)], where the `count` problems are from): greedy completions of the live adapter,
-    at most load.max_new_tokens long, since on those its next-token distributions matter."""
-    problems, source = [], f"{count} made problems"
-    if (path := str(run.get("data", ""))) and Path(path).exists():
+def drift_texts(policy: Policy, cfg: EvalConfig, count: int) -> tuple[list[tuple[list[int], list[int]]], str]:
+    """([(prompt ids, completion ids)], where the `count` problems are from): the live adapter's greedy completions.
+
+    The problems are those of cfg.data, else made ones. Raises UserError when no prompt is short enough.
+    """
+    problems, path = [], cfg.data.source
+    if path and Path(path).exists():
         with contextlib.suppress(UserError):  # it may have changed since: the made ones do as well
-            problems = [e.problem for e in load_examples(path, split=run.get("split", "train"), need=(),
-                                                         data_format=run.get("data_format", "auto"))[0] if e.problem]
+            problems = [e.problem for e in load_examples(cfg.data)[0] if e.problem]
     if problems:
         problems = random.Random(0).sample(problems, min(count, len(problems)))
         source = f"{len(problems)} problems of {shown(path)}"
     else:
-        problems = [e.problem for e in make_problems(count, seed=0, split="test")]
-    prompts = [prompt_ids(tokenizer, problem, system=load.system, prompt_template=load.prompt_template)
-               for problem in problems]
-    prompts = [prompt for prompt in prompts if len(prompt) <= LONGEST_PROMPT]
+        problems, source = [e.problem for e in make_problems(count, seed=0, split="test")], f"{count} made problems"
+    prompts = [ids for ids in map(policy.prompt_ids, problems) if len(ids) <= LONGEST_PROMPT]
     if not prompts:
         raise UserError(f"none of the {source} fits {LONGEST_PROMPT} tokens; the drift can't be measured on them")
-    with open_engine(load, model, tokenizer) as sample:
-        return [(prompt, group[0].ids) for prompt, group in zip(prompts, sample(prompts, samples=1))], source
+    with open_engine(cfg.engine, cfg.sampling, policy) as engine:
+        return [(prompt, group[0].ids) for prompt, group in zip(prompts, engine.generate(prompts))], source
 
 
 def completion_logits(model, texts) -> list[torch.Tensor]:
@@ -77,12 +75,10 @@ def compare(live: list[torch.Tensor], merged: list[torch.Tensor]) -> Drift:
     return Drift(kl / tokens, worst, same / tokens, tokens)
 
 
-def nf4_drift(load: EvalConfig, run: dict, texts, merged: list[torch.Tensor]) -> str:
-    """How far the merged model is from the 4-bit one that was trained: larger, and no reason to refuse. In words."""
-    four_bit = EvalConfig(**{**config_dict(load), "quant": "nf4", "double_quant": run.get("double_quant", True)})
+def nf4_drift(cfg: EvalConfig, texts, merged: list[torch.Tensor]) -> str:
+    """Say how far the merged model is from the 4-bit one that was trained: larger, and no reason to refuse."""
     try:
-        model, _ = load_model(four_bit, train=False)
-        found = compare(completion_logits(model, texts), merged)
+        found = compare(completion_logits(load_policy(cfg.replace(quant="nf4"), train=False).model, texts), merged)
     except (UserError, RuntimeError) as error:
         return f"drift from the 4-bit model in training: not measured ({str(error).splitlines()[0]})"
     return f"drift from the 4-bit model in training, whose rounding the base does not have: {found}"

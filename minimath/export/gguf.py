@@ -1,7 +1,8 @@
-"""A causal LM as a GGUF file, which llama.cpp and Ollama run. Families: llama, mistral, qwen2, qwen3.
+"""A causal LM as a GGUF file with a Modelfile, for llama.cpp and Ollama. Families: llama, mistral, qwen2, qwen3.
 
-Names, layout and metadata are those that llama.cpp's convert_hf_to_gguf.py writes. Every other family goes through that
-script where one is found. Needs the package gguf (extra demo).
+The package gguf (extra demo) has the file format, the types and the tensors' names. What it lacks, which weights turn
+round, how words are cut and the numbers of the header, is here as in llama.cpp's convert_hf_to_gguf.py. Every other
+family goes through that script where one is found.
 """
 import contextlib
 import json
@@ -9,13 +10,18 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import torch
 
-from minimath.data.chat import turn_end
 from minimath.core.errors import UserError
+from minimath.data.chat import turn_end
+from minimath.export.model_card import modelfile
+from minimath.models.policy import Policy
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type -> gguf's name
 FILE_TYPES = {"f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # gguf_type -> gguf's name of the type of the matrices
@@ -29,6 +35,21 @@ PRE_TOKENIZERS = {  # the regex that cuts text into words -> the name by which l
 
 
 # ---- what can be written
+
+def find_writer(config, tokenizer) -> Path | None:
+    """llama.cpp's script for the model, None where minimath writes it. Raises UserError when neither can."""
+    if not (why_not := reason_against(config, tokenizer)):
+        return None
+    place = Path(os.environ["LLAMA_CPP"]) if os.environ.get("LLAMA_CPP") else None
+    if place and place.is_file():
+        return place
+    found = [place / name for name in SCRIPTS if place and (place / name).is_file()]
+    found += [Path(path) for name in SCRIPTS if (path := shutil.which(name))]
+    if not found:
+        raise UserError(f"to=gguf: {why_not}. Use to=safetensors, then llama.cpp's convert_hf_to_gguf.py on that "
+                        "folder; with LLAMA_CPP set to a checkout of llama.cpp this command runs it")
+    return found[0]
+
 
 def reason_against(config, tokenizer) -> str:
     """Why this module can't write the model; "" when it can."""
@@ -48,6 +69,10 @@ def reason_against(config, tokenizer) -> str:
 
 def rope(config) -> dict:
     return getattr(config, "rope_parameters", None) or {}
+
+
+def head_dim_of(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def pre_tokenizer(tokenizer) -> str:
@@ -73,72 +98,93 @@ def pre_tokenizer(tokenizer) -> str:
     raise ValueError("its tokenizer cuts words in a way that minimath has no name of llama.cpp's for")
 
 
-def import_gguf():
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("to=gguf needs the package gguf: pip install -e '.[demo]', or use to=safetensors") from None
-    return gguf
-
-
 # ---- rounding, as the file will hold it
 
-def type_of(weight: torch.Tensor, kind: str):
-    """The GGML type that `weight` gets in a file of gguf_type=kind: vectors stay fp32, as llama.cpp wants them."""
-    types = import_gguf().GGMLQuantizationType
+def type_of(weight: torch.Tensor, kind: str) -> gguf.GGMLQuantizationType:
+    """The type that `weight` gets in a file of gguf_type=kind: vectors stay fp32, as llama.cpp wants them."""
+    types = gguf.GGMLQuantizationType
     if weight.dim() == 1:
         return types.F32
     return types.F16 if kind == "q8_0" and weight.shape[-1] % 32 else types[FILE_TYPES[kind]]
 
 
-def quantised(weight: torch.Tensor, type_) -> np.ndarray:
-    """fp32 (or narrower) weight -> its bytes in the file. Raises UserError when a number is too large for the type."""
-    array = weight.detach().float().cpu().numpy()
+def quantised(weight: torch.Tensor, type_: gguf.GGMLQuantizationType) -> np.ndarray:
+    """A weight (fp32 or narrower) as its bytes in the file. Raises UserError for a number too large for the type."""
     with np.errstate(over="ignore"):
-        out = import_gguf().quants.quantize(array, type_)
+        out = gguf.quants.quantize(weight.detach().float().cpu().numpy(), type_)
     if out.dtype == np.float16 and not np.isfinite(out).all():
         raise UserError("gguf_type=f16 can't hold this model: a weight is above 65504; use gguf_type=bf16")
     return out
 
 
 def round_as_gguf(model, kind: str) -> None:
-    """Replace every weight by what a file of gguf_type=kind will hold, in place; writing it again changes nothing."""
-    dequantize = import_gguf().quants.dequantize
+    """Replace every weight by what a file of gguf_type=kind will hold; writing it again changes nothing."""
     for weight in model.parameters():
         type_ = type_of(weight, kind)
-        weight.data.copy_(torch.from_numpy(np.ascontiguousarray(dequantize(quantised(weight, type_), type_))))
+        held = gguf.quants.dequantize(quantised(weight, type_), type_)
+        weight.data.copy_(torch.from_numpy(np.ascontiguousarray(held)))
 
 
-# ---- the file
+# ---- writing
+
+def write_folder(policy: Policy, folder: Path, name: str, kind: str, script: Path | None,
+                 save: Callable[[Path], object]) -> str:
+    """Write the GGUF file and the Modelfile of a plain model; returns how to use them, {folder} for their place.
+
+    script: of find_writer, run on the model as save(folder) writes it for transformers. Raises OSError, UserError.
+    """
+    file = folder / f"{name}-{kind}.gguf"
+    if script:
+        with tempfile.TemporaryDirectory(dir=folder) as plain:
+            save(Path(plain))
+            run_script(script, plain, file, kind)
+    else:
+        write_gguf(policy.model, policy.tokenizer, file, kind=kind, name=name)
+    text = modelfile(policy.tokenizer, file.name, policy.prompt)
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    return f"cd {{folder}} && ollama create {name} -f Modelfile && ollama run {name} \"PROBLEM\"\n" \
+           f"llama-server -m {{folder}}/{file.name}   # or llama.cpp alone"
+
+
+def run_script(script: Path, folder: str, path: Path, kind: str) -> None:
+    """Convert the transformers model in `folder` with llama.cpp's script. Raises UserError with its last line."""
+    start = [sys.executable] if script.suffix == ".py" else []
+    done = subprocess.run([*start, str(script), folder, "--outfile", str(path), "--outtype", kind],
+                          capture_output=True, text=True, errors="replace")
+    if done.returncode or not path.is_file():
+        said = (done.stderr.strip() or done.stdout.strip() or "nothing said").splitlines()[-1]
+        raise UserError(f"{script} ended with status {done.returncode}: {said[:300]}; use to=safetensors, and run it "
+                        "by hand")
+
 
 def write_gguf(model, tokenizer, path: Path, *, kind: str, name: str) -> None:
     """Write `model` (a plain transformers model, any float dtype) and its tokenizer, one tensor in memory at a time.
 
-    kind: f16, bf16 or q8_0 for the matrices. Ask reason_against first. Raises OSError, UserError.
+    kind: f16, bf16 or q8_0 for the matrices. Ask find_writer first. Raises OSError, UserError.
     """
-    gguf = import_gguf()
     config = model.config
     arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
-    add_options(writer, config, name, gguf.LlamaFileType[f"MOSTLY_{FILE_TYPES[kind]}"], gguf)
-    add_tokenizer(writer, tokenizer, model.get_input_embeddings().weight.shape[0], gguf)
     tensors = named_tensors(model, gguf.get_tensor_name_map(arch, config.num_hidden_layers))
-    for tensor_name, weight in tensors.items():
-        type_ = type_of(weight, kind)
-        block, size = gguf.GGML_QUANT_SIZES[type_]
-        writer.add_tensor_info(tensor_name, weight.shape, np.dtype(np.float32), weight.numel() // block * size, type_)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    with contextlib.closing(writer):
+    with contextlib.closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])) as writer:
+        add_options(writer, config, name, gguf.LlamaFileType[f"MOSTLY_{FILE_TYPES[kind]}"])
+        add_tokenizer(writer, tokenizer, model.get_input_embeddings().weight.shape[0])
         for tensor_name, weight in tensors.items():
-            heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}.get(rope_part(tensor_name))
+            type_ = type_of(weight, kind)
+            block, size = gguf.GGML_QUANT_SIZES[type_]
+            writer.add_tensor_info(tensor_name, weight.shape, np.dtype(np.float32), weight.numel() // block * size,
+                                   type_)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor_name, weight in tensors.items():
+            part = tensor_name.split(".")[2:3]
+            heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(*part or [""])
             if heads and ARCHITECTURES[config.model_type] == "LLAMA":
                 weight = rotated_in_pairs(weight, heads)
             writer.write_tensor_data(quantised(weight, type_of(weight, kind)))
 
 
-def add_options(writer, config, name: str, file_type, gguf) -> None:
+def add_options(writer: gguf.GGUFWriter, config, name: str, file_type: gguf.LlamaFileType) -> None:
     """The numbers that llama.cpp builds the model from."""
     head_dim = head_dim_of(config)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -161,36 +207,25 @@ def add_options(writer, config, name: str, file_type, gguf) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def head_dim_of(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def add_tokenizer(writer, tokenizer, rows: int, gguf) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, rows: int) -> None:
     """Tokens (as many as the embedding has rows), merges, special ids and the chat template."""
     types, added = gguf.TokenType, tokenizer.added_tokens_decoder
     names = {i: token for token, i in tokenizer.get_vocab().items()}
-    kinds = [types.UNUSED if i not in names else types.NORMAL if i not in added else
-             types.CONTROL if added[i].special else types.USER_DEFINED for i in range(rows)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer(tokenizer))
     writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(rows)])
-    writer.add_token_types(kinds)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    writer.add_token_types([types.UNUSED if i not in names else types.NORMAL if i not in added else
+                            types.CONTROL if added[i].special else types.USER_DEFINED for i in range(rows)])
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        special = gguf.SpecialVocab(folder, load_merges=True)
     bos = tokenizer.bos_token_id
-    if bos is not None:
-        writer.add_bos_token_id(bos)
-    writer.add_add_bos_token(bos is not None and tokenizer("a")["input_ids"][0] == bos)
-    writer.add_eos_token_id(turn_end(tokenizer))  # what ends an answer, and what was trained
-    for add, i in ((writer.add_unk_token_id, tokenizer.unk_token_id),
-                   (writer.add_pad_token_id, tokenizer.pad_token_id)):
-        if i is not None:
-            add(i)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    special.special_token_ids["eos"] = turn_end(tokenizer)  # what ends an answer, and what was trained
+    special.add_special_token = {"bos": bos is not None and tokenizer("a")["input_ids"][0] == bos}
+    special.add_to_gguf(writer, quiet=True)
 
 
-def named_tensors(model, name_map) -> dict[str, torch.Tensor]:
+def named_tensors(model, name_map: gguf.TensorNameMap) -> dict[str, torch.Tensor]:
     """GGUF name -> weight in transformers' layout; a tied head is left out, llama.cpp takes the embedding for it."""
     out = {}
     for name, weight in model.named_parameters():
@@ -199,17 +234,11 @@ def named_tensors(model, name_map) -> dict[str, torch.Tensor]:
                             "model; use to=safetensors and llama.cpp's convert_hf_to_gguf.py")
         out[gguf_name] = weight
     if rope(model.config).get("rope_type", "default") != "default":
-        embedding = model.base_model.rotary_emb
         dim = head_dim_of(model.config)
         plain = rope(model.config)["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        embedding = model.base_model.rotary_emb
         out["rope_freqs.weight"] = plain / embedding.inv_freq.float().cpu()  # llama.cpp divides by it
     return out
-
-
-def rope_part(name: str) -> str:
-    """"q" or "k" for the weights and biases that make rotated vectors (blk.3.attn_q.weight), else ""."""
-    part = name.split(".")[2:3]
-    return part[0].removeprefix("attn_") if part in (["attn_q"], ["attn_k"]) else ""
 
 
 def rotated_in_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -217,26 +246,3 @@ def rotated_in_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
     llama.cpp, for its llama architecture, row 2i with row 2i + 1."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
-
-
-# ---- llama.cpp's own script
-
-def find_script() -> Path | None:
-    """llama.cpp's convert script: $LLAMA_CPP (the script, or a checkout that holds it), else one on PATH."""
-    place = Path(os.environ["LLAMA_CPP"]) if os.environ.get("LLAMA_CPP") else None
-    if place and place.is_file():
-        return place
-    found = [place / name for name in SCRIPTS if place and (place / name).is_file()]
-    found += [Path(path) for name in SCRIPTS if (path := shutil.which(name))]
-    return found[0] if found else None
-
-
-def run_script(script: Path, folder: Path, path: Path, kind: str) -> None:
-    """Convert the transformers model in `folder` with llama.cpp's script. Raises UserError with its last line."""
-    start = [sys.executable] if script.suffix == ".py" else []
-    done = subprocess.run([*start, str(script), str(folder), "--outfile", str(path), "--outtype", kind],
-                          capture_output=True, text=True, errors="replace")
-    if done.returncode or not path.is_file():
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing said").splitlines()[-1]
-        raise UserError(f"{script} ended with status {done.returncode}: {said[:300]}; use to=safetensors, and run it "
-                        "by hand")

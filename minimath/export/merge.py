@@ -1,24 +1,14 @@
-"""Merge an adapter into its base and write a model that other programs run:
-
-    minimath export adapter=runs/x out=FOLDER [to=safetensors|gguf] [gguf_type=f16|bf16|q8_0] [push=owner/name]
-
-The base is the one that the run's config.yaml names (model= for another place), loaded without quantisation: an adapter
-trained on 4-bit weights is merged into the 16-bit ones, never into the 4-bit ones. W + delta is computed in fp32 and
-rounded once, to the base's dtype or to gguf_type. What that changes is measured before anything is written: live
-adapter against rounded weights, on completions of the run's own problems; above max_drift nothing is written.
-
-to=gguf writes one GGUF file and a Modelfile for Ollama (gguf_file.py, model_card.py). push= uploads the folder to a
-private repository of the hub, with the login of `hf auth login` or HF_TOKEN.
-"""
+"""Merge an adapter into its base and write a model that other programs run: minimath export."""
 import contextlib
+import importlib.util
 import os
 import re
 import shlex
 import shutil
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -26,96 +16,120 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from minimath.export import gguf
-from minimath.core.run_folder import find_adapter
-from minimath.data.chat import eos_ids, turn_end
-from minimath.core.files import flush_to_disk, free_bytes, read_json
-from minimath.config.load import config_dict, fields_of, load_config
-from minimath.config.schema import EvalConfig
+from minimath.config.load import load_config
+from minimath.config.options import Stage, options_of
+from minimath.config.schema import AdapterPath, Count, EvalConfig
+from minimath.core.credentials import mask
+from minimath.core.entry import run_command
 from minimath.core.errors import UserError
-from minimath.config.load import mask as without_secrets
-from minimath.export.drift import compare, completion_logits, drift_texts, nf4_drift
-from minimath.models.load import base_causal_lm, describe, load_model
-from minimath.export.model_card import card, modelfile
+from minimath.core.files import flush_to_disk, free_bytes, read_json
 from minimath.core.run import keep_freed_memory
+from minimath.core.run_folder import ADAPTER, CONFIG, EVAL, find_adapter
+from minimath.data.chat import turn_end
+from minimath.export.drift import compare, completion_logits, drift_texts, nf4_drift
+from minimath.export.model_card import card
+from minimath.models.load import base_causal_lm, describe
+from minimath.models.policy import Policy, load_policy
 
-FORMATS = ("safetensors", "gguf")
 
+class ExportConfig(Stage):
+    """Merge an adapter into its base and write a model that other programs run.
 
-# Mean KL on SmolLM2-135M after 10 steps of the demo's SFT: f16 8e-7, bf16 1e-4, the arithmetic of bf16 alone 6e-4, q8_0
-# 1e-3; and what must not go out: 5 bit 0.07, half the adapter's scale 0.15, 4 bit 0.2, no adapter 0.83.
-MAX_DRIFT = 0.01
-
-
-@dataclass
-class ExportConfig:
-    """Options of `minimath export`."""
-    adapter: str = ""
-    """run folder, checkpoint or adapter folder to merge"""
+    The base is the one that the run names, loaded without quantisation: an adapter trained on 4-bit weights is merged
+    into the 16-bit ones. W + delta is computed in fp32 and rounded once, to the base's dtype or to gguf_type. What that
+    changes is measured before anything is written: live adapter against rounded weights, on completions of the run's
+    own problems. to=gguf writes one GGUF file and a Modelfile for Ollama.
+    """
+    adapter: AdapterPath
     model: str = ""
-    """base model, a folder or a hub id; empty: the one that the run's config.yaml or the adapter names"""
+    """base model, a folder or a hub id; empty: the one that the run or the adapter names"""
     out: str = ""
     """new folder for the model"""
-    to: str = "safetensors"
+    to: Literal["safetensors", "gguf"] = "safetensors"
     """safetensors (a folder for transformers, vLLM, ...) or gguf (a file for llama.cpp, and a Modelfile for Ollama)"""
-    gguf_type: str = "f16"
-    """type of the matrices with to=gguf: f16, bf16 or q8_0 (half the size; llama.cpp rounds activations too, then)"""
-    max_drift: float = MAX_DRIFT
+    gguf_type: Literal["f16", "bf16", "q8_0"] = "f16"
+    """type of the matrices with to=gguf; q8_0 has half the size, and llama.cpp then rounds activations too"""
+    # Mean KL on SmolLM2-135M after 10 steps of the demo's SFT: f16 8e-7, bf16 1e-4, the arithmetic of bf16 alone 6e-4,
+    # q8_0 1e-3; and what must not go out: 5 bit 0.07, half the adapter's scale 0.15, 4 bit 0.2, no adapter 0.83.
+    max_drift: float = 0.01
     """nothing is written when the mean KL from the live adapter to the merged model, in nats a token, is above this"""
-    drift_problems: int = 16
+    drift_problems: Count = 16
     """problems on which the drift is measured: the run's own where they are found, else made ones"""
-    drift_tokens: int = 48
+    drift_tokens: Count = 48
     """longest completion of each, in tokens"""
     device: str = "auto"
     """where merge and measurement run: auto, cpu, cuda, cuda:N or mps"""
-    dtype: str = "fp32"
-    """of merge and measurement: fp32; bf16 or fp16 take half the memory, and the drift then holds their noise"""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """of merge and measurement; bf16 and fp16 take half the memory, and the drift then holds their noise"""
     trust_remote_code: bool = False
     """run Python code that ships with the model; only for models you trust"""
     push: str = ""
     """owner/name of a private hub repository to upload the folder to; empty: nothing leaves this machine"""
 
+    def check(self) -> str:
+        """What would fail only after the work, or ""."""
+        out = Path(self.out)
+        if not self.adapter.path or not self.out:
+            return "minimath export needs the run and a new folder: minimath export adapter=runs/x out=FOLDER"
+        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+            return f"{out} exists already and is not an empty folder; choose another out="
+        if self.to == "gguf" and importlib.util.find_spec("gguf") is None:
+            return "to=gguf needs the package gguf: pip install -e '.[demo]', or use to=safetensors"
+        return fault_of_push(self.push) if self.push else ""
+
 
 def export(words: list[str]) -> dict:
     """The command. Returns {"folder": path, "drift": {...}}. Raises UserError, with nothing written."""
-    cfg = load_config(ExportConfig, None, words, section="export")
+    cfg = load_config(ExportConfig, None, words, "export")
     keep_freed_memory()
-    check(cfg)
     folder = find_adapter(cfg.adapter.path)
-    run = run_options(folder)
-    base = cfg.model.name or run.get("model") or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    run, adapter = run_options(folder), read_json(folder / "adapter_config.json")
+    base = cfg.model or run.get("model") or adapter.get("base_model_name_or_path")
     if not base:
         raise UserError(f"{folder} does not say which base it was trained on; add model=FOLDER or a hub id")
-    load = EvalConfig(model=base, adapter=str(folder), device=cfg.model.device, dtype=cfg.model.dtype, temperature=0.0,
-                      max_new_tokens=cfg.drift_tokens, trust_remote_code=cfg.model.trust_remote_code,
-                      attn=run["attn"] if run.get("attn") == "eager" else "sdpa",  # never a GPU's, which may be missing
-                      **{key: run[key] for key in ("system", "prompt_template") if key in run})
+    load = EvalConfig(**{key: run[key] for key in ("system", "prompt_template", "data", "split") if key in run},
+                      model=base, adapter=str(folder), device=cfg.device, dtype=cfg.dtype, temperature=0.0,
+                      max_new_tokens=cfg.drift_tokens, trust_remote_code=cfg.trust_remote_code,
+                      attn="eager" if run.get("attn") == "eager" else "sdpa")  # a GPU's may be missing here
     try:
-        return export_model(cfg, load, run, folder, words)
+        policy, drift, script = merge_and_measure(cfg, load, nf4=run.get("quant") == "nf4")
     except torch.OutOfMemoryError:
-        raise UserError(f"the merge does not fit into the memory of device={cfg.model.device}; use device=cpu, or dtype=bf16 "
+        raise UserError(f"the merge does not fit into the memory of device={cfg.device}; use device=cpu, or dtype=bf16 "
                         "for half of it") from None
+    out = Path(cfg.out)
+    with new_folder(out) as partial:
+        usage = write_model(policy, partial, cfg, base_dtype(load), script)
+        made = folder.parent if folder.name == ADAPTER else Path(cfg.adapter.path)
+        text = card(name=out.name, base=base, adapter=adapter, run=run, drift=drift["said"],
+                    evaluation=evaluation_of(made), usage=usage.format(folder=out.name),
+                    command="minimath export " + " ".join(map(public_word, words)))
+        (partial / "README.md").write_text(text, encoding="utf-8")
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))} ({size / 1e6:.0f} MB)\n"
+          f"to use it:\n{usage.format(folder=shlex.quote(cfg.out))}")
+    if cfg.push:
+        push(out, cfg.push)
+    return {"folder": str(out), "drift": {key: value for key, value in drift.items() if key != "said"}}
 
 
-def export_model(cfg: ExportConfig, load: EvalConfig, run: dict, folder: Path, words: list[str]) -> dict:
-    """Load, merge, measure, write, push."""
-    model, tokenizer = load_model(load, train=False)
-    print(describe(model, load) + f", adapter {folder}")
-    config = base_causal_lm(model).config
-    script = why_not = None
-    if cfg.to == "gguf" and (why_not := gguf_file.reason_against(config, tokenizer)):
-        script = gguf_file.find_script()
-        if script is None:
-            raise UserError(f"to=gguf: {why_not}. Use to=safetensors, then llama.cpp's convert_hf_to_gguf.py on that "
-                            "folder; with LLAMA_CPP set to a checkout of llama.cpp this command runs it")
-    texts, source = drift_texts(model, tokenizer, load, run, cfg.drift_problems)
-    live = completion_logits(model, texts)
-    model, dtype = merge(model), base_dtype(load)
+def merge_and_measure(cfg: ExportConfig, load: EvalConfig, *, nf4: bool) -> tuple[Policy, dict, Path | None]:
+    """(the rounded merged model, its drift with what is `said` of it, llama.cpp's script where it must write).
+
+    nf4: the run trained on 4-bit weights. Raises UserError above max_drift.
+    """
+    policy, script = load_policy(load, train=False), None
+    print(f"{describe(policy.model, load)}, adapter {load.adapter.path}")
     if cfg.to == "gguf":
-        gguf_file.round_as_gguf(model, cfg.gguf_type)
+        from minimath.export.gguf import find_writer, round_as_gguf  # needs the extra
+        script = find_writer(base_causal_lm(policy.model).config, policy.tokenizer)
+    texts, source = drift_texts(policy, load, cfg.drift_problems)
+    live, dtype = completion_logits(policy.model, texts), base_dtype(load)
+    policy.model = merge(policy.model)
+    if cfg.to == "gguf":
+        round_as_gguf(policy.model, cfg.gguf_type)
     else:
-        round_to(model, dtype)
-    merged = completion_logits(model, texts)
+        round_to(policy.model, dtype)
+    merged = completion_logits(policy.model, texts)
     drift = compare(live, merged)
     kind = cfg.gguf_type if cfg.to == "gguf" else str(dtype).removeprefix("torch.")
     said = [f"drift, live adapter to merged {kind} weights, on {source}: {drift}"]
@@ -124,75 +138,56 @@ def export_model(cfg: ExportConfig, load: EvalConfig, run: dict, folder: Path, w
         raise UserError(f"the merged model is not the one that was trained: mean KL {drift.kl:.2e} is above max_drift="
                         f"{cfg.max_drift:g}, nothing was written. Look at the adapter (a rate that was too high makes "
                         "weights that no 16-bit type holds), or raise max_drift if these answers are good enough")
-    if run.get("quant") == "nf4":
-        said.append(nf4_drift(load, run, texts, merged))
+    if nf4:
+        said.append(nf4_drift(load, texts, merged))
         print(said[1])
-    out = Path(cfg.run.out)
-    with new_folder(out) as partial:
-        usage = write_gguf_folder(model, tokenizer, partial, cfg, load, dtype, script) if cfg.to == "gguf" else \
-            write_safetensors(model, tokenizer, partial, cfg, load, dtype)
-        text = card(name=out.name, base=load.model, adapter=read_json(folder / "adapter_config.json"), run=run,
-                    drift=said,
-                    evaluation=evaluation_of(folder.parent if folder.name == "adapter" else Path(cfg.adapter.path)),
-                    usage=usage.format(folder=out.name),
-                    command="minimath export " + " ".join(map(public_word, words)))
-        (partial / "README.md").write_text(text, encoding="utf-8")
-    size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))} ({size / 1e6:.0f} MB)\n"
-          f"to use it:\n{usage.format(folder=shlex.quote(cfg.run.out))}")
-    if cfg.push:
-        push(out, cfg.push)
-    return {"folder": str(out), "drift": drift._asdict()}
+    return policy, drift._asdict() | {"said": said}, script
 
 
-# ---- before anything is loaded
-
-def check(cfg: ExportConfig) -> None:
-    """UserError for what would fail only after the work."""
-    if not cfg.adapter.path or not cfg.run.out:
-        raise UserError("minimath export needs the run and a new folder: minimath export adapter=runs/x out=FOLDER")
-    for key, allowed in (("to", FORMATS), ("gguf_type", tuple(gguf_file.FILE_TYPES))):
-        if getattr(cfg, key) not in allowed:
-            raise UserError(f"{key} must be one of {', '.join(allowed)}, not {getattr(cfg, key)!r}")
-    if min(cfg.drift_problems, cfg.drift_tokens) < 1:
-        raise UserError("drift_problems and drift_tokens must be at least 1: no merge goes out unmeasured")
-    out = Path(cfg.run.out)
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists already and is not an empty folder; choose another out=")
-    if cfg.to == "gguf":
-        gguf_file.import_gguf()
-    if cfg.push:
-        check_push(cfg.push)
-
+# ---- where the adapter is from
 
 def run_options(folder: Path) -> dict:
-    """Options of the run that made the adapter in `folder`, out of the config.yaml above it; {} when there is none.
+    """Options of the run that made the adapter in `folder`, out of the config above it; {} when there is none.
 
     Only what can't do harm is read from it: a run folder may come from someone else (trust_remote_code is not taken).
     """
-    known = fields_of(EvalConfig).keys() - {"trust_remote_code"} | {"lora_r", "steps", "lr"}
+    kinds = {name: option.kind for name, option in options_of(EvalConfig).items() if name != "trust_remote_code"}
     for place in (folder, *list(folder.absolute().parents)[:2]):
         try:
-            options = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
+            options = yaml.safe_load((place / CONFIG).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             continue
         if isinstance(options, dict) and "lora_r" in options:
-            defaults = config_dict(EvalConfig())
-            return {key: value for key, value in options.items() if key in known
-                    and isinstance(value, type(defaults.get(key, value)))}
+            kinds |= {"lora_r": int, "steps": int, "lr": float}
+            return {key: value for key, value in options.items() if key in kinds and isinstance(value, kinds[key])}
     return {}
 
 
 def base_dtype(load: EvalConfig) -> torch.dtype:
     """The dtype that the base's weights are saved in, by its config.json."""
-    config = AutoConfig.from_pretrained(load.model, trust_remote_code=load.trust_remote_code)
+    config = AutoConfig.from_pretrained(load.model.name, trust_remote_code=load.model.trust_remote_code)
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def evaluation_of(run: Path) -> dict:
+    """The evaluation in the run folder, or beside it in a run of the whole recipe; {} for none."""
+    for place in (run, run.parent / f"eval-{run.name}"):
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(found := read_json(place / EVAL), dict):
+                return found
+    return {}
+
+
+def public_word(word: str) -> str:
+    """A word of the command as the model card shows it: without secrets and without folders of this machine."""
+    key, equals, value = mask(word).partition("=")
+    return key + equals + (Path(value).name if value.startswith(("/", "~")) else value)
 
 
 # ---- merge
 
 def merge(model):
-    """peft model -> the plain model with W + delta as weights, added in fp32 whatever the model's dtype.
+    """The plain model with W + delta as weights, added in fp32 whatever the peft model's dtype.
 
     delta is peft's own, so rsLoRA, DoRA and biases are what they were in training. Raises UserError for NaN.
     """
@@ -240,70 +235,43 @@ def new_folder(out: Path):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_safetensors(model, tokenizer, folder: Path, cfg: ExportConfig, load: EvalConfig, dtype: torch.dtype) -> str:
+def write_model(policy: Policy, folder: Path, cfg: ExportConfig, dtype: torch.dtype, script: Path | None) -> str:
+    """Write the merged model as cfg.to says; returns how to use it, {folder} for its place."""
+    if cfg.to == "safetensors":
+        return write_safetensors(policy, folder, dtype)
+    from minimath.export.gguf import write_folder  # needs the extra
+    return write_folder(policy, folder, Path(cfg.out).name, cfg.gguf_type, script,
+                        lambda place: write_safetensors(policy, place, dtype))
+
+
+def write_safetensors(policy: Policy, folder: Path, dtype: torch.dtype) -> str:
     """A folder that transformers reads, in the base's dtype; returns how to use it, {folder} for its place."""
-    model.to(dtype)
-    model.config.use_cache = True  # load_model switches it off
-    options = model.generation_config
-    if turn_end(tokenizer) not in (options.eos_token_id if isinstance(options.eos_token_id, list) else
-                                   [options.eos_token_id]):
-        options.eos_token_id = eos_ids(tokenizer, model)  # of a base model: the end that was trained is new to it
+    policy.model.to(dtype)
+    policy.model.config.use_cache = True  # load_model switches it off
+    options = policy.model.generation_config
+    known = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
+    if turn_end(policy.tokenizer) not in known:  # of a base model: the end that was trained is new to it
+        options.eos_token_id = policy.eos
     try:
         options.validate(strict=True)
     except ValueError:
         options.do_sample = True  # a temperature without it: transformers reads such a file but does not save it
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    asked = " ".join(shlex.quote(f"{key}={getattr(load, key)}") for key in ("system", "prompt_template"))
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    asked = " ".join(shlex.quote(f"{key}={getattr(policy.prompt, key)}") for key in ("system", "prompt_template"))
     return 'minimath solve "PROBLEM" model={folder} ' + asked.replace("{", "{{").replace("}", "}}")
-
-
-def write_gguf_folder(model, tokenizer, folder: Path, cfg: ExportConfig, load: EvalConfig, dtype: torch.dtype,
-                      script: Path | None) -> str:
-    """The GGUF file, by llama.cpp's script where there is one, and the Modelfile; returns how to use them,
-    {folder} for their place."""
-    name = Path(cfg.run.out).name
-    file = folder / f"{name}-{cfg.gguf_type}.gguf"
-    if script:
-        plain = folder / "safetensors"
-        plain.mkdir()
-        write_safetensors(model, tokenizer, plain, cfg, load, dtype)
-        gguf_file.run_script(script, plain, file, cfg.gguf_type)
-        shutil.rmtree(plain)
-    else:
-        gguf_file.write_gguf(model, tokenizer, file, kind=cfg.gguf_type, name=name)
-    text = modelfile(tokenizer, file.name, system=load.system, prompt_template=load.prompt_template)
-    (folder / "Modelfile").write_text(text, encoding="utf-8")
-    return f"cd {{folder}} && ollama create {name} -f Modelfile && ollama run {name} \"PROBLEM\"\n" \
-           f"llama-server -m {{folder}}/{file.name}   # or llama.cpp alone"
-
-
-def evaluation_of(run: Path) -> dict:
-    """eval.json of the run folder, or of its evaluation in a `minimath run` (eval-sft beside sft); {} for none."""
-    for place in (run, run.parent / f"eval-{run.name}"):
-        with contextlib.suppress(OSError, ValueError):
-            if isinstance(found := read_json(place / "eval.json"), dict):
-                return found
-    return {}
-
-
-def public_word(word: str) -> str:
-    """A word of the command as the model card shows it: without secrets and without folders of this machine."""
-    key, equals, value = without_secrets(word).partition("=")
-    return key + equals + (Path(value).name if value.startswith(("/", "~")) else value)
 
 
 # ---- hub
 
-def check_push(name: str) -> None:
-    """UserError for a name that is none, or without a login."""
+def fault_of_push(name: str) -> str:
+    """What is wrong with a repository's name, or with pushing to it from here; "" for nothing."""
     from huggingface_hub import constants, get_token
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"push={name!r}: give owner/name of a hub repository")
+        return f"push={name!r}: give owner/name of a hub repository"
     if constants.HF_HUB_OFFLINE:
-        raise UserError("push= needs the network, and HF_HUB_OFFLINE is set; leave one of them out")
-    if not get_token():
-        raise UserError("push= needs a login: run `hf auth login`, or put a write token into HF_TOKEN")
+        return "push= needs the network, and HF_HUB_OFFLINE is set; leave one of them out"
+    return "" if get_token() else "push= needs a login: run `hf auth login`, or put a write token into HF_TOKEN"
 
 
 def push(folder: Path, name: str) -> None:
@@ -319,11 +287,10 @@ def push(folder: Path, name: str) -> None:
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="minimath export")
     except (*HfHubHTTPError.__bases__, OSError, ValueError) as error:  # its bases: of the HTTP library in use
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"push={name} failed ({without_secrets(first)[:200]}); {folder} is complete, `hf upload {name} "
-                        f"{folder}` tries again") from None
+        raise UserError(f"push={name} failed ({mask(first)[:200]}); {folder} is complete, `hf upload {name} {folder}` "
+                        "tries again") from None
     print(f"uploaded to https://huggingface.co/{name} (private)")
 
 
 if __name__ == "__main__":
-    from minimath.cli import dispatch, run_command
-    sys.exit(run_command(lambda: dispatch("export", sys.argv[1:])))
+    sys.exit(run_command(lambda: export(sys.argv[1:])))

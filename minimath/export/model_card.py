@@ -2,12 +2,13 @@
 import json
 from pathlib import Path
 
-from minimath.data.chat import has_template, turn_end, user_text
+from minimath.config.schema import PromptOptions
 from minimath.core.errors import UserError
+from minimath.data.chat import has_template, turn_end, user_text
 
 CHATML = ("<|im_start|>system\n{system}<|im_end|>\n", "<|im_start|>user\n{user}<|im_end|>\n", "<|im_start|>assistant\n")
 FIGURES = {"problems": "problems", "accuracy": "accuracy", "interval": "95% interval", "mean_tokens": "mean tokens",
-           "right_steps": "right steps", "ended": "ended"}
+           "correct_steps": "correct steps", "finished": "finished"}
 
 
 # ---- model card
@@ -61,13 +62,14 @@ def fenced(text: str) -> str:
 
 # ---- Ollama
 
-def modelfile(tokenizer, gguf_name: str, *, system: str, prompt_template: str) -> str:
-    """A Modelfile whose prompts are those of the training: template, system message, the words around the problem.
+def modelfile(tokenizer, gguf_name: str, prompt: PromptOptions) -> str:
+    """A Modelfile whose prompts are those of the training: template, system message, words around the problem.
 
     A chat template other than ChatML stays in the GGUF file, where Ollama looks for one that it knows. Greedy, and
     without Ollama's penalty on repeated tokens: in a sum numbers recur. Raises UserError for a text that a Modelfile
     can't hold.
     """
+    system, prompt_template = prompt.system, prompt.prompt_template
     lines = [f"FROM ./{gguf_name}"]
     user = go_text(user_text("\0", prompt_template)).replace("\0", "{{ .Content }}")
     default = chatml_system(tokenizer)
