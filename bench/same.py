@@ -122,7 +122,8 @@ def collect(folder: Path, old: bool) -> dict:
 def translated(key: str, names: dict[str, str]) -> str:
     if key in names:
         return names[key]
-    for before, now in (("judge_", "judge/"), ("part_", "reward/")) if names is OLD_METRICS else ():
+    for before, now in (("judge_skipped_gate", "judge/skipped_few"), ("judge_", "judge/"), ("part_", "reward/")) \
+            if names is OLD_METRICS else ():
         if key.startswith(before):
             return now + key.removeprefix(before)
     return key

@@ -1,7 +1,5 @@
-"""python -m minimath: the command line."""
-import sys
-
-from minimath.cli import main
+"""python -m minimath: the command line of cli.py."""
+import runpy
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runpy.run_module("minimath.cli", run_name="__main__", alter_sys=True)

@@ -12,7 +12,7 @@ from tiny import tiny_tokenizer, write_tiny
 from toy import make_config
 
 from minimath.data.chat import encode, special_tokens, turn_end
-from minimath.config.schema import SFTConfig
+from minimath.config.schema import DataOptions, SFTConfig
 from minimath.core.errors import UserError
 from minimath.data.examples import load_examples
 from minimath.train.sft import sft
@@ -105,7 +105,7 @@ KINDS = [
          chat({"role": "user", "content": [{"type": "image", "text": None}]}, ASSISTANT)),
     Kind("one cell", "wrong number of cells", cells=b"only one cell"),
     Kind("a comma without quotes", "wrong number of cells", cells=b"bad,1,200 + 1?,s,1"),
-    Kind("text after a quote", "not CSV", cells=b'bad,"p" and,s,1'),
+    Kind("text after a quote", "", cells=b'bad,"p" and,s,1'),
     *(kind(f"absurd unicode {n}", "", problem=f"p {text} p") for n, text in enumerate(ABSURD)),
     kind("special tokens in the text", "", problem=CONTROL, solution=CONTROL),
     kind("a repeated id", "", id="good-1"),
@@ -117,6 +117,10 @@ def run(full: bool, folder: Path) -> list[Tally]:
     fuzz_tally = fuzz_rows.run(10_000 if full else 300, folder)
     return [*(files_of(name, write, 6 if full else 1, folder) for name, write in FORMATS.items()),
             cut_files(1 if full else 25, folder), whole_files(folder), control_tokens(), *fuzz_tally, trained(folder)]
+
+
+def load(path: Path, need=("solution",), strict: bool = False):
+    return load_examples(DataOptions(source=str(path), strict=strict), need=need)
 
 
 def good_rows(rng) -> list[dict]:
@@ -136,16 +140,13 @@ def write_jsonl(path: Path, rows: list) -> list[str]:
 def write_json(path: Path, rows: list) -> list[str]:
     lines = [r.line if isinstance(r, Kind) else json.dumps(r, ensure_ascii=False).encode() for r in rows]
     path.write_bytes(b"[\n  " + b",\n  ".join(lines) + b"\n]\n")
-    return [f"{path}:{n}" for n in range(2, len(rows) + 2)]
+    return [f"{path}:row {n}" for n in range(1, len(rows) + 1)]
 
 
 def write_csv(path: Path, rows: list) -> list[str]:
-    text, places = b"id,problem,solution,answer\r\n", []
-    for r in rows:
-        places.append(f"{path}:{len(text.splitlines()) + 1}")
-        text += (r.cells if isinstance(r, Kind) else kind("", "", **r).cells) + b"\r\n"
-    path.write_bytes(text)
-    return places
+    path.write_bytes(b"id,problem,solution,answer\r\n" + b"".join(
+        (r.cells if isinstance(r, Kind) else kind("", "", **r).cells) + b"\r\n" for r in rows))
+    return [f"{path}:row {n}" for n in range(1, len(rows) + 1)]
 
 
 def write_parquet(path: Path, rows: list) -> list[str]:
@@ -162,8 +163,16 @@ FORMATS = {"jsonl": write_jsonl, "json": write_json, "csv": write_csv, "parquet"
 
 
 def possible(k: Kind, name: str) -> bool:
-    held = {"jsonl": k.line, "json": k.line if k.in_list else None, "csv": k.cells, "parquet": k.row}
+    held = {"jsonl": k.line, "json": k.line if k.in_list and is_json(k.line) else None, "csv": k.cells, "parquet": k.row}
     return held[name] is not None
+
+
+def is_json(line: bytes | None) -> bool:
+    """Whether a list can hold the line: a damaged one spoils a json file as a whole."""
+    try:
+        return line is not None and json.loads(line.decode()) is not None
+    except (ValueError, RecursionError):
+        return False
 
 
 def files_of(name: str, write, times: int, folder: Path) -> Tally:
@@ -186,7 +195,7 @@ def outcome(places: list[str], path: Path, rows: list, good: list[dict], bad: li
     need, names = bad[0].need, ", ".join(sorted({k.name for k in bad}))
     wrong = [(place, r.reason) for place, r in zip(places, rows) if isinstance(r, Kind) and r.reason]
     counts = {reason: sum(r == reason for _, r in wrong) for _, reason in wrong}
-    examples, report = load_examples(path, need=need)
+    examples, report = load(path, need)
     mine = [(e.id, e.problem, e.solution, e.answer, e.where) for e in examples
             if e.id.startswith("good") and e.problem != row()["problem"]]
     want = [(r["id"], r["problem"].strip(), r["solution"], r["answer"], place)
@@ -204,7 +213,7 @@ def outcome(places: list[str], path: Path, rows: list, good: list[dict], bad: li
 
 def strict_stops(path: Path, need, first: tuple[str, str] | None) -> bool:
     try:
-        load_examples(path, need=need, strict=True)
+        load(path, need, strict=True)
         return first is None
     except UserError as error:
         return first is not None and str(error).startswith(f"{first[0]}: {first[1]}; ")
@@ -213,24 +222,21 @@ def strict_stops(path: Path, need, first: tuple[str, str] | None) -> bool:
 # ---- whole files
 
 def cut_files(step: int, folder: Path) -> Tally:
-    """Files cut at every byte (every `step`th): all whole rows are there, the cut one is counted."""
-    tally = Tally("bad rows: a file cut at any byte")
+    """Files cut at every byte (every `step`th): of jsonl all whole rows are there and the cut one is counted; a json
+    list is one clear error."""
+    tally, lines, array = Tally("bad rows: a file cut at any byte"), folder / "cut.jsonl", folder / "cut.json"
     rows = [json.dumps(r, ensure_ascii=False).encode() for r in good_rows(random.Random(5))[:4]]
-    for name, opening, between, reason in (("jsonl", b"", b"\n", "truncated last line"),
-                                           ("json", b"[", b", ", "truncated last row")):
-        ends, raw = [], opening
-        for r in rows:
-            raw += r + between
-            ends.append(len(raw) - len(between))
-        path = folder / f"cut.{name}"
-        for cut in range(ends[0], ends[-1], step):
-            path.write_bytes(raw[:cut])
-            whole = sum(end <= cut for end in ends)
-            at_end = cut in [end + n for end in ends for n in range(len(between) + 1)]
-            examples, report = load_examples(path)
-            want = {} if at_end and name == "jsonl" else {reason: 1}
-            tally.add(len(examples) == whole and report.skipped == want,
-                      f"{name} cut at {cut}: {len(examples)} of {whole} rows, {report.skipped}")
+    raw = b"\n".join(rows)
+    ends = [len(b"\n".join(rows[:n])) for n in range(1, len(rows) + 1)]
+    for cut in range(ends[0], ends[-1], step):
+        lines.write_bytes(raw[:cut])
+        whole = sum(end <= cut for end in ends)
+        examples, report = load(lines)
+        want = {} if cut in [end + n for end in ends for n in range(2)] else {"truncated last line": 1}
+        tally.add(len(examples) == whole and report.skipped == want,
+                  f"jsonl cut at {cut}: {len(examples)} of {whole} rows, {report.skipped}")
+        array.write_bytes((b"[" + raw.replace(b"\n", b", "))[:cut])
+        tally.add(refused(array), f"json cut at {cut}: no clear error")
     return tally
 
 
@@ -246,7 +252,7 @@ def whole_files(folder: Path) -> Tally:
                  "both": b"\xef\xbb\xbf" + lf.replace(b"\n", b"\r\n"), "blank end": raw + b"\n\r\n\n"}
         for form, changed in forms.items() if name != "parquet" else ():
             path.write_bytes(changed)
-            examples, report = load_examples(path, strict=True)
+            examples, report = load(path, strict=True)
             same = [(e.id, e.problem, e.solution.replace("\r", "")) for e in examples] == [
                 (r["id"], r["problem"].strip(), r["solution"]) for r in good]
             tally.add(same and not report.skipped, f"{name}, {form}: {report}")
@@ -261,7 +267,7 @@ def whole_files(folder: Path) -> Tally:
 def refused(path: Path) -> bool:
     """Whether the file is one UserError that names it and can be printed."""
     try:
-        load_examples(path)
+        load(path)
     except UserError as error:
         return str(path) in str(error) and bool(str(error).encode())
     return False

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from tiny import tiny_tokenizer
 
+from minimath.config.schema import DataOptions
 from minimath.data.chat import encode, special_tokens
 from minimath.data.examples import load_examples
 
@@ -25,7 +26,7 @@ def run(count: int, folder: Path) -> list[Tally]:
     path = folder / "fuzz.jsonl"
     path.write_bytes(b"".join(line + b"\n" for line in lines) + b'{"problem": "end", "solution": "end"}\n')
     want = [fate(line) for line in lines]
-    examples, report = load_examples(path)
+    examples, report = load_examples(DataOptions(source=str(path)), need=("solution",))
     kept = {int(e.where.rpartition(":")[2]): e for e in examples}
     shown = iter(report.rows)
     counts = {}
@@ -43,7 +44,7 @@ def run(count: int, folder: Path) -> list[Tally]:
     for number, example in kept.items():
         row = encode(tokenizer, example, prompt_template="{problem}", max_len=1 << 20)
         turns = len(example.messages) if example.messages else 2
-        encodes.add(any(row.mask) and sum(i in special for i in row.ids) == 2 * turns, f"line {number}: {row.ids[:80]}")
+        encodes.add(any(row.loss_mask) and sum(i in special for i in row.ids) == 2 * turns, f"line {number}: {row.ids[:80]}")
     return [tally, encodes]
 
 
