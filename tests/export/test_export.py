@@ -10,9 +10,9 @@ from tiny import tiny_model
 from toy import write_problems
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from minimath.export import merge as module
 from minimath.config.schema import SFTConfig
 from minimath.core.errors import UserError
+from minimath.export import merge as module
 from minimath.export.drift import compare, completion_logits
 from minimath.export.merge import export, merge, round_to
 from minimath.models.load import load_model
@@ -132,7 +132,7 @@ def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     (["adapter=", "out=new"], "adapter=runs/x out=FOLDER"),
     (["out=new", "to=onnx"], "to must be one of safetensors, gguf"),
     (["out=new", "gguf_type=q4_k"], "f16, bf16, q8_0"),
-    (["out=new", "drift_tokens=0"], "at least 1"),
+    (["out=new", "drift_tokens=0"], "drift_tokens must be above 0"),
     (["out=new", "push=noslash"], "owner/name"),
     (["out=new", "push=me/x"], "HF_HUB_OFFLINE"),
     (["out=."], "not an empty folder"),
@@ -141,7 +141,7 @@ def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
 def test_what_cannot_work_is_told_before_anything_loads(run, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("kept")
-    monkeypatch.setattr(module, "load_model", lambda *_a, **_k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(module, "load_policy", lambda *_a, **_k: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=said):
         export([f"adapter={run}", *words])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -13,14 +13,18 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from bench.llama_server import missing, serve
-from minimath.export import gguf
-from minimath.data.chat import eos_ids, prompt_ids
+from minimath.config.schema import EngineOptions, PromptOptions, SamplingOptions
 from minimath.core.errors import UserError
+from minimath.data.chat import prompt_ids
 from minimath.export.drift import completion_logits
 from minimath.export.merge import export, merge
-from minimath.export.gguf import pre_tokenizer, rotated_in_pairs, round_as_gguf
 from minimath.export.model_card import chatml_system, modelfile
-from minimath.rollout.engine import generate
+from minimath.models.policy import Policy
+from minimath.rollout.open import open_engine
+
+gguf = pytest.importorskip("gguf")
+from minimath.export import gguf as gguf_file  # noqa: E402
+from minimath.export.gguf import pre_tokenizer, rotated_in_pairs, round_as_gguf  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,6 @@ def run(tiny_dir, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("family", ["llama", "llama-untied", "mistral", "qwen2", "qwen3"])
 def test_a_gguf_file_read_back_gives_the_same_logits(tmp_path, family):
-    pytest.importorskip("gguf")
     run = awake_run(tmp_path / "run", tiny_model(tmp_path / "base", family))
     export([f"adapter={run}", f"out={tmp_path / 'new'}", "to=gguf", *SMALL])
     model, tokenizer = live(run)
@@ -48,7 +51,6 @@ def test_a_gguf_file_read_back_gives_the_same_logits(tmp_path, family):
 
 @pytest.mark.parametrize("kind, size", [("f16", 2.0), ("bf16", 2.0), ("q8_0", 34 / 32)])
 def test_what_was_measured_is_what_the_file_holds(run, tmp_path, kind, size):
-    gguf = pytest.importorskip("gguf")
     model, tokenizer = live(run)
     merged = merge(model)
     round_as_gguf(merged, kind)
@@ -69,7 +71,6 @@ def test_what_was_measured_is_what_the_file_holds(run, tmp_path, kind, size):
 
 
 def test_scaled_positions_of_llama_3_are_factors_that_give_its_frequencies_back(tmp_path):
-    gguf = pytest.importorskip("gguf")
     base = tiny_model(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -88,7 +89,6 @@ def test_scaled_positions_of_llama_3_are_factors_that_give_its_frequencies_back(
 
 
 def test_a_number_beyond_f16_is_refused_and_bf16_holds_it(tmp_path):
-    pytest.importorskip("gguf")
     model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "base"))
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e5
     with pytest.raises(UserError, match="gguf_type=bf16"):
@@ -98,7 +98,6 @@ def test_a_number_beyond_f16_is_refused_and_bf16_holds_it(tmp_path):
 
 
 def test_another_family_needs_llama_cpps_script_which_is_run_where_it_is_found(tmp_path, monkeypatch, here):
-    pytest.importorskip("gguf")
     run = awake_run(tmp_path / "run", tiny_model(tmp_path / "base", "phi3"), lora_targets="qkv_proj")
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -151,7 +150,7 @@ def test_the_qwen2_tokenizer_of_transformers_is_known():
 
 def test_the_modelfile_asks_as_in_training(tiny_tokenizer):
     asked = {"system": "Be brief.", "prompt_template": "{problem}\nUse \\boxed{{}} {{{{x}}."}
-    text = modelfile(tiny_tokenizer, "m.gguf", **asked)
+    text = modelfile(tiny_tokenizer, "m.gguf", PromptOptions(**asked))
     assert text.startswith("FROM ./m.gguf\n")
     # rendered by hand: a Go template with .System and one message of the user
     template = text.split('TEMPLATE """')[1].split('"""')[0]
@@ -170,13 +169,13 @@ def test_a_default_system_message_of_the_template_is_kept(tiny_tokenizer):
     tokenizer.chat_template = ("{% if messages[0]['role'] != 'system' %}"
                                "{{ '<|im_start|>system\nYou are T.<|im_end|>\n' }}{% endif %}" + CHATML)
     assert chatml_system(tiny_tokenizer) == "" and chatml_system(tokenizer) == "You are T."
-    text = modelfile(tokenizer, "m.gguf", system="", prompt_template=PLAIN)
+    text = modelfile(tokenizer, "m.gguf", PromptOptions("", PLAIN))
     assert 'SYSTEM """You are T."""' in text
     tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
-    text = modelfile(tokenizer, "m.gguf", system="", prompt_template=PLAIN)
+    text = modelfile(tokenizer, "m.gguf", PromptOptions("", PLAIN))
     assert "TEMPLATE \"\"\"" not in text and "SYSTEM" not in text and "GGUF file's own" in text
     with pytest.raises(UserError, match="three quotation marks"):
-        modelfile(tokenizer, "m.gguf", system='say """x"""', prompt_template=PLAIN)
+        modelfile(tokenizer, "m.gguf", PromptOptions('say """x"""', PLAIN))
 
 
 # ---- a real runtime: llama.cpp's server, in the package xllamacpp
@@ -198,12 +197,13 @@ def assert_served_as_trained(run: Path, file: Path, questions, *, count: int, ti
     one differs both must be as good as equally likely, and it is asked again from there -> (tokens, ties)."""
     model, tokenizer = live(run)
     options = yaml.safe_load((run / "config.yaml").read_text())
-    asked = {"system": options["system"], "prompt_template": options["prompt_template"]}
-    prompts = [prompt_ids(tokenizer, question, **asked) for question in questions]
-    ends, ties = eos_ids(tokenizer, model), 0
-    groups = generate(model, tokenizer, prompts, max_new_tokens=count, temperature=0.0, eos=ends)
+    policy = Policy(model, tokenizer, None, PromptOptions(options["system"], options["prompt_template"]))
+    prompts, ends, ties = [policy.prompt_ids(question) for question in questions], policy.eos, 0
+    with open_engine(EngineOptions(), SamplingOptions(max_new_tokens=count, temperature=0.0), policy) as engine:
+        groups = engine.generate(prompts)
     with serve("--parallel", "1", model=str(file)) as url:
-        for prompt, [(want, *_)] in zip(prompts, groups):
+        for prompt, [sample] in zip(prompts, groups):
+            want = sample.ids
             text = tokenizer.decode(prompt)
             assert ask(url, "/tokenize", content=text, parse_special=True, add_special=True)["tokens"] == prompt
             done = 0
@@ -224,7 +224,6 @@ def assert_served_as_trained(run: Path, file: Path, questions, *, count: int, ti
 def test_llama_cpp_continues_the_prompts_with_the_greedy_tokens_of_the_live_adapter(tmp_path, family):
     if missing("any"):
         pytest.skip(f"needs {missing('any')}")
-    pytest.importorskip("gguf")
     run = awake_run(tmp_path / "run", tiny_model(tmp_path / "base", family), system="Be brief.")
     export([f"adapter={run}", f"out={tmp_path / 'new'}", "to=gguf", *SMALL])
     tokens, ties = assert_served_as_trained(run, tmp_path / "new" / "new-f16.gguf", QUESTIONS, count=24)
@@ -235,7 +234,6 @@ def test_llama_cpp_continues_the_prompts_with_the_greedy_tokens_of_the_live_adap
 def test_llama_cpp_cuts_text_into_the_tokens_of_the_training(tmp_path, name):
     if missing("any"):
         pytest.skip(f"needs {missing('any')}")
-    pytest.importorskip("gguf")
     base, split = tiny_model(tmp_path / "base"), pre_tokenizers.Digits(individual_digits=True)
     regex = {name: regex for regex, name in gguf_file.PRE_TOKENIZERS.items()}.get(name)
     if regex:
