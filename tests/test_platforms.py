@@ -160,8 +160,8 @@ def test_without_optional_libraries_and_network_all_modules_import_and_doctor_sa
     assert "status doctor device=cpu dtype=fp32 0" in report and "all that would be used works" in report
     for name, use in (("triton", "CUDA and ROCm"), ("bitsandbytes", "quant=nf4"), ("datasets", "hub data sets")):
         assert re.search(rf"{name} note not installed: pip install '{name}[^']*', for [^']*{use}", report), name
-    assert "vllm ok not installed, for rollout=vllm" in report
-    assert "wandb ok not installed, for trackers=wandb" in report
+    assert "vllm - not installed, for rollout=vllm" in report
+    assert "wandb - not installed, for trackers=wandb" in report
 
 
 NEEDS_MISSING = {  # options -> what is said about the library that they need

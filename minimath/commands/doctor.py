@@ -37,7 +37,10 @@ class DoctorConfig(Stage):
 
 
 class Finding(NamedTuple):
-    """One line of the report. state: ok, note (works, with a reservation) or FAIL."""
+    """One line of the report.
+
+    state: ok, note (works, with a reservation), FAIL, or - for what only an option asks for.
+    """
     what: str
     state: str
     words: str
@@ -113,7 +116,7 @@ def package_findings() -> list[Finding]:
             out.append(Finding(name, "note", f"{version} is outside {need.specifier}, which is what was tried"))
         else:
             out.append(Finding(name, "ok", version))
-    return [*out, *(Finding(name, "ok", version_of(name) or f"not installed, for {use}")
+    return [*out, *(Finding(name, "ok" if version_of(name) else "-", version_of(name) or f"not installed, for {use}")
                     for name, use in OPTIONAL.items())]
 
 
