@@ -57,8 +57,7 @@ def judge_check(words: list[str]) -> dict:
     attacks = load_attacks(own.attacks or ATTACKS) if "attacks" in probes else []  # told before a model loads
     with RunLog(result_folder(cfg.run.out, "judge-check"), "minimath judge check") as log:
         judge, policy = open_judge(cfg, log)
-        result = {"judge": judge.name, "options": judge_values(cfg)}
-        lines = []
+        result, lines = {"judge": judge.name, "options": judge_values(cfg)}, []
         if "pairs" in probes:
             with log.progress(2 * own.pairs * len(KINDS), "judging pairs") as advance:
                 report = check_judge(judge, pairs=own.pairs, seed=cfg.run.seed, advance=advance)
@@ -72,8 +71,7 @@ def judge_check(words: list[str]) -> dict:
                 log.table(f"{judge.name}, defences {side}", *attack_table(figures))
             lines += summary_lines(report)
             result["attacks"] = report
-        save_result(log, "judge-check", result | {"advice": lines}, lines)
-    return result | {"advice": lines}
+        return save_result(log, "judge-check", result | {"advice": lines}, lines)
 
 
 # ---- what both judge commands do around their questions
@@ -129,11 +127,12 @@ def result_folder(out: str, name: str) -> Path:
     return folder
 
 
-def save_result(log: RunLog, name: str, result: dict, lines: list[str]) -> None:
+def save_result(log: RunLog, name: str, result: dict, lines: list[str]) -> dict:
     """Say what the figures mean, and keep them."""
     for line in lines:
         log.say(line)
     write_whole(log.run_dir / f"{name}.json", json.dumps(clean(result), indent=1) + "\n")
+    return result
 
 
 def help_text() -> str:
@@ -203,12 +202,8 @@ def advice(name: str, report: dict) -> list[str]:
 
 
 def worded(report: dict, kinds: list[str]) -> str:
-    """"near chance on long (52%), unsound (48%)"."""
-    groups: dict[str, list[str]] = {}
-    for kind in kinds:
-        share = f" ({percent(report[kind]['agreement'])})" if report[kind]["voted"] else ""
-        groups.setdefault(report[kind]["finding"], []).append(kind + share)
-    return "; ".join(f"{name} on {', '.join(members)}" for name, members in groups.items())
+    """"near chance on long (52%), near chance on unsound (48%)"."""
+    return ", ".join(f"{report[kind]['finding']} on {kind} ({percent(report[kind]['agreement'])})" for kind in kinds)
 
 
 def pair_table(report: dict) -> tuple[list[str], list[list]]:

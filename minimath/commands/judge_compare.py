@@ -86,8 +86,7 @@ def judge_compare(words: list[str]) -> dict:
         lines = findings(figures)
         result = {"a": folders[0], "b": folders[1], "judge": judge.name, "which": own.pairs, **figures,
                   "findings": lines, "options": judge_values(cfg)}
-        save_result(log, "judge-compare", result, lines)
-    return result
+        return save_result(log, "judge-compare", result, lines)
 
 
 def help_text() -> str:
@@ -141,45 +140,30 @@ def evenly(pairs: list, most: int) -> list:
 
 # ---- figures
 
-def read_pairs(judge: Judge, pairs: list[Paired],
-               advance: Callable[[int], None] = lambda n: None) -> tuple[list[tuple], dict]:
-    """Ask about each pair in both orders; ((v(a, b), v(b, a)) per pair, None for no vote; figures): poll.tally's, with
-    error, cost (what the counts of the judge grew by) and seconds."""
-    before, start = dict(judge.counts), time.monotonic()
-    votes, error = ask(judge, in_both_orders([Pair(p.problem, p.a, p.b) for p in pairs]), advance, chunk=32)
-    figures = tally(votes, judge.soft) | {"error": error, "cost": counts_since(judge, before),
-                                          "seconds": time.monotonic() - start}
-    return list(zip(votes[::2], votes[1::2], strict=True)), figures
-
-
-def win_shares(votes: list[tuple], soft: bool) -> list[float | None]:
-    """p that A's solution is the better one, per pair; None without both votes."""
-    return [None if None in pair else both_orders(*pair, soft) for pair in votes]
-
-
 def compare_solutions(judge: Judge, pairs: list[Paired], seed: int = 0,
                       advance: Callable[[int], None] = lambda n: None) -> dict:
     """Figures of A against B. preferred: mean over problems of the share of pairs in which A's solution is preferred
     with both orders together, 1/2 for a tie, and `interval`, its bootstrap 95% interval over problems; None without a
     vote. win_probability: mean of p. identical: pairs of one text, which count as ties; ties: with them, those that the
-    judge cannot part. The others as in read_pairs, over the pairs asked about."""
-    asked = [pair for pair in pairs if not pair.same_text()]
-    votes, figures = read_pairs(judge, asked, advance)
+    judge cannot part. cost: growth of the judge's counts. The others as in poll.tally, over the pairs asked about."""
+    asked, before, start = [pair for pair in pairs if not pair.same_text()], dict(judge.counts), time.monotonic()
+    votes, error = ask(judge, in_both_orders([Pair(p.problem, p.a, p.b) for p in asked]), advance, chunk=32)
+    figures = tally(votes, judge.soft)
     outcomes = [(pair.number, 0.5, 0.5) for pair in pairs if pair.same_text()]
-    outcomes += [(pair.number, won(*vote), p) for pair, vote, p
-                 in zip(asked, votes, win_shares(votes, judge.soft), strict=True) if p is not None]
+    outcomes += [(pair.number, won(*vote), both_orders(*vote, judge.soft)) for pair, *vote
+                 in zip(asked, votes[::2], votes[1::2], strict=True) if None not in vote]
     problems: dict[int, list[float]] = {}
     for number, outcome, _ in outcomes:
         problems.setdefault(number, []).append(outcome)
     means = [sum(of_one) / len(of_one) for of_one in problems.values()]
-    kept = ("voted", "no_votes", "position_bias", "order_conflicts", "error", "cost", "seconds")
     return {"pairs": len(pairs), "identical": len(pairs) - len(asked), "problems": len(means),
             "preferred": sum(means) / len(means) if means else None,
             "interval": bootstrap(means, seed) if means else None,
             "win_probability": sum(p for *_, p in outcomes) / len(outcomes) if outcomes else None,
             "ties": sum(outcome == 0.5 for _, outcome, _ in outcomes),
             "mean_tokens": [sum(s.tokens for s in side) / len(pairs) for side in zip(*((p.a, p.b) for p in pairs))],
-            **{name: figures[name] for name in kept}}
+            **{name: figures[name] for name in ("voted", "no_votes", "position_bias", "order_conflicts")},
+            "error": error, "cost": counts_since(judge, before), "seconds": time.monotonic() - start}
 
 
 def findings(figures: dict) -> list[str]:

@@ -1,11 +1,9 @@
 """Replies of a judge's endpoint on disk, so that a resumed or repeated run pays for no question twice.
 
-One SQLite file: an entry is there whole or not at all after a crash, several runs may read and write at once, nothing is
-loaded at the start, and the oldest entries can go without a rewrite. It keeps its rollback journal, since the write-ahead
-log needs shared memory, which network file systems do not have.
-
-Stored are a hash of the request and the reply; never the prompt, a key, a header or an address. Nothing here raises
-once the cache is open: a cache that fails costs money, not the run, and is counted.
+One SQLite file: an entry is there whole or not at all after a crash, several runs may read and write at once, and the
+oldest entries can go without a rewrite. It keeps its rollback journal, since the write-ahead log needs shared memory,
+or an address. Once open it never raises: a cache that fails costs money, not the run, and is counted.
+or an address. Once open it never raises: a cache that fails costs money, not the run, and is counted.
 """
 import contextlib
 import hashlib
@@ -53,8 +51,8 @@ def _digest(key: str, value: str) -> str:
 class ReplyCache:
     """Key -> reply text in `folder`/replies.sqlite, for several threads and processes.
 
-    At most about max_bytes: over that the oldest quarter goes. counts: hits, misses, written, dropped (for room), corrupt
-    (entries that do not match their digest, and files that are no database), errors (reads and writes that failed).
+    At most about max_bytes: over that the oldest quarter goes. counts: hits, misses, written, dropped (for room),
+    corrupt (entries that do not match their digest, files that are no database), errors (failed reads and writes).
     """
 
     def __init__(self, folder: str | Path, max_bytes: int = MAX_BYTES):

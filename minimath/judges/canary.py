@@ -1,10 +1,9 @@
 """Canary pairs: what a judge makes of solutions that are worse by construction, asked again every few steps of a run.
 
-A policy that is paid for being liked may learn what fools its judge; the judged win rate then rises and accuracy does
-not. Two sets of pairs show the gap before it costs a run:
+A policy that is paid for being liked may learn what fools its judge. Two sets of pairs show it before it costs a run:
 
-    fixed     padded, unsound and attacking solutions, all with a correct answer, as a judge meets them behind the
-              verifier. Shows a judge that changes (an endpoint that is updated, a judge that is trained).
+    fixed     padded, unsound and attacking solutions with a correct answer, as a judge meets them behind the verifier.
+              Shows a judge that changes (an endpoint that is updated, a judge that is trained).
     rollout   a wrong sample against a correct one of the same problem, which the verifier would never let a judge see.
               Shows a policy whose wrong texts begin to win: reward hacking.
 """
@@ -78,8 +77,8 @@ def judge_pairs(judge: Judge, pairs: list[KnownPair]) -> dict:
     start = time.monotonic()
     votes, error = ask(judge, in_both_orders([pair.question() for pair in pairs]), chunk=32)
     figures = tally(votes, judge.soft)
-    out = {"pairs": len(pairs), "worse_wins": worse_wins(figures)}
-    out |= {name: figures[name] for name in ("agreement", "position_bias", "no_votes")}
+    out = {name: figures[name] for name in ("pairs", "agreement", "position_bias", "no_votes")}
+    out["worse_wins"] = worse_wins(figures)
     for kind in dict.fromkeys(pair.kind for pair in pairs):
         mine = [vote for i, pair in enumerate(pairs) if pair.kind == kind for vote in votes[2 * i:2 * i + 2]]
         out[f"worse_wins_{kind}"] = worse_wins(tally(mine, judge.soft))

@@ -20,13 +20,12 @@ from minimath.core.errors import UserError
 from minimath.judges.base import Judge, Pair
 from minimath.judges.cache import ReplyCache, reply_key
 from minimath.judges.rubrics import judge_prompt, load_rubric
-from minimath.judges.verdict import FORMS, Reply, form_fields, read_reply, vote
+from minimath.judges.verdict import FORMS, VOTES, Reply, form_fields, read_reply, vote
 
 RETRIES = 3  # of a request
 BREAKER = 16  # questions in a row that failed for good: the rest of the round is not asked
 ROUND = 20  # times judge_timeout_s: seconds for all requests of one call
 PROBE = "Reply with the letter A."
-LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 PROMPTS_FAULT = {"http_400", "http_413", "http_422"}  # says nothing about the next prompt
 FORM_REFUSED = {"http_400", "http_422", "http_501", "http_500"}  # the last: llama-cpp-python without logits_all
 FAULTS = {"timeout", "unreachable", "garbage", "unreadable", "given_up", "out_of_time"}
@@ -57,19 +56,16 @@ class EndpointJudge(Judge):
 
     def __init__(self, options: JudgeOptions, *, say: Callable[[str], None] = print, prompt: Callable = judge_prompt,
                  cache: ReplyCache | None = None):
-        """cache: replies of earlier requests; None: none kept. Raises UserError for a wrong address, rubric or key."""
+        """cache: replies of earlier requests; None: none kept. Raises UserError for a wrong address or rubric."""
         super().__init__(options, say=say)
         self._sdk = import_sdk()
-        parts = check_url(options.url)
-        if not options.model:
-            raise UserError("judge=openai needs judge_model=NAME, the model that is asked for at judge_url")
+        check_address(options)
         self.name = f"openai:{options.model}"
         self.options, self.prompt, self.cache, self.rubric = options, prompt, cache, load_rubric(options.rubric)
         self.base = options.url.rstrip("/").removesuffix("/chat/completions")
         self.endpoint = f"{self.base}/chat/completions"
         self.retries, self.breaker, self.round_s = RETRIES, BREAKER, ROUND * options.timeout_s
         self.form, self._limit_name, self._temperature = "plain", "max_tokens", {"temperature": 0}
-        self._local = parts.hostname in LOCAL_HOSTS
         self._failed_in_a_row = 0
         self._tripped = False  # the breaker opened, and no request has come through since
 
@@ -80,26 +76,20 @@ class EndpointJudge(Judge):
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
         """Votes; None for what has no readable reply within 20 x judge_timeout_s, or after 16 failures in a row."""
-        return [self._vote(reply) for reply in self.replies([self.prompt(self.rubric, pair) for pair in pairs])]
+        replies = self.replies([self.prompt(self.rubric, pair) for pair in pairs])
+        votes = [reply and vote(reply) for reply in replies]
+        self.counts["unreadable"] += sum(reply is not None and v is None for reply, v in zip(replies, votes))
+        self.counts["soft_votes"] += sum(v is not None and v not in VOTES.values() for v in votes)
+        return votes
 
     def replies(self, prompts: list[str]) -> list[Reply | None]:
         """The reply to each prompt, or None."""
         return in_own_loop(self._round(prompts))
 
-    def _vote(self, reply: Reply | None) -> float | None:
-        if reply is None:
-            return None
-        chance = vote(reply)
-        if chance is None:
-            self.counts["unreadable"] += 1
-        elif chance not in (0.0, 0.5, 1.0):
-            self.counts["soft_votes"] += 1
-        return chance
-
     # ---- asking
 
     async def _ping(self) -> None:
-        forms = list(FORMS)
+        forms, thinks = list(FORMS), f"raise judge_max_tokens={self.options.max_tokens}, or turn its thinking off"
         async with self._client(retries=0) as client:
             while forms:
                 try:
@@ -108,13 +98,11 @@ class EndpointJudge(Judge):
                     if self._adapts(failure):
                         continue
                     if failure.kind not in FORM_REFUSED or len(forms) == 1:
-                        hint = PING_HINTS.get(failure.kind, OTHER_HINT).format(model=self.options.model,
-                                                                               key_env=self.options.key_env)
+                        hint = PING_HINTS.get(failure.kind, OTHER_HINT).format(**vars(self.options))
                         raise UserError(f"the judge at {self.endpoint} cannot be used: {failure}; {hint}") from None
                 else:
                     if reply.cut and not reply.text.strip():
-                        raise UserError(f"the judge at {self.endpoint} thinks longer than it may answer: raise "
-                                        f"judge_max_tokens={self.options.max_tokens}, or turn its thinking off")
+                        raise UserError(f"the judge at {self.endpoint} thinks longer than it may answer: {thinks}")
                     if reply.serves():
                         self.form, self.soft = forms[0], forms[0] == "logprobs"
                         return
@@ -123,11 +111,9 @@ class EndpointJudge(Judge):
     def _adapts(self, failure: Failure) -> bool:
         """Whether a refusal named a field that newer models take under another name, or not at all; the next request
         goes without it."""
-        if failure.kind != "http_400":
-            return False
-        if "max_completion_tokens" in str(failure) and self._limit_name == "max_tokens":
+        if failure.kind == "http_400" and "max_completion_tokens" in str(failure) and self._limit_name == "max_tokens":
             self._limit_name = "max_completion_tokens"
-        elif "temperature" in str(failure) and self._temperature:
+        elif failure.kind == "http_400" and "temperature" in str(failure) and self._temperature:
             self._temperature = {}
         else:
             return False
@@ -140,8 +126,8 @@ class EndpointJudge(Judge):
         async def one(prompt: str) -> Reply | None:
             async with turn:
                 left = deadline - time.monotonic()
-                if left <= 0 or self._failed_in_a_row >= self.breaker:
-                    self.counts["out_of_time" if left <= 0 else "given_up"] += 1
+                if self._failed_in_a_row >= self.breaker:
+                    self.counts["given_up"] += 1
                     return None
                 try:
                     return await asyncio.wait_for(self._ask(client, prompt), left)
@@ -155,18 +141,18 @@ class EndpointJudge(Judge):
     async def _ask(self, client, prompt: str) -> Reply | None:
         """A reply from the cache or the server, None after the last try."""
         body, form = self._body(prompt, self.form), self.form
-        key = reply_key(self.endpoint, body) if self.cache else ""
+        key = reply_key(self.endpoint, body)
         if self.cache and (reply := Reply.loads(self.cache.get(key) or "")):
             self.counts["cache_hits"] += 1
             return reply
-        patience = 0 if self._tripped else self.retries
+        once = client.with_options(max_retries=0)
         try:
             try:
-                reply = await self._request(client.with_options(max_retries=patience), body, form)
+                reply = await self._request(once if self._tripped else client, body, form)
             except Failure as failure:
-                if failure.kind != "garbage" or not patience:  # a page of a proxy, which the SDK takes for an answer
+                if failure.kind != "garbage" or self._tripped or not self.retries:
                     raise
-                reply = await self._request(client.with_options(max_retries=0), body, form)
+                reply = await self._request(once, body, form)  # a proxy's page, which the SDK takes for an answer
         except Failure as failure:
             self._failed_in_a_row += failure.kind not in PROMPTS_FAULT
             self._tripped |= self._failed_in_a_row >= self.breaker
@@ -179,9 +165,8 @@ class EndpointJudge(Judge):
     # ---- one request
 
     def _body(self, prompt: str, form: str) -> dict:
-        body = {"messages": [{"role": "user", "content": prompt}], **self._temperature,
-                "max_tokens": self.options.max_tokens, **form_fields(form, self.options.max_tokens),
-                "model": self.options.model}
+        body = {"messages": [{"role": "user", "content": prompt}], "model": self.options.model, **self._temperature,
+                "max_tokens": self.options.max_tokens, **form_fields(form, self.options.max_tokens)}
         body[self._limit_name] = body.pop("max_tokens")
         return body
 
@@ -190,14 +175,14 @@ class EndpointJudge(Judge):
         try:
             raw = await client.chat.completions.with_raw_response.create(**body)
         except self._sdk.APIStatusError as error:
-            text = " ".join(error.response.text.split())
-            raise Failure(f"http_{error.status_code}", self._shown(f"HTTP {error.status_code} {text}")) from None
+            kind, detail = f"http_{error.status_code}", f"HTTP {error.status_code} {error.response.text}"
         except self._sdk.APITimeoutError:
-            raise Failure("timeout", f"no answer in {self.options.timeout_s:g} s") from None
+            kind, detail = "timeout", f"no answer in {self.options.timeout_s:g} s"
         except self._sdk.APIConnectionError as error:
-            raise Failure("unreachable", self._shown(f"{error} {error.__cause__ or ''}")) from None
-        text, key = raw.http_response.text, self._key()
-        return self._read(text.replace(key, "***") if key else text, form)  # an echo must not reach the cache
+            kind, detail = "unreachable", f"{error} {error.__cause__ or ''}"
+        else:
+            return self._read(self._without_key(raw.http_response.text), form)  # an echo must not reach the cache
+        raise Failure(kind, mask(" ".join(self._without_key(detail).split()))[:300])
 
     def _read(self, text: str, form: str) -> Reply:
         try:
@@ -220,40 +205,38 @@ class EndpointJudge(Judge):
             raise UserError(f"judge_key_env={name}: its value has line breaks or unprintable characters")
         return key
 
-    def _shown(self, text: str) -> str:
-        """An error as a user may see it: some servers quote the key that they refuse."""
-        key = self._key()
-        return mask(text.replace(key, "***") if key else text)[:300].strip()
+    def _without_key(self, text: str) -> str:
+        return text.replace(key, "***") if (key := self._key()) else text
 
     def _client(self, retries: int):
-        """The SDK's client for one event loop, its retries counted and every try bounded in time."""
-        judge, sdk, key = self, self._sdk, self._key()
+        """The SDK's client for one event loop, its tries counted and bounded in time."""
+        sdk, counts, timeout_s, key = self._sdk, self.counts, self.options.timeout_s, self._key()
 
         class Client(sdk.DefaultAsyncHttpxClient):
             async def send(self, request, **options):
-                judge.counts.update(requests=1, retries=int(request.headers.get("x-stainless-retry-count", "0") != "0"))
+                counts.update(requests=1, retries=int(request.headers.get("x-stainless-retry-count", "0") != "0"))
                 if not key:
                     request.headers.pop("Authorization", None)
                 start = time.monotonic()
                 try:  # the SDK's own time-out begins anew with every byte
-                    response = await asyncio.wait_for(super().send(request, **options), 2 * judge.options.timeout_s)
+                    response = await asyncio.wait_for(super().send(request, **options), 2 * timeout_s)
                 except asyncio.TimeoutError:
-                    judge.counts["timeout"] += 1
+                    counts["timeout"] += 1
                     raise sdk.APITimeoutError(request=request) from None
                 except Exception as error:
-                    judge.counts["timeout" if "Timeout" in type(error).__name__ else "unreachable"] += 1
+                    counts["timeout" if "Timeout" in type(error).__name__ else "unreachable"] += 1
                     raise
                 finally:
-                    judge.counts["request_seconds"] += time.monotonic() - start
-                if response.status_code >= 300:
-                    judge.counts[f"http_{response.status_code}"] += 1
+                    counts["request_seconds"] += time.monotonic() - start
+                counts.update({f"http_{response.status_code}": 1} if response.status_code >= 300 else {})
                 return response
 
         # a redirect would carry the key to another host, and a proxy can't reach this machine
-        local = {"trust_env": False, "verify": ssl.create_default_context()} if self._local else {}
-        http = Client(follow_redirects=False, timeout=self.options.timeout_s, **local)
-        return sdk.AsyncOpenAI(api_key=key or "none", base_url=self.base, timeout=self.options.timeout_s,
-                               max_retries=retries, http_client=http)
+        here = urllib.parse.urlsplit(self.base).hostname in ("localhost", "127.0.0.1", "::1")
+        local = {"trust_env": False, "verify": ssl.create_default_context()} if here else {}
+        http = Client(follow_redirects=False, timeout=timeout_s, **local)
+        return sdk.AsyncOpenAI(api_key=key or "none", base_url=self.base, timeout=timeout_s, max_retries=retries,
+                               http_client=http)
 
 
 def import_sdk():
@@ -265,19 +248,20 @@ def import_sdk():
     return openai
 
 
-def check_url(url: str) -> urllib.parse.SplitResult:
-    """The parts of a base URL. Raises UserError, which does not show a password."""
-    if fault := url_fault(url):
+def check_address(options: JudgeOptions) -> None:
+    """Raise UserError, which does not show a password, unless there is a base URL and the name of a model."""
+    if fault := url_fault(options.url):
         raise UserError(f"judge_url: {fault}")
-    parts = urllib.parse.urlsplit(url)
+    parts = urllib.parse.urlsplit(options.url)
     try:
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:  # of the port
         usable = False
     if not usable:
-        raise UserError(f"judge_url={mask(url)!r}: give the base URL of an OpenAI-compatible server, for example "
+        raise UserError(f"judge_url={mask(options.url)!r}: give the base URL of an OpenAI-compatible server, as "
                         "http://127.0.0.1:8080/v1")
-    return parts
+    if not options.model:
+        raise UserError("judge=openai needs judge_model=NAME, the model that is asked for at judge_url")
 
 
 def in_own_loop(coroutine):

@@ -79,23 +79,23 @@ def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | N
         elif judge.fallback == "heuristic":  # for both orders: half of two judges would be biased by the first's
             results[g].append((i, j, HeuristicJudge().compare([contests[g].pair(i, j)])[0]))
             fallbacks += 1
-    of_texts, fits = zip(*(win_probabilities(len(c.texts), own, c.copies)
-                           for c, own in zip(contests, results, strict=True)), strict=True) if groups else ((), ())
+    fitted = [win_probabilities(len(c.texts), own, c.copies) for c, own in zip(contests, results, strict=True)]
     wins = [[None if place is None else of_text[place] for place in c.place]
-            for c, of_text in zip(contests, of_texts, strict=True)]
-    figures, judged = tally(votes, judge.soft), [fit for fit, own in zip(fits, results, strict=True) if own]
+            for c, (of_text, _) in zip(contests, fitted, strict=True)]
+    figures, judged = tally(votes, judge.soft), [fit for (_, fit), own in zip(fitted, results, strict=True) if own]
     stats = skipped(contests) | {
         "judge": judge.name, "comparisons": len(votes), "no_votes": figures["no_votes"], "fallbacks": fallbacks,
         "unasked": sum(len(all_pairs(len(c.texts))) for c in contests) - len(due),
         "position_bias": figures["position_bias"] or 0.0, "order_conflicts": figures["order_conflicts"] or 0.0,
-        "fit_se": mean([float(fit.se.mean()) for fit in judged]), "misfit": mean([fit.misfit for fit in judged]),
+        "fit_se": sum(float(fit.se.mean()) for fit in judged) / max(1, len(judged)),
+        "misfit": sum(fit.misfit for fit in judged) / max(1, len(judged)),
         "counts": counts_since(judge, before), "error": error, "seconds": time.monotonic() - start}
     see_to_lost_votes(judge, stats)
     return wins, stats
 
 
 def skipped(contests: list[Contest]) -> dict:
-    """How many groups were judged, and why the others were not."""
+    """Count the groups that were judged, and those that were not by the reason."""
     few = sum(sum(c.copies) < 2 for c in contests)
     equal = sum(len(c.texts) == 1 and sum(c.copies) >= 2 for c in contests)
     return {"groups": len(contests), "judged": len(contests) - few - equal, "skipped": few + equal,
@@ -116,7 +116,3 @@ def see_to_lost_votes(judge: Judge, stats: dict) -> None:
             "they count nothing in the reward; judge_fallback=heuristic would vote there"
         judge.say_once("lost votes", f"the judge {judge.name} gave no vote on {percent(lost / asked)} of {asked} "
                        f"questions{f' ({met})' if met else ''}: {becomes}")
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

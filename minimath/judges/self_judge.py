@@ -67,7 +67,7 @@ class SelfJudge(Judge):
         return votes
 
     def _in_memory(self, prompts: list[list[int]]) -> tuple[torch.Tensor, int]:
-        """`verdict_logps`, again with half the tokens in a pass as long as memory runs out."""
+        """(`verdict_logps`, tokens computed), with half the tokens in a pass as long as memory runs out."""
         before = self.micro_batch_tokens
         while True:
             plan = plan_passes(self.model, prompts, self.micro_batch_tokens)
@@ -91,8 +91,8 @@ class SelfJudge(Judge):
 
 def verdict_ids(tokenizer) -> list[int]:
     """The first tokens of "A", "B" and "TIE", or of " A", " B" and " TIE" where the bare letters are no tokens."""
-    for form in ("{}", " {}"):
-        ids = [tokenizer.encode(form.format(verdict), add_special_tokens=False) for verdict in ("A", "B", "TIE")]
+    for space in ("", " "):
+        ids = [tokenizer.encode(space + verdict, add_special_tokens=False) for verdict in ("A", "B", "TIE")]
         first = [one[0] for one in ids if one]
         if len(ids[0]) == len(ids[1]) == 1 and len(set(first)) == 3:
             return first
@@ -111,13 +111,11 @@ def chat_ids(tokenizer, prompt: str) -> list[int]:
 # ---- which prompts go into one forward pass
 
 class Plan(NamedTuple):
-    """Forward passes over some prompts."""
+    """Forward passes over prompts: (their indices, tokens with padding) of each; whether a pass is a tree of its
+    prompts, else a row for each; tokens of all without padding."""
     passes: list[tuple[list[int], int]]
-    """(indices of prompts, tokens with padding) of each"""
     tree: bool
-    """a pass is a tree of its prompts, else a row for each"""
     computed: int
-    """tokens without padding"""
 
 
 def plan_passes(model, prompts: list[list[int]], micro_batch_tokens: int) -> Plan:

@@ -5,7 +5,7 @@ import pytest
 from judge_server import prefers_shorter, says, serve  # noqa: F401  (serve is a fixture)
 from judging import FakeJudge, judge_by
 
-from minimath.commands.judge_compare import checked_records, compare_solutions, evenly, findings, pair_up, win_shares
+from minimath.commands.judge_compare import checked_records, compare_solutions, evenly, findings, pair_up
 from minimath.judges.base import HeuristicJudge
 from minimath.judges.rubrics import load_rubric
 
@@ -89,7 +89,6 @@ def test_a_positions_pull_on_probabilities_is_taken_out():
     leans = judge_by(lambda p: {True: 0.952574, False: 0.731059}[p.first.tokens == 9], soft=True)
     facts = compare_solutions(leans, pair_up(shorts(range(5)), longs(range(5))))
     assert facts["preferred"] == 1.0 and facts["win_probability"] == pytest.approx(0.7311, abs=1e-3)
-    assert win_shares([(0.9, None), (None, None)], True) == [None, None]
 
 
 def test_the_interval_takes_problems_and_not_samples_as_independent():
