@@ -1,5 +1,6 @@
 """The command line: minimath COMMAND ...; with --help it lists its options."""
 import importlib
+import inspect
 import sys
 
 from minimath.commands.help import docstring_of, options_help
@@ -108,7 +109,7 @@ def help_text(command: str, words: list[str]) -> str:
         return docstring_of(f"minimath.{path.rpartition('.')[0]}")
     cls = config_class(command)
     takes = {"solve": '["PROBLEM"] ', "export": ""}.get(command, "[RECIPE.yaml] ")
-    return f"minimath {command} {takes}key=value ...\n{cls.__doc__}\n\n{options_help(cls, command)}"
+    return f"minimath {command} {takes}key=value ...\n{inspect.getdoc(cls)}\n\n{options_help(cls, command)}"
 
 
 if __name__ == "__main__":
