@@ -1,9 +1,9 @@
 """Replies of a judge's endpoint on disk, so that a resumed or repeated run pays for no question twice.
 
 One SQLite file: an entry is there whole or not at all after a crash, several runs may read and write at once, and the
-oldest entries can go without a rewrite. It keeps its rollback journal, since the write-ahead log needs shared memory,
-or an address. Once open it never raises: a cache that fails costs money, not the run, and is counted.
-or an address. Once open it never raises: a cache that fails costs money, not the run, and is counted.
+oldest entries can go without a rewrite. It keeps its rollback journal, since the write-ahead log needs shared
+memory, which network file systems do not have. Stored are a hash of the request and the reply; never the prompt, a
+key, a header or an address. Once open it never raises: a cache that fails costs money, not the run, and is counted.
 """
 import contextlib
 import hashlib
