@@ -7,37 +7,45 @@ import contextlib
 import io
 import math
 import os
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
 
 from fault_server import FAULTS, MIXED, SHARES, TLS, FaultServer, make_pem, shorter
 from harness import Tally
+from judging import sample
 from tiny import write_tiny
-from toy import make_config, metrics, write_problems
+from toy import ending_model, make_config, metrics, write_problems
 
-import minimath.train.rlaif as loop
-from minimath.judges.compare import round_robin
-from minimath.judges.compare import win_probabilities as wins_of
-from minimath.config.schema import RLAIFConfig
+import minimath.train.rewards as rewards
+from minimath.config.schema import JudgeOptions, RLAIFConfig
 from minimath.core.errors import UserError
-from minimath.judges.endpoint import is_fault
-from minimath.judges.judge import Candidate, Pair, StepCount, both_orders, judge_groups, openai_judge, rules_judge
-from minimath.train.rewards import group_advantages, judge_rewards, length_term
+from minimath.data.examples import Example
+from minimath.data.sample import Group
+from minimath.judges.base import HeuristicJudge, Pair
+from minimath.judges.compare import all_pairs, both_orders
+from minimath.judges.compare import win_probabilities as wins_of
+from minimath.judges.endpoint import EndpointJudge, is_fault
+from minimath.judges.judge import judge_groups
 from minimath.judges.rubrics import judge_prompt, load_rubric
+from minimath.train.advantages import group_advantages
+from minimath.train.rlaif import rlaif
 
 TIMEOUT_S, RETRIES, CONCURRENCY, BREAKER, STEP_S = 0.3, 1, 8, 16, 6.0
+PAUSE_S = 1.0  # of Retry-After
 SLACK_S = 4.0  # of a busy machine, for threads and its own work
 SIZE = 4  # candidates of a group: 12 questions
 GROUPS = {0.01: 25, 0.1: 10, 0.5: 4, 1.0: 4}
-WEIGHTS = {"judge_weight": 0.25, "brevity_weight": 0.25}
-WITHOUT_REPLY = {"given up", "out of time"}
-PAIRS = round_robin(SIZE)
+REWARD = rewards.JudgeReward(RLAIFConfig(judge_weight=0.25, brevity_weight=0.25).reward, 512, None)
+WITHOUT_REPLY = {"given_up", "out_of_time"}
+PAIRS = all_pairs(SIZE)
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
     pem = make_pem(folder)
-    with mock.patch.dict(os.environ, {"SSL_CERT_FILE": str(pem)}):
+    short = mock.patch("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
+    with short, mock.patch.dict(os.environ, {"SSL_CERT_FILE": str(pem)}):
         tallies = [cell(fault, share, pem, GROUPS[share] if full else 2)
                    for fault in (*FAULTS, TLS, MIXED) for share in (SHARES if full else (0.5,))]
         tallies += [step_limit(), breaker(), bad_addresses(), fallback_of_a_group()]
@@ -46,22 +54,28 @@ def run(full: bool, folder: Path) -> list[Tally]:
 
 # ---- the judge alone
 
-def make_groups(count: int) -> list[tuple[str, list[Candidate]]]:
-    """Groups of SIZE right candidates of different lengths, in an order that changes with the group."""
+def make_groups(count: int) -> list[Group]:
+    """Groups of SIZE correct samples of different lengths, in an order that changes with the group."""
     groups = []
     for g in range(count):
         texts = [f"5 * {g} = {5 * g}. " + "We check that. " * ((i + g) % SIZE) + f"\\boxed{{{5 * g}}}"
                  for i in range(SIZE)]
-        groups.append((f"What is 5 times {g}?", [Candidate(t, True, StepCount(1, 1), len(t)) for t in texts]))
+        groups.append(Group(Example(f"What is 5 times {g}?"), [], [sample(t, True, len(t)) for t in texts]))
     return groups
+
+
+def judge_at(url: str, **changes) -> EndpointJudge:
+    """An endpoint judge with short times; changes: of its attributes."""
+    judge = EndpointJudge(JudgeOptions(url=url, model="judge-1", timeout_s=TIMEOUT_S, concurrency=CONCURRENCY))
+    vars(judge).update({"retries": RETRIES, "breaker": BREAKER, "round_s": STEP_S} | changes)
+    return judge
 
 
 def quick(server: FaultServer, **changes):
     """(judge, asked): an endpoint judge with short times, and the list that its questions and votes are put in."""
-    options = {"timeout_s": TIMEOUT_S, "retries": RETRIES, "concurrency": CONCURRENCY, "pause_s": 0.02,
-               "breaker": BREAKER, "step_s": STEP_S, "form": "logprobs" if server.fault == MIXED else "plain"}
-    judge, asked = openai_judge(server.url, "judge-1", **options | changes), []
-    judge.soft, ask = server.fault == MIXED, judge.compare
+    soft = server.fault == MIXED
+    judge, asked = judge_at(server.url, soft=soft, form="logprobs" if soft else "plain", **changes), []
+    ask = judge.compare
 
     def compare(pairs):
         votes = ask(pairs)
@@ -98,19 +112,19 @@ def bound_s(questions: int, share: float) -> float:
     """The seconds that timeout_s, retries, concurrency and, where every call fails, the breaker promise."""
     if share == 1.0:
         questions = min(questions, BREAKER + CONCURRENCY)
-    return math.ceil(questions / CONCURRENCY) * (TIMEOUT_S * (RETRIES + 1) + TIMEOUT_S * RETRIES)
+    return math.ceil(questions / CONCURRENCY) * (2 * TIMEOUT_S * (RETRIES + 1) + PAUSE_S * RETRIES)
 
 
 def check_votes(tally: Tally, server: FaultServer, counts, asked, spare: int) -> None:
     """Each vote against what the server did. spare: calls that failed without a fault, on too busy a machine."""
     rubric, missing = load_rubric("maths"), 0
     for number, (pair, vote) in enumerate(asked):
-        prompt = judge_prompt(rubric, pair, 4000)
+        prompt = judge_prompt(rubric, pair)
         due = went_well(server, prompt)
         right = vote is None or (vote > 0.5) == (shorter(prompt) == "A")
         missing += vote is None and due is True
         tally.add(right and (vote is None or due is not False), f"question {number}: vote {vote}, a good reply: {due}")
-    opened = counts["given up"] or counts["out of time"]
+    opened = counts["given_up"] or counts["out_of_time"]
     tally.add(opened or missing <= spare, f"{missing} votes of good replies are missing: {dict(counts)}")
     if server.fault == TLS:
         lost = sum(vote is None for _, vote in asked)
@@ -121,35 +135,42 @@ def went_well(server: FaultServer, prompt: str) -> bool | None:
     """Whether one of the tries for this prompt gets a good reply; None where the prompt does not tell."""
     if server.fault == TLS:
         return False if server.share == 1.0 else None
-    for attempt in range(RETRIES + 1):
-        fault = server.planned(prompt, attempt)
-        if not fault:
-            return True
-        if not FAULTS[fault][2]:
+    tries, attempt = {"sdk": RETRIES, "judge": 1, "": 0}, 0
+    while fault := server.planned(prompt, attempt):
+        again = FAULTS[fault][2]
+        if not tries[again]:
             return False
-    return False
+        tries[again] -= 1
+        tries["sdk"] *= again == "sdk"  # after a page that is no answer, one request without retries
+        attempt += 1
+    return True
 
 
 def check_wins(tally: Tally, judge, groups, wins, votes, fallback=None) -> None:
     """The wins of each group are those of its judged pairs alone, and what has no vote has no say in an advantage."""
-    for g, (_, candidates) in enumerate(groups):
+    for g, group in enumerate(groups):
         own = votes[g * 2 * len(PAIRS):(g + 1) * 2 * len(PAIRS)]
         judged = [(i, j, both_orders(f, b, judge.soft)) for (i, j), f, b in zip(PAIRS, own[::2], own[1::2], strict=True)
                   if f is not None and b is not None]
         if fallback:
             known = {(i, j) for i, j, _ in judged}
-            judged += [(i, j, float(len(candidates[i].text) < len(candidates[j].text))) for i, j in PAIRS
+            judged += [(i, j, float(len(group.samples[i].text) < len(group.samples[j].text))) for i, j in PAIRS
                        if (i, j) not in known]
-        expected = wins_of(SIZE, sorted(judged), ties=not judge.soft)[0]
+        expected = wins_of(SIZE, sorted(judged))[0]
         tally.add(close(wins[g], expected), f"group {g}: wins {wins[g]}, of the judged pairs {expected}")
-        lengths = length_term([c.tokens for c in candidates], [True] * SIZE)
-        rewards, plain = (judge_rewards([True] * SIZE, win, lengths, [0.0] * SIZE, **WEIGHTS)
-                          for win in (wins[g], [None] * SIZE))
+        rewarded, plain = (paid(group, win) for win in (wins[g], [None] * SIZE))
         met = {i for pair in judged for i in pair[:2]}
-        tally.add(all(rewards[i] == plain[i] for i in range(SIZE) if i not in met), f"group {g}: paid without a vote")
+        tally.add(all(rewarded[i] == plain[i] for i in range(SIZE) if i not in met), f"group {g}: paid without a vote")
         if not judged:
-            same = group_advantages([rewards]).equal(group_advantages([plain]))
+            same = group_advantages([rewarded]).equal(group_advantages([plain]))
             tally.add(same, f"group {g}: an advantage without a vote")
+
+
+def paid(group: Group, wins: list) -> list[float]:
+    """The rewards of a group with these wins."""
+    for one, win in zip(group.samples, wins, strict=True):
+        one.win = win
+    return REWARD.rewards(group)
 
 
 def close(a: list, b: list) -> bool:
@@ -157,14 +178,14 @@ def close(a: list, b: list) -> bool:
 
 
 def step_limit() -> Tally:
-    """judge_step_s holds whatever timeout_s x retries comes to."""
-    tally = Tally("judge faults: judge_step_s bounds a round")
+    """The time of a round holds whatever timeout_s x retries comes to."""
+    tally = Tally("judge faults: a round is bounded")
     with FaultServer("time-out", 1.0) as server:
-        judge, _ = quick(server, retries=9, breaker=10_000, step_s=1.0)
+        judge, _ = quick(server, retries=9, breaker=10_000, round_s=1.0)
         start = time.monotonic()
         wins, _ = judge_groups(judge, make_groups(4))
         took = time.monotonic() - start
-    tally.add(took <= 1.0 + SLACK_S and judge.counts["out of time"] > 0, f"{took:.1f} s, {dict(judge.counts)}")
+    tally.add(took <= 1.0 + SLACK_S and judge.counts["out_of_time"] > 0, f"{took:.1f} s, {dict(judge.counts)}")
     tally.add(all(win is None for row in wins for win in row), "a vote out of nothing")
     return tally
 
@@ -191,8 +212,8 @@ def bad_addresses() -> Tally:
     for url in ("http://a..b/v1", f"http://{'a' * 70}.example/v1", "http://127.0.0.1:99999/v1", "http://127.0.0.1:x/v1",
                 "http://127.0.0.1/v 1", "http://127.0.0.1:9/\u00e4/v1", "http://[::1/v1"):
         try:
-            judge = openai_judge(url, "judge-1", timeout_s=TIMEOUT_S, retries=0)
-            votes = judge.compare([Pair("p", *make_groups(1)[0][1][:2])])
+            judge = judge_at(url, retries=0)
+            votes = judge.compare([Pair("p", *make_groups(1)[0].samples[:2])])
             judge.ping()
             tally.add(False, f"{url} was taken")
         except UserError as error:
@@ -205,28 +226,26 @@ def bad_addresses() -> Tally:
 
 
 def fallback_of_a_group() -> Tally:
-    """judge_fallback=rules and stop, with a judge that is down and with one that is shaky."""
+    """judge_fallback=heuristic and stop, with a judge that is down and with one that is shaky."""
     tally, groups = Tally("judge faults: judge_fallback"), make_groups(4)
-    for plan in ("round_robin", "swiss", "listwise"):
-        rules = rules_judge()
-        rules.plan = plan
+    for k in (0, 2):
+        heuristic = HeuristicJudge(JudgeOptions(pairs=k))
         with FaultServer("500", 1.0) as server:
-            judge, _ = quick(server)
-            judge.plan, judge.fallback = plan, "rules"
+            judge, _ = quick(server, pairs=k, fallback="heuristic")
             wins, stats = judge_groups(judge, groups)
-            tally.add(all(map(close, wins, judge_groups(rules, groups)[0])), f"{plan}: not the wins of the rules judge")
-            tally.add(stats["fallbacks"] > 0 and stats["no_votes"] == stats["comparisons"], f"{plan}: {stats}")
+            own = all(map(close, wins, judge_groups(heuristic, groups)[0]))
+            tally.add(own, f"judge_pairs={k}: not the wins of the heuristic judge")
+            tally.add(stats["fallbacks"] > 0 and stats["no_votes"] == stats["comparisons"], f"{k}: {stats}")
             judge.fallback = "stop"
             try:
                 judge_groups(judge, groups)
-                tally.add(False, f"{plan}: judge_fallback=stop went on")
+                tally.add(False, f"judge_pairs={k}: judge_fallback=stop went on")
             except UserError as error:
-                tally.add("http 500" in str(error) and "judge_fallback" in str(error), f"{plan}: {error}")
+                tally.add("http_500" in str(error) and "judge_fallback" in str(error), f"{k}: {error}")
     with FaultServer(MIXED, 0.5) as server:
-        judge, asked = quick(server)
-        judge.fallback = "rules"
+        judge, asked = quick(server, fallback="heuristic")
         wins, _ = judge_groups(judge, groups)
-        check_wins(tally, judge, groups, wins, [vote for _, vote in asked], fallback="rules")
+        check_wins(tally, judge, groups, wins, [vote for _, vote in asked], fallback="heuristic")
     with FaultServer("both letters", 0.2) as server:
         judge, _ = quick(server)
         judge.fallback = "stop"
@@ -241,7 +260,8 @@ STEPS = 2
 
 
 def whole_runs(full: bool, folder: Path, pem: Path) -> list[Tally]:
-    model, data = str(write_tiny(folder / "tiny")), write_problems(folder / "problems.jsonl", n=12)
+    model = ending_model(write_tiny(folder / "tiny"), folder / "ending")
+    data = write_problems(folder / "problems.jsonl", n=12)
     tallies = []
     cases = [(MIXED, 0.5), *((fault, 1.0) for fault in (*FAULTS, TLS) if full)]
     for number, (fault, share) in enumerate(cases):
@@ -256,22 +276,20 @@ def whole_runs(full: bool, folder: Path, pem: Path) -> list[Tally]:
 def train(out: Path, model: str, data: str, server: FaultServer, on_scored=None, **options):
     """(summary, out, [(groups, statistics of the judge)]) of a short RL run with the endpoint judge."""
     options = {"steps": STEPS, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 16, "max_refill": 0,
-               "lora_r": 4, "gate": "none", "judge": "openai", "judge_url": server.url, "judge_model": "judge-1",
-               "judge_cache": "none",
-               "judge_timeout_s": TIMEOUT_S, "judge_retries": RETRIES, "judge_step_s": STEP_S, "save_every": 0,
-               "sample_every": 0, **options}
-    scored, score = [], loop.score_groups
+               "lora_r": 4, "verifier": "none", "judge": "openai", "judge_url": server.url, "judge_model": "judge-1",
+               "judge_timeout_s": TIMEOUT_S, "save_every": 0, "sample_every": 0, **options}
+    scored, score = [], rewards.JudgeReward.score
 
-    def record(cfg, groups, judge):
-        scored.append((groups, score(cfg, groups, judge)))
+    def record(reward, groups):
+        score(reward, groups)
+        scored.append((groups, reward.stats[-1]))
         if on_scored:
             on_scored()
-        return scored[-1][1]
 
-    # many end tokens: a random model would hardly ever stop by itself
-    with (mock.patch("minimath.rollout.open.eos_ids", lambda tokenizer, model=None: list(range(20, 60))),
-          mock.patch.object(loop, "score_groups", record), contextlib.redirect_stdout(io.StringIO())):
-        summary = loop.rlaif(make_config(RLAIFConfig, model, out=str(out), data=data, **options))
+    fresh = tempfile.mkdtemp(prefix="replies-", dir=out.parent)  # no reply of another run
+    with (mock.patch.object(rewards.JudgeReward, "score", record), contextlib.redirect_stdout(io.StringIO()),
+          mock.patch.dict(os.environ, {"MINIMATH_CACHE": fresh})):
+        summary = rlaif(make_config(RLAIFConfig, model, out=str(out), data=data, **options))
     return summary, out, scored
 
 
@@ -279,33 +297,32 @@ def check_run(tally: Tally, server: FaultServer, summary: dict, out: Path, score
     whole = summary["steps"] == STEPS and (out / "adapter" / "adapter_model.safetensors").is_file()
     tally.add(whole and not summary["signal"], f"the run ended with {summary}")
     records, dead = metrics(out), server.share == 1.0
-    tally.add(len(records) == STEPS and not any(r["judge_error"] for r in records), f"metrics: {records}")
+    tally.add(len(records) == STEPS and not any(r["judge/error"] for r in records), f"metrics: {records}")
     for name in ("comparisons", "no_votes"):
-        same = sum(r[f"judge_{name}"] for r in records) == sum(stats[name] for _, stats in scored)
-        tally.add(same, f"judge_{name} in the metrics is not what the judge counted")
+        same = sum(r[f"judge/{name}"] for r in records) == sum(stats[name] for _, stats in scored)
+        tally.add(same, f"judge/{name} in the metrics is not what the judge counted")
     tally.add(sum(stats["comparisons"] for _, stats in scored) > 0, "the judge was not asked")
     for fault, times in server.served.items():
         kinds = {"unreachable"} if fault == TLS else FAULTS[fault][1] if fault else set()
-        told = sum(r.get(f"judge_{kind.replace(' ', '_')}", 0) for r in records for kind in kinds)
+        told = sum(r.get(f"judge/{kind}", 0) for r in records for kind in kinds)
         tally.add(not fault or told >= times, f"{times} x {fault} served, {told} told in the metrics")
-    for groups, stats in scored:
-        for group in groups:
-            lengths = length_term([len(c.ids) for c in group.completions], group.right)
-            plain = judge_rewards(group.right, [None] * len(lengths), lengths, [0.0] * len(lengths), **WEIGHTS)
-            if dead:
-                tally.add(stats["no_votes"] == stats["comparisons"] and group.rewards == plain,
-                          f"rewards without votes {group.rewards}, gate and brevity {plain}")
-            else:
-                tally.add(all(abs(r - p) <= WEIGHTS["judge_weight"] for r, p in zip(group.rewards, plain, strict=True)),
-                          f"rewards {group.rewards}, gate and brevity {plain}")
+    for group, stats in ((group, stats) for groups, stats in scored for group in groups):
+        got = [one.reward for one in group.samples]
+        plain = paid(group, [None] * len(got))
+        if dead:
+            tally.add(stats["no_votes"] == stats["comparisons"] and got == plain,
+                      f"rewards without votes {got}, verifier and brevity {plain}")
+        else:
+            tally.add(all(abs(r - p) <= REWARD.options.judge_weight for r, p in zip(got, plain, strict=True)),
+                      f"rewards {got}, verifier and brevity {plain}")
 
 
 def fallback_in_a_run(folder: Path, model: str, data: str) -> Tally:
-    """With judge_fallback=rules a dead judge is replaced; with stop the steps done are saved, and resume goes on."""
+    """With judge_fallback=heuristic a dead judge is replaced; with stop the steps are saved, and resume goes on."""
     tally = Tally("judge faults: RL run, judge_fallback")
     with FaultServer("500", 1.0) as server:
-        summary, out, scored = train(folder / "rules", model, data, server, judge_fallback="rules")
-        told = sum(record["judge_fallbacks"] for record in metrics(out))
+        summary, out, scored = train(folder / "heuristic", model, data, server, judge_fallback="heuristic")
+        told = sum(record["judge/fallbacks"] for record in metrics(out))
         tally.add(summary["steps"] == STEPS and told == sum(s["fallbacks"] for _, s in scored) > 0, f"{told} fallbacks")
     with FaultServer("500", 0.0) as server:
         def fail():
