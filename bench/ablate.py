@@ -14,8 +14,6 @@ the arm's solution easier to read than that of its SFT model, both being correct
 0 leaves it out). The default reader is the base model itself; --reader names a better one, as the judge options of
 `minimath judge check`. Writes bench/results/ablate-<device>.json, a row at a time, and a picture of it.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import os

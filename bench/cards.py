@@ -27,9 +27,6 @@ NVIDIA prints an L2 rate for the A100 only (5,120 B/clock), so L2 rates are meas
   MB4090   github.com/smallscientist1/cuda_microbenchmark, analysis_RTX4090.md: 1,945.6 B/clock, 4.9 TB/s
 An L2 rate marked "scaled" is an estimate: the measured chip of the family times L2 slices and clock.
 """
-
-from __future__ import annotations
-
 import difflib
 import re
 from typing import NamedTuple
@@ -39,7 +36,6 @@ TERA, GIGA, MIB, KIB = 1e12, 1e9, 1 << 20, 1 << 10
 
 class Card(NamedTuple):
     """One card; rates per second."""
-
     name: str
     arch: str  # as kernels.common.architecture prints it
     tensor_flops: float  # 16-bit operands, fp32 accumulation, dense
@@ -62,75 +58,47 @@ class Card(NamedTuple):
 REGISTER_BYTES = 65_536 * 4  # register file of one multiprocessor (CUDA); AMD's is 4 x 192 KB per pair of units
 
 CARDS = (
-    Card(
-        *("RTX 3060 12GB", "sm_86", 25.5 * TERA, 12.74 * TERA, 360 * GIGA, 3 * MIB, 1.2 * TERA),
-        *(100 * KIB, 99 * KIB, 28, 12 * 10**9),
-        "nvidia.com RTX 3060 page (28 SM, 1.78 GHz, 360 GB/s), tensor rate per SM and clock from GA102; "
-        "L2 rate scaled from BENCHES A40 (half the slices); CUDA 8.6",
-    ),
-    Card(
-        *("RTX 3090", "sm_86", 71 * TERA, 35.6 * TERA, 936 * GIGA, 6 * MIB, 2.4 * TERA),
-        *(100 * KIB, 99 * KIB, 82, 24 * 10**9),
-        "GA102 (FP16 tensor with FP32 accumulate 71; 142 with sparsity); L2 rate BENCHES A40, same chip; CUDA 8.6",
-    ),
-    Card(
-        *("RTX 4090", "sm_89", 165.2 * TERA, 82.6 * TERA, 1008 * GIGA, 72 * MIB, 4.9 * TERA),
-        *(100 * KIB, 99 * KIB, 128, 24 * 10**9),
-        "ADA (FP16 tensor with FP32 accumulate 165.2; 330.4 with sparsity); L2 rate MB4090; CUDA 8.9",
-    ),
-    Card(
-        *("RTX 5090", "sm_120", 209.5 * TERA, 104.8 * TERA, 1792 * GIGA, 96 * MIB, 6.0 * TERA),
-        *(100 * KIB, 99 * KIB, 170, 32 * 10**9),
-        "BLACK (FP16 tensor with FP32 accumulate 209.5; 419 with sparsity); L2 rate scaled from BENCHES L40; CUDA 12.0",
-    ),
-    Card(
-        *("L4", "sm_89", 121 * TERA, 30.3 * TERA, 300 * GIGA, 48 * MIB, 2.1 * TERA),
-        *(100 * KIB, 99 * KIB, 58, 24 * 10**9),
-        "L4; 72 W keep it well below this rate in long runs; L2 rate scaled from BENCHES L40; CUDA 8.9",
-    ),
-    Card(
-        *("A100 SXM 40GB", "sm_80", 312 * TERA, 19.5 * TERA, 1555 * GIGA, 40 * MIB, 5.4 * TERA),
-        *(164 * KIB, 163 * KIB, 108, 40 * 10**9),
-        "A100; L2 rate BENCHES (5,120 B/clock would be 7.2 TB/s); CUDA 8.0",
-    ),
-    Card(
-        *("A100 SXM 80GB", "sm_80", 312 * TERA, 19.5 * TERA, 2039 * GIGA, 40 * MIB, 5.4 * TERA),
-        *(164 * KIB, 163 * KIB, 108, 80 * 10**9),
-        "A100 datasheet, 80GB SXM column (PCIe: 1,935 GB/s); L2 rate BENCHES; CUDA 8.0",
-    ),
-    Card(
-        *("H100 SXM", "sm_90", 989.4 * TERA, 66.9 * TERA, 3350 * GIGA, 50 * MIB, 9.7 * TERA),
-        *(228 * KIB, 227 * KIB, 132, 80 * 10**9),
-        "H100; L2 rate BENCHES H200, same chip; CUDA 9.0",
-    ),
-    Card(
-        *("H200 SXM", "sm_90", 989.4 * TERA, 66.9 * TERA, 4800 * GIGA, 50 * MIB, 9.7 * TERA),
-        *(228 * KIB, 227 * KIB, 132, 141 * 10**9),
-        "nvidia.com H200 page; L2 rate BENCHES; CUDA 9.0",
-    ),
-    Card(
-        *("RX 7900 XTX", "gfx1100", 122.8 * TERA, 61.4 * TERA, 960 * GIGA, 96 * MIB, 3.5 * TERA),
-        *(128 * KIB, 64 * KIB, 96, 24 * 10**9),
-        "RDNA3 (WMMA 512 flops per clock and unit x 96 x 2.5 GHz); cache: Infinity Cache, vendor's peak rate",
-    ),
+    Card(*("RTX 3060 12GB", "sm_86", 25.5 * TERA, 12.74 * TERA, 360 * GIGA, 3 * MIB, 1.2 * TERA),
+         *(100 * KIB, 99 * KIB, 28, 12 * 10**9),
+         "nvidia.com RTX 3060 page (28 SM, 1.78 GHz, 360 GB/s), tensor rate per SM and clock from GA102; "
+         "L2 rate scaled from BENCHES A40 (half the slices); CUDA 8.6"),
+    Card(*("RTX 3090", "sm_86", 71 * TERA, 35.6 * TERA, 936 * GIGA, 6 * MIB, 2.4 * TERA),
+         *(100 * KIB, 99 * KIB, 82, 24 * 10**9),
+         "GA102 (FP16 tensor with FP32 accumulate 71; 142 with sparsity); L2 rate BENCHES A40, same chip; CUDA 8.6"),
+    Card(*("RTX 4090", "sm_89", 165.2 * TERA, 82.6 * TERA, 1008 * GIGA, 72 * MIB, 4.9 * TERA),
+         *(100 * KIB, 99 * KIB, 128, 24 * 10**9),
+         "ADA (FP16 tensor with FP32 accumulate 165.2; 330.4 with sparsity); L2 rate MB4090; CUDA 8.9"),
+    Card(*("RTX 5090", "sm_120", 209.5 * TERA, 104.8 * TERA, 1792 * GIGA, 96 * MIB, 6.0 * TERA),
+         *(100 * KIB, 99 * KIB, 170, 32 * 10**9),
+         "BLACK (FP16 tensor with FP32 accumulate 209.5; 419 with sparsity); L2 rate scaled from BENCHES L40; "
+         "CUDA 12.0"),
+    Card(*("L4", "sm_89", 121 * TERA, 30.3 * TERA, 300 * GIGA, 48 * MIB, 2.1 * TERA),
+         *(100 * KIB, 99 * KIB, 58, 24 * 10**9),
+         "L4; 72 W keep it well below this rate in long runs; L2 rate scaled from BENCHES L40; CUDA 8.9"),
+    Card(*("A100 SXM 40GB", "sm_80", 312 * TERA, 19.5 * TERA, 1555 * GIGA, 40 * MIB, 5.4 * TERA),
+         *(164 * KIB, 163 * KIB, 108, 40 * 10**9),
+         "A100; L2 rate BENCHES (5,120 B/clock would be 7.2 TB/s); CUDA 8.0"),
+    Card(*("A100 SXM 80GB", "sm_80", 312 * TERA, 19.5 * TERA, 2039 * GIGA, 40 * MIB, 5.4 * TERA),
+         *(164 * KIB, 163 * KIB, 108, 80 * 10**9),
+         "A100 datasheet, 80GB SXM column (PCIe: 1,935 GB/s); L2 rate BENCHES; CUDA 8.0"),
+    Card(*("H100 SXM", "sm_90", 989.4 * TERA, 66.9 * TERA, 3350 * GIGA, 50 * MIB, 9.7 * TERA),
+         *(228 * KIB, 227 * KIB, 132, 80 * 10**9),
+         "H100; L2 rate BENCHES H200, same chip; CUDA 9.0"),
+    Card(*("H200 SXM", "sm_90", 989.4 * TERA, 66.9 * TERA, 4800 * GIGA, 50 * MIB, 9.7 * TERA),
+         *(228 * KIB, 227 * KIB, 132, 141 * 10**9),
+         "nvidia.com H200 page; L2 rate BENCHES; CUDA 9.0"),
+    Card(*("RX 7900 XTX", "gfx1100", 122.8 * TERA, 61.4 * TERA, 960 * GIGA, 96 * MIB, 3.5 * TERA),
+         *(128 * KIB, 64 * KIB, 96, 24 * 10**9),
+         "RDNA3 (WMMA 512 flops per clock and unit x 96 x 2.5 GHz); cache: Infinity Cache, vendor's peak rate"),
 )
 
 # What torch.cuda.get_device_name() prints, without "NVIDIA", "GeForce", "AMD Radeon". Exact, because a Ti, a
 # laptop part, an NVL or a MIG slice of the same number is another card.
 DEVICE_NAMES = {
-    "rtx 3060": "RTX 3060 12GB",
-    "rtx 3090": "RTX 3090",
-    "rtx 4090": "RTX 4090",
-    "rtx 5090": "RTX 5090",
-    "l4": "L4",
-    "a100-sxm4-40gb": "A100 SXM 40GB",
-    "a100-pcie-40gb": "A100 SXM 40GB",
-    "a100-sxm4-80gb": "A100 SXM 80GB",
-    "a100-sxm-80gb": "A100 SXM 80GB",
-    "a100 80gb pcie": "A100 SXM 80GB",
-    "h100 80gb hbm3": "H100 SXM",
-    "h200": "H200 SXM",
-    "rx 7900 xtx": "RX 7900 XTX",
+    "rtx 3060": "RTX 3060 12GB", "rtx 3090": "RTX 3090", "rtx 4090": "RTX 4090", "rtx 5090": "RTX 5090",
+    "l4": "L4", "a100-sxm4-40gb": "A100 SXM 40GB", "a100-pcie-40gb": "A100 SXM 40GB",
+    "a100-sxm4-80gb": "A100 SXM 80GB", "a100-sxm-80gb": "A100 SXM 80GB", "a100 80gb pcie": "A100 SXM 80GB",
+    "h100 80gb hbm3": "H100 SXM", "h200": "H200 SXM", "rx 7900 xtx": "RX 7900 XTX",
 }
 
 
@@ -154,7 +122,6 @@ def nearest_names(name: str) -> list[str]:
 
 class Head(NamedTuple):
     """The language-model head of one model."""
-
     name: str
     d: int  # hidden size
     v: int  # vocabulary

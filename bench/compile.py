@@ -10,9 +10,6 @@ kernel and chip; writes bench/results/compile.json (compile-peers.json, compile-
 to memory, needs more shared memory than the chip has (triton.compile does not check that: it builds a kernel for
 131,072 B on a chip with 101,376 B), or moves an aligned tile in pieces under 16 bytes.
 """
-
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -43,7 +40,6 @@ MODULES = ("linear_logp", "tile_triton")  # of minimath.kernels, where the Trito
 
 class Case(NamedTuple):
     """One kernel specialisation; `types` has argument names, others are i32."""
-
     kernel: str
     arch: str
     dtype: str
@@ -100,11 +96,11 @@ def row_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
         return found
     for columns in (common.VOCAB_TILE["cuda"],) if quick else (common.VOCAB_TILE["cuda"], 1000):
         config = tiles.row_config(columns, arch)
-        for cap in (True,) if quick else (False, True):
+        choices = (True,) if quick else (False, True)
+        for cap in choices:
             flags = {"HAS_CAP": cap}
             found.append(row_case("gradient_kernel", arch, dtype, config, flags, aligned))
-            for keep in (True,) if quick else (False, True):
-                found.append(row_case("tile_kernel", arch, dtype, config, flags | {"KEEP": keep}, aligned))
+            found += [row_case("tile_kernel", arch, dtype, config, flags | {"KEEP": keep}, aligned) for keep in choices]
     return found
 
 

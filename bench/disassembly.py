@@ -5,9 +5,6 @@ A loop is a branch to an earlier label; its body is all that lies between. Out-o
 back, so only loops with work in them count: with tensor instructions where the kernel has them in a loop,
 else with global loads; and of nested ones the innermost.
 """
-
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile
@@ -26,7 +23,6 @@ class Counts(NamedTuple):
 
     loads and stores: "LDG.128" -> how many; the number is bits a lane.
     """
-
     tensor: int
     loads: dict
     stores: dict
@@ -117,14 +113,10 @@ def inner_loops(code: list[Instruction]) -> list[list[Instruction]]:
         if target is not None and target <= index:
             ends[target] = max(index, ends.get(target, 0))  # jumps to one label are one loop
     counted = {(first, last): count(code[first : last + 1]) for first, last in ends.items()}
-    working = [span for span, found in counted.items() if found.tensor] or [
-        span for span, found in counted.items() if found.loads
-    ]
-    inner = [
-        (first, last)
-        for first, last in sorted(working)
-        if not any(a >= first and b <= last and (a, b) != (first, last) for a, b in working)
-    ]
+    working = ([span for span, found in counted.items() if found.tensor]
+               or [span for span, found in counted.items() if found.loads])
+    inner = [(first, last) for first, last in sorted(working)
+             if not any(a >= first and b <= last and (a, b) != (first, last) for a, b in working)]
     return [code[first : last + 1] for first, last in inner]
 
 
@@ -158,7 +150,6 @@ def sass_spills(code: list[Instruction]) -> int:
 def run_tool(tool: str, *arguments: str) -> str:
     """Run one of the tools in Triton's wheel. Raises CalledProcessError."""
     import triton
-
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     return subprocess.run([str(folder / tool), *arguments], capture_output=True, text=True, check=True).stdout
 
@@ -179,13 +170,6 @@ def amd_resources(text: str) -> tuple[dict, list[Instruction]]:
 
     Spilled scalar registers are not counted: they go to lanes of vector registers, not to memory.
     """
-
-    def number(key):
-        return int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
-
-    found = {
-        "registers": number("vgpr_count"),
-        "spills": number("vgpr_spill_count"),
-        "stack": number("private_segment_fixed_size"),
-    }
+    keys = {"registers": "vgpr_count", "spills": "vgpr_spill_count", "stack": "private_segment_fixed_size"}
+    found = {name: int(re.search(rf"\.{key}:\s*(\d+)", text).group(1)) for name, key in keys.items()}
     return found, read_gcn(text)

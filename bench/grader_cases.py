@@ -4,9 +4,6 @@ Nothing of a peer is imported or copied: its test files are parsed for literals.
 `answer` are two short answers (a pair comes from a test of a bare comparison, so nothing is extracted), `text` is a
 solution that ends in an answer, and a gold answer.
 """
-
-from __future__ import annotations
-
 import ast
 import random
 import re
@@ -24,7 +21,6 @@ class Case(NamedTuple):
 
     expected: whether they are equal, None where the source does not say. kind: the test, or the variant.
     """
-
     form: str  # pair, answer, text
     answer: str
     gold: str

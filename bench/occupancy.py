@@ -9,15 +9,11 @@ gfx1100, 512 in steps of 8 and 8 waves on gfx942); LLVM prints the result beside
 compare. Theoretical occupancy says how much latency can be hidden by other warps; a tile that reuses operands
 from registers trades it away on purpose.
 """
-
-from __future__ import annotations
-
 from typing import NamedTuple
 
 
 class Processor(NamedTuple):
     """Limits of a multiprocessor of CUDA, or of the unit of AMD that shares an LDS."""
-
     shared_block: int  # bytes of shared memory that one block may ask for
     shared: int  # bytes there are
     shared_reserved: int  # bytes that the driver takes from each block

@@ -7,8 +7,6 @@ multiples of 16, None) and the packages' heuristics do the rest. cut-cross-entro
 CCE_AUTOTUNE is set; the tiles it then tries are compiled as well, for three chips, and a line says how many of them
 spill or need more shared memory than the chip has.
 """
-from __future__ import annotations
-
 from importlib import import_module
 from importlib.util import find_spec
 

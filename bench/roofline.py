@@ -7,8 +7,6 @@ Needs no GPU. bench/cards.py has each card's figures and their sources, bench/wo
 bounds, as multiples of the products at full rate: loss+gradient, then forward. Writes roofline.json and .png to
 bench/results, or to the folder named by --out. What the numbers decided: bench/README.md, "Counted work".
 """
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -38,7 +36,6 @@ METHODS = ("ours", "eager", "Liger", "CCE", "CCE filtered")
 
 class TileChoice(NamedTuple):
     """The fastest tile of logits within a workspace."""
-
     rows: int
     columns: int
     seconds: float

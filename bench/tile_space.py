@@ -8,9 +8,6 @@ can supply). After: by spills, shared memory and 16-byte loads, as the compiler 
 ranked by traffic per flop, then occupancy, then bytes in flight; the winner is the first of which every head
 (bias, cap, ragged width) passes the gate.
 """
-
-from __future__ import annotations
-
 from itertools import product
 
 import torch

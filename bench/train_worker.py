@@ -22,7 +22,6 @@ from bench.measure import resident_bytes
 
 class Turns:
     """Gives the parent one step at a time; measures seconds and peak memory."""
-
     def __init__(self, stdout, device: str):
         self.stdout, self.device = stdout, device
         self.started = self.loaded_bytes = None

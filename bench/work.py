@@ -15,7 +15,6 @@ by the same things (clocks under load, pipeline bubbles), except where noted. Ru
   weight, which the second product reads again.
 - Exponentials inside a matrix-product kernel are not hidden behind its tensor cores (`epilogue` passes).
 """
-
 from __future__ import annotations
 
 import functools
@@ -55,7 +54,6 @@ FILTER_KEPT = 0.2
 
 class Pass(NamedTuple):
     """Work of one kernel, or of `launches` equal ones."""
-
     name: str
     flops: float
     tensor: bool  # on the tensor cores
@@ -76,7 +74,6 @@ class Pass(NamedTuple):
 
 class Method(NamedTuple):
     """Passes, and the most bytes held beyond hidden, weight and the gradient."""
-
     name: str
     passes: list[Pass]
     extra_bytes: float
@@ -168,18 +165,14 @@ def eager(card: Card, head: Head, tokens: int, gradient: bool) -> Method:
     """
     logits = tokens * head.v
     capped = 12 if head.softcap else 0  # divide, tanh, multiply: 2 B in and 2 B out each
-    passes = [
-        product(card, "logits", tokens, head.v, head.d),
-        rowwise("cast, softcap", logits, 6 + capped, cap(head), False),
-        rowwise("log_softmax", logits, 16, STATS_FLOPS, False),
-    ]
+    passes = [product(card, "logits", tokens, head.v, head.d),
+              rowwise("cast, softcap", logits, 6 + capped, cap(head), False),
+              rowwise("log_softmax", logits, 16, STATS_FLOPS, False)]
     if gradient:
-        passes += [
-            rowwise("nll backward", logits, 4, 0, False),
-            rowwise("log_softmax backward", logits, 16, GRADIENT_FLOPS, False),
-            rowwise("cast back, softcap", logits, 6 + 1.5 * capped, 0, False),
-            product(card, "dX", tokens, head.d, head.v),
-        ]
+        passes += [rowwise("nll backward", logits, 4, 0, False),
+                   rowwise("log_softmax backward", logits, 16, GRADIENT_FLOPS, False),
+                   rowwise("cast back, softcap", logits, 6 + 1.5 * capped, 0, False),
+                   product(card, "dX", tokens, head.d, head.v)]
     return Method("eager", passes, logits * (14 if gradient else 10))
 
 
@@ -203,10 +196,8 @@ def liger(card: Card, head: Head, tokens: int, gradient: bool) -> Method:
     cached = resident(card, 2 * logits)
     fill = min(1.0, rows / card.processors)  # one block of 1024 threads a row
     flops = STATS_FLOPS + cap(head) + (GRADIENT_FLOPS + cap(head) if gradient else 0)
-    passes = [
-        product(card, "logits", rows, head.v, head.d, cached="c" * cached),
-        rowwise("cross entropy", logits, 6 if gradient else 2, flops, cached, fill),
-    ]
+    passes = [product(card, "logits", rows, head.v, head.d, cached="c" * cached),
+              rowwise("cross entropy", logits, 6 if gradient else 2, flops, cached, fill)]
     if gradient:
         passes.append(product(card, "dX", rows, head.d, head.v, cached="a" * cached))
     return Method("Liger", [each.times(count) for each in passes], 2 * logits)
@@ -248,12 +239,10 @@ def tile_passes(card: Card, head: Head, rows: int, columns: int) -> list[Pass]:
     logits, numbers = rows * columns, rows * head.d
     tile, part, total, weight = held(card, [2 * logits, 2 * numbers, 4 * numbers, 2 * columns * head.d])
     added = (0 if part else 2) + (0 if total else 8)
-    return [
-        product(card, "logits", rows, columns, head.d, cached="c" * tile),
-        rowwise("tile", logits, 4, STATS_FLOPS + cap(head), tile),
-        product(card, "pull", rows, head.d, columns, cached="a" * tile + "b" * weight + "c" * part),
-        Pass("sum", ADD_FLOPS * numbers, False, added * numbers, 10 * numbers),
-    ]
+    return [product(card, "logits", rows, columns, head.d, cached="c" * tile),
+            rowwise("tile", logits, 4, STATS_FLOPS + cap(head), tile),
+            product(card, "pull", rows, head.d, columns, cached="a" * tile + "b" * weight + "c" * part),
+            Pass("sum", ADD_FLOPS * numbers, False, added * numbers, 10 * numbers)]
 
 
 def chunk_passes(card: Card, head: Head, rows: int, columns: int, loss_launches: int) -> list[Pass]:
@@ -302,11 +291,9 @@ def choose_tile(card: Card, dtype: str) -> tuple[int, int]:
 def ours_forward(card: Card, head: Head, tokens: int, tile: tuple[int, int]) -> Method:
     """Count kernels.linear_logp: five numbers per row and part of the vocabulary."""
     splits = max(1, math.ceil(2 * card.processors / math.ceil(tokens / tile[0])))
-    passes = [
-        product(card, "logits", tokens, head.v, head.d, cached="c", tiles=(tile,), split_k=False),
-        epilogue(tokens * head.v, STATS_FLOPS + cap(head)),
-        Pass("merge", 0, False, 0, 40 * splits * tokens, 12),
-    ]
+    passes = [product(card, "logits", tokens, head.v, head.d, cached="c", tiles=(tile,), split_k=False),
+              epilogue(tokens * head.v, STATS_FLOPS + cap(head)),
+              Pass("merge", 0, False, 0, 40 * splits * tokens, 12)]
     return Method("ours", passes, 20 * splits * tokens)
 
 
