@@ -24,8 +24,7 @@ bench.train in the same shape, without a warm-up: the first step pays for what i
 
 Medians over rounds. speed: tokens per second of minimath (at the first --max-num-seqs) over the engine's, paired by
 round; memory: minimath's peak over the engine's, above what the loaded model takes (CPU: resident size, GPU:
-allocator). seq fill: share of decoded rows that were still running, "while waiting" the same while completions wait for
-a row; "?" for engines that do not tell. Writes bench/results/rollout-<device>.json.
+allocator). seq fill: share of decoded rows that were still running; "?" for engines that do not tell. Writes bench/results/rollout-<device>.json.
 """
 import argparse
 import statistics
@@ -99,7 +98,7 @@ def summarise(steps: dict[str, list[dict]]) -> list[dict]:
     for row in rows:
         taken = steps[row["trainer"]]
         row["engine"] = row.pop("trainer")
-        for key in ("mean_length", "finished", "seq_fill", "seq_fill_waiting"):
+        for key in ("mean_length", "finished", "seq_fill"):
             known = [facts[key] for facts in taken if facts.get(key) is not None]
             row[key] = statistics.fmean(known) if known else None
     return rows
@@ -108,13 +107,13 @@ def summarise(steps: dict[str, list[dict]]) -> list[dict]:
 def table_of(title: str, rows: list[dict], failed: dict[str, str]) -> Table:
     table = Table(title=title)
     for name in ("engine", "seconds", "tokens/s", "speed", "speed, range", "peak MB", "memory", "seq fill",
-                 "while waiting", "mean length", "finished"):
+                 "mean length", "finished"):
         table.add_column(name, justify="left" if name == "engine" else "right")
     for row in rows:
         speed, spread, memory = train.compared(row)
         table.add_row(row["engine"], f"{row['seconds']:.1f}", f"{row['tokens/s']:.0f}", speed, spread,
                       train.megabytes(row["peak_extra_bytes"]), memory, percent(row["seq_fill"]),
-                      percent(row["seq_fill_waiting"]), f"{row['mean_length']:.0f}", percent(row["finished"]),
+                      f"{row['mean_length']:.0f}", percent(row["finished"]),
                       style=None if speed else "bold")
     for name in failed:
         table.add_row(name, "failed")
