@@ -24,7 +24,8 @@ bench.train in the same shape, without a warm-up: the first step pays for what i
 
 Medians over rounds. speed: tokens per second of minimath (at the first --max-num-seqs) over the engine's, paired by
 round; memory: minimath's peak over the engine's, above what the loaded model takes (CPU: resident size, GPU:
-allocator). seq fill: share of decoded rows that were still running; "?" for engines that do not tell. Writes bench/results/rollout-<device>.json.
+allocator). seq fill: share of decoded rows that were still running; "?" for engines that do not tell. Writes
+bench/results/rollout-<device>.json.
 """
 import argparse
 import statistics
