@@ -19,8 +19,8 @@ from pathlib import Path
 RL = ("rlaif data=rl prompts_per_step=3 group_size=6 steps=4 lr=1e-3 max_new_tokens=48 max_refill=1 save_every=2 "
       "sample_every=1 overlong=none verifier=none ")
 TINY = {
-    "sft": "sft data=train steps=6 batch_size=4 micro_batch_tokens=256 lr=1e-3 save_every=3 eval_data=test eval_every=3 "
-           "eval_limit=4 eval_max_new_tokens=12",
+    "sft": "sft data=train steps=6 batch_size=4 micro_batch_tokens=256 lr=1e-3 save_every=3 eval_data=test "
+           "eval_every=3 eval_limit=4 eval_max_new_tokens=12",
     "sft-padded": "sft data=train steps=4 batch_size=4 micro_batch_tokens=200 packing=false lora_dropout=0.1 lr=1e-3 "
                   "save_every=2",
     "rl-dapo": RL + "judge=heuristic",
