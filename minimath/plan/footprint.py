@@ -1,9 +1,8 @@
 """Bytes of a model and of its passes, counted before anything is loaded.
 
-What stays is counted from shapes. What comes and goes is not guessed: the model's own code runs on tensors that have
-shapes and no data (torch's FakeTensorMode) while every storage is counted; for two and for three times the pattern of
-its layers, as each further one adds the same, and for three lengths, as a row costs a constant, its length and its
-square. The worst case is counted: rows that need masks, gradients that are there from the micro-batch before.
+The model's own code runs on tensors that have shapes and no data (torch's FakeTensorMode) while storages are counted:
+for two and three times the pattern of its layers, as each further one adds the same, and for three lengths, as a row
+costs a constant, its length and its square. Rows need masks, and gradients are there from the micro-batch before.
 """
 import copy
 import functools
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from minimath.core.errors import UserError
 from minimath.models import load
 from minimath.models.prefix import shared_mask
 
@@ -32,9 +32,9 @@ class Live(TorchDispatchMode):
         self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = self.storages((args, kwargs))
+        given = storages((args, kwargs))
         out = func(*args, **(kwargs or {}))
-        for key, storage in self.storages(out).items():
+        for key, storage in storages(out).items():
             if key not in given and key not in self.sizes:
                 self.sizes[key] = storage.nbytes()
                 self.now += storage.nbytes()
@@ -45,9 +45,10 @@ class Live(TorchDispatchMode):
     def drop(self, key: int) -> None:
         self.now -= self.sizes.pop(key, 0)
 
-    def storages(self, tree) -> dict:
-        storages = [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-        return {storage._cdata: storage for storage in storages}
+
+def storages(tree) -> dict:
+    found = [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    return {storage._cdata: storage for storage in found}
 
 
 def empty_model(config, cfg, dtype: torch.dtype):
@@ -88,40 +89,48 @@ def traceable(config, cfg, dtype: torch.dtype, layers: int, fake: FakeTensorMode
     return model
 
 
-class Passes:
-    """Bytes of a model's passes above what stays, for one set of options."""
+class Model:
+    """A model with its adapter. linears: the weights that quant=nf4 quantises, all but the head's and the adapter's."""
 
     def __init__(self, config, cfg, dtype: torch.dtype):
-        self.fake, few = FakeTensorMode(), pattern(config)
+        self.empty, self.fake, few = empty_model(config, cfg, dtype), FakeTensorMode(), pattern(config)
+        self.head = load.head_module(self.empty).weight
+        self.linears = [m.weight for m in load.base_causal_lm(self.empty).modules() if isinstance(m, torch.nn.Linear)
+                        and m.weight is not self.head and not m.weight.requires_grad]
         self.layers, self.masked = config.get_text_config().num_hidden_layers, cfg.model.attn != "flash_attention_2"
         counts = (self.layers,) if self.layers <= 3 * few else (2 * few, 3 * few)  # the first layer is unlike others
         self.models = {n: traceable(config, cfg, dtype, n, self.fake) for n in counts}
         self.followed = functools.cache(self.followed)
 
-    def of(self, kind: str, rows: int, length: int) -> tuple[int, ...]:
-        """(kept for backward, most in forward, most in backward). kind: row (masked as rows packed or padded are),
-        shared (completions behind their prompt) or prefill (a forward that fills a cache)."""
-        if kind == "prefill":  # its length is always the same
-            return tuple(rows * size for size in self.followed(kind, length))
-        square, slope, fixed = np.polyfit(LENGTHS, [self.followed(kind, n) for n in LENGTHS], 2)
-        return tuple(map(int, fixed + rows * length * (slope + square * length)))
+    def passes(self, kind: str, rows: int, length: int) -> tuple[int, ...]:
+        """Bytes (kept for backward, most in forward, most in backward) above what stays. kind: row (masked as rows
+        packed or padded are), shared (completions behind their prompt) or prefill (a forward that fills a cache).
+        Raises UserError where code looks at its numbers, as that of mixtures of experts does."""
+        try:
+            if kind == "prefill":  # its length is always the same
+                return tuple(rows * size for size in self.followed(kind, length))
+            square, slope, fixed = np.polyfit(LENGTHS, [self.followed(kind, n) for n in LENGTHS], 2)
+            return tuple(map(int, fixed + rows * length * (slope + square * length)))
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            raise UserError(f"this model's passes can't be followed without its numbers ({load.first_line(error)}); "
+                            "try another attn=, or plan with a model of like size") from None
 
     def followed(self, kind: str, length: int) -> tuple[int, ...]:
-        """`of` one row of a length: of all layers, by those that are followed."""
+        """`passes` of one row: of all layers, by those that are followed."""
         (least, few), *more = ((n, self.follow(model, kind, length)) for n, model in self.models.items())
         return tuple(a + (b - a) * (self.layers - least) // (n - least)
                      for n, other in more for a, b in zip(few, other)) or few
 
     def follow(self, model, kind: str, length: int) -> tuple[int, int, int]:
         with self.fake, Live() as live:
-            ids, positions, mask = (torch.empty(1, length, dtype=torch.long) for _ in range(3))
+            ids, places, mask = (torch.empty(1, length, dtype=torch.long) for _ in range(3))
             if kind == "prefill":
                 with load.inference(model):
                     load.hidden_states(model, ids, attention_mask=mask, past_key_values=DynamicCache())
                 return 0, live.peak, 0
-            mask = shared_mask(model, positions[0], positions[0]) if kind == "shared" else None
+            mask = shared_mask(model, places[0], places[0]) if kind == "shared" else None
             masks = live.now  # in the loop, the batch before lives until the next is made
-            hidden = load.hidden_states(model, ids, attention_mask=mask, position_ids=positions if self.masked else None)
+            hidden = load.hidden_states(model, ids, attention_mask=mask, position_ids=places if self.masked else None)
             kept, forward, live.peak = live.now, live.peak, live.now
             hidden.sum().backward()
         return kept, forward + hidden.nbytes + masks, live.peak

@@ -6,9 +6,8 @@
   --apply FILE   write the recipe with what makes it fit; default: RECIPE-24gb.yaml; no file is overwritten
   key=value      any option of the recipe, as in minimath run
 
-Planned is the worst case that the options allow: rows of full length that fill micro_batch_tokens and need attention
-masks, every completion as long as it may be. `python -m bench.plan` measures how right that is on a CPU. It has not
-been compared with a card: what a card needs beside the tensors, half a GiB and 6%, is an assumption.
+Planned is the worst case: rows of full length that fill micro_batch_tokens, every completion as long as it may be.
+bench/plan.py measures how right that is on a CPU. What a card needs beside the tensors, half a GiB and 6%, is assumed.
 """
 import re
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.table import Table
 from minimath.config.load import find_recipe, load_config
 from minimath.config.schema import STAGES
 from minimath.core.errors import UserError
+from minimath.core.files import write_whole
 from minimath.plan.needs import GIB, Planner
 
 CARDS = (8, 12, 16, 24, 32)  # GiB
@@ -31,7 +31,8 @@ def plan(recipe: str | None, words: list[str]) -> dict:
     """Print what the stages of a recipe need and what fits where; returns it. Raises UserError."""
     card, path, words = parse(recipe, words)
     stages = {name: load_config(cls, recipe, words, allow_other=True) for name, cls in STAGES.items()}
-    model, rlaif = stages["sft"].model, stages["rlaif"]
+    sft, rlaif, eval_ = stages.values()
+    model, gib = sft.model, lambda size: f"{size / GIB:.2f}"
     transformers.utils.logging.set_verbosity_error()
     if not card and model.device != "cpu" and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0).total_memory
@@ -41,13 +42,17 @@ def plan(recipe: str | None, words: list[str]) -> dict:
     for size in [card] if card else [c * GIB for c in CARDS]:
         changes = planner.changes(stages, size)
         cards.append({"card": size, "fits": changes == {}, "changes": changes,
-                      "sft": planner.most_tokens(stages["sft"], size), "rlaif": planner.most_tokens(rlaif, size),
+                      "sft": planner.most_tokens(sft, size), "rlaif": planner.most_tokens(rlaif, size),
                       "max_num_seqs": planner.most_seqs(rlaif, rlaif.replace(max_num_seqs=0), size)})
         said = [f"{section}.{key}={value}" for section in changes or {} for key, value in changes[section].items()]
         held.add_row(gib(size), "if set" if said else "as it is" if changes == {} else "no",
                      *(str(cards[-1][name] or "-") for name in ("sft", "rlaif", "max_num_seqs")), " ".join(said))
     shown = next((each["card"] for each in cards if each["fits"]), cards[-1]["card"])
-    needs = stage_needs(planner, stages, shown)
+    needs = {"SFT": planner.training(sft), "RLAIF update": planner.training(rlaif)}
+    evaluated = sft.replace(quant=eval_.model.quant, dtype=eval_.model.dtype)
+    for name, base, cfg in (("RLAIF rollout", rlaif, rlaif), ("eval", evaluated, eval_)):
+        seqs = cfg.engine.max_num_seqs or max(1, planner.most_seqs(base, cfg, shown))
+        needs[f"{name}\nmax_num_seqs={seqs}"] = planner.rollout(base, cfg, seqs, shown)
     table = Table("GiB", *needs, title=f"{model.name} on {gib(shown)} GiB")
     names = dict.fromkeys(name for rows in needs.values() for name in rows)
     for name in sorted(names, key=lambda name: "assumed" in name):
@@ -59,13 +64,13 @@ def plan(recipe: str | None, words: list[str]) -> dict:
         console.print("shard=true is not counted: of N processes each holds 1/N of the layers' weights, and one layer "
                       "whole while it computes", soft_wrap=True)
     if path and changes is not None:
-        apply(recipe, changes, path)
+        text = find_recipe(recipe).read_text(encoding="utf-8")
+        for section, options in changes.items():
+            for key, value in options.items():
+                text = set_value(text, section, key, value)
+        write_whole(path, text)
         console.print(f"written: {path}", soft_wrap=True, highlight=False)
     return {"stages": needs, "cards": cards}
-
-
-def gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
 
 
 def parse(recipe: str | None, words: list[str]) -> tuple[int, Path | None, list[str]]:
@@ -80,55 +85,29 @@ def parse(recipe: str | None, words: list[str]) -> tuple[int, Path | None, list[
         else:
             rest.append(word)
         before = name
-    card, target = found["card"], found["apply"]
+    card, target = found.values()
     if not re.fullmatch(r"\d+(\.\d+)?", card):
         raise UserError(f"card={card}: give a card's memory in GiB, as in card=24")
-    if target is not None and not (recipe and float(card)):
-        raise UserError("--apply needs a recipe and a card: minimath plan RECIPE.yaml card=24 --apply")
-    if target == "":
-        target = Path(recipe).with_name(f"{find_recipe(recipe).stem}-{card}gb.yaml")
-    if target and Path(target).exists():
-        raise UserError(f"{target} is there already and is not overwritten; remove it, or --apply ANOTHER_FILE")
-    return int(float(card) * GIB), Path(target) if target else None, rest
-
-
-def stage_needs(planner: Planner, stages: dict, card: int) -> dict[str, dict[str, int]]:
-    """Bytes by stage and by what they are for; of sampling, with as many sequences as the card holds."""
-    sft, rlaif, eval_ = (stages[name] for name in ("sft", "rlaif", "eval"))
-    needs = {"SFT": planner.training(sft), "RLAIF update": planner.training(rlaif)}
-    evaluated = sft.replace(quant=eval_.model.quant, dtype=eval_.model.dtype)
-    for name, base, cfg in (("RLAIF rollout", rlaif, rlaif), ("eval", evaluated, eval_)):
-        seqs = cfg.engine.max_num_seqs or max(1, planner.most_seqs(base, cfg, card))
-        needs[f"{name}\nmax_num_seqs={seqs}"] = planner.rollout(base, cfg, seqs, card)
-    return needs
-
-
-# ---- a changed recipe
-
-def apply(recipe: str, changes: dict[str, dict], path: Path) -> None:
-    """Write the recipe with changes, {section: {key: value}}; comments and order stay. Raises UserError."""
-    text = find_recipe(recipe).read_text(encoding="utf-8")
-    for section, options in changes.items():
-        for key, value in options.items():
-            text = set_value(text, section, key, value)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another name: --apply FILE") from None
+    if target is not None:
+        if not (recipe and float(card)):
+            raise UserError("--apply needs a recipe and a card: minimath plan RECIPE.yaml card=24 --apply")
+        target = Path(target or Path(recipe).with_name(f"{find_recipe(recipe).stem}-{card}gb.yaml"))
+        if target.exists():
+            raise UserError(f"{target} is there already and is not overwritten; remove it, or --apply ANOTHER_FILE")
+    return int(float(card) * GIB), target, rest
 
 
 def set_value(text: str, section: str, key: str, value: str) -> str:
-    """The text of a recipe with key: value in a section."""
+    """The text of a recipe with key: value in a section; comments and order stay."""
     root = yaml.compose(text, Loader=yaml.BaseLoader)
-    name, node = next(((k, v) for k, v in (root.value if root else ()) if k.value == section), (None, None))
-    for k, old in node.value if isinstance(node, yaml.MappingNode) else ():
-        if k.value == key:
+    node = next((node for name, node in (root.value if root else ()) if name.value == section), None)
+    if node is None:
+        return f"{text.rstrip()}\n\n{section}:\n  {key}: {value}\n"
+    if not node.value:
+        return f"{text[:node.start_mark.index]}\n  {key}: {value}{text[node.end_mark.index:]}"
+    for name, old in node.value:
+        if name.value == key:
             return text[:old.start_mark.index] + value + text[old.end_mark.index:]
-    if isinstance(node, yaml.MappingNode) and node.value:
-        first = node.value[0][0].start_mark
-        between = ", " if node.flow_style else "\n" + " " * first.column
-        return f"{text[:first.index]}{key}: {value}{between}{text[first.index:]}"
-    if name is not None:  # it is empty
-        text = text[:name.start_mark.index] + text[node.end_mark.index:]
-    return f"{text.rstrip()}\n\n{section}:\n  {key}: {value}\n"
+    first = node.value[0][0].start_mark
+    between = ", " if node.flow_style else "\n" + " " * first.column
+    return f"{text[:first.index]}{key}: {value}{between}{text[first.index:]}"
