@@ -57,7 +57,7 @@ def judge_check(words: list[str]) -> dict:
     attacks = load_attacks(own.attacks or ATTACKS) if "attacks" in probes else []  # told before a model loads
     with RunLog(result_folder(cfg.run.out, "judge-check"), "minimath judge check") as log:
         judge, policy = open_judge(cfg, log)
-        result, lines = {"judge": judge.name, "options": judge_values(cfg)}, []
+        result, lines = {"judge": judge.name}, []
         if "pairs" in probes:
             with log.progress(2 * own.pairs * len(KINDS), "judging pairs") as advance:
                 report = check_judge(judge, pairs=own.pairs, seed=cfg.run.seed, advance=advance)
@@ -71,7 +71,7 @@ def judge_check(words: list[str]) -> dict:
                 log.table(f"{judge.name}, defences {side}", *attack_table(figures))
             lines += summary_lines(report)
             result["attacks"] = report
-        return save_result(log, "judge-check", result | {"advice": lines}, lines)
+        return save_result(log, "judge-check", cfg, result | {"advice": lines}, lines)
 
 
 # ---- what both judge commands do around their questions
@@ -102,10 +102,6 @@ def judge_options() -> list[str]:
     return [*chosen, "micro_batch_tokens", "seed", "out"]
 
 
-def judge_values(cfg: RLAIFConfig) -> dict:
-    return {name: cfg.value(name) for name in judge_options()}
-
-
 def open_judge(cfg: RLAIFConfig, log: RunLog) -> tuple[Judge, Policy | None]:
     """The judge, tried once, and the model behind judge=self. Raises UserError."""
     policy = None
@@ -127,10 +123,11 @@ def result_folder(out: str, name: str) -> Path:
     return folder
 
 
-def save_result(log: RunLog, name: str, result: dict, lines: list[str]) -> dict:
-    """Say what the figures mean, and keep them."""
+def save_result(log: RunLog, name: str, cfg: RLAIFConfig, result: dict, lines: list[str]) -> dict:
+    """Say what the figures mean, and keep them with the judge's options."""
     for line in lines:
         log.say(line)
+    result["options"] = {name: cfg.value(name) for name in judge_options()}
     write_whole(log.run_dir / f"{name}.json", json.dumps(clean(result), indent=1) + "\n")
     return result
 
@@ -243,7 +240,7 @@ def probe_attacks(judge: Judge, cfg: RLAIFConfig, policy: Policy | None, attacks
     plain = sum(attack.category == HARMLESS for attack in attacks)
     log.say(f"{len(attacks) - plain} attack strings and {plain} {HARMLESS} ones x {problems} problems x 2 positions, "
             f"defences {' and '.join(sides)}")
-    with log.progress(len(tries) * len(sides), "attacking") as advance:
+    with log.progress(2 * len(tries) * len(sides), "attacking") as advance:
         return {side: attack_judge(one, attacks, tries, cfg.run.seed, advance) for side, one in sides.items()}
 
 

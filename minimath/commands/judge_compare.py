@@ -17,7 +17,6 @@ from minimath.commands.help import options_help
 from minimath.commands.judge_check import (
     ENOUGH_PAIRS,
     judge_options,
-    judge_values,
     load_options,
     open_judge,
     option_name,
@@ -48,7 +47,7 @@ class JudgeCompareConfig(Stage):
 
 
 class Paired(NamedTuple):
-    """The solutions of A and B to one problem; number: its place among the common problems."""
+    """Solutions of A and B to one problem; number: its place among the common problems."""
     number: int
     problem: str
     a: Solution
@@ -84,9 +83,8 @@ def judge_compare(words: list[str]) -> dict:
         spent = "".join(f", {value:.6g} {name}" for name, value in sorted(figures["cost"].items()))
         log.say(f"cost: {fmt_duration(figures['seconds'])}{spent}")
         lines = findings(figures)
-        result = {"a": folders[0], "b": folders[1], "judge": judge.name, "which": own.pairs, **figures,
-                  "findings": lines, "options": judge_values(cfg)}
-        return save_result(log, "judge-compare", result, lines)
+        result = {"a": folders[0], "b": folders[1], "judge": judge.name, "which": own.pairs, **figures}
+        return save_result(log, "judge-compare", cfg, result | {"findings": lines}, lines)
 
 
 def help_text() -> str:
@@ -135,7 +133,8 @@ def pair_up(ours: list[dict], theirs: list[dict], which: str = "correct") -> lis
 
 def evenly(pairs: list, most: int) -> list:
     """At most `most` of the pairs, from the whole of the list; 0: all."""
-    return pairs if not most or len(pairs) <= most else [pairs[k * len(pairs) // most] for k in range(most)]
+    most = min(most or len(pairs), len(pairs))
+    return [pairs[k * len(pairs) // most] for k in range(most)]
 
 
 # ---- figures

@@ -37,11 +37,8 @@ class Pair(NamedTuple):
 
 
 class Judge:
-    """Compares pairs of solutions.
-
-    soft: votes are probabilities of a model, not verdicts. pairs: comparisons per candidate of a group, 0: all.
-    fallback: what becomes of pairs without votes: none, heuristic or stop. counts: what it did so far, by name.
-    """
+    """Compares pairs of solutions. soft: votes are probabilities of a model, not verdicts. pairs: comparisons per
+    candidate of a group, 0: all. fallback: what becomes of pairs without votes. counts: what it did so far, by name."""
     name = ""
     soft = False
 

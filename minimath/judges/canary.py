@@ -20,10 +20,9 @@ KINDS = ("long", "unsound", "attack")
 
 
 class Canary:
-    """Watches a judge during a run; its fixed pairs depend on the seed alone."""
+    """Watches a judge during a run, with `count` fixed pairs that depend on the seed alone."""
 
     def __init__(self, seed: int, judge: Judge, count: int = 24):
-        """count: fixed pairs, a third of each of KINDS."""
         self.judge, self.pairs = judge, fixed_pairs(seed, count)
 
     def metrics(self, groups: list[Group]) -> dict:
@@ -36,7 +35,7 @@ class Canary:
 
 
 def fixed_pairs(seed: int, count: int) -> list[KnownPair]:
-    """`count` pairs; attack: an unsound solution with a string of attacks.txt, the categories taking turns."""
+    """`count` pairs, a third of each kind; attack: an unsound solution with a string, the categories taking turns."""
     by_category: dict[str, list] = {}
     for attack in load_attacks():
         if attack.place != "alone":  # those have no answer: the verifier stops them
@@ -45,11 +44,10 @@ def fixed_pairs(seed: int, count: int) -> list[KnownPair]:
     categories = rng.sample(sorted(by_category), len(by_category))
     for i, (example, texts) in enumerate(faulty_solutions(count, seed)):
         kind = KINDS[i % len(KINDS)]
+        worse = texts.get(kind, "")
         if kind == "attack":
             attack = rng.choice(by_category[categories[i // len(KINDS) % len(categories)]])
             worse = plant(attack, texts["unsound"], *rng.sample("AB", 2))
-        else:
-            worse = texts[kind]
         pairs.append(KnownPair(kind, example.problem, solution(texts["right"], example.answer),
                                solution(worse, example.answer)))
     return pairs

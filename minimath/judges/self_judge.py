@@ -27,8 +27,7 @@ TREE_TOKENS = 2048
 class SelfJudge(Judge):
     """The policy's model, adapter off: P(A) + P(TIE) / 2 among the three verdicts, of the first token of its reply.
 
-    Prompts longer than the model's context get no vote. counts: prompts, prompt_tokens, computed_tokens (fewer, by what
-    is shared), too_long.
+    counts: prompts, prompt_tokens, computed_tokens (fewer, by what is shared), too_long (for the model; no vote).
     """
     name, soft = "self", True
 
@@ -51,8 +50,8 @@ class SelfJudge(Judge):
         return self._mass / max(1, self.counts["prompts"] - self.counts["too_long"])
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
-        """A probability for each pair, or None. Raises what the model raises, of out-of-memory only where a single
-        prompt does not fit."""
+        """A probability for each pair, or None. Raises what the model raises; out-of-memory where one prompt is too
+        much."""
         prompts = [chat_ids(self.tokenizer, self.prompt(self.rubric, pair, self.specials)) for pair in pairs]
         votes: list[float | None] = [None] * len(prompts)
         fitting = [i for i, ids in enumerate(prompts) if len(ids) <= self.context]
@@ -131,8 +130,8 @@ def plan_passes(model, prompts: list[list[int]], micro_batch_tokens: int) -> Pla
 
 
 def takes_block_mask(model, longest: int) -> bool:
-    """Whether a mask over tokens says all about what a token sees: no recurrent layers, no window shorter than the
-    longest prompt, no attention that takes no mask."""
+    """Whether a mask says all about what a token sees: no recurrent layers, no window shorter than the longest prompt,
+    no attention that takes no mask."""
     config = base_causal_lm(model).config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)

@@ -20,14 +20,12 @@ _MARKS = " \t\n*_`'\"[](){}:.#\u2581\u0120"  # around a letter; the last two are
 
 @dataclass
 class Reply:
-    """What is kept of a chat completion."""
+    """What is kept of a chat completion: the form it was asked in, whether max_tokens ended it, and (token, log-prob)
+    of the likeliest tokens where the first word begins, () where the server gave none."""
     text: str
     form: str = "plain"
-    """the form it was asked in"""
     cut: bool = False
-    """whether max_tokens ended it"""
     top: tuple = ()
-    """(token, log-prob) of the likeliest tokens where the first word begins; () where the server gave none"""
 
     def dumps(self) -> str:
         """As text, for the cache."""
@@ -88,10 +86,8 @@ def _first_word(choice: dict) -> tuple:
 
 def vote(reply: Reply) -> float | None:
     """The probability that A is better, or None: from the log-probs where they tell, else from the text."""
-    chance = soft_vote(reply.top)
-    if chance is not None:
-        return chance
-    return json_vote(reply.text) if reply.form == "json_schema" else text_vote(reply.text)
+    read = json_vote if reply.form == "json_schema" else text_vote
+    return read(reply.text) if (chance := soft_vote(reply.top)) is None else chance
 
 
 def soft_vote(top: tuple) -> float | None:

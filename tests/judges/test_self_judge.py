@@ -199,7 +199,7 @@ def card_with(monkeypatch, most: int, error=NO_MEMORY):
     return tried
 
 
-@pytest.mark.parametrize("error", [NO_MEMORY, MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("error", [NO_MEMORY, MemoryError(), RuntimeError("CPU: can't allocate memory")])
 def test_an_out_of_memory_costs_no_vote_is_said_once_and_smaller_passes_stay(policy, monkeypatch, error):
     said = []
     judge = self_judge(policy, say=said.append)
