@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]  # as pytest has it
+sys.path[:0] = [str(HERE), str(HERE.parent / "helpers"), str(HERE.parents[1])]  # as pytest has it
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -34,8 +34,8 @@ class Tally:
 
 
 def child_env(**changes: str) -> dict[str, str]:
-    """The environment of a child: this tree and tests/ importable, one thread, no hub; `changes` on top."""
-    path = os.pathsep.join([str(ROOT), str(TESTS), str(TESTS / "faults")])
+    """The environment of a child: this tree and the tests' helpers importable, one thread, no hub; `changes` on top."""
+    path = os.pathsep.join([str(ROOT), str(TESTS / "helpers"), str(TESTS / "faults")])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                          "TOKENIZERS_PARALLELISM": "false"} | changes
 

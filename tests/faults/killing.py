@@ -1,30 +1,27 @@
-"""Training runs in children that kill themselves with SIGKILL at a chosen moment, and what a resume must leave equal.
+"""Training runs that kill themselves with SIGKILL at a chosen moment, and what a resume must leave equal.
 
-`python -m killing` imports minimath once and forks a child for each run it is told of, which spares the seconds of
-the import; a child runs the real command line. It has a single thread, so forking is safe. Every child writes a trace
-beside its run: what each step trained on, what was sampled, paid and judged.
+Every run writes a trace beside its folder: what each step trained on, what was sampled, paid and judged.
 """
 import contextlib
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import forks
 import numpy as np
-from harness import child_env
+from forks import beside, last_line, words_of, wrap
 from tiny import write_tiny
-from toy import write_problems
+from toy import ending_model, write_problems
 
-LIMIT_S = 240  # a child that takes longer ends by SIGALRM, status -14
-OWN_OPTIONS = ("out", "resume", "judge_cache")  # that differ between two equal runs
-PAID = {f"judge_{name}" for name in ("requests", "retries", "cache_hits", "prompt_tokens", "completion_tokens", "cost")}
+OWN_OPTIONS = ("out", "resume")  # that differ between two equal runs
+PAID = {f"judge/{name}" for name in ("requests", "retries", "cache_hits", "prompt_tokens", "completion_tokens",
+                                     "no_usage", "cut_off")}
 BYTES = ("adapter_model.safetensors", "optimizer.safetensors", "optimizer.json", "rng.safetensors", "rng.json")
 
 
@@ -41,27 +38,20 @@ class Kill:
 
 # ---- the parent's side
 
-
 @contextlib.contextmanager
 def open_forks(folder: Path, hash_seed: int = 0) -> Iterator[Callable[..., int]]:
     """Yield train(command, run, kill, **options) -> exit status, -9 when it was killed.
 
-    The run folder is `run`; beside it grow run.log (what was printed) and run.trace. hash_seed: of Python's sets; two
-    processes that agree only under the same one are not equal.
+    hash_seed: of Python's sets; two processes that agree only under the same one are not equal. Replies of judges are
+    kept in run.cache, beside the run folder.
     """
-    command = [sys.executable, "-m", "killing"]
-    with subprocess.Popen(command, cwd=folder, env=child_env(PYTHONHASHSEED=str(hash_seed)), text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+    with forks.open_forks(folder, "killing", PYTHONHASHSEED=str(hash_seed)) as fork:
 
         def train(name: str, run: Path, kill: Kill | None, **options) -> int:
-            words = [name, *(f"{key}={value}" for key, value in options.items()), f"out={run}"]
-            job = {"words": words, "run": str(run), "kill": kill and [kill.moment, kill.step, kill.nth]}
-            parent.stdin.write(json.dumps(job) + "\n")
-            parent.stdin.flush()
-            return int(parent.stdout.readline())  # "" when the parent died: a ValueError
+            return fork(words_of(name, options | {"out": run}), run, kill and asdict(kill),
+                        MINIMATH_CACHE=str(beside(run, "cache")))
 
         yield train
-        parent.stdin.close()
 
 
 def resume_differs(train, again, command: str, whole: Path, run: Path, kills: list[Kill], *, died=lambda: None,
@@ -80,27 +70,16 @@ def resume_differs(train, again, command: str, whole: Path, run: Path, kills: li
     return "; ".join([*found[:8], *([f"and {len(found) - 8} more"] if len(found) > 8 else [])])
 
 
-def small_model(folder: Path) -> Path:
-    """The tiny Llama with its first layer only: these runs are many."""
-    config = write_tiny(folder) / "config.json"
+def fixed_options(folder: Path) -> dict:
+    """The tiny Llama with many end tokens and its first layer only, since these runs are many; toy problems with a
+    character in each that ends a line for str.splitlines, and for nobody else."""
+    model = ending_model(write_tiny(folder / "tiny"), folder / "model")
+    config = Path(model, "config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
-    return folder
-
-
-def odd_problems(folder: Path) -> str:
-    """Toy problems with a character in each that ends a line for str.splitlines, and for nobody else."""
-    path = Path(write_problems(folder / "problems.jsonl"))
-    path.write_text(path.read_text().replace("Tom has", "Tom\\u2028has"))
-    return str(path)
-
-
-def beside(run: Path, ending: str) -> Path:
-    return run.with_name(f"{run.name}.{ending}")
-
-
-def last_line(run: Path) -> str:
-    lines = beside(run, "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    problems = Path(write_problems(folder / "problems.jsonl"))
+    problems.write_text(problems.read_text().replace("Tom has", "Tom\\u2028has"))
+    return {"model": model, "data": problems, "device": "cpu", "dtype": "fp32",
+            "prompt_template": "{problem}"}
 
 
 def differences(whole: Path, run: Path) -> list[str]:
@@ -129,8 +108,8 @@ def records(path: Path) -> list[dict]:
     """The records of a file of json lines without what depends on the clock, and without what was paid to a judge (its
     replies are in the cache when a step is done again); [] when there is no file."""
     lines = path.read_text(encoding="utf-8").strip("\n").split("\n") if path.exists() else []
-    return [{k: v for k, v in json.loads(line).items() if "seconds" not in k and "per_s" not in k and k not in PAID}
-            for line in lines]
+    return [{key: value for key, value in json.loads(line).items()
+             if not key.startswith("time/") and "seconds" not in key and key not in PAID} for line in lines]
 
 
 def record_differences(whole: list[dict], run: list[dict]) -> list[str]:
@@ -143,6 +122,7 @@ def record_differences(whole: list[dict], run: list[dict]) -> list[str]:
 
 
 def loop_state(checkpoint: Path) -> dict:
+    """state.json without the options that differ between equal runs, and whether it was the best."""
     state = json.loads((checkpoint / "state.json").read_text())
     config = {key: value for key, value in state.pop("config").items() if key not in OWN_OPTIONS}
     return state | {"config": config, "best flag": json.loads((checkpoint / "manifest.json").read_text())["best"]}
@@ -169,49 +149,13 @@ at = {"step": 0, "round": 0, "times": 0, "votes": 0}  # where this process is; a
 lock = threading.Lock()
 
 
-def serve() -> None:
-    """Fork a child for each json line of stdin; answer with its exit status, negative for a signal."""
-    import bitsandbytes  # noqa: F401  so that no child has to
-    import peft
+def set_hooks(run: Path, given: dict | None) -> None:
+    """Trace what this process trains on, and let it die at the given kill. All checkpoints are kept."""
+    from minimath.train import trainer
+    kill = Kill(**given) if given else None
+    trace = os.open(beside(run, "trace"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    trainer.KEPT = 99
 
-    import minimath.train.rlaif
-    import minimath.train.sft  # noqa: F401
-    peft.PeftModel.create_or_update_model_card = lambda *_: None  # half of a save's time, for a file that is not kept
-    if Path("/proc/self/task").exists() and len(os.listdir("/proc/self/task")) > 1:
-        raise RuntimeError("an import has started a thread: forking is not safe")
-    for line in sys.stdin:
-        job = json.loads(line)
-        pid = os.fork()
-        if not pid:
-            run_job(job)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-
-
-def run_job(job: dict) -> None:
-    """In the child: the command line with the hooks set; never returns."""
-    status = 99
-    try:
-        signal.alarm(LIMIT_S)
-        run = Path(job["run"])
-        log = os.open(beside(run, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for number, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
-            os.dup2(source, number)
-        trace = os.open(beside(run, "trace"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        set_hooks(Kill(*job["kill"]) if job["kill"] else None, trace)
-        sys.argv = ["minimath", *job["words"]]
-        from minimath.cli import main
-        status = main()
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def set_hooks(kill: Kill | None, trace: int) -> None:
-    """Trace what this process trains on, and let it die at `kill`."""
     def comes(moment: str) -> None:
         with lock:
             if kill and moment == kill.moment and at["step"] >= kill.step:
@@ -223,33 +167,19 @@ def set_hooks(kill: Kill | None, trace: int) -> None:
     def note(what: str, *place, value) -> None:  # one write: whole or not at all
         os.write(trace, (json.dumps([[at["step"], what, *place], value]) + "\n").encode())
 
-    hook_saves(comes)
-    hook_sft(comes, note)
+    hook_trainer(comes)
+    hook_optimizer(comes, note)
     hook_rlaif(comes, note)
     hook_judge(comes, note)
 
 
-def wrap(owner, name: str, before=None, after=None) -> None:
-    """Replace owner.name by itself with before(*args, **kwargs) and after(value, *args, **kwargs) around it."""
-    real = getattr(owner, name)
+def hook_trainer(comes) -> None:
+    """Moments: half a line (of metrics), logged, half a checkpoint, flushing, saved, ending, evaluation, evaluated."""
+    from minimath.core import checkpoint, files, log
+    from minimath.train import trainer
 
-    def wrapped(*args, **kwargs):
-        if before:
-            before(*args, **kwargs)
-        value = real(*args, **kwargs)
-        if after:
-            after(value, *args, **kwargs)
-        return value
-
-    setattr(owner, name, wrapped)
-
-
-def hook_saves(comes) -> None:
-    """Moments: half a line of metrics.jsonl, logged, half a checkpoint, renaming, saved, ending."""
-    from minimath.core import checkpoint
-    from minimath.core import log
-    from minimath.train import rlaif
-    from minimath.train import sft
+    def begin(done, *_, **__):
+        at.update(step=done + 1, round=0, votes=0)
 
     def torn(run_log, name, record):
         if name == "metrics.jsonl":
@@ -260,86 +190,67 @@ def hook_saves(comes) -> None:
             comes("half a line")
             os.truncate(path, size)
 
+    wrap(trainer, "lr_at", before=begin)
     wrap(log.RunLog, "append", before=torn)
     wrap(log.RunLog, "metrics", after=lambda *_, **__: comes("logged"))
     wrap(checkpoint, "write_adapter", after=lambda *_: comes("half a checkpoint"))
-    wrap(checkpoint, "flush_to_disk", before=lambda *_: comes("flushing"))
-    for loop in (sft, rlaif):
-        wrap(loop, "save_checkpoint", after=lambda *_, **__: comes("saved"))
-    wrap(sft, "save_adapter", before=lambda *_: comes("ending"))
+    wrap(files, "flush_to_disk", before=lambda *_: comes("flushing"))
+    wrap(trainer, "save_checkpoint", after=lambda *_, **__: comes("saved"))
+    wrap(trainer, "save_adapter", before=lambda *_: comes("ending"))
+    wrap(trainer.Trainer, "_evaluate", before=lambda *_: comes("evaluation"), after=lambda *_: comes("evaluated"))
 
 
-def hook_sft(comes, note) -> None:
-    """Moments: gradient (it is there, no step is taken), stepped (not logged), evaluation, after it."""
-    from minimath.train import rlaif
-    from minimath.train import sft
+def hook_optimizer(comes, note) -> None:
+    """Moments: gradient (it is there, no step is taken), stepped (not logged)."""
+    from minimath.train import optimizer
+    from minimath.train.batches import SolutionBatch
 
-    def batch(_, cfg, model, tokenizer, rows, scale):
-        note("batch", value=sha256(json.dumps([(row.ids, row.mask) for row in rows]).encode()).hexdigest())
-        comes("gradient")
+    def batch(_, rows, *__):
+        if isinstance(rows, SolutionBatch):
+            ids = [(row.ids, row.loss_mask) for row in rows.mine]
+            note("batch", value=sha256(json.dumps(ids).encode()).hexdigest())
 
-    def step(number, *_, **__):
-        at["step"] = number + 1
-
-    wrap(sft, "lr_at", before=step)
-    wrap(sft, "loss_and_gradient", after=batch)
-    for loop in (sft, rlaif):
-        wrap(loop, "clip_and_step", after=lambda *_, **__: comes("stepped"))
-        wrap(loop, "evaluate_step", before=lambda *_: comes("evaluation"), after=lambda *_: comes("evaluated"))
+    wrap(optimizer.Optimizer, "step", before=batch)
+    wrap(optimizer, "clip_and_step", before=lambda *_, **__: comes("gradient"),
+         after=lambda *_, **__: comes("stepped"))
 
 
 def hook_rlaif(comes, note) -> None:
-    """Moments: rollout (after a token), refill (the same in a further round), sampled, judged, gradient, updated."""
-    from minimath.rollout import open as engines
+    """Moments: rollout (after a token), refill (the same in a further round), sampled, judged, updated."""
+    from minimath.rollout.decode import Decode
     from minimath.train import rlaif
+    from minimath.train.rewards import Reward
 
-    def begin(cfg, sample, tokenizer, problems, judge, gate, state, stop):
-        at.update(step=state["done"] + 1, round=0, votes=0)
-
-    def scored(_, cfg, groups, judge):
+    def scored(_, groups, *__):
         note("groups", at["round"], value=[
-            {"problem": g.example.id, "ids": [c.ids for c in g.completions], "logp": [c.logp for c in g.completions],
-             "right": g.right, "valid": g.valid, "rewards": g.rewards, "advantage": g.advantage} for g in groups])
+            {"problem": group.example.id, "samples": [[s.ids, s.logp, s.full_logp, s.finished, s.correct, s.win,
+                                                       s.reward, s.advantage, s.parts] for s in group.samples]}
+            for group in groups])
         at["round"] += 1
         comes("judged")
 
-    real = engines.generate
-
-    def generate(*args, on_step=None, **options):
-        def told():
-            comes("refill" if at["round"] else "rollout")
-            if on_step:
-                on_step()
-        return real(*args, on_step=told, **options)
-
-    engines.generate = generate
-    # many end tokens: a random model would hardly ever stop by itself
-    engines.eos_ids = lambda tokenizer, model=None: list(range(20, 60))
-    wrap(rlaif, "collect_groups", before=begin)
-    wrap(rlaif, "score_groups", before=lambda *_: comes("sampled"), after=scored)
-    wrap(rlaif, "policy_gradient", after=lambda *_, **__: comes("gradient"))
+    wrap(Decode, "step", after=lambda *_: comes("refill" if at["round"] else "rollout"))
+    wrap(Reward, "score", before=lambda *_: comes("sampled"))
+    wrap(rlaif, "set_advantages", after=scored)
     wrap(rlaif, "update", after=lambda *_: comes("updated"))
 
 
 def hook_judge(comes, note) -> None:
     """Moments: judging (a batch of votes is there), reply (from the endpoint, not yet in the cache), reply kept."""
-    from minimath.train import rlaif
     from minimath.judges.cache import ReplyCache
+    from minimath.train import rewards
 
-    def traced(judge, *_, **__):
-        def votes(values, *_):
-            note("votes", at["votes"], value=values)
-            at["votes"] += 1
-            comes("judging")
-        wrap(judge, "compare", after=votes)
-        wrap(judge, "choose", after=votes)
+    def votes(values, *_):
+        note("votes", at["votes"], value=values)
+        at["votes"] += 1
+        comes("judging")
 
-    wrap(rlaif, "make_judge", after=traced)
+    wrap(rewards, "make_judge", after=lambda judge, *_, **__: wrap(judge, "compare", after=votes))
     wrap(ReplyCache, "put", before=lambda *_: comes("reply"), after=lambda *_: comes("reply kept"))
 
 
 def even(text: str, example) -> bool:
-    """A gate for a model that never answers: a little less than half of all texts are right. It throws dice, as a
+    """Verify for a model that never answers: a little less than half of all texts are correct. It throws dice, as a
     user's function may: a resume must go on where their state was."""
     lucky = random.random() < 0.95 and np.random.random() < 0.95
     return sum(text.encode()) % 2 == 0 and lucky
@@ -348,7 +259,3 @@ def even(text: str, example) -> bool:
 def even_of_even(text: str, example) -> bool:
     """As `even`, but problems with an odd answer are never solved: no signal there, so that groups are refilled."""
     return int(example.answer) % 2 == 0 and even(text, example)
-
-
-if __name__ == "__main__":
-    serve()

@@ -15,35 +15,37 @@ import torch
 from harness import Tally
 from safetensors.torch import load_file
 from tiny import write_tiny
-from toy import make_config, metrics, same_tensors, write_problems
+from toy import ending_model, make_config, metrics, same_tensors, write_problems
 
-from minimath.rollout import decode as decoding
-from minimath.rollout import open as engines
-from minimath.train import optimizer as optim
-from minimath.train import rlaif
-from minimath.judges import self_judge
-from minimath.train import sft
-from minimath.core.checkpoint import list_checkpoints, verify
 from minimath.config.schema import RLAIFConfig, SFTConfig
+from minimath.core.checkpoint import list_checkpoints, verify
 from minimath.core.errors import UserError
 from minimath.core.state import optimizer_state
+from minimath.judges import self_judge
+from minimath.rollout import decode as decoding
+from minimath.train import optimizer as optim
+from minimath.train import rlaif, sft, trainer
+from minimath.train.batches import PolicyBatch
+from minimath.train.rewards import JudgeReward
 
 VALUES = (math.nan, math.inf, -math.inf)
 STEPS, FIRST = 5, 3  # of a run, and the first step that goes wrong
-COMMON = {"lora_r": 4, "lr": 1e-2, "save_every": 1, "keep": 2, "warmup": 0.0, "steps": STEPS}
+COMMON = {"lora_r": 4, "lr": 1e-2, "save_every": 1, "warmup": 0.0, "steps": STEPS}
 SFT = {"batch_size": 4}
-RLAIF = {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 10, "judge": "rules", "gate": "python:killing.even"}
+RLAIF = {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 10, "judge": "heuristic",
+         "verifier": "python:killing.even"}
 SFT_OPTIONS = ({}, {"packing": False, "micro_batch_tokens": 150}, {"optimizer": "adamw8bit"}, {"dtype": "bf16"},
-               {"gradient_checkpointing": True, "label_smoothing": 0.1, "z_loss": 1e-4})
-RLAIF_OPTIONS = ({}, {"importance": "mask"}, {"updates_per_rollout": 2, "beta": 0.1}, {"loss_type": "cispo"},
-                 {"loss_type": "gspo", "minibatches": 2}, {"loss_type": "grpo", "entropy_coef": 0.01, "clip_dual": 3.0},
-                 {"loss_type": "dr_grpo", "micro_batch_tokens": 70}, {"shared_prefix": False, "beta": 0.1, "kl": "k3"})
+               {"gradient_checkpointing": True, "lr_schedule": "constant"})
+RLAIF_OPTIONS = ({}, {"importance_cap": 0.0}, {"updates_per_rollout": 2, "kl_coef": 0.1}, {"loss": "cispo"},
+                 {"loss": "gspo", "updates_per_rollout": 2}, {"loss": "grpo", "entropy_coef": 0.01},
+                 {"loss": "dr_grpo", "micro_batch_tokens": 70}, {"kl_coef": 0.1, "max_refill": 0})
 PLACES = {sft: ("loss", "loss and gradient", "gradient", "logits"),
           rlaif: ("loss", "loss and gradient", "gradient", "logits", "logits of the rollout", "reward", "log-prob")}
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
-    model, data = str(write_tiny(folder / "tiny")), write_problems(folder / "problems.jsonl", n=12)
+    model = ending_model(write_tiny(folder / "tiny"), folder / "model")
+    data = write_problems(folder / "problems.jsonl", n=12)
     number = itertools.count()
 
     def train(loop, hooks, **options) -> Trained:
@@ -68,7 +70,7 @@ def train_with(loop, options: dict, hooks) -> Trained:
     """Train with hooks(trained) -> patches; every optimizer step is looked at."""
     trained, output = Trained(options["out"]), io.StringIO()
     cfg = make_config(SFTConfig if loop is sft else RLAIFConfig, **options)
-    real, at_lr = loop.clip_and_step, loop.lr_at
+    real, at_lr = optim.clip_and_step, trainer.lr_at
 
     def clip_and_step(optimizer, params, *args, **kwargs):
         before = {name: tensor.clone() for name, tensor in weights(params, optimizer).items()}
@@ -83,14 +85,8 @@ def train_with(loop, options: dict, hooks) -> Trained:
         trained.step = step + 1
         return at_lr(step, *args, **kwargs)
 
-    def rollout_begins(*args, real=rlaif.collect_groups):
-        trained.step = args[6]["done"] + 1
-        return real(*args)
-
-    # many end tokens: a random model would hardly ever stop by itself
-    patches = [mock.patch.object(engines, "eos_ids", lambda *_: list(range(20, 60))),
-               mock.patch.object(loop, "clip_and_step", clip_and_step), mock.patch.object(loop, "lr_at", step_begins),
-               mock.patch.object(rlaif, "collect_groups", rollout_begins)]
+    patches = [mock.patch.object(optim, "clip_and_step", clip_and_step),
+               mock.patch.object(trainer, "lr_at", step_begins)]
     with contextlib.ExitStack() as stack, contextlib.redirect_stdout(output):
         for patch in patches:
             stack.enter_context(patch)
@@ -124,16 +120,8 @@ def injected(loop, place: str, value: float, steps, trained: Trained) -> list:
     def gradient(optimizer, params, *_, **__):
         next(p for p in params if p.grad is not None).grad.view(-1)[1] = value
 
-    def log_probs(result):
-        for completion, _ in result[1]:
-            completion.logp[-1] = value
-        return result
-
-    def rewards(result):
-        return [*result[:-1], value]
-
     def old_and_reference(result):
-        result[0][-1] = value
+        result[-1][-1] = value
         return result
 
     match place:
@@ -142,16 +130,22 @@ def injected(loop, place: str, value: float, steps, trained: Trained) -> list:
         case "loss and gradient":
             return patched(loop, "linear_token_loss", lambda result: (result[0] * value, *result[1:]))
         case "gradient":
-            return patched(loop, "clip_and_step", gradient, before=True)
+            return patched(optim, "clip_and_step", gradient, before=True)
         case "logits":
             return patched(loop, "hidden_states", lambda hidden: hidden * value)
         case "logits of the rollout":
             return patched(decoding, "logits_of", lambda logits: logits.fill_(value))
         case "reward":
-            return patched(rlaif, "group_rewards", rewards)
+            return patched(JudgeReward, "rewards", lambda rewards: [*rewards[:-1], value])
         case "log-prob":
-            return (patched(rlaif, "training_rows", log_probs) if value != value
-                    else patched(rlaif, "training_rows", log_probs) + patched(rlaif, "logps", old_and_reference))
+            real = PolicyBatch.__init__
+
+            def made(batch, *args):
+                real(batch, *args)
+                if trained.step in steps:
+                    batch.sampled_logp[-1][-1] = value
+            own = [mock.patch.object(PolicyBatch, "__init__", made)]
+            return own if value != value else own + patched(rlaif, "logps", old_and_reference)
     raise ValueError(place)
 
 
@@ -183,12 +177,12 @@ def skipped(trained: Trained) -> str:
         return trained.error or "no step was skipped"
     if trained.changed:
         return f"the skipped step {trained.changed[0]} changed weights or optimizer"
-    records = metrics(trained.folder, "step", "stepped", "skipped")
-    counted = [r["step"] for r in records if r["stepped"] is not None and not r["stepped"]]
+    records = metrics(trained.folder, "step", "optim/stepped", "optim/skipped")
+    counted = [r["step"] for r in records if r["optim/stepped"] is not None and not r["optim/stepped"]]
     if [r["step"] for r in records] != list(range(1, STEPS + 1)) or counted != [FIRST]:
         return f"metrics tell of skipped steps {counted}"
-    if records[-1]["skipped"] != max(1, trained.bad):  # without an update, as from a rollout of NaN, one is counted
-        return f"{trained.bad} skipped, of which {records[-1]['skipped']} were counted"
+    if records[-1]["optim/skipped"] != max(1, trained.bad):  # a step without an update, from a rollout of NaN, counts
+        return f"{trained.bad} skipped, of which {records[-1]['optim/skipped']} were counted"
     return saved(trained, STEPS)
 
 
@@ -223,7 +217,7 @@ def bad_weights(full: bool, train) -> Tally:
     cases = list(itertools.product((sft, rlaif), VALUES, ("weight", "optimizer"), (1, 2)))
     for loop, value, of, every in cases if full else (cases[0], cases[3]):
         def hooks(trained, loop=loop, value=value, of=of):
-            real = loop.clip_and_step
+            real = optim.clip_and_step
 
             def clip_and_step(optimizer, params, *args, **kwargs):
                 result = real(optimizer, params, *args, **kwargs)
@@ -232,7 +226,7 @@ def bad_weights(full: bool, train) -> Tally:
                     with torch.no_grad():
                         spoiled.view(-1)[0] = value
                 return result
-            return [mock.patch.object(loop, "clip_and_step", clip_and_step)]
+            return [mock.patch.object(optim, "clip_and_step", clip_and_step)]
 
         trained = train(loop, hooks, save_every=every, lr=1e-3)
         wrong = "" if "NaN or infinities" in trained.error or "3 steps in a row" in trained.error else "it was saved"
@@ -244,16 +238,15 @@ def bad_weights(full: bool, train) -> Tally:
 
 
 def bad_rewards(full: bool, train) -> Tally:
-    """A reward or a gate of the user's that returns NaN or infinity ends the run with its name; the steps stay."""
-    tally = Tally("not_finite: the user's own reward and gate")
-    for option, name in (("reward", "hooked_reward"), ("gate", "hooked_gate"), ("reward_parts", "hooked_reward")):
-        for value in VALUES if full else ([VALUES[len(option) % 3]] if option != "reward_parts" else []):
+    """A reward or a verifier of the user's that returns NaN or infinity ends the run with its name; the steps stay."""
+    tally = Tally("not_finite: the user's own reward and verifier")
+    for option in ("reward", "verifier"):
+        for value in VALUES if full else [VALUES[len(option) % 3]]:
             def hooks(trained, value=value):
                 return [mock.patch.dict(hook, {"at": lambda: value if trained.step == FIRST else None})]
 
-            spec = f"python:{__name__}.{name}"
-            own = {"reward": "rules", "reward_parts": f"{spec}=1"} if option == "reward_parts" else {option: spec}
-            trained = train(rlaif, hooks, **own, save_every=0)
+            spec = f"python:{__name__}.hooked_{option}"
+            trained = train(rlaif, hooks, **{option: spec}, save_every=0)
             named = f"{option}={spec}" in trained.error and str(value) in trained.error
             wrong = saved(trained, FIRST - 1, adapter=False) if named else trained.error or "the run went on"
             tally.add(not wrong, f"{option} that returns {value}: {wrong}")
@@ -263,12 +256,12 @@ def bad_rewards(full: bool, train) -> Tally:
 hook = {"at": lambda: None}  # () -> what the functions below return instead, None: nothing else
 
 
-def hooked_reward(texts, facts):
+def hooked_reward(samples, example):
     value = hook["at"]()
-    return [float(len(text)) if value is None else value for text in texts]
+    return [float(len(s.text)) if value is None else value for s in samples]
 
 
-def hooked_gate(text, example):
+def hooked_verifier(text, example):
     value = hook["at"]()
     return len(text) % 2 == 0 if value is None else value
 
@@ -283,10 +276,10 @@ def bad_judge(full: bool, train) -> Tally:
                 value) if trained.step == FIRST else real(*args, **kwargs))]
 
         trained = train(rlaif, hooks, judge="self", group_size=6)
-        facts = metrics(trained.folder, "judge_comparisons", "judge_no_votes", "judge_error")[FIRST - 1]
+        counts = metrics(trained.folder, "judge/comparisons", "judge/no_votes", "judge/error")[FIRST - 1]
         wrong = trained.error or saved(trained, STEPS)
-        if trained.bad or not facts["judge_comparisons"] or facts["judge_comparisons"] != facts["judge_no_votes"]:
-            wrong = wrong or f"{trained.bad} steps were skipped, and counted was {json.dumps(facts)}"
+        if trained.bad or not counts["judge/comparisons"] or counts["judge/comparisons"] != counts["judge/no_votes"]:
+            wrong = wrong or f"{trained.bad} steps were skipped, and counted was {json.dumps(counts)}"
         tally.add(not wrong, f"{value}: {wrong}")
     return tally
 

@@ -1,7 +1,7 @@
 """Issue 6, 2: RLAIF killed with SIGKILL in any phase and resumed is bitwise the run that was never killed (CPU, fp32).
 
 Compared are the metrics, the adapter, every checkpoint and, of every step, also of those that the kill lost, the token
-ids and log-probs that were sampled, gates, rewards, advantages and the judge's votes. Votes of an endpoint come from
+ids and log-probs that were sampled, verdicts, rewards, advantages and the judge's votes. Votes of an endpoint come from
 the cache of replies after a resume: the stand-in answers otherwise when it is asked again, and no reply that was kept
 may be asked for twice.
 """
@@ -14,9 +14,10 @@ from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 
+from forks import beside, last_line
 from harness import Tally
 from judge_server import Handler, says
-from killing import Kill, odd_problems, open_forks, resume_differs, small_model
+from killing import Kill, fixed_options, open_forks, resume_differs
 
 from minimath.judges.cache import FILE, reply_key
 
@@ -26,31 +27,29 @@ MOMENTS = (("rollout", 5), ("sampled", 1), ("judging", 1), ("judged", 1), ("grad
            ("updated", 1), ("logged", 1), ("half a line", 1), ("half a checkpoint", 1), ("flushing", 3), ("saved", 1))
 IN_CHAIN = ("rollout", "judging", "gradient", "stepped", "logged")
 BASE = {"steps": STEPS, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 10, "lora_r": 4, "lr": 0.01,
-        "warmup": 0.2, "lora_dropout": 0.1, "save_every": 4, "keep": 99, "sample_every": 3, "max_refill": 1,
-        "gate": "python:killing.even", "judge": "rules"}
-TWICE = {"updates_per_rollout": 2, "minibatches": 2}
-REFILL = {"max_refill": 2, "gate": "python:killing.even_of_even"}
-ENDPOINT = {"judge": "openai", "judge_model": "stand-in", "judge_verdict": "plain", "judge_concurrency": 1}
+        "warmup": 0.2, "lora_dropout": 0.1, "save_every": 4, "sample_every": 3, "max_refill": 1,
+        "verifier": "python:killing.even", "judge": "heuristic"}
+TWICE = {"updates_per_rollout": 2}
+REFILL = {"max_refill": 2, "verifier": "python:killing.even_of_even"}
+ENDPOINT = {"judge": "openai", "judge_model": "stand-in", "judge_concurrency": 1}
 VARIANTS = {
-    "judge rules": {},
+    "judge heuristic": {},
     "judge self": {"judge": "self"},
     "judge openai": ENDPOINT,
     # one at a time: of several in flight, those that kill -9 finds not yet kept are asked again, and answered otherwise
-    "judge openai, lists": ENDPOINT | {"judge_plan": "listwise", "group_size": 6},
-    "two updates of two minibatches, KL": TWICE | {"beta": 0.05},
-    "gspo": {"loss_type": "gspo", **TWICE},
+    "judge openai, some pairs": ENDPOINT | {"judge_pairs": 2, "group_size": 6, "judge_fallback": "heuristic"},
+    "two updates, KL": TWICE | {"kl_coef": 0.05},
+    "gspo": {"loss": "gspo", **TWICE},
     "refills": REFILL,
     "curriculum": {"curriculum": "learnable", **REFILL},
-    "solve-rate band": {"min_solve_rate": 0.1, "max_solve_rate": 0.9, **REFILL},
-    "reward rules": {"reward": "rules", "top_p": 0.9, "min_p": 0.05},
+    "reward paper": {"reward": "paper", "top_p": 0.9, "min_p": 0.05},
     "canaries": {"judge_canary_every": 3},
     "8-bit Adam and NF4": {"optimizer": "adamw8bit", "lora_r": 160, "quant": "nf4"},
 }
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
-    fixed = {"model": small_model(folder / "model"), "data": odd_problems(folder), "device": "cpu",
-             "dtype": "fp32", "prompt_template": "{problem}"}
+    fixed = fixed_options(folder)
     paid = Tally("resume RLAIF, no kept reply of the judge is paid for twice")
     with open_forks(folder, hash_seed=1) as train, stand_in() as server:
         if not full:
@@ -77,14 +76,14 @@ def kills_of(name: str) -> list[list[Kill]]:
     if REFILL.items() <= VARIANTS[name].items():
         alone += [Kill("refill", 1, 2), Kill("refill", 10, 5)]
     if TWICE.items() <= VARIANTS[name].items():
-        alone += [Kill("gradient", 7, 3), Kill("stepped", 13, 2)]  # between two minibatches
+        alone += [Kill("gradient", 7, 2), Kill("stepped", 13)]  # between two updates
     chain = [Kill(IN_CHAIN[(number + i) % len(IN_CHAIN)], step) for i, step in enumerate(KILLS)]
     return [*([kill] for kill in alone if allowed(name, kill)), [kill for kill in chain if allowed(name, kill)]]
 
 
 def allowed(name: str, kill: Kill) -> bool:
-    """Whether the moment can come: no judge is asked where the reward is made by rules."""
-    return not (name == "reward rules" and kill.moment == "judging")
+    """Whether the moment can come: the paper's reward asks no judge."""
+    return not (name == "reward paper" and kill.moment == "judging")
 
 
 def one_variant(train, again, server, folder: Path, options: dict, name: str, cases: list[list[Kill]],
@@ -92,23 +91,21 @@ def one_variant(train, again, server, folder: Path, options: dict, name: str, ca
     """One unbroken run, and one run for each list of kills."""
     tally, whole = Tally(f"resume RLAIF, {name}"), folder / f"{name} whole"
     asks = options["judge"] == "openai"
-    extra = {"judge_url": server.url, "judge_cache": beside_cache(whole)} if asks else {}
+    options = options | ({"judge_url": server.url} if asks else {})
     forget(server)
-    if status := train("rlaif", whole, None, **options, **extra):
-        tally.add(False, f"the unbroken run ended with status {status}")
+    if status := train("rlaif", whole, None, **options):
+        tally.add(False, f"the unbroken run ended with status {status}: {last_line(whole)}")
         return tally
     for number, kills in enumerate(cases):
         out = folder / f"{name} {number}"
-        cache, asked = beside_cache(out), []
-        if asks:
-            extra["judge_cache"] = cache
+        asked = []
         lost = sum(kill.moment == "reply" for kill in kills)
         forget(server, fickle=not lost)  # a reply that came and was not kept is asked for again
 
-        def died(cache=cache, asked=asked):
-            asked.append((kept_keys(cache), len(server.seen)))
+        def died(out=out, asked=asked):
+            asked.append((kept_keys(beside(out, "cache") / "judge"), len(server.seen)))
 
-        words = resume_differs(train, again, "rlaif", whole, out, kills, died=died, **options, **extra)
+        words = resume_differs(train, again, "rlaif", whole, out, kills, died=died, **options)
         at_kill = f"killed at {' and '.join(map(str, kills))}"
         tally.add(not words, f"{at_kill}: {words}")
         if asks:
@@ -151,10 +148,6 @@ def answer(handler, body: dict) -> None:
 
 def is_ping(body: dict) -> bool:
     return len(body["messages"][0]["content"]) < 100
-
-
-def beside_cache(run: Path) -> Path:
-    return run.with_name(f"{run.name}.cache")
 
 
 def kept_keys(cache: Path) -> set[str]:

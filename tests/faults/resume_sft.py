@@ -5,14 +5,15 @@ states, loop state) and the tokens of every batch, also those of the steps that 
 """
 from pathlib import Path
 
+from forks import last_line
 from harness import Tally
-from killing import Kill, odd_problems, open_forks, resume_differs, small_model
+from killing import Kill, fixed_options, open_forks, resume_differs
 
 STEPS = 20
 KILLS = (1, 7, 10, 13, 19)
 MOMENTS = ("gradient", "stepped", "half a line", "logged", "half a checkpoint", "flushing", "saved")
 BASE = {"steps": STEPS, "batch_size": 5, "lora_r": 4, "lr": 0.01, "warmup": 0.2, "lora_dropout": 0.1, "save_every": 4,
-        "keep": 99, "packing": "false", "sample_every": 3, "eval_max_new_tokens": 4}
+        "packing": "false", "sample_every": 3, "eval_max_new_tokens": 4}
 WIDE = {"lora_r": 160}  # bitsandbytes keeps 32-bit state for tensors below 4,096 elements
 TOGETHER = {"packing": "true", "micro_batch_tokens": 120, "optimizer": "adamw8bit", "quant": "nf4", **WIDE}
 VARIANTS = {
@@ -29,8 +30,7 @@ VARIANTS = {
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
-    fixed = {"model": small_model(folder / "model"), "data": odd_problems(folder), "device": "cpu",
-             "dtype": "fp32", "prompt_template": "{problem}"}
+    fixed = fixed_options(folder)
     with open_forks(folder, hash_seed=1) as train:
         if not full:
             cases = {"plain": [[Kill("stepped", 7)]],
@@ -61,7 +61,7 @@ def one_variant(train, again, folder: Path, fixed: dict, name: str, cases: list[
         options["eval_data"] = fixed["data"]
     whole = folder / f"{name} whole"
     if status := train("sft", whole, None, **options):
-        tally.add(False, f"the unbroken run ended with status {status}")
+        tally.add(False, f"the unbroken run ended with status {status}: {last_line(whole)}")
         return tally
     saved = whole / "checkpoints" / f"step-{STEPS:06d}" / "optimizer.safetensors"
     if "8bit" in options.get("optimizer", "") and b'"U8"' not in saved.read_bytes():

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import torch
 from tiny import write_tiny
-from toy import load, same_tensors
+from toy import adapter, load, metrics, same_tensors, without_times
 
-from minimath.core.checkpoint import adapter_tensors, list_checkpoints, load_checkpoint, save_checkpoint, verify
 from minimath.config.schema import SFTConfig
-from minimath.train.optimizer import make_optimizer
+from minimath.core.checkpoint import adapter_tensors, list_checkpoints, load_checkpoint, save_checkpoint, verify
 from minimath.core.state import optimizer_state
+from minimath.train.optimizer import make_optimizer
 
 
 def make_pair(folder: Path):
     """(model, optimizer): a tiny Llama with a LoRA adapter of rank 4, and AdamW over it."""
     model, _ = load(write_tiny(folder), SFTConfig, train=True, lora_r=4)
-    return model, make_optimizer([p for p in model.parameters() if p.requires_grad], SFTConfig())
+    return model, make_optimizer(model.parameters(), SFTConfig().optimizer)
 
 
 def set_values(pair, number: int) -> dict[str, torch.Tensor]:
@@ -81,6 +81,13 @@ def next_save(run: Path, step: int, pair) -> str:
     if len(names) != 2 or not all(name.startswith("step-") for name in names):
         return f"the next save left {names}"
     return what_is_wrong(run, pair, {step})
+
+
+def unlike(run: Path, whole: Path) -> str:
+    """What of a finished run is not bitwise that of one that nothing stopped, "" for nothing."""
+    if not same_tensors(adapter(run), adapter(whole)):
+        return " another adapter than without the fault"
+    return "" if without_times(metrics(run)) == without_times(metrics(whole)) else " other metrics than without it"
 
 
 def fresh(template: Path, run: Path) -> Path:

@@ -1,51 +1,46 @@
 """SIGINT, SIGTERM and the stop file in every phase of a run, and a second signal on top of the first.
 
-`python -m signals` imports minimath once and forks a child for each run, which spares the seconds of the import; a
-child runs the real command line and gets its signal where a phase begins or up to 20 ms later, SIGINT with its whole
-process group as from a terminal. It must stop within one step with the status that tells the cause, what it has saved
-must be valid, and the resumed run must end bitwise as one that was never stopped.
+A child gets its signal where a phase begins or up to 20 ms later, SIGINT with its whole process group as from a
+terminal. It must stop within one step with the status that tells the cause, what it has saved must be valid, and the
+resumed run must end bitwise as one that was never stopped.
 """
-import contextlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from harness import Tally, child_env
-from killing import beside, last_line, records, wrap
+from forks import beside, last_line, open_forks, words_of, wrap
+from harness import Tally
+from killing import records
+from tiny import write_tiny
+from toy import ending_model, write_problems
 
-LIMIT_S = 240  # a child that takes longer ends by SIGALRM, status -14
 LATEST_S = 0.02  # a signal comes at most this long after its phase began
 PHASES = ("load", "data", "forward", "backward", "step", "rollout", "judge", "eval", "save")
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "stop file": 144}
 SHARED = {"device": "cpu", "dtype": "fp32", "prompt_template": "{problem}"}
-TRAIN = {"lora_r": 4, "lr": 0.01, "warmup": 0, "save_every": 2, "keep": 2}
+TRAIN = {"lora_r": 4, "lr": 0.01, "warmup": 0, "save_every": 2}
 OPTIONS = {  # the kinds of runs: their command, options
     "sft": ("sft", TRAIN | {"steps": 6, "batch_size": 4}),
     "rlaif": ("rlaif", TRAIN | {"steps": 4, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 16,
-                                "judge": "rules", "gate": "python:killing.even"}),
+                                "judge": "heuristic", "verifier": "python:killing.even"}),
     "eval": ("eval", {"max_new_tokens": 8, "limit": 6}),
     "sft that evaluates": ("sft", TRAIN | {"steps": 4, "batch_size": 4, "eval_every": 1, "eval_limit": 3,
                                            "eval_max_new_tokens": 8}),
 }
-OPTIONS["rlaif that judges"] = ("rlaif", OPTIONS["rlaif"][1] | {"gate": "none"})  # all right: there is always a pair
+OPTIONS["rlaif that judges"] = ("rlaif", OPTIONS["rlaif"][1] | {"verifier": "none"})  # there is always a pair
 KINDS = {"load": ("sft", "rlaif", "eval"), "data": ("sft", "rlaif", "eval"), "rollout": ("rlaif",),
          "judge": ("rlaif that judges",), "eval": ("eval", "sft that evaluates")}  # other phases: sft and rlaif
 FAST = (("forward", "SIGTERM"), ("rollout", "SIGINT"), ("backward", "stop file"))
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
-    from tiny import write_tiny
-    from toy import write_problems
     data = write_problems(folder / "problems.jsonl", n=12)
-    shared = SHARED | {"model": write_tiny(folder / "tiny"), "data": data}
-    with open_forks(folder) as fork:
+    shared = SHARED | {"model": ending_model(write_tiny(folder / "tiny"), folder / "model"), "data": data}
+    with open_forks(folder, "signals") as fork:
         runs = Runs(folder, shared, fork)
         if not full:
             first = Tally("signals: one, or a stop file")
@@ -68,22 +63,6 @@ def run(full: bool, folder: Path) -> list[Tally]:
 
 # ---- the parent's side
 
-@contextlib.contextmanager
-def open_forks(folder: Path) -> Iterator[Callable[..., int]]:
-    """Yield fork(words, run, alarm) -> exit status, negative for a signal. Beside the folder `run` grow run.log and,
-    when the alarm has gone off, run.mark."""
-    with subprocess.Popen([sys.executable, "-m", "signals"], cwd=folder, env=child_env(), text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
-
-        def fork(words: list[str], run: Path, alarm: dict | None = None) -> int:
-            parent.stdin.write(json.dumps({"words": words, "run": str(run), "alarm": alarm}) + "\n")
-            parent.stdin.flush()
-            return int(parent.stdout.readline())  # "" when the parent died: a ValueError
-
-        yield fork
-        parent.stdin.close()
-
-
 class Runs:
     """Runs of each kind: whole ones to compare with, made when first needed, and stopped ones."""
 
@@ -93,7 +72,7 @@ class Runs:
     def words(self, kind: str, out: Path, **options) -> list[str]:
         command, own = OPTIONS[kind]
         more = {"eval_data": self.shared["data"]} if "eval_every" in own else {}
-        return [command, *(f"{k}={v}" for k, v in (self.shared | own | more | options | {"out": out}).items())]
+        return words_of(command, self.shared | own | more | options | {"out": out})
 
     def whole(self, kind: str) -> Path:
         out = self.folder / f"whole {kind}"
@@ -162,7 +141,7 @@ def not_stopped_well(out: Path, kind: str) -> str:
 
 def steps_of(run: Path) -> int:
     """Steps in the metrics, evaluations left out."""
-    return len([record for record in records(run / "metrics.jsonl") if "eval_accuracy" not in record])
+    return len([record for record in records(run / "metrics.jsonl") if "eval/accuracy" not in record])
 
 
 def damaged(out: Path) -> str:
@@ -190,8 +169,8 @@ def whole_recipe(folder: Path, shared: dict, fork) -> Tally:
     tally, recipe = Tally("signals: a whole recipe"), folder / "recipe.yaml"
     lines = [f"{key}: {json.dumps(str(value))}" for key, value in (shared | {"lora_r": 4}).items()]
     lines += ["sft: {steps: 3, batch_size: 4}", "eval: {limit: 3, max_new_tokens: 6}",
-              "rlaif: {steps: 2, prompts_per_step: 2, group_size: 4, max_new_tokens: 8, judge: rules, "
-              "gate: none}"]
+              "rlaif: {steps: 2, prompts_per_step: 2, group_size: 4, max_new_tokens: 8, judge: heuristic, "
+              "verifier: none}"]
     recipe.write_text("\n".join(lines) + "\n")
     for number, (phase, cause) in enumerate((p, c) for p in ("forward", "eval", "judge") for c in STATUS):
         out = folder / f"recipe{number}"
@@ -208,57 +187,13 @@ def whole_recipe(folder: Path, shared: dict, fork) -> Tally:
 
 # ---- the child's side
 
-def serve() -> None:
-    """Fork a child for each json line of stdin; answer with its exit status, negative for a signal."""
-    import minimath.eval.evaluate
-    import minimath.train.rlaif
-    import minimath.train.sft  # noqa: F401
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
-    if Path("/proc/self/task").exists() and len(os.listdir("/proc/self/task")) > 1:
-        raise RuntimeError("an import has started a thread: forking is not safe")
-    for line in sys.stdin:
-        job = json.loads(line)
-        pid = os.fork()
-        if not pid:
-            run_job(job)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-
-
-def run_job(job: dict) -> None:
-    """In the child: the command line with its alarm set; never returns."""
-    status = 99
-    try:
-        os.setpgid(0, 0)
-        signal.alarm(LIMIT_S)
-        run = Path(job["run"])
-        log = os.open(beside(run, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for number, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
-            os.dup2(source, number)
-        set_hooks(run, job["alarm"])
-        sys.argv = ["minimath", *job["words"]]
-        from minimath.cli import main
-        status = main()
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
 def set_hooks(run: Path, alarm: dict | None) -> None:
     """Let the alarm go off the nth time that its phase comes, and note how many steps are done when it is heard."""
-    from minimath.core import checkpoint
-    from minimath.rollout import open as engines
+    from minimath.core import checkpoint, files, interrupt
     from minimath.eval import evaluate
-    from minimath.train import rlaif
-    from minimath.core import run as runs
-    from minimath.train import sft
     from minimath.rollout.decode import Decode
-    # many end tokens: a random model would hardly ever stop by itself
-    engines.eos_ids = lambda tokenizer, model=None: list(range(20, 60))
-    runs.LOOK_S = 0.0  # these evaluations take less than a second
+    from minimath.train import optimizer, rewards, rlaif, sft, trainer
+    interrupt.LOOK_S = 0.0  # these evaluations take less than a second
     if not alarm:
         return
     times, evaluating, real = [], [], signal.signal
@@ -282,21 +217,21 @@ def set_hooks(run: Path, alarm: dict | None) -> None:
         optimizer.register_step_post_hook(lambda *_: comes("step"))
 
     for loop in (sft, rlaif):
-        wrap(loop, "load_model", before=lambda *_, **__: comes("load"))
         wrap(loop, "load_examples", before=lambda *_, **__: comes("data"))
         wrap(loop, "hidden_states", before=lambda *_, **__: comes("forward"))
         wrap(loop, "linear_token_loss",
              after=lambda result, *_, **__: result[0].register_hook(lambda _: comes("backward")))
-        wrap(loop, "make_optimizer", after=optimizer_made)
-    wrap(evaluate, "load_model", before=lambda *_, **__: comes("load"))
+    wrap(optimizer, "make_optimizer", after=optimizer_made)
     wrap(evaluate, "load_examples", before=lambda *_, **__: comes("data"))
-    wrap(evaluate, "evaluate_model", before=lambda *_, **__: evaluating.append(1))
-    wrap(sft, "evaluate_model", before=lambda *_, **__: evaluating.append(1), after=lambda *_, **__: evaluating.clear())
+    for owner in (trainer, evaluate):
+        wrap(owner, "load_policy", before=lambda *_, **__: comes("load"))
+        wrap(owner, "evaluate_policy", before=lambda *_, **__: evaluating.append(1),
+             after=lambda *_, **__: evaluating.clear())
     wrap(evaluate, "grade", before=lambda *_, **__: comes("eval"))
     wrap(Decode, "step", before=lambda *_: comes("eval" if evaluating else "rollout"))
-    wrap(rlaif, "make_judge", after=lambda judge, *_, **__: wrap(judge, "compare", before=lambda *_: comes("judge")))
+    wrap(rewards, "make_judge", after=lambda judge, *_, **__: wrap(judge, "compare", before=lambda *_: comes("judge")))
     wrap(checkpoint, "write_adapter", after=lambda *_: comes("save"))
-    wrap(checkpoint, "flush_to_disk", before=lambda *_: comes("save"))
+    wrap(files, "flush_to_disk", before=lambda *_: comes("save"))
 
 
 def go_off(run: Path, alarm: dict) -> None:
@@ -319,6 +254,3 @@ def go_off(run: Path, alarm: dict) -> None:
         send()
         beside(run, "went on").touch()
 
-
-if __name__ == "__main__":
-    serve()
