@@ -64,14 +64,23 @@ class Server:
             timeout=openai.Timeout(None, connect=CONNECT_S),
             http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=False))  # not with our key
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.model = ""
-        self.base = self.model = self._base_model(name, longest)
-        # At top_k=1 there is one token, with log-prob 0, if log-probs are those of the distribution sampled from. At
-        # temperature 2, so that few distributions are so peaked that this is no sign; some tokens, for the others.
-        [answer] = [a for part in self.complete([Job((0, 0), probe, 0)], Sampling(2.0, top_k=1), 8, [], 1)
-                    for _, a in part]
-        self.processed = all(abs(logp) < 1e-4 for logp in answer.logp)
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.model = self.base = ""
+        try:
+            self.base = self.model = self._base_model(name, longest)
+            self.processed = self._gives_processed(probe)
+        except UserError:
+            self.close()
+            raise
+
+    def _gives_processed(self, probe: list[int]) -> bool:
+        """Whether log-probs are those of the distribution sampled from: at top_k=1 there is one token, with log-prob 0.
+
+        At temperature 2, so that few distributions are so peaked that this is no sign; some tokens, for the others.
+        """
+        parts = self.complete([Job((0, 0), probe, 0)], Sampling(2.0, top_k=1), 8, [], 1)
+        return all(abs(logp) < 1e-4 for part in parts for _, answer in part for logp in answer.logp)
 
     def _base_model(self, name: str, longest: int) -> str:
         """The model served, by its own name if there are several: a swap compares its log-probs with ours."""
@@ -144,9 +153,11 @@ class Server:
         """Do nothing: a server has its own card."""
 
     def close(self) -> None:
-        """End the thread."""
-        self._run("", self.client.close).result()
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        """End the thread; a second time does nothing."""
+        if self.loop.is_running():
+            self._run("", self.client.close).result()
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join()
 
     def _run(self, path: str, request, room: asyncio.Semaphore | None = None) -> concurrent.futures.Future:
         """Start request() on the loop; its future gives the reply, or a UserError that says what to do."""

@@ -11,13 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from engines import generate
 from peft import PeftModel
 from toy import load
 from transformers import AutoModelForCausalLM
 
-from minimath.rollout.transformers_engine import generate_hf
+from minimath.rollout.transformers_engine import TransformersEngine
 
-OPTIONS = {"samples": 3, "max_new_tokens": 12, "temperature": 0.7, "seed": 5}
+SAMPLES = 3
 
 
 def prompts_of(tokenizer):
@@ -47,8 +48,8 @@ class Engine:
     def sample(self, model, prompt, seed, how, max_tokens, stop, processed=True):
         """(ids, log-probs) after temperature and truncation, or as raw_logprobs."""
         with self.lock:
-            [[completion]] = generate_hf(model, self.tokenizer, [prompt], max_new_tokens=max_tokens, eos=stop,
-                                         seed=seed, **how)  # fmt: skip
+            [[completion]] = generate(model, self.tokenizer, [prompt], kind=TransformersEngine, eos=stop, seed=seed,
+                                      max_new_tokens=max_tokens, **how)
             if processed:
                 return completion.ids, completion.logp
             with torch.no_grad():
@@ -88,6 +89,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def reply(self, status, content):
         data = (content if isinstance(content, str) else json.dumps(content)).encode()
         self.send_response(status)
+        self.send_header("Content-Type", "text/plain" if isinstance(content, str) else "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

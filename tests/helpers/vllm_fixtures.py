@@ -1,16 +1,14 @@
 """Fixtures for tests of rollouts by vLLM; a test file says pytest_plugins = ["vllm_fixtures"]."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import tiny
 from fake_vllm import Engine, fake_modules, start_server
-from toy import load, wake_adapter
+from toy import policy_of, wake_adapter
 
-from minimath.config.schema import AdapterConfig
-from minimath.rollout.vllm import open_vllm
-from minimath.rollout.vllm_client import Server
+from minimath.config.schema import EngineOptions, PromptOptions, SamplingOptions
+from minimath.rollout.vllm import VLLMEngine
 
 
 @pytest.fixture(scope="module")
@@ -34,36 +32,28 @@ def server(engine, folder):
 
 @pytest.fixture
 def trained(folder):
-    """(model, tokenizer) with a live adapter, in train mode."""
-    model, tokenizer = load(folder, AdapterConfig, train=True, lora_r=4)
-    wake_adapter(model)
-    return model, tokenizer
+    """The policy of a live adapter, in train mode."""
+    policy = policy_of(folder, train=True, lora_r=4)
+    wake_adapter(policy.model)
+    return policy
 
 
 @pytest.fixture
-def config(folder, server):
-    """config(**changes) -> the options that open_vllm reads."""
-
-    def make(**changes):
-        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        fields = {"model": folder, "seed": 0, "trust_remote_code": False, "max_prompt_len": 64,
-                  "max_new_tokens": 24, "temperature": 0.7, "top_p": 1.0, "min_p": 0.0, "top_k": 0,
-                  "vllm_url": url, "vllm_model": "", "vllm_key_env": "", "vllm_timeout_s": 20.0,
-                  "vllm_adapter_dir": "", "vllm_gpu_share": 0.3}  # fmt: skip
-        return SimpleNamespace(**{**fields, **changes})
-
-    return make
-
-
-@pytest.fixture
-def opened(config, trained, tmp_path, monkeypatch):
-    """opened(**changes) -> VLLM whose retries hardly wait."""
+def opened(server, trained, tmp_path, monkeypatch):
+    """opened(**changes) -> VLLMEngine whose retries hardly wait. eos: in place of the model's own."""
     handles = []
-    monkeypatch.setattr(Server, "pause_s", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
-    def make(**changes):
-        handles.append(open_vllm(config(**changes), *trained, tmp_path))
-        return handles[-1]
+    def make(policy=trained, *, eos=(), max_prompt_len=64, seed=5, **changes):
+        options = {"vllm_url": f"http://127.0.0.1:{server.server_address[1]}/v1", "vllm_gpu_share": 0.3,
+                   "max_new_tokens": 12, "temperature": 0.7, **changes}
+        groups = [kind(**{k: v for k, v in options.items() if k in kind.__dataclass_fields__})
+                  for kind in (EngineOptions, SamplingOptions)]
+        policy.prompt = PromptOptions(max_prompt_len=max_prompt_len)
+        engine = VLLMEngine(*groups, policy, seed=seed, run_dir=tmp_path)
+        engine.eos = list(eos)
+        handles.append(engine)
+        return engine
 
     yield make
     for handle in handles:

@@ -3,10 +3,10 @@
 import time
 
 import pytest
+from fake_vllm import asked
 
 from minimath.core.errors import UserError
-from minimath.rollout.vllm import open_vllm
-from minimath.rollout.vllm_client import Server
+from minimath.rollout import vllm_client
 
 pytest_plugins = ["vllm_fixtures"]
 KEY = "secret-of-the-tests"
@@ -39,10 +39,12 @@ def hangs_up(handler, body):
         (lambda c: c["prompt_token_ids"].insert(0, 1), "changed the prompt's token ids"),
     ],
 )
-def test_an_answer_that_is_not_to_what_was_asked_is_refused(server, opened, change, says):
-    vllm, server.alter = opened(), change
+def test_an_answer_that_is_not_to_what_was_asked_is_refused(server, opened, monkeypatch, change, says):
+    engine = opened(max_new_tokens=6)
+    monkeypatch.setattr(engine, "swap", lambda: None)
+    server.alter = change
     with pytest.raises(UserError, match=says):
-        vllm.generate([[5, 6, 7]], max_new_tokens=6, eos=[])
+        engine.generate([[5, 6, 7]])
 
 
 @pytest.mark.parametrize(
@@ -50,108 +52,136 @@ def test_an_answer_that_is_not_to_what_was_asked_is_refused(server, opened, chan
     [
         (answers(200, {"choices": []}), "0 choices where one"),
         (answers(200, {"choices": [{}, {}]}), "2 choices where one"),
-        (answers(200, "<html>"), "something else than JSON"),
-        (answers(200, "[1]"), "something else than JSON"),
-        (answers(200, "x" * 500_000), "more than"),
+        (answers(200, "<html>"), "0 choices .* is it a vLLM server"),
+        (answers(200, "[1]"), "0 choices .* is it a vLLM server"),
+        (answers(200, "x" * 500_000), "0 choices .* is it a vLLM server"),
         (answers(302, ""), "HTTP 302"),
         (answers(400, {"error": {"message": "max_tokens is too large"}}), "HTTP 400 .max_tokens is too large"),
         (answers(404, {"error": {"message": "The model `x` does not exist."}}), "does not know .* was it restarted"),
     ],
 )
-def test_other_replies_are_one_line_that_says_what_to_do(server, opened, step, says):
-    vllm = opened()
+def test_other_replies_are_one_line_that_says_what_to_do(server, opened, monkeypatch, step, says):
+    engine = opened(max_new_tokens=6)
+    monkeypatch.setattr(engine, "swap", lambda: None)
     server.script["/v1/completions"] = [step]
     with pytest.raises(UserError, match=says) as caught:
-        vllm.generate([[5, 6, 7]], max_new_tokens=6, eos=[])
+        engine.generate([[5, 6, 7]])
     assert "\n" not in str(caught.value)
 
 
-def test_a_server_out_of_reach_is_reported(config, trained, tmp_path, server, monkeypatch):
-    monkeypatch.setattr(Server, "pause_s", 0.01)
+def test_a_server_out_of_reach_is_reported(opened, server):
     server.shutdown()
     server.server_close()
-    with pytest.raises(UserError, match="cannot be used .*refused.*; start it, correct vllm_url"):
-        open_vllm(config(), *trained, tmp_path)
+    with pytest.raises(UserError, match="cannot be used .*; start it, or correct vllm_url"):
+        opened()
     for url in ("127.0.0.1:8000", "ftp://x/v1", "http://", "http://x:port/v1", "http://user:pw@x/v1"):
         with pytest.raises(UserError, match="vllm_url: give the base URL") as caught:
-            open_vllm(config(vllm_url=url), *trained, tmp_path)
+            opened(vllm_url=url)
         assert "pw" not in str(caught.value)
 
 
-def test_another_model_or_too_short_a_limit_is_refused(server, opened):
-    with pytest.raises(UserError, match="serves .*llama, not other; start it with that model"):
-        opened(model="other")
-    assert opened(model="other", vllm_model=server.name).backend.base == server.name
+def test_the_one_model_that_is_served_is_taken_and_too_short_a_limit_refused(server, opened, trained):
+    trained.options.name = "other"
+    assert opened().backend.base == server.name
+    cards = [{"id": name, "root": name, "parent": None} for name in ("a", "b")]
+    server.script["/v1/models"] = [answers(200, {"data": cards})]
+    with pytest.raises(UserError, match="serves a, b, not other; start it with that model"):
+        opened()
     with pytest.raises(UserError, match="takes 256 tokens.* --max-model-len 300"):
-        opened(max_prompt_len=276)
+        opened(max_prompt_len=288)
 
 
-def test_a_server_without_run_time_adapters_is_reported(server, opened, trained):
-    vllm, server.runtime_lora = opened(), False
+def test_a_server_without_run_time_adapters_is_reported(server, opened):
+    engine, server.runtime_lora = opened(), False
     with pytest.raises(UserError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
-        vllm.swap(trained[0], 0)
+        engine.swap()
     server.runtime_lora = True
     server.script["/v1/load_lora_adapter"] = [answers(404, {"error": {"message": "No adapter found for /x"}})]
-    with pytest.raises(UserError, match="under the same path .vllm_adapter_dir"):
-        vllm.swap(trained[0], 0)
+    with pytest.raises(UserError, match="the run folder .out=. under the same path"):
+        engine.swap()
     server.script["/v1/load_lora_adapter"] = [answers(400, {"error": {"message": "LoRA rank 64 is greater"}})]
     with pytest.raises(UserError, match="rank 64 is greater.*--max-lora-rank"):
-        vllm.swap(trained[0], 0)
+        engine.swap()
 
 
 def test_the_key_is_sent_and_never_shown(server, opened, monkeypatch):
     server.key = KEY
-    monkeypatch.setenv("TEST_KEY", KEY)
-    opened(vllm_key_env="TEST_KEY").generate([[5, 6]], max_new_tokens=2, eos=[])
-    assert all(headers["Authorization"] == f"Bearer {KEY}" for _, _, headers in server.seen)
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    opened().generate([[5, 6]])
+    assert all(f"Bearer {KEY}" in headers.values() for _, _, headers in server.seen)
     server.key = "another"
-    with pytest.raises(UserError, match="refuses the key .*vllm_key_env") as caught:
-        opened(vllm_key_env="TEST_KEY")
+    with pytest.raises(UserError, match="refuses the key .*VLLM_API_KEY") as caught:
+        opened()
     assert KEY not in str(caught.value) and "***" in str(caught.value)
-    monkeypatch.setenv("TEST_KEY", KEY + "\n\nx")
-    with pytest.raises(UserError, match="TEST_KEY has line breaks") as caught:
-        opened(vllm_key_env="TEST_KEY")
+    monkeypatch.setenv("VLLM_API_KEY", KEY + "\n\nx")
+    with pytest.raises(UserError, match="VLLM_API_KEY has line breaks") as caught:
+        opened()
     assert KEY not in str(caught.value)
 
 
-def test_passing_faults_are_tried_again(server, opened, trained):
-    vllm = opened()
+def test_no_redirect_is_followed_with_the_key(server, opened, monkeypatch):
+    engine = opened()
+    monkeypatch.setattr(engine, "swap", lambda: None)
+
+    def elsewhere(handler, body):
+        handler.send_response(302)
+        handler.send_header("Location", "/v1/elsewhere")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    server.script["/v1/completions"] = [elsewhere]
+    with pytest.raises(UserError, match="HTTP 302"):
+        engine.generate([[5, 6]])
+    assert not any("elsewhere" in path for path, _, _ in server.seen)
+
+
+def test_passing_faults_are_tried_again(server, opened, monkeypatch):
+    engine = opened()
     busy = answers(503, {"error": {"message": "busy"}})
     server.script["/v1/completions"] = [busy, hangs_up, busy]
-    assert len(vllm.generate([[5, 6]], max_new_tokens=2, eos=[])[0]) == 1
+    assert len(engine.generate([[5, 6]])[0]) == 1
     server.script["/v1/completions"] = [busy] * 4
     with pytest.raises(UserError, match="HTTP 503 .busy"):
-        vllm.generate([[5, 6]], max_new_tokens=2, eos=[])
+        engine.generate([[5, 6]])
 
     def loads_and_hangs_up(handler, body):
         server.adapters[body["lora_name"]] = body["lora_path"]
         handler.connection.close()
 
     server.script["/v1/load_lora_adapter"] = [loads_and_hangs_up]
-    vllm.swap(trained[0], 0)
+    engine.swap()
 
 
-def test_one_failure_ends_the_other_requests_at_once(server, opened):
-    vllm, begun = opened(), time.monotonic()
+def test_one_failure_ends_the_other_requests_at_once(server, opened, monkeypatch):
+    engine, begun = opened(), time.monotonic()
+    monkeypatch.setattr(engine, "swap", lambda: None)
     server.script["/v1/completions"] = [hangs, hangs, answers(400, {"error": {"message": "no"}}), hangs]
     with pytest.raises(UserError, match="HTTP 400"):
-        vllm.generate([[5, 6]], samples=4, max_new_tokens=2, eos=[])
-    assert time.monotonic() - begun < 20
+        engine.generate([[5, 6]], 4)
     server.script["/v1/completions"] = [hangs, hangs]
-    with pytest.raises(KeyboardInterrupt):
-        vllm.generate([[5, 6]], samples=3, max_new_tokens=2, eos=[], on_done=interrupts)
-    assert time.monotonic() - begun < 40
-    assert vllm.generate([[5, 6]], max_new_tokens=2, eos=[])  # still of use
-
-
-def interrupts(*_):
-    raise KeyboardInterrupt
-
-
-def test_a_server_that_never_answers_costs_one_timeout(server, opened):
-    vllm, begun = opened(), time.monotonic()
-    vllm.backend.timeout_s = 0.3
-    server.script["/v1/completions"] = [hangs]
-    with pytest.raises(UserError, match="no answer in time.*vllm_timeout_s"):
-        vllm.generate([[5, 6]], max_new_tokens=2, eos=[])
+    stream = engine.stream([[5, 6]], 3)
+    while not next(stream):
+        pass
+    stream.close()  # the caller asks for no more
     assert time.monotonic() - begun < 20
+    assert engine.generate([[5, 6]])  # still of use
+
+
+def test_a_caller_is_heard_while_a_server_computes(server, opened, monkeypatch):
+    engine = opened()
+    monkeypatch.setattr(engine, "swap", lambda: None)
+    monkeypatch.setattr(vllm_client, "LOOK_S", 0.05)
+    server.script["/v1/completions"] = [hangs]
+    stream = engine.stream([[5, 6]])
+    assert [next(stream) for _ in range(3)] == [[], [], []]
+    stream.close()
+
+
+def test_a_server_that_never_answers_costs_one_timeout(server, opened, monkeypatch):
+    engine, begun = opened(), time.monotonic()
+    monkeypatch.setattr(engine, "swap", lambda: None)
+    monkeypatch.setattr(vllm_client, "ANSWER_S", 0.3)
+    server.script["/v1/completions"] = [hangs] * 4
+    with pytest.raises(UserError, match="no answer in 0.3 s"):
+        engine.generate([[5, 6]])
+    assert time.monotonic() - begun < 20 and asked(server)[-2:].count(asked(server)[-1]) == 1
