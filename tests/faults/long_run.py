@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tiny
 from harness import Tally, run_child
-from toy import make_config, metrics, write_problems
+from toy import ending_model, make_config, metrics, write_problems
 
 MEMORY_BYTES = 8 << 20  # between the quarters: the allocator's noise is below it, 8 KB a step of 2,000 steps is above
 OBJECTS_A_STEP = 0.5
@@ -24,12 +24,12 @@ STEPS = {"sft": (2000, 160), "rlaif": (500, 40)}  # full, fast
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
-    model = tiny.tiny_model(folder / "model")
+    model = ending_model(tiny.write_tiny(folder / "tiny"), folder / "model")
     data = write_problems(folder / "problems.jsonl", n=64)
     return [long_run(stage, full, model, data, folder) for stage in STEPS]
 
 
-def long_run(stage: str, full: bool, model: Path, data: str, folder: Path) -> Tally:
+def long_run(stage: str, full: bool, model: str, data: str, folder: Path) -> Tally:
     steps = STEPS[stage][0 if full else 1]
     tally = Tally(f"{stage}, {steps:,} steps: {'memory, ' * full}objects, open files, threads, logs, checkpoints")
     out = folder / stage
@@ -53,7 +53,7 @@ def long_run(stage: str, full: bool, model: Path, data: str, folder: Path) -> Ta
     tally.add(logs < LOG_BYTES_A_STEP * steps, f"{logs / steps:.0f} bytes of logs a step")
     tally.add(len(metrics(out)) >= steps, f"metrics.jsonl has {len(metrics(out))} lines")
     kept = [path for path in (out / "checkpoints").iterdir() if path.is_dir()]
-    tally.add(len(kept) <= 3, f"{len(kept)} checkpoints are left")  # two newest and the best
+    tally.add(len(kept) <= 4, f"{len(kept)} checkpoints are left")  # three newest and the best
     return tally
 
 
@@ -68,11 +68,13 @@ def note(seen: list[dict]) -> None:
 
 def child(stage: str, model: str, data: str, out: str, steps: int, notes: str) -> None:
     """Run the stage, noting what the process holds after every steps / NOTES steps."""
-    from minimath.train import rlaif
-    from minimath.train import sft
     from minimath.config.schema import RLAIFConfig, SFTConfig
+    from minimath.train import optimizer
+    from minimath.train.monitor import CollapseMonitor
+    from minimath.train.rlaif import rlaif
+    from minimath.train.sft import sft
     seen: list[dict] = []
-    loop, name = (sft, "clip_and_step") if stage == "sft" else (rlaif, "collapse_warnings")  # each once a step
+    loop, name = (optimizer, "clip_and_step") if stage == "sft" else (CollapseMonitor, "check")  # each once a step
     real, done = getattr(loop, name), 0
 
     def noted(*args, **options):
@@ -86,12 +88,12 @@ def child(stage: str, model: str, data: str, out: str, steps: int, notes: str) -
     # in a full run five of them come before the second quarter: the allocator keeps what they took
     often = steps // (20 if steps >= STEPS["rlaif"][0] else 4)
     shared = {"out": out, "data": data, "eval_data": data, "eval_limit": 4, "steps": steps, "save_every": often // 2,
-              "eval_every": often, "keep": 2, "lora_r": 4, "sample_every": often, "lr": 1e-4}
+              "eval_every": often, "lora_r": 4, "sample_every": often, "lr": 1e-4}
     if stage == "sft":
-        sft.sft(make_config(SFTConfig, model, batch_size=2, eval_max_new_tokens=8, **shared))
-    else:  # gate=none: a random model is never right, and groups without a difference are not trained on
-        rlaif.rlaif(make_config(RLAIFConfig, model, prompts_per_step=2, group_size=3, max_new_tokens=8, judge="self",
-                                gate="none", overlong="none", judge_canary_every=often, **shared))
+        sft(make_config(SFTConfig, model, batch_size=2, eval_max_new_tokens=8, **shared))
+    else:  # verifier=none: a random model is never right, and groups without a difference are not trained on
+        rlaif(make_config(RLAIFConfig, model, prompts_per_step=2, group_size=3, max_new_tokens=8, judge="self",
+                          verifier="none", overlong="none", judge_canary_every=often, **shared))
     Path(notes).write_text(json.dumps(seen))
 
 

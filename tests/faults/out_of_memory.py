@@ -1,7 +1,8 @@
 """Memory that runs out in a step of training or of a rollout: done again in smaller pieces, with the same gradient.
 
 A stand-in raises what torch raises, on a CPU as on CUDA, for every forward pass or backward pass of more tokens, or
-decode step of more rows, than it has room for. After three halvings a run stops, with its steps saved.
+decode step of more rows, than it has room for. After three halvings a run stops, with its steps saved. The model that
+judges itself gives the same votes in smaller passes.
 """
 import contextlib
 import io
@@ -14,15 +15,16 @@ from unittest import mock
 import torch
 from harness import Tally
 from tiny import write_tiny
-from toy import adapter, make_config, metrics, write_problems
+from toy import adapter, ending_model, make_config, metrics, write_problems
 
-from minimath.rollout import open as engines
-from minimath.train import rlaif
-from minimath.train import sft
-from minimath.core.checkpoint import list_checkpoints, verify
 from minimath.config.schema import RLAIFConfig, SFTConfig
+from minimath.core.checkpoint import list_checkpoints, verify
 from minimath.core.errors import UserError
+from minimath.judges import self_judge
+from minimath.models import prefix
 from minimath.rollout.decode import Decode
+from minimath.train import optimizer as optim
+from minimath.train import rlaif, sft, trainer
 
 KINDS = {  # as torch says it
     "CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -34,46 +36,47 @@ KINDS = {  # as torch says it
 STEPS, FIRST = 4, 3
 COMMON = {"lora_r": 4, "lr": 1e-2, "save_every": 0, "warmup": 0.0, "steps": STEPS}
 OPTIONS = {sft: {"batch_size": 12, "micro_batch_tokens": 300},
-           rlaif: {"prompts_per_step": 3, "group_size": 6, "max_new_tokens": 12, "judge": "rules", "sample_every": 1,
-                   "gate": "python:killing.even", "micro_batch_tokens": 100, "overlong": "none"}}
+           rlaif: {"prompts_per_step": 3, "group_size": 6, "max_new_tokens": 12, "judge": "heuristic",
+                   "sample_every": 1, "verifier": "python:killing.even", "micro_batch_tokens": 100, "overlong": "none"}}
 ROUNDING = 3e-6  # of fp32 sums in another order, relative to the gradient's norm
 ROOM = {sft: 200, rlaif: 60}  # tokens of a pass
 FURTHER = {sft: ({"lora_dropout": 0.1}, {"packing": False}, {"gradient_checkpointing": True}),
-           rlaif: ({"lora_dropout": 0.1}, {"updates_per_rollout": 2, "beta": 0.1}, {"shared_prefix": False},
-                   {"loss_type": "gspo", "minibatches": 2})}
+           rlaif: ({"lora_dropout": 0.1}, {"updates_per_rollout": 2, "kl_coef": 0.1}, {"alone": True},
+                   {"loss": "gspo", "updates_per_rollout": 2})}
 SETTINGS = ("gradient_checkpointing=true", "quant=nf4", "micro_batch_tokens", "resume=true")
 
 
 class Memory:
-    """The stand-in's memory, and what became of a run in it. room: tokens of a pass; slots: rows of a decode step."""
+    """The stand-in's memory, and what became of a run in it. room: tokens of a pass; rows: of a decode step."""
 
-    def __init__(self, room: int = 1 << 30, slots: int = 1 << 30, since: int = 1, kind="CUDA", where: str = "forward",
+    def __init__(self, room: int = 1 << 30, rows: int = 1 << 30, since: int = 1, kind="CUDA", where: str = "forward",
                  spare: bool = True):
-        self.room, self.slots, self.since, self.where, self.spare = room, slots, since, where, spare
+        self.room, self.rows, self.since, self.where, self.spare = room, rows, since, where, spare
         self.raise_ = KINDS[kind]
         self.raised = self.step = self.passes = self.tokens = 0
         self.folder, self.said, self.error, self.gradients, self.before = Path(), "", None, [], 0
 
-    def patches(self, loop) -> list:
-        real = {name: getattr(loop, name) for name in ("hidden_states", "linear_token_loss", "clip_and_step", "lr_at")}
-        decode = Decode.step
+    def full(self, size: int) -> bool:
+        """Whether a pass of `size` tokens is too large."""
+        self.passes += 1
+        if self.step < self.since or size <= self.room or (self.spare and self.passes == 1):
+            return False  # spare: the first pass of a step fits, whose gradient must not be counted twice
+        self.raised += 1
+        return True
 
-        def full(size: int, room: int) -> bool:
-            self.passes += 1
-            if self.step < self.since or size <= room or (self.spare and self.passes == 1):
-                return False  # spare: the first pass of a step fits, whose gradient must not be counted twice
-            self.raised += 1
-            return True
+    def patches(self, loop) -> list:
+        real = {name: getattr(loop, name) for name in ("hidden_states", "linear_token_loss")}
+        clip, rate, judged, decode = optim.clip_and_step, trainer.lr_at, self_judge.hidden_states, Decode.step
 
         def hidden_states(model, input_ids, *args, **kwargs):
             self.tokens = input_ids.numel()
-            if self.where == "forward" and full(self.tokens, self.room):
+            if self.where == "forward" and self.full(self.tokens):
                 raise self.raise_()
             return real["hidden_states"](model, input_ids, *args, **kwargs)
 
         def linear_token_loss(*args, **kwargs):
             loss, stats = real["linear_token_loss"](*args, **kwargs)
-            if self.where == "backward" and full(self.tokens, self.room):
+            if self.where == "backward" and self.full(self.tokens):
                 def fail(_):
                     raise self.raise_()
                 loss.register_hook(fail)
@@ -82,37 +85,45 @@ class Memory:
         def clip_and_step(optimizer, params, *args, **kwargs):
             self.before = self.before if self.gradients else self.raised  # the first step
             self.gradients.append(torch.cat([p.grad.flatten() for p in params if p.grad is not None]))
-            return real["clip_and_step"](optimizer, params, *args, **kwargs)
+            return clip(optimizer, params, *args, **kwargs)
 
         def lr_at(step, *args, **kwargs):
             if step + 1 > self.step:
                 self.step, self.passes = step + 1, 0
-            return real["lr_at"](step, *args, **kwargs)
+            return rate(step, *args, **kwargs)
+
+        def judge_states(model, input_ids, *args, **kwargs):
+            if self.where == "judge" and self.full(input_ids.numel()):
+                raise self.raise_()
+            return judged(model, input_ids, *args, **kwargs)
 
         def step(decoder):
-            if len(decoder.rows) > self.slots:
+            if len(decoder.rows) > self.rows:
                 self.raised += 1
                 raise self.raise_()
             decode(decoder)
 
-        own = {"hidden_states": hidden_states, "linear_token_loss": linear_token_loss, "clip_and_step": clip_and_step,
-               "lr_at": lr_at}
-        # many end tokens: a random model would hardly ever stop by itself
-        ends = mock.patch.object(engines, "eos_ids", lambda *_: list(range(20, 60)))
-        return [*(mock.patch.object(loop, *one) for one in own.items()), mock.patch.object(Decode, "step", step), ends]
+        return [mock.patch.object(loop, "hidden_states", hidden_states),
+                mock.patch.object(loop, "linear_token_loss", linear_token_loss),
+                mock.patch.object(optim, "clip_and_step", clip_and_step), mock.patch.object(trainer, "lr_at", lr_at),
+                mock.patch.object(self_judge, "hidden_states", judge_states), mock.patch.object(Decode, "step", step)]
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
-    model, data = str(write_tiny(folder / "tiny")), write_problems(folder / "problems.jsonl", n=24)
+    model = ending_model(write_tiny(folder / "tiny"), folder / "model")
+    data = write_problems(folder / "problems.jsonl", n=24)
     number = itertools.count()
 
-    def train(loop, memory: Memory, out: Path | None = None, **options) -> Memory:
+    def train(loop, memory: Memory, out: Path | None = None, alone: bool = False, **options) -> Memory:
+        """alone: no prompt is shared in an update."""
         memory.folder, output = out or folder / f"run{next(number)}", io.StringIO()
         cfg = make_config(SFTConfig if loop is sft else RLAIFConfig, model, data=data, out=str(memory.folder),
                           **COMMON | OPTIONS[loop] | options)
         with contextlib.ExitStack() as stack, contextlib.redirect_stdout(output):
             for patch in memory.patches(loop):
                 stack.enter_context(patch)
+            if alone:
+                stack.enter_context(mock.patch.object(prefix, "LEAST_SAVED", 2.0))
             try:
                 (sft.sft if loop is sft else rlaif.rlaif)(cfg)
             except (UserError, RuntimeError) as error:
@@ -120,14 +131,15 @@ def run(full: bool, folder: Path) -> list[Tally]:
         memory.said = output.getvalue()
         return memory
 
-    return [*halved(full, train), learned(full, train), stopped(full, train), slots_halved(full, train), others(train)]
+    return [*halved(full, train), learned(full, train), stopped(full, train), rollouts_halved(full, train),
+            judge_halved(full, train), others(train)]
 
 
 def halved(full: bool, train) -> list[Tally]:
-    """The gradient is that of the unbroken step, and bitwise that of a run which began with fewer micro_batch_tokens."""
+    """The gradient is that of the unbroken step, and bitwise that of a run begun with fewer micro_batch_tokens."""
     tallies = []
     for loop in (sft, rlaif):
-        tally = Tally(f"out_of_memory: {loop.__name__[9:]}, the same gradient")
+        tally = Tally(f"out_of_memory: {loop.__name__.rpartition('.')[2]}, the same gradient")
         cases = [({}, "backward", "CPU")] if loop is sft else [({}, "forward", "CUDA")]
         if full:
             cases = [*itertools.product([{}], ("forward", "backward"), KINDS),
@@ -137,7 +149,7 @@ def halved(full: bool, train) -> list[Tally]:
             short = train(loop, Memory(ROOM[loop], where=where, kind=kind), **options)
             whole = train(loop, Memory(), **options)
             wrong = unlike(short, whole, dropout="lora_dropout" in options)
-            if not wrong and not {"updates_per_rollout", "minibatches"} & options.keys():  # old log-probs: before it
+            if not wrong and "updates_per_rollout" not in options:  # old log-probs: before it
                 fewer = re.findall(r"micro_batch_tokens=(\d+), which", short.said)[short.before - 1]
                 small = train(loop, Memory(), **options | {"steps": 1, "micro_batch_tokens": int(fewer)})
                 same = torch.equal(short.gradients[0], small.gradients[0])
@@ -154,7 +166,7 @@ def unlike(short: Memory, whole: Memory, dropout: bool) -> str:
     said = short.said.count("which gives the same gradient")
     if not said or said != short.raised or said != kept(short)["halved"]:
         return f"ran out {short.raised} times, said {said} times, learned {kept(short)}"
-    if list(metrics(short.folder, "step", "skipped")) != list(metrics(whole.folder, "step", "skipped")):
+    if metrics(short.folder, "step", "optim/skipped") != metrics(whole.folder, "step", "optim/skipped"):
         return "other steps are in the metrics"
     one, two = short.gradients[0], whole.gradients[0]
     error = float((one - two).norm() / two.norm())
@@ -163,9 +175,11 @@ def unlike(short: Memory, whole: Memory, dropout: bool) -> str:
 
 
 def kept(memory: Memory) -> dict:
-    """What the newest checkpoint keeps of the lessons."""
-    newest = list_checkpoints(memory.folder)[0]
-    return json.loads((newest / "state.json").read_text())["memory"]
+    """What the newest checkpoint keeps of the lessons: micro_batch_tokens, halved, max_num_seqs."""
+    tracked = json.loads((list_checkpoints(memory.folder)[0] / "state.json").read_text())["tracked"]
+    budget, engine = tracked["optimizer"]["budget"], tracked.get("engine", {})
+    return {name: value for name, value in (budget | engine).items() if name in
+            ("micro_batch_tokens", "halved", "max_num_seqs")}
 
 
 def learned(full: bool, train) -> Tally:
@@ -213,22 +227,43 @@ def differs(run: Memory, whole: Memory) -> str:
     return "" if steps[0] == steps[1] and error < 1e-3 else f"steps {steps}, weights off by {error:.1e}"
 
 
-def slots_halved(full: bool, train) -> Tally:
-    """A rollout that runs out of memory gives the same completions in fewer slots, and the next begins with those."""
-    tally = Tally("out_of_memory: a rollout in fewer slots")
+def rollouts_halved(full: bool, train) -> Tally:
+    """A rollout that runs out of memory gives the same completions with fewer sequences side by side, and the next one,
+    also of a resumed run, begins with those."""
+    tally = Tally("out_of_memory: a rollout with fewer sequences")
     whole = train(rlaif, Memory(), lr=1e-4)
-    for slots, room in ((10, 1 << 30), (5, 1 << 30), (10, ROOM[rlaif])) if full else ((10, 1 << 30),):
-        short = train(rlaif, Memory(room, slots=slots), lr=1e-4)
+    for rows, room in ((10, 1 << 30), (5, 1 << 30), (10, ROOM[rlaif])) if full else ((10, 1 << 30),):
+        short = train(rlaif, Memory(room, rows=rows), lr=1e-4)
         texts = [[json.loads(line)["texts"] for line in open(m.folder / "samples.jsonl")] for m in (short, whole)]
         begun = short.said.count("sequences side by side")
-        used = {r["slots"] for r in metrics(short.folder)}
-        if short.error or not begun or max(used) != kept(short)["slots"] or max(used) > slots:  # a refill has fewer
-            wrong = f"said {begun} times, slots {used}, learned {kept(short)}: {short.error}"
+        used = {r["rollout/max_num_seqs"] for r in metrics(short.folder)}
+        most = kept(short)["max_num_seqs"]
+        if short.error or not begun or max(used) != most or max(used) > rows:  # a refill has fewer
+            wrong = f"said {begun} times, used {used}, learned {kept(short)}: {short.error}"
         elif 18 >> begun != max(used):
-            wrong = f"it ran out {begun} times to come from 18 to {max(used)} slots"
+            wrong = f"it ran out {begun} times to come from 18 to {max(used)} sequences"
         else:
             wrong = differs(short, whole) if texts[0] == texts[1] else f"other completions: {texts}"
-        tally.add(not wrong, f"{slots} slots, passes of {room} tokens: {wrong}")
+        again = train(rlaif, Memory(rows=rows), out=short.folder, resume=True, lr=1e-4, steps=STEPS + 1)
+        wrong = wrong or str(again.error or "") or again.raised * f"resumed, it ran out {again.raised} times"
+        tally.add(not wrong, f"{rows} rows, passes of {room} tokens: {wrong}")
+    return tally
+
+
+def judge_halved(full: bool, train) -> Tally:
+    """The model that judges itself votes the same in smaller passes; that they are smaller is said."""
+    tally = Tally("out_of_memory: the judge in smaller passes")
+    own = {"judge": "self", "verifier": "none", "micro_batch_tokens": 8000, "lr": 1e-4, "steps": 2}
+    names = ("judge/comparisons", "judge/no_votes", "judge/position_bias", "judge/fit_se", "reward/mean")
+    whole = train(rlaif, Memory(), **own)
+    for kind, room in itertools.product(KINDS, (1500, 900)) if full else (("CUDA", 1500),):
+        short = train(rlaif, Memory(room, kind=kind, where="judge", spare=False), **own)
+        figures = [[r[name] for r in metrics(m.folder) for name in names] for m in (short, whole)]
+        same = all(abs(a - b) < 1e-5 for a, b in zip(*figures, strict=True)) and any(figures[0])
+        wrong = str(short.error or whole.error or "") or ("" if same else f"other votes: {figures}")
+        if not short.raised or short.said.count("the judge self ran out of memory") != 1:
+            wrong = wrong or f"ran out {short.raised} times: {short.said[-500:]}"
+        tally.add(not wrong, f"{kind}, passes of {room} tokens: {wrong or differs(short, whole)}")
     return tally
 
 
