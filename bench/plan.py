@@ -3,7 +3,7 @@
     python -m bench.plan                  # all settings, five minutes of a core
     python -m bench.plan --only nf4       # those with the word in their name; of the others the last result stays
 
-Small random models of four families go through minimath's own code (an optimiser step of two micro-batches, or a whole
+Small random models of four families go through minimath's own code (an optimizer step of two micro-batches, or a whole
 rollout) while every storage that comes and goes is counted, operations of bitsandbytes from the inside; to
 that comes what the loaded model stores. Rows have unlike lengths, so that masks are needed, and fill the micro-batches:
 the case that the plan is made for. Predicted is what minimath plan adds up, without its margins for a card. The second
@@ -22,16 +22,17 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import RESULTS, machine
-from minimath.plan import footprint
-from minimath.plan import needs
-from minimath.train import rlaif
-from minimath.train import sft
-from minimath.data.chat import Encoded
 from minimath.config.schema import RLAIFConfig, SFTConfig
+from minimath.data.chat import Encoded
+from minimath.data.examples import Example
+from minimath.data.sample import Group, Sample
+from minimath.models.load import base_causal_lm
+from minimath.models.policy import Policy, load_policy
 from minimath.plan.footprint import Live
-from minimath.models.load import DTYPES, base_causal_lm, load_model
-from minimath.train.optimizer import clip_and_step, make_optimizer
-from minimath.rollout.engine import Completion, generate
+from minimath.plan.needs import Planner
+from minimath.rollout.open import open_engine
+from minimath.train import rlaif, sft
+from minimath.train.optimizer import Optimizer, clip_and_step
 
 MODEL = {"vocab_size": 4000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
          "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -39,8 +40,9 @@ FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 32},
             "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 512}}
 PACKED = {"micro_batch_tokens": 1000, "max_len": 600, "batch_size": 4}
 PADDED = {"micro_batch_tokens": 1200, "max_len": 200, "batch_size": 12, "packing": False}
-GROUPS = {"prompts_per_step": 2, "group_size": 6, "max_prompt_len": 240, "max_new_tokens": 130, "micro_batch_tokens": 1020}
-SAMPLING = {"prompts_per_step": 24, "group_size": 1, "max_prompt_len": 320, "max_new_tokens": 160, "slots": 12}
+GROUPS = {"prompts_per_step": 2, "group_size": 6, "max_prompt_len": 240, "max_new_tokens": 130,
+          "micro_batch_tokens": 1020}
+SAMPLING = {"prompts_per_step": 24, "max_prompt_len": 320, "max_new_tokens": 160, "max_num_seqs": 12}
 LONG = {"micro_batch_tokens": 2000, "max_len": 1200, "batch_size": 4, "gradient_checkpointing": True}
 SETTINGS = {  # name: (family, stage, options)
     "llama rollout fp32": ("llama", "rollout", SAMPLING),
@@ -48,8 +50,8 @@ SETTINGS = {  # name: (family, stage, options)
     "llama packed bf16": ("llama", "sft", PACKED | {"dtype": "bf16"}),
     "llama packed fp32 checkpointing": ("llama", "sft", LONG),
     "llama padded fp32": ("llama", "sft", PADDED),
-    "llama padded fp32 checkpointing": ("llama", "sft", PADDED | {"gradient_checkpointing": True, "micro_batch_tokens": 2400,
-                                                                  "batch_size": 24}),
+    "llama padded fp32 checkpointing": ("llama", "sft", PADDED | {
+        "gradient_checkpointing": True, "micro_batch_tokens": 2400, "batch_size": 24}),
     "llama padded fp32 nf4": ("llama", "sft", PADDED | {"quant": "nf4"}),
     "llama padded fp32 nf4 checkpointing": ("llama", "sft", PADDED | {
         "quant": "nf4", "gradient_checkpointing": True, "micro_batch_tokens": 2400, "batch_size": 24}),
@@ -58,7 +60,7 @@ SETTINGS = {  # name: (family, stage, options)
     "qwen2 packed fp32 dropout": ("qwen2", "sft", PACKED | {"lora_dropout": 0.1}),
     "qwen2 update, shared prompts, checkpointing": ("qwen2", "rlaif", GROUPS | {
         "gradient_checkpointing": True, "group_size": 12, "micro_batch_tokens": 1800}),
-    "qwen3 update, padded fp32": ("qwen3", "rlaif", GROUPS | {"shared_prefix": False}),
+    "qwen3 update, padded fp32": ("qwen3", "rlaif", GROUPS | {"max_prompt_len": 24, "max_new_tokens": 346}),
     "gemma2 padded fp32 eager": ("gemma2", "sft", PADDED | {"attn": "eager"}),
     "qwen3 rollout fp32 top-p": ("qwen3", "rollout", SAMPLING | {"top_p": 0.9}),
     "qwen3 packed fp32 checkpointing": ("qwen3", "sft", LONG),
@@ -81,14 +83,8 @@ class SeesInside(Live):
             return _gemm_4bit_default_impl(*args, **(kwargs or {}))
 
 
-def options_of(stage: str, options: dict, model: str):
-    """The stage's options for a model folder."""
-    kind = SFTConfig if stage == "sft" else RLAIFConfig
-    return kind(**({"dtype": "fp32"} | options), model=model, device="cpu")
-
-
-def write_model(folder: Path, family: str):
-    """Write a random model and a tokenizer that needs no download; returns the config."""
+def write_model(folder: Path, family: str) -> None:
+    """Write a random model and a tokenizer that needs no download."""
     from tokenizers import Tokenizer, models
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
     words = {f"<{i}>": i for i in range(MODEL["vocab_size"])}
@@ -99,7 +95,6 @@ def write_model(folder: Path, family: str):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return config
 
 
 def model_bytes(model) -> int:
@@ -113,89 +108,86 @@ def model_bytes(model) -> int:
 
 
 def optimizer_state(optimizer) -> int:
-    """Bytes of an optimiser's state."""
+    """Bytes of an optimizer's state."""
     tensors = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def row(length: int, prompt: int = 0) -> Encoded:
-    return Encoded([3 + i % 3000 for i in range(length)], [False] * max(1, prompt) + [True] * (length - max(1, prompt)),
-                   False)
+def row(length: int, prompt: int = 1) -> Encoded:
+    return Encoded([3 + i % 3000 for i in range(length)], [False] * prompt + [True] * (length - prompt), False)
 
 
-def one_step(cfg, model, gradient) -> tuple[int, int]:
-    """(bytes of model, optimiser and gradients; the most that came and went above them) of an optimiser step that is
-    not the first. gradient(): adds a step's."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    model_size = model_bytes(model)
+def one_step(cfg, policy: Policy, update) -> tuple[int, int]:
+    """(bytes of model, optimizer and gradients; the most that came and went above them) of a step that is not the
+    first. update(optimizer) takes it."""
+    model_size = model_bytes(policy.model)
     with SeesInside() as live:
-        optimizer = make_optimizer(params, cfg)
-        for param in params:  # the first step makes the optimiser's state; it needs no batch for that
+        optimizer = Optimizer(policy, cfg, print)
+        for param in optimizer.params:  # the first step makes the optimizer's state; it needs no batch for that
             param.grad = torch.zeros_like(param)
-        clip_and_step(optimizer, params, 1.0, 1e-4)
-        gradient()
-        clip_and_step(optimizer, params, 1.0, 1e-4)
-    fixed = optimizer_state(optimizer) + sum(footprint.stored(p) for p in params)
+        clip_and_step(optimizer.inner, optimizer.params, 1.0, 1e-4)
+        update(optimizer)
+    fixed = optimizer_state(optimizer.inner) + sum(p.nbytes for p in optimizer.params)
     return model_size + fixed, live.peak - fixed
 
 
-def measure_sft(cfg: SFTConfig, model, tokenizer) -> tuple[int, int]:
+def measure_sft(cfg: SFTConfig, policy: Policy) -> tuple[int, int]:
+    budget = cfg.optimizer.micro_batch_tokens
     if cfg.packing:
-        rows = [row(cfg.max_len), row(cfg.optimizer.micro_batch_tokens - cfg.max_len)] * 2
+        rows = [row(cfg.max_len), row(budget - cfg.max_len)] * 2
     else:
-        count = cfg.optimizer.micro_batch_tokens // cfg.max_len  # both micro-batches of (nearly) full length, neither of equal rows
+        count = budget // cfg.max_len  # both micro-batches of (nearly) full length, neither of equal rows
         rows = [row(cfg.max_len - cut) for cut in [0] * (count - 1) + [1] * count + [2]]
-    return one_step(cfg, model, lambda: sft.loss_and_gradient(cfg, model, tokenizer, rows, 1.0))
+    return one_step(cfg, policy, lambda optimizer: sft.update(cfg, policy, optimizer, rows))
 
 
-def measure_update(cfg: RLAIFConfig, model, tokenizer) -> tuple[int, int]:
-    rows, samples = [], []
-    for group in range(cfg.prompts_per_step):
-        for i in range(cfg.group_size):
-            size = cfg.sampling.max_new_tokens - (0 if cfg.shared_prefix else 2 * i + group)
-            one = row(cfg.prompt.max_prompt_len + size, cfg.prompt.max_prompt_len)
-            rows.append(one._replace(ids=[5 + group, *one.ids[1:]]))
-            samples.append((Completion(one.ids[cfg.prompt.max_prompt_len:], [-1.0] * size, True), (-1.0) ** i))
-    return one_step(cfg, model, lambda: rlaif.policy_gradient(cfg, model, tokenizer, rows=rows, samples=samples,
-                                                               old=None, ref=None, scale=1.0))
+def measure_update(cfg: RLAIFConfig, policy: Policy) -> tuple[int, int]:
+    unlike = cfg.prompt.max_prompt_len < 100  # then they go padded, and rows of one length would need no mask
+    groups = []
+    for number in range(cfg.prompts_per_step):
+        sizes = [cfg.sampling.max_new_tokens - unlike * (2 * i + number) for i in range(cfg.group_size)]
+        prompt = [5 + number, *row(cfg.prompt.max_prompt_len).ids[1:]]
+        groups.append(Group(Example("problem"), prompt, [
+            Sample(row(size).ids, [-1.0] * size, True, advantage=(-1.0) ** i) for i, size in enumerate(sizes)]))
+    return one_step(cfg, policy, lambda optimizer: rlaif.update(cfg, policy, optimizer, groups, groups))
 
 
-def measure_rollout(cfg: RLAIFConfig, model, tokenizer) -> tuple[int, int]:
+def measure_rollout(cfg: RLAIFConfig, policy: Policy) -> tuple[int, int]:
     prompts = [[5 + i, *row(cfg.prompt.max_prompt_len - 1 - i % 2).ids] for i in range(cfg.prompts_per_step)]
-    with SeesInside() as live:
-        generate(model, tokenizer, prompts, samples=cfg.group_size, max_new_tokens=cfg.sampling.max_new_tokens, eos=[],
-                 top_p=cfg.sampling.top_p, slots=cfg.engine.max_num_seqs)
-    return model_bytes(model), live.peak
+    with SeesInside() as live, open_engine(cfg.engine, cfg.sampling, policy) as engine:
+        engine.eos = []  # every completion as long as it may be
+        engine.generate(prompts)
+    return model_bytes(policy.model), live.peak
 
 
 MEASURES = {"sft": measure_sft, "rlaif": measure_update, "rollout": measure_rollout}
+COME_AND_GO = ("activations", "weights copied for decoding", "keys and values", "prefill, or a step's logits")
 
 
-def predict(config, cfg, stage: str) -> tuple[int, int]:
+def predict(cfg, stage: str) -> tuple[int, int]:
     """(bytes that stay, peak above them) as the plan adds them up."""
-    dtype = DTYPES[cfg.model.dtype]
-    model = footprint.empty_model(config, cfg, dtype)
-    stays = footprint.statics(model, cfg)
-    follow, prefill = footprint.layer_tracer(config, cfg, dtype, "cpu")
+    planner = Planner(cfg.model.name, "cpu")
     if stage == "rollout":
-        sampled = needs.rollout(model, prefill, cfg, cfg.engine.max_num_seqs, cfg.prompts_per_step)
-        copies = needs.copies_bytes(model, dtype)
-        return stays.outside + stays.layers + stays.adapter, sampled.peak() + copies
-    shapes = footprint.sft_shapes(cfg) if stage == "sft" else footprint.rlaif_shapes(cfg)
-    return stays.total(), footprint.passes(config, follow, shapes, dtype, "cpu").peak()
+        rows = planner.rollout(cfg, cfg, cfg.engine.max_num_seqs, card=1 << 40)
+        del rows["optimizer state"]  # measured is an engine alone
+    else:
+        rows = planner.training(cfg)
+    above = sum(size for name, size in rows.items() if name in COME_AND_GO)
+    return sum(rows.values()) - above, above
 
 
 def compare(name: str) -> dict:
     """Predict and measure one setting."""
     family, stage, options = SETTINGS[name]
     with tempfile.TemporaryDirectory() as folder:
-        config = write_model(Path(folder), family)
-        cfg = options_of(stage, options, folder)
-        stays, above = predict(config, cfg, stage)
+        write_model(Path(folder), family)
+        kind = SFTConfig if stage == "sft" else RLAIFConfig
+        cfg = kind(**({"dtype": "fp32"} | options), model=folder, device="cpu")
+        stays, above = predict(cfg, stage)
         torch.manual_seed(0)
-        model, tokenizer = load_model(cfg, train=True)
-        fixed, moved = MEASURES[stage](cfg, model, tokenizer)
-    assert base_causal_lm(model).config.model_type == family
+        policy = load_policy(cfg, train=True)
+        fixed, moved = MEASURES[stage](cfg, policy)
+    assert base_causal_lm(policy.model).config.model_type == family
     return {"setting": name, "predicted_mb": (stays + above) / 1e6, "measured_mb": (fixed + moved) / 1e6,
             "error": (stays + above) / (fixed + moved) - 1, "predicted_stays_mb": stays / 1e6,
             "measured_stays_mb": fixed / 1e6, "error_above": above / moved - 1}

@@ -34,21 +34,25 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = storages((args, kwargs))
         out = func(*args, **(kwargs or {}))
-        for key, storage in storages(out).items():
+        for key, (owner, size) in storages(out).items():
             if key not in given and key not in self.sizes:
-                self.sizes[key] = storage.nbytes()
-                self.now += storage.nbytes()
+                self.sizes[key] = size
+                self.now += size
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.drop, key)
+                weakref.finalize(owner, self.drop, key)
         return out
 
     def drop(self, key: int) -> None:
         self.now -= self.sizes.pop(key, 0)
 
 
-def storages(tree) -> dict:
-    found = [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-    return {storage._cdata: storage for storage in found}
+def storages(tree) -> dict[int, tuple]:
+    """Key -> (what holds the numbers, bytes) of the tensors in a tree; oneDNN's own layout has no storage to ask."""
+    found = {}
+    for tensor in [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]:
+        owner = tensor.untyped_storage() if tensor.layout == torch.strided else tensor
+        found[owner._cdata] = owner, tensor.nbytes if owner is tensor else owner.nbytes()
+    return found
 
 
 def empty_model(config, cfg, dtype: torch.dtype):
@@ -78,14 +82,13 @@ def traceable(config, cfg, dtype: torch.dtype, layers: int, fake: FakeTensorMode
         load.checkpoint_activations(model, preserve_rng_state=False)
     load.cast_adapters_down(model)
     with fake:  # on the CPU, where autocast works; gradients are there from the second micro-batch on
-        for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                for name, old in held.items():
-                    if old is not None:
-                        new = torch.empty(old.shape, dtype=old.dtype)
-                        held[name] = torch.nn.Parameter(new, old.requires_grad) if name in module._parameters else new
-        for param in model.parameters():
-            param.grad = torch.empty_like(param) if param.requires_grad else None
+        for held in [held for m in model.modules() for held in (m._parameters, m._buffers)]:
+            for name, old in held.items():
+                if old is not None:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    held[name] = type(old)(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+        for param in [p for p in model.parameters() if p.requires_grad]:
+            param.grad = torch.empty_like(param)
     return model
 
 

@@ -13,7 +13,7 @@ from minimath.core.text import did_you_mean
 from minimath.kernels.common import WORKSPACE_BYTES
 from minimath.models.load import DTYPES, first_line
 from minimath.models.memory import cache_bytes_per_token
-from minimath.models.prefix import EAGER_TOKENS
+from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
 from minimath.plan.footprint import Model
 
 GIB = 1 << 30
@@ -51,10 +51,11 @@ def shapes(cfg) -> list[tuple[str, int, int]]:
         return [("row", 1, min(max(budget, longest), cfg.batch_size * longest)) if cfg.packing else
                 ("row", max(1, min(budget // longest, cfg.batch_size)), longest)]
     rows = max(1, min(budget // longest, cfg.prompts_per_step * cfg.group_size))
-    budget = min(budget, EAGER_TOKENS) if cfg.model.attn == "eager" else budget
-    whole = longest + (cfg.group_size - 1) * cfg.sampling.max_new_tokens
-    shared = [("shared", 1, min(max(budget, longest), whole))] if cfg.model.attn != "flash_attention_2" else []
-    return [("row", rows, longest), *shared]
+    budget, prompt = min(budget, EAGER_TOKENS) if cfg.model.attn == "eager" else budget, cfg.prompt.max_prompt_len
+    new = int(prompt * ((1 - 1 / cfg.group_size) / LEAST_SAVED - 1))  # behind longer completions they go padded
+    new = min(new, cfg.sampling.max_new_tokens)
+    shared = [("shared", 1, min(max(budget, prompt + new), prompt + cfg.group_size * new))]
+    return [("row", rows, longest), *(shared if new > 0 and cfg.model.attn != "flash_attention_2" else [])]
 
 
 def with_tokens(cfg, tokens: int):
@@ -82,15 +83,12 @@ class Planner:
             self.config = AutoConfig.for_model(**known[name if isinstance(known[name], dict) else known[name]])
 
     def dtype(self, cfg) -> torch.dtype:
-        auto = "fp32" if self.device == "cpu" else "bf16"
-        return DTYPES[auto if cfg.model.dtype == "auto" else cfg.model.dtype]
+        return DTYPES[{"auto": "fp32" if self.device == "cpu" else "bf16"}.get(cfg.model.dtype, cfg.model.dtype)]
 
     def model(self, cfg) -> Model:
         """The model to count on, made once for each set of options that bear on it."""
         key = tuple(map(cfg.value, COUNTED_BY))
-        if key not in self.models:
-            self.models[key] = Model(self.config, cfg, self.dtype(cfg))
-        return self.models[key]
+        return self.models.get(key) or self.models.setdefault(key, Model(self.config, cfg, self.dtype(cfg)))
 
     def stays(self, cfg, *, optimizer: bool) -> dict[str, int]:
         model, nf4 = self.model(cfg), cfg.model.quant == "nf4"
@@ -172,6 +170,5 @@ class Planner:
         if None in new.values():
             return None
         new["eval"] = stages["eval"].replace(**{k: v for k, v in options.items() if k in options_of(EvalConfig)})
-        found = {name: {key: str(value).lower() for key, value in cfg.to_dict().items()
-                        if value != stages[name].value(key)} for name, cfg in new.items()}
-        return {name: values for name, values in found.items() if values}
+        return {name: found for name, cfg in new.items() if (found := {
+            key: str(value).lower() for key, value in cfg.to_dict().items() if value != stages[name].value(key)})}
