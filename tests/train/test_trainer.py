@@ -1,0 +1,389 @@
+"""What both stages need around their algorithm: commit and rollback, checkpoints, evaluation, resume, ways to end."""
+import json
+import os
+import random
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import adapter, even, make_config, metrics, same_tensors, without_times
+
+import minimath.train.trainer as module
+from minimath.config.schema import RLAIFConfig, SFTConfig
+from minimath.core import interrupt
+from minimath.core.checkpoint import best_checkpoint, list_checkpoints, verify
+from minimath.core.errors import UserError
+from minimath.eval import evaluate
+from minimath.train.trainer import Trainer
+
+
+class Counter:
+    """Something with memory."""
+
+    def __init__(self):
+        self.seen = []
+
+    def state_dict(self):
+        return {"seen": self.seen}  # the live list: the trainer takes a copy
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+BATCH = SimpleNamespace(lengths=[1], micro_batches=lambda most: [([0], {})])
+
+
+@pytest.fixture
+def go(tiny_dir, data, tmp_path):
+    """go(name, total, hook, **options) -> the trainer of a run whose loss and counter throw dice of all kinds.
+
+    hook(place, step): called "before" the update, "between" two updates of a step, and "after".
+    """
+    def run(name="run", total=4, hook=lambda place, step: None, cls=SFTConfig, **options):
+        options = {"data": data, "lora_r": 2, "lr": 1e-2, "save_every": 0, "eval_limit": 2} | options
+        cfg = make_config(cls, tiny_dir, out=str(tmp_path / name), **options)
+        with Trainer(cfg, "sft" if cls is SFTConfig else "rlaif") as trainer:
+            counter = Counter()
+            trainer.track(counter=counter)
+
+            def closure(indices, micro):
+                dice = torch.rand(()) + random.random() + np.random.rand()
+                return dice * sum(p.sum() for p in trainer.policy.params), {}
+            for step in trainer.steps(total):
+                counter.seen.append(random.random())
+                hook("before", step)
+                for update in range(getattr(cfg, "updates_per_rollout", 1)):
+                    if update:
+                        hook("between", step)
+                    step.log(trainer.optimizer.step(BATCH, closure))
+                hook("after", step)
+        trainer.counter = counter
+        return trainer
+    return run
+
+
+def at(number, what, place="before"):
+    """A hook that does something once, in one step."""
+    def hook(where, step):
+        if (where, step.number) == (place, number):
+            what()
+    return hook
+
+
+def fail():
+    raise OSError("the drive is gone")
+
+
+def ctrl_c_outside_of_the_handlers():
+    raise KeyboardInterrupt
+
+
+def names(run_dir):
+    return [folder.name for folder in list_checkpoints(run_dir)]
+
+
+def assert_same(one, two):
+    """Two runs left the same."""
+    one, two = one.log.run_dir, two.log.run_dir
+    assert without_times(metrics(one)) == without_times(metrics(two))
+    assert same_tensors(adapter(one), adapter(two))
+    left, right = (json.loads((list_checkpoints(d)[0] / "state.json").read_text()) for d in (one, two))
+    assert left["tracked"] == right["tracked"] and left["done"] == right["done"]
+    for name in ("optimizer.safetensors", "rng.safetensors"):
+        assert same_tensors(*(load_file(list_checkpoints(d)[0] / name) for d in (one, two)))
+
+
+# ---- commit and rollback
+
+def test_asking_for_the_next_step_commits_the_last_one(go, tmp_path):
+    lines = []
+
+    def hook(place, step):
+        path = tmp_path / "run" / "metrics.jsonl"
+        if place == "before":
+            lines.append(len(path.read_text().splitlines()) if path.exists() else 0)
+    trainer = go(hook=hook, save_every=2)
+    assert lines == [0, 1, 2, 3] and len(metrics(tmp_path / "run")) == 4
+    assert names(tmp_path / "run") == ["step-000004", "step-000002"]
+    assert trainer.summary() == {"steps": 4, "run_dir": str(tmp_path / "run"), "signal": 0,
+                                 "adapter": str(tmp_path / "run" / "adapter")}
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000002" / "state.json").read_text())
+    assert state["tracked"]["counter"]["seen"] == trainer.counter.seen[:2]
+
+
+@pytest.mark.parametrize("cls, place, options", [
+    (SFTConfig, "before", {}), (RLAIFConfig, "between", {"updates_per_rollout": 2}),
+    (RLAIFConfig, "after", {"updates_per_rollout": 2})])
+def test_an_exception_gives_up_its_step_alone_and_saves_the_last_commit(go, tmp_path, capsys, cls, place, options):
+    """Weights (after the first of two updates too), random numbers and tracked states go back; the run that goes on is
+    an unbroken one, bit by bit."""
+    unbroken = go("unbroken", cls=cls, **options)
+    with pytest.raises(OSError, match="the drive is gone"):
+        go("broken", hook=at(3, fail, place), cls=cls, **options)
+    assert names(tmp_path / "broken") == ["step-000002"] and verify(list_checkpoints(tmp_path / "broken")[0]) == []
+    assert "the 2 steps done are saved; put it right and go on with resume=true" in capsys.readouterr().out
+    assert not (tmp_path / "broken" / "adapter").exists()
+    assert_same(go("broken", cls=cls, resume=True, **options), unbroken)
+    assert "resumed after step 2" in capsys.readouterr().out
+
+
+def test_an_exception_behind_the_only_update_of_a_step_leaves_the_checkpoint_before(go, tmp_path):
+    """The weights of that step have no name, and those before it are gone."""
+    unbroken = go("unbroken", save_every=2)
+    with pytest.raises(OSError):
+        go("broken", hook=at(4, fail, "after"), save_every=2)
+    assert names(tmp_path / "broken") == ["step-000002"]
+    assert_same(go("broken", resume=True, save_every=2), unbroken)
+
+
+def test_an_interrupt_within_a_step_gives_it_up_and_ends_the_run_as_its_own_end_does(go, tmp_path, capsys):
+    def interrupted():
+        os.kill(os.getpid(), signal.SIGTERM)
+        interrupt.check()
+    unbroken = go("unbroken")
+    trainer = go("broken", hook=at(3, interrupted))
+    said = capsys.readouterr().out
+    assert trainer.summary()["signal"] == signal.SIGTERM and trainer.summary()["steps"] == 2
+    assert "the step was interrupted and is not counted" in said
+    assert f"SIGTERM: stopped after step 2 of 4; go on with out={tmp_path / 'broken'} resume=true" in said
+    assert names(tmp_path / "broken") == ["step-000002"] and (tmp_path / "broken" / "adapter").is_dir()
+    assert_same(go("broken", resume=True), unbroken)
+
+
+@pytest.mark.parametrize("how", ["signal", "stop file", "max_minutes"])
+def test_a_run_that_is_asked_to_end_finishes_its_step_and_keeps_it(go, tmp_path, capsys, monkeypatch, how):
+    options, clock = {}, [0.0]
+    if how == "signal":
+        end, number, words = lambda: os.kill(os.getpid(), signal.SIGINT), signal.SIGINT, "SIGINT"
+    elif how == "stop file":
+        end, number, words = (tmp_path / "run" / "stop").touch, interrupt.BY_FILE, "stop file"
+    else:
+        options, number, words = {"max_minutes": 2.0}, 0, "max_minutes reached"
+        real = module.time.monotonic
+        monkeypatch.setattr(module.time, "monotonic", lambda: real() + clock[0])
+        def end():
+            clock[0] = 121.0
+    trainer = go(hook=at(3, end), **options)
+    assert trainer.summary()["steps"] == 3 and trainer.summary()["signal"] == number
+    assert f"{words}: stopped after step 3 of 4" in capsys.readouterr().out
+    assert names(tmp_path / "run") == ["step-000003"] and not (tmp_path / "run" / "stop").exists()
+    again = go(resume=True)
+    assert again.done == 4 and [r["step"] for r in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_what_is_no_exception_ends_the_process_without_a_save(go, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        go(hook=at(3, ctrl_c_outside_of_the_handlers))
+    assert names(tmp_path / "run") == []
+
+
+def test_an_error_before_the_first_step_is_the_one_that_is_heard(tiny_dir, data, tmp_path):
+    cfg = make_config(SFTConfig, tiny_dir, data=data, out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="no problem fits"), Trainer(cfg, "sft"):
+        raise UserError("no problem fits")
+    assert names(tmp_path / "run") == []
+
+
+def test_weights_that_are_not_finite_take_the_place_of_no_checkpoint(go, tmp_path, capsys):
+    def spoil(where, step):
+        if (where, step.number) == ("after", 3):
+            with torch.no_grad():
+                spoil.params[0][0, 0] = float("nan")
+    real = module.Optimizer.__init__
+
+    def keep(self, policy, *args):
+        real(self, policy, *args)
+        spoil.params = policy.params
+    module.Optimizer.__init__ = keep
+    try:
+        with pytest.raises(UserError, match="NaN or infinities"):
+            go(hook=spoil, save_every=1)
+    finally:
+        module.Optimizer.__init__ = real
+    assert names(tmp_path / "run") == ["step-000002", "step-000001"] and not (tmp_path / "run" / "adapter").exists()
+    assert "the steps since the last checkpoint can't be saved" in capsys.readouterr().out
+
+
+# ---- saving
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Steps whose checkpoints can't be written."""
+    steps, real = set(), module.save_checkpoint
+
+    def save(run_dir, step, **options):
+        if step in steps:
+            raise UserError("cannot write: No space left on device")
+        return real(run_dir, step, **options)
+    monkeypatch.setattr(module, "save_checkpoint", save)
+    return steps
+
+
+def test_a_save_that_fails_in_the_middle_is_said_and_the_run_goes_on(go, tmp_path, capsys, full_disk):
+    full_disk |= {2, 3}
+    go(total=5, save_every=1)
+    assert names(tmp_path / "run") == ["step-000005", "step-000004", "step-000001"]
+    said = capsys.readouterr().out
+    for step in (2, 3):
+        assert f"step {step} is not saved; the run goes on, and tries again at the next save: cannot write" in said
+
+
+def test_a_save_that_fails_at_the_end_is_an_error(go, tmp_path, full_disk):
+    full_disk |= {4}
+    with pytest.raises(UserError, match="No space left"):
+        go()
+
+
+def test_a_rescue_that_fails_is_said_and_the_error_of_the_loop_is_raised(go, capsys, full_disk):
+    full_disk |= {2}
+    with pytest.raises(OSError, match="the drive is gone"):
+        go(hook=at(3, fail))
+    assert "the steps since the last checkpoint can't be saved: cannot write" in capsys.readouterr().out
+
+
+# ---- evaluation within training
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """evaluations(scores, do) -> the EvalConfigs asked for; scores: (accuracy, mean tokens) of each, then the last."""
+    def script(scores, do=lambda n: None):
+        asked = []
+
+        def evaluate_policy(policy, examples, cfg, log, part=None, engine=None):
+            asked.append(cfg)
+            do(len(asked))
+            accuracy, tokens = scores[min(len(asked), len(scores)) - 1]
+            return {"accuracy": accuracy, "mean_tokens": tokens, "interval": (0.0, 1.0), "problems": len(examples)}, []
+        monkeypatch.setattr(module, "evaluate_policy", evaluate_policy)
+        return asked
+    return script
+
+
+def test_the_best_checkpoint_is_kept_whatever_comes_after_and_among_equals_the_shorter_is_best(go, data, evaluations):
+    evaluations([(0.5, 90), (0.7, 90), (0.7, 80), (0.7, 85), (0.6, 10), (0.5, 10), (0.1, 10)])
+    trainer = go(total=7, eval_data=data, eval_every=1, save_every=1)
+    assert best_checkpoint(trainer.log.run_dir).name == "step-000003"
+    assert names(trainer.log.run_dir) == [f"step-00000{n}" for n in (7, 6, 5, 3)]
+    assert [(r["eval/accuracy"], r["eval/tokens"]) for r in metrics(trainer.log.run_dir) if "eval/accuracy" in r] == [
+        (0.5, 90), (0.7, 90), (0.7, 80), (0.7, 85), (0.6, 10), (0.5, 10), (0.1, 10)]
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_not_the_mark_for_the_next(go, data, evaluations, full_disk):
+    evaluations([(0.5, 10), (0.9, 10), (0.7, 10)])
+    full_disk |= {2}
+    trainer = go(total=3, eval_data=data, eval_every=1)
+    assert best_checkpoint(trainer.log.run_dir).name == "step-000003"
+
+
+def test_an_evaluation_that_was_interrupted_is_owed_and_the_run_that_goes_on_begins_with_it(go, data, evaluations,
+                                                                                            capsys):
+    def interrupted(n):
+        if n == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            interrupt.check()
+    options = {"eval_data": data, "eval_every": 2}
+    evaluations([(0.5, 10), (0.4, 10)])
+    unbroken = go("unbroken", **options)
+    asked = evaluations([(0.0, 0), (0.5, 10), (0.4, 10)], interrupted)
+    trainer = go("broken", **options)
+    assert trainer.done == 2 and trainer.owed and len(asked) == 1
+    assert "the evaluation was interrupted" in capsys.readouterr().out
+    again = go("broken", resume=True, **options)
+    assert len(asked) == 3 and not again.owed
+    assert best_checkpoint(again.log.run_dir).name == best_checkpoint(unbroken.log.run_dir).name == "step-000002"
+    assert_same(again, unbroken)
+
+
+@pytest.mark.parametrize("cls", [SFTConfig, RLAIFConfig])
+def test_the_evaluation_uses_the_run_s_own_options_in_both_stages(go, data, evaluations, cls):
+    asked = evaluations([(0.5, 10)])
+    options = {"max_prompt_len": 77, "max_num_seqs": 3, "rollout": "transformers", "stop_boxed": True, "loop_guard": 16,
+               "system": "be brief", "attn": "eager", "seed": 5}
+    go(total=1, cls=cls, eval_data=data, eval_every=1, eval_max_new_tokens=33, **options)
+    [cfg] = asked
+    assert {name: cfg.value(name) for name in options} == options
+    assert cfg.sampling.max_new_tokens == 33 and cfg.sampling.temperature == 0 and cfg.samples == 1
+    assert cfg.prompt.prompt_template == "{problem}" and cfg.model.dtype == "fp32"
+
+
+@pytest.mark.parametrize("stage", ["sft", "rlaif"])
+def test_the_run_s_own_options_decide_what_an_evaluation_samples(train, rl, monkeypatch, stage, capsys):
+    """Really sampled: prompts over max_prompt_len are left out and said, and the engine of the run is asked."""
+    opened, real = [], evaluate.open_engine
+    monkeypatch.setattr(evaluate, "open_engine", lambda engine, *args, **options: opened.append(engine) or real(
+        engine, *args, **options))
+    held_out = [{"problem": "too long " * 40, "answer": "1"}, {"problem": "1 + 1?", "answer": "2"}]
+    options = {"eval_data": held_out, "eval_every": 1, "eval_max_new_tokens": 5, "steps": 1, "max_prompt_len": 70,
+               "max_num_seqs": 3}
+    run_dir = rl(**options) if stage == "rlaif" else train(**options)[1]
+    [record] = [r for r in metrics(run_dir) if "eval/accuracy" in r]
+    assert 0 < record["eval/tokens"] <= 2.5 and record["step"] == 1  # of two problems, one was sampled
+    assert "1 problems are longer than max_prompt_len=70 and count as wrong" in capsys.readouterr().out
+    assert [engine.max_num_seqs for engine in opened] == [3] and list_checkpoints(run_dir)
+
+
+def test_an_evaluation_without_problems_is_refused(go):
+    with pytest.raises(UserError, match="set eval_data="):
+        go(eval_every=2)
+
+
+# ---- resume
+
+def test_an_existing_run_folder_is_refused_and_untouched(go, tmp_path):
+    go(total=1)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="resume=true"):
+        go(total=1)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_without_a_folder_is_refused(tiny_dir, data):
+    cfg = make_config(SFTConfig, tiny_dir, data=data, resume=True)
+    with pytest.raises(UserError, match="out="), Trainer(cfg, "sft"):
+        pass
+
+
+def test_a_resume_says_what_changed_drops_lost_steps_and_goes_past_a_damaged_checkpoint(go, tmp_path, capsys):
+    unbroken = go("unbroken", save_every=1)
+    go("damaged", total=3, save_every=1)
+    (tmp_path / "damaged" / "checkpoints" / "step-000003" / "state.json").write_text("{}")
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match="step-000003 is damaged"):
+        again = go("damaged", resume=True, save_every=1, max_minutes=60.0)
+    said = capsys.readouterr().out
+    assert "options changed since the checkpoint: max_minutes 0.0 -> 60.0" in said and "resumed after step 2" in said
+    assert_same(again, unbroken)
+
+
+def test_a_resume_before_the_first_checkpoint_starts_again(go, tmp_path, capsys):
+    unbroken = go("unbroken")
+    with pytest.raises(OSError):
+        go("broken", hook=at(1, fail))
+    again = go("broken", resume=True)
+    assert "no checkpoint yet: starting from step 0" in capsys.readouterr().out
+    assert_same(again, unbroken)
+
+
+@pytest.mark.parametrize("where", ["rollout", "verifier"])
+def test_a_function_of_the_user_s_that_fails_late_costs_no_step(rl, where):
+    """The verifier throws dice, and the last ones are taken back: resumed, the run is an unbroken one."""
+    state = {"broken_from": 10**9, "calls": 0}
+
+    def fickle(text, example):
+        state["calls"] += 1
+        if state["calls"] >= state["broken_from"]:
+            raise OSError("no sandbox")
+        return even(text, example) != (random.random() < 0.2)
+    options = {"verifier": fickle, "steps": 3, "updates_per_rollout": 2 if where == "rollout" else 1}
+    unbroken = rl("unbroken", **options)
+    state |= {"broken_from": state["calls"] - 2, "calls": 0}
+    with pytest.raises(UserError, match="verifier=fickle raised OSError: no sandbox"):
+        rl("broken", **options)
+    state |= {"broken_from": 10**9}
+    assert names(unbroken.parent / "broken") == ["step-000002"]
+    broken = rl("broken", resume=True, **options)
+    assert without_times(metrics(broken)) == without_times(metrics(unbroken))
+    assert same_tensors(adapter(broken), adapter(unbroken))
