@@ -1,4 +1,6 @@
-"""How far to trust a judge, before a run does: minimath judge check [RECIPE.yaml] [judge=...] [pairs=25]
+"""How far to trust a judge, before a run does.
+
+    minimath judge check [RECIPE.yaml] [judge=...] [pairs=25]
 
 The judge is the one that the recipe's rlaif section describes. Two probes ask it in both orders, as a run does:
 
@@ -50,8 +52,7 @@ class JudgeCheckConfig(Stage):
 
 
 def judge_check(words: list[str]) -> dict:
-    """Run the command: print the tables and what they say, write judge-check.json. Returns its contents. Raises
-    UserError."""
+    """Run the command, and return what judge-check.json holds. Raises UserError."""
     cfg, own = load_options(JudgeCheckConfig, words)
     probes = comma_list(own.probes)
     attacks = load_attacks(own.attacks or ATTACKS) if "attacks" in probes else []  # told before a model loads
@@ -77,8 +78,10 @@ def judge_check(words: list[str]) -> dict:
 # ---- what both judge commands do around their questions
 
 def load_options(own: type[Stage], words: list[str]):
-    """(RLAIFConfig of the judge, `own` filled) from an optional recipe and words. A word that belongs to neither is an
-    error, whatever a recipe may hold. Raises UserError."""
+    """Read the RLAIFConfig of the judge and the command's own options.
+
+    words: an optional recipe, then key=value; one that belongs to neither is an error, whatever a recipe may hold.
+    Raises UserError."""
     recipe = take_recipe(words := list(words))
     mine = [word for word in words if option_name(word) in options_of(own)]
     rest = [word for word in words if word not in mine]
@@ -91,19 +94,19 @@ def load_options(own: type[Stage], words: list[str]):
 
 
 def option_name(word: str) -> str:
-    """"--rlaif.judge-url=x" -> "judge_url"."""
+    """Strip a word down: "--rlaif.judge-url=x" -> "judge_url"."""
     return word.removeprefix("--").partition("=")[0].removeprefix("rlaif.").replace("-", "_")
 
 
 def judge_options() -> list[str]:
-    """The options of RLAIFConfig that decide what a judge is, and where it runs."""
+    """List the options of RLAIFConfig that decide what a judge is, and where it runs."""
     known = options_of(RLAIFConfig)
     chosen = [name for name, option in known.items() if option.group in ("judge", "model") and name not in UNUSED]
     return [*chosen, "micro_batch_tokens", "seed", "out"]
 
 
 def open_judge(cfg: RLAIFConfig, log: RunLog) -> tuple[Judge, Policy | None]:
-    """The judge, tried once, and the model behind judge=self. Raises UserError."""
+    """Make the judge and try it; with the model behind judge=self. Raises UserError."""
     policy = None
     if cfg.judge.name == "self":
         cfg = cfg.replace(adapter="")  # it judges with its adapter off
@@ -115,7 +118,7 @@ def open_judge(cfg: RLAIFConfig, log: RunLog) -> tuple[Judge, Policy | None]:
 
 
 def result_folder(out: str, name: str) -> Path:
-    """The folder for a result `name`.json. Raises UserError when it holds one, or a run."""
+    """Choose the folder for `name`.json. Raises UserError when it holds one, or a run."""
     folder = new_run_folder(out, name)
     held = held_run(folder) or (f"a {name}.json" if (folder / f"{name}.json").exists() else "")
     if held:
@@ -133,7 +136,7 @@ def save_result(log: RunLog, name: str, cfg: RLAIFConfig, result: dict, lines: l
 
 
 def help_text() -> str:
-    """Every option of `minimath judge check` with default and meaning."""
+    """List every option of `minimath judge check` with default and meaning."""
     return f"{__doc__}\n{options_help(JudgeCheckConfig, 'check')}\n\n{options_help(RLAIFConfig, '', judge_options())}"
 
 
@@ -141,8 +144,10 @@ def help_text() -> str:
 
 def check_judge(judge: Judge, *, pairs: int = 25, seed: int = 0, kinds: tuple[str, ...] = KINDS,
                 advance: Callable[[int], None] = lambda n: None) -> dict:
-    """kind -> poll.tally, with comparisons, seconds_per_comparison, cost (growth of each of the judge's counts, per
-    comparison), error, finding. advance(n) is called after each n comparisons."""
+    """Ask about `pairs` pairs of each kind; figures by kind.
+
+    Those of poll.tally, with comparisons, seconds_per_comparison, cost (growth of the judge's counts, per comparison),
+    error, finding. advance(n) is called after each n comparisons."""
     report = {}
     for kind in kinds:
         questions = in_both_orders([pair.question() for pair in make_pairs(kind, pairs, seed)])
@@ -157,7 +162,7 @@ def check_judge(judge: Judge, *, pairs: int = 25, seed: int = 0, kinds: tuple[st
 
 
 def finding(figures: dict) -> str:
-    """What the interval of the agreement says, in two words."""
+    """Say in two words what the interval of the agreement means."""
     if not figures["voted"]:
         return "no votes"
     low, high = figures["interval"]
@@ -169,7 +174,7 @@ def finding(figures: dict) -> str:
 
 
 def advice(name: str, report: dict) -> list[str]:
-    """What to do, in plain words, for judge=name."""
+    """Say what to do, in plain words, for judge=name."""
     by: dict[str, list[str]] = {}
     for kind, figures in report.items():
         by.setdefault(figures["finding"], []).append(kind)
@@ -199,12 +204,12 @@ def advice(name: str, report: dict) -> list[str]:
 
 
 def worded(report: dict, kinds: list[str]) -> str:
-    """"near chance on long (52%), near chance on unsound (48%)"."""
+    """List kinds with what was found: near chance on long, 52%."""
     return ", ".join(f"{report[kind]['finding']} on {kind} ({percent(report[kind]['agreement'])})" for kind in kinds)
 
 
 def pair_table(report: dict) -> tuple[list[str], list[list]]:
-    """(columns, rows) of check_judge's figures."""
+    """Lay out check_judge's figures: columns and rows."""
     columns = ["fault", "pairs", "agreement", "95% interval", "one order", "position bias", "order conflicts",
                "no votes", "s/comparison", "finding"]
     return columns, [[kind, f["pairs"], percent(f["agreement"]), span(f["interval"]), percent(f["one_order"]),
@@ -213,7 +218,7 @@ def pair_table(report: dict) -> tuple[list[str], list[list]]:
 
 
 def say_cost(judge: Judge, cfg: RLAIFConfig, report: dict, say: Callable[[str], None]) -> None:
-    """What a comparison costs, and a group of a run."""
+    """Say what a comparison costs, and a group of a run."""
     seconds = sum(figures["seconds_per_comparison"] for figures in report.values()) / len(report)
     names = sorted({name for figures in report.values() for name in figures["cost"]})
     spent = "".join(f", {sum(f['cost'].get(name, 0) for f in report.values()) / len(report):.3g} {name}"
@@ -229,8 +234,9 @@ def say_cost(judge: Judge, cfg: RLAIFConfig, report: dict, say: Callable[[str], 
 
 def probe_attacks(judge: Judge, cfg: RLAIFConfig, policy: Policy | None, attacks: list, problems: int,
                   log: RunLog) -> dict:
-    """"on" -> attack.attack_judge, and "off": the same of the judge without its defences. The heuristic judge reads no
-    text, so it has none to switch off."""
+    """Attack the judge, and the same one without its defences: "on" and "off".
+
+    The heuristic judge reads no text, so it has none to switch off."""
     tries = make_tries(attacks, faulty_solutions(problems, cfg.run.seed))
     sides = {"on": judge}
     if cfg.judge.name != "heuristic":
@@ -245,7 +251,7 @@ def probe_attacks(judge: Judge, cfg: RLAIFConfig, policy: Policy | None, attacks
 
 
 def attack_table(figures: dict) -> tuple[list[str], list[list]]:
-    """(columns, rows) of attack_judge's figures, by kind of string."""
+    """Lay out attack_judge's figures by kind of string: columns and rows."""
     columns = ["attack", "tries", "success", "95% interval", "no string", "both orders", "no string", "lift",
                "95% of lift", "no votes"]
     rows = figures["categories"] | {"all": figures["total"]}

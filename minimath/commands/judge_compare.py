@@ -1,4 +1,6 @@
-"""Which of two evaluations has the better solutions: minimath judge compare EVAL_A EVAL_B [RECIPE.yaml] [judge=...]
+"""Which of two evaluations has the better solutions.
+
+    minimath judge compare EVAL_A EVAL_B [RECIPE.yaml] [judge=...]
 
 EVAL_A and EVAL_B are folders of `minimath eval` on the same problems. Their solutions are paired problem by problem and
 shown to a judge in both orders, whose pull to a position is taken out, as in training; the first letter of the report
@@ -47,7 +49,7 @@ class JudgeCompareConfig(Stage):
 
 
 class Paired(NamedTuple):
-    """Solutions of A and B to one problem; number: its place among the common problems."""
+    """Solutions of A and B to a problem; number: its place among the common ones."""
     number: int
     problem: str
     a: Solution
@@ -58,8 +60,7 @@ class Paired(NamedTuple):
 
 
 def judge_compare(words: list[str]) -> dict:
-    """Run the command: print the table and what it says, write judge-compare.json. Returns its contents. Raises
-    UserError."""
+    """Run the command, and return what judge-compare.json holds. Raises UserError."""
     folders = [take_recipe(words := list(words)), take_recipe(words)]
     if None in folders:
         raise UserError("minimath judge compare needs two folders of evaluations: minimath judge compare EVAL_A EVAL_B "
@@ -88,7 +89,7 @@ def judge_compare(words: list[str]) -> dict:
 
 
 def help_text() -> str:
-    """Every option of `minimath judge compare` with default and meaning."""
+    """List every option of `minimath judge compare` with its meaning."""
     return (f"{__doc__}\n{options_help(JudgeCompareConfig, 'compare')}\n\n"
             f"{options_help(RLAIFConfig, '', judge_options())}")
 
@@ -96,7 +97,9 @@ def help_text() -> str:
 # ---- pairs
 
 def checked_records(folder: str | Path) -> list[dict]:
-    """The records of an evaluation by problem and sample. Raises UserError when the folder holds no complete one."""
+    """Read the records of an evaluation, by problem and sample.
+
+    Raises UserError when the folder holds no complete one."""
     path = Path(folder) / COMPLETIONS
     if not path.is_file():
         raise UserError(f"{folder}: not an evaluation (no {COMPLETIONS} in it); give a folder that minimath eval has "
@@ -114,13 +117,14 @@ def checked_records(folder: str | Path) -> list[dict]:
 
 
 def as_shown(record: dict) -> Solution:
-    """A record as a judge gets it."""
+    """Make a record what a judge gets."""
     return Solution(record["text"], bool(record["correct"]), record["tokens"])
 
 
 def pair_up(ours: list[dict], theirs: list[dict], which: str = "correct") -> list[Paired]:
-    """The samples of each common problem paired in order, as far as both have one; `which` as in
-    JudgeCompareConfig.pairs. Raises UserError without a common problem or a pair."""
+    """Pair the samples of each common problem in order, as far as both have one.
+
+    which: as in JudgeCompareConfig.pairs. Raises UserError without a common problem or a pair."""
     found = [Paired(number, problem, as_shown(a), as_shown(b))
              for number, (problem, of_a, of_b) in enumerate(in_common(ours, theirs))
              for a, b in zip(of_a, of_b, strict=False)]
@@ -132,7 +136,7 @@ def pair_up(ours: list[dict], theirs: list[dict], which: str = "correct") -> lis
 
 
 def evenly(pairs: list, most: int) -> list:
-    """At most `most` of the pairs, from the whole of the list; 0: all."""
+    """Take at most `most` of the pairs, from the whole of the list; 0: all."""
     most = min(most or len(pairs), len(pairs))
     return [pairs[k * len(pairs) // most] for k in range(most)]
 
@@ -141,10 +145,12 @@ def evenly(pairs: list, most: int) -> list:
 
 def compare_solutions(judge: Judge, pairs: list[Paired], seed: int = 0,
                       advance: Callable[[int], None] = lambda n: None) -> dict:
-    """Figures of A against B. preferred: mean over problems of the share of pairs in which A's solution is preferred
-    with both orders together, 1/2 for a tie, and `interval`, its bootstrap 95% interval over problems; None without a
-    vote. win_probability: mean of p. identical: pairs of one text, which count as ties; ties: with them, those that the
-    judge cannot part. cost: growth of the judge's counts. The others as in poll.tally, over the pairs asked about."""
+    """Compare A's solutions with B's.
+
+    preferred: mean over problems of the share of pairs in which A's solution is preferred with both orders together,
+    1/2 for a tie, and `interval`, its bootstrap 95% interval over problems; None without a vote. win_probability: mean
+    of p. identical: pairs of one text, which count as ties; ties: with them, those that the judge cannot part. cost:
+    growth of the judge's counts. The others as in poll.tally, over the pairs asked about."""
     asked, before, start = [pair for pair in pairs if not pair.same_text()], dict(judge.counts), time.monotonic()
     votes, error = ask(judge, in_both_orders([Pair(p.problem, p.a, p.b) for p in asked]), advance, chunk=32)
     figures = tally(votes, judge.soft)
@@ -166,7 +172,7 @@ def compare_solutions(judge: Judge, pairs: list[Paired], seed: int = 0,
 
 
 def findings(figures: dict) -> list[str]:
-    """What the figures say, in plain words."""
+    """Say in plain words what the figures mean."""
     lines = [f"the judge failed: {figures['error']}"] if figures["error"] else []
     if figures["identical"]:
         lines.append(f"{figures['identical']} of {figures['pairs']} pairs are the same text: ties, not asked about")
@@ -191,7 +197,7 @@ def findings(figures: dict) -> list[str]:
 
 
 def table(figures: dict) -> tuple[list[str], list[list]]:
-    """(columns, rows) of compare_solutions' figures; none of the preference where nothing was asked."""
+    """Lay out the figures: columns and a row, empty where nothing was asked."""
     columns = ["pairs", "A preferred", "95% interval", "mean p", "position bias", "order conflicts", "ties", "no votes",
                "mean tokens of A, B"]
     f = figures if figures["voted"] else figures | dict.fromkeys(("preferred", "interval", "win_probability"))

@@ -17,19 +17,21 @@ from minimath.grading.steps import StepCount, check_steps
 
 @dataclass(frozen=True)
 class Solution:
-    """A text to judge that no policy sampled here, with what a judge reads of a Sample."""
+    """A text to judge that no policy sampled here, as a judge reads a Sample."""
     text: str
     correct: bool
     tokens: int
 
     @functools.cached_property
     def steps(self) -> StepCount:
-        """The arithmetic steps of the text."""
+        """Count the arithmetic steps of the text."""
         return check_steps(self.text)
 
 
 class Pair(NamedTuple):
-    """One question: is `first` the better solution? nonce: the mark of its group; "": one of its own."""
+    """One question: is `first` the better solution?
+
+    nonce: the mark of its group; "": one of its own."""
     problem: str
     first: Sample | Solution
     second: Sample | Solution
@@ -37,8 +39,10 @@ class Pair(NamedTuple):
 
 
 class Judge:
-    """Compares pairs of solutions. soft: votes are probabilities of a model, not verdicts. pairs: comparisons per
-    candidate of a group, 0: all. fallback: what becomes of pairs without votes. counts: what it did so far, by name."""
+    """Compares pairs of solutions.
+
+    soft: votes are probabilities of a model, not verdicts. pairs: comparisons per candidate of a group, 0: all.
+    fallback: what becomes of pairs without votes. counts: what it did so far, by name."""
     name = ""
     soft = False
 
@@ -49,11 +53,11 @@ class Judge:
         self._said: set[str] = set()
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
-        """The probability in [0, 1] that `first` is better, or None, of each pair."""
+        """Return the probability that `first` is better, or None, for each pair."""
         raise NotImplementedError
 
     def ping(self) -> None:
-        """Raise UserError when the judge can't be used. Called before any long work."""
+        """Raise UserError when the judge can't be used; called before any long work."""
 
     def say_once(self, kind: str, text: str) -> None:
         """Say a text on the terminal, unless one of its kind was said before."""
@@ -63,15 +67,17 @@ class Judge:
 
 
 class HeuristicJudge(Judge):
-    """Correct beats wrong; then the higher share of right steps, 0 without any; then fewer tokens; else a tie."""
+    """The judge that reads steps and length.
+
+    Correct beats wrong; then the higher share of right steps, 0 without any; then fewer tokens; else a tie."""
     name = "heuristic"
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
-        """1, 0 or 1/2 for each pair."""
+        """Return 1, 0 or 1/2 for each pair."""
         return [0.5 if merit(a) == merit(b) else float(merit(a) > merit(b)) for _, a, b, _ in pairs]
 
 
 def merit(solution: Sample | Solution) -> tuple[bool, float, int]:
-    """What the heuristic judge orders solutions by."""
+    """Return what the heuristic judge orders solutions by."""
     right, total = solution.steps
     return solution.correct, right / total if total else 0.0, -solution.tokens

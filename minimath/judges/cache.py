@@ -1,9 +1,9 @@
-"""Replies of a judge's endpoint on disk, so that a resumed or repeated run pays for no question twice.
+"""Replies of a judge's endpoint on disk: no question is paid for twice.
 
 One SQLite file: an entry is there whole or not at all after a crash, several runs may read and write at once, and the
-oldest entries can go without a rewrite. It keeps its rollback journal, since the write-ahead log needs shared
-memory, which network file systems do not have. Stored are a hash of the request and the reply; never the prompt, a
-key, a header or an address. Once open it never raises: a cache that fails costs money, not the run, and is counted.
+oldest entries can go without a rewrite. It keeps its rollback journal, since the write-ahead log needs shared memory,
+which network file systems do not have. Stored are a hash of the request and the reply; never the prompt, a key, a
+header or an address. Once open it never raises: a cache that fails costs money, not the run, and is counted.
 """
 import contextlib
 import hashlib
@@ -33,8 +33,10 @@ def cache_folder() -> Path:
 
 
 def reply_key(url: str, body: dict) -> str:
-    """Hash the address, without user, password and query, and the whole request body: model, prompt, temperature, form
-    of the verdict. What changes any of them asks again."""
+    """Hash the address and the whole request body.
+
+    User, password and query of the address are left out. A change of model, prompt, temperature or form of the verdict
+    asks again."""
     parts = urllib.parse.urlsplit(url)
     address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     return _hash(json.dumps([address, body], sort_keys=True))
@@ -56,7 +58,9 @@ class ReplyCache:
     """
 
     def __init__(self, folder: str | Path, max_bytes: int = MAX_BYTES):
-        """Open or make the file; one that is no database is moved aside. Raises UserError when it can't be written."""
+        """Open or make the file. Raises UserError when it can't be written.
+
+        A file that is no database is moved aside."""
         self.path = Path(folder) / FILE
         self.max_bytes, self.counts = max_bytes, Counter()
         self._lock, self._writes = threading.Lock(), 0
@@ -88,7 +92,7 @@ class ReplyCache:
         return db
 
     def get(self, key: str) -> str | None:
-        """The reply, or None. An entry that does not match its digest is counted, deleted and not returned."""
+        """Return the reply, or None; a damaged entry is counted and deleted."""
         with self._lock:
             row = None
             with self._counted_errors():
@@ -101,7 +105,7 @@ class ReplyCache:
             return row[0] if row else None
 
     def put(self, key: str, value: str) -> None:
-        """Keep a reply; the first one of a key stays. Values beyond 16,384 characters are not kept."""
+        """Keep a reply of up to 16,384 characters; the first one of a key stays."""
         if len(value) > MAX_VALUE_CHARS:
             return
         with self._lock, self._counted_errors():
@@ -113,7 +117,7 @@ class ReplyCache:
                 self._make_room()
 
     def _make_room(self) -> None:
-        """Over max_bytes, delete the oldest quarter; the file does not shrink, its free pages are written again."""
+        """Delete the oldest quarter over max_bytes; its pages are written again."""
         pages, free, size = (self._db.execute(f"PRAGMA {name}").fetchone()[0]
                              for name in ("page_count", "freelist_count", "page_size"))
         if (pages - free) * size > self.max_bytes:

@@ -1,4 +1,4 @@
-"""Canary pairs: what a judge makes of solutions that are worse by construction, asked again every few steps of a run.
+"""Canary pairs: what a judge makes of worse solutions, asked during a run.
 
 A policy that is paid for being liked may learn what fools its judge. Two sets of pairs show it before it costs a run:
 
@@ -20,22 +20,23 @@ KINDS = ("long", "unsound", "attack")
 
 
 class Canary:
-    """Watches a judge during a run, with `count` fixed pairs that depend on the seed alone."""
+    """Watches a judge during a run, with fixed pairs that depend on the seed alone."""
 
     def __init__(self, seed: int, judge: Judge, count: int = 24):
         self.judge, self.pairs = judge, fixed_pairs(seed, count)
 
     def metrics(self, groups: list[Group]) -> dict:
-        """canary/* of the fixed pairs, canary/rollout_* of the samples of a step, as `judge_pairs` names them.
+        """Judge both sets of pairs; canary/* and canary/rollout_* are `judge_pairs`'s.
 
-        When the policy learns to please the judge, canary/rollout_worse_wins rises while rollout/correct does not.
-        """
+        When the policy learns to please the judge, canary/rollout_worse_wins rises while rollout/correct does not."""
         both = (("canary/", self.pairs), ("canary/rollout_", rollout_pairs(groups)))
         return {name + key: value for name, pairs in both for key, value in judge_pairs(self.judge, pairs).items()}
 
 
 def fixed_pairs(seed: int, count: int) -> list[KnownPair]:
-    """`count` pairs, a third of each kind; attack: an unsound solution with a string, the categories taking turns."""
+    """Make `count` pairs, a third of each kind.
+
+    attack: an unsound solution with a string of attacks.txt, the categories taking turns."""
     by_category: dict[str, list] = {}
     for attack in load_attacks():
         if attack.place != "alone":  # those have no answer: the verifier stops them
@@ -54,8 +55,9 @@ def fixed_pairs(seed: int, count: int) -> list[KnownPair]:
 
 
 def rollout_pairs(groups: list[Group], limit: int = 16) -> list[KnownPair]:
-    """At most `limit` pairs of a correct and a wrong sample, one per group that has both; of similar length, so that
-    length alone does not decide."""
+    """Pair a correct with a wrong sample, one pair per group that has both.
+
+    Of similar length, so that length alone does not decide; at most `limit`."""
     pairs = []
     for group in groups:
         chosen = min(((abs(a.tokens - b.tokens), i, j) for i, a in enumerate(group.samples) if a.correct
@@ -67,11 +69,10 @@ def rollout_pairs(groups: list[Group], limit: int = 16) -> list[KnownPair]:
 
 
 def judge_pairs(judge: Judge, pairs: list[KnownPair]) -> dict:
-    """Figures of a judge on pairs of known order; never raises for what a judge does.
+    """Judge pairs of known order; whatever a judge does, it is counted.
 
     worse_wins: judged win rate of the worse solutions (0: never fooled, 0.5: chance), also as worse_wins_<kind>.
-    agreement, position_bias, no_votes: as in poll.tally. pairs, seconds, error ("" or the judge's exception).
-    """
+    agreement, position_bias, no_votes: as in poll.tally. pairs, seconds, error ("" or the judge's exception)."""
     start = time.monotonic()
     votes, error = ask(judge, in_both_orders([pair.question() for pair in pairs]), chunk=32)
     figures = tally(votes, judge.soft)

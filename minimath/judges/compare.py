@@ -1,4 +1,4 @@
-"""Which pairs of a group to ask about, and what the votes say of its members. No judge in here.
+"""Which pairs of a group to ask about, and what the votes say of its members.
 
 A result (i, j, p) is one comparison, both orders already in it: p in [0, 1] is the score of i against j. Pairs that
 were not asked about come from the model of Bradley and Terry (Biometrika 39, 1952): P(i beats j) = sigmoid(s_i - s_j).
@@ -15,8 +15,11 @@ PRIOR = 0.1
 
 
 class Fit(NamedTuple):
-    """Strengths (n,), adding up to 0; standard errors (n,) of their distance to the group's mean, a comparison counting
-    as one draw; the root mean square of p less its expectation, large when preferences go round in a circle."""
+    """A fit of strengths.
+
+    strengths (n,), adding up to 0; se (n,), the standard errors of their distance to the group's mean, a comparison
+    counting as one draw; misfit, the root mean square of p less its expectation, large when preferences go round in a
+    circle."""
     strengths: np.ndarray
     se: np.ndarray
     misfit: float
@@ -25,13 +28,13 @@ class Fit(NamedTuple):
 # ---- votes
 
 def both_orders(forward: float, backward: float, soft: bool) -> float:
-    """Score p = (v(i, j) + 1 - v(j, i)) / 2 of i against j, from forward = v(i, j) and backward = v(j, i).
+    """Score one candidate against another from the votes in both orders.
 
-    soft: the votes are probabilities of a model, whose liking for a position adds the same b to the log-odds of both
-    orders: logit v(i, j) = b + d, logit v(j, i) = b - d. b, their mean, is taken out first; p is then sigmoid(d), where
-    the plain formula would draw it to 1/2 the more, the larger b. A vote of exactly 0, 1/2 or 1 is a verdict also
-    there, as from a server that gave no log-probs this once.
-    """
+    forward is v(i, j), backward is v(j, i): p = (v(i, j) + 1 - v(j, i)) / 2. soft: the votes are probabilities of a
+    model, whose liking for a position adds the same b to the log-odds of both orders: logit v(i, j) = b + d, logit v(j,
+    i) = b - d. b, their mean, is taken out first; p is then sigmoid(d), where the plain formula would draw it to 1/2
+    the more, the larger b. A vote of exactly 0, 1/2 or 1 is a verdict also there, as from a server that gave no
+    log-probs this once."""
     if soft and not {forward, backward} & {0.0, 0.5, 1.0}:
         odds, reverse = logit(forward), logit(backward)
         bias = (odds + reverse) / 2
@@ -40,7 +43,7 @@ def both_orders(forward: float, backward: float, soft: bool) -> float:
 
 
 def won(forward: float, backward: float) -> float:
-    """1, 1/2 or 0: on which side of 1/2 `both_orders` lies, without its rounding."""
+    """Say on which side of 1/2 `both_orders` lies, without its rounding: 1, 1/2 or 0."""
     return 1.0 if forward > backward else 0.5 if forward == backward else 0.0
 
 
@@ -55,16 +58,15 @@ def sigmoid(x: float) -> float:
 # ---- pairs
 
 def all_pairs(n: int) -> list[tuple[int, int]]:
-    """All n (n - 1) / 2 pairs."""
+    """Return all pairs of n candidates, smaller number first."""
     return [(i, j) for i in range(n) for j in range(i + 1, n)]
 
 
 def choose_pairs(n: int, k: int, seed: str) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, with each of n candidates in about k of them, all joined; k = 0: all pairs.
+    """Choose pairs so that each of n candidates is in about k, all joined; k = 0: all.
 
     The candidates stand in a circle, in an order drawn from the seed; each meets its k / 2 neighbours on either side,
-    with odd k also the one opposite. k = 1 is the circle cut open, the least that joins all.
-    """
+    with odd k also the one opposite. k = 1 is the circle cut open, the least that joins all."""
     if not k or k >= n - 1:
         return all_pairs(n)
     order = list(range(n))
@@ -80,12 +82,12 @@ def choose_pairs(n: int, k: int, seed: str) -> list[tuple[int, int]]:
 # ---- strengths and wins
 
 def expected_score(d):
-    """P(win) of a candidate that is d stronger than the other."""
+    """Return the chance of a candidate that is d stronger than the other."""
     return 0.5 + np.sinh(d / 2) / (2 * np.cosh(d / 2))
 
 
 def fit_strengths(n: int, results: list[tuple[int, int, float]], prior: float = PRIOR) -> Fit:
-    """Strengths of n candidates by maximum posterior, by Newton's method."""
+    """Fit strengths of n candidates by maximum posterior, with Newton's method."""
     first, second = np.array([r[:2] for r in results], dtype=int).reshape(-1, 2).T  # (M,) each
     p = np.array([r[2] for r in results], dtype=float)  # (M,)
     side = np.zeros((len(p), n))  # (M, n): s_i - s_j = side @ s
@@ -109,12 +111,11 @@ def fit_strengths(n: int, results: list[tuple[int, int, float]], prior: float = 
 
 def win_probabilities(n: int, results: list[tuple[int, int, float]],
                       copies: list[int] | None = None) -> tuple[list[float | None], Fit]:
-    """(w, fit): w_i is the mean score of i against the others, None without any comparison.
+    """Compute each candidate's mean score against the others, and the fit.
 
-    A compared pair counts with its p, another one with what the fit expects; with all pairs compared, w is their plain
-    mean. Candidates that no chain of comparisons joins drop out of each other's means: nothing is known of them.
-    copies[i] candidates share the text of i; they tie among themselves.
-    """
+    A compared pair counts with its p, another one with what the fit expects; with all pairs compared, the wins are
+    plain means. Candidates that no chain of comparisons joins drop out of each other's means, as nothing is known of
+    them; None for one without any. copies[i] candidates share the text of i; they tie among themselves."""
     fit = fit_strengths(n, results)
     score = expected_score(fit.strengths[:, None] - fit.strengths[None])  # (n, n)
     joined = np.arange(n)  # candidates with the same number are joined

@@ -1,8 +1,8 @@
-"""A judge behind an OpenAI-compatible server, by the `openai` SDK: its retries, Retry-After and time-outs.
+"""A judge behind an OpenAI-compatible server, by the `openai` SDK.
 
-What the SDK lacks stands here: a bound on the time of a whole round of questions, and of a try whose bytes come slowly;
-the end of a round whose server is down; requests without a key; the form of the verdict (verdict.py); replies that are
-kept (cache.py).
+Its retries, Retry-After and time-outs are used. What it lacks stands here: a bound on the time of a whole round of
+questions, and of a try whose bytes come slowly; the end of a round whose server is down; requests without a key; the
+form of the verdict (verdict.py); replies that are kept (cache.py).
 """
 import asyncio
 import json
@@ -46,17 +46,19 @@ class Failure(Exception):
 
 
 class EndpointJudge(Judge):
-    """Votes are probabilities where the server has log-probs, which `ping` finds out, else A, B or TIE.
+    """The judge that asks a server.
 
-    counts: requests, retries, request_seconds (summed over requests), failed tries by kind (timeout, unreachable,
-    garbage, http_<status>), given_up (by the breaker) and out_of_time (of the round), cache_hits, unreadable,
-    soft_votes, cut_off (by judge_max_tokens), prompt_tokens and completion_tokens as the server reports them, no_usage
-    (replies without that report).
-    """
+    Votes are probabilities where the server has log-probs, which `ping` finds out, else A, B or TIE. counts: requests,
+    retries, request_seconds (summed over requests), failed tries by kind (timeout, unreachable, garbage,
+    http_<status>), given_up (by the breaker) and out_of_time (of the round), cache_hits, unreadable, soft_votes,
+    cut_off (by judge_max_tokens), prompt_tokens and completion_tokens as the server reports them, no_usage (replies
+    without that report)."""
 
     def __init__(self, options: JudgeOptions, *, say: Callable[[str], None] = print, prompt: Callable = judge_prompt,
                  cache: ReplyCache | None = None):
-        """cache: replies of earlier requests; None: none kept. Raises UserError for a wrong address or rubric."""
+        """Check address, model and rubric. Raises UserError.
+
+        cache: replies of earlier requests; None: none kept."""
         super().__init__(options, say=say)
         self._sdk = import_sdk()
         check_address(options)
@@ -70,12 +72,15 @@ class EndpointJudge(Judge):
         self._tripped = False  # the breaker opened, and no request has come through since
 
     def ping(self) -> None:
-        """Ask one question in each form, richest first, without retries, until one is answered in its form; that form
-        is used from then on. Raises UserError."""
+        """Find the richest form of verdict that the server has. Raises UserError.
+
+        One question in each form, without retries, until one is answered in its form."""
         in_own_loop(self._ping())
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
-        """Votes; None for what has no readable reply within 20 x judge_timeout_s, or after 16 failures in a row."""
+        """Return a vote for each pair, or None.
+
+        None for what has no readable reply within 20 x judge_timeout_s, or after 16 failures in a row."""
         replies = self.replies([self.prompt(self.rubric, pair) for pair in pairs])
         votes = [reply and vote(reply) for reply in replies]
         self.counts["unreadable"] += sum(reply is not None and v is None for reply, v in zip(replies, votes))
@@ -83,7 +88,7 @@ class EndpointJudge(Judge):
         return votes
 
     def replies(self, prompts: list[str]) -> list[Reply | None]:
-        """The reply to each prompt, or None."""
+        """Return the reply to each prompt, or None."""
         return in_own_loop(self._round(prompts))
 
     # ---- asking
@@ -109,8 +114,9 @@ class EndpointJudge(Judge):
                 forms.pop(0)
 
     def _adapts(self, failure: Failure) -> bool:
-        """Whether a refusal named a field that newer models take under another name, or not at all; the next request
-        goes without it."""
+        """Learn from a refusal that names a field, and say whether it did.
+
+        Newer models take max_tokens under another name, and no temperature."""
         if failure.kind == "http_400" and "max_completion_tokens" in str(failure) and self._limit_name == "max_tokens":
             self._limit_name = "max_completion_tokens"
         elif failure.kind == "http_400" and "temperature" in str(failure) and self._temperature:
@@ -139,7 +145,7 @@ class EndpointJudge(Judge):
             return await asyncio.gather(*map(one, prompts))
 
     async def _ask(self, client, prompt: str) -> Reply | None:
-        """A reply from the cache or the server, None after the last try."""
+        """Get a reply from the cache or the server; None after the last try."""
         body, form = self._body(prompt, self.form), self.form
         key = reply_key(self.endpoint, body)
         if self.cache and (reply := Reply.loads(self.cache.get(key) or "")):
@@ -171,7 +177,7 @@ class EndpointJudge(Judge):
         return body
 
     async def _request(self, client, body: dict, form: str) -> Reply:
-        """A reply, after the SDK's retries. Raises Failure."""
+        """Get a reply, after the SDK's retries. Raises Failure."""
         try:
             raw = await client.chat.completions.with_raw_response.create(**body)
         except self._sdk.APIStatusError as error:
@@ -198,7 +204,7 @@ class EndpointJudge(Judge):
         return reply
 
     def _key(self) -> str:
-        """The key, read from the environment at each request. Raises UserError."""
+        """Read the key from the environment. Raises UserError."""
         name = self.options.key_env
         key = os.environ.get(name, "").strip() if name else ""
         if not (key.isascii() and key.isprintable()):
@@ -209,7 +215,7 @@ class EndpointJudge(Judge):
         return text.replace(key, "***") if (key := self._key()) else text
 
     def _client(self, retries: int):
-        """The SDK's client for one event loop, its tries counted and bounded in time."""
+        """Make the SDK's client for one event loop, its tries counted and bounded in time."""
         sdk, counts, timeout_s, key = self._sdk, self.counts, self.options.timeout_s, self._key()
 
         class Client(sdk.DefaultAsyncHttpxClient):
@@ -240,7 +246,7 @@ class EndpointJudge(Judge):
 
 
 def import_sdk():
-    """The `openai` package, imported when a judge needs it. Raises UserError."""
+    """Import the `openai` package when a judge needs it. Raises UserError."""
     try:
         import openai
     except ImportError:
@@ -249,7 +255,7 @@ def import_sdk():
 
 
 def check_address(options: JudgeOptions) -> None:
-    """Raise UserError, which does not show a password, unless there is a base URL and the name of a model."""
+    """Raise UserError unless there is a base URL, without a password, and a model."""
     if fault := url_fault(options.url):
         raise UserError(f"judge_url: {fault}")
     parts = urllib.parse.urlsplit(options.url)
@@ -265,8 +271,9 @@ def check_address(options: JudgeOptions) -> None:
 
 
 def in_own_loop(coroutine):
-    """The result of a coroutine, run in a thread: a notebook has an event loop in this one. The SDK draws its pauses
-    from Python's generator, which is the run's: it is set back."""
+    """Run a coroutine in a thread: a notebook has an event loop in this one.
+
+    The SDK draws its pauses from Python's generator, which is the run's: it is set back."""
     state = random.getstate()
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:
@@ -276,5 +283,5 @@ def in_own_loop(coroutine):
 
 
 def is_fault(count: str) -> bool:
-    """Whether a count of EndpointJudge is of something that went wrong."""
+    """Say whether a count of EndpointJudge is of something that went wrong."""
     return count.startswith("http_") or count in FAULTS

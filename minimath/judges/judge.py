@@ -1,4 +1,4 @@
-"""Make the judge that the options name, and let it compare the correct samples of each group.
+"""Make the judge of the options, and let it compare the samples of each group.
 
 Both orders are asked of every pair. The wins of a group are plain means where all pairs are asked about, and take the
 other pairs from a Bradley-Terry fit where judge_pairs=k asks about k per sample.
@@ -21,8 +21,10 @@ from minimath.models.policy import Policy
 
 def make_judge(options: JudgeOptions, policy: Policy | None = None, *, micro_batch_tokens: int = 4096,
                say: Callable[[str], None] = print, prompt: Callable = judge_prompt) -> Judge:
-    """The judge that the options name. policy: needed by judge=self alone, with micro_batch_tokens for each of its
-    passes. prompt(rubric, pair, specials): what judges self and openai are asked. Raises UserError."""
+    """Make the judge that the options name. Raises UserError.
+
+    policy: needed by judge=self alone, with micro_batch_tokens for each of its passes. prompt(rubric, pair, specials):
+    what judges self and openai are asked."""
     if options.name == "heuristic":
         return HeuristicJudge(options, say=say)
     if options.name == "self":
@@ -34,8 +36,10 @@ class Contest:
     """The correct samples of a group, one of each text."""
 
     def __init__(self, group: Group):
-        """texts: a sample of each text; place: of each sample of the group in texts, None: wrong; copies: how many
-        samples have each text."""
+        """Sort the samples by text.
+
+        texts: a sample of each text; place: of each sample of the group in texts, None: wrong; copies: how many samples
+        have each text."""
         texts: dict[str, Sample] = {}
         for sample in group.samples:
             if sample.correct:
@@ -51,7 +55,7 @@ class Contest:
 
 
 def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | None]], dict]:
-    """Judge all groups in one batch of questions; (wins, stats).
+    """Judge all groups in one batch of questions; returns wins and stats.
 
     wins[g][i] is the mean score of sample i against the other correct samples of group g (identical texts tie); None
     for wrong samples and for those without a vote. Nothing is asked where it can't change an advantage: with fewer than
@@ -64,8 +68,7 @@ def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | N
     counts (what the judge's counts grew by), error ("" or the judge's exception), seconds.
 
     Raises UserError with judge_fallback=stop when the judge is down. Any other failure of a judge costs votes, is said
-    once, and the run goes on.
-    """
+    once, and the run goes on."""
     start, before = time.monotonic(), dict(judge.counts)
     contests = [Contest(group) for group in groups]
     due = [(g, pair) for g, contest in enumerate(contests)
@@ -104,7 +107,9 @@ def skipped(contests: list[Contest]) -> dict:
 
 
 def see_to_lost_votes(judge: Judge, stats: dict) -> None:
-    """Say once that most votes are missing; with judge_fallback=stop raise UserError when the judge is down."""
+    """Say once that most votes are missing, or end the run where that is wanted.
+
+    Raises UserError with judge_fallback=stop when the judge is down."""
     asked, lost, counts = stats["comparisons"], stats["no_votes"], stats["counts"]
     met = ", ".join(f"{n:g} x {name}" for name, n in counts.items() if is_fault(name)) or stats["error"]
     if judge.fallback == "stop" and lost and (stats["error"] or lost == asked or counts.get("given_up")):

@@ -1,4 +1,4 @@
-"""Pairs of solutions of which one is better by construction, to see what a judge is worth.
+"""Pairs of solutions of which one is better by construction.
 
 A plain correct solution of a generated problem stands against one with a fault, its kind:
 
@@ -32,7 +32,7 @@ class KnownPair(NamedTuple):
     worse: Sample | Solution
 
     def question(self) -> Pair:
-        """Is the better one better?"""
+        """Ask whether the better one is better."""
         return Pair(self.problem, self.better, self.worse)
 
 
@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
 
 def compute(a: int, op: str, b: int) -> int | None:
-    """a op b; None unless it is a whole number above 0."""
+    """Compute a op b; None unless it is a whole number above 0."""
     if op == "/" and (b == 0 or a % b):
         return None
     value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b else 0}[op]
@@ -56,7 +56,7 @@ def compute(a: int, op: str, b: int) -> int | None:
 
 
 def make_pairs(kind: str, count: int, seed: int) -> list[KnownPair]:
-    """`count` pairs with the fault `kind`, the same ones for the same arguments. Raises UserError."""
+    """Make the pairs with a fault that belong to a seed. Raises UserError."""
     if kind not in KINDS:
         raise UserError(f"make_pairs: kind={kind!r}{did_you_mean(kind, KINDS)}; use one of {', '.join(KINDS)}")
     return [KnownPair(kind, example.problem, solution(texts["right"], example.answer),
@@ -64,12 +64,16 @@ def make_pairs(kind: str, count: int, seed: int) -> list[KnownPair]:
 
 
 def solution(text: str, answer: str) -> Solution:
-    """A text as a judge gets it. Length in words and signs: a heuristic judge has no tokenizer."""
+    """Make a text what a judge gets.
+
+    Its length is in words and signs, for want of a tokenizer."""
     return Solution(text, extract_answer(text) == answer, len(re.findall(r"\w+|[^\w\s]", text)))
 
 
 def faulty_solutions(count: int, seed: int) -> list[tuple[Example, dict[str, str]]]:
-    """count problems of two or three steps, each with its solutions: "right" and one of every kind of KINDS."""
+    """Make problems of two or three steps, each with its solutions by kind of fault.
+
+    "right" is the solution without one. Raises UserError."""
     if count < 1:
         raise UserError(f"a judge is checked on at least one problem, not {count}")
     drawn, found = 2 * count, []
@@ -82,7 +86,9 @@ def faulty_solutions(count: int, seed: int) -> list[tuple[Example, dict[str, str
 
 
 def solutions_of(example: Example, rng: random.Random) -> dict[str, str] | None:
-    """Text by kind of fault ("right": none), or None when no wrong result can be carried on without ambiguity."""
+    """Make the solutions by kind of fault, "right" for none.
+
+    None when no wrong result can be carried on without ambiguity."""
     steps = [Step(int(a), op, int(b), int(c)) for a, op, b, c in _EQUATION.findall(example.solution)]
     faults = [(k, size) for k in range(len(steps) - 1) for size in _SIZES]
     rng.shuffle(faults)
@@ -99,8 +105,10 @@ def solutions_of(example: Example, rng: random.Random) -> dict[str, str] | None:
 
 
 def carried_on(problem: str, steps: list[Step], k: int, size: int) -> list[Step] | None:
-    """The steps with the result of step k off by `size` and every later one computed from it. None when a number is
-    no whole number above 0, the answer comes out right, or it is not plain which later number is the result."""
+    """Set the result of step k off by `size`, and compute every later one from it.
+
+    None when a number is no whole number above 0, the answer comes out right, or it is not plain which later number is
+    the result."""
     given = set(map(int, re.findall(r"\d+", problem)))
     results = [step.value for step in steps]
     if any(r in given or results.count(r) > 1 for r in results[k:-1]) or steps[k].value + size <= 0:
@@ -118,14 +126,14 @@ def carried_on(problem: str, steps: list[Step], k: int, size: int) -> list[Step]
 
 
 def with_steps(solution: str, steps: list[Step]) -> str:
-    """The solution with its equations and its final answer replaced by those of `steps`."""
+    """Replace the equations and the final answer of a solution."""
     equations = iter(steps)
     text = _EQUATION.sub(lambda _: "{} {} {} = {}".format(*next(equations)), solution)
     return re.sub(r"\\boxed\{\d+\}", lambda _: f"\\boxed{{{steps[-1].value}}}", text)
 
 
 def padded(example: Example, steps: list[Step]) -> str:
-    """The solution with these steps, the problem repeated, every step announced and, where it is right, checked."""
+    """Pad a solution: repeat the problem, announce every step, check each that holds."""
     *lines, last = re.split(r"(?<=\.)\s+", with_steps(example.solution, steps))
     text = [f"Let us solve this problem step by step. We read it carefully once more: {example.problem} We have to "
             "find the number that the question asks for."]

@@ -1,4 +1,4 @@
-"""Put questions to a judge and count its votes: what a run, the probes and `judge compare` have in common."""
+"""Put questions to a judge and count its votes: for runs, probes and comparisons."""
 from collections.abc import Callable
 
 from minimath.core.errors import Interrupted
@@ -11,12 +11,11 @@ MOST_FAILURES = 20  # of one call: enough to find the one question of a thousand
 
 def ask(judge: Judge, questions: list[Pair], advance: Callable[[int], None] = lambda n: None,
         chunk: int = 0) -> tuple[list[float | None], str]:
-    """(votes, error): a vote or None for each question, and the judge's last exception in words, or "".
+    """Ask a judge, and return its votes and its last exception in words, or "".
 
     A judge that raises is said once for each kind of exception; the questions are then asked again in halves, so that
     one that it can't take costs its own vote alone. chunk: questions per call of the judge, 0: all; advance(n) is
-    called after every n.
-    """
+    called after every n."""
     votes, error, failures = [], "", 0
     size = chunk or max(1, len(questions))
     due = [questions[start:start + size] for start in range(0, len(questions), size)][::-1]
@@ -44,18 +43,17 @@ def ask(judge: Judge, questions: list[Pair], advance: Callable[[int], None] = la
 
 
 def in_both_orders(pairs: list[Pair]) -> list[Pair]:
-    """Two questions per pair: as it is, and turned round."""
+    """Turn pairs into two questions each: as it is, and turned round."""
     return [question for pair in pairs for question in (pair, pair._replace(first=pair.second, second=pair.first))]
 
 
 def tally(votes: list[float | None], soft: bool) -> dict:
-    """Figures from the votes on `in_both_orders` of some pairs; those that need votes are None without any.
+    """Compute figures from the votes on `in_both_orders` of some pairs.
 
     agreement: share of pairs whose first solution wins with both orders together, an exact tie counting one half, with
     Wilson's 95% interval. one_order: the same of single votes. first_wins: mean of compare.both_orders. position_bias:
     mean of v(i, j) + v(j, i) - 1, above 0 for a judge that likes what stands first. order_conflicts: share of pairs
-    whose winner changes with the order.
-    """
+    whose winner changes with the order. All are None without a pair that has both votes."""
     pairs = list(zip(votes[::2], votes[1::2], strict=True))
     voted = [pair for pair in pairs if None not in pair]
     figures = {"pairs": len(pairs), "voted": len(voted), "no_votes": sum(vote is None for vote in votes)}
@@ -72,7 +70,7 @@ def tally(votes: list[float | None], soft: bool) -> dict:
 
 
 def counts_since(judge: Judge, before: dict) -> dict:
-    """What the counts of a judge grew by since they were `before`."""
+    """Return what the counts of a judge grew by since they were `before`."""
     return {name: n - before.get(name, 0) for name, n in judge.counts.items() if n != before.get(name, 0)}
 
 
@@ -83,7 +81,7 @@ def percent(share: float | None, digits: int = 0) -> str:
 
 
 def span(interval: tuple[float, float] | None, form: str = ".0f") -> str:
-    """(0.4, 0.6) -> "40 to 60"."""
+    """Word an interval: "40 to 60"."""
     return "-" if interval is None else f"{100 * interval[0]:{form}} to {100 * interval[1]:{form}}"
 
 

@@ -24,14 +24,15 @@ MAX_CHARS = 4000  # of a text that is shown
 
 
 def shipped_rubrics() -> dict[str, Path]:
-    """Name -> file."""
+    """Map the names of the shipped rubrics to their files."""
     return {"maths": FOLDER / "rubric.txt",
             **{path.stem.removeprefix("rubric-"): path for path in sorted(FOLDER.glob("rubric-*.txt"))}}
 
 
 def load_rubric(name: str | Path = "maths") -> str:
-    """Read a rubric: a file, or the shipped one of that name. Raises UserError when there is neither, or when one of
-    the four places is missing."""
+    """Read a rubric: a file, or the shipped one of that name.
+
+    Raises UserError when there is neither, or when one of the four places is missing."""
     path, shipped = Path(name), shipped_rubrics()
     if not path.is_file():
         if str(name) not in shipped:
@@ -83,8 +84,9 @@ def make_nonce(*texts: str) -> str:
 
 
 def judge_prompt(rubric: str, pair: Pair, specials: list[str] = ()) -> str:
-    """Fill the rubric's places in one pass, so that no text can open a place of its own. specials: the special tokens
-    of the judge's tokenizer."""
+    """Fill the rubric's places in one pass, so that no text opens a place of its own.
+
+    specials: the special tokens of the judge's tokenizer."""
     parts = {"problem": pair.problem, "first": pair.first.text, "second": pair.second.text}
     nonce = pair.nonce or make_nonce(*parts.values())
     parts = {name: clean(text, specials) for name, text in parts.items()} | {"nonce": nonce}

@@ -1,8 +1,9 @@
-"""The model in training as a judge of its own solutions: verdicts of one forward, adapter off, nothing generated.
+"""The model in training as a judge of its own solutions, adapter off.
 
-The prompts of a group differ in little: all start with the rubric and the problem, and those with the same solution A
-go on alike. They are laid out as a tree, every common beginning once, in one sequence under a block mask (each token
-sees the tokens before it in its own prompt). The verdicts are those of the prompts computed apart.
+Verdicts are probabilities of one forward; nothing is generated. The prompts of a group differ in little: all start with
+the rubric and the problem, and those with the same solution A go on alike. They are laid out as a tree, every common
+beginning once, in one sequence under a block mask (each token sees the tokens before it in its own prompt). The
+verdicts are those of the prompts computed apart.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import torch
 from minimath.config.schema import JudgeOptions
 from minimath.core import interrupt
 from minimath.core.errors import UserError
+from minimath.data.batch import like_lengths
 from minimath.judges.base import Judge, Pair
 from minimath.judges.rubrics import judge_prompt, load_rubric
 from minimath.kernels import linear_logp
@@ -25,16 +27,17 @@ TREE_TOKENS = 2048
 
 
 class SelfJudge(Judge):
-    """The policy's model, adapter off: P(A) + P(TIE) / 2 among the three verdicts, of the first token of its reply.
+    """The judge that is the policy's model.
 
-    counts: prompts, prompt_tokens, computed_tokens (fewer, by what is shared), too_long (for the model; no vote).
-    """
+    A vote is P(A) + P(TIE) / 2 among the three verdicts, of the first token of the reply. counts: prompts,
+    prompt_tokens, computed_tokens (fewer, by what is shared), too_long (for the model; no vote)."""
     name, soft = "self", True
 
     def __init__(self, options: JudgeOptions, policy: Policy, *, micro_batch_tokens: int = 4096,
                  say: Callable[[str], None] = print, prompt: Callable = judge_prompt):
-        """micro_batch_tokens: tokens of one forward pass; halved when memory runs out, which changes no vote. Raises
-        UserError."""
+        """Find the verdict tokens. Raises UserError.
+
+        micro_batch_tokens: tokens of one forward pass; halved when memory runs out, which changes no vote."""
         super().__init__(options, say=say)
         self.model, self.tokenizer, self.micro_batch_tokens = policy.model, policy.tokenizer, micro_batch_tokens
         self.prompt, self.rubric = prompt, load_rubric(options.rubric)
@@ -46,12 +49,13 @@ class SelfJudge(Judge):
 
     @property
     def verdict_mass(self) -> float:
-        """Mean probability that the reply starts with a verdict; near 0, the model does not understand the question."""
+        """Return the mean probability that a reply starts with a verdict."""
         return self._mass / max(1, self.counts["prompts"] - self.counts["too_long"])
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
-        """A probability for each pair, or None. Raises what the model raises; out-of-memory where one prompt is too
-        much."""
+        """Return a probability for each pair, or None.
+
+        Raises what the model raises; out-of-memory only where one prompt is too much."""
         prompts = [chat_ids(self.tokenizer, self.prompt(self.rubric, pair, self.specials)) for pair in pairs]
         votes: list[float | None] = [None] * len(prompts)
         fitting = [i for i, ids in enumerate(prompts) if len(ids) <= self.context]
@@ -66,7 +70,7 @@ class SelfJudge(Judge):
         return votes
 
     def _in_memory(self, prompts: list[list[int]]) -> tuple[torch.Tensor, int]:
-        """(`verdict_logps`, tokens computed), with half the tokens in a pass as long as memory runs out."""
+        """Compute log-probs and count tokens, in smaller passes when memory runs out."""
         before = self.micro_batch_tokens
         while True:
             plan = plan_passes(self.model, prompts, self.micro_batch_tokens)
@@ -89,7 +93,7 @@ class SelfJudge(Judge):
 
 
 def verdict_ids(tokenizer) -> list[int]:
-    """The first tokens of "A", "B" and "TIE", or of " A", " B" and " TIE" where the bare letters are no tokens."""
+    """Find the first tokens of A, B and TIE, bare or after a space. Raises UserError."""
     for space in ("", " "):
         ids = [tokenizer.encode(space + verdict, add_special_tokens=False) for verdict in ("A", "B", "TIE")]
         first = [one[0] for one in ids if one]
@@ -110,28 +114,33 @@ def chat_ids(tokenizer, prompt: str) -> list[int]:
 # ---- which prompts go into one forward pass
 
 class Plan(NamedTuple):
-    """Forward passes over prompts: (their indices, tokens with padding) of each; whether a pass is a tree of its
-    prompts, else a row for each; tokens of all without padding."""
+    """Forward passes over prompts.
+
+    passes: (indices of prompts, tokens with padding) of each; tree: a pass is a tree of its prompts, else a row for
+    each; computed: tokens of all without padding."""
     passes: list[tuple[list[int], int]]
     tree: bool
     computed: int
 
 
 def plan_passes(model, prompts: list[list[int]], micro_batch_tokens: int) -> Plan:
-    """Trees where they save enough and the model takes their mask, else rows; micro_batch_tokens bounds a pass, a
-    longer prompt goes alone."""
+    """Choose trees where they save enough and the model takes their mask, else rows.
+
+    micro_batch_tokens bounds a pass; a longer prompt goes alone."""
     whole = sum(map(len, prompts))
     eager = base_causal_lm(model).config.get_text_config()._attn_implementation == "eager"
     packs = tree_packs(prompts, min(micro_batch_tokens, EAGER_TOKENS if eager else TREE_TOKENS))
     computed = sum(size for _, size in packs)
     if computed <= (1 - LEAST_SAVED) * whole and takes_block_mask(model, max(map(len, prompts), default=0)):
         return Plan(packs, True, computed)
-    return Plan(row_batches(prompts, micro_batch_tokens), False, whole)
+    rows = like_lengths([len(ids) for ids in prompts], micro_batch_tokens)
+    return Plan([(batch, len(batch) * len(prompts[batch[0]])) for batch in rows], False, whole)
 
 
 def takes_block_mask(model, longest: int) -> bool:
-    """Whether a mask says all about what a token sees: no recurrent layers, no window shorter than the longest prompt,
-    no attention that takes no mask."""
+    """Say whether a mask says all about what a token sees.
+
+    Not with recurrent layers, a window shorter than the longest prompt, or attention that takes no mask."""
     config = base_causal_lm(model).config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
@@ -141,7 +150,7 @@ def takes_block_mask(model, longest: int) -> bool:
 
 
 def tree_packs(prompts: list[list[int]], limit: int) -> list[tuple[list[int], int]]:
-    """(indices of prompts in the order of their tokens, tokens of their tree) of trees of at most `limit` tokens."""
+    """Pack prompts, sorted, into trees of at most `limit` tokens; with those tokens."""
     packs: list[tuple[list[int], int]] = []
     last: list[int] = []
     for index in sorted(range(len(prompts)), key=lambda i: prompts[i]):
@@ -158,22 +167,12 @@ def common_length(a: list[int], b: list[int]) -> int:
     return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def row_batches(prompts: list[list[int]], limit: int) -> list[tuple[list[int], int]]:
-    """(indices of prompts, padded tokens) of batches of at most `limit` padded tokens, shortest prompts first."""
-    batches: list[tuple[list[int], int]] = []
-    for row in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        rows = [*batches[-1][0], row] if batches else [row]
-        if len(rows) == 1 or len(prompts[row]) * len(rows) > limit:
-            batches.append(([row], len(prompts[row])))
-        else:
-            batches[-1] = (rows, len(prompts[row]) * len(rows))
-    return batches
-
-
 # ---- forward passes
 
 def verdict_logps(model, prompts: list[list[int]], verdicts: list[int], plan: Plan) -> torch.Tensor:
-    """Log-probs (B, len(verdicts)), float64 on the CPU, of each verdict token after each prompt."""
+    """Compute the log-prob of each verdict token after each prompt.
+
+    Returns (B, len(verdicts)) float64 on the CPU."""
     lm_head, out = head(model), torch.zeros(len(prompts), len(verdicts), dtype=torch.float64)
     for rows, _ in plan.passes:
         interrupt.check()
@@ -185,8 +184,9 @@ def verdict_logps(model, prompts: list[list[int]], verdicts: list[int], plan: Pl
 
 
 def last_states(model, prompts: list[list[int]]) -> torch.Tensor:
-    """Final hidden states (B, D) of the prompts' last tokens, each prompt in a row. Right-padded: with a causal model,
-    padding after the last token changes nothing before it."""
+    """Compute the final hidden states of the prompts' last tokens, a prompt a row.
+
+    Returns (B, D). Right-padded: with a causal model, padding after the last token changes nothing before it."""
     lengths = torch.tensor([len(ids) for ids in prompts])
     input_ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)  # (B, T)
     for row, ids in enumerate(prompts):
@@ -198,7 +198,9 @@ def last_states(model, prompts: list[list[int]]) -> torch.Tensor:
 
 
 def tree_states(model, prompts: list[list[int]]) -> torch.Tensor:
-    """Final hidden states (B, D) of the last tokens of prompts, which are in the order of their tokens."""
+    """Compute the final hidden states of the prompts' last tokens in one tree.
+
+    prompts: sorted by their tokens. Returns (B, D)."""
     ids, position, ends, path, spans = [], [], [], [], []
     for last, prompt in zip([[], *prompts], prompts):
         common = common_length(last, prompt)

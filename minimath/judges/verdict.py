@@ -1,4 +1,4 @@
-"""The three forms in which an OpenAI-compatible server can be asked for a verdict, richest first, and their reading.
+"""The forms in which a server is asked for a verdict, richest first.
 
 `logprobs`: the log-probs of the likeliest first tokens; the vote is the probability of A over that of A, B and TIE,
 half of TIE's counted as A: a soft vote, as the self-judge gives. `json_schema`: the reply is held to {"verdict": "A" |
@@ -20,15 +20,17 @@ _MARKS = " \t\n*_`'\"[](){}:.#\u2581\u0120"  # around a letter; the last two are
 
 @dataclass
 class Reply:
-    """What is kept of a chat completion: the form it was asked in, whether max_tokens ended it, and (token, log-prob)
-    of the likeliest tokens where the first word begins, () where the server gave none."""
+    """What is kept of a chat completion.
+
+    form: that it was asked in; cut: max_tokens ended it; top: (token, log-prob) of the likeliest tokens where the first
+    word begins, () where the server gave none."""
     text: str
     form: str = "plain"
     cut: bool = False
     top: tuple = ()
 
     def dumps(self) -> str:
-        """As text, for the cache."""
+        """Write it as text, for the cache."""
         return json.dumps(asdict(self))
 
     @staticmethod
@@ -42,14 +44,14 @@ class Reply:
             return None
 
     def serves(self) -> bool:
-        """Whether the server answered in the form it was asked in."""
+        """Say whether the server answered in the form it was asked in."""
         if self.form == "logprobs":
             return len(self.top) > 1
         return self.form != "json_schema" or json_vote(self.text) is not None
 
 
 def form_fields(form: str, max_tokens: int) -> dict:
-    """What a form adds to a chat request for a verdict in at most max_tokens."""
+    """Return what a form adds to a chat request for a verdict in at most max_tokens."""
     if form == "logprobs":
         return {"logprobs": True, "top_logprobs": TOP}
     if form == "json_schema":
@@ -62,8 +64,10 @@ def form_fields(form: str, max_tokens: int) -> dict:
 
 
 def read_reply(choice: dict, form: str) -> Reply:
-    """A Reply from choices[0]; "" for a text that max_tokens ended before it began, as of a model that thinks first.
-    Raises KeyError, TypeError, AttributeError or ValueError for anything that is not a choice of a chat completion."""
+    """Read choices[0] of a chat completion.
+
+    A text that max_tokens ended before it began, as of a model that thinks first, is "". Raises KeyError, TypeError,
+    AttributeError or ValueError for anything that is no such choice."""
     text, cut = choice["message"].get("content"), choice.get("finish_reason") == "length"
     if text is None and cut:
         text = ""
@@ -73,7 +77,7 @@ def read_reply(choice: dict, form: str) -> Reply:
 
 
 def _first_word(choice: dict) -> tuple:
-    """(token, log-prob) pairs of the first position whose token has a letter or digit: "**A" begins with "**"."""
+    """Find the likeliest tokens where the first word begins: "**A" begins with "**"."""
     try:
         for position in (choice.get("logprobs") or {}).get("content") or []:
             if any(c.isalnum() for c in position["token"]):
@@ -85,14 +89,16 @@ def _first_word(choice: dict) -> tuple:
 
 
 def vote(reply: Reply) -> float | None:
-    """The probability that A is better, or None: from the log-probs where they tell, else from the text."""
+    """Read the probability that A is better: from log-probs, else from the text."""
     read = json_vote if reply.form == "json_schema" else text_vote
     return read(reply.text) if (chance := soft_vote(reply.top)) is None else chance
 
 
 def soft_vote(top: tuple) -> float | None:
-    """(P(A) + P(TIE) / 2) / (P(A) + P(B) + P(TIE)) from (token, log-prob) pairs; None below MIN_MASS. Lower-case
-    letters are not counted: "a" is an article."""
+    """Weigh A, B and TIE by the log-probs of tokens.
+
+    (P(A) + P(TIE) / 2) / (P(A) + P(B) + P(TIE)); None below MIN_MASS. Lower-case letters are not counted: "a" is an
+    article."""
     mass = dict.fromkeys(VOTES, 0.0)
     for token, logp in top:
         name = token.strip(_MARKS)
@@ -104,7 +110,7 @@ def soft_vote(top: tuple) -> float | None:
 
 
 def json_vote(text: str) -> float | None:
-    """The vote of {"verdict": ...}; None for anything else."""
+    """Read the vote of {"verdict": ...}; None for anything else."""
     try:
         word = json.loads(text)["verdict"]
         return VOTES.get(word) if isinstance(word, str) else None
@@ -113,8 +119,9 @@ def json_vote(text: str) -> float | None:
 
 
 def text_vote(reply: str) -> float | None:
-    """1, 0 or 1/2 for A, B or TIE in any dress ("**A**", "[[B]]", "Verdict: TIE."), after what a model thought; None
-    for anything that is not exactly one of them."""
+    """Read A, B or TIE in any dress: "**A**", "[[B]]", "Verdict: TIE.".
+
+    What a model thought before is left out; None for anything that is not exactly one of them."""
     text = re.sub(r"\A\s*<think>.*?</think>", "", reply, flags=re.S).strip()
     match = re.fullmatch(r"\W*(?:(?:verdict|answer|solution)\W+)?(a|b|tie)\W*", text, re.I) if len(text) <= 80 else None
     return VOTES[match.group(1).upper()] if match else None
