@@ -20,7 +20,7 @@ from minimath.models.load import base_causal_lm, compute_dtype
 
 
 class Parts(NamedTuple):
-    """What a linear layer computes: x W^T + bias + (x A^T) B^T."""
+    """Hold what a linear layer computes: x W^T + bias + x A^T B^T."""
     base: nn.Module  # holds W (out, in), maybe quantised, and the bias
     a: torch.Tensor | None  # (r, in) fp32, of all active adapters
     b: torch.Tensor | None  # (out, r) fp32, times their scales
@@ -55,7 +55,7 @@ def is_4bit(module: nn.Module) -> bool:
 
 
 def weight_of(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """Give W (out, in) in dtype as the layer itself multiplies by it, dequantised."""
+    """Give the W of a layer in dtype, dequantised: shape [out, in]."""
     if not is_4bit(base):
         return base.weight.detach().to(dtype)
     from bitsandbytes.functional import dequantize_4bit
@@ -63,7 +63,7 @@ def weight_of(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Group:
-    """Linear layers that get the same input one after another, computed in one go at the first one's call."""
+    """Linear layers with one input, computed together at the first one's call."""
 
     def __init__(self, parts: list[Parts], dtype: torch.dtype, *, copy: bool, rows: int):
         self.widths = [p.base.out_features for p in parts]
@@ -90,7 +90,7 @@ class Group:
             self.bases = [p.base for p in parts]
 
     def adapters(self, parts: list[Parts], dtype: torch.dtype):
-        """Stack all A of the group (R, in), and their B as one (R, width), zeros between."""
+        """Stack all A of the group to [R, in], and their B to one [R, width]."""
         ranks = [0 if p.a is None else len(p.a) for p in parts]
         if not any(ranks):
             return None, None
@@ -104,7 +104,7 @@ class Group:
         return a.to(dtype), b.to(dtype)
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute (..., width) for all layers of the group from x (..., in)."""
+        """Compute all layers of the group: from x [..., in] to [..., width]."""
         flat = x.reshape(-1, x.shape[-1])
         if self.bases is None:
             y = self.product(flat)
@@ -163,7 +163,7 @@ def copied_bytes(model, dtype: torch.dtype) -> int:
 
 
 def called_together(model) -> list[list[nn.Module]]:
-    """List the decoder's linear layers as they are called; those with one input together."""
+    """List the decoder's linear layers as called; those with one input together."""
     base, calls, hooks = base_causal_lm(model), [], []
     inner = {id(part) for m in model.modules() if isinstance(m, LoraLayer) for part in m.modules() if part is not m}
 

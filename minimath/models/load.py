@@ -27,14 +27,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Head(NamedTuple):
-    """The LM head: logits = softcap * tanh(s / softcap) with s = logit_scale * (hidden @ weight.T + bias)."""
+    """Hold the LM head.
+
+    logits = softcap * tanh(s / softcap) with s = logit_scale * (hidden @ weight.T + bias)
+    """
     weight: torch.Tensor  # (V, D)
     bias: torch.Tensor | None  # (V,)
     softcap: float  # 0.0: none
     logit_scale: float
 
     def kernel_args(self) -> dict:
-        """The keyword arguments that minimath.kernels takes beside hidden, weight and target."""
+        """Give the arguments of the kernels beside hidden, weight and target."""
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
 
@@ -95,7 +98,7 @@ def load_tokenizer(cfg):
 
 
 def load_model(cfg, *, train: bool):
-    """Load (model, tokenizer) of a stage's config, with the adapter.
+    """Load model and tokenizer of a stage's config, with the adapter.
 
     train=True: a trainable LoRA adapter (new, or the one in cfg.adapter.path) in fp32 over frozen weights; needs the
     groups AdapterOptions and OptimizerOptions. train=False: cfg.adapter.path if given, everything frozen.
@@ -122,7 +125,7 @@ def load_model(cfg, *, train: bool):
 
 
 def _load_base(options: ModelOptions):
-    """The frozen base model (still on the CPU if it is to be sharded), and the device."""
+    """Load the frozen base, on the CPU if it will be sharded, and name the device."""
     device = pick_device(options.device)
     dtype, _ = pick_dtype(options.dtype, device)
     kwargs = {"dtype": dtype, "attn_implementation": options.attn, "trust_remote_code": options.trust_remote_code,
@@ -152,7 +155,7 @@ def checkpoint_activations(model, **kwargs) -> None:
 
 
 def _refuse_other_shards(index: Path) -> None:
-    """ValueError for an index of shards that are not safetensors files: transformers would unpickle them."""
+    """Raise ValueError for shards that transformers would unpickle."""
     shards = read_json(index)["weight_map"].values() if index.is_file() else []
     if other := [str(shard) for shard in shards if not str(shard).endswith(".safetensors")]:
         raise ValueError(f"{index.name} names {other[0]!r}: only safetensors files are read")
@@ -160,7 +163,7 @@ def _refuse_other_shards(index: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet():
-    """peft and transformers warn about each other's deprecations; a user can do nothing about those."""
+    """Silence warnings of peft about transformers: a user can do nothing about those."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
@@ -168,7 +171,7 @@ def _quiet():
 
 @_quiet()
 def _new_adapter(model, cfg):
-    """A fresh LoRA adapter, weights in fp32: a bf16 adapter loses updates smaller than 1/256 of a weight."""
+    """Add a LoRA adapter in fp32: in bf16 it loses updates below 1/256 of a weight."""
     options = cfg.adapter
     targets = options.lora_targets.replace(" ", "")
     init = {"default": True, "true": True, "false": False}.get(options.lora_init, options.lora_init)
@@ -206,7 +209,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _load_errors(name: str, what: str):
-    """Turn the many ways in which a model fails to load into one line that says what to do."""
+    """Turn the ways in which a model fails to load into one line that helps."""
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
     if looks_like_path and not os.path.isfile(Path(name) / "config.json"):
         raise UserError(f"model={name!r}: no such model folder (a config.json is expected in it); "
@@ -253,7 +256,7 @@ def cast_adapters_down(model) -> None:
 
 @contextlib.contextmanager
 def compute_dtype(model):
-    """Autocast to the base's dtype, so that fp32 adapters take part in 16-bit products."""
+    """Autocast to the base's dtype, so that fp32 adapters join 16-bit products."""
     base = base_causal_lm(model)
     wanted = isinstance(model, PeftModel) and base.dtype != torch.float32
     with torch.autocast(base.device.type, base.dtype) if wanted else contextlib.nullcontext():
@@ -279,7 +282,7 @@ def hidden_states(model, input_ids: torch.Tensor, *, attention_mask=None, positi
 
 
 def head_module(model) -> torch.nn.Module:
-    """The output embedding (tied or not) of the model."""
+    """Find the output embedding of the model, tied or not."""
     module = base_causal_lm(model).get_output_embeddings()
     if module is None:
         raise UserError(f"{type(base_causal_lm(model)).__name__} has no LM head; use a causal LM")

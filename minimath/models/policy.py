@@ -31,11 +31,12 @@ class Policy:
         return eos_ids(self.tokenizer, self.model)
 
     def prompt_ids(self, problem: str) -> list[int]:
-        """The prompt of a problem through the chat template, up to where the solution begins."""
+        """Encode the prompt of a problem, up to where the solution begins."""
         return prompt_ids(self.tokenizer, problem, system=self.prompt.system,
                           prompt_template=self.prompt.prompt_template)
 
     def decode(self, ids: list[int]) -> str:
+        """Decode tokens to text without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 

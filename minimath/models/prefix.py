@@ -80,7 +80,7 @@ def shared_batch(model, rows: list[Encoded]) -> dict:
 
 
 def shared_mask(model, position: torch.Tensor, segment: torch.Tensor):
-    """Make the additive mask (1, 1, T, T) of a shared sequence.
+    """Make the additive mask of a shared sequence: [1, 1, T, T].
 
     position, segment (T,). A token sees the prompt (segment 0) and its own segment up to itself; in a layer with a
     window w, itself and the w - 1 positions before it. A dict by layer type where the model has layers of several.
@@ -105,7 +105,7 @@ def shared_mask(model, position: torch.Tensor, segment: torch.Tensor):
 
 def forward_batches(policy: Policy, rows: list[Encoded], groups: list[int],
                     micro_batch_tokens: int) -> Iterator[tuple[list[int], dict]]:
-    """Yield (indices into rows, batch) behind shared prompts where that saves enough.
+    """Yield indices into rows and their batch, behind shared prompts where that saves.
 
     Else rows of like length, padded. groups: as in shared_packs. Every batch has input_ids, position_ids,
     attention_mask and target; `trained_states` finds the hidden states that belong to the targets.
@@ -122,6 +122,6 @@ def forward_batches(policy: Policy, rows: list[Encoded], groups: list[int],
 
 
 def trained_states(hidden: torch.Tensor, batch: dict) -> torch.Tensor:
-    """Pick the hidden states (N, D) of batch["target"] (N,) out of hidden (B, T, D)."""
+    """Pick the states [N, D] of batch["target"] out of hidden [B, T, D]."""
     hidden = hidden.flatten(0, 1)
     return hidden.index_select(0, batch["source"]) if "source" in batch else hidden

@@ -6,7 +6,7 @@ from minimath.core.errors import UserError
 
 
 def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Make the config of NF4 weights with quantised scales. Raises UserError without bitsandbytes."""
+    """Configure NF4 weights with quantised scales; UserError without bitsandbytes."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:

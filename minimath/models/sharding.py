@@ -17,8 +17,10 @@ from minimath.data.chat import IGNORE
 
 
 def shard(model, base, device: torch.device) -> None:
-    """Split the weights of the decoder layers of `base`, still on the CPU, over the processes; the rest goes to
-    `device`. UserError with one process, and for a model whose layers are not known."""
+    """Split the decoder layers of `base`, still on the CPU, over the processes.
+
+    The rest goes to `device`. Raises UserError with one process, and for a model whose layers are not known.
+    """
     if dist.world() < 2:
         raise UserError("shard=true splits a model over several processes, and this is one: start them with accelerate "
                         "launch or torchrun, or leave shard away")
@@ -38,8 +40,11 @@ def is_sharded(model) -> bool:
 
 
 def in_step(model, batches: Iterator[tuple[list[int], dict]]) -> Iterator[tuple[list[int], dict]]:
-    """The batches (indices, batch); of a sharded model as many in every process, blank ones behind them: one token, of
-    which nothing is trained. Loss and gradient of a blank one are 0."""
+    """Yield the batches; of a sharded model as many in every process.
+
+    batches: of indices and batch. Blank ones stand behind them: one token, of which nothing is trained; their loss and
+    gradient are 0.
+    """
     if not is_sharded(model):
         yield from batches
         return

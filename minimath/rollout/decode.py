@@ -44,9 +44,11 @@ class Row:
 
 
 class Decode:
-    """The running batch. Slot i < len(rows) belongs to rows[i]; its state lives on the device, in tensors (S, ...):
-    token: sampled last, not yet in the cache; pos: its place; count: tokens sampled; alive: goes on; ids, logp and
-    full_logp of the tokens sampled."""
+    """The running batch: slot i belongs to rows[i].
+
+    Its state lives on the device, in tensors (S, ...): token: sampled last, not yet in the cache; pos: its place;
+    count: tokens sampled; alive: goes on; ids, logp and full_logp of the tokens sampled.
+    """
 
     def __init__(self, model, pad: int, queue: list[Row], how: Sampling, ends: Ends, max_num_seqs: int, fast: Fast):
         self.model, self.pad, self.queue, self.how, self.ends, self.fast = model, pad, queue, how, ends, fast
@@ -84,7 +86,7 @@ class Decode:
         return not (self.queue or self.rows or self.over)
 
     def running(self) -> list[tuple[int, int, list[int]]]:
-        """List (prompt, sample, ids so far) of the rows that decode."""
+        """List prompt, sample and ids so far of the rows that decode."""
         return [(*row.job.place, self.ids[i, :count].tolist())
                 for i, (row, count) in enumerate(zip(self.rows, self.count.tolist()))]
 
@@ -133,7 +135,7 @@ class Decode:
         self.choose(hidden, torch.arange(n, device=self.device))
 
     def choose(self, hidden: torch.Tensor, slots: torch.Tensor) -> None:
-        """Sample the next tokens of slots (k,) from their last hidden states (k, D)."""
+        """Sample the next tokens of k slots from their last hidden states [k, D]."""
         count, alive = self.count[slots], self.alive[slots]
         place = count.clamp(max=self.ends.max_new_tokens - 1)
         token, logp, full = sample_tokens(logits_of(hidden, self.head, self.fast.head), self.noise[slots, place],
@@ -220,7 +222,7 @@ class Decode:
         self.rows = [at[j] for j in range(n)]
 
     def admit(self) -> None:
-        """Prefill the next rows of the queue, each prompt once, and sample their first tokens."""
+        """Prefill the next rows of the queue, each prompt once; sample their first tokens."""
         new = self.queue[:self.max_num_seqs - len(self.rows)]
         by_tokens: dict[tuple, list[Row]] = {}
         for row in new:
@@ -259,7 +261,7 @@ class Decode:
         self.choose(last[source], torch.arange(first, len(self.rows), device=self.device))
 
     def seat(self, slot: int, row: Row, tokens: tuple) -> None:
-        """Set the state of a row that starts, or goes on with the tokens it has, in a slot."""
+        """Set the state of a slot: a row starts, or goes on with the tokens it has."""
         count, row.length = len(row.ids), len(tokens)
         self.noise[slot] = stream_noise(row.job.seed, self.ends.max_new_tokens).to(self.device)
         self.pos[slot], self.count[slot], self.alive[slot] = len(tokens), count, True
@@ -267,7 +269,7 @@ class Decode:
             kept[slot, :count] = torch.tensor(had, dtype=kept.dtype, device=self.device)
 
     def halve(self, say) -> None:
-        """After an out-of-memory: put the rows back with the tokens they have, in half the slots.
+        """Put all rows back with the tokens they have, and go on with half the slots.
 
         Raises UserError if there was one slot, and rows are left to sample.
         """
@@ -293,7 +295,7 @@ class Decode:
 
 
 def logits_of(hidden: torch.Tensor, lm_head, product=None) -> torch.Tensor:
-    """Compute next-token logits (n, V) in fp32 of hidden (n, D), one row per slot.
+    """Compute next-token logits [n, V] in fp32 of hidden [n, D], one row per slot.
 
     product: what multiplies by the head's weight; None: a plain product.
     """

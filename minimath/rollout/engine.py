@@ -33,7 +33,7 @@ class Engine:
 
     def stream(self, prompts: list[list[int]], n: int = 1, *, keys: list[int] | None = None,
                skip: Collection[tuple[int, int]] = ()) -> Iterator[list[tuple[int, int, Sample]]]:
-        """Sample n completions of each prompt; yield what finished, every few decode steps.
+        """Sample n completions of each prompt; yield what finished every few steps.
 
         prompts: token ids, none empty. keys: of the prompts' random streams, else their indices. skip: (prompt, sample)
         that are not wanted. Yields lists, possibly empty, of (index of the prompt, number of the sample, sample). To
@@ -42,7 +42,7 @@ class Engine:
         raise NotImplementedError
 
     def generate(self, prompts: list[list[int]], n: int = 1, keys: list[int] | None = None) -> list[list[Sample]]:
-        """Sample n completions of each prompt. Raises Interrupted when the run is asked to end, and as stream."""
+        """Sample n completions of each prompt; raises as stream, and Interrupted."""
         found = {}
         with contextlib.closing(self.stream(prompts, n, keys=keys)) as stream:
             for finished in stream:
@@ -51,7 +51,7 @@ class Engine:
         return [[found[p, s] for s in range(n)] for p in range(len(prompts))]
 
     def running(self) -> list[tuple[int, int, list[int]]]:
-        """Tell (prompt, sample, ids so far) of what the open stream decodes; [] if unknown."""
+        """Tell prompt, sample and ids so far of what decodes now; [] if unknown."""
         return []
 
     def metrics(self) -> dict:

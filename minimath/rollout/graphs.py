@@ -8,9 +8,9 @@ MOST = 24  # graphs kept; a batch that shrinks needs a new one for every size
 
 
 class StepGraphs:
-    """Runs step(n, length, spans), from recordings where the device can.
+    """Runs a step from recordings, where the device can.
 
-    Recordings hold addresses: `forget` them when a tensor that the step uses has moved.
+    step: (n, length, spans) of Decode.run_step. Recordings hold addresses: `forget` them when a tensor that the step uses has moved.
     """
 
     def __init__(self, device: torch.device):

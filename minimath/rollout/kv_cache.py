@@ -19,7 +19,7 @@ ATTENTION = "minimath_slots"
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, (S, H, T, Dh)."""
+    """Keys and values of one layer, [S, H, T, Dh]."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
@@ -54,7 +54,7 @@ class SlotCache(Cache):
     """A transformers cache in which each of S rows has its own length."""
 
     def __init__(self, prefilled: DynamicCache, slots: int, length: int):
-        """Make buffers for `slots` rows of up to `length` places, shaped as a prefilled cache.
+        """Make buffers for `slots` rows of `length` places, shaped as a prefilled cache.
 
         Once: buffers that grow leave holes in the heap, and recorded steps hold their addresses. Zeros, for what
         attention masks must be finite.
@@ -69,26 +69,26 @@ class SlotCache(Cache):
         return self.layers[0].keys.shape[2]
 
     def fill(self, slots: list[int], prefilled: DynamicCache, row: int, length: int) -> None:
-        """Copy a prefilled prompt (its row of a right-padded batch) into several slots."""
+        """Copy a prefilled prompt, a row of a right-padded batch, into several slots."""
         for mine, theirs in zip(self.layers, prefilled.layers, strict=True):
             mine.keys[slots, :, :length] = theirs.keys[row, :, :length]
             mine.values[slots, :, :length] = theirs.values[row, :, :length]
 
     def move(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Rows `sources` (their first `length` places) into `targets`, as if all at once."""
+        """Move rows `sources`, their first `length` places, to `targets` all at once."""
         for layer in self.layers:
             layer.keys[targets, :, :length] = layer.keys[sources, :, :length]
             layer.values[targets, :, :length] = layer.values[sources, :, :length]
 
     def at(self, pos: torch.Tensor, length: int) -> None:
-        """Set the places (n,) of the rows' next tokens; attention sees the first `length`."""
+        """Set the places [n] of the rows' next tokens; attention sees the first `length`."""
         rows = torch.arange(len(pos), device=pos.device)
         for layer in self.layers:
             layer.rows, layer.pos, layer.length = rows, pos, length
 
 
 class NoStandardCache(UserError):
-    """The model keeps something else than keys and values of every token in every layer."""
+    """The model keeps something else than keys and values in every layer."""
 
 
 def check_model(model) -> None:
@@ -153,10 +153,10 @@ def decoding_attention(model):
 
 
 def decode_mask(model, pos: torch.Tensor, length: int):
-    """Make the additive mask (n, 1, 1, T) of one new token per row over `length` places.
+    """Make the additive mask [n, 1, 1, T] of one new token per row.
 
-    pos (n,): the tokens' positions. A dict by layer type where the model has layers of several. A window w lets a token
-    see itself and the w - 1 before it; transformers would count it from the longest row.
+    pos (n,): the tokens' positions; T = length. A dict by layer type where the model has layers of several. A window w
+    lets a token see itself and the w - 1 before it; transformers would count it from the longest row.
     """
     config = base_causal_lm(model).config.get_text_config()
     dtype = base_causal_lm(model).dtype

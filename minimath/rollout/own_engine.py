@@ -19,7 +19,7 @@ from minimath.rollout.stopping import BoxWatch, Ends
 
 
 class OwnEngine(Engine):
-    """Decodes in this process. Raises NoStandardCache for models that keep other state than keys and values."""
+    """Decodes in this process; raises NoStandardCache for models without one."""
 
     def __init__(self, *options, **more):
         super().__init__(*options, **more)

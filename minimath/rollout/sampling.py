@@ -14,14 +14,14 @@ BLOCK = 256  # tokens of the vocabulary that the cumulative distribution is firs
 
 
 class Sampling(NamedTuple):
-    """How a token is chosen. temperature 0 is greedy; its log-probs are those at temperature 1."""
+    """How a token is chosen. Temperature 0 is greedy, with log-probs at 1."""
     temperature: float = 1.0
     top_p: float = 1.0
     min_p: float = 0.0
     top_k: int = 0
 
     def full(self) -> bool:
-        """Whether tokens come from the whole softmax, so that there is only one log-prob to speak of."""
+        """Tell whether tokens come from the whole softmax, so that one log-prob is all."""
         return self.top_p >= 1 and self.min_p <= 0 and self.top_k <= 0
 
 
@@ -82,12 +82,12 @@ def invert(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def gather(values: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Pick values (n, V) at token (n,): (n,)."""
+    """Pick the value of each row of [n, V] at its token."""
     return values.gather(-1, token[:, None])[:, 0]
 
 
 def truncate(logits: torch.Tensor, how: Sampling) -> None:
-    """Set the logits (n, V) outside top-k, min-p and top-p to -inf, in this order, in place."""
+    """Set logits [n, V] outside top-k, min-p and top-p, in this order, to -inf."""
     if 0 < how.top_k < logits.shape[-1]:
         logits.masked_fill_(logits < logits.topk(how.top_k, -1).values[:, -1:], -torch.inf)
     if how.min_p > 0:

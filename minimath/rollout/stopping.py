@@ -8,7 +8,7 @@ _CLOSING: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # tokenizer
 
 
 class BoxWatch:
-    """Tells when a completion has closed a \\boxed{...}. Text is made only when a token can have closed one."""
+    """Tells when a completion has closed a \\boxed{...}; decodes only when it can have."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

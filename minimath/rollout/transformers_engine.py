@@ -32,7 +32,7 @@ LOGP_TOLERANCE = {torch.float32: 0.01}  # median difference from the training fo
 
 
 class TransformersEngine(Engine):
-    """Decodes by the model's own `generate`, whose generation config counts for nothing here.
+    """Decodes by the model's own `generate`, but not by its generation config.
 
     Prompts of unlike length share a batch, left-padded, only if a look at one of them shows that padding does not
     change what this model computes. stream yields the completions of a batch when it ends, and raises Interrupted
@@ -92,7 +92,7 @@ class TransformersEngine(Engine):
 
 
 class _Sampler(LogitsProcessor):
-    """Chooses each row's token and lets `generate`, which is told to be greedy, find no other."""
+    """Chooses each row's token and lets `generate`, which is greedy, find no other."""
 
     def __init__(self, noise: torch.Tensor, how: Sampling):
         self.noise, self.how = noise, how  # (n, T) in [0, 1)
@@ -115,7 +115,7 @@ def _config(max_new_tokens: int, eos: list[int], pad: int) -> GenerationConfig:
 
 @contextlib.contextmanager
 def own_generation_config(model):
-    """Empty the model's generation config inside: `generate` fills what ours leaves open."""
+    """Empty the model's generation config: it fills what ours leaves open."""
     base = base_causal_lm(model)
     theirs, base.generation_config = base.generation_config, GenerationConfig()
     try:
@@ -125,7 +125,7 @@ def own_generation_config(model):
 
 
 def padding_is_harmless(model, pad: int, prompt: list[int], length: int) -> bool:
-    """Tell whether the next token's log-probs stay when `prompt` is left-padded to `length`.
+    """Tell whether log-probs stay when `prompt` is left-padded to `length`.
 
     Not all recurrent models leave masked tokens out of their state, and none says so in its config.
     """
@@ -137,7 +137,7 @@ def padding_is_harmless(model, pad: int, prompt: list[int], length: int) -> bool
 
 
 def _first_logp(base, inputs: dict) -> torch.Tensor:
-    """Log-probs (V,) of the first new token, by way of `generate`, which knows the model's position ids."""
+    """Compute log-probs [V] of the first new token by `generate`, position ids include"""
     seen = _Sampler(torch.zeros(1, 1), Sampling(0.0))
     inputs = {name: value.to(base.device) for name, value in inputs.items()}
     base.generate(**inputs, generation_config=_config(1, [], 0), logits_processor=LogitsProcessorList([seen]))
@@ -145,14 +145,14 @@ def _first_logp(base, inputs: dict) -> torch.Tensor:
 
 
 def left_pad(prompts: list[list[int]], length: int, pad: int) -> dict[str, torch.Tensor]:
-    """Pad prompts to input_ids and attention_mask (n, length)."""
+    """Pad prompts to input_ids and attention_mask [n, length]."""
     ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return {"input_ids": ids, "attention_mask": mask}
 
 
 def check_logp(model, prompt: list[int], sample: Sample, temperature: float) -> None:
-    """Raise UserError unless the log-probs are, in the median, those of the training forward.
+    """Raise UserError unless the log-probs are those of the training forward.
 
     `generate` of a seldom used model can be wrong without a sign of it (RWKV's, for more than one row), and a head
     can have a scale that minimath.models.load.head does not know.
@@ -164,7 +164,7 @@ def check_logp(model, prompt: list[int], sample: Sample, temperature: float) -> 
 
 
 def logp_difference(model, prompt: list[int], sample: Sample, temperature: float, most: int = 64) -> float:
-    """Compare the first log-probs recorded, before truncation, with the training forward's.
+    """Compare log-probs recorded before truncation with the training forward's.
 
     Returns the median difference of the first `most` tokens.
     """

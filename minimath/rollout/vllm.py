@@ -39,7 +39,7 @@ PROBE = "Tom has 12 apples and buys 7 more. How many apples does he have now?"
 
 
 class VLLMEngine(Engine):
-    """vLLM for one run: it serves the adapter as it is at each call, and sleeps between them.
+    """vLLM for one run: serves the adapter as it is at each call, then sleeps.
 
     Raises UserError with what to do if the server is out of reach, serves another model, does not tell token ids or the
     log-probs that the sampling needs, or if vllm is not installed or does not start; also for adapters that vLLM cannot
@@ -120,7 +120,7 @@ class VLLMEngine(Engine):
 
 
 def check_adapter_is_servable(model) -> None:
-    """Raise UserError for adapters that vLLM refuses, or made for a changed base model."""
+    """Raise UserError for adapters that vLLM refuses, or of a changed base model."""
     if not isinstance(model, PeftModel):
         return
     lora = model.peft_config["default"]
@@ -168,7 +168,7 @@ class Colocated:
 
     def complete(self, jobs: list[Job], how: Sampling, max_new_tokens: int, eos: list[int],
                  most: int) -> Iterator[list[tuple[int, Answer]]]:
-        """Yield (index of the job, answer), all at the end."""
+        """Yield the index of each job and its answer, all at the end."""
         self._wake()
         params = [self.vllm.SamplingParams(
             n=1, seed=job.seed, temperature=how.temperature, top_p=how.top_p, min_p=how.min_p, top_k=how.top_k or -1,

@@ -30,7 +30,7 @@ class Answer(NamedTuple):
 
 
 def answer_of(where: str, ids, logp, reason: str, max_new_tokens: int, eos: list[int]) -> Answer:
-    """Check a completion that vLLM gave. Raises UserError if it is none to what was asked."""
+    """Check a completion of vLLM; UserError if it is none to what was asked."""
     fault, logp = "", logp or []
     if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
         fault = "no token ids (return_token_ids); vLLM 0.10.2 or newer gives them"
@@ -46,10 +46,13 @@ def answer_of(where: str, ids, logp, reason: str, max_new_tokens: int, eos: list
 
 
 class Server:
-    """vLLM's OpenAI-compatible server. Requests run on an event loop in a thread of their own."""
+    """vLLM's OpenAI-compatible server, asked from an event loop in a thread."""
 
     def __init__(self, url: str, name: str, longest: int, probe: list[int]):
-        """Connect and look: longest, tokens of prompt and completion; probe, a prompt. Raises UserError."""
+        """Connect, and look what is served.
+
+        longest: tokens of prompt and completion. probe: a prompt to try. Raises UserError.
+        """
         try:
             import openai
         except ImportError:
@@ -75,15 +78,16 @@ class Server:
             raise
 
     def _gives_processed(self, probe: list[int]) -> bool:
-        """Whether log-probs are those of the distribution sampled from: at top_k=1 there is one token, with log-prob 0.
+        """Tell whether log-probs are those of the distribution sampled from.
 
-        At temperature 2, so that few distributions are so peaked that this is no sign; some tokens, for the others.
+        At top_k=1 there is one token, with log-prob 0. At temperature 2, so that few distributions are so peaked that
+        this is no sign; some tokens, for the others.
         """
         parts = self.complete([Job((0, 0), probe, 0)], Sampling(2.0, top_k=1), 8, [], 1)
         return all(abs(logp) < 1e-4 for part in parts for _, answer in part for logp in answer.logp)
 
     def _base_model(self, name: str, longest: int) -> str:
-        """The model served, by its own name if there are several: a swap compares its log-probs with ours."""
+        """Find the base model served; of several the one of our name."""
         reply = self._run("/models", lambda: self.client.get("/models", cast_to=object)).result()
         served = reply.get("data") if isinstance(reply, dict) else None
         bases = [m for m in served or [] if isinstance(m, dict) and not m.get("parent")]
@@ -99,7 +103,7 @@ class Server:
 
     def complete(self, jobs: list[Job], how: Sampling, max_new_tokens: int, eos: list[int],
                  most: int) -> Iterator[list[tuple[int, Answer]]]:
-        """Yield (index of the job, answer) as they end, `most` in flight.
+        """Yield the indices of jobs and their answers as they end, `most` in flight.
 
         One that fails for good ends all others. Raises UserError that says what to do.
         """
@@ -160,7 +164,7 @@ class Server:
             self.thread.join()
 
     def _run(self, path: str, request, room: asyncio.Semaphore | None = None) -> concurrent.futures.Future:
-        """Start request() on the loop; its future gives the reply, or a UserError that says what to do."""
+        """Start a request on the loop; its future gives the reply, or a UserError."""
         async def ask():
             try:
                 return await asyncio.wait_for(request(), ANSWER_S)
