@@ -10,7 +10,7 @@ MOST = 24  # graphs kept; a batch that shrinks needs a new one for every size
 class StepGraphs:
     """Runs a step from recordings, where the device can.
 
-    step: (n, length, spans) of Decode.run_step. Recordings hold addresses: `forget` them when a tensor that the step uses has moved.
+    Recordings hold addresses: `forget` them when a tensor that the step uses has moved.
     """
 
     def __init__(self, device: torch.device):
@@ -21,6 +21,7 @@ class StepGraphs:
         self.recorded = {}
 
     def run(self, step, n: int, length: int, spans) -> None:
+        """Run step(n, length, spans), as Decode.run_step takes them."""
         key = (n, length)
         if not self.usable or spans or (key not in self.recorded and len(self.recorded) >= MOST):
             step(n, length, spans)
