@@ -11,9 +11,9 @@ from harness import Tally
 from tiny import tiny_tokenizer, write_tiny
 from toy import make_config
 
-from minimath.data.chat import encode, special_tokens, turn_end
 from minimath.config.schema import DataOptions, SFTConfig
 from minimath.core.errors import UserError
+from minimath.data.chat import encode, special_tokens, turn_end
 from minimath.data.examples import load_examples
 from minimath.train.sft import sft
 
@@ -163,7 +163,8 @@ FORMATS = {"jsonl": write_jsonl, "json": write_json, "csv": write_csv, "parquet"
 
 
 def possible(k: Kind, name: str) -> bool:
-    held = {"jsonl": k.line, "json": k.line if k.in_list and is_json(k.line) else None, "csv": k.cells, "parquet": k.row}
+    in_list = k.line if k.in_list and is_json(k.line) else None
+    held = {"jsonl": k.line, "json": in_list, "csv": k.cells, "parquet": k.row}
     return held[name] is not None
 
 

@@ -44,7 +44,8 @@ def run(count: int, folder: Path) -> list[Tally]:
     for number, example in kept.items():
         row = encode(tokenizer, example, prompt_template="{problem}", max_len=1 << 20)
         turns = len(example.messages) if example.messages else 2
-        encodes.add(any(row.loss_mask) and sum(i in special for i in row.ids) == 2 * turns, f"line {number}: {row.ids[:80]}")
+        whole = any(row.loss_mask) and sum(i in special for i in row.ids) == 2 * turns
+        encodes.add(whole, f"line {number}: {row.ids[:80]}")
     return [tally, encodes]
 
 

@@ -17,8 +17,8 @@ from harness import Tally
 from hostile_place import FORMS, Place, bomb, resign
 from toy import load
 
+from minimath.config.schema import DataOptions, SFTConfig
 from minimath.core.checkpoint import list_checkpoints, load_checkpoint
-from minimath.config.schema import SFTConfig
 from minimath.data.examples import load_examples
 from minimath.judges.cache import ReplyCache
 from minimath.train.optimizer import make_optimizer
@@ -109,7 +109,7 @@ def pickled_adapters(place: Place) -> Tally:
 def pickled_checkpoints(place: Place) -> Tally:
     tally = Tally("hostile: pickles in a run folder")
     model, _ = load(place.model, SFTConfig, train=True, lora_r=2)
-    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], SFTConfig())
+    optimizer = make_optimizer(model.parameters(), SFTConfig().optimizer)
     for form in FORMS:
         content = bomb(place, form)
         folder = place.copy(place.run, "bad")
@@ -141,7 +141,8 @@ def pickled_data(place: Place) -> Tally:
         for suffix in (".pkl", ".pt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".npy"):
             path = place.folder / f"data{suffix}"
             path.write_bytes(content)
-            place.refused(tally, f"{form} as {path.name}", lambda path=path: load_examples(path))
+            options = DataOptions(source=str(path))
+            place.refused(tally, f"{form} as {path.name}", lambda options=options: load_examples(options))
         cache = place.folder / "cache"
         cache.mkdir(exist_ok=True)
         (cache / "replies.sqlite").write_bytes(content)

@@ -127,7 +127,7 @@ def hostile_recipes(place: Place) -> Tally:
     values = (f"$({touch})", f"`{touch}`", f"; {touch} ;", f"| {touch}", f"\n{touch}\n",
               f"__import__('os').mkdir('{place.canary}')", f"{{problem.__class__}} {touch}")
     options = ("model", "data", "adapter", "device", "lora_init", "trackers", "lora_targets", "lora_r", "optimizer",
-               "dtype", "attn", "eval_data", "data_format", "split", "system", "prompt_template")
+               "dtype", "attn", "eval_data", "split", "system", "prompt_template")
     here = os.getcwd()
     os.chdir(place.folder)
     try:

@@ -8,6 +8,7 @@ from unittest import mock
 from fault_server import FaultServer
 from harness import Tally
 from hostile_place import Place, command
+from toy import ending_model
 
 KEY = "sk-Canary-7f3a-do-not-keep"
 
@@ -72,15 +73,15 @@ def keys_in_a_run(place: Place) -> Tally:
     tally = Tally("hostile: keys of a run are not kept")
     out, cache = place.folder / "keyed", place.folder / "keyed-cache"
     env = {"OPENAI_API_KEY": KEY, "HF_TOKEN": KEY, "WANDB_API_KEY": KEY, "MINIMATH_CACHE": str(cache)}
-    with (mock.patch.dict(os.environ, env), EchoServer("500", 0.2) as server,
-          mock.patch("minimath.rollout.open.eos_ids", lambda tokenizer, model=None: list(range(20, 60)))):
+    model = ending_model(place.model, place.folder / "ending")
+    with mock.patch.dict(os.environ, env), EchoServer("500", 0.2) as server:
         server.keys = []
-        common = [f"model={place.model}", f"data={place.data}", "lora_r=2", "steps=2", "save_every=1", "device=cpu"]
+        common = [f"model={model}", f"data={place.data}", "lora_r=2", "steps=2", "save_every=1", "device=cpu"]
         status, said = command("sft", *common, "max_len=64", f"out={out / 'sft'}", "batch_size=2", "sample_every=1",
                                "eval_max_new_tokens=8")
         tally.add(status == 0 and not holds_key(said), f"sft: {status}, {said[-300:]}")
         words = [*common, f"adapter={out / 'sft'}", "judge=openai", f"judge_url={server.url}", "judge_model=m",
-                 "gate=none", "judge_retries=1", "judge_timeout_s=5", "prompts_per_step=2", "group_size=4",
+                 "verifier=none", "judge_timeout_s=5", "prompts_per_step=2", "group_size=4",
                  "max_new_tokens=16", "sample_every=1", f"out={out / 'rlaif'}", "judge_canary_every=2", "max_refill=0"]
         status, said = command("rlaif", *words)
         tally.add(status == 0 and not holds_key(said), f"rlaif: {status}, {said[-300:]}")

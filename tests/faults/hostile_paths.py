@@ -11,10 +11,10 @@ from harness import Tally, run_child, start
 from hostile_place import Place, command, everything
 from toy import make_config
 
-from minimath.core.run_folder import find_adapter
-from minimath.core.checkpoint import list_checkpoints, lock_run
+from minimath.config.schema import DataOptions, RLAIFConfig, SFTConfig
+from minimath.core.checkpoint import list_checkpoints
 from minimath.core.files import manifest_digest, sha256
-from minimath.config.schema import RLAIFConfig, SFTConfig
+from minimath.core.run_folder import find_adapter, lock_run
 from minimath.data.examples import load_examples
 from minimath.train.rlaif import rlaif
 from minimath.train.sft import sft
@@ -43,7 +43,7 @@ def names_that_lead_out(place: Place) -> Tally:
     try:
         with mock.patch("datasets.load_dataset", ask):
             for name in names:
-                place.refused(tally, f"data {name!r:.40}", lambda name=name: load_examples(name))
+                place.refused(tally, f"data {name!r:.40}", lambda name=name: load_examples(DataOptions(source=name)))
                 place.refused(tally, f"adapter {name!r:.40}", lambda name=name: find_adapter(name))
                 for option in ("data", "adapter", "model", "eval_data") if place.full else ():
                     options = {"data": place.data, "lora_r": 2, "steps": 1, "out": "out", "max_len": 64,
@@ -82,7 +82,7 @@ def ids_that_lead_out(place: Place) -> Tally:
     before = everything(place.folder)
     for words in (["sft", "steps=1", "max_len=64", f"out={out / 'sft'}", "sample_every=1", "eval_max_new_tokens=8"],
                   ["rlaif", "steps=1", "judge=heuristic", "prompts_per_step=2", "group_size=2", "sample_every=1",
-                   "gate=none", "max_new_tokens=8", "max_refill=0", f"out={out / 'rlaif'}"],
+                   "verifier=none", "max_new_tokens=8", "max_refill=0", f"out={out / 'rlaif'}"],
                   ["eval", f"out={out / 'eval'}", "max_new_tokens=8"]):
         lora = [] if words[0] == "eval" else ["lora_r=2"]
         status, said = command(*words, f"model={place.model}", f"data={data}", "device=cpu", *lora)
@@ -117,8 +117,9 @@ def links_in_a_run_folder(place: Place) -> Tally:
             target = outside / ".lock" if name == ".lock" else outside / "other" / name
             link.symlink_to(target if target.exists() else outside / "other" / "metrics.jsonl")
             before = everything(outside)
-            place.refused(tally, f"{name}, resume={old}", lambda run_dir=run_dir, old=old: place.train(
-                run_dir, steps=4, keep=1, resume=old), says="link")
+            with mock.patch("minimath.train.trainer.KEPT", 1):
+                place.refused(tally, f"{name}, resume={old}", lambda run_dir=run_dir, old=old: place.train(
+                    run_dir, steps=4, resume=old), says="link")
             tally.add(everything(outside) == before, f"{name}, resume={old}: what is behind the link changed")
     inside = place.copy(place.run, "linked")  # links within the folder are the user's own business
     (inside / "latest").symlink_to("checkpoints/step-000002")
@@ -143,7 +144,8 @@ def links_among_checkpoints(place: Place) -> Tally:
         shutil.rmtree(link) if link.is_dir() else link.unlink(missing_ok=True)
         link.symlink_to(outside / "folder" / link.name if "/" in name else outside / "folder")
         before = everything(outside)
-        place.harmless(tally, name, lambda run_dir=run_dir: place.train(run_dir, steps=4, keep=1, resume=True))
+        with mock.patch("minimath.train.trainer.KEPT", 1):
+            place.harmless(tally, name, lambda run_dir=run_dir: place.train(run_dir, steps=4, resume=True))
         tally.add(everything(outside) == before, f"{name}: what is behind the link changed")
         tally.add((run_dir / "checkpoints" / "step-000004").is_dir(), f"{name}: the run did not go on")
     here = place.folder / "mine"
