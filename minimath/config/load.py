@@ -4,8 +4,7 @@ stage (`sft:`, `rlaif:`, `eval:`), then the command line's `key=value` words, th
     cfg = load_config(SFTConfig, "my_recipe.yaml", ["lr=1e-4", "sft.epochs=3"])
 
 Whatever is wrong with a value raises UserError with the place (file:line or the word typed), the reason and the next
-step. Recipes are read as text and typed by the schema, not by YAML: YAML 1.1 reads 1e-4 as a string, `no` as a boolean
-and 1:30 as 90.
+step. Recipes are typed by the schema, not by YAML, which reads 1e-4 as a string, `no` as a boolean and 1:30 as 90.
 """
 from pathlib import Path
 from typing import NamedTuple
@@ -32,27 +31,27 @@ def load_config(cls, recipe: str | None, words: list[str], section: str = "", *,
     """Build `cls` from defaults, a recipe (a path, or the name of a shipped one) and `key=value` words.
 
     section: the recipe section read; default: the one that STAGES gives for `cls`. `other.key=value` words of other
-    sections are ignored here. allow_other: an unqualified word may also belong to another stage (for `run`, which loads
-    several stages from one command line). Raises UserError.
+    sections are checked and ignored. allow_other: so are words of other stages (for `run`, which loads several stages
+    from one command line). Raises UserError.
     """
     section = section or next((name for name, stage in STAGES.items() if stage is cls), "")
     classes = {**STAGES, **({section: cls} if section else {})}
     shared, sections = read_recipe(recipe) if recipe else ({}, {})
+    values, own = {}, {}
     for key, setting in shared.items():
         owner = next((c for c in (cls, *classes.values()) if key in options_of(c)), None)
         if owner is None:
             known = [*SECTIONS, *{name for c in (cls, *classes.values()) for name in options_of(c)}]
             raise UserError(f"{setting.where}: {unknown_option(key, known)}")
-        typed(owner, key, setting)  # a wrong value is reported now, not when its stage starts
+        value = typed(owner, key, setting)  # a wrong value is reported now, not when its stage starts
+        if owner is cls:
+            values[key] = value
     for name, settings in sections.items():
-        for key, setting in settings.items():
-            if name in classes:
-                typed(classes[name], key, setting, section=name)
+        if name in classes:
+            of_section = {key: typed(classes[name], key, setting, name) for key, setting in settings.items()}
+            own = of_section if name == section else own
     plain, qualified = read_words(cls, words, section, classes, allow_other)
-    values = {}
-    for layer in (shared, sections.get(section, {}), plain, qualified):
-        values |= {key: typed(cls, key, setting) for key, setting in layer.items() if key in options_of(cls)}
-    cfg = cls(**values)
+    cfg = cls(**values | own | plain | qualified)
     if fault := cfg.check():
         raise UserError(fault)
     return cfg
@@ -69,18 +68,16 @@ def take_recipe(words: list[str]) -> str | None:
 
 
 def read_recipe(recipe: str) -> tuple[dict[str, Setting], dict[str, dict[str, Setting]]]:
-    """Read a YAML recipe without typing its values -> (top-level settings, settings of each section)."""
+    """Read a YAML recipe without typing its values: (top-level settings, settings of each section)."""
     path = find_recipe(recipe)
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not valid YAML: {error.problem or error.context}; "
-                        "a recipe is lines of 'key: value'") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the recipe {path}: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path}: lists or mappings in hundreds of others; a recipe is lines of 'key: value'") from None
+        raise UserError(f"{path}:{line}: not valid YAML: {error.problem or error.context}; a recipe is lines of "
+                        "'key: value'") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"cannot read the recipe {path}: {error}; a recipe is lines of 'key: value'") from None
     shared, sections = {}, {}
     for key, node, where in mapping_items(root, path):
         if key not in SECTIONS:
@@ -106,11 +103,12 @@ def find_recipe(recipe: str) -> Path:
 
 def mapping_items(node, path):
     """Yield (key, value node, "file:line") of a YAML mapping; an empty document or section has none."""
-    if node is None or (isinstance(node, yaml.ScalarNode) and scalar_text(node) == ""):
+    if node is None or scalar_text(node) == "":
         return
+    where = f"{path}:{node.start_mark.line + 1}"
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}:{node.start_mark.line + 1}: expected lines of 'key: value'")
-    refuse_tags(f"{path}:{node.start_mark.line + 1}", node)
+        raise UserError(f"{where}: expected lines of 'key: value'")
+    refuse_tags(where, node)
     seen = set()
     for key_node, value in node.value:
         where = f"{path}:{key_node.start_mark.line + 1}"
@@ -125,7 +123,7 @@ def mapping_items(node, path):
 
 
 def refuse_tags(where: str, *nodes) -> None:
-    """UserError for a YAML tag, as in !!python/name:os.system: it would be ignored, and its value with it."""
+    """Raise UserError for a YAML tag, as in !!python/name:os.system: it would be ignored, and its value with it."""
     for node in nodes:
         if node.tag.removeprefix("tag:yaml.org,2002:") not in ("str", "map", "seq", "int", "float", "bool", "null"):
             raise UserError(f"{where}: a recipe takes no YAML tags ({node.tag}); write the value alone")
@@ -139,7 +137,7 @@ def scalar_text(node) -> str | None:
 
 
 def read_words(cls, words, section, classes, allow_other):
-    """Split command-line words -> (unqualified settings, settings qualified with this section)."""
+    """The values of command-line words -> (unqualified ones, those qualified with this section)."""
     plain, qualified = {}, {}
     for word in words:
         key, equals, text = word.removeprefix("--").partition("=")
@@ -154,13 +152,12 @@ def read_words(cls, words, section, classes, allow_other):
             if owner is None or name not in options_of(owner) or options_of(owner)[name].kind is not bool:
                 raise UserError(f"{mask(word)!r}: expected key=value")
             text = "true"
-        setting = Setting(text, name if name in KEEPS_SECRETS_OUT else f"{mask(word)!r}")
-        if owner is not None:
-            typed(owner, name, setting, section=prefix if dot else "")
-        if dot and prefix == section:
-            qualified[name] = setting
-        elif not dot and name in options_of(cls):
-            plain[name] = setting
+        if owner is None:  # a section that another command reads
+            continue
+        where = name if name in KEEPS_SECRETS_OUT else f"{mask(word)!r}"
+        value = typed(owner, name, Setting(text, where), prefix if dot else "")
+        if owner is cls and (not dot or prefix == section):
+            (qualified if dot else plain)[name] = value
     return plain, qualified
 
 
@@ -174,9 +171,8 @@ def typed(cls, key: str, setting: Setting, section: str = ""):
         raise UserError(f"{setting.where}: {hint}{inside}")
     option = known[key]
     if setting.text is None:
-        extra = "; write a comma list: a,b" if option.kind is str else ""
-        raise UserError(f"{setting.where}: {key} takes one value ({option.kind.__name__}), not a list or a mapping"
-                        f"{extra}")
+        comma = "; write a comma list: a,b" if option.kind is str else ""
+        raise UserError(f"{setting.where}: {key} takes one value ({option.kind.__name__}), no list or mapping{comma}")
     return option.parse(setting.text, setting.where)
 
 
@@ -190,8 +186,7 @@ def plain_values(cfg: Stage) -> dict:
 
 
 def config_text(cfg: Stage) -> str:
-    """The resolved options as YAML, which can be given back as a recipe. It holds no secrets: a judge's key is only
-    named (judge_key_env), never stored."""
+    """The resolved options as YAML, which can be given back as a recipe; a judge's key is only named in it."""
     return yaml.safe_dump(plain_values(cfg), sort_keys=False, allow_unicode=True, width=1000)
 
 

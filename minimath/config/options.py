@@ -1,12 +1,12 @@
 """What an option is: its place in a stage's config, its type with choices and bounds, its default and its help."""
 import ast
+import contextlib
 import dataclasses
 import inspect
 import math
 import re
 import textwrap
 import types
-import typing
 from collections.abc import Callable, Iterator
 from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -65,38 +65,41 @@ class Option(NamedTuple):
         except ValueError:
             expected = {bool: "true or false", int: "a whole number", float: "a number"}[self.kind]
             raise UserError(f"{where}: {self.name} must be {expected}, not {mask(text)!r}") from None
-        self.check(value, where)
-        return value
+        return self.check(value, where)
 
     def check(self, value, where: str):
         """The value. Raises UserError for one of another type, out of bounds, or none of the choices."""
         where = where and f"{where}: "
         if isinstance(value, self.in_python) or (self.hook and callable(value)):
             return value
-        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if self.kind is float and type(value) is int:
             value = float(value)
         if not isinstance(value, self.kind) or (self.kind is int and isinstance(value, bool)):
             raise UserError(f"{where}{self.name} must be of type {self.kind.__name__}, not {type(value).__name__}")
         if self.kind in (int, float) and (fault := self.bound.fault(value)):
             raise UserError(f"{where}{self.name} {fault}, not {value}")
-        for item in (comma_list(value) if self.listed else [value]) if self.choices else []:
-            if item not in self.choices and not (self.hook and HOOK.fullmatch(item)):
-                if now := RENAMED_VALUES.get((self.name, item)):
-                    raise UserError(f"{where}{self.name}={item} is now called {self.name}={now}")
-                allowed = [*self.choices, *(["python:module.function"] if self.hook else [])]
-                raise UserError(f"{where}{self.name} must be one of {', '.join(allowed)}, not {item!r}"
-                                f"{did_you_mean(item, self.choices)}")
+        if self.choices:
+            for item in comma_list(value) if self.listed else [value]:
+                self.check_choice(item, where)
         if (check := CHECKS.get(self.name)) and (fault := check(value)):
             secret = self.name in KEEPS_SECRETS_OUT
             raise UserError(f"{self.name}: {fault}" if secret else f"{where}{self.name} {fault}")
         return value
 
+    def check_choice(self, item: str, where: str) -> None:
+        if item in self.choices or (self.hook and HOOK.fullmatch(item)):
+            return
+        if now := RENAMED_VALUES.get((self.name, item)):
+            raise UserError(f"{where}{self.name}={item} is now called {self.name}={now}")
+        allowed = ", ".join([*self.choices, *(["python:module.function"] if self.hook else [])])
+        raise UserError(f"{where}{self.name} must be one of {allowed}, not {item!r}{did_you_mean(item, self.choices)}")
+
 
 def parse_bool(text: str) -> bool:
-    word = text.strip().lower()
-    if word not in ("true", "yes", "on", "false", "no", "off"):
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if (word := text.strip().lower()) not in words:
         raise ValueError(text)
-    return word in ("true", "yes", "on")
+    return words[word]
 
 
 def parse_int(text: str) -> int:
@@ -122,24 +125,21 @@ PARSERS = {str: str, bool: parse_bool, int: parse_int, float: parse_float}
 # ---- texts that must have a form
 
 def key_name_fault(value: str) -> str:
-    if re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", value):
-        return ""
-    return ("must be the NAME of an environment variable (letters, digits, _); what you gave is not shown, in case it "
-            "is a key: export it under a name")
+    return "" if re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", value) else (
+        "must be the NAME of an environment variable (letters, digits, _); what you gave is not shown, in case it is a "
+        "key: export it under a name")
 
 
 def budgets_fault(value: str) -> str:
-    if re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", value):
-        return ""
-    return f"must be a comma list of token counts (128,256), not {value!r}"
+    sound = re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", value)
+    return "" if sound else f"must be a comma list of token counts (128,256), not {value!r}"
 
 
 def template_fault(value: str) -> str:
-    try:
-        shows = "problem-text" in value.format(problem="problem-text")
-    except (KeyError, IndexError, ValueError):
-        shows = False
-    return "" if shows else "must contain {problem}, and other braces doubled, as in \\boxed{{}}"
+    with contextlib.suppress(LookupError, ValueError, AttributeError):
+        if "problem-text" in value.format(problem="problem-text"):
+            return ""
+    return "must contain {problem}, and other braces doubled, as in \\boxed{{}}"
 
 
 CHECKS: dict[str, Callable[[str], str]] = {
@@ -156,21 +156,19 @@ class Stage:
         """Take options by their names; the rest have their defaults. Raises UserError."""
         for name, (_, default) in _members(type(self)).items():
             setattr(self, name, default() if callable(default) else default)
-        self._set(options)
-
-    def _set(self, options: dict) -> None:
         known = options_of(type(self))
         for name, value in options.items():
             if name not in known:
                 raise UserError(unknown_option(name, known))
-            option = known[name]
-            value = option.check(value, "")
-            setattr(getattr(self, option.group) if option.group else self, option.attribute, value)
+            setattr(self._holder(known[name]), known[name].attribute, known[name].check(value, ""))
+
+    def _holder(self, option: Option):
+        return getattr(self, option.group) if option.group else self
 
     def value(self, name: str):
         """The value of an option by its name."""
         option = options_of(type(self))[name]
-        return getattr(getattr(self, option.group) if option.group else self, option.attribute)
+        return getattr(self._holder(option), option.attribute)
 
     def replace(self, **options):
         """A copy with some options changed. Raises UserError."""
@@ -188,9 +186,9 @@ class Stage:
         return type(self) is type(other) and self.to_dict() == other.to_dict()
 
     def __repr__(self) -> str:
-        changed = ", ".join(f"{name}={self.value(name)!r}" for name, option in options_of(type(self)).items()
-                            if self.value(name) != option.default)
-        return f"{type(self).__name__}({changed})"
+        defaults = {name: option.default for name, option in options_of(type(self)).items()}
+        changed = [f"{name}={value!r}" for name, value in self.to_dict().items() if value != defaults[name]]
+        return f"{type(self).__name__}({', '.join(changed)})"
 
 
 def options_of(cls) -> dict[str, Option]:
@@ -227,33 +225,31 @@ def _walk(cls) -> Iterator[Option]:
         if not dataclasses.is_dataclass(kind):
             yield _option(name, "", name, kind, default, docs.get(name, ""))
             continue
-        group, texts, prefix = default(), _docs(kind), getattr(kind, "prefix", "")
-        for one in dataclasses.fields(kind):
-            main = Main in get_args(one.type)
-            yield _option(name if main else prefix + one.name, name, one.name, one.type, getattr(group, one.name),
-                          texts.get(one.name, ""))
+        group, docs_of_group, prefix = default(), _docs(kind), getattr(kind, "prefix", "")
+        for field in dataclasses.fields(kind):
+            own = name if Main in get_args(field.type) else prefix + field.name
+            yield _option(own, name, field.name, field.type, getattr(group, field.name),
+                          docs_of_group.get(field.name, ""))
 
 
 def _option(name: str, group: str, attribute: str, annotation, default, doc: str) -> Option:
-    extras = list(get_args(annotation)[1:]) if get_origin(annotation) is Annotated else []
-    inner = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    annotated = get_origin(annotation) is Annotated
+    inner, *extras = get_args(annotation) if annotated else [annotation]
     parts = get_args(inner) if get_origin(inner) in (Union, types.UnionType) else (inner,)
-    choices = [get_args(part) for part in (*parts, *extras) if get_origin(part) is Literal]
-    kinds = [part for part in parts if isinstance(part, type) and part is not Hook]
-    kind = kinds[0] if kinds else str
-    return Option(name, group, attribute, kind, choices[0] if choices else (), Hook in parts,
-                  any(get_origin(extra) is Literal for extra in extras), tuple(kinds[1:]),
-                  next((extra for extra in extras if isinstance(extra, Bound)), Bound()), default, doc)
+    literals = [part for part in (*parts, *extras) if get_origin(part) is Literal]
+    kind, *others = [part for part in parts if isinstance(part, type) and part is not Hook] or [str]
+    bound = next((extra for extra in extras if isinstance(extra, Bound)), Bound())
+    return Option(name, group, attribute, kind, get_args(literals[0]) if literals else (), hook=Hook in parts,
+                  listed=bool(literals) and literals[0] in extras, in_python=tuple(others), bound=bound,
+                  default=default, doc=doc)
 
 
 def _docs(cls) -> dict[str, str]:
     """Field -> the text below it, read from the source of a class and its bases."""
     docs = {}
     for base in reversed(cls.__mro__[:-1]):
-        if base is Stage:
-            continue
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
         for field, text in zip(body, body[1:]):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                docs[typing.cast(ast.Name, field.target).id] = text.value.value
+                docs[field.target.id] = text.value.value
     return docs

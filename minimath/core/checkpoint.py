@@ -5,10 +5,7 @@
         optimizer.safetensors  optimizer.json              "<param index>.<name>" -> tensor, or number
         rng.safetensors  rng.json                          torch and CUDA; Python and numpy
         state.json                                         what the loop wants back (step, data cursor, ...)
-        manifest.json                                      bytes and sha256 of each file, and its own; written last
-
-A checkpoint is built in a hidden folder beside its final place, flushed to disk, then renamed: a reader sees the old
-one or the new one. The manifest also says whether it was the best so far: this fact is as atomic as the rest.
+        manifest.json                                      bytes and sha256 of each file; whether it was the best so far
 """
 import contextlib
 import json
@@ -25,20 +22,14 @@ from minimath.core.errors import UserError
 from minimath.core.files import discard, finish_rename, read_json, read_manifest, sha256, write_atomically
 from minimath.core.state import optimizer_state, restore_optimizer, restore_rng, rng_state
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: two writers are not noticed there
-    fcntl = None
-
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def save_checkpoint(run_dir, step: int, *, model, optimizer, state: dict, keep: int, best: bool = False) -> Path:
     """Write run_dir/checkpoints/step-<step> and remove all but the `keep` newest and the best one.
 
-    state must be json-able; `step` is added to it. Random states are saved as well. Raises UserError with the path and
-    the bytes needed when the disk is full or not writable; earlier checkpoints are intact then. Of several processes
-    the first one writes.
+    state must be json-able; `step` is added to it, and the random states. Of several processes the first one writes.
+    Raises UserError with the path and the bytes needed; earlier checkpoints are intact then.
     """
     target = checkpoint_folder(run_dir, step)
     if not dist.is_main():
@@ -56,43 +47,39 @@ def save_checkpoint(run_dir, step: int, *, model, optimizer, state: dict, keep: 
             (folder / name).write_text(text, encoding="utf-8")
 
     finish_renames(run_dir)
-    size = bytes_on_disk(adapter_tensors(model), tensors, rng_tensors) + sum(map(len, texts.values()))
+    size = bytes_of(adapter_tensors(model), tensors)
     write_atomically(target, write, {"step": step, "best": best}, bytes_needed=size)
     # newer ones are damaged (load_checkpoint went past them): they don't count, and their steps come again
     folders = [folder for folder in list_checkpoints(run_dir) if step_of(folder) <= step]
     kept = {*folders[:keep], best_checkpoint(run_dir), target}
-    for folder in folders:
-        if folder not in kept:
-            discard(folder)
+    for folder in {*folders} - kept:
+        discard(folder)
     return target
 
 
 def load_checkpoint(run_dir, *, model, optimizer=None) -> dict | None:
-    """Restore adapter, optimizer and random states from the newest valid checkpoint, bitwise -> its state.
+    """Restore adapter, optimizer and random states from the newest valid checkpoint, bitwise; returns its state.
 
-    None when the run has no checkpoint. A damaged one is skipped with a warning; UserError when all are
-    damaged, or when a sound one belongs to another adapter or optimizer (nothing is changed then).
+    None without a checkpoint. A damaged one is skipped with a warning. UserError when all are damaged, or when a sound
+    one belongs to another adapter or optimizer; nothing is changed then.
     """
     if dist.is_main():
         finish_renames(run_dir)
     dist.barrier()
     folders = list_checkpoints(run_dir)
     for folder in folders:
-        problems = verify(folder)
-        if problems:
-            warnings.warn(f"checkpoint {folder} is damaged ({problems[0]}); trying the one before",
-                          stacklevel=2)
+        if problems := verify(folder):
+            warnings.warn(f"checkpoint {folder} is damaged ({problems[0]}); trying the one before", stacklevel=2)
             continue
         try:
             restore(folder, model, optimizer)
             return read_json(folder / "state.json")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder} is whole, but not what minimath writes ({type(error).__name__}: "
-                            f"{str(error)[:100]}); only safetensors and JSON are read. Start again with another "
-                            "out=") from None
+                            f"{str(error)[:100]}). Start again with another out=") from None
     if folders:
-        raise UserError(f"none of the {len(folders)} checkpoints of {run_dir} is intact; start again with "
-                        "another out=, or copy one back from a backup")
+        raise UserError(f"none of the {len(folders)} checkpoints of {run_dir} is intact; start again with another "
+                        "out=, or copy one back from a backup")
     return None
 
 
@@ -101,15 +88,14 @@ def verify(folder) -> list[str]:
     folder = Path(folder)
     try:
         files = read_manifest(folder)["files"]
-        expected = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
+        expected = [(folder / name, name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
     except OSError as error:
         return [f"manifest.json: {error.strerror}"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return ["manifest.json: not the JSON that was written"]
     problems = [f"{name}: not in the manifest" for name in ADAPTER_FILES if name not in files]
-    for name, size, digest in expected:
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
+    for path, name, size, digest in expected:
+        if path.name != name or not path.is_file():
             problems.append(f"{name}: missing")
         elif path.stat().st_size != size:
             problems.append(f"{name}: {path.stat().st_size} bytes instead of {size}")
@@ -119,15 +105,13 @@ def verify(folder) -> list[str]:
 
 
 def checkpoint_folder(run_dir, step: int) -> Path:
-    """The folder of the checkpoint after a step, there or not."""
     return Path(run_dir) / "checkpoints" / f"step-{step:06d}"
 
 
 def list_checkpoints(run_dir) -> list[Path]:
     """Checkpoint folders, newest first."""
-    folder = Path(run_dir) / "checkpoints"
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
-    return sorted(found, key=step_of, reverse=True)
+    found = (Path(run_dir) / "checkpoints").glob("step-*")
+    return sorted((path for path in found if path.name[5:].isdecimal()), key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
@@ -157,16 +141,14 @@ def save_adapter(model, path) -> Path:
     """Write the adapter alone, atomically, as a folder that peft reads. UserError as in save_checkpoint."""
     if dist.is_main():
         write_atomically(Path(path), lambda folder: write_adapter(model, folder), {},
-                         bytes_needed=bytes_on_disk(adapter_tensors(model)))
+                         bytes_needed=bytes_of(adapter_tensors(model)))
     return Path(path)
 
 
 def write_adapter(model, folder: Path) -> None:
     """Adapter files as peft writes them, without its empty model card."""
-    # "auto" would ask the hub whether the vocabulary was resized; trained embeddings are in modules_to_save
-    # anyway
-    model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"],
-                          save_embedding_layers=False)
+    # "auto" would ask the hub whether the vocabulary was resized; trained embeddings are in modules_to_save anyway
+    model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"], save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
 
 
@@ -174,16 +156,16 @@ def adapter_tensors(model) -> dict[str, torch.Tensor]:
     return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
-def bytes_on_disk(*groups: dict[str, torch.Tensor]) -> int:
-    """What these tensors take as safetensors files: an upper estimate, with room for the small files beside them."""
-    return (1 << 16) + sum(len(name) + 128 + tensor.nbytes for group in groups for name, tensor in group.items())
+def bytes_of(*groups: dict[str, torch.Tensor]) -> int:
+    """What these tensors take as files: an upper estimate, with room for names and the small files beside them."""
+    return (1 << 18) + sum(tensor.nbytes for group in groups for tensor in group.values())
 
 
 def restore(folder: Path, model, optimizer) -> None:
     """Copy a verified checkpoint into model, optimizer and random generators; UserError when it doesn't fit."""
     saved, own = load_file(folder / "adapter_model.safetensors"), adapter_tensors(model)
-    differing = [name for name in {**saved, **own} if name not in saved or name not in own
-                 or (saved[name].shape, saved[name].dtype) != (own[name].shape, own[name].dtype)]
+    left, right = ({name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (saved, own))
+    differing = [name for name in {**left, **right} if left.get(name) != right.get(name)]
     if differing:
         raise UserError(f"{folder} was saved by another adapter ({len(differing)} tensors differ, first "
                         f"{differing[0]}); use its model, dtype and lora_* options, or a new out=")

@@ -1,8 +1,4 @@
-"""Keys and passwords: masked in what is shown, and kept out of what a run saves. Standard library only.
-
-A key belongs into an environment variable, of which an option holds the name. What is typed elsewhere by mistake must
-not end up in config.yaml, environment.json, a tracker or an error message that someone pastes into an issue.
-"""
+"""Keys and passwords, typed by mistake: masked in what is shown, and kept out of what a run saves."""
 import re
 import urllib.parse
 
@@ -10,8 +6,7 @@ KEEPS_SECRETS_OUT = {"judge_url", "vllm_url", "judge_key_env", "vllm_key_env"}  
 
 
 def mask(word: str) -> str:
-    """A command-line word with what looks like a secret replaced by ***: values of *key*, *token* (not
-    *tokens*), *secret*, *password*; well-known key shapes; user:password in a URL."""
+    """A word with ***: for values of *key*, *token*, *secret*, *password*, known key shapes, user:password in a URL."""
     name = r"[\w.-]*(?:key|token(?!s)|secret|passw(?:or)?d|credential)[\w.-]*"
     word = re.sub(rf"(?i)({name}=)[^&\s]+", r"\1***", word)
     word = re.sub(r"://[^/@\s]+@", "://***@", word)
@@ -19,8 +14,7 @@ def mask(word: str) -> str:
 
 
 def url_fault(url: str) -> str:
-    """What is wrong with a base URL that is saved with the run, with what to do, or "": it has a place for a secret,
-    or is no URL. The text does not show it."""
+    """What to do about a base URL that could hold a secret, or is none, without showing it; "" for a sound one."""
     try:
         parts = urllib.parse.urlsplit(url if "//" in url else f"//{url}")
         keeps = "@" in parts.netloc or parts.query or parts.fragment

@@ -1,12 +1,10 @@
 """More than one process: what the loops share when `accelerate launch` or `torchrun` starts several of them.
 
     torchrun --nproc_per_node 4 -m minimath sft ...
-    accelerate launch --multi_gpu --num_processes 4 -m minimath sft ...
 
-Data parallel: every process holds the whole model, takes every world-th row or problem of the step that one process
-would take, and divides by the trained tokens of the *whole* step. So gradients and metrics are sums over processes,
-and the step is that of one process up to the order of additions; there is no other normaliser, and a process without a
-row adds nothing. Process 0 judges, writes and prints. With one process every function here returns at once.
+Data parallel: every process holds the whole model, takes every world-th row or problem of the step, and divides by the
+trained tokens of the *whole* step: gradients and metrics are sums over processes, the step is that of one process up to
+the order of additions. Process 0 judges, writes and prints. With one process every function here returns at once.
 """
 import datetime
 import functools
@@ -20,8 +18,7 @@ TIMEOUT_H = 6.0  # process 0 may have a judge to wait for
 
 @functools.cache
 def state():
-    """accelerate's PartialState, which starts the process group (NCCL on CUDA, gloo on a CPU); None with one
-    process."""
+    """accelerate's PartialState, which starts the process group (NCCL or gloo); None with one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
     from accelerate import PartialState
@@ -62,12 +59,15 @@ def shard(items: list) -> list:
 
 def gather(mine: list) -> list:
     """The items of all processes, in the order that shard() took them from. Items must be picklable."""
-    if not state():
-        return mine
+    parts = of_all(mine) if state() else [mine]
+    return [part[place] for place in range(max(map(len, parts))) for part in parts if place < len(part)]
+
+
+def of_all(value) -> list:
+    """The value of each process, by rank."""
     parts: list = [None] * world()
-    torch.distributed.all_gather_object(parts, mine)
-    longest = max(map(len, parts))
-    return [part[place] for place in range(longest) for part in parts if place < len(part)]
+    torch.distributed.all_gather_object(parts, value)
+    return parts
 
 
 def broadcast(value):
@@ -83,8 +83,7 @@ def all_reduce_sum(numbers: dict[str, float]) -> dict[str, float]:
     """Each number summed over processes; one that a process lacks counts as 0 there."""
     if not state():
         return numbers
-    parts: list = [None] * world()
-    torch.distributed.all_gather_object(parts, numbers)
+    parts = of_all(numbers)
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
 

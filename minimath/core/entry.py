@@ -17,14 +17,16 @@ def run_command(action: Callable[[], object]) -> int:
 
     action may return a status, or a summary whose `signal` says that a run was stopped.
     """
-    quiet_libraries()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries: a user can do nothing about them
+    for name in ("bitsandbytes", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         result = action()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stopped:
-        return 128 + (stopped.args[0] if stopped.args else 2)
+        return 128 + stopped.args[0]
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -41,10 +43,3 @@ def run_command(action: Callable[[], object]) -> int:
 def started_together() -> bool:
     """Whether a launcher started several processes; as dist.state() asks, without importing torch."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def quiet_libraries() -> None:
-    """Silence what libraries print on import and a user can do nothing about."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("bitsandbytes", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -12,48 +12,29 @@ from minimath.core import dist
 from minimath.core.errors import UserError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader, or who comes after a crash, finds the old file or the new one.
+def cache_home() -> Path:
+    """The folder of what outlives runs: $MINIMATH_CACHE, else minimath/ under $XDG_CACHE_HOME or ~/.cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimath"
+    return Path(os.environ.get("MINIMATH_CACHE") or home)
 
-    Of several processes the first one writes. Raises UserError when the disk is full or not writable; the old file is
-    intact then.
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file atomically, in the first of several processes: whole, or the old file stays.
+
+    Raises UserError when the disk is full or not writable.
     """
     if not dist.is_main():
         return
     temp = path.with_name(f".tmp-{path.name}")
     try:
-        with open(temp, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        temp.write_text(text, encoding="utf-8")
+        flush_to_disk(temp)
         os.replace(temp, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space or check the permissions, then "
-                        "go on with resume=true") from None
-
-
-def finish_rename(target: Path) -> None:
-    """Put back what stood at `target`, or delete it where the new one stands there."""
-    old = target.with_name(f".old-{target.name}")
-    if target.exists() and old.exists():
-        discard(old)
-    elif old.exists():
-        os.replace(old, target)
-
-
-def discard(folder: Path) -> None:
-    """Delete a folder; renamed first, so that a crash leaves no half of it under its name."""
-    with contextlib.suppress(OSError):  # what stays costs space only, and the next save tries again
-        gone = folder.with_name(f".tmp-gone-{folder.name}")
-        os.replace(folder, gone)
-        remove(gone)
-
-
-def remove(path: Path) -> None:
-    """Delete a folder and what is in it; of a link the link, never what it leads to."""
-    path.unlink() if path.is_symlink() else shutil.rmtree(path)
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space or check the permissions, then go on "
+                        "with resume=true") from None
 
 
 def write_atomically(target: Path, write, facts: dict, *, bytes_needed: int) -> None:
@@ -78,8 +59,7 @@ def write_atomically(target: Path, write, facts: dict, *, bytes_needed: int) -> 
             os.replace(target, old)
         os.replace(temp, target)
         flush_to_disk(target.parent)
-        if old.exists():
-            discard(old)
+        finish_rename(target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temp, ignore_errors=True)
         with contextlib.suppress(OSError):  # where this fails too, the next load or save does it
@@ -90,13 +70,33 @@ def write_atomically(target: Path, write, facts: dict, *, bytes_needed: int) -> 
                         "intact") from error
 
 
+def finish_rename(target: Path) -> None:
+    """Put back what stood at `target`, or delete it where the new one stands there."""
+    old = target.with_name(f".old-{target.name}")
+    if target.exists() and old.exists():
+        discard(old)
+    elif old.exists():
+        os.replace(old, target)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder; renamed first, so that a crash leaves no half of it under its name."""
+    with contextlib.suppress(OSError):  # what stays costs space only, and the next save tries again
+        remove(folder.replace(folder.with_name(f".tmp-gone-{folder.name}")))
+
+
+def remove(path: Path) -> None:
+    """Delete a folder and what is in it; of a link the link, never what it leads to."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
 def free_bytes(path: Path) -> int:
     """Bytes free on the disk where `path` is or would be."""
     return shutil.disk_usage(next(folder for folder in path.absolute().parents if os.path.isdir(folder))).free
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync a file or a folder (the latter where the system can)."""
+    """fsync a file, or a folder where the system can."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)

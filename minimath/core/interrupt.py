@@ -1,8 +1,8 @@
-"""Ask a run to end, and find out that it was asked to: signals, a stop file, a deadline. One state per process.
+"""Ask a run to end, and find out that it was asked to. One state per process.
 
-Three ways to stop a run cleanly; it says how to go on, and its exit status tells which it was: SIGINT (Ctrl-C), 130;
-SIGTERM, 143; a file named `stop` in the run folder, or in the folder of the whole run that a stage belongs to, 144.
-The file is taken away when it is obeyed. A signal that comes after any of them ends the process at once.
+Three ways to stop a run cleanly; the exit status tells which it was: SIGINT (Ctrl-C), 130; SIGTERM, 143; a file named
+`stop` in the run folder, or in that of the whole run that a stage belongs to, 144. The file is taken away when it is
+obeyed. A signal that comes after any of them ends the process at once.
 
     with interruptible((run_dir / "stop",), say):      # whoever is outermost installs the handlers
         for finished in engine.stream(...):
@@ -22,49 +22,45 @@ LOOK_S = 1.0  # least seconds between looks for a stop file: a step has many, an
 BY_FILE = 16  # in place of a signal's number; the one that Linux has there is not used
 
 _signal = 0  # what asked for the end
-_files: list[Path] = []
 _looked = 0.0
-_sayers: list[tuple[Callable[[str], None], str]] = []
+_runs: list[tuple[tuple[Path, ...], Callable[[str], None], str]] = []  # files, say and kept; the innermost last
 
 
 @contextlib.contextmanager
 def interruptible(files: tuple[Path, ...], say: Callable[[str], None], kept: str = "stopping") -> Iterator[None]:
-    """Inside, SIGINT, SIGTERM and the stop files are noticed. kept: what becomes of the work, said at a signal. Within
-    another one, its files count too, and what was asked inside stays asked for it."""
+    """Notice SIGINT, SIGTERM and the stop files inside. kept: what becomes of the work, said at a signal.
+
+    Within another one, its files count too, and what was asked inside stays asked for it.
+    """
     global _signal
-    outermost = not _sayers
-    if outermost:
-        _signal = 0
-    _files.extend(files)
-    _sayers.append((say, kept))
     before = {}
-    if outermost:
+    if not _runs:  # the outermost
+        _signal = 0
         with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
             before = {number: signal.signal(number, _handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    _runs.append((files, say, kept))
     try:
         yield
     finally:
-        _sayers.pop()
-        del _files[len(_files) - len(files):]
+        _runs.pop()
         for number, old in before.items():
             signal.signal(number, old)
 
 
 def _handle(number: int, _frame) -> None:
     global _signal
-    if _signal and dist.world() > 1:  # the launcher hands on what the terminal has sent already
-        return
     if _signal:
+        if dist.world() > 1:  # the launcher hands on what the terminal has sent already
+            return
         os._exit(128 + number)
     _signal = number
-    say, kept = _sayers[-1]
+    _, say, kept = _runs[-1]
     with contextlib.suppress(RuntimeError):  # it came while a line was being printed
         say(f"{signal.Signals(number).name}: {kept}; once more to stop at once")
 
 
 def requested() -> int:
-    """The number of the signal that asked for the end (BY_FILE for a stop file), 0 for none. Several processes agree:
-    call it where all of them do."""
+    """The signal that asked for the end (BY_FILE: a stop file), 0: none. Processes agree: call it in all of them."""
     global _signal
     _look()
     _signal = int(dist.all_reduce_max(_signal))
@@ -72,9 +68,8 @@ def requested() -> int:
 
 
 def check() -> None:
-    """Raise Interrupted if a signal or a stop file came. Several processes end between two steps instead, where
-    `requested` finds it: one that left a step alone would leave the others waiting."""
-    if dist.world() > 1 or not _sayers:
+    """Raise Interrupted if a signal or a stop file came."""
+    if dist.world() > 1 or not _runs:  # one that left a step alone would leave the others waiting
         return
     if time.monotonic() - _looked > LOOK_S:
         _look()
@@ -95,7 +90,7 @@ def _look() -> None:
     _looked = time.monotonic()
     if not dist.is_main():  # one of them would take it away before the others saw it
         return
-    for file in _files:
+    for file in [file for files, *_ in _runs for file in files]:
         if not _signal and file.exists():
             _signal = BY_FILE
             with contextlib.suppress(OSError):

@@ -1,9 +1,6 @@
-"""What a run leaves behind while it goes: metrics.jsonl, samples.jsonl, environment.json, and lines for the
-reader.
+"""What a run leaves behind while it goes: metrics.jsonl, samples.jsonl, environment.json, and lines for the reader.
 
-On a terminal rich draws tables and a live progress bar; elsewhere the same facts come as plain lines. The
-files are written in both cases, one whole line per record, with NaN and infinities as null. After a resume,
-`truncate_metrics` drops what the lost steps had written, so that the files equal those of an unbroken run.
+On a terminal rich draws tables and a live progress bar; elsewhere the same facts come as plain lines.
 """
 import contextlib
 import importlib
@@ -18,6 +15,7 @@ import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,6 +23,7 @@ import torch
 from minimath.core import dist
 from minimath.core.credentials import mask
 from minimath.core.errors import UserError
+from minimath.core.files import write_whole
 from minimath.core.run_folder import ENVIRONMENT, METRICS, SAMPLES
 from minimath.core.text import comma_list
 
@@ -34,13 +33,14 @@ PACKAGES = ("minimath", "torch", "triton", "numpy", "transformers", "peft", "bit
             "safetensors", "datasets", "math-verify")
 
 
-class RunLog:
+class RunLog(contextlib.AbstractContextManager):
     """Log of one run. Usable in `with`; needs close() otherwise."""
 
     def __init__(self, run_dir, title: str, trackers: str = "", *, stream=None):
-        """Make the run folder, write environment.json and start the trackers (comma list of wandb,
-        tensorboard, trackio). stream: where lines go, default standard output. UserError: not writable,
-        tracker missing."""
+        """Make the run folder, write environment.json and start the trackers, a comma list.
+
+        stream: where lines go, default standard output. UserError: not writable, tracker missing.
+        """
         self.run_dir, self.stream, self.trackers, self.console = Path(run_dir), stream or sys.stdout, {}, None
         self.silent = not dist.is_main()  # of several processes the first one writes and prints
         if self.silent:
@@ -55,33 +55,25 @@ class RunLog:
             text = json.dumps({"title": title, **environment()}, indent=1)
             (self.run_dir / ENVIRONMENT).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"cannot write to the run folder {run_dir}: {error.strerror}; "
-                            "choose another out=") from None
+            raise UserError(f"cannot write to {run_dir}: {error.strerror}; choose another out=") from None
         self.trackers = {name: start_tracker(name, self.run_dir) for name in comma_list(trackers)}
         self.say(f"{title} -> {self.run_dir}")
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         self.close()
 
     def say(self, text: str) -> None:
         """Print a text. Control characters, which a model may have written, are shown as '?'."""
-        if self.silent:
-            return
-        text = printable(text)
         if self.console:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self.stream, flush=True)
+            self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        elif not self.silent:
+            print(printable(text), file=self.stream, flush=True)
 
     def show(self, title: str, text: str) -> None:
-        """Print a text of several lines, such as a completion, set apart: a panel on a terminal, else an indented
-        block. Of a long one the middle is left out."""
+        """Print a text of several lines, such as a completion, set apart; of a long one the middle is left out."""
         if len(text) > SHOWN_CHARS:
-            left_out = len(text) - SHOWN_CHARS
-            text = f"{text[:SHOWN_CHARS // 2]}\n... {left_out} characters ...\n{text[-SHOWN_CHARS // 2:]}"
+            half, left_out = SHOWN_CHARS // 2, len(text) - SHOWN_CHARS
+            text = f"{text[:half]}\n... {left_out} characters ...\n{text[-half:]}"
         if not self.console:
             return self.say(f"{title}:\n{textwrap.indent(printable(text), '    ')}")
         from rich.panel import Panel
@@ -90,12 +82,11 @@ class RunLog:
 
     def metrics(self, step: int, **numbers) -> None:
         """Append one record to metrics.jsonl and hand its numbers to the trackers."""
-        record = clean({"step": step, **numbers})
-        self.append(METRICS, record)
+        record = clean(numbers)
+        self.append(METRICS, {"step": step, **record})
         shown = {key: value for key, value in record.items() if isinstance(value, (int, float))}
-        shown.pop("step")
         for name, (log, _) in list(self.trackers.items()):
-            self.try_tracker(name, lambda log=log: log(step, shown))
+            self.try_tracker(name, log, step, shown)
 
     def sample(self, record: dict) -> None:
         """Append one record (give it a `step`) to samples.jsonl."""
@@ -109,67 +100,55 @@ class RunLog:
             with open(self.run_dir / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.run_dir / name}: {error.strerror}; free some space, then go "
-                            "on with resume=true") from None
+            raise UserError(f"cannot write {self.run_dir / name}: {error.strerror}; free some space, then go on with "
+                            "resume=true") from None
 
     def table(self, title: str, columns: list[str], rows: list[list]) -> None:
         """Print a table; numbers are set right."""
         cells = [[fmt(value) for value in row] for row in rows]
-        right = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(columns))]
+        sides = ["right" if all(isinstance(row[i], (int, float)) for row in rows) else "left"
+                 for i in range(len(columns))]
         if not self.console:
-            return self.say(plain_table(title, columns, cells, right))
+            return self.say(plain_table(title, columns, cells, sides))
         from rich.table import Table
         from rich.text import Text
         table = Table(title=Text(title), title_justify="left")
-        for name, is_right in zip(columns, right):
-            table.add_column(Text(name), justify="right" if is_right else "left")
+        for name, side in zip(columns, sides):
+            table.add_column(Text(name), justify=side)
         for row in cells:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*map(Text, row))
         self.console.print(table)
 
     @contextlib.contextmanager
-    def progress(self, total: int, what: str, done: int = 0):
-        """Yield advance(n=1, **shown): counts n more of `total` done and shows numbers beside the time left and the
-        memory taken. done: what an earlier process did, which says nothing of this one's speed."""
-        draw = self.draw_bar if self.console else self.draw_lines
-        with draw(total, what, done) as advance:
-            yield advance
+    def progress(self, total: int, what: str, done: int = 0) -> Iterator:
+        """Yield advance(n=1, **shown): counts n more of `total` done and shows numbers beside the time left.
 
-    @contextlib.contextmanager
-    def draw_bar(self, total: int, what: str, before: int):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-                   TextColumn("{task.fields[note]}", markup=False))
-        start, done, last = time.monotonic(), before, {}
-        with Progress(*columns, console=self.console) as bar:
-            task = bar.add_task(what, total=total, completed=done, note="")
+        done: what an earlier process did, which says nothing of this one's speed. On a terminal a bar, elsewhere a line
+        every PLAIN_SECONDS.
+        """
+        start = said = time.monotonic()
+        before, reported, last = done, done, {}
+        bar = live_bar(self.console) if self.console else contextlib.nullcontext()
+        with bar:
+            task = bar.add_task(what, total=total, completed=done, note="") if self.console else None
 
             def advance(n: int = 1, **shown) -> None:
-                nonlocal done
+                nonlocal done, said, reported
                 done += n
                 last.update(shown)  # a loop may count every step and measure only some
-                bar.update(task, completed=done, note=progress_note(start, done - before, total - before, last))
+                now = time.monotonic()
+                note = progress_note(now - start, done - before, total - before, last)
+                if self.console:
+                    bar.update(task, completed=done, note=note)
+                elif now - said >= PLAIN_SECONDS or (done >= total and reported < done):
+                    said, reported = now, done
+                    self.say(f"{what} {done}/{total}, {note}")
             yield advance
 
-    @contextlib.contextmanager
-    def draw_lines(self, total: int, what: str, before: int):
-        start = said = time.monotonic()
-        done, reported, last = before, before, {}
-
-        def advance(n: int = 1, **shown) -> None:
-            nonlocal done, said, reported
-            done += n
-            last.update(shown)
-            now = time.monotonic()
-            if now - said >= PLAIN_SECONDS or (done >= total and reported < done):
-                said, reported = now, done
-                self.say(f"{what} {done}/{total}, {progress_note(start, done - before, total - before, last)}")
-        yield advance
-
-    def try_tracker(self, name: str, action) -> None:
+    def try_tracker(self, name: str, action, *args) -> None:
         """A tracker that fails (network, quota) is given up with a warning: the run goes on."""
         try:
-            action()
+            action(*args)
         except Exception as error:
             self.trackers.pop(name, None)
             warnings.warn(f"{name} failed and is switched off for the rest of the run: {error}", stacklevel=3)
@@ -180,49 +159,44 @@ class RunLog:
         self.trackers = {}
 
 
+def live_bar(console):
+    """rich's progress bar; a task has a field `note`."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    return Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                    TextColumn("{task.fields[note]}", markup=False), console=console)
+
+
 def start_tracker(name: str, run_dir: Path):
     """(log(step, numbers), finish()) of a tracker; UserError with the pip line when it isn't installed."""
-    module = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
     try:
-        tracker = importlib.import_module(module)
+        tracker = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError:
-        raise UserError(f"trackers={name} needs a package that isn't installed: pip install {name}, or leave "
-                        "it out: metrics.jsonl is written in any case") from None
+        raise UserError(f"trackers={name} needs a package that isn't installed: pip install {name}, or leave it out: "
+                        "metrics.jsonl is written in any case") from None
     if name == "tensorboard":
         writer = tracker.SummaryWriter(str(run_dir / "tensorboard"))
         return (lambda step, numbers: [writer.add_scalar(key, value, step) for key, value in numbers.items()],
                 writer.close)
-    if name == "wandb":  # the same id after a resume: one curve
-        run = tracker.init(project="minimath", name=run_dir.name, id=run_dir.name, dir=str(run_dir),
-                           resume="allow")
-        return lambda step, numbers: run.log(numbers, step=step), run.finish
-    run = tracker.init(project="minimath", name=run_dir.name, resume="allow")
+    options = {"id": run_dir.name, "dir": str(run_dir)} if name == "wandb" else {}  # after a resume the same curve
+    run = tracker.init(project="minimath", name=run_dir.name, resume="allow", **options)
     return lambda step, numbers: run.log(numbers, step=step), run.finish
 
 
 def truncate_metrics(run_dir, step: int) -> None:
-    """Drop the records of metrics.jsonl and samples.jsonl after `step`, and a line that a kill left
-    unfinished. UserError when the files can't be written; they are as before then."""
-    if not dist.is_main():
-        return
-    for name in (METRICS, SAMPLES):
-        path = Path(run_dir) / name
-        if not path.is_file():
+    """Drop the records of metrics.jsonl and samples.jsonl after `step`, and a line that a kill left unfinished.
+
+    The files of a run that goes on equal those of an unbroken one then. UserError when they can't be written.
+    """
+    for path in (Path(run_dir) / METRICS, Path(run_dir) / SAMPLES):
+        if not dist.is_main() or not path.is_file():
             continue
-        kept, temp = [], path.with_name(f".tmp-{name}")
-        try:
-            # not splitlines: a text that a model wrote may hold U+2028 and other things that it takes for line ends
-            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-                with contextlib.suppress(ValueError, AttributeError, TypeError):
-                    if json.loads(line).get("step", 0) <= step:
-                        kept.append(line + "\n")
-            temp.write_text("".join(kept), encoding="utf-8")
-            os.replace(temp, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temp.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path}: {error.strerror}; free some space or check the permissions, then "
-                            "go on with resume=true") from None
+        kept = []
+        # not splitlines: a text that a model wrote may hold U+2028 and other things that it takes for line ends
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError, AttributeError, TypeError):
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line + "\n")
+        write_whole(path, "".join(kept))
 
 
 def clean(value):
@@ -252,22 +226,21 @@ def environment() -> dict:
 
 
 def code_commit() -> str | None:
-    """Commit of this source tree ("+changes" when it has any), None when installed from a wheel."""
-    root = Path(__file__).resolve().parent.parent
+    """Commit of this source tree, with "+changes" when it has any; None when installed from a wheel."""
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
-        commit, status = (subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True,
-                                         timeout=10, check=True).stdout.strip()
+        commit, status = (subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=10,
+                                         check=True).stdout.strip()
                           for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]))
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+changes" if status else "")
 
 
-def progress_note(start: float, done: int, total: int, shown: dict) -> str:
-    """"1 min 20 s, 4 min left, 1.3 GiB, loss=0.52"; start: time.monotonic() at 0 done."""
-    elapsed_s = time.monotonic() - start
+def progress_note(elapsed_s: float, done: int, total: int, shown: dict) -> str:
+    """"1 min 20 s, 4 min left, 1.3 GiB, loss=0.52"."""
     parts = [fmt_duration(elapsed_s)]
     if 0 < done < total:
         parts.append(f"{fmt_duration(elapsed_s / done * (total - done))} left")
@@ -277,8 +250,7 @@ def progress_note(start: float, done: int, total: int, shown: dict) -> str:
 
 
 def memory_taken() -> int:
-    """Bytes: the most that tensors took on the card, as far as one is in use, else this process's resident set; 0 where
-    that is not known."""
+    """Bytes: the most that tensors took on a card in use, else this process's resident set; 0: not known."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     try:
@@ -313,9 +285,8 @@ def fmt_duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def plain_table(title: str, columns: list[str], cells: list[list[str]], right: list[bool]) -> str:
+def plain_table(title: str, columns: list[str], cells: list[list[str]], sides: list[str]) -> str:
     widths = [max(len(row[i]) for row in [columns, *cells]) for i in range(len(columns))]
-    lines = ["  ".join(cell.rjust(width) if is_right else cell.ljust(width)
-                       for cell, width, is_right in zip(row, widths, right)).rstrip()
-             for row in [columns, *cells]]
-    return "\n".join([title, lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    head, *body = ("  ".join(cell.rjust(width) if side == "right" else cell.ljust(width)
+                             for cell, width, side in zip(row, widths, sides)).rstrip() for row in [columns, *cells])
+    return "\n".join([title, head, "  ".join("-" * width for width in widths), *body])

@@ -4,7 +4,6 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from minimath.core import dist
 from minimath.core.errors import UserError
@@ -17,8 +16,7 @@ from minimath.core.run_folder import CONFIG, lock_run, new_run_folder, refuse_he
 def keep_freed_memory() -> None:
     """Keep freed memory in the process and use huge pages, on Linux CPUs: a fifth faster training on 2 cores.
 
-    Every layer allocates and frees activations of megabytes; glibc would give each back to the system and fault it
-    in again. Must run before torch allocates its first tensor to have the second effect.
+    glibc would give activations of megabytes back and fault them in again. For huge pages: before the first tensor.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if sys.platform == "linux":
@@ -30,10 +28,9 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def open_run(out: str, command: str, *, config: str, resume: bool, trackers: str = "") -> Iterator[RunLog]:
-    """Lock the run folder, save the resolved options, start the log and the signal handlers; yields the log.
+    """Lock the run folder, save the options (YAML), start the log and the signal handlers; yields the log.
 
-    config: the options as YAML, of config.load.config_text. Raises UserError when the folder already holds a run that
-    is not being resumed: nothing is ever overwritten.
+    Raises UserError when the folder already holds a run that is not being resumed: nothing is ever overwritten.
     """
     keep_freed_memory()
     if resume and not out:
@@ -49,7 +46,7 @@ def open_run(out: str, command: str, *, config: str, resume: bool, trackers: str
             log.say(f"{dist.world()} processes share every step")
         dist.barrier()
         files = stop_files(run_dir)
-        log.say(f"to stop it cleanly: Ctrl-C, or touch {Path(files[0])}")
+        log.say(f"to stop it cleanly: Ctrl-C, or touch {files[0]}")
         kept = "stopping; the completions that have ended are kept" if evaluation else \
             "stopping after this step with a checkpoint"
         with interruptible(files, log.say, kept):

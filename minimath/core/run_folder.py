@@ -40,6 +40,13 @@ SUITE = "suite.json"
 REPORT = "report.html"
 STAGE_FOLDERS = ("rlaif", "sft")  # of a run of the whole recipe, the best first
 EVAL_CONFIG = "eval.yaml"  # in the folder of a whole run: the options of its evaluations
+ARMS = {"base": "base", "sft": "SFT", "rlaif": "SFT + RLAIF", "rlaif-only": "RL only",
+        "paper": "SFT + RL (paper's rewards)"}  # parts of a run of the whole recipe, in the order shown
+
+
+def evaluation_folder(whole: Path, arm: str) -> Path:
+    """Where a run of the whole recipe evaluates one of its ARMS."""
+    return whole / f"eval-{arm}"
 
 
 def new_run_folder(out: str, command: str) -> Path:
@@ -48,7 +55,7 @@ def new_run_folder(out: str, command: str) -> Path:
 
 
 def stop_files(run_dir: Path) -> tuple[Path, ...]:
-    """The files that ask for an end: that of the folder, and that of the whole run that it is a part of."""
+    """The files that ask for an end: in the folder, and in that of the whole run that it is a part of."""
     whole = run_dir.parent if (run_dir.parent / EVAL_CONFIG).exists() else run_dir
     return tuple(dict.fromkeys((run_dir / STOP, whole / STOP)))
 
@@ -68,13 +75,12 @@ def refuse_held(run_dir: Path, *, evaluation: bool, resume: bool) -> None:
     held = held_run(run_dir)
     own = ("evaluation" in held) == evaluation
     if held and not (own and resume):
-        go_on = "add resume=true to go on with it, or " if own and "complete evaluation" not in held else ""
+        go_on = "add resume=true to go on with it, or " if own and held != "a complete evaluation" else ""
         raise UserError(f"{run_dir} already holds {held}; {go_on}choose another out=")
 
 
 def refuse_links(run_dir: Path) -> None:
-    """Raise UserError for a link in the run folder that leads out of it: what is behind it is not the run's to write
-    to, to replace or to delete."""
+    """Raise UserError for a link that leads out of the run folder: what is behind it is not the run's to change."""
     root = os.path.realpath(run_dir)
     for path in run_dir.glob("*"):
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
@@ -83,8 +89,10 @@ def refuse_links(run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def lock_run(run_dir):
-    """Hold the run folder for this process, or for those started together. UserError when another one writes there, or
-    it can't be made."""
+    """Hold the run folder for this process, or for those started together.
+
+    UserError when another one writes there, or it can't be made.
+    """
     if not dist.is_main():
         yield
         return
@@ -93,15 +101,14 @@ def lock_run(run_dir):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write to the run folder {run_dir}: {error.strerror}; choose another out=") from None
+        raise UserError(f"cannot write to {run_dir}: {error.strerror}; choose another out=") from None
     with file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                owner = file.read().strip() or "unknown"
-                raise UserError(f"{run_dir} is in use by process {owner}; wait for it, or choose another "
+                raise UserError(f"{run_dir} is in use by process {file.read().strip()}; wait for it, or choose another "
                                 "out=") from None
             except OSError as error:  # some network file systems have no locks
                 warnings.warn(f"{run_dir} can't be locked ({error.strerror}); start one writer only", stacklevel=3)
@@ -112,58 +119,55 @@ def lock_run(run_dir):
 
 
 def find_adapter(path) -> Path:
-    """The adapter folder meant by a run folder (its adapter/, else its newest sound checkpoint), a checkpoint, an
-    adapter folder, or a run of the whole recipe (the adapter of its last complete stage, which is said). UserError says
-    what was looked for, or why the adapter found can't be read."""
+    """The adapter meant by the path of an adapter, a checkpoint, a run, or a run of the whole recipe.
+
+    Of a run its adapter/, else its newest sound checkpoint; of a whole recipe that of the last complete stage, which is
+    said. UserError says what was looked for, or why the adapter found can't be read.
+    """
     path = Path(path)
     if not os.path.isdir(path):  # unlike is_dir, also for a name that is too long
         near = did_you_mean(path.name, [other.name for other in path.parent.glob("*")])
         raise UserError(f"no adapter folder {path}{near}")
     if any((path / name).exists() for name in (*ADAPTER_FILES, "adapter_model.bin")):
-        check_adapter(path)
-        return path
+        return check_adapter(path)
     if (path / ADAPTER).is_dir():
-        check_adapter(path / ADAPTER)
-        return path / ADAPTER
+        return check_adapter(path / ADAPTER)
     for folder in list_checkpoints(path):
         try:
-            check_adapter(folder)
-            return folder
+            return check_adapter(folder)
         except UserError as error:
             warnings.warn(f"{error}; trying the checkpoint before", stacklevel=2)
-    begun = [stage for stage in STAGE_FOLDERS if (path / stage).is_dir()]
+    begun = [path / stage for stage in STAGE_FOLDERS if (path / stage).is_dir()]
     for stage in begun:
-        if (path / stage / SUMMARY).exists():
-            folder = find_adapter(path / stage)
-            but = "" if stage == begun[0] else f"; {begun[0]} is not complete"
-            say_once(f"adapter={path}: taking {folder}{but}")
+        if (stage / SUMMARY).exists():
+            folder = find_adapter(stage)
+            say_once(f"adapter={path}: taking {folder}"
+                     + ("" if stage == begun[0] else f"; {begun[0].name} is not complete"))
             return folder
     if begun:
         raise UserError(f"{path} is a run of the whole recipe, and no stage of it is complete: let it go on with "
-                        f"resume=true, or take what there is with adapter={path / begun[0]}")
+                        f"resume=true, or take what there is with adapter={begun[0]}")
     raise UserError(f"{path} holds no adapter: looked for {' and '.join(ADAPTER_FILES)}, a folder adapter/, "
                     f"sound folders checkpoints/step-*, and complete stages {' and '.join(STAGE_FOLDERS)}")
 
 
 @functools.cache
 def say_once(text: str) -> None:
-    """To standard error, since what a command prints may be read by another."""
     if dist.is_main():
-        print(text, file=sys.stderr)
+        print(text, file=sys.stderr)  # what a command prints may be read by another
 
 
-def check_adapter(folder: Path) -> None:
-    """Raise UserError unless the folder holds an adapter that can be read without running code."""
+def check_adapter(folder: Path) -> Path:
+    """The folder. Raises UserError unless it holds an adapter that can be read without running code."""
     if (folder / "adapter_model.bin").exists() and not (folder / "adapter_model.safetensors").exists():
         raise UserError(f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is read: "
                         "refused; save it again with safe_serialization=True where it was made")
-    problems = verify(folder) if (folder / "manifest.json").exists() else []
-    if problems:
+    if (folder / "manifest.json").exists() and (problems := verify(folder)):
         raise UserError(f"the adapter in {folder} is damaged: {problems[0]}")
     try:
         read_json(folder / "adapter_config.json")
         with safe_open(folder / "adapter_model.safetensors", framework="pt"):
-            pass
+            return folder
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the adapter in {folder} can't be read: {error}; it needs "
                         f"{' and '.join(ADAPTER_FILES)}") from None

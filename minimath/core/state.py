@@ -1,5 +1,4 @@
-"""What a run needs besides its weights to go on bitwise: optimizer state and random generators, as tensors
-and plain numbers that safetensors and json can hold."""
+"""What a run needs besides its weights to go on bitwise, as tensors and numbers that safetensors and json can hold."""
 import hashlib
 import random
 
@@ -36,8 +35,8 @@ def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], meta: dict, *
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     if meta["class"] != type(optimizer).__name__ or any(index >= len(params) for index in state):
-        raise UserError(f"{where} was saved by {meta['class']}, not by {type(optimizer).__name__} over "
-                        f"{len(params)} tensors; use the optimizer option it was made with, or a new out=")
+        raise UserError(f"{where} was saved by {meta['class']}, not by {type(optimizer).__name__} over {len(params)} "
+                        "tensors; use the optimizer option it was made with, or a new out=")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if getattr(optimizer, "is_paged", False):  # bitsandbytes loads into plain tensors: back into paged ones
         for param in params:
@@ -54,8 +53,7 @@ def stream_seed(*parts: int) -> int:
 
 
 def seed_rng(seed: int) -> None:
-    """Seed all generators: the first checkpoint is not always there yet when a run is killed, and a user's gate or
-    reward may draw from any of them."""
+    """Seed all generators: a user's verifier or reward may draw from any, and a kill may come before a checkpoint."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)

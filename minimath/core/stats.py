@@ -24,17 +24,17 @@ def bootstrap(values: list[float], seed: int, draws: int = 2000) -> tuple[float,
 
 
 def paired(records: list[dict], others: list[dict], what: str = "correct") -> tuple[float, float, float]:
-    """(mean, low, high) of records' `what` (correct or tokens) minus the others', problem by problem, with a bootstrap
-    95% interval. On the same problems that is narrower than the two models' own intervals. UserError without a common
-    problem."""
+    """(mean, low, high) of records' `what` (correct or tokens) minus the others', problem by problem.
+
+    A bootstrap 95% interval, narrower than those of the two models. UserError without a common problem.
+    """
     gaps = [statistics.fmean(float(r[what]) for r in mine) - statistics.fmean(float(r[what]) for r in theirs)
             for _, mine, theirs in in_common(records, others)]
     return statistics.fmean(gaps), *bootstrap(gaps, 0)
 
 
 def in_common(records: list[dict], others: list[dict]) -> list[tuple[str, list[dict], list[dict]]]:
-    """(problem, its records, the others' records) of each problem that two evaluations have, in the first one's order.
-    UserError when there is none."""
+    """(problem, its records, the others') of each problem that both have, in the first one's order, or UserError."""
     mine, theirs = by_text(records), by_text(others)
     common = [(key[0], mine[key], theirs[key]) for key in mine if key in theirs]
     if not common:
