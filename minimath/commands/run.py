@@ -19,7 +19,7 @@ import torch
 from minimath.commands.train import rlaif, sft
 from minimath.config.load import load_config, save_config
 from minimath.config.schema import EvalConfig, RLAIFConfig, SFTConfig
-from minimath.core import dist, interrupt
+from minimath.core import dist, interrupt, run_folder
 from minimath.core.errors import Interrupted, UserError
 from minimath.core.files import read_json, write_whole
 from minimath.core.log import RunLog, fmt_duration
@@ -27,7 +27,7 @@ from minimath.core.run_folder import CONFIG, EVAL, EVAL_CONFIG, PART, SUMMARY, f
 from minimath.eval.evaluate import evaluate
 from minimath.eval.metrics import COLUMNS, table_row
 from minimath.report import figures
-from minimath.report.page import ARMS, write_page
+from minimath.report.page import write_page
 from minimath.train.rewards import make_reward
 from minimath.train.verifier import Verifier
 
@@ -79,18 +79,18 @@ def run_arms(out: Path, sft_cfg: SFTConfig, rl_cfg: RLAIFConfig, eval_cfg: EvalC
     """Train and evaluate what is to be compared: name -> summary of the evaluation."""
     reward = rl_cfg.reward.name
     judged = {"judge": f"{rl_cfg.judge.name} judge", "paper": "paper's rewards"}.get(reward, reward)
-    rows = {"base": evaluation(eval_cfg, out / "eval-base", "")}
+    rows = {"base": evaluation(eval_cfg, run_folder.evaluation_folder(out, "base"), "")}
 
-    def arm(name: str, stage, cfg, shown: str) -> str:
+    def arm(name: str, stage, cfg, how: str = "") -> str:
         adapter = train_stage(stage, cfg, out / name)
-        rows[shown] = evaluation(eval_cfg, out / f"eval-{name}", adapter)
+        rows[run_folder.ARMS[name] + how] = evaluation(eval_cfg, run_folder.evaluation_folder(out, name), adapter)
         return adapter
 
-    after_sft = arm("sft", sft, sft_cfg, ARMS["sft"])
-    arm("rlaif", rlaif, rl_cfg.replace(adapter=after_sft), f"{ARMS['rlaif']} ({judged})")
+    after_sft = arm("sft", sft, sft_cfg)
+    arm("rlaif", rlaif, rl_cfg.replace(adapter=after_sft), f" ({judged})")
     if full:
-        arm("rlaif-only", rlaif, rl_cfg.replace(adapter=sft_cfg.adapter.path), f"{ARMS['rlaif-only']} ({judged})")
-        arm("paper", rlaif, rl_cfg.replace(adapter=after_sft, reward="paper"), ARMS["paper"])
+        arm("rlaif-only", rlaif, rl_cfg.replace(adapter=sft_cfg.adapter.path), f" ({judged})")
+        arm("paper", rlaif, rl_cfg.replace(adapter=after_sft, reward="paper"))
     return rows
 
 

@@ -24,7 +24,7 @@ from minimath.core.entry import run_command
 from minimath.core.errors import UserError
 from minimath.core.files import flush_to_disk, free_bytes, read_json
 from minimath.core.run import keep_freed_memory
-from minimath.core.run_folder import ADAPTER, CONFIG, EVAL, find_adapter
+from minimath.core.run_folder import ADAPTER, CONFIG, EVAL, evaluation_folder, find_adapter
 from minimath.data.chat import turn_end
 from minimath.export.drift import compare, completion_logits, drift_texts, nf4_drift
 from minimath.export.model_card import card
@@ -171,7 +171,7 @@ def base_dtype(load: EvalConfig) -> torch.dtype:
 
 def evaluation_of(run: Path) -> dict:
     """The evaluation in the run folder, or beside it in a run of the whole recipe; {} for none."""
-    for place in (run, run.parent / f"eval-{run.name}"):
+    for place in (run, evaluation_folder(run.parent, run.name)):
         with contextlib.suppress(OSError, ValueError):
             if isinstance(found := read_json(place / EVAL), dict):
                 return found

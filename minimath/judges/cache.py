@@ -8,7 +8,6 @@ header or an address. Once open it never raises: a cache that fails costs money,
 import contextlib
 import hashlib
 import json
-import os
 import sqlite3
 import threading
 import time
@@ -17,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from minimath.core.errors import UserError
+from minimath.core.files import cache_home
 
 FILE = "replies.sqlite"
 MAX_BYTES = 256 << 20  # some 500,000 replies with their log-probs
@@ -28,8 +28,8 @@ BROKEN = ("not a database", "malformed", "no such column")  # no database, or no
 
 
 def cache_folder() -> Path:
-    """Find judge/ under $MINIMATH_CACHE, else under ~/.cache/minimath."""
-    return Path(os.environ.get("MINIMATH_CACHE") or Path.home() / ".cache" / "minimath") / "judge"
+    """Where all runs keep the replies."""
+    return cache_home() / "judge"
 
 
 def reply_key(url: str, body: dict) -> str:

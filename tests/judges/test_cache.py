@@ -127,6 +127,9 @@ def test_the_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIMATH_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path / "judge"
     monkeypatch.delenv("MINIMATH_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "minimath" / "judge"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "minimath" / "judge"
 
