@@ -1,23 +1,20 @@
 """Extract final answers from texts and compare them.
 
-An answer is taken from the text (`final_answer`) and compared with the gold one (`AnswerChecker`). Plain numbers,
-fractions, arithmetic and identical strings are decided here, exactly. Everything else goes to math-verify, which can
-hang or eat memory on hostile LaTeX: sandbox.py runs it, and the regular expressions of verifier=regex, in processes
-with limits. Nothing here is ever eval'd.
+Plain numbers, fractions, arithmetic and identical strings are compared here, exactly. Everything else goes to
+math-verify, which can hang or eat memory on hostile LaTeX: sandbox.py runs it, and the regular expressions of
+verifier=regex, in processes with limits. Nothing here is ever eval'd.
 """
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
 
 from minimath.grading.sandbox import BoundedChild
 from minimath.grading.steps import plain_number, same_number
 
 MAX_ANSWER_CHARS = 400        # a longer "answer" is wrong: the longest gold answer of MATH-500 has 53
 MAX_TAIL_CHARS = 1 << 17      # of a text, its end is read for an answer: a hostile megabyte would take 0.7 s
-
-# ---------------------------------------------------------------- extraction
+MAX_PARAGRAPH = 2000          # characters before the last number, in which a formula around it is looked for
 
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.S)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]{1,60})")
@@ -33,7 +30,8 @@ _TUPLE_OR_LIST = re.compile(r"[\s*:]{0,9}([(\[][^()\[\]]{1,100}[)\]]|-?\d[\d./]{
                             r"(?=[\s*]{0,9}(?:$|\.(?:\s|$))))")
 _LAST_IS = re.compile(r".*\b(?:is|are|equals)\s", re.S)
 _RELATION = re.compile(r"[\\<>=^(\[]")
-MAX_PARAGRAPH = 2000          # characters before the last number, in which a formula around it is looked for
+# boxes with nothing else between them are one list
+_BETWEEN = re.compile(r"(?:[\s$,;*]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b){1,40}")
 
 
 def extract_answer(text: str, *, strict: bool = False) -> str | None:
@@ -88,18 +86,16 @@ def _said(answer: str) -> str:
 
 def _last_number(text: str) -> str | None:
     """Return the last number, or the last side of its formula: \\frac{3}{4} is not 4."""
-    numbers = list(_NUMBER.finditer(text))
-    if not numbers:
+    *_, last = [None, *_NUMBER.finditer(text)]
+    if last is None:
         return None
-    last = numbers[-1]
     start = max(text.rfind("\n\n", 0, last.start()) + 1, last.start() - MAX_PARAGRAPH)
     paragraph = text[start:last.end() + MAX_PARAGRAPH].replace("\\$", "  ")
     for formula in _FORMULA.finditer(paragraph):
         inside = _inside(formula)
         if formula.start() < last.start() - start < formula.end() and _RELATION.search(inside):
-            side = re.split(r"(?<![<>!])=", inside)[-1].strip()
-            return side or inside
-    return last.group().replace(" ", "").strip()
+            return re.split(r"(?<![<>!])=", inside)[-1].strip() or inside
+    return last.group()
 
 
 def _inside(match: re.Match) -> str:
@@ -126,10 +122,6 @@ def _boxes(text: str) -> list[tuple[str, int, int]]:
     return boxes
 
 
-_BETWEEN = re.compile(r"(?:[\s$,;*]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b){1,40}")
-MAX_LIST = 20                 # boxes that are read as one list
-
-
 def _last_boxed(text: str) -> str | None:
     """Return the contents of the \\boxed{...} that closes last; open boxes inside it.
 
@@ -139,24 +131,18 @@ def _last_boxed(text: str) -> str | None:
     if not boxes:
         bare = _BARE_BOX.findall(text)
         return bare[-1].rstrip(".,") if bare else None
-    parts, first = [_opened(boxes[-1][0])], boxes[-1][1]
-    for contents, start, end in reversed(boxes[:-1]):
+    parts, first = [], len(text)
+    for contents, start, end in reversed(boxes):
         if end > first:  # inside the box that follows
             continue
         between = text[end:first]
-        if len(parts) == MAX_LIST or not (_BETWEEN.fullmatch(between) and re.search("[,;]|and|or|quad", between)):
+        if parts and not (_BETWEEN.fullmatch(between) and re.search("[,;]|and|or|quad", between)):
             break
-        parts, first = [_opened(contents), *parts], start
-    return ", ".join(dict.fromkeys(parts))
-
-
-def _opened(best: str) -> str:
-    for _ in range(4):
-        inner = _boxes(best) if re.match(r"\\(?:boxed|fbox)\s*\{", best) else []
-        if not inner:
-            break
-        best = inner[-1][0]
-    return best
+        while re.match(r"\\(?:boxed|fbox)\s*\{", contents) and (inner := _boxes(contents)):
+            contents = inner[-1][0]
+        parts.append(contents)
+        first = start
+    return ", ".join(dict.fromkeys(reversed(parts)))
 
 
 def box_closed(text: str) -> bool:
@@ -173,10 +159,9 @@ def answer_end(text: str) -> int:
     return next((end for contents, _, end in boxes if contents == boxes[-1][0]), len(text))
 
 
-# ---------------------------------------------------------------- comparison
-
 _WRAPPERS = re.compile(r"\\(?:text|mathrm|textbf|mbox|mathbf|textit)\s*\{([^{}]*)\}")
 _SPACING = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:! ]|\\\$|[\s$~]")
+_IN_BASE = re.compile(r"(-?[0-9A-Za-z]+)_\{?(\d+)\}?")
 
 
 def _normal(answer: str) -> str:
@@ -188,51 +173,37 @@ def _normal(answer: str) -> str:
     return text.casefold() if len(text) > 1 and text.isalpha() else text
 
 
-_IN_BASE = re.compile(r"(-?[0-9A-Za-z]+)_\{?(\d+)\}?")
-
-
 def _close(exact: str, rounded: str) -> bool:
     """Tell whether two texts are numbers within 1% of each other."""
     a, b = plain_number(exact), plain_number(rounded)
     return bool(a and b) and 100 * abs(a.value - b.value) <= abs(a.value)
 
 
-class AnswerChecker:
-    """Compare answers; a context manager, usable from any thread.
+class AnswerChecker(BoundedChild):
+    """Compare answers; a context manager, usable from any thread, also after close().
 
-    `timeout_s` bounds one comparison, by the clock. Counters: `bad_gold` (no one can read the gold answer: all answers
-    are wrong, so that it pays nobody), `timeouts`, and `starts` of the child, which starts at the first answer that
-    needs it. Every method raises UserError only when the child can't start.
+    `bad_gold` counts comparisons with a gold answer that no one can read: all answers are wrong, so that it pays
+    nobody. Every method raises UserError only when the child can't start.
     """
 
     def __init__(self, timeout_s: float = 2.0):
+        super().__init__(timeout_s)
         self.bad_gold = 0
-        self.child = BoundedChild(timeout_s)
-        self._ask = functools.lru_cache(maxsize=10_000)(self.child.ask)
+        self._ask = functools.lru_cache(maxsize=10_000)(self.ask)
 
-    def __enter__(self):
-        return self
+    def correct(self, text: str, gold: str, finished: bool = True) -> bool:
+        """Tell whether the final answer of a text is gold."""
+        answer = final_answer(text, finished)
+        return answer is not None and self.equal(answer, gold)
 
-    def __exit__(self, *_):
-        self.close()
+    def matches(self, text: str, pattern: str, finished: bool = True) -> bool:
+        """Tell whether a regular expression matches the whole final answer, case ignored.
 
-    @property
-    def timeouts(self) -> int:
-        return self.child.timeouts
-
-    @property
-    def starts(self) -> int:
-        return self.child.starts
-
-    def check(self, samples: Iterable, gold: str) -> list[bool]:
-        """Tell of each sample, by its text and finished, whether its answer is gold."""
-        answers = (final_answer(sample.text, sample.finished) for sample in samples)
-        return [answer is not None and self.equal(answer, gold) for answer in answers]
-
-    def check_many(self, rows: Iterable[tuple[str, str]]) -> list[bool]:
-        """Tell for each finished text, with its gold answer, whether its answer equals it."""
-        answers = ((extract_answer(text), gold) for text, gold in rows)
-        return [answer is not None and self.equal(answer, gold) for answer, gold in answers]
+        False without an answer, and where the pattern takes longer than the time limit.
+        """
+        answer = final_answer(text, finished)
+        return answer is not None and len(answer) <= MAX_ANSWER_CHARS and (
+            self._ask("match", pattern, answer.strip()) == "right")
 
     def equal(self, answer: str, gold: str) -> bool:
         """Tell whether two answers are the same mathematical object."""
@@ -241,9 +212,10 @@ class AnswerChecker:
             return False
         if len(answer) > MAX_ANSWER_CHARS or not answer.strip():
             return False
-        if _normal(answer) == _normal(gold):
+        typed, typed_gold = _normal(answer), _normal(gold)
+        if typed == typed_gold:
             return True
-        written, meant = (_IN_BASE.fullmatch(_normal(text)) for text in (answer, gold))
+        written, meant = _IN_BASE.fullmatch(typed), _IN_BASE.fullmatch(typed_gold)
         if written and meant:                   # math-verify takes 52_9 for 52_8
             return written.groups() == meant.groups()
         exact, _, rounded = answer.partition("\\approx")
@@ -257,17 +229,3 @@ class AnswerChecker:
         reply = self._ask("equal", gold, answer)
         self.bad_gold += reply == "bad gold"
         return reply == "right"
-
-    def matches(self, text: str, pattern: str, finished: bool = True) -> bool:
-        """Tell whether a regular expression matches the whole final answer, case ignored.
-
-        False without an answer, and where the pattern takes longer than the time limit.
-        """
-        answer = final_answer(text, finished)
-        if answer is None or len(answer) > MAX_ANSWER_CHARS:
-            return False
-        return self._ask("match", pattern, answer.strip()) == "right"
-
-    def close(self):
-        """End the child; the checker can be used again afterwards."""
-        self.child.close()

@@ -29,29 +29,33 @@ WORKERS = 8                   # questions at a time; more threads wait
 ALARM_SHARE, WAIT_SHARE = 0.75, 0.95  # of the time limit: the worker's alarm, and when the caller waits no longer
 START_S = 120.0               # sympy imports slowly on a loaded machine
 LATE = "late"                 # the reply of a worker that ran out of time or memory
-KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")  # no secrets
-# What a worker would else learn anew after each fork: sympy's and the LaTeX parser's caches fill with the first
-# expression of each form, and take up to half a second for it
+# of the environment: no secrets
+KEPT_ENVIRONMENT = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")
+# Done before forking: sympy's and the LaTeX parser's caches fill with the first expression of each form, in up to 0.5 s
 WARM_UP = ((r"2\sqrt{3}", r"\sqrt{12}"), ("x^2+2x+1", "(x+1)^2"), (r"x \in [2,5)", "[2,5)"),
            (r"(3,\frac{1}{2})", "(3,4)"))
 
 
 class BoundedChild:
-    """Put questions to the workers; usable from any thread.
+    """Put questions to the workers; a context manager, usable from any thread.
 
-    The child starts with the first question and lives until close(). A reply comes within `timeout_s` by the clock,
-    the first start apart. `timeouts` counts the questions without one, for want of time or memory; `starts` the starts
-    of the child.
+    The child starts with the first question. A reply comes within `timeout_s` by the clock, that start apart.
+    `timeouts` counts the questions without one, for want of time or memory; `starts` the starts of the child.
     """
 
     def __init__(self, timeout_s: float):
         self.timeout_s = timeout_s
         self.timeouts = self.starts = 0
-        self.process: subprocess.Popen | None = None
-        self._control: socket.socket | None = None  # sockets for new workers go out here
+        self.process: subprocess.Popen | None = None  # with _control, through which sockets for new workers go out
         self._idle: list[socket.socket] = []
         self._all: set[socket.socket] = set()       # the idle and the busy ones of this child
-        self._lock, self._free = threading.Lock(), threading.BoundedSemaphore(WORKERS)
+        self._lock, self._free = threading.RLock(), threading.BoundedSemaphore(WORKERS)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def ask(self, kind: str, first: str, second: str) -> str:
         """Return the reply to `kind`, or LATE when time or memory ran out.
@@ -92,44 +96,38 @@ class BoundedChild:
         if not hasattr(os, "fork"):
             raise UserError("answer checker: this answer needs a process of its own, which takes os.fork; on Windows "
                             "use WSL")
-        self._stop()
+        self.close()                                # what a dead one left
         env = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
-        root = str(Path(__file__).resolve().parents[2])
-        env["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         self._control, theirs = socket.socketpair()
-        with theirs:
+        with theirs:                                # its cwd is where minimath is imported from
             self.process = subprocess.Popen([sys.executable, "-B", "-m", "minimath.grading.sandbox"], env=env,
-                                            stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                            cwd=Path(__file__).resolve().parents[2], stdin=theirs,
+                                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.starts += 1
         self._control.settimeout(START_S)
-        ready = b""
         with contextlib.suppress(OSError):
-            ready = self._control.recv(1)
-        if not ready:
-            self._stop()
-            raise UserError("answer checker: the math-verify child process did not start; try "
-                            "`python -c 'import math_verify'`, and reinstall math-verify if that fails")
-
-    def _stop(self):
-        for worker in self._all:
-            with contextlib.suppress(OSError):
-                worker.shutdown(socket.SHUT_RDWR)   # wakes the thread that waits for it
-        for worker in self._idle:
-            worker.close()
-        self._all, self._idle = set(), []
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self._control.close()
-            self.process = None
+            if self._control.recv(1):
+                return
+        self.close()
+        raise UserError("answer checker: the math-verify child process did not start; try "
+                        "`python -c 'import math_verify'`, and reinstall math-verify if that fails")
 
     def close(self):
         """End the child; the next question starts it again."""
         with self._lock:
-            self._stop()
+            if self.process is not None:
+                self.process.kill()
+                self.process.wait()
+                self._control.close()
+            for worker in self._all:
+                with contextlib.suppress(OSError):
+                    worker.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it, which closes it
+            for worker in self._idle:
+                worker.close()
+            self.process, self._all, self._idle = None, set(), []
 
 
-# ---------------------------------------------------------------- the child process
+# ---- the child process
 
 def _serve(control: socket.socket) -> None:
     """Fork a worker for each socket that comes, until the other end closes."""
@@ -158,20 +156,20 @@ def _serve(control: socket.socket) -> None:
 def _work(connection: socket.socket) -> None:
     """Reply to questions, one a line; the alarm's default action ends the process."""
     for line in connection.makefile("rb"):
-        seconds, *question = json.loads(line)
+        seconds, kind, first, second = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        reply = _reply(*question)
+        try:
+            reply = _equal(first, second) if kind == "equal" else _match(first, second)
+        except MemoryError:
+            raise                                   # who knows what it left half done: this worker ends
+        except Exception:                           # any: the parser was not made for hostile text
+            reply = "wrong"
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.sendall(reply.encode())
 
 
-def _reply(kind: str, first: str, second: str) -> str:
-    try:
-        return _equal(first, second) if kind == "equal" else _match(first, second)
-    except MemoryError:
-        raise                                   # who knows what it left half done: this worker ends
-    except Exception:                           # any: the parser was not made for hostile text
-        return "wrong"
+def _match(pattern: str, text: str) -> str:
+    return "right" if re.compile(pattern, re.IGNORECASE | re.DOTALL).fullmatch(text) else "wrong"
 
 
 def _equal(gold: str, answer: str) -> str:
@@ -188,10 +186,6 @@ def _read(answer: str):
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
     configs = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
     return parse(f"\\boxed{{{answer}}}", configs, parsing_timeout=None)
-
-
-def _match(pattern: str, text: str) -> str:
-    return "right" if re.compile(pattern, re.IGNORECASE | re.DOTALL).fullmatch(text) else "wrong"
 
 
 if __name__ == "__main__":

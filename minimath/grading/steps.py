@@ -7,15 +7,18 @@ bounded, and nothing is eval'd. Exact throughout (fractions.Fraction).
 from __future__ import annotations
 
 import ast
+import itertools
+import math
 import operator
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
 MAX_TEXT_CHARS = 1 << 20      # of a completion; the end is kept, where the answer is
 MAX_DIGITS = 40               # of one number; with MAX_SIDE_TOKENS this bounds every Fraction
 MAX_SIDE_TOKENS = 64          # of one side of an equation, so that the parser's depth is bounded too
-MAX_POWER_BITS = 4096         # size of any power computed
+MAX_POWER_BITS = 4096         # of any power computed
 
 
 class StepCount(NamedTuple):
@@ -31,11 +34,10 @@ class Token(NamedTuple):
     end: int
 
 
-_SIGNS = {"\u00d7": "*", "\u22c5": "*", "\u00b7": "*", "\u2217": "*", "\u00f7": "/", "\u2044": "/",
-          "\u2215": "/", "\u2212": "-", "\u2013": "-", "\u2248": "~", "\u20ac": "$", "\u00a3": "$",
-          "\u00a5": "$", "\u00a0": " ", "\u202f": " ", "\u00bd": "(1/2)", "\u00bc": "(1/4)",
-          "\u00be": "(3/4)", "\u00b0": ""}
-_SIGN_TABLE = str.maketrans(_SIGNS)
+_SIGNS = str.maketrans({
+    "\u00d7": "*", "\u22c5": "*", "\u00b7": "*", "\u2217": "*", "\u00f7": "/", "\u2044": "/", "\u2215": "/",
+    "\u2212": "-", "\u2013": "-", "\u2248": "~", "\u20ac": "$", "\u00a3": "$", "\u00a5": "$", "\u00a0": " ",
+    "\u202f": " ", "\u00bd": "(1/2)", "\u00bc": "(1/4)", "\u00be": "(3/4)", "\u00b0": ""})
 _LATEX = [
     # a mixed number, 1\frac{1}{2}
     (re.compile(r"(?<![\d.])(\d{1,6})\\[dt]?frac\s*\{(\d{1,6})\}\s*\{(\d{1,6})\}"), r"(\1+(\2)/(\3))"),
@@ -61,7 +63,7 @@ _SCALES = {"half", "twice", "double", "triple", "thrice", "quarter", "third", "t
 
 def _tokens(text: str) -> list[Token]:
     """Cut arithmetic text into tokens; "x" and "of" between two numbers are products."""
-    text = text.translate(_SIGN_TABLE)
+    text = text.translate(_SIGNS)
     if "\\" in text or "{" in text or "&" in text:
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
@@ -79,11 +81,6 @@ def _tokens(text: str) -> list[Token]:
     return out
 
 
-def _number(text: str) -> Fraction:
-    value = Fraction(text.rstrip("%").replace(",", ""))
-    return value / 100 if text.endswith("%") else value
-
-
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -94,33 +91,30 @@ def _value(tokens: list[Token]) -> Fraction | None:
     """
     if len(tokens) > MAX_SIDE_TOKENS or not {token.kind for token in tokens} <= {"num", "op", "open", "close"}:
         return None
-    numbers, words = [], []
+    words = []
     for before, token in zip([None, *tokens], tokens):
         if token.kind == "num":
-            words.append(str(len(numbers)))        # its place in numbers
-            numbers.append(_number(token.text))
+            value = Fraction(token.text.rstrip("%").replace(",", ""))
+            words.append(f"({value / 100 if token.text.endswith('%') else value})")
         else:
             product = token.kind == "open" and before is not None and before.kind in ("num", "close")
             words.append("*(" if product else "**" if token.text == "^" else token.text)
     try:
-        return _evaluate(ast.parse(" ".join(words), mode="eval").body, numbers)
+        return _evaluate(ast.parse(" ".join(words), mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, OverflowError):
         return None
 
 
-def _evaluate(node: ast.expr, numbers: list[Fraction]) -> Fraction:
-    """Compute a tree whose constants are places in `numbers`.
-
-    Raises ValueError for what is not arithmetic.
-    """
+def _evaluate(node: ast.expr) -> Fraction:
+    """Compute a tree of integers exactly. Raises ValueError for what is not arithmetic."""
     if isinstance(node, ast.Constant):
-        return numbers[node.value]
+        return Fraction(node.value)
     if isinstance(node, ast.UnaryOp):
-        value = _evaluate(node.operand, numbers)
+        value = _evaluate(node.operand)
         return -value if isinstance(node.op, ast.USub) else value
     if not isinstance(node, ast.BinOp):
         raise ValueError("not arithmetic")
-    a, b = _evaluate(node.left, numbers), _evaluate(node.right, numbers)
+    a, b = _evaluate(node.left), _evaluate(node.right)
     if not isinstance(node.op, ast.Pow):
         return _OPERATORS[type(node.op)](a, b)
     if b.denominator != 1 or abs(b) * (a.numerator.bit_length() + a.denominator.bit_length()) > MAX_POWER_BITS:
@@ -128,105 +122,103 @@ def _evaluate(node: ast.expr, numbers: list[Fraction]) -> Fraction:
     return a ** int(b)
 
 
-def _trim(side: list[Token], *, left: bool, right: bool) -> list[Token]:
+def _sides(tokens: list[Token]) -> list[list[Token]]:
+    """Split tokens at each "=" or "~"."""
+    sides: list[list[Token]] = [[]]
+    for token in tokens:
+        if token.kind == "eq":
+            sides.append([])
+        else:
+            sides[-1].append(token)
+    return sides
+
+
+_UNITS = re.compile("(?<=[nc])w{1,3}(?=e)")  # of the kinds of tokens: words between a number and "="
+
+
+def _chains(tokens: list[Token]) -> Iterator[tuple[list[list[Token]], list[str]]]:
+    """Yield the sides of each chain "a = b = ..." and the signs between.
+
+    A side that touches anything not understood (a variable, a unit inside) is an empty list.
+    """
+    kinds = "".join("v" if token.kind == "word" and len(token.text) == 1 else token.kind[0] for token in tokens)
+    units = {i for match in _UNITS.finditer(kinds) for i in range(*match.span())}  # "5 + 3 red apples = 8"
+    tokens = [token for i, token in enumerate(tokens) if i not in units]
+    borders = [i for i, token in enumerate(tokens) if token.kind in ("word", "break")]
+    for start, stop in itertools.pairwise([-1, *borders, len(tokens)]):
+        chain = tokens[start + 1:stop]
+        signs = [token.text for token in chain if token.kind == "eq"]
+        if signs:
+            first, *others, last = _sides(chain)
+            variable = stop < len(tokens) and len(tokens[stop].text) == 1 and tokens[stop].kind == "word"
+            if variable and chain[-1].end == tokens[stop].start:
+                last = []                  # 7x is not 7
+            yield [_without_lead(first, tokens[max(0, start - 1):start + 1]), *others, last], signs
+
+
+def _without_lead(side: list[Token], before: list[Token]) -> list[Token]:
+    """Return a chain's first side without bullet or bold type.
+
+    It is empty where the tokens before it change its value, as in "half of 10 + 2".
+    """
+    line_start = not before or before[-1].text == "\n"
+    for i, token in enumerate(side):
+        attached = side[i + 1:i + 2] and side[i + 1].kind == "num" and side[i + 1].start == token.end
+        if token.text == "**" or (token.text in "-*" and line_start and not attached):
+            continue
+        if token.kind == "op":
+            signed = token.text == "-" and attached and (line_start or before[-1].text.lower() in _LEAD_IN)
+            return side[i:] if signed else []
+        if before and before[-1].kind == "word":
+            word, scale = before[-1], before[0 if before[-1].text == "of" else -1].text.lower()
+            variable = len(word.text) == 1 and word.text not in "aAI"
+            if variable or word.end == token.start or (i == 0 and scale in _SCALES):
+                return []
+        return side[i:]
+    return []
+
+
+def _trim(side: list[Token], *, first: bool, last: bool) -> list[Token]:
     """Cut what is outside brackets that open or close around the whole equation.
 
-    It precedes an unmatched "(" of the first side or follows an unmatched ")" of the last: "(5 * 3 = 15)".
+    It precedes an unmatched bracket of the first side, as "2)" and "(" in "2) (5 * 3 = 15)", or follows an unmatched
+    ")" of the last.
     """
-    while side and side[0].text == "**":       # bold type
-        side = side[1:]
-    while side and side[-1].text == "**":
-        side = side[:-1]
-    opened, start = [], 0
+    start, stop = 0, len(side)
+    while start < stop and side[start].text == "**":       # bold type
+        start += 1
+    while start < stop and side[stop - 1].text == "**":
+        stop -= 1
+    side, opened, closed = side[start:stop], [], []
     for i, token in enumerate(side):
         if token.kind == "open":
             opened.append(i)
         elif token.kind == "close" and opened:
             opened.pop()
         elif token.kind == "close":
-            if right:
-                return side[:i]
-            if not left:
-                return []
-            start = i + 1                      # "2) 4 + 4 = 8": a list number
-    side = side[start:]
-    opened = [i - start for i in opened]
-    if opened:
-        return side[opened[-1] + 1:] if left else []
-    return side
-
-
-def _scales(tokens: list[Token], i: int) -> bool:
-    """Tell whether words before token i change its value, as in "half of 10 + 2"."""
-    j = i - 2 if tokens[i - 1].text == "of" else i - 1
-    return j >= 0 and tokens[j].text.lower() in _SCALES
-
-
-def _chains(tokens: list[Token]):
-    """Yield the sides of each chain "a = b = ..." and the signs between.
-
-    A side that touches anything not understood (a variable, a unit inside) becomes an empty list.
-    """
-    sides, signs, side = [], [], []
-    spoiled, before, i = False, None, 0
-
-    def flush():
-        return sides + [[] if spoiled else side], signs
-
-    while i < len(tokens):
-        token = tokens[i]
-        after = tokens[i + 1] if i + 1 < len(tokens) else None
-        if token.kind == "word" and side and side[-1].kind in ("num", "close") and len(token.text) > 1:
-            j = i                      # "5 + 3 red apples = 8": the words are a unit when "=" follows them
-            while j < len(tokens) and tokens[j].kind == "word" and j - i < 3 and len(tokens[j].text) > 1:
-                j += 1
-            if j < len(tokens) and tokens[j].kind == "eq":
-                i = j
-                continue
-        if token.kind == "eq":
-            sides.append([] if spoiled else side)
-            signs.append(token.text)
-            side, spoiled = [], False
-        elif token.kind in ("word", "break"):
-            if token.kind == "word" and len(token.text) == 1 and side and side[-1].end == token.start:
-                spoiled = True         # 7x is not 7
-            if sides:
-                yield flush()
-            sides, signs, side, spoiled, before = [], [], [], False, token
-        else:
-            starts = not side and not sides
-            if starts and token.kind == "op":
-                attached = after is not None and after.kind == "num" and after.start == token.end
-                line_start = before is None or before.text == "\n"
-                if token.text == "**" or (token.text in "-*" and not attached and line_start):
-                    i += 1             # a bullet, or bold type
-                    continue
-                negative = token.text == "-" and attached
-                spoiled = not (negative and (line_start or before.text.lower() in _LEAD_IN))
-            elif starts and before is not None and before.kind == "word":
-                lone = len(before.text) == 1 and before.text not in "aAI"
-                spoiled = lone or before.end == token.start or _scales(tokens, i)
-            side.append(token)
-        i += 1
-    if sides:
-        yield flush()
+            closed.append(i)
+    if first:
+        return side[max([-1, *closed, *opened]) + 1:]
+    if last and closed:
+        return side[:closed[0]]
+    return [] if opened or closed else side
 
 
 def _agree(a: list[Token], b: list[Token], sign: str) -> bool | None:
     """Tell whether two neighbouring sides are equal; None without an operation."""
-    if not (a and b) or not any(token.kind == "op" for side in (a, b) for token in side[1:]):
+    if not any(token.kind == "op" for side in (a, b) for token in side[1:]):
         return None
     left, right = _value(a), _value(b)
     if left is None or right is None:
         return None
-    for value, plain, other in ((right, b, left), (left, a, right)):
-        if len(plain) == 1 and plain[0].text.endswith("%") and value * 100 == other:
-            return True                # "5 / 20 * 100 = 25%"
-        text = plain[0].text.rstrip("%") if len(plain) == 1 else ""
-        decimals = len(text.partition(".")[2])
-        if text and (decimals or sign == "~"):
-            unit = Fraction(1, 10 ** decimals) / (100 if plain[0].text.endswith("%") else 1)
-            if abs(value - other) * 2 <= unit:
+    for plain, value, other in ((b, right, left), (a, left, right)):
+        if len(plain) == 1:
+            digits, percent, _ = plain[0].text.partition("%")
+            decimals = len(digits.partition(".")[2])
+            half_a_digit = Fraction(1, 2 * 10 ** decimals * (100 if percent else 1))
+            if (decimals or sign == "~") and abs(value - other) <= half_a_digit:
+                return True
+            if percent and value * 100 == other:           # "5 / 20 * 100 = 25%"
                 return True
     return left == right
 
@@ -239,9 +231,8 @@ def check_steps(text: str) -> StepCount:
     """
     right = total = 0
     for sides, signs in _chains(_tokens(text[-MAX_TEXT_CHARS:])):
-        last = len(sides) - 1
-        sides = [_trim(side, left=i == 0, right=i == last) for i, side in enumerate(sides)]
-        for a, b, sign in zip(sides, sides[1:], signs, strict=False):
+        sides = [_trim(side, first=i == 0, last=i == len(signs)) for i, side in enumerate(sides)]
+        for (a, b), sign in zip(itertools.pairwise(sides), signs):
             verdict = _agree(a, b, sign)
             if verdict is not None:
                 right, total = right + verdict, total + 1
@@ -256,9 +247,8 @@ class Plain(NamedTuple):
 
 
 _WORD_SCALE = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9, "dozen": 12}
-_NOT_UNITS = {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "mod", "and", "or", "to", "over", "in",
-              "if", "times", "plus", "minus", "not", "remainder", "base", "more", "less", "than", "infty",
-              "cup", "cap", "pm"}
+_NOT_UNITS = set("pi sqrt sin cos tan log ln exp mod and or to over in if times plus minus not remainder base more "
+                 "less than infty cup cap pm".split())
 
 
 def plain_number(text: str) -> Plain | None:
@@ -270,19 +260,12 @@ def plain_number(text: str) -> Plain | None:
         return None
     text = re.sub(r"^\s*\$?\s*[A-Za-z]\w{0,15}\s*=(?!=)", "", text.strip().rstrip("."))
     tokens = [token for token in _tokens(text) if token.text != "\n"]
-    scale, words, percent = 1, 0, False
-    while len(tokens) > 1 and tokens[-1].kind == "word" and words < 4:
-        word = tokens.pop().text.lower()
-        attached = tokens[-1].kind == "num" and len(word) == 1
-        if word in _NOT_UNITS or attached or len(word) == 1:
-            return None
-        scale, words, percent = scale * _WORD_SCALE.get(word, 1), words + 1, percent or word == "percent"
-    sides = [[]]
-    for token in tokens:
-        if token.kind == "eq":
-            sides.append([])
-        else:
-            sides[-1].append(token)
+    words = []
+    while len(tokens) > 1 and tokens[-1].kind == "word" and len(words) < 4:
+        words.append(tokens.pop().text.lower())
+    if any(word in _NOT_UNITS or len(word) == 1 for word in words):
+        return None
+    sides = _sides(tokens)
     values = [_value(side) for side in sides]
     if None in values or len(sides) > 8:
         return None                # every side of "2 * 9 = 18" must be arithmetic; the last one is the answer
@@ -290,7 +273,8 @@ def plain_number(text: str) -> Plain | None:
     decimal = any("." in token.text for token in last)
     if len(last) == 1 and last[0].text.endswith("%"):
         return Plain(values[-1] * 100, True, decimal)
-    return Plain(values[-1] * scale, percent, decimal)
+    scale = math.prod(_WORD_SCALE.get(word, 1) for word in words)
+    return Plain(values[-1] * scale, "percent" in words, decimal)
 
 
 def same_number(a: Plain, b: Plain) -> bool:

@@ -1,4 +1,5 @@
 """What decides correct or wrong: the reference answer, a pattern, nothing, or the user's own function."""
+import contextlib
 import re
 
 from minimath.config.hooks import as_number, user_function
@@ -15,13 +16,11 @@ def verifier_columns(verifier) -> tuple[str, ...]:
     return ("answer",) if verifier in NEEDS_ANSWER else ()
 
 
-class Verifier:
+class Verifier(contextlib.AbstractContextManager):
     """Marks the samples of a group as correct or wrong.
 
-      exact: the final answer equals the reference answer; of a completion that was cut only a closed box is one, as in
-        an evaluation
-      regex: the final answer, in the same sense, matches the reference answer, a regular expression, from end to end;
-        with a time limit
+      exact: the final answer equals the reference answer; of a completion that was cut only a closed box is one
+      regex: the final answer matches the reference answer, a regular expression, from end to end, within a time limit
       none: every completion that finished is correct, and judge and brevity alone speak
       python:module.fn, or a callable: fn(text, example) -> bool, or a score in [0, 1] of which 0.5 and above is
         correct; a completion that was cut has not answered and is wrong
@@ -35,10 +34,6 @@ class Verifier:
         if verifier not in (*NEEDS_ANSWER, "none"):
             self.fn, self.name = user_function(verifier, "verifier")
 
-    def __enter__(self):
-        self.checker.__enter__()
-        return self
-
     def __exit__(self, *error):
         return self.checker.__exit__(*error)
 
@@ -51,7 +46,7 @@ class Verifier:
     def verdicts(self, group: Group) -> list[bool]:
         samples, example = group.samples, group.example
         if self.kind == "exact":
-            return self.checker.check(samples, example.answer)
+            return [self.checker.correct(s.text, example.answer, s.finished) for s in samples]
         if self.kind == "regex":
             return [self.checker.matches(s.text, answer_pattern(example), s.finished) for s in samples]
         if self.kind == "none":
@@ -66,8 +61,7 @@ class Verifier:
             raise UserError(f"verifier={self.name} raised {type(error).__name__}: {error}") from error
         number = as_number(value)
         if number is None or not 0 <= number <= 1:
-            raise UserError(f"verifier={self.name} returned {value!r}; it must return True, False or a number from 0 "
-                            "to 1")
+            raise UserError(f"verifier={self.name} returned {value!r}; it must return a bool or a number from 0 to 1")
         return number >= 0.5
 
 

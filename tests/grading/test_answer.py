@@ -2,7 +2,6 @@
 import os
 import threading
 import time
-from typing import NamedTuple
 
 import pytest
 
@@ -59,26 +58,14 @@ def test_strict_extraction_accepts_boxed_only():
     assert extract_answer(r"#### 15 \boxed{16}", strict=True) == "16"
 
 
-class Completion(NamedTuple):
-    text: str
-    finished: bool
-
-
 @pytest.mark.parametrize("text, finished, answer", [
     ("2 + 2 = 4", True, "4"), ("2 + 2 = 4", False, None), ("The answer is 4", False, None), ("#### 4", False, None),
     (r"so \boxed{4} and then 7", False, "4"), (r"so \boxed{4} or \boxed{5", False, "4"), (r"\boxed{4", False, None),
     (r"\boxed 12", False, None), (r"\boxed 12 ", False, "12"), ("", False, None)])
 def test_a_completion_that_was_cut_counts_only_with_a_closed_box(checker, text, finished, answer):
     assert final_answer(text, finished) == answer
-    assert checker.check([Completion(text, finished)], "4") == [answer == "4"]
+    assert checker.correct(text, "4", finished) is (answer == "4")
     assert checker.matches(text, "4|12", finished=finished) == (answer is not None)
-
-
-def test_samples_are_checked_in_order():
-    samples = [Completion(text, finished) for text, finished in
-               (("so 3", True), (r"\boxed{4}", True), ("so 4", False), ("4", True))]
-    checker = AnswerChecker()
-    assert checker.check(samples, "4") == [False, True, False, True] and checker.check([], "4") == []
 
 
 EQUAL = [
@@ -135,16 +122,16 @@ def test_gold_is_the_first_argument_of_verify(checker):
 
 @pytest.mark.parametrize("attack", ["9^{9^{9^{9}}}", "10^{10^{10}}x"])
 def test_a_hanging_answer_is_wrong_and_the_next_one_is_checked_by_the_same_child(checker, attack):
-    late, checker.child.timeout_s = checker.timeouts, 1.0
+    late, checker.timeout_s = checker.timeouts, 1.0
     assert not checker.equal(attack, "5") and checker.timeouts == late + 1
-    checker.child.timeout_s = 20.0
+    checker.timeout_s = 20.0
     assert checker.equal(f"x+1-{len(attack)}", f"1+x-{len(attack)}") and checker.starts == 1
 
 
 def test_a_pattern_that_never_ends_is_no_match_and_the_next_one_is_checked(checker):
-    late, checker.child.timeout_s = checker.timeouts, 1.0
+    late, checker.timeout_s = checker.timeouts, 1.0
     assert not checker.matches(r"\boxed{" + "a" * 60 + "!}", "(a+)+$") and checker.timeouts == late + 1
-    checker.child.timeout_s = 20.0
+    checker.timeout_s = 20.0
     assert checker.matches(r"so \boxed{ AAA }", "(a+)+$") and checker.starts == 1
 
 
@@ -165,7 +152,7 @@ def test_a_question_does_not_wait_for_hanging_ones_of_other_threads():
 
 def test_the_child_has_a_memory_limit(checker):
     assert checker.equal("x+9", "9+x")
-    path = f"/proc/{checker.child.process.pid}/limits"
+    path = f"/proc/{checker.process.pid}/limits"
     if not os.path.exists(path):
         pytest.skip("no /proc on this system")
     with open(path) as file:
@@ -176,8 +163,8 @@ def test_the_child_has_a_memory_limit(checker):
 def test_a_dead_child_is_replaced():
     with AnswerChecker(timeout_s=20.0) as checker:
         assert checker.equal("x+1", "1+x")
-        checker.child.process.kill()
-        checker.child.process.wait()
+        checker.process.kill()
+        checker.process.wait()
         assert checker.equal("y+1", "1+y") and checker.starts == 2
 
 
@@ -192,7 +179,7 @@ def test_checker_works_from_many_threads_with_one_child(checker):
     results = [None] * len(rows)
 
     def work(k):
-        [results[k]] = checker.check_many([rows[k]])
+        results[k] = checker.correct(*rows[k])
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(len(rows))]
     starts = checker.starts
@@ -200,7 +187,7 @@ def test_checker_works_from_many_threads_with_one_child(checker):
         thread.start()
     for thread in threads:
         thread.join()
-    assert results == [k % 2 == 0 for k in range(24)] == checker.check_many(rows)
+    assert results == [k % 2 == 0 for k in range(24)] == [checker.correct(*row) for row in rows]
     assert checker.starts <= max(1, starts)
 
 
@@ -208,7 +195,7 @@ def test_the_child_gets_no_secrets(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "not-for-the-child")
     with AnswerChecker(timeout_s=20.0) as checker:
         checker.equal("x+1", "1+x")
-        path = f"/proc/{checker.child.process.pid}/environ"
+        path = f"/proc/{checker.process.pid}/environ"
         if not os.path.exists(path):
             pytest.skip("no /proc on this system")
         with open(path, "rb") as file:
