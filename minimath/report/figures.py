@@ -4,136 +4,183 @@ import re
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
+from minimath.core.stats import wilson
 from minimath.report.metrics import series
 
 INK = "#101418"  # of text and axes; the page's own colour takes its place in the SVG
 COLOURS = ["#6b7280", "#2f7de1", "#e0533d", "#d98a00", "#8b5cf6", "#10a37f"]
-SMOOTH = 0.05  # share of the steps in a running mean
+STYLE = {"font.size": 10, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+         "axes.titlesize": 9, "axes.titlelocation": "left", "legend.fontsize": 8, "legend.frameon": False,
+         "text.parse_math": False,  # the names of folders may hold dollar signs
+         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color",
+                          "grid.color"), INK)}
 
 # arXiv 2507.08267 and its tables by stage: accuracy in %, mean tokens; original, + SFT, + SFT and RL
 PAPER = {"MATH-500 (paper, 14B)": [(86.4, 2556), (88.1, 2969), (91.2, 2084)],
          "AIME24 (paper, 14B)": [(63.3, 9590), (65.2, 10268), (66.0, 7932)]}
+# of the judge's canary pairs: prefix of the metrics, colour, legend
+CANARIES = [("canary/", COLOURS[3], "judged wins of worse solutions, fixed pairs, down is good"),
+            ("canary/rollout_", COLOURS[2], "judged wins of wrong over correct completions, down is good")]
+GAP_SHOWN = 0.1  # by which the wins of wrong completions must rise, less is noise of few pairs
+CORRECT_RISEN = 0.05  # by which the share of correct completions rises when it does
 
 
+@rc_context(STYLE)
 def new_figure(width: float = 7.2, height: float = 3.6, **grid):
     """Make a figure and its axes in plain style, without pyplot's global state."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 10, "axes.grid": True, "grid.alpha": 0.25,
-                                "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False,
-                                **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color",
-                                                 "ytick.color", "grid.color"), INK)}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(**grid)
-    return figure, axes
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(**grid)
 
 
-def svg(figure, name: str) -> str:
-    """Turn a figure into an <svg> element whose ids begin with `name`.
-
-    Text stays text, and ink is currentColor.
-    """
-    import matplotlib
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    body = text.getvalue()
-    body = body[body.index("<svg"):].replace(INK, "currentColor")
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
-    body = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{re.sub(r'[^a-z0-9]', '', name.lower())}-", body)
-    return body.replace("<svg ", '<svg role="img" ', 1)
+def svg(figure: Figure, name: str) -> str:
+    """Turn a figure into an <svg> whose ids begin with `name`; text stays text, ink is currentColor."""
+    file = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", transparent=True,
+                       metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = file.getvalue()
+    text = text[text.index("<svg"):].replace(INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)
+    return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
 
 
-def save_png(figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150, facecolor="white")
-
-
-def legend(axis, **options) -> None:
-    axis.legend(**{"fontsize": 8, "frameon": False, "labelcolor": INK, **options})
 
 
 # ---- evaluations
 
-def tradeoff(rows: dict[str, dict]):
-    """Draw accuracy against mean tokens, one point per evaluation.
-
-    rows: name -> summary of an evaluation, with its 95% interval. Up and to the left is better.
-    """
+@rc_context(STYLE)
+def tradeoff(rows: dict[str, dict]) -> Figure:
+    """Draw accuracy against mean tokens, one point per evaluation: name -> summary."""
     figure, axis = new_figure(height=3.8)
-    for i, (name, summary) in enumerate(rows.items()):
-        x, y = summary["mean_tokens"], 100 * summary["accuracy"]
-        low, high = (100 * v for v in summary["interval"])
+    points = [(summary["mean_tokens"], 100 * summary["accuracy"]) for summary in rows.values()]
+    for i, ((x, y), (name, summary)) in enumerate(zip(points, rows.items())):
+        low, high = (100 * end for end in summary["interval"])
         axis.errorbar(x, y, yerr=[[max(0, y - low)], [max(0, high - y)]], fmt="o", ms=8, capsize=4,
                       color=COLOURS[i % len(COLOURS)], label=f"{name}: {y:.1f}%, {x:.0f} tokens")
-    points = [(s["mean_tokens"], 100 * s["accuracy"]) for s in rows.values()][:3]
-    for start, end in zip(points, points[1:]):
+    for start, end in zip(points[:3], points[1:3]):
         axis.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "->", "color": COLOURS[0], "lw": 1.3,
                                                             "shrinkA": 9, "shrinkB": 9})
     axis.set(xlabel="mean tokens per solution (fewer is better)", ylabel="accuracy, % (bars: 95% interval)",
-             xlim=(0, 1.12 * max(s["mean_tokens"] for s in rows.values()) or 1), ylim=(0, 100))
-    legend(axis, loc="best")
+             xlim=(0, 1.12 * max(x for x, _ in points) or 1), ylim=(0, 100))
+    axis.legend()
     return figure
 
 
-def beside_paper(rows: dict[str, dict]):
+@rc_context(STYLE)
+def beside_paper(rows: dict[str, dict]) -> Figure:
     """Draw the two stages beside the paper's, relative to the model before them."""
     figure, axis = new_figure(height=3.4)
-    ours = [(100 * s["accuracy"], s["mean_tokens"]) for s in rows.values()][:3]
-    for i, (name, points) in enumerate({"this run": ours, **PAPER}.items()):
-        first_accuracy, first_tokens = points[0]
-        x = [100 * tokens / max(first_tokens, 1e-9) for _, tokens in points]
-        y = [accuracy - first_accuracy for accuracy, _ in points]
-        axis.plot(x, y, "o-" if i == 0 else "s--", ms=6 if i == 0 else 4, color=COLOURS[(2, 0, 1)[i]], label=name)
-        if i == 0:  # the paper's stand in the same order
-            for label, px, py in zip(("before", "SFT", "SFT + RL"), x, y):
-                axis.annotate(label, (px, py), textcoords="offset points", xytext=(6, 4), fontsize=8, color=INK)
+    ours = [(100 * summary["accuracy"], summary["mean_tokens"]) for summary in rows.values()][:3]
+    for (name, points), colour, style in zip({"this run": ours, **PAPER}.items(), (COLOURS[i] for i in (2, 0, 1)),
+                                             ("o-", "s--", "s--")):
+        accuracy, tokens = np.array(points).T
+        x, y = 100 * tokens / max(tokens[0], 1e-9), accuracy - accuracy[0]
+        axis.plot(x, y, style, ms=5, color=colour, label=name)
+        for stage, *at in zip(("before", "SFT", "SFT + RL"), x, y):
+            axis.annotate(stage, at, textcoords="offset points", xytext=(6, 4), fontsize=8)
     axis.axhline(0, lw=0.8, color=INK, alpha=0.4)
     axis.set(xlabel="mean tokens, % of those before (fewer is better)", ylabel="accuracy gained, points")
-    legend(axis, loc="best")
+    axis.legend()
     return figure
 
 
-def lengths(completions: dict[str, list[dict]]):
-    """Draw histograms of completion lengths, correct ones filled."""
+@rc_context(STYLE)
+def lengths(completions: dict[str, list[dict]]) -> Figure:
+    """Draw histograms of completion lengths, correct ones filled: name -> records."""
     figure, axes = new_figure(height=0.9 + 1.15 * len(completions), nrows=len(completions), sharex=True, squeeze=False)
-    most = max((r["tokens"] for records in completions.values() for r in records), default=1)
-    bins = np.linspace(0, max(most, 1), 41)
+    bins = np.linspace(0, max(1, *(r["tokens"] for records in completions.values() for r in records)), 41)
     for i, (axis, (name, records)) in enumerate(zip(axes[:, 0], completions.items())):
-        every, correct = ([r["tokens"] for r in records if not only or r["correct"]] for only in (False, True))
-        axis.hist(every, bins, color=COLOURS[i % len(COLOURS)], alpha=0.3, label="all")
-        axis.hist(correct, bins, color=COLOURS[i % len(COLOURS)], label="correct")
-        axis.set_title(name, fontsize=9, loc="left", color=INK)
-        axis.set_ylabel("solutions")
-    legend(axes[0, 0], loc="upper right")
+        colour = COLOURS[i % len(COLOURS)]
+        axis.hist([r["tokens"] for r in records], bins, color=colour, alpha=0.3, label="all")
+        axis.hist([r["tokens"] for r in records if r["correct"]], bins, color=colour, label="correct")
+        axis.set(title=name, ylabel="solutions")
+    axes[0, 0].legend()
     axes[-1, 0].set_xlabel("tokens")
     return figure
 
 
 # ---- training
 
-def curves(metrics: list[dict], panels: list[tuple[str, list[str]]]):
-    """Draw metrics over steps, faint as logged, bold smoothed.
-
-    panels: (label of the axis, names of its metrics).
-    """
+@rc_context(STYLE)
+def curves(metrics: list[dict], panels: dict[str, list[str]]) -> Figure:
+    """Draw metrics over steps: label of a panel's axis -> names of its metrics."""
     figure, axes = new_figure(height=0.8 + 1.5 * len(panels), nrows=len(panels), sharex=True, squeeze=False)
-    for axis, (label, names) in zip(axes[:, 0], panels):
-        for i, name in enumerate(names):
-            x, y = np.array(series(metrics, name), dtype=float).T
-            colour = COLOURS[(i + 1) % len(COLOURS)]
-            axis.plot(x, y, lw=0.8, alpha=0.35, color=colour)
-            axis.plot(x, smoothed(y, int(len(y) * SMOOTH / 2)), lw=1.8, color=colour, label=name)
+    for axis, (label, names) in zip(axes[:, 0], panels.items()):
+        for name, colour in zip(names, COLOURS[1:]):
+            points = series(metrics, name)
+            draw_curve(axis, points, colour, name, half=len(points) // 40)
         axis.set_ylabel(label)
-        if len(names) > 1:
-            legend(axis, loc="best")
+        axis.legend()
     axes[-1, 0].set_xlabel("step")
     return figure
 
 
-def smoothed(values: np.ndarray, half: int) -> np.ndarray:
-    """Compute the running mean over a value and `half` on each side, fewer at the ends."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    left = np.maximum(np.arange(len(values)) - half, 0)
-    right = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    return (total[right] - total[left]) / (right - left)
+def draw_curve(axis, points: list[tuple], colour: str, label: str, half: int = 2) -> list[tuple]:
+    """Draw faint points and the line of their running mean; returns the line's points.
+
+    half: values on each side that a mean is over, fewer at the ends.
+    """
+    steps, values = [x for x, _ in points], [y for _, y in points]
+    mean = [np.mean(values[max(0, i - half):i + half + 1]) for i in range(len(values))]
+    if points:
+        axis.plot(steps, values, ".", color=colour, ms=5, alpha=0.4, mew=0)
+        axis.plot(steps, mean, color=colour, lw=1.8, label=label)
+    return list(zip(steps, mean))
+
+
+# ---- what the judge of an RL run is made to believe
+
+@rc_context(STYLE)
+def judged(rows: list[dict]) -> Figure | None:
+    """Draw judged wins of worse solutions against correct completions, then length and reward.
+
+    rows: records of metrics.jsonl. Without judged canary pairs there is nothing to draw.
+    """
+    if not any(series(rows, f"{prefix}worse_wins") for prefix, *_ in CANARIES):
+        return None
+    figure, (top, bottom) = new_figure(7.2, 6.2, nrows=2, sharex=True, height_ratios=[3, 2])
+    draw_gap(top, rows)
+    top.legend(loc="lower left", bbox_to_anchor=(0, 1.01), borderaxespad=0)
+    other = bottom.twinx()
+    draw_curve(bottom, series(rows, "rollout/tokens"), INK, "tokens per completion")
+    draw_curve(other, series(rows, "reward/mean"), COLOURS[4], "reward")
+    bottom.set(xlabel="step", ylabel="mean tokens per completion")
+    bottom.set_ylim(bottom=0)
+    other.set_ylabel("mean reward per completion", color=COLOURS[4])
+    other.tick_params(axis="y", colors=COLOURS[4])
+    return figure
+
+
+def draw_gap(axis, rows: list[dict]) -> None:
+    """Draw the upper axis; its bars are Wilson's intervals of one standard error."""
+    correct = draw_curve(axis, series(rows, "rollout/correct"), COLOURS[1], "correct completions, up is good")
+    for prefix, colour, label in CANARIES:
+        wins, pairs = series(rows, f"{prefix}worse_wins"), dict(series(rows, f"{prefix}pairs"))
+        for x, y in wins:
+            axis.vlines(x, *wilson(y * pairs[x], pairs[x], z=1.0), color=colour, lw=1, alpha=0.35)
+        mean = draw_curve(axis, wins, colour, label, half=1)
+    if correct and len(mean) > 1:
+        shade_gap(axis, wins, mean, correct)
+    axis.axhline(0.5, color=COLOURS[0], lw=1, ls="--", label="chance: the judge cannot tell worse from better")
+    axis.set(ylim=(-0.03, 1.03), ylabel="share of completions or wins")
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def shade_gap(axis, wins: list[tuple], mean: list[tuple], correct: list[tuple]) -> None:
+    """Fill where wrong completions win more than at first, and no more are correct.
+
+    wins: of the rollout's pairs; mean, correct: running means of draw_curve.
+    """
+    first, before = np.transpose(wins[:3])
+    before, correct_before = before.mean(), np.interp(first, *zip(*correct)).mean()
+    steps = np.linspace(wins[0][0], wins[-1][0], 500)
+    now, correct_now = np.interp(steps, *zip(*mean)), np.interp(steps, *zip(*correct))
+    gap = (now > before + GAP_SHOWN) & (correct_now <= correct_before + CORRECT_RISEN)
+    if gap.any():
+        axis.fill_between(steps, before, now, where=gap, color=COLOURS[2], alpha=0.18, lw=0,
+                          label="gap: judge fooled more than at first, no more are correct")

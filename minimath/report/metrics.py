@@ -1,7 +1,6 @@
 """Read metrics.jsonl."""
 import contextlib
 import json
-import math
 from pathlib import Path
 
 
@@ -11,14 +10,9 @@ def read_metrics(path: Path) -> list[dict]:
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # other line ends may be text
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    return rows
 
 
-def series(rows: list[dict], name: str, scale: float = 1.0) -> list[tuple]:
-    """Collect the finite numbers of one name as points of step and scaled value, by step."""
-    values = {}
-    for row in rows:
-        value = row.get(name)
-        if isinstance(value, (int, float)) and math.isfinite(value) and isinstance(row.get("step"), int):
-            values[row["step"]] = scale * value
-    return sorted(values.items())
+def series(rows: list[dict], name: str) -> list[tuple]:
+    """Collect the numbers of one name as points of step and value, by step."""
+    return sorted({row["step"]: row[name] for row in rows if isinstance(row.get(name), (int, float))}.items())

@@ -8,58 +8,41 @@ curves, lengths, problems solved by each model with every step marked, the judge
 Pictures are inline SVG in the page's own colours, and PNG files beside it. Texts of models and data are escaped by the
 template page.html, and the page's policy allows no script and no address at all.
 """
-import base64
 import contextlib
 import json
+import re
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 
 from minimath.core.errors import UserError
 from minimath.core.files import read_json, write_whole
-from minimath.core.run_folder import COMPLETIONS, ENVIRONMENT, EVAL, METRICS, REPORT, SUITE
+from minimath.core.run_folder import ARMS, COMPLETIONS, ENVIRONMENT, EVAL, METRICS, REPORT, SUITE, evaluation_folder
 from minimath.core.stats import paired
 from minimath.eval.metrics import COLUMNS, read_records, table_row
 from minimath.eval.suite import suite_table
 from minimath.grading.steps import check_steps
 from minimath.report import figures
-from minimath.report.judge_plot import JUDGE_PLOT
 from minimath.report.metrics import read_metrics, series
 
 PICTURES = "plots"
-ARMS = {"base": "base", "sft": "SFT", "rlaif": "SFT + RLAIF", "rlaif-only": "RL only",
-        "paper": "SFT + RL (paper's rewards)"}  # parts of a run of the whole recipe, in the order shown
-PANELS = {"SFT": {"loss": ["loss"], "gradient norm": ["optim/grad_norm"], "held-out accuracy": ["eval/accuracy"]},
-          "RLAIF": {"reward": ["reward/mean"], "share": ["rollout/correct", "rollout/finished", "eval/accuracy"],
-                    "tokens": ["rollout/tokens", "rollout/correct_tokens"],
-                    "nats a token": ["policy/entropy", "rollout/surprisal"]}}
+JUDGE_PLOT = "judge.png"
+PANELS = {"reward": ["reward/mean"], "share": ["rollout/correct", "rollout/finished", "eval/accuracy"],
+          "tokens": ["rollout/tokens", "rollout/correct_tokens", "eval/tokens"],
+          "nats a token": ["policy/entropy", "rollout/surprisal"], "loss": ["loss"], "norm": ["optim/grad_norm"]}
 JUDGE = {"judge/comparisons": "comparisons", "judge/no_votes": "without a vote", "judge/position_bias": "position bias",
          "judge/order_conflicts": "order conflicts", "judge/misfit": "misfit", "judge/seconds": "seconds"}
 SHOWN = 6  # problems
 LONGEST = 3000  # characters of a solution shown
 
 
-class Table(NamedTuple):
-    """A table of the page."""
-    columns: list[str]
-    rows: list[list]
-
-
-class Picture(NamedTuple):
-    """A picture of the page; the template does not escape its svg, which we made."""
-    svg: str
-    caption: str
-
-
 def report(words: list[str]) -> dict:
     """Write the page of the run folders named; returns its path. Raises UserError."""
     runs = [Path(word) for word in words if "=" not in word]
     options = dict(word.split("=", 1) for word in words if "=" in word)
-    if unknown := set(options) - {"out"}:
-        raise UserError(f"minimath report takes run folders and out=FOLDER, not {', '.join(sorted(unknown))}=")
-    if not runs:
-        raise UserError("minimath report needs a run folder: minimath report runs/demo-...")
+    if not runs or options.keys() - {"out"}:
+        raise UserError(f"minimath report takes run folders and out=FOLDER, not {' '.join(words) or 'nothing'}: "
+                        "minimath report runs/demo-...")
     page = write_page(runs, Path(options.get("out") or runs[0]))
     print(f"{page}; its pictures are in {page.parent / PICTURES}")
     return {"page": str(page)}
@@ -76,113 +59,64 @@ def write_page(runs: list[Path], out: Path) -> Path:
             suites[run.name if sum(other.name == run.name for other in runs) == 1 else str(run)] = run
             continue
         prefix = f"{run.name}: " if len(runs) > 1 else ""
-        found = evaluations_of(run), stages_of(run)
-        if not any(found):
+        # an evaluation or a stage, or a whole run, which has folders of both
+        places = [(run.name, run, run), *((name, evaluation_folder(run, arm), run / arm) for arm, name in ARMS.items())]
+        found = {prefix + name: at for name, at, _ in places if (at / EVAL).is_file()}
+        trained = {prefix + name.removeprefix("SFT + "): at for name, _, at in places if (at / METRICS).is_file()}
+        if not (found or trained):
             raise UserError(f"{run}: no evaluation and no training to report (a folder of minimath run, demo, sft, "
                             f"rlaif or eval is expected; of a suite, one with {SUITE}: its last set is complete)")
-        evaluations |= {prefix + name: at for name, at in found[0].items()}
-        stages |= {prefix + name: at for name, at in found[1].items()}
+        evaluations, stages = evaluations | found, stages | trained
     (out / PICTURES).mkdir(parents=True, exist_ok=True)
     try:
-        parts = {"change": change(evaluations) if len(runs) == 1 else "",
-                 "evaluations": [evaluation_part(evaluations, out)] if evaluations else [],
-                 **suite_parts(suites, out), "training": [training_part(name, at, out) for name, at in stages.items()]}
+        results = {name: read_json(at / SUITE) for name, at in suites.items()}
+        # set by set the evaluations of all suites
+        sets = {one: {name: suites[name] / one for name, other in results.items() if one in other["sets"]}
+                for result in results.values() for one in result["sets"]}
+        parts = {"suites": {name: suite_table(result) for name, result in results.items()},
+                 "evaluations": [evaluation_part(at, out, one) for one, at in {"": evaluations, **sets}.items() if at],
+                 "training": {name: training_part(name, at, out) for name, at in stages.items()}}
     except KeyError as error:
         raise UserError(f"{', '.join(map(str, runs))}: a record has no {error}: it was made by an earlier version of "
                         "minimath; evaluate or train again") from None
-    environments = [environment_of(run) for run in runs]
-    page = template().render(
-        runs=[run.name for run in runs], started=environments[0].get("started", ""), **parts,
-        commands=[" ".join(["minimath", *e["command"][1:]]) for e in environments if e.get("command")],
-        files=option_files(runs, stages) | {f"{run.name}: environment": json.dumps(environment, indent=1)
-                                            for run, environment in zip(runs, environments)})
+    environments = {run.name: read_json(run / ENVIRONMENT) for run in runs if (run / ENVIRONMENT).is_file()}
+    recipes = dict.fromkeys(file for folder in (*runs, *stages.values()) for file in sorted(folder.glob("*.yaml")))
+    settings = {f"{file.parent.name}/{file.name}": file.read_text(encoding="utf-8") for file in recipes}
+    settings |= {f"{name}: environment": json.dumps(found, indent=1) for name, found in environments.items()}
+    page = TEMPLATES.get_template("page.html").render(
+        marked_lines=marked_lines, runs=[run.name for run in runs], environments=list(environments.values()),
+        settings=settings, **parts)
     write_whole(out / REPORT, page)
     return out / REPORT
 
 
-def template() -> jinja2.Template:
-    """Load page.html, which escapes whatever is put in; a missing name is an error."""
-    folder = Path(__file__).parent
-    made = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    made.globals["style"] = (folder / "page.css").read_text(encoding="utf-8")
-    return made.get_template("page.html")
-
-
-# ---- what the folders hold
-
-def evaluations_of(run: Path) -> dict[str, Path]:
-    """Find the complete evaluations: name -> folder, in the order of the stages."""
-    if (run / EVAL).is_file():
-        return {run.name: run}
-    return {name: run / f"eval-{arm}" for arm, name in ARMS.items() if (run / f"eval-{arm}" / EVAL).is_file()}
-
-
-def stages_of(run: Path) -> dict[str, Path]:
-    """Find the stages that have metrics: name -> folder."""
-    if (run / METRICS).is_file():
-        return {kind_of(read_metrics(run / METRICS)): run}
-    return {name.removeprefix("SFT + "): run / arm for arm, name in ARMS.items() if (run / arm / METRICS).is_file()}
-
-
-def kind_of(metrics: list[dict]) -> str:
-    return "RLAIF" if any("reward/mean" in record for record in metrics) else "SFT"
-
-
-def environment_of(run: Path) -> dict:
-    try:
-        return read_json(run / ENVIRONMENT)
-    except (OSError, ValueError):
-        return {}
-
-
-def option_files(runs: list[Path], stages: dict[str, Path]) -> dict[str, str]:
-    """Read the files of options of all runs and stages: name -> content."""
-    files = dict.fromkeys(path for folder in [*runs, *stages.values()] for path in sorted(folder.glob("*.yaml")))
-    return {f"{path.parent.name}/{path.name}": path.read_text(encoding="utf-8", errors="replace") for path in files}
+def write_judge_plot(run: Path) -> Path | None:
+    """Draw judge.png in the folder of an RL run whose canary pairs were judged."""
+    figure = figures.judged(read_metrics(run / METRICS))
+    if figure is None:
+        return None
+    figures.save_png(figure, run / JUDGE_PLOT)
+    return run / JUDGE_PLOT
 
 
 # ---- parts of the page
 
-def change(evaluations: dict[str, Path]) -> str:
-    """Say in a sentence what the two stages changed."""
-    rows = [read_json(at / EVAL) for at in evaluations.values()][:3]
-    if len(rows) < 2:
-        return ""
-    first, last = rows[0], rows[-1]
-    return (f"Accuracy {100 * first['accuracy']:.1f}% to {100 * last['accuracy']:.1f}%, mean tokens "
-            f"{first['mean_tokens']:.0f} to {last['mean_tokens']:.0f}, on {first['problems']} problems.")
-
-
-def suite_parts(suites: dict[str, Path], out: Path) -> dict:
-    """Gather the table of each suite, and set by set the evaluations of all of them."""
-    results = {name: read_json(at / SUITE) for name, at in suites.items()}
-    sets: dict[str, dict[str, Path]] = {}
-    for name, result in results.items():
-        for one in result["sets"]:
-            sets.setdefault(one, {})[name] = suites[name] / one
-    return {"suites": [{"name": name, "table": Table(*suite_table(result))} for name, result in results.items()],
-            "sets": [evaluation_part(evaluations, out, one) for one, evaluations in sets.items()]}
-
-
-def evaluation_part(evaluations: dict[str, Path], out: Path, of_set: str = "") -> dict:
+def evaluation_part(evaluations: dict[str, Path], out: Path, of_set: str) -> dict:
     """Gather what there is of evaluations on the same problems. of_set: of a suite."""
-    tail = f"-{of_set}" if of_set else ""  # of the names of pictures, which must differ
     rows = {name: read_json(at / EVAL) for name, at in evaluations.items()}
     records = {name: read_records(at) for name, at in evaluations.items() if (at / COMPLETIONS).is_file()}
-    records = {name: found for name, found in records.items() if found}
-    pictures = [picture(figures.tradeoff(rows), f"tradeoff{tail}", out, "Accuracy against tokens")]
+    drawn = {"tradeoff": figures.tradeoff(rows)}
     if len(rows) >= 3 and not of_set:
-        pictures.append(picture(figures.beside_paper(rows), "beside-paper", out, "The two stages beside the paper's, "
-                                "each relative to the model before them (arXiv 2507.08267; another scale, the same "
-                                "shape)"))
-    return {"title": of_set or "Evaluation", "pictures": pictures, "differences": differences(records),
-            "table": Table(COLUMNS, [table_row(name, summary) for name, summary in rows.items()]),
-            "lengths": picture(figures.lengths(records), f"lengths{tail}", out) if records else None,
+        drawn["beside-paper"] = figures.beside_paper(rows)
+    if records:
+        drawn["lengths"] = figures.lengths(records)
+    return {"title": of_set or "Evaluation", "summaries": list(rows.values()), "differences": differences(records),
+            "table": (COLUMNS, [table_row(name, summary) for name, summary in rows.items()]),
+            "pictures": {name: picture(figure, f"{name} {of_set}", out) for name, figure in drawn.items()},
             "problems": side_by_side(records) if records else []}
 
 
-def differences(records: dict[str, list[dict]]) -> Table | None:
+def differences(records: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
     """Compare each evaluation with the first one, on the problems that both have."""
     (first, base), *others = records.items() or [("", [])]
     rows = []
@@ -191,31 +125,27 @@ def differences(records: dict[str, list[dict]]) -> Table | None:
             cells = [(paired(mine, base, what), scale) for what, scale in (("correct", 100), ("tokens", 1))]
             rows.append([name, *(f"{scale * mean:+.1f} ({scale * low:+.1f} to {scale * high:+.1f})"
                                  for (mean, low, high), scale in cells)])
-    return Table([f"against {first}", "accuracy, points (95%)", "mean tokens (95%)"], rows) if rows else None
+    return [f"against {first}", "accuracy, points (95%)", "mean tokens (95%)"], rows
 
 
 def training_part(name: str, at: Path, out: Path) -> dict:
     """Gather the curves of a stage and the health of its judge."""
     metrics = read_metrics(at / METRICS)
-    panels = [(label, [one for one in names if series(metrics, one)])
-              for label, names in PANELS[kind_of(metrics)].items()]
-    panels = [(label, names) for label, names in panels if names]
-    judged = [record for record in metrics if record.get("judge/comparisons")]
-    columns = [key for key in JUDGE if any(key in record for record in judged)]
-    means = [f"{sum(record.get(key) or 0 for record in judged) / len(judged):.3g}" for key in columns]
-    plot = at / JUDGE_PLOT  # drawn by the run where canary pairs were judged
-    curves = picture(figures.curves(metrics, panels), f"training-{name}", out) if panels else None
-    return {"name": name, "curves": curves,
-            "judge_plot": base64.b64encode(plot.read_bytes()).decode() if plot.is_file() else "",
-            "judge": Table([JUDGE[key] for key in columns], [means]) if judged else None,
-            "judge_errors": sorted({record["judge/error"] for record in judged if record.get("judge/error")})[:3]}
+    panels = {label: shown for label, names in PANELS.items() if (shown := [n for n in names if series(metrics, n)])}
+    drawn = {"training": figures.curves(metrics, panels) if panels else None, "judge": figures.judged(metrics)}
+    asked = [record for record in metrics if record.get("judge/comparisons")]
+    columns = [key for key in JUDGE if any(key in record for record in asked)]
+    means = [f"{sum(record.get(key) or 0 for record in asked) / len(asked):.3g}" for key in columns]
+    return {"pictures": [picture(figure, f"{kind} {name}", out) for kind, figure in drawn.items() if figure],
+            "judge": ([JUDGE[key] for key in columns], [means] if means else []),
+            "judge_errors": sorted({record["judge/error"] for record in asked if record.get("judge/error")})[:3]}
 
 
-def picture(figure, name: str, out: Path, caption: str = "") -> Picture:
-    """Draw a figure for the page, and as a PNG file beside it."""
-    name = "".join(c if c.isalnum() else "-" for c in name.lower())
+def picture(figure: figures.Figure, name: str, out: Path) -> str:
+    """Draw a figure as SVG for the page, and as a PNG file beside it."""
+    name = re.sub(r"\W+", "-", name.lower()).strip("-")
     figures.save_png(figure, out / PICTURES / f"{name}.png")
-    return Picture(figures.svg(figure, name), caption)
+    return figures.svg(figure, name)
 
 
 # ---- problems side by side
@@ -223,27 +153,26 @@ def picture(figure, name: str, out: Path, caption: str = "") -> Picture:
 def side_by_side(records: dict[str, list[dict]]) -> list[dict]:
     """Choose a few problems with each model's first solution, those first that differ."""
     solutions = {name: {r["number"]: r for r in rows if r["sample"] == 0} for name, rows in records.items()}
-    first = next(iter(solutions.values()))
-    shared = [n for n in first if all(n in by_number for by_number in solutions.values())]
-
-    def order(number: int):
-        verdicts = [by_number[number]["correct"] for by_number in solutions.values()]
-        return verdicts[0], not verdicts[-1], number  # solved in the end but not at first, then the others
-
-    return [{"text": first[number]["problem"][:LONGEST], "gold": first[number]["gold"],
-             "solutions": {name: {**by_number[number], "lines": marked_lines(by_number[number]["text"])}
-                           for name, by_number in solutions.items()}}
-            for number in spread(sorted(shared, key=order), SHOWN)]
+    first, *others = solutions.values()
+    last = [first, *others][-1]
+    shared = [n for n in first if all(n in by_number for by_number in others)]
+    # solved in the end but not at first, then the others
+    shared.sort(key=lambda n: (first[n]["correct"], not last[n]["correct"], n))
+    return [{name: by_number[n] for name, by_number in solutions.items()} for n in spread(shared, SHOWN)]
 
 
 def spread(items: list, count: int) -> list:
     """Take half of `count` from the front, the others evenly from what is left."""
     front, rest = items[:count // 2], items[count // 2:]
-    left = count - len(front)
-    return front + [rest[i * len(rest) // left] for i in range(min(left, len(rest)))]
+    return (front + rest[::max(1, len(rest) // (count - len(front)))])[:count]
 
 
 def marked_lines(text: str) -> list[tuple[str, bool | None]]:
     """Split a solution into lines; with each whether its steps hold, None without any."""
     lines = text[:LONGEST].split("\n")
     return [(line, correct == total if total else None) for line in lines for correct, total in [check_steps(line)]]
+
+
+# escapes whatever is put in, and takes a missing name for an error
+TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+                               lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)

@@ -24,7 +24,7 @@ def loop(monkeypatch, tmp_path):
 def test_the_picture_of_a_run_with_canaries_is_drawn_when_it_is_over(loop, tmp_path, capsys):
     summary = loop({"canary/worse_wins": 0.25, "canary/pairs": 24})
     assert summary["steps"] == 3 and (tmp_path / "judge.png").stat().st_size > 10_000
-    assert f"step by step: {tmp_path / 'judge.png'}" in capsys.readouterr().out
+    assert f"judge.png: {tmp_path / 'judge.png'}" in capsys.readouterr().out
 
 
 def test_a_run_without_canaries_has_no_picture(loop, tmp_path, capsys):
@@ -33,5 +33,5 @@ def test_a_run_without_canaries_has_no_picture(loop, tmp_path, capsys):
 
 def test_a_picture_that_fails_is_said_and_the_summary_returned(loop, tmp_path, capsys):
     (tmp_path / "judge.png").mkdir()
-    assert loop({"canary/worse_wins": 0.25})["steps"] == 3
-    assert "judge.png could not be drawn, everything else is saved (IsADirectoryError" in capsys.readouterr().out
+    assert loop({"canary/worse_wins": 0.25, "canary/pairs": 24})["steps"] == 3
+    assert "judge.png could not be written, everything else is saved (IsADirectoryError" in capsys.readouterr().out

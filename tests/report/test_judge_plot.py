@@ -1,4 +1,4 @@
-"""Plots of a run: what is drawn, and that a picture never costs a run."""
+"""What the judge of a run is made to believe: what is drawn of it."""
 
 import json
 import struct
@@ -6,18 +6,19 @@ import struct
 import pytest
 from matplotlib.figure import Figure
 
-from minimath.report import judge_plot as report
+from minimath.report.figures import draw_gap, judged
 from minimath.report.metrics import read_metrics, series
+from minimath.report.page import write_judge_plot
 
 HACKED = [{"step": i, "rollout/correct": 0.5, "rollout/tokens": 100.0 + i, "reward/mean": 0.5,
            **({"canary/pairs": 24, "canary/worse_wins": 0.1, "canary/rollout_pairs": 8,
                "canary/rollout_worse_wins": 0.1 if i < 30 else 0.9} if i % 5 == 0 else {})} for i in range(1, 61)]
 
 
-def drawn(rows, draw=report.draw_gap):
-    """{label: drawn artist} of one axis."""
+def drawn(rows):
+    """{label: drawn artist} of the upper axis."""
     axis = Figure().subplots()
-    draw(axis, rows)
+    draw_gap(axis, rows)
     return dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
 
 
@@ -30,33 +31,31 @@ def gap(rows):
     return min(steps), max(steps)
 
 
-def is_picture(path):
+def write(folder, rows, rest=""):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + rest, encoding="utf-8")
+    return folder
+
+
+def assert_picture(path):
     """A PNG of some size that has both axes."""
     data = path.read_bytes()
     width, height = struct.unpack(">II", data[16:24])
-    return data.startswith(b"\x89PNG") and width > 800 and height > 600 and len(data) > 20_000
+    assert data.startswith(b"\x89PNG") and width > 800 and height > 600 and len(data) > 20_000
 
 
-def write(path, rows, rest=""):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + rest, encoding="utf-8")
-    return path
-
-
-@pytest.mark.parametrize("rows", [HACKED, HACKED[4:5], HACKED[3:5], []], ids=["60", "1", "2", "0"])
+@pytest.mark.parametrize("rows", [HACKED, HACKED[4:5], HACKED[3:5]], ids=["60", "1", "2"])
 def test_a_picture_is_written_of_many_points_and_of_few(tmp_path, rows):
-    report.plot_judge(rows, tmp_path / "judge.png", "run")
-    assert is_picture(tmp_path / "judge.png")
+    assert_picture(write_judge_plot(write(tmp_path, rows)))
 
 
-def test_missing_figures_are_left_out_and_the_others_drawn(tmp_path):
+def test_missing_figures_are_left_out_and_the_others_drawn():
     hole = {"rollout/correct": None, "canary/rollout_worse_wins": None, "canary/rollout_pairs": 0,
             "rollout/tokens": None}
-    rows = HACKED + [{"step": 61, "canary/worse_wins": float("nan"), **hole}, {"step": 20, "eval/accuracy": 0.5}]
+    rows = HACKED + [{"step": 61, "canary/worse_wins": None, **hole}, {"step": 20, "eval/accuracy": 0.5}]
     assert [step for step, _ in series(rows, "rollout/correct")] == list(range(1, 61))
     assert series(rows, "canary/rollout_worse_wins")[-1] == (60, 0.9)
     assert series(rows, "canary/worse_wins")[-1] == (60, 0.1)
-    report.plot_judge(rows, tmp_path / "judge.png", "run")
-    assert is_picture(tmp_path / "judge.png")
+    assert judged(rows) and judged(HACKED[:4]) is None
     fixed_only = [{k: v for k, v in row.items() if "rollout_" not in k} for row in HACKED]
     assert len(drawn(fixed_only)) == len(drawn(HACKED)) - 2  # without the curve and its gap
 
@@ -65,29 +64,13 @@ def test_the_gap_is_shaded_where_wrong_ones_win_more_and_no_more_are_correct():
     low, high = gap(HACKED)
     assert 20 < low < 30 and high == 60
     assert gap([row | {"rollout/correct": 0.3 + 0.01 * row["step"]} for row in HACKED]) is None
-    assert gap([row | {"canary/rollout_worse_wins": 0.1} for row in HACKED]) is None
+    assert gap([row | {"canary/rollout_worse_wins": 0.1, "canary/rollout_pairs": 8} for row in HACKED]) is None
     assert gap(HACKED[:5]) is None  # one canary
 
 
 def test_a_line_that_a_kill_left_unfinished_is_skipped(tmp_path):
-    path = write(tmp_path / "metrics.jsonl", HACKED, '{"step": 61, "rollout/correct": 0.')
-    assert read_metrics(path) == HACKED
-    report.plot_judge(read_metrics(path), tmp_path / "judge.png", "run$ {of$")
-    assert is_picture(tmp_path / "judge.png")
-
-
-def test_a_run_without_canaries_gets_no_picture_and_no_words(tmp_path):
-    said = []
-    write(tmp_path / "metrics.jsonl", [{"step": 1, "rollout/correct": 0.5}])
-    report.write_judge_plot(tmp_path, said.append)
-    assert said == [] and not (tmp_path / "judge.png").exists()
-
-
-def test_a_picture_that_fails_is_said_with_its_reason_and_raises_nothing(tmp_path):
-    said = []
-    write(tmp_path / "metrics.jsonl", HACKED)
-    (tmp_path / "judge.png").mkdir()
-    report.write_judge_plot(tmp_path, said.append)
-    report.write_judge_plot(tmp_path / "nowhere", said.append)
-    assert "IsADirectoryError" in said[0] and "FileNotFoundError" in said[1]
-    assert all("everything else is saved" in text for text in said)
+    folder = tmp_path / "run$ {of$"
+    folder.mkdir()
+    write(folder, HACKED, '{"step": 61, "rollout/correct": 0.')
+    assert read_metrics(folder / "metrics.jsonl") == HACKED
+    assert_picture(write_judge_plot(folder))

@@ -38,6 +38,7 @@ def folder(tmp_path_factory):
         (out / stage).mkdir()
         metrics = [{"step": s, "loss": 1 / s, "optim/grad_norm": 0.1} if stage == "sft" else
                    {"step": s, "reward/mean": 0.1 * s, "rollout/correct": 0.5, "rollout/tokens": 90 - s,
+                    "canary/worse_wins": 0.1 * s, "canary/pairs": 24,
                     "judge/comparisons": 10, "judge/no_votes": 1, "judge/position_bias": 0.25,
                     "judge/error": "<b>late</b>"} for s in (1, 2, 3)]
         cut = '{"step": 4, "los'  # as a kill leaves it
@@ -57,9 +58,10 @@ def test_the_page_holds_evaluations_curves_solutions_judge_settings_and_the_comm
     for words in ("SFT + RLAIF", "75.0%", "Training: SFT", "Training: RLAIF", "position bias", "0.25", "case 0?",
                   "lr: 0.001", "minimath run mine.yaml", "Accuracy 25.0% to 75.0%"):
         assert words in page, words
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     pictures = sorted(p.name for p in (folder / "plots").iterdir())
-    assert pictures == ["beside-paper.png", "lengths.png", "tradeoff.png", "training-rlaif.png", "training-sft.png"]
+    assert pictures == ["beside-paper.png", "judge-rlaif.png", "lengths.png", "tradeoff.png", "training-rlaif.png",
+                        "training-sft.png"]
     assert all((folder / "plots" / name).stat().st_size > 5000 for name in pictures)
 
 
@@ -106,11 +108,11 @@ def test_several_runs_stand_beside_each_other(folder, tmp_path, capsys):
 
 
 def test_a_single_stage_and_a_single_evaluation_are_runs_too(folder, tmp_path):
-    for part, words in (("rlaif", "Training: RLAIF"), ("eval-sft", "62.5%")):
+    for part, words in (("rlaif", "Training: rlaif"), ("eval-sft", "62.5%")):
         assert words in write_page([folder / part], tmp_path / part).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("words, error", [([], "needs a run folder"), (["nowhere"], "no evaluation and no training"),
+@pytest.mark.parametrize("words, error", [([], "takes run folders"), (["nowhere"], "no evaluation and no training"),
                                           (["x", "format=pdf"], "format")])
 def test_what_cannot_be_reported_is_said(words, error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -119,4 +121,4 @@ def test_what_cannot_be_reported_is_said(words, error, tmp_path, monkeypatch):
 
 
 def test_problems_shown_are_the_first_and_some_of_the_others():
-    assert spread(list(range(20)), 6) == [0, 1, 2, 3, 8, 14] and spread([1, 2], 6) == [1, 2]
+    assert spread(list(range(20)), 6) == [0, 1, 2, 3, 8, 13] and spread([1, 2], 6) == [1, 2]
