@@ -13,14 +13,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minimath.core.errors import UserError
 from minimath.models import load
 from minimath.models.prefix import shared_mask
 
 LENGTHS = (512, 2048, 8192)  # at which passes are followed
+NO_MASK = "minimath_plan_no_mask"  # sdpa without a mask keeps what flash attention does
+AttentionInterface.register(NO_MASK, sdpa_attention_forward)
+AttentionMaskInterface.register(NO_MASK, lambda **kwargs: None)
 
 
 class Live(TorchDispatchMode):
@@ -48,16 +52,14 @@ class Live(TorchDispatchMode):
 
 def storages(tree) -> dict[int, tuple]:
     """Key -> (what holds the numbers, bytes) of the tensors in a tree; oneDNN's own layout has no storage to ask."""
-    found = {}
-    for tensor in [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]:
-        owner = tensor.untyped_storage() if tensor.layout == torch.strided else tensor
-        found[owner._cdata] = owner, tensor.nbytes if owner is tensor else owner.nbytes()
-    return found
+    tensors = [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    owners = [t.untyped_storage() if t.layout == torch.strided else t for t in tensors]
+    return {o._cdata: (o, o.nbytes if isinstance(o, torch.Tensor) else o.nbytes()) for o in owners}
 
 
 def empty_model(config, cfg, dtype: torch.dtype):
     """The model with its adapter on the meta device: shapes, no storage. A DoRA or PiSSA start makes no others."""
-    attention = "eager" if cfg.model.attn == "eager" else "sdpa"  # without a mask it keeps what flash attention does
+    attention = {"flash_attention_2": NO_MASK}.get(cfg.model.attn, cfg.model.attn)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.config.use_cache = False
@@ -100,7 +102,7 @@ class Model:
         self.head = load.head_module(self.empty).weight
         self.linears = [m.weight for m in load.base_causal_lm(self.empty).modules() if isinstance(m, torch.nn.Linear)
                         and m.weight is not self.head and not m.weight.requires_grad]
-        self.layers, self.masked = config.get_text_config().num_hidden_layers, cfg.model.attn != "flash_attention_2"
+        self.layers = config.get_text_config().num_hidden_layers
         counts = (self.layers,) if self.layers <= 3 * few else (2 * few, 3 * few)  # the first layer is unlike others
         self.models = {n: traceable(config, cfg, dtype, n, self.fake) for n in counts}
         self.followed = functools.cache(self.followed)
@@ -133,7 +135,7 @@ class Model:
                 return 0, live.peak, 0
             mask = shared_mask(model, places[0], places[0]) if kind == "shared" else None
             masks = live.now  # in the loop, the batch before lives until the next is made
-            hidden = load.hidden_states(model, ids, attention_mask=mask, position_ids=places if self.masked else None)
+            hidden = load.hidden_states(model, ids, attention_mask=mask, position_ids=places)
             kept, forward, live.peak = live.now, live.peak, live.now
             hidden.sum().backward()
         return kept, forward + hidden.nbytes + masks, live.peak

@@ -125,8 +125,7 @@ class Planner:
             rows["weights copied for decoding"] = copies
         prompt, new = cfg.prompt.max_prompt_len, cfg.sampling.max_new_tokens
         together = max(1, min(PREFILL_TOKENS // prompt, seqs, cfg.prompts_per_step if train else seqs))
-        # a step's logits in fp32 and their softmax; top-p sorts them, with the places that they came from
-        logits = seqs * model.head.shape[0] * (28 if cfg.sampling.top_p < 1 else 12)
+        logits = seqs * model.head.shape[0] * (28 if cfg.sampling.top_p < 1 else 12)  # top-p sorts them
         keys = -(-(prompt + new) // PLACES) * PLACES * cache_bytes_per_token(model.empty)
         rows["keys and values"] = seqs * (keys + 20 * new + 8 * prompt)
         rows["prefill, or a step's logits"] = max(logits, *model.passes("prefill", together, prompt))

@@ -61,8 +61,7 @@ def plan(recipe: str | None, words: list[str]) -> dict:
     table.add_row("together", *(gib(sum(rows.values())) for rows in needs.values()))
     console.print(table, held)
     if any(cfg.model.shard for cfg in stages.values()):
-        console.print("shard=true is not counted: of N processes each holds 1/N of the layers' weights, and one layer "
-                      "whole while it computes", soft_wrap=True)
+        console.print("shard=true is not counted: of N processes each holds 1/N of the layers' weights", soft_wrap=True)
     if path and changes is not None:
         text = find_recipe(recipe).read_text(encoding="utf-8")
         for section, options in changes.items():

@@ -1,7 +1,5 @@
 """The planner: bytes that stay are exact, passes are within a bound of what is measured, what it proposes fits."""
-import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,20 +7,15 @@ import torch
 import yaml
 from tiny import tiny_model
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from bench import plan as bench
-from minimath.plan import footprint
-from minimath.plan import needs
 from minimath.config.load import RECIPES, load_config
-from minimath.config.schema import RLAIFConfig, SFTConfig
+from minimath.config.schema import STAGES, RLAIFConfig, SFTConfig
 from minimath.core.errors import UserError
-from minimath.plan.edit import apply, set_value
-from minimath.plan.footprint import Shape
 from minimath.models.load import load_model
-from minimath.plan.needs import GIB, Subject
+from minimath.plan import footprint
+from minimath.plan.needs import GIB, Planner
+from minimath.plan.plan import parse, plan, set_value
 from minimath.train.optimizer import clip_and_step, make_optimizer
-from minimath.plan.plan import parse, plan
 
 QWEN_14B = {"model_type": "qwen2", "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48,
             "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False}
@@ -42,23 +35,23 @@ def config_dir(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"quant": "nf4"}, {"quant": "nf4", "double_quant": False}, {"dtype": "bf16", "optimizer": "adamw8bit"},
+    {}, {"quant": "nf4"}, {"dtype": "bf16", "optimizer": "adamw8bit"},
     {"lora_targets": "q_proj,v_proj", "lora_r": 128, "optimizer": "adamw8bit"}, {"dora": True}])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_bytes_that_stay_are_exact(tmp_path, family, options):
     folder = tiny_model(tmp_path, family)
     cfg = SFTConfig(**({"dtype": "fp32"} | options), model=str(folder), device="cpu")
-    subject = Subject(str(folder), "cpu")
-    stays = subject.statics(cfg)
+    need = Planner(str(folder), "cpu").training(cfg)
     model, _ = load_model(cfg, train=True)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(params, cfg)
+    optimizer = make_optimizer(params, cfg.optimizer)
     for param in params:
         param.grad = torch.ones_like(param)
     clip_and_step(optimizer, params, 1.0, 1e-4)
-    assert stays.adapter == stays.gradients == sum(map(footprint.stored, params))
-    assert stays.outside + stays.layers + stays.adapter == bench.model_bytes(model)
-    assert stays.optimizer == bench.optimizer_state(optimizer)
+    assert need["adapter"] == need["gradients"] == sum(p.nbytes for p in params)
+    assert need["embeddings, head, norms"] + need["linear layers"] + need["adapter"] == bench.model_bytes(model)
+    books = 2 * 256 * 4 * any("qmap1" in state for state in optimizer.state.values())  # two KiB are not counted
+    assert need["optimizer state"] + books == bench.optimizer_state(optimizer)
 
 
 @pytest.mark.parametrize("name", [
@@ -70,30 +63,43 @@ def test_predicted_peak_is_within_15_percent_of_the_measured_one(monkeypatch, na
     assert abs(found["error"]) < 0.15 and abs(found["error_above"]) < 0.15, found
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"quant": "nf4"}, {"attn": "eager"}])
-def test_layers_follow_from_a_few_exactly(config_dir, options):
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"attn": "eager"}])
+def test_layers_follow_from_a_few_exactly(config_dir, monkeypatch, options):
     cfg = SFTConfig(**options, dtype="fp32", device="cpu")
-    config = Subject(config_dir, "cpu").config
-    shape = Shape("padded", 3, 40)
-    every = footprint.tracer(config, cfg, torch.float32, 5, "cpu")
-    few = footprint.layer_tracer(config, cfg, torch.float32, "cpu")
-    assert few[0](shape) == every[0](shape)
-    assert few[1](shape) == pytest.approx(every[1](shape), rel=0.01)
+    few = Planner(config_dir, "cpu").model(cfg)
+    monkeypatch.setattr(footprint, "pattern", lambda config: 5)
+    every = Planner(config_dir, "cpu").model(cfg)
+    assert list(few.models) == [2, 3] and list(every.models) == [5]
+    for kind in ("row", "shared"):
+        assert few.followed(kind, 120) == every.followed(kind, 120)
+    assert few.followed("prefill", 120) == pytest.approx(every.followed("prefill", 120), rel=0.01)
 
 
-def test_probes_foretell_other_lengths_and_rows(config_dir):
-    cfg = SFTConfig(dtype="fp32", device="cpu")
-    subject = Subject(config_dir, "cpu")
-    for shape in (Shape("packed", 1, 3000), Shape("padded", 3, 2000)):
-        assert subject.estimate(cfg, shape) == pytest.approx(subject.follow(cfg, shape), rel=0.05)
+def test_three_lengths_foretell_others(config_dir):
+    model = Planner(config_dir, "cpu").model(SFTConfig(dtype="fp32", device="cpu"))
+    for length in (1500, 3000, 12000):
+        assert model.passes("row", 1, length) == pytest.approx(model.followed("row", length), rel=0.05)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}])
+def test_rows_add_up_as_padded_ones_do(config_dir, options):
+    """A padded batch that is followed as it is, masks included, against the same number of single rows."""
+    model = Planner(config_dir, "cpu").model(SFTConfig(dtype="fp32", device="cpu", **options))
+    whole, hidden = next(iter(model.models.values())), footprint.load.hidden_states
+    with model.fake, footprint.Live() as live:
+        ids, mask = (torch.empty(3, 2000, dtype=torch.long) for _ in range(2))
+        states = hidden(whole, ids, attention_mask=mask, position_ids=ids)
+        kept, forward, live.peak = live.now, live.peak, live.now
+        states.sum().backward()
+    assert pytest.approx((kept, forward + states.nbytes, live.peak), rel=0.05) == [
+        3 * size for size in model.follow(whole, "row", 2000)]
 
 
 def test_masks_of_packed_rows_are_counted_for_every_layer(config_dir):
     sdpa = SFTConfig(dtype="fp32", device="cpu", micro_batch_tokens=2048, batch_size=4, max_len=1024)
-    flash = dataclasses.replace(sdpa, attn="flash_attention_2")
-    subject = Subject(config_dir, "cuda")
-    kept = [needs.training_need(subject, cfg)[1].kept for cfg in (sdpa, flash)]
-    assert kept[0] - kept[1] > 5 * 4 * 2048 ** 2  # fp32 masks of five layers
+    planner = Planner(config_dir, "cuda")
+    needed = [planner.training(cfg)["activations"] for cfg in (sdpa, sdpa.replace(attn="flash_attention_2"))]
+    assert needed[0] - needed[1] > 5 * 4 * 2048 ** 2  # fp32 masks of five layers
 
 
 def test_pattern_of_layers_is_found():
@@ -121,21 +127,34 @@ def test_shipped_shapes_have_the_parameters_of_the_model(name):
         ("llama-3.2-1b", 12), ("qwen2.5-math-1.5b-12gb", 12), ("qwen2.5-math-7b-16gb", 16),
         ("qwen2.5-math-7b-24gb", 24)))])
 def test_recipe_fits_its_card(recipe, card):
-    stages = {n: load_config(c, recipe, []) for n, c in (("sft", SFTConfig), ("rlaif", RLAIFConfig))}
-    subject, room = Subject(stages["sft"].model, "cuda"), needs.room_in(card * GIB, "cuda")
-    for name, cfg in stages.items():
-        assert needs.fits(subject, cfg, room), name
-    rows, slots = needs.rollout_need(subject, stages["rlaif"], stages["rlaif"], room, state=True)
-    assert sum(rows.values()) <= room and slots >= 2
+    stages = {name: load_config(cls, recipe, []) for name, cls in STAGES.items()}
+    planner, rlaif = Planner(stages["sft"].model.name, "cuda"), stages["rlaif"]
+    assert planner.changes(stages, card * GIB) == {}
+    for name in ("sft", "rlaif"):
+        assert sum(planner.training(stages[name]).values()) <= card * GIB, name
+    assert planner.most_seqs(rlaif, rlaif, card * GIB) >= 2
 
 
 def test_14b_in_4_bits_has_the_bytes_of_its_matrices(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN_14B))
     cfg = load_config(SFTConfig, "deepseek-r1-distill-14b-24gb", [f"model={tmp_path}"])
-    stays = Subject(cfg.model.name, "cuda").statics(cfg)
+    need = Planner(cfg.model.name, "cuda").stays(cfg, optimizer=False)
     matrices = 48 * (2 * 5120 * 5120 + 2 * 5120 * 1024 + 3 * 5120 * 13824)
-    assert stays.layers == pytest.approx(matrices * (0.5 + 1 / 64 + 4 / 64 / 256), rel=0.001)
-    assert stays.outside == pytest.approx(2 * 2 * 152064 * 5120, rel=0.01)
+    assert need["linear layers"] == pytest.approx(matrices * (0.5 + 1 / 64 + 4 / 64 / 256), rel=0.001)
+    assert need["embeddings, head, norms"] == pytest.approx(2 * 2 * 152064 * 5120, rel=0.01)
+
+
+def test_the_largest_settings_fit_and_the_next_do_not(config_dir):
+    planner, card = Planner(config_dir, "cuda"), GIB
+    for cfg in (SFTConfig(max_len=256, batch_size=100000), RLAIFConfig(max_prompt_len=64, max_new_tokens=64,
+                                                                       prompts_per_step=100000, group_size=2)):
+        most = planner.most_tokens(cfg, card)
+        need = [sum(planner.training(cfg.replace(micro_batch_tokens=n)).values()) for n in (most, most + 256)]
+        assert 0 < most < 1 << 17 and need[0] <= card < need[1]
+    cfg = cfg.replace(max_new_tokens=8000, max_num_seqs=4096)
+    seqs = planner.most_seqs(cfg, cfg, card)
+    need = [sum(planner.rollout(cfg, cfg, n, card).values()) for n in (seqs, seqs + 1)]
+    assert 0 < seqs < 4096 and need[0] <= card < need[1]
 
 
 def test_apply_writes_a_recipe_that_fits_and_keeps_comments(tmp_path, config_dir):
@@ -143,24 +162,42 @@ def test_apply_writes_a_recipe_that_fits_and_keeps_comments(tmp_path, config_dir
     recipe.write_text(f"# mine\nmodel: {config_dir}   # small\ndtype: bf16\nattn: flash_attention_2\nsft:\n"
                       "  micro_batch_tokens: 65536  # too many\n  max_len: 512\n  batch_size: 200\n  packing: false\n")
     result = plan(str(recipe), ["card=1", "--apply"])
-    written = Path(result["written"])
+    [card] = result["cards"]
+    assert not card["fits"] and card["changes"]["sft"].keys() >= {"micro_batch_tokens"}
+    written = tmp_path / "mine-1gb.yaml"
     text = written.read_text()
-    assert written.name == "mine-1gb.yaml" and "# mine" in text and "# too many" in text and "# small" in text
-    stages = {n: load_config(c, str(written), []) for n, c in (("sft", SFTConfig), ("rlaif", RLAIFConfig))}
-    assert stages["sft"].micro_batch_tokens < 65536 and stages["sft"].max_len == 512
-    assert all(needs.fits(Subject(config_dir, "auto"), c, needs.room_in(GIB, "cuda")) for c in stages.values())
+    assert "# mine" in text and "# too many" in text and "# small" in text
+    stages = {name: load_config(cls, str(written), []) for name, cls in STAGES.items()}
+    assert stages["sft"].optimizer.micro_batch_tokens < 65536 and stages["sft"].max_len == 512
+    assert Planner(config_dir, "auto").changes(stages, GIB) == {}
+
+
+def test_what_costs_least_is_changed_first(config_dir):
+    """Tokens of a pass, checkpointing, the optimizer, 4-bit weights; rows are cut last; then nothing is left."""
+    planner = Planner(config_dir, "cuda")
+    stages = {name: cls(model=config_dir) for name, cls in STAGES.items()}
+    stages["sft"] = stages["sft"].replace(max_len=8192, micro_batch_tokens=16384)
+    sizes = [sum(planner.training(stages["sft"].replace(**options)).values()) for options in (
+        {}, {"micro_batch_tokens": 8192}, {"micro_batch_tokens": 8192, "gradient_checkpointing": True})]
+    assert planner.changes(stages, sizes[1])["sft"].keys() == {"micro_batch_tokens"}
+    assert planner.changes(stages, sizes[2])["sft"].keys() == {"micro_batch_tokens", "gradient_checkpointing"}
+    every = planner.changes(stages, int(0.6 * GIB))
+    assert every["sft"].keys() == {"micro_batch_tokens", "gradient_checkpointing", "optimizer", "quant", "max_len"}
+    assert every["eval"] == {"quant": "nf4"}
+    assert planner.changes(stages, GIB // 2) is None
 
 
 def test_edit_sets_values_anywhere():
-    text = "# head\nquant: none  # why\nsft:\n  lr: 1e-4\n  quant: none\nrlaif:\n"
-    text = set_value(text, "", "quant", "nf4")
-    text = set_value(text, "", "attn", "sdpa")
-    text = set_value(text, "sft", "max_len", "256")
-    text = set_value(text, "rlaif", "max_new_tokens", "64")
-    assert yaml.safe_load(text) == {"attn": "sdpa", "quant": "nf4", "rlaif": {"max_new_tokens": 64},
-                                    "sft": {"lr": "1e-4", "quant": "nf4", "max_len": 256}}
-    assert "# head" in text and "# why" in text
-    assert yaml.safe_load(set_value("", "", "quant", "nf4")) == {"quant": "nf4"}
+    text = "# head\nquant: none  # why\nsft:\n  lr: 1e-4\n  quant: none  # too\nrlaif:\nsample: {}\neval: {limit: 8}\n"
+    for section, key, value in (("sft", "quant", "nf4"), ("sft", "max_len", "256"), ("rlaif", "max_new_tokens", "64"),
+                                ("rlaif", "quant", "nf4"), ("demo", "largest", "24"), ("sample", "limit", "4"),
+                                ("eval", "quant", "nf4"), ("eval", "limit", "9")):
+        text = set_value(text, section, key, value)
+    assert yaml.safe_load(text) == {"quant": "none", "rlaif": {"max_new_tokens": 64, "quant": "nf4"},
+                                    "sft": {"lr": "1e-4", "quant": "nf4", "max_len": 256}, "sample": {"limit": 4},
+                                    "eval": {"quant": "nf4", "limit": 9}, "demo": {"largest": 24}}
+    assert "# head" in text and "# why" in text and "# too" in text
+    assert yaml.safe_load(set_value("", "sft", "quant", "nf4")) == {"sft": {"quant": "nf4"}}
 
 
 def test_apply_never_overwrites(tmp_path):
@@ -169,16 +206,20 @@ def test_apply_never_overwrites(tmp_path):
     taken.write_text("mine\n")
     with pytest.raises(UserError, match="not overwritten"):
         plan(str(recipe), ["card=8", "--apply", str(taken)])
-    with pytest.raises(UserError, match="File exists"):
-        apply(str(recipe), {"": {"quant": "nf4"}}, taken)
     assert taken.read_text() == "mine\n" and recipe.read_text() == "quant: none\n"
 
 
-def test_words_of_the_command():
-    assert parse(["card=24", "lr=1", "--apply"]) == (24 * GIB, "", ["lr=1"])
-    assert parse(["card=25769803776", "--apply", "new.yaml"]) == (24 * GIB, "new.yaml", [])
+def test_words_of_the_command(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("")
+    assert parse(None, ["card=24", "lr=1", "--resume"]) == (24 * GIB, None, ["lr=1", "--resume"])
+    assert parse(str(recipe), ["card=24", "lr=1", "--apply"]) == (24 * GIB, tmp_path / "r-24gb.yaml", ["lr=1"])
+    assert parse(str(recipe), ["--apply", "new.yaml", "card=24"]) == (24 * GIB, Path("new.yaml"), [])
+    assert parse("llama-3.2-1b", ["card=12", "apply="])[1] == Path("llama-3.2-1b-12gb.yaml")
     with pytest.raises(UserError, match="card=big"):
-        parse(["card=big"])
+        parse(None, ["card=big"])
+    with pytest.raises(UserError, match="needs a recipe and a card"):
+        parse(None, ["card=24", "--apply"])
 
 
 def test_unknown_model_is_one_line(here):
@@ -188,11 +229,11 @@ def test_unknown_model_is_one_line(here):
 
 def test_command_prints_stages_and_cards(here, config_dir):
     status, out, _ = here("plan", f"model={config_dir}", "device=cpu", "card=2")
-    assert status == 0 and "RLAIF rollout" in out and "together" in out and "On 2.00 GiB: it fits as it is." in out
+    assert status == 0 and "RLAIF rollout" in out and "together" in out and "as it is" in out
 
 
 def test_a_sharded_base_is_said_not_to_be_counted(here, tiny_dir):
     words = ["plan", f"model={tiny_dir}", "device=cpu", "card=1"]
     assert "shard=true is not counted" not in here(*words)[1]
-    status, out, err = here(*words, "shard=true")
+    status, out, err = here(*words, "shard=true", "judge=heuristic")
     assert status == 0 and "shard=true is not counted" in out, out + err
