@@ -1,15 +1,12 @@
 """Truncated and flipped files of checkpoints and of the final adapter: each is refused in words that name it, and the
 checkpoint before is used; where none is whole, or an adapter is meant by name, nothing is loaded."""
-import contextlib
-import io
 import os
 import random
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from harness import Tally
+from harness import Tally, heard
 from saved import fresh, load_number, make_pair, save, unlike
 from toy import make_config, write_problems
 
@@ -96,14 +93,6 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def quiet(loop: Callable, cfg) -> str:
-    """Run a stage -> what it printed and warned of. Raises as it does."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        loop(cfg)
-    return out.getvalue() + "".join(str(w.message) for w in said)
-
-
 def all_damaged(full: bool, folder: Path, template: Path) -> Tally:
     """Every checkpoint has one flipped file: resume=true raises, and changes neither them nor the metrics. A flipped
     adapter: the evaluation and the training that were to begin with it raise."""
@@ -121,11 +110,9 @@ def all_damaged(full: bool, folder: Path, template: Path) -> Tally:
                 (sft, make(SFTConfig, out=str(here), resume=True, lora_r=4), "none of the 2 checkpoints"),
                 (sft, make(SFTConfig, out=str(folder / "next"), adapter=str(here)), "is damaged"),
                 (evaluate, make(EvalConfig, out=str(folder / "eval"), adapter=str(here)), "is damaged")):
-            try:
-                wrong = f"it went on: {quiet(loop, cfg)}"
-            except Exception as error:
-                plain = isinstance(error, UserError) and words in str(error) and str(here) in str(error)
-                wrong = "" if plain else f"{type(error).__name__}: {error}"
+            said, error = heard(partial(loop, cfg), Exception)
+            plain = isinstance(error, UserError) and words in str(error) and str(here) in str(error)
+            wrong = "" if plain else f"{error!r}, it said {said}"
             changed = [file for file, data in before.items() if files(here).get(file) != data]
             tally.add(not wrong and not changed, f"{name}, {loop.__name__}: {wrong} {changed}")
     return tally
@@ -150,13 +137,13 @@ def runs_go_on(full: bool, folder: Path) -> Tally:
     make = partial(make_config, SFTConfig, str(folder / "tiny"), data=str(folder / "problems.jsonl"), batch_size=2,
                    lora_r=4, lora_dropout=0.1, lr=1e-2, lr_schedule="constant", save_every=2, resume=True)
     part, whole = folder / "part", folder / "whole"
-    quiet(sft, make(out=str(part), steps=4))
-    quiet(sft, make(out=str(fresh(part, whole)), steps=6))
+    heard(partial(sft, make(out=str(part), steps=4)))
+    heard(partial(sft, make(out=str(fresh(part, whole)), steps=6)))
     names = sorted(path.name for path in list_checkpoints(part)[0].iterdir())
     for seed, name in enumerate(names if full else names[-1:]):
         here = fresh(part, folder / "resumed")
         flip(list_checkpoints(here)[0] / name, seed)
-        said = quiet(sft, make(out=str(here), steps=6))
+        said, _ = heard(partial(sft, make(out=str(here), steps=6)))
         wrong = unlike(here, whole)
         tally.add(not wrong and "resumed after step 2" in said, f"{name}:{wrong}; it said {said}")
     return tally

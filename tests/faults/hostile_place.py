@@ -16,9 +16,9 @@ from tiny import write_tiny
 from toy import make_config, write_problems
 
 from minimath.cli import main
-from minimath.core.files import manifest_digest, sha256
 from minimath.config.schema import SFTConfig
 from minimath.core.errors import UserError
+from minimath.core.files import manifest_digest, sha256
 from minimath.train.sft import sft
 
 SMALL = {"lora_r": 2, "save_every": 1, "max_len": 64, "batch_size": 2, "warmup": 0.0}

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import TESTS, Tally, run_child
 
 # name: (number on x86-64, arguments: f file descriptor, d folder's descriptor, p path)
 CALLS = {"write": (1, "f"), "open": (2, "p"), "pwrite64": (18, "f"), "writev": (20, "f"), "sendfile": (40, "f"),
@@ -207,13 +206,3 @@ def write_half(call: Call) -> None:
     finally:
         os.close(memory)
         os.close(file)
-
-
-def in_clean_process(topic: str, full: bool, folder: Path) -> list[Tally]:
-    """The tallies of `python -m topic`, in a process without CUDA and without autograd's threads, both of which a fork
-    can't take along. For machines with a GPU; elsewhere a topic forks from where it is."""
-    status, said = run_child(str(int(full)), str(folder), module=topic, cwd=TESTS, timeout_s=1200,
-                             CUDA_VISIBLE_DEVICES="")
-    if status:
-        raise RuntimeError(f"{topic} ended with {status}: {said[-2000:]}")
-    return [Tally(**row) for row in json.loads(next(line for line in said.splitlines() if line.startswith('[{"case"')))]

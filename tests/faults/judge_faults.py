@@ -13,10 +13,9 @@ from pathlib import Path
 from unittest import mock
 
 from fault_server import FAULTS, MIXED, SHARES, TLS, FaultServer, make_pem, shorter
-from harness import Tally
+from harness import Tally, model_and_data
 from judging import sample
-from tiny import write_tiny
-from toy import ending_model, make_config, metrics, write_problems
+from toy import make_config, metrics
 
 import minimath.train.rewards as rewards
 from minimath.config.schema import JudgeOptions, RLAIFConfig
@@ -48,7 +47,7 @@ def run(full: bool, folder: Path) -> list[Tally]:
     with short, mock.patch.dict(os.environ, {"SSL_CERT_FILE": str(pem)}):
         tallies = [cell(fault, share, pem, GROUPS[share] if full else 2)
                    for fault in (*FAULTS, TLS, MIXED) for share in (SHARES if full else (0.5,))]
-        tallies += [step_limit(), breaker(), bad_addresses(), fallback_of_a_group()]
+        tallies += [bad_addresses(), fallback_of_a_group()]
         return tallies + whole_runs(full, folder, pem)
 
 
@@ -177,35 +176,6 @@ def close(a: list, b: list) -> bool:
     return all(x == y if x is None or y is None else abs(x - y) < 1e-6 for x, y in zip(a, b, strict=True))
 
 
-def step_limit() -> Tally:
-    """The time of a round holds whatever timeout_s x retries comes to."""
-    tally = Tally("judge faults: a round is bounded")
-    with FaultServer("time-out", 1.0) as server:
-        judge, _ = quick(server, retries=9, breaker=10_000, round_s=1.0)
-        start = time.monotonic()
-        wins, _ = judge_groups(judge, make_groups(4))
-        took = time.monotonic() - start
-    tally.add(took <= 1.0 + SLACK_S and judge.counts["out_of_time"] > 0, f"{took:.1f} s, {dict(judge.counts)}")
-    tally.add(all(win is None for row in wins for win in row), "a vote out of nothing")
-    return tally
-
-
-def breaker() -> Tally:
-    """Open, it asks no more; half open, it asks each of the next ones once; closed again by the first reply."""
-    tally, groups = Tally("judge faults: the breaker opens, tries again and closes"), make_groups(4)
-    with FaultServer("500", 1.0) as server:
-        judge, _ = quick(server)
-        seen, votes = [], []
-        for share in (1.0, 1.0, 0.0):
-            server.share, before = share, judge.counts["requests"]
-            _, stats = judge_groups(judge, groups)
-            seen.append(judge.counts["requests"] - before)
-            votes.append(stats["comparisons"] - stats["no_votes"])
-    tally.add(seen[0] <= (BREAKER + CONCURRENCY) * (RETRIES + 1) and seen[1] <= CONCURRENCY, f"requests {seen}")
-    tally.add(votes == [0, 0, 12 * len(groups)], f"votes {votes}")
-    return tally
-
-
 def bad_addresses() -> Tally:
     """What can be no address is told in one line, by the ping; asked without one, it costs votes, not the run."""
     tally = Tally("judge faults: addresses that can't be")
@@ -260,8 +230,7 @@ STEPS = 2
 
 
 def whole_runs(full: bool, folder: Path, pem: Path) -> list[Tally]:
-    model = ending_model(write_tiny(folder / "tiny"), folder / "ending")
-    data = write_problems(folder / "problems.jsonl", n=12)
+    model, data = model_and_data(folder, n=12)
     tallies = []
     cases = [(MIXED, 0.5), *((fault, 1.0) for fault in (*FAULTS, TLS) if full)]
     for number, (fault, share) in enumerate(cases):

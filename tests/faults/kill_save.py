@@ -8,16 +8,13 @@ import json
 import os
 import random
 import signal
-import sys
 import time
 import traceback
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
 from harness import Tally
-from interpose import KILL, TEAR, in_clean_process, settle_child, watched
+from interpose import KILL, TEAR, settle_child, watched
 from saved import fresh, make_pair, next_save, save, set_values, unlike, what_is_wrong
 from toy import load_file, make_config, same_tensors, write_problems
 
@@ -32,8 +29,6 @@ SAVE_EVERY = 3
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
-    if torch.cuda.is_available():
-        return in_clean_process("kill_save", full, folder)
     pair = make_pair(folder / "tiny")
     return [*killed_saves(full, folder, pair), killed_adapter(full, folder, pair), killed_texts(folder),
             killed_runs(100 if full else 3, folder)]
@@ -202,8 +197,3 @@ def last_logged(here: Path) -> int:
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []:
         last = json.loads(line)["step"] if line.endswith("}\n") else last
     return last
-
-
-if __name__ == "__main__":
-    rows = [asdict(tally) for tally in run(sys.argv[1] == "1", Path(sys.argv[2]))]
-    print(json.dumps(rows))

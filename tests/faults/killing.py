@@ -16,8 +16,7 @@ from pathlib import Path
 import forks
 import numpy as np
 from forks import beside, last_line, words_of, wrap
-from tiny import write_tiny
-from toy import ending_model, write_problems
+from harness import Tally, model_and_data
 
 OWN_OPTIONS = ("out", "resume")  # that differ between two equal runs
 PAID = {f"judge/{name}" for name in ("requests", "retries", "cache_hits", "prompt_tokens", "completion_tokens",
@@ -54,13 +53,38 @@ def open_forks(folder: Path, hash_seed: int = 0) -> Iterator[Callable[..., int]]
         yield train
 
 
-def resume_differs(train, again, command: str, whole: Path, run: Path, kills: list[Kill], *, died=lambda: None,
-                   **options) -> str:
-    """Train into `run`, killed at each of `kills` and resumed after each, `again` from the first resume on; in words
-    what differs from the run `whole` that was never killed, "" for nothing. died() is called after each kill."""
+def second_forks(full: bool, folder: Path, train):
+    """What trains from the first resume on: in the short part the same as before, to be quick."""
+    return open_forks(folder, hash_seed=2) if full else contextlib.nullcontext(train)
+
+
+def one_variant(tally: Tally, forks, command: str, folder: Path, cases: list[list[Kill]], options: dict,
+                watch=lambda run, kills: contextlib.nullcontext(lambda: None)) -> Tally:
+    """One unbroken run, and one run for each list of kills.
+
+    forks: what trains from the start, and from the first resume on. watch(run, kills): a context around the starts of
+    a run, that yields what is called after each kill.
+    """
+    whole = folder / f"{tally.case} whole"
+    with watch(whole, []):
+        status = forks[0](command, whole, None, **options)
+    if status:
+        tally.add(False, f"the unbroken run ended with status {status}: {last_line(whole)}")
+        return tally
+    for number, kills in enumerate(cases):
+        run = folder / f"{tally.case} {number}"
+        with watch(run, kills) as died:
+            words = resume_differs(forks, command, whole, run, kills, died, options)
+        tally.add(not words, f"killed at {' and '.join(map(str, kills))}: {words}")
+    return tally
+
+
+def resume_differs(forks, command: str, whole: Path, run: Path, kills: list[Kill], died, options: dict) -> str:
+    """Train into `run`, killed at each of `kills` and resumed after each; in words what differs from the run `whole`
+    that was never killed, "" for nothing."""
     for number, kill in enumerate([*kills, None]):
         resume = {"resume": "true"} if number else {}
-        status = (again if number else train)(command, run, kill, **options, **resume)
+        status = forks[number > 0](command, run, kill, **options, **resume)
         if status != (-signal.SIGKILL if kill else 0):
             what = f"was not killed at {kill}" if kill and status == 0 else f"ended with status {status}"
             return f"start {number + 1} {what}: {last_line(run)}"
@@ -73,10 +97,9 @@ def resume_differs(train, again, command: str, whole: Path, run: Path, kills: li
 def fixed_options(folder: Path) -> dict:
     """The tiny Llama with many end tokens and its first layer only, since these runs are many; toy problems with a
     character in each that ends a line for str.splitlines, and for nobody else."""
-    model = ending_model(write_tiny(folder / "tiny"), folder / "model")
-    config = Path(model, "config.json")
+    model, problems = map(Path, model_and_data(folder))
+    config = model / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
-    problems = Path(write_problems(folder / "problems.jsonl"))
     problems.write_text(problems.read_text().replace("Tom has", "Tom\\u2028has"))
     return {"model": model, "data": problems, "device": "cpu", "dtype": "fp32",
             "prompt_template": "{problem}"}

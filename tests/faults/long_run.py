@@ -11,9 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
-import tiny
-from harness import Tally, run_child
-from toy import ending_model, make_config, metrics, write_problems
+from harness import Tally, model_and_data, run_child
+from toy import make_config, metrics
 
 MEMORY_BYTES = 8 << 20  # between the quarters: the allocator's noise is below it, 8 KB a step of 2,000 steps is above
 OBJECTS_A_STEP = 0.5
@@ -24,8 +23,7 @@ STEPS = {"sft": (2000, 160), "rlaif": (500, 40)}  # full, fast
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
-    model = ending_model(tiny.write_tiny(folder / "tiny"), folder / "model")
-    data = write_problems(folder / "problems.jsonl", n=64)
+    model, data = model_and_data(folder, n=64)
     return [long_run(stage, full, model, data, folder) for stage in STEPS]
 
 

@@ -4,7 +4,6 @@ A step that meets one must leave weights and optimizer bitwise as they were and 
 with what to try. What is saved is finite, and what was saved before is intact.
 """
 import contextlib
-import io
 import itertools
 import json
 import math
@@ -12,10 +11,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from harness import Tally
+from harness import Tally, heard, model_and_data
 from safetensors.torch import load_file
-from tiny import write_tiny
-from toy import ending_model, make_config, metrics, same_tensors, write_problems
+from toy import make_config, metrics, same_tensors
 
 from minimath.config.schema import RLAIFConfig, SFTConfig
 from minimath.core.checkpoint import list_checkpoints, verify
@@ -44,9 +42,7 @@ PLACES = {sft: ("loss", "loss and gradient", "gradient", "logits"),
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
-    model = ending_model(write_tiny(folder / "tiny"), folder / "model")
-    data = write_problems(folder / "problems.jsonl", n=12)
-    number = itertools.count()
+    (model, data), number = model_and_data(folder, n=12), itertools.count()
 
     def train(loop, hooks, **options) -> Trained:
         own = {"model": model, "data": data, "out": str(folder / f"run{next(number)}"), **COMMON,
@@ -68,7 +64,7 @@ class Trained:
 
 def train_with(loop, options: dict, hooks) -> Trained:
     """Train with hooks(trained) -> patches; every optimizer step is looked at."""
-    trained, output = Trained(options["out"]), io.StringIO()
+    trained = Trained(options["out"])
     cfg = make_config(SFTConfig if loop is sft else RLAIFConfig, **options)
     real, at_lr = optim.clip_and_step, trainer.lr_at
 
@@ -87,16 +83,13 @@ def train_with(loop, options: dict, hooks) -> Trained:
 
     patches = [mock.patch.object(optim, "clip_and_step", clip_and_step),
                mock.patch.object(trainer, "lr_at", step_begins)]
-    with contextlib.ExitStack() as stack, contextlib.redirect_stdout(output):
+    with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
         for patch in hooks(trained):  # after the others, so that they come first
             stack.enter_context(patch)
-        try:
-            (sft.sft if loop is sft else rlaif.rlaif)(cfg)
-        except UserError as error:
-            trained.error = str(error)
-    trained.said = output.getvalue()
+        trained.said, error = heard(lambda: (sft.sft if loop is sft else rlaif.rlaif)(cfg), UserError)
+    trained.error = str(error or "")
     return trained
 
 

@@ -5,7 +5,6 @@ decode step of more rows, than it has room for. After three halvings a run stops
 judges itself gives the same votes in smaller passes.
 """
 import contextlib
-import io
 import itertools
 import json
 import re
@@ -13,9 +12,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from harness import Tally
-from tiny import write_tiny
-from toy import adapter, ending_model, make_config, metrics, write_problems
+from harness import Tally, heard, model_and_data
+from toy import adapter, make_config, metrics
 
 from minimath.config.schema import RLAIFConfig, SFTConfig
 from minimath.core.checkpoint import list_checkpoints, verify
@@ -110,25 +108,20 @@ class Memory:
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
-    model = ending_model(write_tiny(folder / "tiny"), folder / "model")
-    data = write_problems(folder / "problems.jsonl", n=24)
-    number = itertools.count()
+    (model, data), number = model_and_data(folder), itertools.count()
 
     def train(loop, memory: Memory, out: Path | None = None, alone: bool = False, **options) -> Memory:
         """alone: no prompt is shared in an update."""
-        memory.folder, output = out or folder / f"run{next(number)}", io.StringIO()
+        memory.folder = out or folder / f"run{next(number)}"
         cfg = make_config(SFTConfig if loop is sft else RLAIFConfig, model, data=data, out=str(memory.folder),
                           **COMMON | OPTIONS[loop] | options)
-        with contextlib.ExitStack() as stack, contextlib.redirect_stdout(output):
+        with contextlib.ExitStack() as stack:
             for patch in memory.patches(loop):
                 stack.enter_context(patch)
             if alone:
                 stack.enter_context(mock.patch.object(prefix, "LEAST_SAVED", 2.0))
-            try:
-                (sft.sft if loop is sft else rlaif.rlaif)(cfg)
-            except (UserError, RuntimeError) as error:
-                memory.error = error
-        memory.said = output.getvalue()
+            memory.said, memory.error = heard(lambda: (sft.sft if loop is sft else rlaif.rlaif)(cfg), UserError,
+                                              RuntimeError)
         return memory
 
     return [*halved(full, train), learned(full, train), stopped(full, train), rollouts_halved(full, train),

@@ -14,10 +14,10 @@ from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 
-from forks import beside, last_line
+from forks import beside
 from harness import Tally
 from judge_server import Handler, says
-from killing import Kill, fixed_options, open_forks, resume_differs
+from killing import Kill, fixed_options, one_variant, open_forks, second_forks
 
 from minimath.judges.cache import FILE, reply_key
 
@@ -46,20 +46,16 @@ VARIANTS = {
     "canaries": {"judge_canary_every": 3},
     "8-bit Adam and NF4": {"optimizer": "adamw8bit", "lora_r": 160, "quant": "nf4"},
 }
+FAST = {"judge openai": [[Kill("reply kept", 4, 2)]], "curriculum": [[Kill("stepped", 4)]]}  # of 6 steps
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
-    fixed = fixed_options(folder)
+    fixed = fixed_options(folder) | BASE | ({} if full else {"steps": 6, "save_every": 2})
     paid = Tally("resume RLAIF, no kept reply of the judge is paid for twice")
-    with open_forks(folder, hash_seed=1) as train, stand_in() as server:
-        if not full:
-            fast = {"steps": 6, "save_every": 2}
-            cases = {"judge openai": [[Kill("reply kept", 4, 2)]], "curriculum": [[Kill("stepped", 4)]]}
-            return [*(one_variant(train, train, server, folder, fixed | BASE | fast | VARIANTS[name], name, kills, paid)
-                      for name, kills in cases.items()), paid]
-        with open_forks(folder, hash_seed=2) as again:
-            return [*(one_variant(train, again, server, folder, fixed | BASE | options, name, kills_of(name), paid)
-                      for name, options in VARIANTS.items()), paid]
+    with open_forks(folder, hash_seed=1) as train, second_forks(full, folder, train) as again, stand_in() as server:
+        cases = {name: kills_of(name) for name in VARIANTS} if full else FAST
+        return [*(resumed((train, again), server, folder, fixed, name, kills, paid) for name, kills in cases.items()),
+                paid]
 
 
 def kills_of(name: str) -> list[list[Kill]]:
@@ -86,32 +82,22 @@ def allowed(name: str, kill: Kill) -> bool:
     return not (name == "reward paper" and kill.moment == "judging")
 
 
-def one_variant(train, again, server, folder: Path, options: dict, name: str, cases: list[list[Kill]],
-                paid: Tally) -> Tally:
-    """One unbroken run, and one run for each list of kills."""
-    tally, whole = Tally(f"resume RLAIF, {name}"), folder / f"{name} whole"
-    asks = options["judge"] == "openai"
-    options = options | ({"judge_url": server.url} if asks else {})
-    forget(server)
-    if status := train("rlaif", whole, None, **options):
-        tally.add(False, f"the unbroken run ended with status {status}: {last_line(whole)}")
-        return tally
-    for number, kills in enumerate(cases):
-        out = folder / f"{name} {number}"
-        asked = []
-        lost = sum(kill.moment == "reply" for kill in kills)
+def resumed(forks, server, folder: Path, fixed: dict, name: str, cases: list[list[Kill]], paid: Tally) -> Tally:
+    """The tally of one variant; what it paid for twice goes to `paid`."""
+    tally, options = Tally(f"resume RLAIF, {name}"), fixed | VARIANTS[name]
+    if options["judge"] != "openai":
+        return one_variant(tally, forks, "rlaif", folder, cases, options)
+
+    @contextlib.contextmanager
+    def watch(run: Path, kills: list[Kill]):
+        lost, asked = sum(kill.moment == "reply" for kill in kills), []
         forget(server, fickle=not lost)  # a reply that came and was not kept is asked for again
-
-        def died(out=out, asked=asked):
-            asked.append((kept_keys(beside(out, "cache") / "judge"), len(server.seen)))
-
-        words = resume_differs(train, again, "rlaif", whole, out, kills, died=died, **options)
-        at_kill = f"killed at {' and '.join(map(str, kills))}"
-        tally.add(not words, f"{at_kill}: {words}")
-        if asks:
+        yield lambda: asked.append((kept_keys(beside(run, "cache") / "judge"), len(server.seen)))
+        if kills:
             words = paid_twice(server, asked, allowed=lost * options["judge_concurrency"])
-            paid.add(not words, f"{name}, {at_kill}: {words}")
-    return tally
+            paid.add(not words, f"{name}, killed at {' and '.join(map(str, kills))}: {words}")
+
+    return one_variant(tally, forks, "rlaif", folder, cases, options | {"judge_url": server.url}, watch)
 
 
 # ---- an endpoint that counts

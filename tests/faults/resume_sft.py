@@ -5,9 +5,8 @@ states, loop state) and the tokens of every batch, also those of the steps that 
 """
 from pathlib import Path
 
-from forks import last_line
 from harness import Tally
-from killing import Kill, fixed_options, open_forks, resume_differs
+from killing import Kill, fixed_options, one_variant, open_forks, second_forks
 
 STEPS = 20
 KILLS = (1, 7, 10, 13, 19)
@@ -27,18 +26,14 @@ VARIANTS = {
     "evaluation and samples": {"eval_every": 3, "eval_limit": 2, "sample_every": 1},
     "fp16 with its loss scale": {"dtype": "fp16"},
 }
+FAST = {"plain": [[Kill("stepped", 7)]], "packing, accumulation, 8-bit Adam and NF4": [[Kill("half a checkpoint", 7)]]}
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
     fixed = fixed_options(folder)
-    with open_forks(folder, hash_seed=1) as train:
-        if not full:
-            cases = {"plain": [[Kill("stepped", 7)]],
-                     "packing, accumulation, 8-bit Adam and NF4": [[Kill("half a checkpoint", 7)]]}
-            return [one_variant(train, train, folder, fixed, name, kills) for name, kills in cases.items()]
-        with open_forks(folder, hash_seed=2) as again:
-            return [one_variant(train, again, folder, fixed, name, kills_of(number))
-                    for number, name in enumerate(VARIANTS)]
+    with open_forks(folder, hash_seed=1) as train, second_forks(full, folder, train) as again:
+        cases = FAST if not full else {name: kills_of(number) for number, name in enumerate(VARIANTS)}
+        return [resumed((train, again), folder, fixed, name, kills) for name, kills in cases.items()]
 
 
 def kills_of(number: int) -> list[list[Kill]]:
@@ -54,19 +49,13 @@ def kills_of(number: int) -> list[list[Kill]]:
     return [*alone, chain, [Kill("ending", 1)], *evaluated]
 
 
-def one_variant(train, again, folder: Path, fixed: dict, name: str, cases: list[list[Kill]]) -> Tally:
-    """One unbroken run, and one run for each list of kills."""
-    tally, options = Tally(f"resume SFT, {name}"), fixed | BASE | VARIANTS[name]
-    if name == "evaluation and samples":
+def resumed(forks, folder: Path, fixed: dict, name: str, cases: list[list[Kill]]) -> Tally:
+    """The tally of one variant."""
+    options = fixed | BASE | VARIANTS[name]
+    if "eval_every" in options:
         options["eval_data"] = fixed["data"]
-    whole = folder / f"{name} whole"
-    if status := train("sft", whole, None, **options):
-        tally.add(False, f"the unbroken run ended with status {status}: {last_line(whole)}")
-        return tally
-    saved = whole / "checkpoints" / f"step-{STEPS:06d}" / "optimizer.safetensors"
+    tally = one_variant(Tally(f"resume SFT, {name}"), forks, "sft", folder, cases, options)
+    saved = folder / f"{tally.case} whole" / "checkpoints" / f"step-{STEPS:06d}" / "optimizer.safetensors"
     if "8bit" in options.get("optimizer", "") and b'"U8"' not in saved.read_bytes():
         tally.add(False, "the state of the 8-bit optimiser is not in 8 bits: nothing is tried here")
-    for number, kills in enumerate(cases):
-        words = resume_differs(train, again, "sft", whole, folder / f"{name} {number}", kills, **options)
-        tally.add(not words, f"killed at {' and '.join(map(str, kills))}: {words}")
     return tally

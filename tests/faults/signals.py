@@ -13,10 +13,10 @@ import threading
 from pathlib import Path
 
 from forks import beside, last_line, open_forks, words_of, wrap
-from harness import Tally
+from harness import Tally, model_and_data
 from killing import records
-from tiny import write_tiny
-from toy import ending_model, write_problems
+
+from minimath.core.checkpoint import list_checkpoints, verify
 
 LATEST_S = 0.02  # a signal comes at most this long after its phase began
 PHASES = ("load", "data", "forward", "backward", "step", "rollout", "judge", "eval", "save")
@@ -38,8 +38,7 @@ FAST = (("forward", "SIGTERM"), ("rollout", "SIGINT"), ("backward", "stop file")
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
-    data = write_problems(folder / "problems.jsonl", n=12)
-    shared = SHARED | {"model": ending_model(write_tiny(folder / "tiny"), folder / "model"), "data": data}
+    shared = SHARED | dict(zip(("model", "data"), model_and_data(folder, n=12), strict=True))
     with open_forks(folder, "signals") as fork:
         runs = Runs(folder, shared, fork)
         if not full:
@@ -47,7 +46,7 @@ def run(full: bool, folder: Path) -> list[Tally]:
             for phase, cause in FAST:
                 runs.stop(first, phase, cause, number=0, resume=False)
             second = Tally("signals: a second one")
-            runs.stop_at_once(second, "save", "SIGTERM", number=0, resume=False)
+            runs.stop(second, "save", "SIGTERM", number=0, second=True, resume=False)
             return [first, second]
         tallies = []
         for phase in PHASES:
@@ -57,7 +56,7 @@ def run(full: bool, folder: Path) -> list[Tally]:
                     runs.stop(tallies[-1], phase, cause, number)
             tallies.append(Tally(f"signals: a second one in {phase}"))
             for number, cause in enumerate(("SIGINT", "SIGTERM") * 2):
-                runs.stop_at_once(tallies[-1], phase, cause, number)
+                runs.stop(tallies[-1], phase, cause, number, second=True)
         return [*tallies, whole_recipe(folder, shared, fork)]
 
 
@@ -80,44 +79,31 @@ class Runs:
             raise RuntimeError(f"{kind} without a signal ended with status {status}: {last_line(out)}")
         return out
 
-    def begin(self, phase: str, cause: str, number: int, second: bool) -> tuple[str, Path, int]:
-        """(kind, run folder, exit status) of a run with an alarm in a phase; number: of the try."""
+    def stop(self, tally: Tally, phase: str, cause: str, number: int, second=False, resume=True) -> None:
+        """A run with an alarm in a phase, by a second signal at once; number: of the try."""
         kinds, rng = KINDS.get(phase, ("sft", "rlaif")), random.Random(f"{phase} {cause} {number}")
         kind, self.count = kinds[number % len(kinds)], self.count + 1
         out = self.folder / f"run{self.count}"
         late = 0.0 if second or cause == "stop file" or number < 5 else rng.uniform(0, LATEST_S)
         most = {"load": 1, "data": 1, "judge": 3}.get(phase, 4)
         alarm = {"phase": phase, "nth": rng.randint(1, most), "cause": cause, "late": late, "second": second}
-        return kind, out, self.fork(self.words(kind, out), out, alarm)
-
-    def stop(self, tally: Tally, phase: str, cause: str, number: int, resume: bool = True) -> None:
-        kind, out, status = self.begin(phase, cause, number, second=False)
-        expected = {STATUS[cause]} | ({-signal.SIGTERM} if (phase, cause) == ("data", "SIGTERM") else set())
-        if status not in expected:  # in the data phase SIGTERM's default action may end it; a shell shows 143 too
-            wrong = f"it ended with status {status}: {last_line(out)}"
-        else:
-            wrong = not_stopped_well(out, kind) or (self.resumed_differs(kind, out) if resume else "")
-        self.note(tally, out, f"{kind}, try {number}", wrong)
-
-    def stop_at_once(self, tally: Tally, phase: str, cause: str, number: int, resume: bool = True) -> None:
-        kind, out, status = self.begin(phase, cause, number, second=True)
-        if status not in (STATUS[cause], *([-signal.SIGTERM] if phase == "data" else [])):
+        status = self.fork(self.words(kind, out), out, alarm)
+        # in the data phase SIGTERM's default action may end it; a shell shows 143 too
+        if status not in (STATUS[cause], *([-signal.SIGTERM] if (phase, cause) == ("data", "SIGTERM") else [])):
             wrong = f"it ended with status {status}: {last_line(out)}"
         elif beside(out, "went on").exists():
             wrong = "it went on after the second signal"
         else:
-            wrong = damaged(out) or (self.resumed_differs(kind, out) if resume else "")
-        self.note(tally, out, f"{kind}, {cause}, try {number}", wrong)
+            wrong = damaged(out) if second else not_stopped_well(out, kind)
+        tally.add(not (wrong := wrong or (self.resumed_differs(kind, out) if resume else "")),
+                  f"{kind}, {cause}, try {number}: {wrong}")
+        shutil.rmtree(out, ignore_errors=True)
 
     def resumed_differs(self, kind: str, out: Path) -> str:
         held = any((out / name).exists() for name in ("config.yaml", "checkpoints"))
         words = self.words(kind, out, **({"resume": "true"} if held else {}))
         status = self.fork(words, out)
         return f"resumed, it ended with status {status}: {last_line(out)}" if status else differs(self.whole(kind), out)
-
-    def note(self, tally: Tally, out: Path, what: str, wrong: str) -> None:
-        tally.add(not wrong, f"{what}: {wrong}")
-        shutil.rmtree(out, ignore_errors=True)
 
 
 def not_stopped_well(out: Path, kind: str) -> str:
@@ -128,7 +114,6 @@ def not_stopped_well(out: Path, kind: str) -> str:
         return f"it went on for {done - at} steps"
     if wrong := damaged(out):
         return wrong
-    from minimath.core.checkpoint import list_checkpoints
     newest = list_checkpoints(out)[:1]
     kept = json.loads((newest[0] / "state.json").read_text())["done"] if newest else 0
     if kind != "eval" and kept != done:
@@ -146,7 +131,6 @@ def steps_of(run: Path) -> int:
 
 def damaged(out: Path) -> str:
     """What of the saved does not verify."""
-    from minimath.core.checkpoint import list_checkpoints, verify
     folders = [*list_checkpoints(out), *([out / "adapter"] if (out / "adapter").exists() else [])]
     return "; ".join(f"{folder.name}: {problem}" for folder in folders for problem in verify(folder)[:1])
 
