@@ -27,9 +27,9 @@ def group_advantages(rewards, *, scale: str = "group", valid=None) -> torch.Tens
       rloo: r_i - mean of the others = n / (n - 1) (r_i - mean)   (leave-one-out baseline, which keeps the gradient
         unbiased: Kool et al. 2019; Ahmadian et al., arXiv 2402.14740); 0 for a group of one
 
-    rewards (P, G) and valid (P, G) bool, as tensors or nested lists; -> (P, G) fp32. Rows with valid False
-    (masked, truncated) enter neither mean nor deviation and get 0. Groups whose valid rewards are all equal
-    get exact zeros: there is nothing to learn from them. """
+    rewards (P, G) and valid (P, G) bool, as tensors or nested lists; -> (P, G) fp32. Rows with valid False enter
+    neither mean nor deviation and get 0. Groups whose valid rewards are all equal get exact zeros.
+    """
     rewards = torch.as_tensor(rewards, dtype=torch.float64)                              # (P, G)
     valid = torch.ones_like(rewards) if valid is None else torch.as_tensor(valid).to(rewards)
     count = valid.sum(1, keepdim=True).clamp(min=1)                                      # (P, 1)

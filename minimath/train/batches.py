@@ -34,8 +34,8 @@ class SolutionBatch:
 class PolicyBatch:
     """The samples of one rollout that are trained on. Of several processes each computes every world-th group.
 
-    A sample of advantage 0 stays: it has no policy gradient, but it counts in the divisors, the KL and the entropy.
-    Per-token values are lists of (n_i,) tensors, one per row of this process.
+    A sample of advantage 0 counts in the divisors, the KL and the entropy. Per-token values are lists of (n_i,)
+    tensors, one per row of this process.
     """
 
     def __init__(self, policy: Policy, cfg: RLAIFConfig, groups: list[Group]):
@@ -54,9 +54,7 @@ class PolicyBatch:
         self.weight = [torch.full((lengths[i],), weights[i]) for i in own]
         self.sampled_logp = [torch.tensor(s.logp) for s in self.samples]
         self.full_logp = [torch.tensor(s.full_logp or s.logp) for s in self.samples]
-        self.old_logp: list[torch.Tensor] | None = None
-        self.ref_logp: list[torch.Tensor] | None = None
-        self.seq_log_ratio: list[torch.Tensor] | None = None
+        self.old_logp = self.ref_logp = self.seq_log_ratio = None  # or lists of tensors, as the loss needs them
 
     def micro_batches(self, most: int) -> Iterator[tuple[list[int], dict]]:
         return in_step(self.policy.model, forward_batches(self.policy, self.rows, self.group_of, most))

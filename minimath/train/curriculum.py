@@ -1,9 +1,8 @@
 """Which problems a step of RL draws: in the order of the data, or where there is something to learn.
 
-A group teaches only when it holds correct and wrong samples (its advantages are 0 otherwise). With curriculum=none the
-draws are batch.stream_indices. With curriculum=learnable a running solve rate per problem decides: draws are without
-replacement in a step, in proportion to the chance that the next group holds both correct and wrong samples
-(`chance_of_both`; 1 - 2 / (G + 1) when never drawn). Solve rates are kept in both cases: a resume may switch it on.
+A group teaches only when it holds correct and wrong samples. With curriculum=learnable a running solve rate per problem
+decides: draws are without replacement in a step, in proportion to the chance that the next group holds both
+(`chance_of_both`). Solve rates are kept in both cases: a resume may switch it on.
 """
 from typing import NamedTuple
 
@@ -46,8 +45,7 @@ class ProblemSampler:
         return drawn
 
     def weighted(self, ready: list[int], count: int) -> list[int]:
-        """`count` of the ready problems without replacement, by weight: the smallest of -log(u) / w (Efraimidis and
-        Spirakis 2006), u seeded by (seed, cursor)."""
+        """`count` of the ready problems by weight: the smallest of -log(u) / w (Efraimidis and Spirakis 2006)."""
         weights = np.array([chance_of_both(*self.counts.get(i, (0.0, 0.0)), self.group_size) for i in ready])
         u = np.random.default_rng([self.seed, self.cursor]).random(len(ready))
         order = np.argsort(-np.log1p(-u) / weights, kind="stable")  # 1 - u is in (0, 1]
@@ -78,8 +76,8 @@ class ProblemSampler:
 def chance_of_both(correct: float, seen: float, group: int) -> float:
     """Return the chance that a group holds correct and wrong samples, when `correct` of `seen` were so far.
 
-    The solve rate is Beta(1 + correct, 1 + wrong) then (uniform before anything is seen), so that the chance of all
-    correct is prod_k (1 + correct + k) / (2 + seen + k), k = 0 .. group - 1, that of all wrong likewise: beta-binomial.
+    The solve rate is Beta(1 + correct, 1 + wrong), so that of all correct is the beta-binomial prod_k (1 + correct + k)
+    / (2 + seen + k), k = 0 .. group - 1, that of all wrong likewise.
     """
     k = np.arange(group)
     every, none = ((1 + n + k) / (2 + seen + k) for n in (correct, seen - correct))

@@ -13,14 +13,8 @@ from minimath.kernels import TokenStats
 
 
 def nll_loss(trained_tokens: int):
-    """Return the negative log-likelihood over the trained tokens of the global step, for SFT.
-
-    The result is loss_fn(stats (C,), rows (C,)) -> (C,): -logp / trained_tokens.
-    """
-    def loss_fn(stats: TokenStats, rows: torch.Tensor) -> torch.Tensor:  # (C,), (C,) -> (C,)
-        return -stats.logp / trained_tokens
-
-    return loss_fn
+    """Return the negative log-likelihood over the trained tokens of the global step, as linear_token_loss takes it."""
+    return lambda stats, rows: -stats.logp / trained_tokens  # (C,), (C,) -> (C,)
 
 
 class PolicyRows(NamedTuple):
@@ -60,9 +54,7 @@ def policy_loss(data: PolicyRows, options: LossOptions):
       gspo: the clip on the sequence's ratio s = exp(mean_t(logp - old_logp)), with the token form
         s_t = sg(s) exp(logp - sg(logp))   (arXiv 2507.18071 eq. 7, 13-14; see `clip_hint`)
     Added: kl_coef times `kl_term`, and -entropy_coef H. Policy term and KL are expectations over the sampler's tokens:
-    both are multiplied by `importance_weight`. Strictly on-policy the ratio is 1 and the clips idle.
-
-    The result is loss_fn(stats (C,), rows (C,)) -> (C,), already multiplied by data.weight.
+    both are multiplied by `importance_weight`. Returns loss_fn(stats (C,), rows (C,)) -> (C,), times data.weight.
     """
     low, high = options.clip_low, options.clip_high
 
@@ -91,11 +83,7 @@ def policy_loss(data: PolicyRows, options: LossOptions):
 
 
 def clip_hint(cfg: RLAIFConfig) -> str:
-    """Say what to change where the clip can hardly bite; "" when there is nothing to say.
-
-    gspo's ratio is that of a mean over the completion's tokens and stays near 1; its paper clips at 3e-4 and 4e-4
-    (arXiv 2507.18071 section 5).
-    """
+    """Say what to change where the clip can hardly bite (arXiv 2507.18071 section 5), or ""."""
     loss = cfg.loss
     if loss.name != "gspo" or cfg.on_policy() or max(loss.clip_low, loss.clip_high) <= 0.02:
         return ""
@@ -106,9 +94,8 @@ def clip_hint(cfg: RLAIFConfig) -> str:
 def importance_weight(log_ratio: torch.Tensor, cap: float) -> torch.Tensor:
     """Weigh tokens that another distribution drew than the policy that trains: min(w, cap), without gradient.
 
-    log_ratio = old_logp - sampled_logp (C,), w = exp(log_ratio): other rounding or another engine, top-p or min-p,
-    older weights. cap 0: every weight is 1. Truncated importance sampling: Ionides 2008; for two engines, Yao et al.
-    2025.
+    log_ratio = old_logp - sampled_logp (C,), w = exp(log_ratio): other rounding, another engine, top-p, older weights.
+    cap 0: every weight is 1. Truncated importance sampling: Ionides 2008; for two engines, Yao et al. 2025.
     """
     weight = torch.exp(log_ratio.detach())
     return weight.clamp(max=cap) if cap else torch.ones_like(weight)
@@ -118,10 +105,8 @@ def kl_term(logp: torch.Tensor, ref_logp: torch.Tensor, ratio: torch.Tensor) -> 
     """Estimate KL(policy || reference) at the sampled tokens (C,): ratio * (exp(d) - d - 1), d = ref_logp - logp.
 
     ratio = exp(logp - old_logp) with its gradient: the expectation over the old policy's tokens is the KL for every
-    policy, so its gradient is the KL's; on-policy it is (logp - ref_logp) d logp (DeepSeek-V3.2, arXiv 2512.02556
-    eq. 7). k3 without the ratio, as GRPO was published, has the gradient of KL(reference || policy) (Tang and Munos
-    2025, arXiv 2506.09477). How a token changes the KL of the tokens behind it is left out, as everywhere in this
-    field.
+    policy, so its gradient is the KL's (DeepSeek-V3.2, arXiv 2512.02556 eq. 7). k3 without the ratio, as GRPO was
+    published, has the gradient of KL(reference || policy) (Tang and Munos 2025, arXiv 2506.09477).
     """
     distance = ref_logp - logp
     return ratio * (torch.exp(distance) - distance - 1)

@@ -12,8 +12,7 @@ ENGINE_METRICS = ("max_num_seqs", "seq_fill", "weights")
 
 
 def rollout_metrics(kept: list[Group], seen: list[Group], engine) -> dict:
-    """Metrics of a step's rollouts: groups with a signal, and all that were sampled. Token figures are over all
-    samples, correct or wrong."""
+    """Metrics of a step's rollouts: groups with a signal, and all that were sampled."""
     samples = [sample for group in seen for sample in group.samples]
     correct = [sample.tokens for sample in samples if sample.correct]
     of_engine = engine.metrics()
@@ -31,8 +30,8 @@ def token_metrics(options: LossOptions, rows: PolicyRows, stats, full_logp: torc
                   trained: torch.Tensor) -> dict[str, float]:
     """Sum over the trained tokens of a micro-batch: stats (N,), full_logp (N,), trained (N,) bool.
 
-    policy/off_policy: tokens whose probability in this forward is beyond [0.9, 1.1] of that in the rollout, both before
-    any truncation of the sampler. policy/reweighted: tokens whose importance weight was cut to the cap.
+    policy/off_policy: tokens whose probability is beyond [0.9, 1.1] of that in the rollout, both before top-p and the
+    like. policy/reweighted: tokens whose importance weight was cut to the cap.
     """
     logp, sampled = stats.logp[trained], rows.sampled_logp[trained]
     old = logp if rows.old_logp is None else rows.old_logp[trained]

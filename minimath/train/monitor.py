@@ -1,7 +1,7 @@
-"""The signs of a collapse, in plain words.
+"""The signs of a collapse, in plain words, each said once with what to do about it.
 
 Long RL runs of small models usually end in a collapse (steps 60 to 600), and its signs show before the accuracy falls:
-entropy dwindles, completions run long, the solve rate leaves its best. Each is said once, with what to do about it.
+entropy dwindles, completions run long, the solve rate leaves its best.
 """
 import math
 import statistics
@@ -41,12 +41,10 @@ class CollapseMonitor:
     """Compares the last WINDOW steps with the first ones. A resumed run says what an unbroken one says."""
 
     def __init__(self):
-        self.steps, self.best = 0, 0.0
-        self.first: dict[str, list] = {name: [] for name in WATCHED}
-        self.last: dict[str, list] = {name: [] for name in WATCHED}
+        self.history: dict[str, list[float]] = {name: [] for name in WATCHED}
+        self.canaries: list[dict] = []
+        self.best = 0.0  # greatest solve rate of a window
         self.said: list[str] = []
-        self.canary_first: list[dict] = []
-        self.canary_last: list[dict] = []
 
     def check(self, metrics: dict) -> list[str]:
         """Take in the metrics of a step (one without an update has no entropy); new warnings, each kind once a run.
@@ -58,46 +56,39 @@ class CollapseMonitor:
         for name, metric in WATCHED.items():
             value = metrics.get(metric)
             if value is not None and math.isfinite(value):
-                if len(self.first[name]) < WINDOW:
-                    self.first[name].append(value)
-                self.last[name] = [*self.last[name], value][-WINDOW:]
-        self.steps += 1
-        found = {"canary": self.canary_warning(metrics)}
-        now = means(self.last)
-        if self.steps >= WINDOW:
+                self.history[name].append(value)
+        steps, start, now = len(self.history["problems"]), self.means(slice(WINDOW)), self.means(slice(-WINDOW, None))
+        problems = sum(self.history["problems"][-WINDOW:])
+        found = {"canary": self.canary_warning(metrics, now["correct"], problems)}
+        if steps >= WINDOW:
             self.best = max(self.best, now["correct"])
             found |= {"cut": cut_warning(now)}
-        if self.steps >= 2 * WINDOW:
-            start = means(self.first)
+        if steps >= 2 * WINDOW:
             found |= {"entropy": entropy_warning(start, now), "length": length_warning(start, now),
-                      "fall": fall_warning(self.best, now, sum(self.last["problems"]))}
+                      "fall": fall_warning(self.best, now, problems)}
         new = {kind: text for kind, text in found.items() if text and kind not in self.said}
         self.said += new
         return list(new.values())
 
-    def canary_warning(self, metrics: dict) -> str:
+    def means(self, window: slice) -> dict[str, float]:
+        return {name: statistics.fmean(values[window]) for name, values in self.history.items() if values}
+
+    def canary_warning(self, metrics: dict, correct: float, problems: int) -> str:
         """Take in the rollout canary of a step, if it has one, and compare the newest pairs with the first ones.
 
-        There are at least CANARY_PAIRS of each.
-
-        A pair counts as one trial, which a judge with soft votes or two orders that disagree does not even need.
+        There are at least CANARY_PAIRS of each. A pair counts as one trial, which a judge with soft votes or two orders
+        that disagree does not even need.
         """
         wins = metrics.get("canary/rollout_worse_wins")
         if wins is None:
             return ""
         # a pair without one of its votes is not counted, without both it is taken off twice: never too many
         pairs = max(1, metrics["canary/rollout_pairs"] - metrics.get("canary/rollout_no_votes", 0))
-        canary = {"pairs": pairs, "wins": wins, "correct": statistics.fmean(self.last["correct"]),
-                  "problems": sum(self.last["problems"])}
-        if pairs_of(self.canary_first) < CANARY_PAIRS:
-            self.canary_first.append(canary)
-            newest = self.canary_first
-        else:
-            self.canary_last.append(canary)
-            while pairs_of(self.canary_last[1:]) >= CANARY_PAIRS:
-                del self.canary_last[0]
-            newest = self.canary_last
-        return "" if pairs_of(newest) < CANARY_PAIRS else gap_warning(self.canary_first, newest)
+        self.canaries.append({"pairs": pairs, "wins": wins, "correct": correct, "problems": problems})
+        first = enough_pairs(self.canaries)
+        later = self.canaries[len(first):]
+        newest = enough_pairs(later[::-1])[::-1] if later else first
+        return gap_warning(first, newest) if newest else ""
 
     def state_dict(self) -> dict:
         return dict(vars(self))
@@ -106,24 +97,25 @@ class CollapseMonitor:
         vars(self).update(state)
 
 
-def means(values: dict[str, list]) -> dict[str, float]:
-    return {name: statistics.fmean(each) for name, each in values.items() if each}
+def enough_pairs(canaries: list[dict]) -> list[dict]:
+    """The shortest head of a list of canaries that holds CANARY_PAIRS pairs; [] when all of it does not."""
+    sizes = range(1, len(canaries) + 1)
+    return next((canaries[:n] for n in sizes if pairs_of(canaries[:n]) >= CANARY_PAIRS), [])
 
 
 def entropy_warning(start: dict, now: dict) -> str:
     if "entropy" not in now or now["entropy"] >= ENTROPY_LEFT * start["entropy"]:
         return ""
-    return (f"entropy collapse: it fell from {start['entropy']:.3g} to {now['entropy']:.3g} nats a token since the run "
-            "began, so the completions of a group become one text and nothing is left to choose from. Lower lr, "
-            "raise clip_high, or set entropy_coef=0.001; the best checkpoint is kept")
+    return (f"entropy collapse: it fell from {start['entropy']:.3g} to {now['entropy']:.3g} nats a token, so the "
+            "completions of a group become one text. Lower lr, raise clip_high, or set entropy_coef=0.001; the best "
+            "checkpoint is kept")
 
 
 def length_warning(start: dict, now: dict) -> str:
-    grown = now["tokens"] >= LENGTH_GROWN * start["tokens"]
-    if not grown or now["correct"] > start["correct"] + MORE_CORRECT:
+    if now["tokens"] < LENGTH_GROWN * start["tokens"] or now["correct"] > start["correct"] + MORE_CORRECT:
         return ""
-    return (f"length is running away: completions grew from {start['tokens']:.0f} to {now['tokens']:.0f} "
-            f"tokens, but {100 * now['correct']:.0f}% are correct, {100 * start['correct']:.0f}% were at first. Raise "
+    return (f"length is running away: completions grew from {start['tokens']:.0f} to {now['tokens']:.0f} tokens, but "
+            f"{100 * now['correct']:.0f}% are correct, {100 * start['correct']:.0f}% were at first. Raise "
             "brevity_weight, use overlong=penalty, or look at what the judge likes about long ones")
 
 
@@ -150,8 +142,8 @@ def pairs_of(canaries: list[dict]) -> int:
 
 def gap_warning(first: list[dict], newest: list[dict]) -> str:
     """first, newest: windows of canaries; the same one while there is no other."""
-    n, before = pairs_of(newest), mean_wins(first)
-    wins, pairs = mean_wins(newest), n * pairs_of(first) / (n + pairs_of(first))
+    n, before, wins = pairs_of(newest), mean_wins(first), mean_wins(newest)
+    pairs = n * pairs_of(first) / (n + pairs_of(first))
     correct, correct_before = (statistics.fmean(c["correct"] for c in window) for window in (newest, first))
     mean = (wins + before) / 2
     risen = wins - before > max(CANARY_RISE, CANARY_SIGMAS * (mean * (1 - mean) / pairs) ** 0.5)
@@ -162,9 +154,9 @@ def gap_warning(first: list[dict], newest: list[dict]) -> str:
     rising = risen and correct - correct_before <= max(MORE_CORRECT, noise)
     if not (fooled or rising):
         return ""
-    change, then = "", ""
-    if newest is not first:
-        change, then = f" ({100 * before:.0f}% of the first {pairs_of(first)})", f" ({100 * correct_before:.0f}% then)"
+    change, then = f" ({100 * before:.0f}% of the first {pairs_of(first)})", f" ({100 * correct_before:.0f}% then)"
+    if newest is first:
+        change = then = ""
     meaning = ("the policy is learning to please the judge rather than to be correct" if rising else
                "the judge prefers wrong solutions, and a policy that is paid by it will learn to write them")
     return (f"the canary gap opens: judged against correct completions, wrong ones win {100 * wins:.0f}% of the last "

@@ -15,17 +15,16 @@ BEAR_ON_MEMORY = ("micro_batch_tokens", "model", "device", "dtype", "quant", "at
 class MicroBatchBudget:
     """How many tokens a forward pass may have. Halved when memory runs out, and kept so for the rest of the run."""
 
-    def __init__(self, cfg, say: Callable[[str], None]):
-        self.cfg, self.say = cfg, say
+    def __init__(self, cfg, params, say: Callable[[str], None]):
+        self.cfg, self.params, self.say = cfg, params, say
         self.micro_batch_tokens, self.halved = cfg.optimizer.micro_batch_tokens, 0
 
-    def retry_on_oom(self, work: Callable[[int], object], lengths: list[int], params=()):
+    def retry_on_oom(self, work: Callable[[int], object], lengths: list[int]):
         """work(micro_batch_tokens); when memory runs out, all of it again with half of them.
 
-        The gradient of what was done is cleared and the random generators are set back, so the result is that of a step
-        which began with fewer tokens: the same, as losses are divided by the tokens of the whole step. lengths: tokens
-        of each row. Raises UserError, with the settings to try, after MOST_HALVINGS in a run, or when a single row does
-        not fit.
+        The gradient is cleared and the random generators are set back: the result is that of a step which
+        began with fewer tokens. lengths: tokens of each row. Raises UserError, with the settings to try, after
+        MOST_HALVINGS in a run, or when a single row does not fit.
         """
         generators = rng_state()
         while True:
@@ -35,10 +34,9 @@ class MicroBatchBudget:
                 if not is_out_of_memory(error):
                     raise
                 if self.cfg.model.shard:  # the others are in the midst of a pass that needs this process's weights
-                    raise UserError(f"out of memory, with shard=true: try {settings_to_try(self.cfg)}, then "
-                                    "resume=true") from error
+                    raise UserError(f"out of memory: try {settings_to_try(self.cfg)}, then resume=true") from error
             # only here, where the exception no longer holds the activations of the failed pass
-            for param in params:
+            for param in self.params:
                 param.grad = None
             restore_rng(*generators)
             if torch.cuda.is_available():
@@ -48,10 +46,9 @@ class MicroBatchBudget:
     def _halve(self, lengths: list[int]) -> None:
         most = min(self.micro_batch_tokens, sum(lengths))  # a pass that held the whole step held no more
         if self.halved >= MOST_HALVINGS or most <= max(lengths):
-            tried = f"{self.halved} halvings" if self.halved else "no halving"
-            raise UserError(f"out of memory: {tried} of micro_batch_tokens made a step fit (now "
-                            f"{self.micro_batch_tokens}; the longest of its rows has {max(lengths)} tokens). Try "
-                            f"{settings_to_try(self.cfg)}, then resume=true")
+            raise UserError(f"out of memory with micro_batch_tokens={self.micro_batch_tokens}, after {self.halved} "
+                            f"halvings; the longest row has {max(lengths)} tokens. Try {settings_to_try(self.cfg)}, "
+                            "then resume=true")
         self.micro_batch_tokens, self.halved = most // 2, self.halved + 1
         self.say(f"out of memory with {most} tokens in a forward pass: going on with micro_batch_tokens={most // 2}, "
                  "which gives the same gradient in smaller pieces")

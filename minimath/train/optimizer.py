@@ -16,8 +16,7 @@ from minimath.core.state import optimizer_state, restore_optimizer
 from minimath.models.policy import Policy
 from minimath.train.oom import MicroBatchBudget
 
-BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit",
-                "paged_adamw32bit": "PagedAdamW32bit"}
+BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit", "paged_adamw32bit": "PagedAdamW32bit"}
 BAD_STEPS = 3  # non-finite steps in a row that end a run
 
 Closure = Callable[[list[int], dict], tuple[torch.Tensor, dict[str, float]]]
@@ -34,7 +33,8 @@ class Optimizer:
         self.params = policy.params
         self.inner = make_optimizer(self.params, cfg.optimizer)
         self.scale = LossScale(policy.model)
-        self.budget = MicroBatchBudget(cfg, say)
+        self.budget = MicroBatchBudget(cfg, self.params, say)
+        self.retry_on_oom = self.budget.retry_on_oom
         self.lr = cfg.optimizer.lr  # of the next step; the trainer follows the schedule
         self.bad = self.skipped = 0  # steps that were not finite: in a row, and of the run
         self.taken = 0  # steps since the last commit
@@ -44,10 +44,10 @@ class Optimizer:
     def step(self, batch, loss_of_micro_batch: Closure) -> dict:
         """Take one step of the loss summed over the micro-batches of `batch`; returns the metrics.
 
-        batch: has `lengths`, the tokens of the rows that this process computes, and `micro_batches(most)`, which yields
-        (indices, tensors) of at most `most` tokens. loss_of_micro_batch(indices, tensors) -> (loss (), metrics): both
-        are sums over the rows, already divided by what the whole step is divided by. A step whose loss or gradient is
-        not finite changes no weight; UserError after BAD_STEPS of them in a row.
+        batch: has `lengths`, the tokens of this process's rows, and `micro_batches(most)`, which yields (indices,
+        tensors) of at most `most` tokens. loss_of_micro_batch(indices, tensors) -> (loss (), metrics): sums over the
+        rows, already divided by what the whole step is divided by. A step whose loss or gradient is not finite changes
+        no weight; UserError after BAD_STEPS of them in a row.
         """
         def forward_backward(micro_batch_tokens: int) -> dict:
             totals: dict[str, float] = {}
@@ -58,8 +58,7 @@ class Optimizer:
                     totals[name] = totals.get(name, 0.0) + value
             return totals
 
-        totals = self.retry_on_oom(forward_backward, batch.lengths)
-        totals = dist.all_reduce_sum(totals)
+        totals = dist.all_reduce_sum(self.retry_on_oom(forward_backward, batch.lengths))
         dist.all_reduce_gradients(self.params)
         norm, stepped = clip_and_step(self.inner, self.params, self.options.max_grad_norm, self.lr,
                                       scale=self.scale.value, loss=totals["loss"])
@@ -72,10 +71,6 @@ class Optimizer:
             return self._count(math.nan, False, math.nan)
         return {"optim/lr": self.lr, "optim/skipped": self.skipped}
 
-    def retry_on_oom(self, work: Callable[[int], object], lengths: list[int]):
-        """work(micro_batch_tokens), again with fewer of them when memory runs out. Raises UserError."""
-        return self.budget.retry_on_oom(work, lengths, self.params)
-
     def _count(self, norm: float, stepped: bool, loss: float) -> dict:
         """Metrics of a step. An overflow of the fp16 loss scale is no bad step; it can't spoil the loss."""
         overflow = math.isfinite(loss) and self.scale.update(stepped)
@@ -83,8 +78,8 @@ class Optimizer:
         self.skipped += not stepped
         if self.bad >= BAD_STEPS:
             raise UserError(f"loss or gradient was not finite in {self.bad} steps in a row; they changed no weight and "
-                            "earlier checkpoints are intact: try a lower lr, dtype=bf16 or fp32 instead of fp16, a "
-                            "longer warmup, then resume=true")
+                            "earlier checkpoints are intact: try a lower lr, dtype=bf16 or fp32, a longer warmup, then "
+                            "resume=true")
         if self.bad:
             self.say(f"loss or gradient is not finite, no weight was changed ({self.bad} such in a row; {BAD_STEPS} "
                      "end the run)")
@@ -119,8 +114,7 @@ class Optimizer:
 
 
 def make_optimizer(params: Iterable[torch.nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
-    """AdamW over the parameters that require a gradient; vectors (biases, DoRA magnitudes) get no weight
-    decay.
+    """AdamW over what requires a gradient; vectors (biases, DoRA magnitudes) get no weight decay.
 
     Raises UserError when nothing is trainable or bitsandbytes is needed and missing.
     """
@@ -131,32 +125,23 @@ def make_optimizer(params: Iterable[torch.nn.Parameter], options: OptimizerOptio
     groups = [{"params": group, "weight_decay": decay}
               for group, decay in ((matrices, options.weight_decay), (vectors, 0.0)) if group]
     adam = {"lr": options.lr, "betas": (0.9, 0.999), "eps": 1e-8}
-    if options.name == "adamw":
-        # An adapter is hundreds of small tensors: a step over 420 of them took 0.24 s in the default loop and
-        # 0.003 s fused (2 CPU cores).
-        fused = all(p.device.type in ("cpu", "cuda") for p in trained)
-        return torch.optim.AdamW(groups, fused=fused, **adam)
-    return getattr(import_bitsandbytes(options.name).optim, BITSANDBYTES[options.name])(groups, **adam)
-
-
-def import_bitsandbytes(optimizer: str):
-    """The bitsandbytes module, or UserError that says what to use instead."""
+    if options.name == "adamw":  # over 420 small tensors a step takes 0.24 s in the default loop, 0.003 s fused
+        return torch.optim.AdamW(groups, fused=all(p.device.type in ("cpu", "cuda") for p in trained), **adam)
     try:
-        import bitsandbytes
+        from bitsandbytes import optim
     except (ImportError, OSError, RuntimeError) as error:  # without its native library: the latter
-        raise UserError(f"optimizer={optimizer} needs bitsandbytes, which can't be imported ({error}); "
-                        "use optimizer=adamw, or: pip install bitsandbytes") from None
-    return bitsandbytes
+        raise UserError(f"optimizer={options.name} needs bitsandbytes, which can't be imported ({error}); use "
+                        "optimizer=adamw, or: pip install bitsandbytes") from None
+    return getattr(optim, BITSANDBYTES[options.name])(groups, **adam)
 
 
 def lr_at(step: int, total_steps: int, *, lr: float, schedule: str, warmup: float) -> float:
     """Return the learning rate of step 0 .. total_steps - 1.
 
-    warmup below 1 is a share of the steps, from 1 on a number of them. Warm-up starts at lr / steps, not at 0, and the
-    decay reaches 0 one step after the last, so that no step is spent at rate 0.
+    warmup below 1 is a share of the steps, from 1 on a number of them. No step is spent at rate 0: warm-up starts at
+    lr / steps, and the decay reaches 0 one step after the last.
     """
-    warmup_steps = math.ceil(warmup * total_steps - 1e-9) if warmup < 1 else round(warmup)
-    warmup_steps = min(warmup_steps, total_steps)
+    warmup_steps = min(total_steps, math.ceil(warmup * total_steps - 1e-9) if warmup < 1 else round(warmup))
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     if schedule == "constant":
@@ -168,15 +153,12 @@ def lr_at(step: int, total_steps: int, *, lr: float, schedule: str, warmup: floa
 @torch.no_grad()
 def clip_and_step(optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Parameter],
                   max_grad_norm: float, lr: float, scale: float = 1.0, loss: float = 0.0) -> tuple[float, bool]:
-    """Clip the gradients to max_grad_norm (0: no clipping), step with rate lr, and clear the gradients.
+    """Clip the gradients to max_grad_norm, if it is above 0, step with rate lr, and clear the gradients.
 
     scale: what the loss was multiplied by (LossScale); the gradients are divided by it first. loss: its value, since
-    one that is not finite can have a finite gradient, which means nothing.
-
-    Returns (gradient norm before clipping, NaN when the loss is not finite; whether a step was taken). With a
-    non-finite norm, or no gradient at all, weights and optimiser state stay bitwise as they were; the gradients are
-    cleared all the same, since NaN added to would stay NaN. The norm is accumulated in fp32. Raises UserError when
-    memory is too small for the optimiser's state.
+    one that is not finite can have a finite gradient, which means nothing. Returns (fp32 gradient norm before clipping,
+    NaN when the loss is not finite; whether a step was taken): with a non-finite norm, or no gradient, weights and
+    optimiser state stay bitwise as they were. Raises UserError when memory is too small for the optimiser's state.
     """
     params = list(params)
     grads = [p.grad for p in params if p.grad is not None]
@@ -203,8 +185,8 @@ def clip_and_step(optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Pa
 class LossScale:
     """Dynamic loss scaling for fp16 (Micikevicius et al. 2017, arXiv 1710.03740); 1 for every other dtype.
 
-    Activation gradients below 6e-8 vanish in fp16, so the loss is multiplied by `value` before backward. A
-    step that overflows halves it; 500 good steps in a row double it.
+    Activation gradients below 6e-8 vanish in fp16, so the loss is multiplied by `value` before backward. A step that
+    overflows halves it; 500 good steps in a row double it.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -224,11 +206,10 @@ class LossScale:
 
 @torch.no_grad()
 def check_finite(params: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Raise UserError when a weight or a number of the optimiser's state is NaN or infinite: called before a
-    checkpoint, so that none that can't be gone on with takes the place of a good one."""
+    """Raise UserError for a NaN or infinity in what a checkpoint would hold: it must not replace a good one."""
     tensors = [*params, *(value for state in optimizer.state.values() for value in state.values()
                           if torch.is_tensor(value) and value.is_floating_point())]
     if not math.isfinite(float(torch.nn.utils.get_total_norm([t for t in tensors if t.numel()], math.inf))):
         raise UserError("the adapter's weights or the optimiser's state hold NaN or infinities, so they are not saved; "
-                        "checkpoints from before are intact: try a lower lr, max_grad_norm=1, dtype=bf16 or fp32, then "
-                        "resume=true, which goes on from the newest of them")
+                        "earlier checkpoints are intact: try a lower lr, max_grad_norm=1, dtype=bf16 or fp32, then "
+                        "resume=true")

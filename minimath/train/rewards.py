@@ -29,16 +29,15 @@ class Reward:
         self.options, self.max_new_tokens = options, max_new_tokens
 
     def score(self, groups: list[Group]) -> None:
-        """Set reward, win and parts of all samples. Process 0 does it, since a judge's call costs and a user's function
-        may throw dice; all get its result."""
-        if dist.is_main():
+        """Set reward, win and parts of all samples."""
+        if dist.is_main():  # a judge's call costs, and a user's function may throw dice; all get its result
             self.judge(groups)
             for group in groups:
                 self.score_group(group)
         scored = dist.broadcast([[(s.reward, s.win, s.parts) for s in group.samples] for group in groups])
         for group, values in zip(groups, scored, strict=True):
-            for sample, (reward, win, parts) in zip(group.samples, values, strict=True):
-                sample.reward, sample.win, sample.parts = reward, win, parts
+            for sample, of_sample in zip(group.samples, values, strict=True):
+                sample.reward, sample.win, sample.parts = of_sample
 
     def judge(self, groups: list[Group]) -> None:
         """Set the win probabilities of all groups side by side; only some rewards have a judge."""
@@ -63,9 +62,9 @@ class Reward:
 class JudgeReward(Reward):
     """R_i = c_i (1 + judge_weight (2 w_i - 1) + brevity_weight l_i) + format_weight f_i.
 
-    c_i in {0, 1}: correct; w_i in [0, 1]: mean win probability over the other correct samples (no vote: its term is
-    left out, as for w_i = 1/2); l_i in [-1, 1]: `brevity`; f_i in {0, 1}: `format_score`. The bounds of the weights
-    keep every correct sample above every wrong one, whatever the judge says.
+    c_i in {0, 1}: correct; w_i in [0, 1]: mean win probability over the other correct samples (no vote: 1/2); l_i in
+    [-1, 1]: `brevity`; f_i in {0, 1}: `format_score`. The bounds of the weights keep every correct sample above every
+    wrong one, whatever the judge says.
     """
 
     def __init__(self, options: RewardOptions, max_new_tokens: int, judge: Judge | None):
@@ -82,12 +81,11 @@ class JudgeReward(Reward):
                 sample.win = win
 
     def rewards(self, group: Group) -> list[float]:
-        short = brevity(group.samples)
-        for sample, length in zip(group.samples, short, strict=True):
+        for sample, length in zip(group.samples, brevity(group.samples), strict=True):
             sample.parts = {"judge": sample.win, "brevity": length, "format": format_score(sample.text)}
         rewards = [self.reward_of(sample) for sample in group.samples]
-        best_wrong = max((r for r, s in zip(rewards, group.samples, strict=True) if not s.correct), default=-math.inf)
-        assert all(r > best_wrong for r, s in zip(rewards, group.samples, strict=True) if s.correct), rewards
+        of_wrong = [r for r, s in zip(rewards, group.samples, strict=True) if not s.correct]
+        assert all(r > max(of_wrong, default=-math.inf) for r, s in zip(rewards, group.samples) if s.correct), rewards
         return rewards
 
     def reward_of(self, sample: Sample) -> float:
@@ -116,19 +114,15 @@ class JudgeReward(Reward):
 class PaperReward(Reward):
     """R_i = format_i + cosine_i + length_i: the paper's stage 2, without a judge.
 
-    As published, a correct sample that is the longest of its group (0.1 - 0.5) can get less than a wrong one that is
-    well formatted (1 - 0.1): a sum keeps no order by itself. `JudgeReward` does.
+    As published, a long correct sample (0.1 - 0.5) can get less than a well-formed wrong one (1 - 0.1).
     """
 
     def rewards(self, group: Group) -> list[float]:
         tokens, correct = [s.tokens for s in group.samples], [s.correct for s in group.samples]
-        rows = zip(group.samples, cosine_reward(tokens, correct, max_tokens=self.max_new_tokens),
-                   length_reward(tokens, correct), strict=True)
-        rewards = []
-        for sample, cosine, length in rows:
+        cosines = cosine_reward(tokens, correct, max_tokens=self.max_new_tokens)
+        for sample, cosine, length in zip(group.samples, cosines, length_reward(tokens, correct), strict=True):
             sample.parts = {"format": format_score(sample.text), "cosine": cosine, "length": length}
-            rewards.append(sum(sample.parts.values()))
-        return rewards
+        return [sum(sample.parts.values()) for sample in group.samples]
 
 
 class HookReward(Reward):
@@ -153,7 +147,7 @@ class HookReward(Reward):
 
 
 def training_judge(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]) -> Judge | None:
-    """Make the judge that the reward asks, tried before any long work; None where none is asked. Raises UserError."""
+    """Make the judge that the reward asks, or None, and try it before any long work. Raises UserError."""
     if not cfg.uses_judge():
         return None
     judge = make_judge(cfg.judge, policy, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, say=say)
@@ -171,8 +165,7 @@ def make_reward(cfg: RLAIFConfig, judge: Judge | None) -> Reward:
 
 
 def part_metrics(groups: list[Group]) -> dict:
-    """Means of the parts over the samples; of the judge's win probabilities, whose mean is 1/2 in any group, the mean
-    distance of the best from the worst."""
+    """Means of the parts; of the judge's wins, whose mean is 1/2 in any group, the distance of best and worst."""
     metrics = {}
     for name in dict.fromkeys(name for group in groups for sample in group.samples for name in sample.parts):
         rows = [[v for s in group.samples if (v := s.parts.get(name)) is not None] for group in groups]
@@ -185,34 +178,29 @@ def part_metrics(groups: list[Group]) -> dict:
 # ---- the parts
 
 def format_score(text: str) -> float:
-    """Return 1.0 when the text shows a complete, non-empty \\boxed{...}, else 0.0.
-
-    For models that close their reasoning with </think>, the box must stand before it, as the paper's format reward
-    asks: the decoding stops there.
-    """
+    """Return 1.0 when the text shows a complete, non-empty \\boxed{...}, before </think> if there is one, else 0.0."""
     return float(extract_answer(text.partition("</think>")[0], strict=True) is not None)
 
 
 def brevity(samples: list[Sample]) -> list[float]:
     """Score the correct samples by length: l_i = 1 - 2 (n_i - min) / (max - min), the shortest +1, the longest -1.
 
-    0.0 for wrong ones (brevity of a wrong answer is worth nothing) and when all are equally long.
+    0.0 for wrong ones and when all are equally long.
     """
     lengths = [s.tokens for s in samples if s.correct]
-    if not lengths or min(lengths) == max(lengths):
+    low, high = min(lengths, default=0), max(lengths, default=0)
+    if low == high:
         return [0.0] * len(samples)
-    low, high = min(lengths), max(lengths)
     return [1.0 - 2.0 * (s.tokens - low) / (high - low) if s.correct else 0.0 for s in samples]
 
 
 def cosine_reward(tokens: list[int], correct: list[bool], *, max_tokens: int, correct_range=(0.1, 1.0),
                   wrong_range=(-1.0, -0.1)) -> list[float]:
-    """Score accuracy as a cosine over length.
+    """Score accuracy as a cosine over length (arXiv 2502.03373).
 
-    With t = min(1, n / max_tokens), a correct sample gets low + (high - low) (1 + cos(pi t)) / 2 over
-    correct_range (short is best), a wrong one high + (low - high) (1 + cos(pi t)) / 2 over wrong_range (short
-    is worst: giving up early must not pay). The default ranges are the paper's, whose max_tokens was 30,000,
-    counted in characters. Source: "Demystifying Long Chain-of-Thought Reasoning", arXiv 2502.03373.
+    With t = min(1, n / max_tokens), a correct sample gets low + (high - low) (1 + cos(pi t)) / 2 over correct_range, a
+    wrong one high + (low - high) (1 + cos(pi t)) / 2 over wrong_range: giving up early must not pay. The ranges are the
+    paper's, whose max_tokens was 30,000, counted in characters.
     """
     rewards = []
     for n, ok in zip(tokens, correct, strict=True):
@@ -225,8 +213,8 @@ def cosine_reward(tokens: list[int], correct: list[bool], *, max_tokens: int, co
 def length_reward(tokens: list[int], correct: list[bool]) -> list[float]:
     """Score length as Kimi k1.5 does (arXiv 2501.12599).
 
-    lambda_i = 1/2 - (n_i - min) / (max - min) over the whole group, correct and wrong; a correct sample gets lambda_i,
-    a wrong one min(0, lambda_i). 0.0 when all are equally long.
+    lambda_i = 1/2 - (n_i - min) / (max - min) over the whole group; a correct sample gets lambda_i, a wrong one
+    min(0, lambda_i). 0.0 when all are equally long.
     """
     low, high = min(tokens, default=0), max(tokens, default=0)
     if low == high:
@@ -245,12 +233,10 @@ def overlong_penalty(tokens: list[int], max_new_tokens: int) -> list[float]:
 
 
 def penalised(rewards: list[float], correct: list[bool], penalty: list[float]) -> list[float]:
-    """Add penalties so that correct still beats wrong.
+    """Add penalties so that correct still beats wrong: as DAPO adds them, giving up would beat finishing late.
 
     R_i + p_i for wrong samples; R_i + p_i min(1, gap / 2) for correct ones, where gap >= 0 is the least correct reward
-    less the greatest wrong one. Unbounded (as DAPO adds it) a long correct answer of reward 0.6 would fall to -0.4,
-    below a short wrong one: the policy would learn that giving up beats finishing. Bounded by half the gap it stays
-    above every wrong one; without a wrong one in the group the penalty is whole.
+    less the greatest wrong one. Without a wrong one in the group the penalty is whole.
     """
     wrong = [r for r, ok in zip(rewards, correct, strict=True) if not ok]
     lowest = min((r for r, ok in zip(rewards, correct, strict=True) if ok), default=0.0)

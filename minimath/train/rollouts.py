@@ -34,11 +34,7 @@ def encode_problems(cfg: RLAIFConfig, policy: Policy, examples: list[Example], r
 
 
 def sample_groups(engine, verifier: Verifier, drawn: list[Problem], group_size: int) -> list[Group]:
-    """Sample and verify group_size completions of each problem. Several processes take a share each, and hold all
-    groups afterwards.
-
-    The random stream of a sample depends on the draw's place in the run and on its own number, not on the batch.
-    """
+    """Sample and verify group_size completions of each problem; processes take a share each, and get all groups."""
     mine = dist.shard(drawn)
     sampled = engine.generate([p.prompt for p in mine], group_size, keys=[p.key for p in mine])
     groups = [Group(p.example, p.prompt, samples) for p, samples in zip(mine, sampled, strict=True)]

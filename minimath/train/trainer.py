@@ -6,10 +6,10 @@
             step.log(trainer.optimizer.step(batch, closure))
     return trainer.summary()
 
-Asking for the next step commits the last one: counter, random numbers and tracked states are taken over, its metrics
-are written, it is saved and evaluated when due. `steps` ends on a stop signal or at the deadline. An exception inside
-the block gives up what was not committed, random numbers too (a user's verifier may throw dice), saves the last commit
-if no checkpoint has it, and goes on; Interrupted ends the block as its own end would.
+Asking for the next step commits the last one: random numbers and tracked states are taken over, its metrics are
+written, it is saved and evaluated when due. `steps` ends on a stop signal or at the deadline. An exception inside the
+block gives up what was not committed, random numbers too (a user's verifier may throw dice), saves the last commit if
+no checkpoint has it, and goes on; Interrupted ends the block as its own end would.
 """
 import contextlib
 import copy
@@ -21,15 +21,7 @@ import torch
 from minimath.config.load import config_text, plain_values
 from minimath.config.options import options_of
 from minimath.config.schema import DataOptions, EvalConfig
-from minimath.core import dist, interrupt
-from minimath.core.checkpoint import (
-    best_checkpoint,
-    checkpoint_folder,
-    load_checkpoint,
-    save_adapter,
-    save_checkpoint,
-    verify,
-)
+from minimath.core import checkpoint, dist, interrupt
 from minimath.core.errors import Interrupted, UserError
 from minimath.core.files import read_json
 from minimath.core.log import RunLog, truncate_metrics
@@ -81,8 +73,7 @@ class Trainer:
             raise UserError(fault)
         self.held_out = load_held_out(cfg)
         self.tracked: dict[str, object] = {}
-        self.done = self.saved = 0  # steps committed; steps that the newest checkpoint has
-        self.total = 0
+        self.done = self.saved = self.total = 0  # steps committed, in the newest checkpoint, wanted
         self.best = -1.0  # score of the best evaluation
         self.owed = False  # an evaluation was interrupted: the run that goes on begins with it
         self.interrupted_by = 0
@@ -104,18 +95,17 @@ class Trainer:
         return self
 
     def __exit__(self, kind, error, trace) -> bool:
+        ends_well = error is None or isinstance(error, Interrupted)
         with self._stack:
-            if isinstance(error, Interrupted):
+            if isinstance(error, Exception):
                 self._roll_back()
-                self.log.say("the step was interrupted and is not counted")
-            elif isinstance(error, Exception):
-                self._roll_back()
-                self._rescue()
-                return False
-            elif error is not None:
-                return False
-            self._finish()
-        return True
+                if ends_well:
+                    self.log.say("the step was interrupted and is not counted")
+                else:
+                    self._rescue()
+            if ends_well:
+                self._finish()
+        return ends_well
 
     def track(self, **objects) -> None:
         """Keep the state of objects with state_dict / load_state_dict in the checkpoints."""
@@ -135,7 +125,7 @@ class Trainer:
                 self._save(best=True)
             while self.done < total and not self._ends(deadline):
                 step = Step(self.done + 1, self.log)
-                # seeded by the step, so that dropout after a resume is what it would have been
+                # by the step, so that dropout after a resume is what it would have been
                 torch.manual_seed(stream_seed(cfg.run.seed, self.done) + dist.rank())
                 self.optimizer.lr = lr_at(self.done, total, lr=cfg.optimizer.lr, schedule=cfg.optimizer.lr_schedule,
                                           warmup=cfg.optimizer.warmup)
@@ -180,7 +170,7 @@ class Trainer:
     # ---- commit, save, resume
 
     def _commit_state(self) -> None:
-        """Take the states as they are: what is saved and what an interrupted step goes back to."""
+        """Take the states as they are: what is saved, and what an interrupted step goes back to."""
         self.optimizer.commit()
         self._state = copy.deepcopy({name: each.state_dict() for name, each in self.tracked.items()})
         self._rng = rng_state()
@@ -193,26 +183,25 @@ class Trainer:
             self.done = self.saved
 
     def _save(self, best: bool = False) -> None:
-        """Save in the middle of a run. A checkpoint that can't be written is said, and the run goes on: hours of
-        training need not end where the next save may work."""
+        """Save in the middle of a run. A checkpoint that can't be written is said: the next save may work."""
         check_finite(self.policy.params, self.optimizer.inner)
         try:
             self._write(best)
         except UserError as error:
-            on_disk = best_checkpoint(self.log.run_dir)
-            self.best = -1.0 if on_disk is None or verify(on_disk) else read_json(on_disk / "state.json")["best"]
+            saved = checkpoint.best_checkpoint(self.log.run_dir)
+            self.best = -1.0 if saved is None or checkpoint.verify(saved) else read_json(saved / "state.json")["best"]
             self.log.say(f"step {self.done} is not saved; the run goes on, and tries again at the next save: {error}")
 
     def _write(self, best: bool = False) -> None:
         state = {"done": self.done, "best": self.best, "owed": self.owed, "config": plain_values(self.cfg),
                  "tracked": self._state}
-        save_checkpoint(self.log.run_dir, self.done, model=self.policy.model, optimizer=self.optimizer.inner,
-                        state=state, keep=KEPT, best=best)
+        checkpoint.save_checkpoint(self.log.run_dir, self.done, model=self.policy.model, state=state, keep=KEPT,
+                                   optimizer=self.optimizer.inner, best=best)
         self.saved = self.done
 
     def _rescue(self) -> None:
         """After an exception: save the steps done, unless a sound checkpoint has them."""
-        if not self.done or not verify(checkpoint_folder(self.log.run_dir, self.done)):
+        if not self.done or not checkpoint.verify(checkpoint.checkpoint_folder(self.log.run_dir, self.done)):
             return
         try:
             check_finite(self.policy.params, self.optimizer.inner)
@@ -227,7 +216,7 @@ class Trainer:
         if self.done > self.saved:
             self._write()
         self.interrupted_by = interrupt.requested()
-        adapter = save_adapter(self.policy.model, self.log.run_dir / ADAPTER)
+        adapter = checkpoint.save_adapter(self.policy.model, self.log.run_dir / ADAPTER)
         if self.done < self.total:
             self.log.say(f"{interrupt.reason()}: stopped after step {self.done} of {self.total}; go on with "
                          f"out={self.log.run_dir} resume=true")
@@ -235,11 +224,11 @@ class Trainer:
 
     def _resume(self) -> None:
         """Load the newest sound checkpoint; say what changed in the options; drop metrics of lost steps."""
-        state = load_checkpoint(self.log.run_dir, model=self.policy.model, optimizer=self.optimizer.inner)
+        state = checkpoint.load_checkpoint(self.log.run_dir, model=self.policy.model, optimizer=self.optimizer.inner)
         self.done = self.saved = state["done"] if state else 0
         if dist.all_reduce_max(self.done) > self.done:
-            raise UserError(f"process {dist.rank()} found {self.done} steps in {self.log.run_dir}, another one found "
-                            "more: all machines need the same run folder, on a drive that they share")
+            raise UserError(f"process {dist.rank()} found {self.done} steps in {self.log.run_dir}, another one more: "
+                            "all machines need the same run folder, on a drive that they share")
         truncate_metrics(self.log.run_dir, self.done)
         if state is None:
             self.log.say("no checkpoint yet: starting from step 0")
@@ -248,9 +237,9 @@ class Trainer:
         for name, each in self.tracked.items():
             if name in state["tracked"]:
                 each.load_state_dict(state["tracked"][name])
-        now, before = plain_values(self.cfg), state["config"]
-        changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now
-                   if before.get(k) != now[k] and k not in ("resume", "out")]
+        before = state["config"]
+        changed = [f"{name} {before.get(name)} -> {value}" for name, value in plain_values(self.cfg).items()
+                   if before.get(name) != value and name not in ("resume", "out")]
         if changed:
             self.log.say("options changed since the checkpoint: " + ", ".join(changed))
         self.log.say(f"resumed after step {self.done}")
@@ -273,9 +262,9 @@ def beside_bar(metrics: dict) -> dict:
 def load_held_out(cfg) -> list:
     """Load the problems evaluated during training, or []. Raises UserError if they are asked for without data."""
     own = cfg.evaluation
-    if own.eval_every and not own.eval_data:
-        raise UserError("eval_every needs held-out problems: set eval_data=, or eval_every=0")
     if not own.eval_data:
+        if own.eval_every:
+            raise UserError("eval_every needs held-out problems: set eval_data=, or eval_every=0")
         return []
     options = DataOptions(source=own.eval_data, split="test", limit=own.eval_limit, strict=cfg.data.strict)
     return load_examples(options, need=("answer",))[0]
