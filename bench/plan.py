@@ -1,4 +1,4 @@
-"""What minimath plan predicts against what training and sampling really hold, on a CPU.
+"""Compare what minimath plan predicts with what training and sampling really hold.
 
     python -m bench.plan                  # all settings, five minutes of a core
     python -m bench.plan --only nf4       # those with the word in their name; of the others the last result stays
@@ -73,7 +73,7 @@ SETTINGS = {  # name: (family, stage, options)
 
 
 class SeesInside(Live):
-    """Live that follows bitsandbytes' 4-bit product to what it makes inside: the scales and the matrix."""
+    """Live that also sees the scales and the matrix of bitsandbytes' 4-bit product."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if str(func) != "bitsandbytes.gemm_4bit.default":
@@ -118,8 +118,10 @@ def row(length: int, prompt: int = 1) -> Encoded:
 
 
 def one_step(cfg, policy: Policy, update) -> tuple[int, int]:
-    """(bytes of model, optimizer and gradients; the most that came and went above them) of a step that is not the
-    first. update(optimizer) takes it."""
+    """Measure a step that is not the first; update(optimizer) takes it.
+
+    Returns bytes of model, optimizer and gradients; the most that came and went above them.
+    """
     model_size = model_bytes(policy.model)
     with SeesInside() as live:
         optimizer = Optimizer(policy, cfg, print)
@@ -165,7 +167,7 @@ COME_AND_GO = ("activations", "weights copied for decoding", "keys and values", 
 
 
 def predict(cfg, stage: str) -> tuple[int, int]:
-    """(bytes that stay, peak above them) as the plan adds them up."""
+    """Return bytes that stay and the peak above them, as the plan adds them up."""
     planner = Planner(cfg.model.name, "cpu")
     if stage == "rollout":
         rows = planner.rollout(cfg, cfg, cfg.engine.max_num_seqs, card=1 << 40)

@@ -1,4 +1,4 @@
-"""How far a merged model is from the live adapter: next-token distributions on the live adapter's own completions."""
+"""Measure how far a merged model is from the live adapter, on its own completions."""
 import contextlib
 import random
 from pathlib import Path
@@ -19,7 +19,7 @@ LONGEST_PROMPT = 1024  # tokens; longer problems are left out of the measurement
 
 
 class Drift(NamedTuple):
-    """Of `tokens` next-token distributions: how far the merged model's are from the live adapter's."""
+    """How far next-token distributions moved from the live to the merged model."""
     kl: float         # mean KL(live || merged), nats
     worst: float      # largest |change| of the log-prob of live's greedy token, nats
     agreement: float  # share where both have the same greedy token
@@ -31,9 +31,10 @@ class Drift(NamedTuple):
 
 
 def drift_texts(policy: Policy, cfg: EvalConfig, count: int) -> tuple[list[tuple[list[int], list[int]]], str]:
-    """([(prompt ids, completion ids)], where the `count` problems are from): the live adapter's greedy completions.
+    """Write the live adapter's greedy completions of `count` problems.
 
-    The problems are those of cfg.data, else made ones. Raises UserError when no prompt is short enough.
+    Returns ([(prompt ids, completion ids)], where the problems are from). The problems are those of cfg.data, else made
+    ones. Raises UserError when no prompt is short enough.
     """
     problems, path = [], cfg.data.source
     if path and Path(path).exists():
@@ -52,7 +53,7 @@ def drift_texts(policy: Policy, cfg: EvalConfig, count: int) -> tuple[list[tuple
 
 
 def completion_logits(model, texts) -> list[torch.Tensor]:
-    """Logits (C, V), fp32 on the CPU, from which each token of each completion is drawn."""
+    """Compute the logits that each token of the completions is drawn from, (C, V) fp32."""
     out, base = [], base_causal_lm(model)
     with inference(model), compute_dtype(model):
         for prompt, completion in texts:
@@ -63,7 +64,7 @@ def completion_logits(model, texts) -> list[torch.Tensor]:
 
 
 def compare(live: list[torch.Tensor], merged: list[torch.Tensor]) -> Drift:
-    """Drift from lists of logits (C, V), text by text in float64: fp32 alone would show 1e-7 where nothing changed."""
+    """Compare lists of logits, (C, V) each, in float64: fp32 alone would show 1e-7."""
     kl, worst, same, tokens = 0.0, 0.0, 0, 0
     for before, after in zip(live, merged, strict=True):
         p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
@@ -76,7 +77,7 @@ def compare(live: list[torch.Tensor], merged: list[torch.Tensor]) -> Drift:
 
 
 def nf4_drift(cfg: EvalConfig, texts, merged: list[torch.Tensor]) -> str:
-    """Say how far the merged model is from the 4-bit one that was trained: larger, and no reason to refuse."""
+    """Say how far the merged model is from the 4-bit one: no reason to refuse."""
     try:
         found = compare(completion_logits(load_policy(cfg.replace(quant="nf4"), train=False).model, texts), merged)
     except (UserError, RuntimeError) as error:

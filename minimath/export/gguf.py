@@ -1,8 +1,8 @@
-"""A causal LM as a GGUF file with a Modelfile, for llama.cpp and Ollama. Families: llama, mistral, qwen2, qwen3.
+"""Write a causal LM as a GGUF file with a Modelfile, for llama.cpp and Ollama.
 
-The package gguf (extra demo) has the file format, the types and the tensors' names. What it lacks, which weights turn
-round, how words are cut and the numbers of the header, is here as in llama.cpp's convert_hf_to_gguf.py. Every other
-family goes through that script where one is found.
+Families: llama, mistral, qwen2, qwen3. The package gguf (extra demo) has the file format, the types and the tensors'
+names. What it lacks, which weights turn round, how words are cut and the numbers of the header, is here as in
+llama.cpp's convert_hf_to_gguf.py. Every other family goes through that script where one is found.
 """
 import contextlib
 import json
@@ -37,7 +37,7 @@ PRE_TOKENIZERS = {  # the regex that cuts text into words -> the name by which l
 # ---- what can be written
 
 def find_writer(config, tokenizer) -> Path | None:
-    """llama.cpp's script for the model, None where minimath writes it. Raises UserError when neither can."""
+    """Find llama.cpp's script for the model; None: minimath writes it. UserError."""
     if not (why_not := reason_against(config, tokenizer)):
         return None
     place = Path(os.environ["LLAMA_CPP"]) if os.environ.get("LLAMA_CPP") else None
@@ -52,7 +52,7 @@ def find_writer(config, tokenizer) -> Path | None:
 
 
 def reason_against(config, tokenizer) -> str:
-    """Why this module can't write the model; "" when it can."""
+    """Say why this module can't write the model; "" when it can."""
     if config.model_type not in ARCHITECTURES:
         return f"minimath writes GGUF of {', '.join(ARCHITECTURES)} models, not of {config.model_type}"
     if config.hidden_act != "silu":
@@ -76,7 +76,7 @@ def head_dim_of(config) -> int:
 
 
 def pre_tokenizer(tokenizer) -> str:
-    """llama.cpp's name of how the tokenizer cuts text into words, before byte pairs are merged.
+    """Find llama.cpp's name of how the tokenizer cuts text into words.
 
     Raises ValueError when there is none: a wrong name gives other tokens than in training, without any message.
     """
@@ -101,7 +101,7 @@ def pre_tokenizer(tokenizer) -> str:
 # ---- rounding, as the file will hold it
 
 def type_of(weight: torch.Tensor, kind: str) -> gguf.GGMLQuantizationType:
-    """The type that `weight` gets in a file of gguf_type=kind: vectors stay fp32, as llama.cpp wants them."""
+    """Choose the type of `weight` in the file; llama.cpp wants vectors in fp32."""
     types = gguf.GGMLQuantizationType
     if weight.dim() == 1:
         return types.F32
@@ -109,7 +109,7 @@ def type_of(weight: torch.Tensor, kind: str) -> gguf.GGMLQuantizationType:
 
 
 def quantised(weight: torch.Tensor, type_: gguf.GGMLQuantizationType) -> np.ndarray:
-    """A weight (fp32 or narrower) as its bytes in the file. Raises UserError for a number too large for the type."""
+    """Convert a weight to its bytes in the file. UserError: a number is too large."""
     with np.errstate(over="ignore"):
         out = gguf.quants.quantize(weight.detach().float().cpu().numpy(), type_)
     if out.dtype == np.float16 and not np.isfinite(out).all():
@@ -118,7 +118,7 @@ def quantised(weight: torch.Tensor, type_: gguf.GGMLQuantizationType) -> np.ndar
 
 
 def round_as_gguf(model, kind: str) -> None:
-    """Replace every weight by what a file of gguf_type=kind will hold; writing it again changes nothing."""
+    """Replace every weight by what the file will hold; a second time changes nothing."""
     for weight in model.parameters():
         type_ = type_of(weight, kind)
         held = gguf.quants.dequantize(quantised(weight, type_), type_)
@@ -129,7 +129,7 @@ def round_as_gguf(model, kind: str) -> None:
 
 def write_folder(policy: Policy, folder: Path, name: str, kind: str, script: Path | None,
                  save: Callable[[Path], object]) -> str:
-    """Write the GGUF file and the Modelfile of a plain model; returns how to use them, {folder} for their place.
+    """Write file and Modelfile; returns how to use them, {folder} for their place.
 
     script: of find_writer, run on the model as save(folder) writes it for transformers. Raises OSError, UserError.
     """
@@ -147,7 +147,7 @@ def write_folder(policy: Policy, folder: Path, name: str, kind: str, script: Pat
 
 
 def run_script(script: Path, folder: str, path: Path, kind: str) -> None:
-    """Convert the transformers model in `folder` with llama.cpp's script. Raises UserError with its last line."""
+    """Convert the model in `folder` with llama.cpp's script. UserError: its last line."""
     start = [sys.executable] if script.suffix == ".py" else []
     done = subprocess.run([*start, str(script), folder, "--outfile", str(path), "--outtype", kind],
                           capture_output=True, text=True, errors="replace")
@@ -158,7 +158,7 @@ def run_script(script: Path, folder: str, path: Path, kind: str) -> None:
 
 
 def write_gguf(model, tokenizer, path: Path, *, kind: str, name: str) -> None:
-    """Write `model` (a plain transformers model, any float dtype) and its tokenizer, one tensor in memory at a time.
+    """Write a plain model and its tokenizer, one tensor in memory at a time.
 
     kind: f16, bf16 or q8_0 for the matrices. Ask find_writer first. Raises OSError, UserError.
     """
@@ -185,7 +185,7 @@ def write_gguf(model, tokenizer, path: Path, *, kind: str, name: str) -> None:
 
 
 def add_options(writer: gguf.GGUFWriter, config, name: str, file_type: gguf.LlamaFileType) -> None:
-    """The numbers that llama.cpp builds the model from."""
+    """Write the numbers that llama.cpp builds the model from."""
     head_dim = head_dim_of(config)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     writer.add_type("model")
@@ -208,7 +208,7 @@ def add_options(writer: gguf.GGUFWriter, config, name: str, file_type: gguf.Llam
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, rows: int) -> None:
-    """Tokens (as many as the embedding has rows), merges, special ids and the chat template."""
+    """Write a token for each row of the embedding, merges, special ids, chat template."""
     types, added = gguf.TokenType, tokenizer.added_tokens_decoder
     names = {i: token for token, i in tokenizer.get_vocab().items()}
     writer.add_tokenizer_model("gpt2")
@@ -226,7 +226,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, rows: int) -> None:
 
 
 def named_tensors(model, name_map: gguf.TensorNameMap) -> dict[str, torch.Tensor]:
-    """GGUF name -> weight in transformers' layout; a tied head is left out, llama.cpp takes the embedding for it."""
+    """Map GGUF names to weights in transformers' layout, without a tied head."""
     out = {}
     for name, weight in model.named_parameters():
         if (gguf_name := name_map.get_name(name, try_suffixes=(".weight", ".bias"))) is None:
@@ -242,7 +242,9 @@ def named_tensors(model, name_map: gguf.TensorNameMap) -> dict[str, torch.Tensor
 
 
 def rotated_in_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows (heads * head_dim, ...) of each head: transformers rotates row i with row i + head_dim / 2, and
-    llama.cpp, for its llama architecture, row 2i with row 2i + 1."""
+    """Reorder the rows of each head.
+
+    weight: (heads * head_dim, ...). transformers rotates row i with row i + head_dim / 2, llama.cpp for its llama architecture 2i with 2i + 1.
+    """
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base and write a model that other programs run: minimath export."""
+"""Merge an adapter into its base and write a model that other programs run."""
 import contextlib
 import importlib.util
 import os
@@ -79,7 +79,10 @@ class ExportConfig(Stage):
 
 
 def export(words: list[str]) -> dict:
-    """The command. Returns {"folder": path, "drift": {...}}. Raises UserError, with nothing written."""
+    """Run the command; returns {"folder": path, "drift": {...}}.
+
+    Raises UserError, with nothing written unless it says so.
+    """
     cfg = load_config(ExportConfig, None, words, "export")
     keep_freed_memory()
     folder = find_adapter(cfg.adapter.path)
@@ -113,9 +116,10 @@ def export(words: list[str]) -> dict:
 
 
 def merge_and_measure(cfg: ExportConfig, load: EvalConfig, *, nf4: bool) -> tuple[Policy, dict, Path | None]:
-    """(the rounded merged model, its drift with what is `said` of it, llama.cpp's script where it must write).
+    """Load, merge, round and measure.
 
-    nf4: the run trained on 4-bit weights. Raises UserError above max_drift.
+    Returns (the merged model, its drift with what is `said` of it, llama.cpp's script where that must write). nf4: the
+    run trained on 4-bit weights. Raises UserError above max_drift.
     """
     policy, script = load_policy(load, train=False), None
     print(f"{describe(policy.model, load)}, adapter {load.adapter.path}")
@@ -147,7 +151,7 @@ def merge_and_measure(cfg: ExportConfig, load: EvalConfig, *, nf4: bool) -> tupl
 # ---- where the adapter is from
 
 def run_options(folder: Path) -> dict:
-    """Options of the run that made the adapter in `folder`, out of the config above it; {} when there is none.
+    """Read the options of the run that made the adapter in `folder`; {} when unknown.
 
     Only what can't do harm is read from it: a run folder may come from someone else (trust_remote_code is not taken).
     """
@@ -164,13 +168,13 @@ def run_options(folder: Path) -> dict:
 
 
 def base_dtype(load: EvalConfig) -> torch.dtype:
-    """The dtype that the base's weights are saved in, by its config.json."""
+    """Read the dtype that the base's weights are saved in."""
     config = AutoConfig.from_pretrained(load.model.name, trust_remote_code=load.model.trust_remote_code)
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
 def evaluation_of(run: Path) -> dict:
-    """The evaluation in the run folder, or beside it in a run of the whole recipe; {} for none."""
+    """Read the evaluation in the run folder, or beside it in a whole run; {} for none."""
     for place in (run, evaluation_folder(run.parent, run.name)):
         with contextlib.suppress(OSError, ValueError):
             if isinstance(found := read_json(place / EVAL), dict):
@@ -179,7 +183,7 @@ def evaluation_of(run: Path) -> dict:
 
 
 def public_word(word: str) -> str:
-    """A word of the command as the model card shows it: without secrets and without folders of this machine."""
+    """Take secrets and folders of this machine out of a word of the command."""
     key, equals, value = mask(word).partition("=")
     return key + equals + (Path(value).name if value.startswith(("/", "~")) else value)
 
@@ -187,7 +191,7 @@ def public_word(word: str) -> str:
 # ---- merge
 
 def merge(model):
-    """The plain model with W + delta as weights, added in fp32 whatever the peft model's dtype.
+    """Make the plain model of W + delta, added in fp32 whatever the model's dtype.
 
     delta is peft's own, so rsLoRA, DoRA and biases are what they were in training. Raises UserError for NaN.
     """
@@ -220,7 +224,7 @@ def round_to(model, dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path):
-    """Yield a hidden folder that becomes `out` when everything in it is on the disk; else nothing is left of it."""
+    """Yield a hidden folder that becomes `out` when all is on the disk, or is removed."""
     partial = out.with_name(f".tmp-{os.getpid()}-{out.name}")
     try:
         partial.mkdir(parents=True)
@@ -236,7 +240,7 @@ def new_folder(out: Path):
 
 
 def write_model(policy: Policy, folder: Path, cfg: ExportConfig, dtype: torch.dtype, script: Path | None) -> str:
-    """Write the merged model as cfg.to says; returns how to use it, {folder} for its place."""
+    """Write the merged model; returns how to use it, {folder} for its place."""
     if cfg.to == "safetensors":
         return write_safetensors(policy, folder, dtype)
     from minimath.export.gguf import write_folder  # needs the extra
@@ -245,7 +249,7 @@ def write_model(policy: Policy, folder: Path, cfg: ExportConfig, dtype: torch.dt
 
 
 def write_safetensors(policy: Policy, folder: Path, dtype: torch.dtype) -> str:
-    """A folder that transformers reads, in the base's dtype; returns how to use it, {folder} for its place."""
+    """Write a folder that transformers reads; returns how to use it, as write_model."""
     policy.model.to(dtype)
     policy.model.config.use_cache = True  # load_model switches it off
     options = policy.model.generation_config
@@ -265,7 +269,7 @@ def write_safetensors(policy: Policy, folder: Path, dtype: torch.dtype) -> str:
 # ---- hub
 
 def fault_of_push(name: str) -> str:
-    """What is wrong with a repository's name, or with pushing to it from here; "" for nothing."""
+    """Say what is wrong with a repository's name, or with pushing from here, or ""."""
     from huggingface_hub import constants, get_token
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return f"push={name!r}: give owner/name of a hub repository"
@@ -275,7 +279,7 @@ def fault_of_push(name: str) -> str:
 
 
 def push(folder: Path, name: str) -> None:
-    """Upload the folder to the private repository owner/name, made if it isn't there. UserError; the folder stays."""
+    """Upload to the private repository owner/name. UserError; the folder stays."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
     api = HfApi()

@@ -1,4 +1,4 @@
-"""The texts beside an exported model: README.md, the model card, and the Modelfile from which Ollama builds it."""
+"""Write the texts beside an exported model: its card and the Modelfile of Ollama."""
 import json
 from pathlib import Path
 
@@ -15,7 +15,9 @@ FIGURES = {"problems": "problems", "accuracy": "accuracy", "interval": "95% inte
 
 def card(*, name: str, base: str, adapter: dict, run: dict, evaluation: dict, drift: list[str], command: str,
          usage: str) -> str:
-    """README.md: base, adapter (peft's options), run (minimath's options), evaluation (of eval.json), the drift.
+    """Write README.md.
+
+    adapter: peft's options; run: minimath's; evaluation: the summary of one; drift: what was said of it.
 
     No licence is stated, and no path of this machine: of a folder or a file only the name is told.
     """
@@ -63,7 +65,7 @@ def fenced(text: str) -> str:
 # ---- Ollama
 
 def modelfile(tokenizer, gguf_name: str, prompt: PromptOptions) -> str:
-    """A Modelfile whose prompts are those of the training: template, system message, words around the problem.
+    """Write a Modelfile whose prompts are those of the training.
 
     A chat template other than ChatML stays in the GGUF file, where Ollama looks for one that it knows. Greedy, and
     without Ollama's penalty on repeated tokens: in a sum numbers recur. Raises UserError for a text that a Modelfile
@@ -93,7 +95,7 @@ def modelfile(tokenizer, gguf_name: str, prompt: PromptOptions) -> str:
 
 
 def chatml_system(tokenizer) -> str | None:
-    """The system message that the template puts in where none is given ("": none); None when it isn't ChatML."""
+    """Find the template's own system message; None when it isn't ChatML."""
     if not has_template(tokenizer):
         return None
     ask = [{"role": "user", "content": "U"}]
@@ -113,7 +115,7 @@ def chatml_system(tokenizer) -> str | None:
 
 
 def chatml_template(user: str) -> str:
-    """ChatML as a Go template; user: the user message, with {{ .Content }} for the problem."""
+    """Write ChatML in Go; user: the user message, {{ .Content }} for the problem."""
     first, asked, answer = CHATML
     return ("{{ if .System }}" + first.replace("{system}", "{{ .System }}") + "{{ end }}{{ range .Messages }}"
             '{{ if eq .Role "user" }}' + asked.replace("{user}", user) + answer +

@@ -28,7 +28,7 @@ AttentionMaskInterface.register(NO_MASK, lambda **kwargs: None)
 
 
 class Live(TorchDispatchMode):
-    """Inside: bytes of the storages made since and still alive (`now`), and the most of them at once (`peak`)."""
+    """Count inside the bytes of new storages: `now` alive, `peak` the most at once."""
 
     def __init__(self):
         super().__init__()
@@ -51,29 +51,29 @@ class Live(TorchDispatchMode):
 
 
 def storages(tree) -> dict[int, tuple]:
-    """Key -> (what holds the numbers, bytes) of the tensors in a tree; oneDNN's own layout has no storage to ask."""
+    """Find what holds the numbers of the tensors in a tree, with its bytes, by key."""
     tensors = [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-    owners = [t.untyped_storage() if t.layout == torch.strided else t for t in tensors]
+    owners = [t.untyped_storage() if t.layout == torch.strided else t for t in tensors]  # else it is oneDNN's
     return {o._cdata: (o, o.nbytes if isinstance(o, torch.Tensor) else o.nbytes()) for o in owners}
 
 
 def empty_model(config, cfg, dtype: torch.dtype):
-    """The model with its adapter on the meta device: shapes, no storage. A DoRA or PiSSA start makes no others."""
+    """Make the model with its adapter on the meta device: shapes without storage."""
     attention = {"flash_attention_2": NO_MASK}.get(cfg.model.attn, cfg.model.attn)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.config.use_cache = False
-    return load._new_adapter(model.requires_grad_(False), cfg.replace(lora_init="default"))
+    return load._new_adapter(model.requires_grad_(False), cfg.replace(lora_init="default"))  # PiSSA makes no others
 
 
 def pattern(config) -> int:
-    """The number of layers after which their kinds repeat."""
+    """Find the number of layers after which their kinds repeat."""
     kinds = list(getattr(config.get_text_config(), "layer_types", None) or [None])
     return next((p for p in range(1, len(kinds)) if all(a == b for a, b in zip(kinds, kinds[p:]))), len(kinds))
 
 
 def traceable(config, cfg, dtype: torch.dtype, layers: int, fake: FakeTensorMode):
-    """The model with `layers` layers and a small vocabulary, which no hidden state depends on, of fake tensors."""
+    """Make the model with `layers` layers and a small vocabulary, of fake tensors."""
     short = copy.deepcopy(config)
     text = short.get_text_config()
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = layers, 512, None
@@ -95,7 +95,7 @@ def traceable(config, cfg, dtype: torch.dtype, layers: int, fake: FakeTensorMode
 
 
 class Model:
-    """A model with its adapter. linears: the weights that quant=nf4 quantises, all but the head's and the adapter's."""
+    """Count on a model with its adapter; linears: the weights that nf4 quantises."""
 
     def __init__(self, config, cfg, dtype: torch.dtype):
         self.empty, self.fake, few = empty_model(config, cfg, dtype), FakeTensorMode(), pattern(config)
@@ -108,8 +108,9 @@ class Model:
         self.followed = functools.cache(self.followed)
 
     def passes(self, kind: str, rows: int, length: int) -> tuple[int, ...]:
-        """Bytes (kept for backward, most in forward, most in backward) above what stays. kind: row (masked as rows
-        packed or padded are), shared (completions behind their prompt) or prefill (a forward that fills a cache).
+        """Count bytes above what stays: kept for backward, most in forward, in backward.
+
+        kind: row (masked as packed or padded), shared (completions behind their prompt) or prefill (fills a cache).
         Raises UserError where code looks at its numbers, as that of mixtures of experts does."""
         try:
             if kind == "prefill":  # its length is always the same
@@ -121,7 +122,7 @@ class Model:
                             "try another attn=, or plan with a model of like size") from None
 
     def followed(self, kind: str, length: int) -> tuple[int, ...]:
-        """`passes` of one row: of all layers, by those that are followed."""
+        """Extend what follow counts of a few layers to all."""
         (least, few), *more = ((n, self.follow(model, kind, length)) for n, model in self.models.items())
         return tuple(a + (b - a) * (self.layers - least) // (n - least)
                      for n, other in more for a, b in zip(few, other)) or few
@@ -138,4 +139,4 @@ class Model:
             hidden = load.hidden_states(model, ids, attention_mask=mask, position_ids=places)
             kept, forward, live.peak = live.now, live.peak, live.now
             hidden.sum().backward()
-        return kept, forward + hidden.nbytes + masks, live.peak
+        return kept, forward + masks, live.peak

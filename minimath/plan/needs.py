@@ -1,4 +1,4 @@
-"""Bytes that each stage needs, the most that a card holds, and what to change so that it holds a recipe."""
+"""Count what each stage needs, the most that a card holds, and what to change."""
 import json
 from bisect import bisect_left
 
@@ -27,14 +27,14 @@ REMEDIES = (("attn", "eager", "sdpa"), ("gradient_checkpointing", False, True), 
 
 
 def nf4_bytes(weights: int) -> int:
-    """Half a byte a weight; a byte for the scale of each 64; an fp32 for 256 of those; two code books, an offset."""
-    scales = -(-weights // 64)
+    """Count half a byte a weight, the scales of 64 weights each, and theirs."""
+    scales = -(-weights // 64)  # a byte each; an fp32 for 256 of them; two code books, an offset
     return -(-weights // 2) + 16 * 4 + scales + 4 * -(-scales // 256) + 256 * 4 + 4
 
 
 def adam_bytes(weights: int, optimizer: str) -> int:
-    """Of two moments: in fp32, for adamw with a count of steps; or a byte each and an fp32 for 256 of them."""
-    if "8bit" not in optimizer or weights < 4096:  # the state of small tensors stays in fp32
+    """Count two moments of each weight, in fp32 or in a byte with scales."""
+    if "8bit" not in optimizer or weights < 4096:  # the state of small tensors stays in fp32; adamw counts its steps
         return 8 * weights + (4 if optimizer == "adamw" else 0)
     return 2 * (weights + 4 * -(-weights // 256))
 
@@ -44,8 +44,7 @@ def longest_row(cfg) -> int:
 
 
 def shapes(cfg) -> list[tuple[str, int, int]]:
-    """(kind, rows, length) of the largest forward passes: of micro_batch_tokens, or of one longer row. A group's
-    completions go padded or behind their prompt, as their lengths will decide."""
+    """List kind, rows and length of the largest forward passes."""
     budget, longest = cfg.optimizer.micro_batch_tokens, longest_row(cfg)
     if isinstance(cfg, SFTConfig):
         return [("row", 1, min(max(budget, longest), cfg.batch_size * longest)) if cfg.packing else
@@ -59,7 +58,7 @@ def shapes(cfg) -> list[tuple[str, int, int]]:
 
 
 def with_tokens(cfg, tokens: int):
-    """cfg with micro_batch_tokens=tokens and no row that is longer, as far as its prompt allows."""
+    """Set micro_batch_tokens, and cut rows to them as far as the prompt allows."""
     if isinstance(cfg, SFTConfig):
         return cfg.replace(micro_batch_tokens=tokens, max_len=min(cfg.max_len, tokens))
     new = min(cfg.sampling.max_new_tokens, max(16, tokens - cfg.prompt.max_prompt_len))
@@ -67,10 +66,10 @@ def with_tokens(cfg, tokens: int):
 
 
 class Planner:
-    """What a model needs, in bytes by what they are for, and what fits a card of `card` bytes (or a CPU)."""
+    """Tell what a model needs, by what it is for, and what a card holds; all in bytes."""
 
     def __init__(self, name: str, device: str):
-        """name: a folder, a hub id, or a model whose shapes ship with minimath. Raises UserError."""
+        """Read the config of a folder, hub id or model in shapes.json. Raises UserError."""
         self.device = "cpu" if device == "cpu" else "cuda"
         self.models: dict[tuple, Model] = {}
         try:
@@ -117,7 +116,7 @@ class Planner:
         return self.on_card(rows | {"gradients": rows["adapter"], "activations": peak})
 
     def rollout(self, base, cfg, seqs: int, card: int) -> dict[str, int]:
-        """Of sampling `seqs` sequences side by side. base: options of what was trained; card: how much there is."""
+        """Count what sampling `seqs` sequences takes. base: options of what was trained."""
         train, model = isinstance(cfg, RLAIFConfig), self.model(base)
         rows = self.stays(base, optimizer=train)
         copies = sum(w.numel() for w in [*model.linears, model.head]) * self.dtype(base).itemsize
@@ -132,19 +131,19 @@ class Planner:
         return self.on_card(rows)
 
     def most_tokens(self, cfg, card: int, limit: int = MOST_TOKENS) -> int:
-        """The most micro_batch_tokens up to `limit`, in UNITs, with which a training stage fits a card; 0: none."""
+        """Find the most micro_batch_tokens up to `limit` that fit, in UNITs; 0: none."""
         return UNIT * bisect_left(range(UNIT, max(limit, UNIT) + 1, UNIT), True, key=lambda n: (
             sum(self.training(with_tokens(cfg, n)).values()) > card))
 
     def most_seqs(self, base, cfg, card: int) -> int:
-        """The most sequences side by side, no more than the options ask for; 0: not even one."""
+        """Find the most sequences side by side that fit and are asked for; 0: none."""
         limit = cfg.engine.max_num_seqs or MOST_SEQS[self.device]
         limit = min(limit, cfg.prompts_per_step * cfg.group_size) if isinstance(cfg, RLAIFConfig) else limit
         return bisect_left(range(1, limit + 1), True, key=lambda n: (
             sum(self.rollout(base, cfg, n, card).values()) > card))
 
     def fitted(self, cfg, card: int):
-        """cfg with no more tokens in a pass and a row, and sequences, than fit; None where nothing does."""
+        """Lower the tokens of a pass and the sequences to what fits; None: nothing does."""
         if sum(self.training(cfg).values()) > card:
             tokens = self.most_tokens(cfg, card, cfg.optimizer.micro_batch_tokens)
             cfg = with_tokens(cfg, tokens) if tokens else None
@@ -154,7 +153,7 @@ class Planner:
         return cfg.replace(max_num_seqs=min(seqs, cfg.engine.max_num_seqs)) if seqs else None
 
     def changes(self, stages: dict, card: int) -> dict[str, dict] | None:
-        """{section: {option: text of its value}} that make the stages fit; None where nothing does.
+        """Find what makes the stages fit, {section: {option: text}}; None: nothing does.
 
         micro_batch_tokens changes no result, so it is lowered first; rows are cut only when every remedy is used.
         """

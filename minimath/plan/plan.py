@@ -28,7 +28,7 @@ CARDS = (8, 12, 16, 24, 32)  # GiB
 
 
 def plan(recipe: str | None, words: list[str]) -> dict:
-    """Print what the stages of a recipe need and what fits where; returns it. Raises UserError."""
+    """Print what the stages need and what fits where; returns it. Raises UserError."""
     card, path, words = parse(recipe, words)
     stages = {name: load_config(cls, recipe, words, allow_other=True) for name, cls in STAGES.items()}
     sft, rlaif, eval_ = stages.values()
@@ -73,7 +73,7 @@ def plan(recipe: str | None, words: list[str]) -> dict:
 
 
 def parse(recipe: str | None, words: list[str]) -> tuple[int, Path | None, list[str]]:
-    """(bytes of the card or 0, the file to write or None, the other words). Raises UserError."""
+    """Split into bytes of the card or 0, file or None, other words. Raises UserError."""
     found, rest, before = {"card": "0", "apply": None}, [], ""
     for word in words:
         name, _, value = word.removeprefix("--").partition("=")
