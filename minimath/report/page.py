@@ -27,9 +27,10 @@ from minimath.report.metrics import read_metrics, series
 
 PICTURES = "plots"
 JUDGE_PLOT = "judge.png"
-PANELS = {"reward": ["reward/mean"], "share": ["rollout/correct", "rollout/finished", "eval/accuracy"],
+PANELS = {"reward": ["reward/mean"], "loss": ["loss"], "gradient norm": ["optim/grad_norm"],
+          "share": ["rollout/correct", "rollout/finished", "eval/accuracy"],
           "tokens": ["rollout/tokens", "rollout/correct_tokens", "eval/tokens"],
-          "nats a token": ["policy/entropy", "rollout/surprisal"], "loss": ["loss"], "norm": ["optim/grad_norm"]}
+          "nats a token": ["policy/entropy", "rollout/surprisal"]}
 JUDGE = {"judge/comparisons": "comparisons", "judge/no_votes": "without a vote", "judge/position_bias": "position bias",
          "judge/order_conflicts": "order conflicts", "judge/misfit": "misfit", "judge/seconds": "seconds"}
 SHOWN = 6  # problems
