@@ -281,6 +281,26 @@ def hidden_states(model, input_ids: torch.Tensor, *, attention_mask=None, positi
     return output.last_hidden_state
 
 
+def additive_mask(model, age: torch.Tensor, seen: torch.Tensor):
+    """Make the additive mask of what each query sees, as the model takes it.
+
+    age, seen (B, 1, Q, K): how many positions a key stands before the query; whether it may be seen, windows left
+    aside. A window w lets a token see itself and the w - 1 positions before it. A dict by layer type where the model
+    has layers of both.
+    """
+    config, dtype = base_causal_lm(model).config.get_text_config(), base_causal_lm(model).dtype
+
+    def additive(seen):
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or {"sliding_attention"})
+    if not window or getattr(config, "use_sliding_window", True) is False or "sliding_attention" not in kinds:
+        return additive(seen)
+    sliding = additive(seen & (age < window))
+    return {"full_attention": additive(seen), "sliding_attention": sliding} if len(kinds) > 1 else sliding
+
+
 def head_module(model) -> torch.nn.Module:
     """Find the output embedding of the model, tied or not."""
     module = base_causal_lm(model).get_output_embeddings()

@@ -11,7 +11,7 @@ import torch
 from minimath.core import dist
 from minimath.data.batch import micro_batches
 from minimath.data.chat import Encoded
-from minimath.models.load import base_causal_lm
+from minimath.models.load import additive_mask, base_causal_lm
 from minimath.models.policy import Policy
 
 # Shared sequences pay from here on. A saved token saves 2 flops for every weight; a pair of tokens that do not see each
@@ -80,27 +80,13 @@ def shared_batch(model, rows: list[Encoded]) -> dict:
 
 
 def shared_mask(model, position: torch.Tensor, segment: torch.Tensor):
-    """Make the additive mask of a shared sequence: [1, 1, T, T].
+    """Make the mask of a shared sequence: [1, 1, T, T], or a dict by layer type.
 
-    position, segment (T,). A token sees the prompt (segment 0) and its own segment up to itself; in a layer with a
-    window w, itself and the w - 1 positions before it. A dict by layer type where the model has layers of several.
+    position, segment (T,). A token sees the prompt (segment 0) and its own segment, both up to itself.
     """
-    config = base_causal_lm(model).config.get_text_config()
-    age = position[:, None] - position[None]  # (T, T)
-    seen = (age >= 0) & ((segment[:, None] == segment[None]) | (segment[None] == 0))
-    dtype = base_causal_lm(model).dtype
-
-    def additive(seen):
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-            ~seen, torch.finfo(dtype).min)[None, None]
-
-    window = getattr(config, "sliding_window", None)
-    if not window or getattr(config, "use_sliding_window", True) is False:
-        return additive(seen)
-    sliding = additive(seen & (age < window))
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        return {"full_attention": additive(seen), "sliding_attention": sliding}
-    return sliding
+    age = position[:, None] - position
+    seen = (age >= 0) & ((segment[:, None] == segment) | (segment == 0))
+    return additive_mask(model, age[None, None], seen[None, None])
 
 
 def forward_batches(policy: Policy, rows: list[Encoded], groups: list[int],

@@ -6,10 +6,10 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from minimath.core.errors import UserError
-from minimath.models.load import base_causal_lm, head
+from minimath.models.load import additive_mask, base_causal_lm, head
 from minimath.rollout.engine import Job
 from minimath.rollout.graphs import StepGraphs
-from minimath.rollout.kv_cache import SlotCache, decode_mask
+from minimath.rollout.kv_cache import SlotCache
 from minimath.rollout.sampling import Sampling, sample_tokens, stream_noise
 from minimath.rollout.stopping import Ends, in_loop
 
@@ -110,7 +110,7 @@ class Decode:
             row.length += 1
         length, spans = max(row.length for row in self.rows), None
         if self.fixed:  # few shapes, each of which is recorded; the slots beyond n are dead
-            length, width = min(-(-length // WINDOW) * WINDOW, self.cache.capacity()), self.max_num_seqs
+            length, width = min(-(-length // WINDOW) * WINDOW, self.cache.places), self.max_num_seqs
             while width // 2 >= n:
                 width //= 2
         if self.device.type == "cpu" and self.fast.blocks and not self.fixed:
@@ -127,7 +127,8 @@ class Decode:
         """
         pos = self.pos[:n]
         self.cache.at(pos, length)
-        mask = decode_mask(self.model, pos, length)
+        age = pos[:, None, None, None] - torch.arange(length, device=self.device)  # (n, 1, 1, T)
+        mask = additive_mask(self.model, age, age >= 0)
         hidden = self.decoder(input_ids=self.token[:n, None], position_ids=pos[:, None], use_cache=True,
                               past_key_values=self.cache, attention_mask=mask,
                               **({"spans": spans} if spans else {})).last_hidden_state[:, 0]

@@ -21,11 +21,12 @@ ATTENTION = "minimath_slots"
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, [S, H, T, Dh]."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+    def __init__(self, prefilled, slots: int, places: int):
         super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
-        self.rows = self.pos = None  # set by SlotCache.at for the coming forward
-        self.length = 0
+        self.keys, self.values = (old.new_zeros(slots, old.shape[1], places, old.shape[3])
+                                  for old in (prefilled.keys, prefilled.values))
+        self.is_initialized = True
+        self.rows = self.pos = self.length = None  # set by SlotCache.at for the coming forward
 
     def lazy_initialization(self, key_states, value_states):
         raise RuntimeError("a SlotLayer is allocated by SlotCache")
@@ -59,14 +60,8 @@ class SlotCache(Cache):
         Once: buffers that grow leave holes in the heap, and recorded steps hold their addresses. Zeros, for what
         attention masks must be finite.
         """
-        places = -(-length // ALIGN) * ALIGN
-        layers = [SlotLayer(layer.keys.new_zeros(slots, layer.keys.shape[1], places, layer.keys.shape[3]),
-                            layer.values.new_zeros(slots, layer.values.shape[1], places, layer.values.shape[3]))
-                  for layer in prefilled.layers]
-        super().__init__(layers=layers)
-
-    def capacity(self) -> int:
-        return self.layers[0].keys.shape[2]
+        self.places = -(-length // ALIGN) * ALIGN
+        super().__init__(layers=[SlotLayer(layer, slots, self.places) for layer in prefilled.layers])
 
     def fill(self, slots: list[int], prefilled: DynamicCache, row: int, length: int) -> None:
         """Copy a prefilled prompt, a row of a right-padded batch, into several slots."""
@@ -77,8 +72,8 @@ class SlotCache(Cache):
     def move(self, sources: list[int], targets: list[int], length: int) -> None:
         """Move rows `sources`, their first `length` places, to `targets` all at once."""
         for layer in self.layers:
-            layer.keys[targets, :, :length] = layer.keys[sources, :, :length]
-            layer.values[targets, :, :length] = layer.values[sources, :, :length]
+            for buffer in (layer.keys, layer.values):
+                buffer[targets, :, :length] = buffer[sources, :, :length]
 
     def at(self, pos: torch.Tensor, length: int) -> None:
         """Set the places [n] of the rows' next tokens; attention sees the first `length`."""
@@ -94,26 +89,18 @@ class NoStandardCache(UserError):
 def check_model(model) -> None:
     """Raise NoStandardCache unless a forward leaves keys and values in every layer.
 
-    Also for models with layers that `decode_mask` does not know.
+    Also for layers that attend in a way which `additive_mask` does not know.
     """
     base, cache = base_causal_lm(model), DynamicCache()
-    if has_known_layers(base):
+    kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
+    if kinds <= {"full_attention", "sliding_attention"} and not getattr(base, "_is_stateful", False):
         with inference(model), compute_dtype(model):
             ids = torch.zeros(1, 1, dtype=torch.long, device=base.device)
             base.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-        if cache.layers and all(getattr(layer, "keys", None) is not None and layer.keys.dim() == 4
-                                for layer in cache.layers):
-            return
-    raise NoStandardCache(f"{type(base).__name__} has no standard KV cache")
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    if not keys or any(each is None or each.dim() != 4 for each in keys):
+        raise NoStandardCache(f"{type(base).__name__} has no standard KV cache")
 
-
-def has_known_layers(base) -> bool:
-    """Tell whether the layers are those that attend, as far as the config says."""
-    kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
-    return not (kinds - {"full_attention", "sliding_attention"} or getattr(base, "_is_stateful", False))
-
-
-# ---- attention
 
 def slot_attention(module, query, key, value, attention_mask, *, spans=None, **kwargs):
     """Attend by transformers' sdpa, a block of rows at a time.
@@ -136,42 +123,16 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 def decoding_attention(model):
     """Let the model attend by `slot_attention` inside; yields whether it does.
 
-    Not so for models with a softcap on scores (Gemma-2): sdpa has none, they keep their eager attention. Eager
-    attention copies the keys of every group of heads per token, and flash_attention_2 takes no mask of ours.
+    Not so with a softcap on scores (Gemma-2), which sdpa lacks: those keep their eager attention. That copies the keys
+    of every group of heads per token, and flash_attention_2 takes no mask of ours.
     """
     base = base_causal_lm(model)
     config = base.config.get_text_config()
     before = config._attn_implementation
-    plain = (base._supports_sdpa and getattr(base, "_supports_attention_backend", False)
-             and not getattr(config, "attn_logit_softcapping", None))
-    if plain:
-        config._attn_implementation = ATTENTION
+    serves = (base._supports_sdpa and getattr(base, "_supports_attention_backend", False)
+              and not getattr(config, "attn_logit_softcapping", None))
+    config._attn_implementation = ATTENTION if serves else before
     try:
-        yield plain
+        yield serves
     finally:
         config._attn_implementation = before
-
-
-def decode_mask(model, pos: torch.Tensor, length: int):
-    """Make the additive mask [n, 1, 1, T] of one new token per row.
-
-    pos (n,): the tokens' positions; T = length. A dict by layer type where the model has layers of several. A window w
-    lets a token see itself and the w - 1 before it; transformers would count it from the longest row.
-    """
-    config = base_causal_lm(model).config.get_text_config()
-    dtype = base_causal_lm(model).dtype
-    age = pos[:, None] - torch.arange(length, device=pos.device)[None]  # (n, T)
-
-    def additive(seen):
-        mask = torch.zeros(seen.shape, dtype=dtype, device=pos.device)
-        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None, None]
-
-    whole = additive(age >= 0)
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not window or getattr(config, "use_sliding_window", True) is False:
-        return whole
-    sliding = whole if length <= window else additive((age >= 0) & (age < window))
-    if len(kinds) > 1:
-        return {"full_attention": whole, "sliding_attention": sliding}
-    return whole if kinds == {"full_attention"} else sliding
