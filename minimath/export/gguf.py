@@ -244,7 +244,8 @@ def named_tensors(model, name_map: gguf.TensorNameMap) -> dict[str, torch.Tensor
 def rotated_in_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Reorder the rows of each head.
 
-    weight: (heads * head_dim, ...). transformers rotates row i with row i + head_dim / 2, llama.cpp for its llama architecture 2i with 2i + 1.
+    weight: (heads * head_dim, ...). transformers rotates row i with row i + head_dim / 2, llama.cpp for its llama
+    architecture 2i with 2i + 1.
     """
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
