@@ -36,15 +36,14 @@ def save_checkpoint(run_dir, step: int, *, model, optimizer, state: dict, keep: 
         return target
     tensors, numbers = optimizer_state(optimizer)
     rng_tensors, rng_numbers = rng_state()
-    texts = {"optimizer.json": numbers, "rng.json": rng_numbers, "state.json": state | {"step": step}}
-    texts = {name: json.dumps(content) for name, content in texts.items()}  # fails before anything is written
+    numbers_of = {"optimizer": numbers, "rng": rng_numbers, "state": state | {"step": step}}
 
     def write(folder: Path) -> None:
         write_adapter(model, folder)
         save_file(tensors, folder / "optimizer.safetensors")
         save_file(rng_tensors, folder / "rng.safetensors")
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        for name, content in numbers_of.items():
+            (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
     finish_renames(run_dir)
     size = bytes_of(adapter_tensors(model), tensors)
@@ -140,8 +139,8 @@ def best_checkpoint(run_dir) -> Path | None:
 def save_adapter(model, path) -> Path:
     """Write the adapter alone, atomically, as a folder that peft reads. UserError as in save_checkpoint."""
     if dist.is_main():
-        write_atomically(Path(path), lambda folder: write_adapter(model, folder), {},
-                         bytes_needed=bytes_of(adapter_tensors(model)))
+        size = bytes_of(adapter_tensors(model))
+        write_atomically(Path(path), lambda folder: write_adapter(model, folder), {}, bytes_needed=size)
     return Path(path)
 
 

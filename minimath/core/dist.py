@@ -59,12 +59,14 @@ def shard(items: list) -> list:
 
 def gather(mine: list) -> list:
     """The items of all processes, in the order that shard() took them from. Items must be picklable."""
-    parts = of_all(mine) if state() else [mine]
+    parts = of_all(mine)
     return [part[place] for place in range(max(map(len, parts))) for part in parts if place < len(part)]
 
 
 def of_all(value) -> list:
     """The value of each process, by rank."""
+    if not state():
+        return [value]
     parts: list = [None] * world()
     torch.distributed.all_gather_object(parts, value)
     return parts
@@ -72,11 +74,7 @@ def of_all(value) -> list:
 
 def broadcast(value):
     """Process 0's value, on all processes."""
-    if not state():
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0, device=state().device)
-    return box[0]
+    return of_all(value if is_main() else None)[0]
 
 
 def all_reduce_sum(numbers: dict[str, float]) -> dict[str, float]:
@@ -90,11 +88,7 @@ def all_reduce_sum(numbers: dict[str, float]) -> dict[str, float]:
 
 def all_reduce_max(value: float) -> float:
     """The greatest of the processes' values: a signal that reached one of them stops all."""
-    if not state():
-        return value
-    box = torch.tensor([value], dtype=torch.float64, device=state().device)
-    torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
-    return box.item()
+    return max(of_all(value))
 
 
 @torch.no_grad()

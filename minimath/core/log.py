@@ -71,14 +71,15 @@ class RunLog(contextlib.AbstractContextManager):
 
     def show(self, title: str, text: str) -> None:
         """Print a text of several lines, such as a completion, set apart; of a long one the middle is left out."""
-        if len(text) > SHOWN_CHARS:
-            half, left_out = SHOWN_CHARS // 2, len(text) - SHOWN_CHARS
+        half, left_out = SHOWN_CHARS // 2, len(text) - SHOWN_CHARS
+        if left_out > 0:
             text = f"{text[:half]}\n... {left_out} characters ...\n{text[-half:]}"
+        title, text = printable(title), printable(text)
         if not self.console:
-            return self.say(f"{title}:\n{textwrap.indent(printable(text), '    ')}")
+            return self.say(f"{title}:\n{textwrap.indent(text, '    ')}")
         from rich.panel import Panel
         from rich.text import Text
-        self.console.print(Panel(Text(printable(text)), title=Text(printable(title)), title_align="left"))
+        self.console.print(Panel(Text(text), title=Text(title), title_align="left"))
 
     def metrics(self, step: int, **numbers) -> None:
         """Append one record to metrics.jsonl and hand its numbers to the trackers."""
@@ -174,9 +175,8 @@ def start_tracker(name: str, run_dir: Path):
         raise UserError(f"trackers={name} needs a package that isn't installed: pip install {name}, or leave it out: "
                         "metrics.jsonl is written in any case") from None
     if name == "tensorboard":
-        writer = tracker.SummaryWriter(str(run_dir / "tensorboard"))
-        return (lambda step, numbers: [writer.add_scalar(key, value, step) for key, value in numbers.items()],
-                writer.close)
+        writer = tracker.SummaryWriter(str(run_dir / name))
+        return lambda step, numbers: [writer.add_scalar(*item, step) for item in numbers.items()], writer.close
     options = {"id": run_dir.name, "dir": str(run_dir)} if name == "wandb" else {}  # after a resume the same curve
     run = tracker.init(project="minimath", name=run_dir.name, resume="allow", **options)
     return lambda step, numbers: run.log(numbers, step=step), run.finish
@@ -277,12 +277,11 @@ def fmt(value) -> str:
 
 def fmt_duration(seconds: float) -> str:
     """"7 s", "3 min 20 s", "1 h 05 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    minutes, s = divmod(round(seconds), 60)
+    hours, min_of_hour = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {min_of_hour:02d} min"
+    return f"{minutes} min {s:02d} s" if minutes else f"{s} s"
 
 
 def plain_table(title: str, columns: list[str], cells: list[list[str]], sides: list[str]) -> str:

@@ -9,7 +9,7 @@
     RUN/fingerprint.json, completions.part.jsonl          one that can go on
     RUN/stop                   made by the user: end cleanly
 
-A run of the whole recipe (`minimath run`, `minimath demo`) has a folder of this kind for each of its parts.
+A run of the whole recipe (`minimath run`, `minimath demo`) has such a folder for each of its ARMS, and its evaluation.
 """
 import contextlib
 import functools
@@ -89,10 +89,7 @@ def refuse_links(run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def lock_run(run_dir):
-    """Hold the run folder for this process, or for those started together.
-
-    UserError when another one writes there, or it can't be made.
-    """
+    """Hold the run folder for this process, or those started together, or raise UserError."""
     if not dist.is_main():
         yield
         return

@@ -49,8 +49,8 @@ class CollapseMonitor:
     def check(self, metrics: dict) -> list[str]:
         """Take in the metrics of a step (one without an update has no entropy); new warnings, each kind once a run.
 
-        Nothing is said before two windows of steps have passed, except that too many completions are cut, which needs
-        one, and what the canary pairs tell, which needs CANARY_PAIRS of them.
+        Cut completions are said after one window of steps, the canary gap after CANARY_PAIRS pairs, the rest after two
+        windows.
         """
         metrics = metrics | {"problems": metrics["rollout/groups"] + metrics["rollout/dropped_groups"]}
         for name, metric in WATCHED.items():
@@ -74,11 +74,7 @@ class CollapseMonitor:
         return {name: statistics.fmean(values[window]) for name, values in self.history.items() if values}
 
     def canary_warning(self, metrics: dict, correct: float, problems: int) -> str:
-        """Take in the rollout canary of a step, if it has one, and compare the newest pairs with the first ones.
-
-        There are at least CANARY_PAIRS of each. A pair counts as one trial, which a judge with soft votes or two orders
-        that disagree does not even need.
-        """
+        """Take in the rollout canary of a step, if it has one; compare the newest CANARY_PAIRS with the first ones."""
         wins = metrics.get("canary/rollout_worse_wins")
         if wins is None:
             return ""
@@ -140,6 +136,10 @@ def pairs_of(canaries: list[dict]) -> int:
     return sum(canary["pairs"] for canary in canaries)
 
 
+def mean_wins(canaries: list[dict]) -> float:
+    return sum(canary["wins"] * canary["pairs"] for canary in canaries) / pairs_of(canaries)
+
+
 def gap_warning(first: list[dict], newest: list[dict]) -> str:
     """first, newest: windows of canaries; the same one while there is no other."""
     n, before, wins = pairs_of(newest), mean_wins(first), mean_wins(newest)
@@ -163,7 +163,3 @@ def gap_warning(first: list[dict], newest: list[dict]) -> str:
             f"{n} pairs{change}; {100 * correct:.0f}% of all completions are correct{then}. This means that {meaning}. "
             "Stop here and take the best checkpoint (eval_every keeps it), or go on with a stronger judge, "
             "verifier=exact or a lower judge_weight")
-
-
-def mean_wins(canaries: list[dict]) -> float:
-    return sum(canary["wins"] * canary["pairs"] for canary in canaries) / pairs_of(canaries)

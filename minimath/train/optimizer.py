@@ -1,8 +1,7 @@
 """The optimizer: one step takes a batch and a closure, and spares the loops everything that is not the loss.
 
-8-bit and paged optimizers come from bitsandbytes (8-bit block-wise states: Dettmers et al. 2021, arXiv 2110.02861;
-paging: QLoRA, arXiv 2305.14314). Tensors below 4,096 elements keep 32-bit state there, so with low ranks on a small
-model `adamw8bit` saves little.
+8-bit and paged optimizers come from bitsandbytes (arXiv 2110.02861, 2305.14314). Tensors below 4,096 elements keep
+32-bit state there: with low ranks on a small model `adamw8bit` saves little.
 """
 import math
 from collections.abc import Callable, Iterable
@@ -23,10 +22,7 @@ Closure = Callable[[list[int], dict], tuple[torch.Tensor, dict[str, float]]]
 
 
 class Optimizer:
-    """AdamW over the adapter, with loss scale, memory retry, clipping and the count of steps that were not finite.
-
-    state_dict holds the counts and scales; the moments are saved as tensors, by checkpoint.py.
-    """
+    """AdamW over the adapter, with loss scale, memory retry, clipping and the count of steps that were not finite."""
 
     def __init__(self, policy: Policy, cfg, say: Callable[[str], None]):
         self.policy, self.options, self.say = policy, cfg.optimizer, say
@@ -67,9 +63,8 @@ class Optimizer:
 
     def skip_step(self, *, finite: bool) -> dict:
         """Count a step without a batch; one whose samples come from NaN logits as not finite."""
-        if not finite:
-            return self._count(math.nan, False, math.nan)
-        return {"optim/lr": self.lr, "optim/skipped": self.skipped}
+        same = {"optim/lr": self.lr, "optim/skipped": self.skipped}
+        return same if finite else self._count(math.nan, False, math.nan)
 
     def _count(self, norm: float, stepped: bool, loss: float) -> dict:
         """Metrics of a step. An overflow of the fp16 loss scale is no bad step; it can't spoil the loss."""
@@ -104,6 +99,7 @@ class Optimizer:
         return self.taken == 0
 
     def state_dict(self) -> dict:
+        """Counts and scales; the moments are saved as tensors, by checkpoint.py."""
         return {"bad": self.bad, "skipped": self.skipped, "scale": self.scale.value, "good": self.scale.good,
                 "budget": self.budget.state_dict()}
 

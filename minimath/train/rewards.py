@@ -20,6 +20,9 @@ from minimath.judges.judge import Judge, judge_groups, make_judge
 from minimath.models.policy import Policy
 
 PENALTY_SHARE = 0.2  # of max_new_tokens, over which overlong=penalty grows
+SUMS = ("comparisons", "no_votes", "skipped", "skipped_few", "skipped_equal", "identical", "unasked", "fallbacks",
+        "seconds")  # figures of the judge's calls of a step
+MEANS = ("position_bias", "order_conflicts", "fit_se", "misfit")  # weighted by the questions asked
 
 
 class Reward:
@@ -43,11 +46,11 @@ class Reward:
         """Set the win probabilities of all groups side by side; only some rewards have a judge."""
 
     def score_group(self, group: Group) -> None:
-        rewards = self.rewards(group)
+        rewards, samples = self.rewards(group), group.samples
         if self.options.overlong == "penalty":
-            penalty = overlong_penalty([s.tokens for s in group.samples], self.max_new_tokens)
-            rewards = penalised(rewards, [s.correct for s in group.samples], penalty)
-        for sample, reward in zip(group.samples, rewards, strict=True):
+            penalty = overlong_penalty([s.tokens for s in samples], self.max_new_tokens)
+            rewards = penalised(rewards, [s.correct for s in samples], penalty)
+        for sample, reward in zip(samples, rewards, strict=True):
             sample.reward = reward
 
     def rewards(self, group: Group) -> list[float]:
@@ -95,17 +98,14 @@ class JudgeReward(Reward):
         return correct + o.format_weight * parts["format"]
 
     def metrics(self) -> dict:
-        """Figures of the judge's calls of a step: counts added up, means weighted by the questions asked."""
         judged, self.stats = [stats for stats in self.stats if stats], []
         if not judged:
             return {}
-        metrics = {name: sum(s.get(name, 0) for s in judged) for name in
-                   ("comparisons", "no_votes", "skipped", "skipped_few", "skipped_equal", "identical", "unasked",
-                    "fallbacks", "seconds")}
+        metrics = {name: sum(s.get(name, 0) for s in judged) for name in SUMS}
         for name in dict.fromkeys(name for s in judged for name in s.get("counts", {})):  # of an endpoint: faults, cost
             metrics[name.replace(" ", "_")] = sum(s.get("counts", {}).get(name, 0) for s in judged)
         asked = max(1, metrics["comparisons"])
-        for name in ("position_bias", "order_conflicts", "fit_se", "misfit"):
+        for name in MEANS:
             metrics[name] = sum(s.get(name, 0.0) * s["comparisons"] for s in judged) / asked
         metrics["error"] = next((s["error"] for s in judged if s["error"]), "")
         return {f"judge/{name}": value for name, value in metrics.items()}

@@ -121,8 +121,8 @@ class Trainer:
         self._commit_state()
         deadline = self.started + 60 * cfg.run.max_minutes if cfg.run.max_minutes else float("inf")
         with self.log.progress(total, self.stage, done=self.done) as advance:
-            if self.owed and self.held_out and self._evaluate():
-                self._save(best=True)
+            if self.owed and self.held_out:
+                self._save(best=self._evaluate())  # also when it is not the best: it is owed no longer
             while self.done < total and not self._ends(deadline):
                 step = Step(self.done + 1, self.log)
                 # by the step, so that dropout after a resume is what it would have been
