@@ -5,24 +5,12 @@ were not asked about come from the model of Bradley and Terry (Biometrika 39, 19
 """
 import math
 import random
-from typing import NamedTuple
 
 import numpy as np
 
 # Precision of the normal prior of each strength: one who wins everything stays finite. Of 0.01 to 0.3, 0.1 is never
 # far from the best when part of the pairs of simulated judges is held against all (8, 16 candidates).
 PRIOR = 0.1
-
-
-class Fit(NamedTuple):
-    """A fit of strengths.
-
-    strengths (n,), adding up to 0; se (n,), the standard errors of their distance to the group's mean, a comparison
-    counting as one draw; misfit, the root mean square of p less its expectation, large when preferences go round in a
-    circle."""
-    strengths: np.ndarray
-    se: np.ndarray
-    misfit: float
 
 
 # ---- votes
@@ -36,23 +24,15 @@ def both_orders(forward: float, backward: float, soft: bool) -> float:
     the more, the larger b. A vote of exactly 0, 1/2 or 1 is a verdict also there, as from a server that gave no
     log-probs this once."""
     if soft and not {forward, backward} & {0.0, 0.5, 1.0}:
-        odds, reverse = logit(forward), logit(backward)
+        odds, reverse = (math.log(p / (1.0 - p)) for p in (forward, backward))
         bias = (odds + reverse) / 2
-        forward, backward = sigmoid(odds - bias), sigmoid(reverse - bias)
+        forward, backward = (1.0 / (1.0 + math.exp(bias - x)) for x in (odds, reverse))
     return (forward + 1.0 - backward) / 2.0
 
 
 def won(forward: float, backward: float) -> float:
     """Say on which side of 1/2 `both_orders` lies, without its rounding: 1, 1/2 or 0."""
     return 1.0 if forward > backward else 0.5 if forward == backward else 0.0
-
-
-def logit(p: float) -> float:
-    return math.log(p / (1.0 - p))
-
-
-def sigmoid(x: float) -> float:
-    return 1.0 / (1.0 + math.exp(-x))
 
 
 # ---- pairs
@@ -86,8 +66,10 @@ def expected_score(d):
     return 0.5 + np.sinh(d / 2) / (2 * np.cosh(d / 2))
 
 
-def fit_strengths(n: int, results: list[tuple[int, int, float]], prior: float = PRIOR) -> Fit:
-    """Fit strengths of n candidates by maximum posterior, with Newton's method."""
+def fit_strengths(n: int, results: list[tuple[int, int, float]], prior: float = PRIOR) -> np.ndarray:
+    """Fit strengths of n candidates, adding up to 0, by maximum posterior.
+
+    Returns (n,) float64; by Newton's method."""
     first, second = np.array([r[:2] for r in results], dtype=int).reshape(-1, 2).T  # (M,) each
     p = np.array([r[2] for r in results], dtype=float)  # (M,)
     side = np.zeros((len(p), n))  # (M, n): s_i - s_j = side @ s
@@ -103,21 +85,18 @@ def fit_strengths(n: int, results: list[tuple[int, int, float]], prior: float = 
         strengths = strengths + step * min(1.0, 2.0 / longest)  # no leap on the flat ends
         if longest < 1e-9:
             break
-    # (1, ..., 1) is an eigenvector, of value `prior`: taking it out leaves the errors of the distances to the mean
-    variance = np.diag(np.linalg.inv(hessian)) - 1 / (prior * max(1, n))
-    misfit = float(np.sqrt(np.mean((p - expected_score(side @ strengths)) ** 2))) if len(p) else 0.0
-    return Fit(strengths, np.sqrt(np.maximum(variance, 0.0)), misfit)
+    return strengths
 
 
 def win_probabilities(n: int, results: list[tuple[int, int, float]],
-                      copies: list[int] | None = None) -> tuple[list[float | None], Fit]:
-    """Compute each candidate's mean score against the others, and the fit.
+                      copies: list[int] | None = None) -> list[float | None]:
+    """Compute each candidate's mean score against the others.
 
     A compared pair counts with its p, another one with what the fit expects; with all pairs compared, the wins are
     plain means. Candidates that no chain of comparisons joins drop out of each other's means, as nothing is known of
     them; None for one without any. copies[i] candidates share the text of i; they tie among themselves."""
-    fit = fit_strengths(n, results)
-    score = expected_score(fit.strengths[:, None] - fit.strengths[None])  # (n, n)
+    strengths = fit_strengths(n, results)
+    score = expected_score(strengths[:, None] - strengths[None])  # (n, n)
     joined = np.arange(n)  # candidates with the same number are joined
     for i, j, p in results:
         score[i, j], score[j, i] = p, 1 - p
@@ -126,4 +105,4 @@ def win_probabilities(n: int, results: list[tuple[int, int, float]],
     weight = (joined[:, None] == joined[None]) * counts[None] - np.eye(n)  # (n, n): a candidate is not its own opponent
     total = weight.sum(1)
     wins = (weight * score).sum(1) / np.maximum(total, 1)
-    return [float(w) if known else None for w, known in zip(wins, total > 0, strict=True)], fit
+    return [float(w) if known else None for w, known in zip(wins, total > 0, strict=True)]

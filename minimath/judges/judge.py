@@ -11,7 +11,7 @@ from minimath.core.errors import UserError
 from minimath.data.sample import Group, Sample
 from minimath.judges.base import HeuristicJudge, Judge, Pair
 from minimath.judges.cache import ReplyCache, cache_folder
-from minimath.judges.compare import all_pairs, both_orders, choose_pairs, win_probabilities
+from minimath.judges.compare import both_orders, choose_pairs, win_probabilities
 from minimath.judges.endpoint import EndpointJudge, is_fault
 from minimath.judges.poll import ask, counts_since, in_both_orders, percent, tally
 from minimath.judges.rubrics import judge_prompt, make_nonce
@@ -33,20 +33,19 @@ def make_judge(options: JudgeOptions, policy: Policy | None = None, *, micro_bat
 
 
 class Contest:
-    """The correct samples of a group, one of each text."""
+    """The correct samples of a group, one of each text.
+
+    texts: a sample of each text; place: of each sample of the group in texts, None: wrong; copies: how many samples
+    have each text."""
 
     def __init__(self, group: Group):
-        """Sort the samples by text.
-
-        texts: a sample of each text; place: of each sample of the group in texts, None: wrong; copies: how many samples
-        have each text."""
         texts: dict[str, Sample] = {}
         for sample in group.samples:
             if sample.correct:
                 texts.setdefault(sample.text.strip(), sample)
-        number = {text: k for k, text in enumerate(texts)}
+        names = list(texts)
         self.problem, self.texts = group.example.problem, list(texts.values())
-        self.place = [number[s.text.strip()] if s.correct else None for s in group.samples]
+        self.place = [names.index(s.text.strip()) if s.correct else None for s in group.samples]
         self.copies = [self.place.count(k) for k in range(len(texts))]
         self.nonce = make_nonce(self.problem, *texts)
 
@@ -58,14 +57,12 @@ def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | N
     """Judge all groups in one batch of questions; returns wins and stats.
 
     wins[g][i] is the mean score of sample i against the other correct samples of group g (identical texts tie); None
-    for wrong samples and for those without a vote. Nothing is asked where it can't change an advantage: with fewer than
-    two correct samples (`skipped_few`) or all of them one text (`skipped_equal`). A pair without a vote in both orders
-    drops out, or gets the heuristic judge's vote (judge.fallback).
+    for wrong samples and for those without a vote. A group with fewer than two different correct texts is not asked
+    about. A pair without a vote in both orders drops out, or gets the heuristic judge's vote (judge.fallback).
 
-    stats: judge, groups, judged, skipped, skipped_few, skipped_equal, comparisons (questions, two per pair), unasked
-    (pairs left to the fit), identical (pairs of equal texts), no_votes, position_bias and order_conflicts (poll.tally),
-    fit_se and misfit (compare.Fit; means over the judged groups), fallbacks (pairs that the heuristic judge took over),
-    counts (what the judge's counts grew by), error ("" or the judge's exception), seconds.
+    stats: comparisons (questions, two per pair), skipped (groups not asked about), no_votes, position_bias and
+    order_conflicts (poll.tally), fallbacks (pairs that the heuristic judge took over), counts (what the judge's counts
+    grew by), error ("" or the judge's exception), seconds.
 
     Raises UserError with judge_fallback=stop when the judge is down. Any other failure of a judge costs votes, is said
     once, and the run goes on."""
@@ -82,28 +79,17 @@ def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | N
         elif judge.fallback == "heuristic":  # for both orders: half of two judges would be biased by the first's
             results[g].append((i, j, HeuristicJudge().compare([contests[g].pair(i, j)])[0]))
             fallbacks += 1
-    fitted = [win_probabilities(len(c.texts), own, c.copies) for c, own in zip(contests, results, strict=True)]
-    wins = [[None if place is None else of_text[place] for place in c.place]
-            for c, (of_text, _) in zip(contests, fitted, strict=True)]
-    figures, judged = tally(votes, judge.soft), [fit for (_, fit), own in zip(fitted, results, strict=True) if own]
-    stats = skipped(contests) | {
-        "judge": judge.name, "comparisons": len(votes), "no_votes": figures["no_votes"], "fallbacks": fallbacks,
-        "unasked": sum(len(all_pairs(len(c.texts))) for c in contests) - len(due),
-        "position_bias": figures["position_bias"] or 0.0, "order_conflicts": figures["order_conflicts"] or 0.0,
-        "fit_se": sum(float(fit.se.mean()) for fit in judged) / max(1, len(judged)),
-        "misfit": sum(fit.misfit for fit in judged) / max(1, len(judged)),
-        "counts": counts_since(judge, before), "error": error, "seconds": time.monotonic() - start}
+    wins = []
+    for contest, own in zip(contests, results, strict=True):
+        of_text = win_probabilities(len(contest.texts), own, contest.copies)
+        wins.append([None if place is None else of_text[place] for place in contest.place])
+    figures = tally(votes, judge.soft)
+    stats = {"comparisons": len(votes), "skipped": sum(len(c.texts) < 2 for c in contests), "fallbacks": fallbacks,
+             "no_votes": figures["no_votes"], "position_bias": figures["position_bias"] or 0.0,
+             "order_conflicts": figures["order_conflicts"] or 0.0, "counts": counts_since(judge, before),
+             "error": error, "seconds": time.monotonic() - start}
     see_to_lost_votes(judge, stats)
     return wins, stats
-
-
-def skipped(contests: list[Contest]) -> dict:
-    """Count the groups that were judged, and those that were not by the reason."""
-    few = sum(sum(c.copies) < 2 for c in contests)
-    equal = sum(len(c.texts) == 1 and sum(c.copies) >= 2 for c in contests)
-    return {"groups": len(contests), "judged": len(contests) - few - equal, "skipped": few + equal,
-            "skipped_few": few, "skipped_equal": equal,
-            "identical": sum(k * (k - 1) // 2 for c in contests for k in c.copies)}
 
 
 def see_to_lost_votes(judge: Judge, stats: dict) -> None:
@@ -111,13 +97,13 @@ def see_to_lost_votes(judge: Judge, stats: dict) -> None:
 
     Raises UserError with judge_fallback=stop when the judge is down."""
     asked, lost, counts = stats["comparisons"], stats["no_votes"], stats["counts"]
-    met = ", ".join(f"{n:g} x {name}" for name, n in counts.items() if is_fault(name)) or stats["error"]
+    met = ", ".join(f"{n:g} x {name}" for name, n in counts.items() if is_fault(name)) or stats["error"] \
+        or "unreadable replies"
     if judge.fallback == "stop" and lost and (stats["error"] or lost == asked or counts.get("given_up")):
-        raise UserError(f"the judge {judge.name} is down: {lost} of {asked} questions have no vote "
-                        f"({met or 'unreadable replies'}), and judge_fallback=stop ends the run then; see to the "
-                        "judge, or go on with judge_fallback=heuristic or none")
+        raise UserError(f"the judge {judge.name} is down: {lost} of {asked} questions have no vote ({met}); see to it, "
+                        "or go on with judge_fallback=heuristic or none")
     if 2 * lost > asked:
         becomes = "the heuristic judge votes there" if judge.fallback == "heuristic" else \
             "they count nothing in the reward; judge_fallback=heuristic would vote there"
         judge.say_once("lost votes", f"the judge {judge.name} gave no vote on {percent(lost / asked)} of {asked} "
-                       f"questions{f' ({met})' if met else ''}: {becomes}")
+                       f"questions ({met}): {becomes}")

@@ -32,7 +32,7 @@ PANELS = {"reward": ["reward/mean"], "loss": ["loss"], "gradient norm": ["optim/
           "tokens": ["rollout/tokens", "rollout/correct_tokens", "eval/tokens"],
           "nats a token": ["policy/entropy", "rollout/surprisal"]}
 JUDGE = {"judge/comparisons": "comparisons", "judge/no_votes": "without a vote", "judge/position_bias": "position bias",
-         "judge/order_conflicts": "order conflicts", "judge/misfit": "misfit", "judge/seconds": "seconds"}
+         "judge/order_conflicts": "order conflicts", "judge/seconds": "seconds"}
 SHOWN = 6  # problems
 LONGEST = 3000  # characters of a solution shown
 

@@ -22,7 +22,7 @@ from minimath.models.policy import Policy
 PENALTY_SHARE = 0.2  # of max_new_tokens, over which overlong=penalty grows
 SUMS = ("comparisons", "no_votes", "skipped", "skipped_few", "skipped_equal", "identical", "unasked", "fallbacks",
         "seconds")  # figures of the judge's calls of a step
-MEANS = ("position_bias", "order_conflicts", "fit_se", "misfit")  # weighted by the questions asked
+MEANS = ("position_bias", "order_conflicts")  # weighted by the questions asked
 
 
 class Reward:

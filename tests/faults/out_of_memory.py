@@ -247,7 +247,7 @@ def judge_halved(full: bool, train) -> Tally:
     """The model that judges itself votes the same in smaller passes; that they are smaller is said."""
     tally = Tally("out_of_memory: the judge in smaller passes")
     own = {"judge": "self", "verifier": "none", "micro_batch_tokens": 8000, "lr": 1e-4, "steps": 2}
-    names = ("judge/comparisons", "judge/no_votes", "judge/position_bias", "judge/fit_se", "reward/mean")
+    names = ("judge/comparisons", "judge/no_votes", "judge/position_bias", "reward/mean")
     whole = train(rlaif, Memory(), **own)
     for kind, room in itertools.product(KINDS, (1500, 900)) if full else (("CUDA", 1500),):
         short = train(rlaif, Memory(room, kind=kind, where="judge", spare=False), **own)

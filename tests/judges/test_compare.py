@@ -50,45 +50,25 @@ def grid_maximum(results):
 ])
 def test_the_fit_is_the_maximum_of_a_brute_force_grid(results):
     fit = fit_strengths(3, results)
-    assert fit.strengths == pytest.approx(grid_maximum(results), abs=5e-3)
-    assert fit.strengths.sum() == pytest.approx(0, abs=1e-9)
+    assert fit == pytest.approx(grid_maximum(results), abs=5e-3)
+    assert fit.sum() == pytest.approx(0, abs=1e-9)
 
 
 def test_one_who_wins_everything_is_finite_and_first():
     n = 16
     fit = fit_strengths(n, [(i, j, 1.0) for i, j in all_pairs(n)])
-    assert np.isfinite(fit.strengths).all() and np.isfinite(fit.se).all() and (fit.se > 0).all()
-    assert (np.diff(fit.strengths) < 0).all() and fit.strengths[0] < 12
+    assert np.isfinite(fit).all()
+    assert (np.diff(fit) < 0).all() and fit[0] < 12
 
 
-def test_known_strengths_are_found_and_lie_within_their_errors():
+def test_known_strengths_are_found():
     rng = np.random.default_rng(0)
     truth = np.array([1.2, 0.4, 0.1, -0.6, -1.1])
-    pulls = []
+    fits = []
     for _ in range(40):
-        results = []
-        for i, j in all_pairs(5) * 12:
-            results.append((i, j, float(rng.random() < sigmoid(truth[i] - truth[j]))))
-        fit = fit_strengths(5, results)
-        pulls.append((fit.strengths - truth) / fit.se)
-    pulls = np.array(pulls)
-    assert 0.75 < pulls.std() < 1.25 and abs(pulls.mean(0)).max() < 0.5
-    assert np.mean(abs(pulls) < 1.96) > 0.9
-
-
-def test_standard_errors_are_those_of_the_inverse_hessian_by_differences():
-    results = [(0, 1, 0.7), (0, 2, 0.9), (1, 2, 0.55), (2, 3, 0.2)]
-    fit, step = fit_strengths(4, results), 1e-4
-    hessian = np.zeros((4, 4))
-    for a, b in itertools.product(range(4), repeat=2):
-        for sign_a, sign_b in itertools.product((1, -1), repeat=2):
-            s = fit.strengths.copy()
-            s[a] += sign_a * step
-            s[b] += sign_b * step
-            hessian[a, b] -= sign_a * sign_b * log_posterior(s, results) / (4 * step**2)
-    centre = np.eye(4) - 0.25
-    want = np.sqrt(np.diag(centre @ np.linalg.inv(hessian) @ centre))
-    assert fit.se == pytest.approx(want, rel=1e-3)
+        results = [(i, j, float(rng.random() < sigmoid(truth[i] - truth[j]))) for i, j in all_pairs(5) * 12]
+        fits.append(fit_strengths(5, results))
+    assert np.mean(fits, 0) == pytest.approx(truth, abs=0.15) and np.std(fits, 0).max() < 0.5
 
 
 def test_the_expected_score_is_the_sigmoid_of_the_distance():
@@ -112,43 +92,34 @@ def test_both_orders_take_the_position_out():
 def test_wins_of_all_pairs_are_plain_means_and_those_of_the_fit_but_for_the_prior():
     rng = np.random.default_rng(1)
     results = [(i, j, rng.uniform(0.1, 0.9)) for i, j in all_pairs(6)]
-    wins, fit = win_probabilities(6, results)
+    wins, fit = win_probabilities(6, results), fit_strengths(6, results)
     scores = [[p if a == i else 1 - p for a, b, p in results if i in (a, b)] for i in range(6)]
     assert wins == pytest.approx([np.mean(row) for row in scores])
     nearly_flat = fit_strengths(6, results, prior=1e-6)
-    expected = expected_score(nearly_flat.strengths[:, None] - nearly_flat.strengths)
+    expected = expected_score(nearly_flat[:, None] - nearly_flat)
     assert (expected.sum(1) - 0.5) / 5 == pytest.approx(wins, abs=1e-5)
-    shrunk = expected_score(fit.strengths[:, None] - fit.strengths)
+    shrunk = expected_score(fit[:, None] - fit)
     assert (shrunk.sum(1) - 0.5) / 5 == pytest.approx(wins, abs=0.05)
 
 
 def test_unjudged_pairs_come_from_the_fit():
     results = [(0, 1, 0.8), (1, 2, 0.8)]
-    wins, fit = win_probabilities(3, results)
-    beyond = sigmoid(fit.strengths[0] - fit.strengths[2])
+    wins, fit = win_probabilities(3, results), fit_strengths(3, results)
+    beyond = sigmoid(fit[0] - fit[2])
     assert beyond > 0.85                                              # 0 over 1 over 2: more than either step
     assert wins == pytest.approx([(0.8 + beyond) / 2, 0.5, (0.2 + 1 - beyond) / 2])
 
 
 def test_candidates_that_nothing_joins_drop_out():
-    wins, fit = win_probabilities(5, [(0, 1, 1.0), (2, 3, 0.6)])
-    assert wins == [1.0, 0.0, 0.6, 0.4, None]
-    assert np.isfinite(fit.strengths).all() and fit.se[4] == max(fit.se) > 2.5
-    assert win_probabilities(2, [])[0] == [None, None] and win_probabilities(0, [])[0] == []
-    assert win_probabilities(1, [])[0] == [None]
+    assert win_probabilities(5, [(0, 1, 1.0), (2, 3, 0.6)]) == [1.0, 0.0, 0.6, 0.4, None]
+    assert win_probabilities(2, []) == [None, None] and win_probabilities(0, []) == []
+    assert win_probabilities(1, []) == [None]
 
 
 def test_copies_of_a_text_tie_and_count_as_opponents():
-    wins, _ = win_probabilities(2, [(0, 1, 0.9)], copies=[3, 1])
+    wins = win_probabilities(2, [(0, 1, 0.9)], copies=[3, 1])
     assert wins == pytest.approx([(0.5 * 2 + 0.9) / 3, 0.1])
-    assert win_probabilities(1, [], copies=[4])[0] == [0.5]
-
-
-def test_misfit_tells_a_circle_from_an_order():
-    order = [(0, 1, 0.8), (1, 2, 0.8), (0, 2, sigmoid(2 * math.log(4)))]
-    circle = [(0, 1, 0.9), (1, 2, 0.9), (0, 2, 0.1)]
-    assert fit_strengths(3, order).misfit < 0.06          # the prior's pull alone
-    assert fit_strengths(3, circle).misfit == pytest.approx(0.4, abs=0.02)
+    assert win_probabilities(1, [], copies=[4]) == [0.5]
 
 
 # ---- part of the pairs
@@ -197,7 +168,7 @@ def test_wins_of_part_of_the_pairs_rank_like_all_pairs_of_the_same_noisy_judge(n
         skill = rng.normal(size=n)
         noise = rng.normal(size=(n, n)) * 0.7
         full, part = (ranks(win_probabilities(n, [(i, j, sigmoid(skill[i] - skill[j] + noise[i, j]))
-                                                  for i, j in pairs])[0])
+                                                  for i, j in pairs]))
                       for pairs in (all_pairs(n), choose_pairs(n, k, str(seed))))
         like_full.append(np.corrcoef(full, part)[0, 1])
         part_true.append(np.corrcoef(ranks(skill), part)[0, 1])

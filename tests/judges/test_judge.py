@@ -72,7 +72,7 @@ def spy(vote):
 def test_identical_texts_tie_and_are_asked_once():
     judge, asked = spy(lambda p: float(p.first.text == "a"))
     wins, stats = judge_one(judge, [Fixed("a"), Fixed("a"), Fixed("b")])
-    assert len(asked) == 2 and stats["identical"] == 1
+    assert len(asked) == 2
     assert wins == [0.75, 0.75, 0.0]
 
 
@@ -81,7 +81,7 @@ def test_a_group_of_one_text_is_not_judged():
     wins, stats = judge_groups(judge, [group("p", [GOOD, WRONG, GOOD._replace(text=GOOD.text + "\n")]),
                                        group("q", [GOOD])])
     assert wins == [[0.5, None, 0.5], [None]]
-    assert (stats["judged"], stats["skipped"], stats["skipped_equal"], stats["skipped_few"]) == (0, 2, 1, 1)
+    assert (stats["comparisons"], stats["skipped"]) == (0, 2)
 
 
 def test_groups_with_fewer_than_two_correct_samples_are_not_judged():
@@ -124,8 +124,8 @@ def test_part_of_the_pairs_ranks_like_all_of_them(soft):
     full, full_stats = judge_one(grade_judge(0, soft)[0], samples)
     judge, calls = grade_judge(5, soft)
     wins, stats = judge_one(judge, samples)
-    assert full_stats["comparisons"] == 2 * 120 and full_stats["unasked"] == 0
-    assert calls == [2 * 5 * 8] == [stats["comparisons"]] and stats["unasked"] == 80      # one batch
+    assert full_stats["comparisons"] == 2 * 120
+    assert calls == [2 * 5 * 8] == [stats["comparisons"]]  # one batch
     order = sorted(range(16), key=lambda i: samples[i].text)
     means = [sum(x) / 16 for x in (full, wins)]
     dots = [sum((a - m) * (b - n) for a, b in zip(x, y)) for x, y, m, n in
@@ -133,7 +133,6 @@ def test_part_of_the_pairs_ranks_like_all_of_them(soft):
     assert dots[0] / math.sqrt(dots[1] * dots[2]) > (0.97 if soft else 0.9)   # verdicts say less than probabilities
     if soft:
         assert wins[order[0]] == max(wins) and wins[order[-1]] == min(wins)
-    assert 0 < stats["fit_se"] < 3 and stats["misfit"] < (0.2 if soft else 0.35)
     assert judge_one(grade_judge(5, soft)[0], samples)[0] == wins             # the same pairs each time
 
 
@@ -143,7 +142,7 @@ def test_part_of_the_pairs_of_groups_of_different_sizes_in_one_batch():
     wins, stats = judge_groups(judge, groups)
     assert calls == [2 * (1 + 12 + 6)]
     assert all(w is not None for of_group in wins[:4] for w in of_group) and wins[4] == [0.5, 0.5, None]
-    assert stats["judged"] == 3 and stats["unasked"] == 16
+    assert stats["skipped"] == 2
 
 
 @pytest.mark.parametrize("soft", [True, False])
