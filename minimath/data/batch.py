@@ -13,19 +13,17 @@ from minimath.data.chat import IGNORE, Encoded
 def step_indices(step: int, size: int, batch_size: int, seed: int) -> list[int]:
     """Return the batch_size indices of step 0, 1, ... into data of `size` rows.
 
-    They come from an endless stream of permutations, one per epoch: no index appears twice before all have appeared
-    once. A batch may reach into the next epoch.
+    They come from an endless stream of permutations, one per epoch. A batch may reach into the next epoch.
     """
     return stream_indices(step * batch_size, batch_size, size, seed)
 
 
 def stream_indices(start: int, count: int, size: int, seed: int) -> list[int]:
     """Return places start to start + count - 1 of the stream of step_indices."""
-    order, epoch = [], start // size
-    while len(order) < start % size + count:
+    order: list[int] = []
+    for epoch in range(start // size, (start + count - 1) // size + 1):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order += torch.randperm(size, generator=generator).tolist()
-        epoch += 1
     return order[start % size:start % size + count]
 
 
@@ -45,7 +43,7 @@ def micro_batches(rows: list[Encoded], *, packing: bool, micro_batch_tokens: int
 
 
 def _longest_first(lengths: list[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
 def like_lengths(lengths: list[int], budget: int) -> list[list[int]]:
@@ -77,15 +75,14 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def _targets(row: Encoded) -> list[int]:
-    """Return the next token of each where that is trained, else IGNORE, as at the end."""
+    """Return the token that follows each one, IGNORE where that is not trained and at the end."""
     return [i if trained else IGNORE for i, trained in zip(row.ids[1:], row.loss_mask[1:])] + [IGNORE]
 
 
 def collate_packed(rows: list[Encoded]) -> dict[str, torch.Tensor]:
-    """Put all examples one after the other in one row, as int64.
+    """Put all examples one after the other in one row, with position_ids from 0 for each.
 
-    input_ids (1, T); position_ids (1, T), from 0 for each example; target (T,). Without a mask, with restarting
-    position_ids and use_cache=False, transformers finds the borders itself (seen in 5.23); with its default
+    Without a mask and with use_cache=False, transformers (5.23) finds the borders by position_ids; with its default
     use_cache=True, or a mask of ones, examples silently attend to each other.
     """
     return {
@@ -96,10 +93,7 @@ def collate_packed(rows: list[Encoded]) -> dict[str, torch.Tensor]:
 
 
 def collate_padded(rows: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad examples at the right.
-
-    int64: input_ids, attention_mask, position_ids (B, T), target (B*T,).
-    """
+    """Pad examples at the right."""
     width = max(len(row.ids) for row in rows)
     gaps = [width - len(row.ids) for row in rows]
     return {

@@ -5,6 +5,7 @@ tokenised together as the template writes them, when the prompt's ids are a pref
 the border, or the template changes the solution (some cut the thinking out), they are tokenised apart, which is what
 generation sees too. A tokenizer without a chat template (base models) gets plain text: "problem\\n\\nsolution<eos>".
 """
+import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,8 +13,7 @@ from minimath.core.errors import UserError
 from minimath.data.examples import Example, hashes_answer
 
 IGNORE = -100
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>",
-             "<|endoftext|>")
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>", "<|endoftext|>")
 MARK = "MINIMATH-MARK"  # stands for a text, to find what a template writes after it
 SHOWN_CHARS = 1600
 
@@ -25,25 +25,19 @@ class Encoded(NamedTuple):
     truncated: bool
 
 
-# ---- text and tokens of a prompt
-
 def has_template(tokenizer) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 def user_text(problem: str, prompt_template: str) -> str:
-    """Return the user message of a problem.
-
-    Raises UserError for unknown slots or none for the problem.
-    """
+    """Return the user message of a problem. UserError: a bad template."""
+    if "{problem}" not in prompt_template:
+        raise UserError(f"prompt_template={prompt_template!r} has no {{problem}}: add it")
     try:
-        text = prompt_template.format(problem=problem)
+        return prompt_template.format(problem=problem)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"prompt_template={prompt_template!r}: {error!r}; only {{problem}} is a slot, "
                         "write other braces twice, {{ and }}") from error
-    if "{problem}" not in prompt_template:
-        raise UserError(f"prompt_template={prompt_template!r} has no {{problem}}: add it")
-    return text
 
 
 def prompt_ids(tokenizer, problem: str, *, system: str = "", prompt_template: str) -> list[int]:
@@ -82,8 +76,7 @@ def _tokens(tokenizer, text: str) -> list[int]:
 def neutral(tokenizer, text: str) -> str:
     """Break up special tokens: "<|im_end|>" inside a problem must not end the turn."""
     for token in special_tokens(tokenizer):
-        if token in text:
-            text = text.replace(token, token[:1] + " " + token[1:])
+        text = text.replace(token, token[:1] + " " + token[1:])
     return text
 
 
@@ -92,8 +85,6 @@ def special_tokens(tokenizer) -> dict[str, int]:
     """Map text to id of the special tokens."""  # transformers builds its table anew on each access: cached
     return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
-
-# ---- the end of a turn
 
 def turn_end(tokenizer) -> int:
     """Return the token that ends the assistant's turn: the template's, else EOS."""
@@ -104,12 +95,9 @@ def turn_end(tokenizer) -> int:
 def _turn_end(tokenizer, template: str) -> int:  # the template is part of the key: users may set another one
     if has_template(tokenizer):
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
-        after = _render(tokenizer, talk).rpartition(MARK)[2]
-        special = set(special_tokens(tokenizer).values())
-        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-        found = next((i for i in ids if i in special), None)
-        if found is not None:
-            return found
+        after = tokenizer(_render(tokenizer, talk).rpartition(MARK)[2], add_special_tokens=False)["input_ids"]
+        if ends := [i for i in after if i in special_tokens(tokenizer).values()]:
+            return ends[0]
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token and its template ends no turn: no model learns to "
                         "stop; set eos_token in tokenizer_config.json")
@@ -122,16 +110,12 @@ def eos_ids(tokenizer, model=None) -> list[int]:
     They are those of template, tokenizer and generation config, and the well-known ones that are special tokens of
     this tokenizer.
     """
-    found = [turn_end(tokenizer), tokenizer.eos_token_id]
-    config = getattr(model, "generation_config", None)
-    listed = getattr(config, "eos_token_id", None)
-    found += listed if isinstance(listed, (list, tuple)) else [listed]
-    names = special_tokens(tokenizer)
-    found += [names[name] for name in TURN_ENDS if name in names]
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    known = special_tokens(tokenizer)
+    found = [turn_end(tokenizer), tokenizer.eos_token_id, *(listed if isinstance(listed, (list, tuple)) else [listed]),
+             *(known.get(name) for name in TURN_ENDS)]
     return list(dict.fromkeys(i for i in found if i is not None))
 
-
-# ---- an example to ids and loss mask
 
 def final_text(solution: str, answer: str) -> str:
     """Put the final answer in \\boxed{}: rewrite "#### x", append a missing answer."""
@@ -193,16 +177,13 @@ def _apart(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]]:
     return prompt + done, [False] * len(prompt) + [True] * len(done)
 
 
-# ---- preflight
-
 def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
     """Show one example, [[trained text]] marked, and the counts.
 
     Raises UserError for what would waste a run: no trained tokens, more than one BOS, an example that trains no EOS.
     """
-    trained = sum(map(sum, (row.loss_mask for row in rows)))
-    cut, tokens = sum(row.truncated for row in rows), sum(len(row.ids) for row in rows)
-    longest = max((len(row.ids) for row in rows), default=0)
+    trained, tokens = sum(sum(row.loss_mask) for row in rows), sum(len(row.ids) for row in rows)
+    cut, longest = sum(row.truncated for row in rows), max((len(row.ids) for row in rows), default=0)
     if not trained:
         raise UserError(f"no trained tokens in {len(rows)} rows ({cut} truncated, longest {longest} tokens); "
                         "raise max_len if the prompts fill it, or check that the rows have solutions")
@@ -214,15 +195,13 @@ def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
         if not row.truncated and not (row.loss_mask[-1] and row.ids[-1] in eos):
             raise UserError(f"example {number} trains no EOS at its end, {tokenizer.decode(row.ids[-8:])!r}: "
                             "the model would not learn to stop; check what the template writes after a turn")
-    shown = next((row for row in rows if any(row.loss_mask) and not row.truncated), None)
-    shown = shown or next(row for row in rows if any(row.loss_mask))
-    share = f"{trained} trained ({100 * trained / tokens:.0f}%)"
+    shown = min((row for row in rows if any(row.loss_mask)), key=lambda row: row.truncated)  # the first whole one
     lines = ["an example, trained text in [[ ]]:", marked(tokenizer, shown), "",
-             f"{len(rows)} rows, {tokens} tokens, {share}, longest {longest}"]
+             f"{len(rows)} rows, {tokens} tokens, {trained} trained ({100 * trained / tokens:.0f}%), longest {longest}"]
     if cut:
         lost = sum(not any(row.loss_mask) for row in rows)
-        lines.append(f"{cut} rows truncated at max_len, {lost} of them to nothing trained; raise "
-                     "max_len to keep them whole")
+        lines.append(f"{cut} rows truncated at max_len, {lost} of them to nothing trained; raise max_len to keep them "
+                     "whole")
     if not has_template(tokenizer):
         lines.append("the tokenizer has no chat template: plain text, problem, blank line, solution, EOS")
     return "\n".join(lines)
@@ -238,13 +217,10 @@ def _bos_opens_turns(tokenizer) -> bool:
 
 def marked(tokenizer, row: Encoded) -> str:
     """Decode an example, trained spans in [[ ]]; the middle of a long one is left out."""
-    parts, start = [], 0
-    for stop in range(1, len(row.ids) + 1):
-        if stop == len(row.ids) or row.loss_mask[stop] != row.loss_mask[start]:
-            text = tokenizer.decode(row.ids[start:stop])
-            if len(text) > SHOWN_CHARS:
-                half = SHOWN_CHARS // 2
-                text = f"{text[:half]} ...({len(text) - 2 * half} characters)... {text[-half:]}"
-            parts.append(f"[[{text}]]" if row.loss_mask[start] else text)
-            start = stop
+    parts = []
+    for trained, span in itertools.groupby(zip(row.loss_mask, row.ids), key=lambda pair: pair[0]):
+        text, half = tokenizer.decode([i for _, i in span]), SHOWN_CHARS // 2
+        if len(text) > SHOWN_CHARS:
+            text = f"{text[:half]} ...({len(text) - 2 * half} characters)... {text[-half:]}"
+        parts.append(f"[[{text}]]" if trained else text)
     return "".join(parts)

@@ -13,6 +13,7 @@ id or a problem seen before are kept (resampled sets repeat them) and counted as
 """
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -56,9 +57,9 @@ class DataReport:
     -> count.
     """
     kept: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
+    skipped: Counter = field(default_factory=Counter)
     rows: list[str] = field(default_factory=list)
-    notes: dict[str, int] = field(default_factory=dict)
+    notes: Counter = field(default_factory=Counter)
 
 
 def load_examples(options: DataOptions, *, need: Iterable[str] = ()) -> tuple[list[Example], DataReport]:
@@ -68,23 +69,22 @@ def load_examples(options: DataOptions, *, need: Iterable[str] = ()) -> tuple[li
     nothing there, no row kept, a spoiled file, or with options.strict the first bad row.
     """
     report, examples = DataReport(), []
-    ids: set[str] = set()
-    problems: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     for where, row in rows_of(options.source, options.split):
         made = row if isinstance(row, BadRow) else to_example(row, where, need)
         if isinstance(made, BadRow):
             line = f"{where}: {_shown(f'{made.reason}; {made.fix}')}"
             if options.strict:
                 raise UserError(f"{line} (strict=true: a bad row stops the run)")
-            report.skipped[made.reason] = report.skipped.get(made.reason, 0) + 1
+            report.skipped[made.reason] += 1
             report.rows = [*report.rows, line][:REPORTED_ROWS]
             continue
-        for seen, value, note in (ids, made.id, "repeated id"), (problems, made.problem, "repeated problem"):
-            if value and value in seen:
-                report.notes[note] = report.notes.get(note, 0) + 1
-            seen.add(value)
+        for key in ("id", made.id), ("problem", made.problem):
+            if key[1] and key in seen:
+                report.notes[f"repeated {key[0]}"] += 1
+            seen.add(key)
         examples.append(made)
-        if options.limit and len(examples) >= options.limit:
+        if len(examples) == options.limit:
             break
     report.kept = len(examples)
     if not examples:
@@ -98,13 +98,11 @@ def describe_report(report: DataReport) -> str:
     """Return the report as text of a few lines; empty when there is nothing to tell."""
     lines = []
     if report.skipped:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in
-                            sorted(report.skipped.items(), key=lambda item: -item[1]))
-        lines.append(f"{report.kept} rows kept, {sum(report.skipped.values())} skipped: {reasons}")
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in report.skipped.most_common())
+        lines += [f"{report.kept} rows kept, {report.skipped.total()} skipped: {reasons}"]
         lines += [f"  {row}" for row in report.rows[:5]]
     if report.notes:
-        notes = ", ".join(f"{count} x {note}" for note, count in report.notes.items())
-        lines.append(f"kept, but note: {notes}")
+        lines.append("kept, but note: " + ", ".join(f"{count} x {note}" for note, count in report.notes.items()))
     return "\n".join(lines)
 
 
@@ -116,20 +114,14 @@ def _shown(text: str) -> str:
 
 # ---- a row to an example
 
-def to_example(row: dict, where: str, need: Iterable[str]) -> "Example | BadRow":
+def to_example(row: dict, where: str, need: Iterable[str]) -> Example | BadRow:
     """Make an example of a row in any accepted shape; BadRow when it can't be used."""
-    best = _best_generation(row)
-    if isinstance(best, BadRow) and "solution" in need:
-        return best
-    if best is not None:
-        row = {name: value for name, value in row.items() if name not in ("messages", *COLUMNS["solution"])}
-        row["solution"] = "" if isinstance(best, BadRow) else best
-    chat = _chat_messages(row)
-    if isinstance(chat, BadRow):
-        return chat
-    example = _from_messages(row, chat, where) if chat else _from_columns(row, where)
-    if isinstance(example, BadRow):
-        return example
+    try:
+        row = _with_best_generation(row, "solution" in need)
+        chat = _chat_messages(row)
+        example = _from_messages(row, chat, where) if chat else _from_columns(row, where)
+    except BadRow as bad:
+        return bad
     if not example.answer and example.solution:
         example.answer = hashes_answer(example.solution) or extract_answer(example.solution, strict=True) or ""
     if "solution" in need and not example.solution:
@@ -139,18 +131,24 @@ def to_example(row: dict, where: str, need: Iterable[str]) -> "Example | BadRow"
     return example
 
 
-def _best_generation(row: dict) -> "str | BadRow | None":
-    """Return the shortest correct one of a list of generations; None without a list."""
+def _with_best_generation(row: dict, needed: bool) -> dict:
+    """Put the shortest correct one of a list of generations in the place of the list.
+
+    Raises BadRow when there is none and it is needed.
+    """
     name = next((n for n in ("generations", "generation") if isinstance(row.get(n), list)), None)
     if name is None:
-        return None
+        return row
     verdicts, whole = ([row[n] for n in names if isinstance(row.get(n), list)] for names in (VERDICTS, WHOLE))
-    if not verdicts:
-        return BadRow(f"{name} without verdicts", f"add {VERDICTS[0]}, a list of true and false, or keep one; minimath "
-                      "sample checks answers and keeps the shortest right solution")
-    right = [text for text, *marks in zip(row[name], verdicts[0], *whole) if isinstance(text, str) and all(marks)]
-    no = BadRow("no right generation", f"none of {len(row[name])} is marked right and whole: drop it, or sample more")
-    return min(right, key=len) if right else no
+    marked = zip(row[name], *verdicts[:1], *whole)
+    right = [text for text, *marks in marked if isinstance(text, str) and all(marks)] if verdicts else []
+    if needed and not verdicts:
+        raise BadRow(f"{name} without verdicts", f"add {VERDICTS[0]}, a list of true and false, or keep one; minimath "
+                     "sample checks answers and keeps the shortest right solution")
+    if needed and not right:
+        raise BadRow("no right generation", f"none of {len(row[name])} is right and whole: drop it, or sample more")
+    others = {column: value for column, value in row.items() if column not in ("messages", *COLUMNS["solution"])}
+    return others | {"solution": min(right, key=len, default="")}
 
 
 def hashes_answer(solution: str) -> str:
@@ -159,20 +157,20 @@ def hashes_answer(solution: str) -> str:
     return "" if "\n" in final else final
 
 
-def _text(value, name: str, *, number: bool = False) -> "str | BadRow":
-    """Strip a text; None is empty. number: numbers become text, NaN is empty."""
+def _text(value, name: str, *, number: bool = False) -> str:
+    """Strip a text; None is empty. number: numbers become text, NaN is empty. Raises BadRow for anything else."""
     if value is None or (number and value != value):
         return ""
     if number and isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         if abs(value) == float("inf"):
-            return BadRow(f"{name} is infinite", "write it as text, \\infty")
+            raise BadRow(f"{name} is infinite", "write it as text, \\infty")
         return str(int(value)) if abs(value) < 1e22 and value == int(value) else str(value)
     if not isinstance(value, str):
-        return BadRow(f"{name} has the wrong type", f"{type(value).__name__} instead of text")
+        raise BadRow(f"{name} has the wrong type", f"{type(value).__name__} instead of text")
     if "\0" in value:
-        return BadRow("NUL character", f"remove it from {name}")
+        raise BadRow("NUL character", f"remove it from {name}")
     if any("\ud800" <= c <= "\udfff" for c in value):
-        return BadRow("half of a surrogate pair", f"{name} was cut inside an emoji; write it again")
+        raise BadRow("half of a surrogate pair", f"{name} was cut inside an emoji; write it again")
     # a text of nothing but zero-width and control characters is empty too
     return "" if all(c.isspace() or unicodedata.category(c) in ("Cf", "Cc") for c in value) else value.strip()
 
@@ -182,18 +180,14 @@ def _pick(row: dict, name: str) -> tuple[str, object]:
     return next(((c, row[c]) for c in COLUMNS[name] if row.get(c) is not None), (name, None))
 
 
-def _from_columns(row: dict, where: str) -> "Example | BadRow":
+def _from_columns(row: dict, where: str) -> Example:
     if not any(c in row for c in COLUMNS["problem"]):
-        return _unknown_columns(row)
-    values = {}
-    for name in COLUMNS:
-        column, value = _pick(row, name)
-        values[name] = _text(value, column, number=name == "answer")
-        if isinstance(values[name], BadRow):
-            return values[name]
-    if not values["problem"]:
-        return BadRow("empty problem", "fill it in or delete the row")
-    return Example(values["problem"], *_split_answer(values["solution"], values["answer"]), _identity(row), where=where)
+        raise _unknown_columns(row)
+    problem, solution, answer = (_text(value, column, number=name == "answer")
+                                 for name in COLUMNS for column, value in [_pick(row, name)])
+    if not problem:
+        raise BadRow("empty problem", "fill it in or delete the row")
+    return Example(problem, *_split_answer(solution, answer), _identity(row), where=where)
 
 
 def _split_answer(solution: str, answer: str) -> tuple[str, str]:
@@ -213,66 +207,59 @@ def _identity(row: dict) -> str:
 
 def _unknown_columns(row: dict) -> BadRow:
     accepted = [c for names in COLUMNS.values() for c in names] + ["messages"]
-    near = [f"{c}{did_you_mean(c, accepted)}" for c in map(str, list(row)[:60])
-            if len(c) <= 60 and did_you_mean(c, accepted)]
-    hint = ", ".join(near) if near else f"accepted are {', '.join(accepted)}"
+    near = {c: did_you_mean(c, accepted) for c in map(str, list(row)[:60]) if len(c) <= 60}
     nested = next((str(k)[:60] for k, v in row.items() if isinstance(v, dict) and set(v) & set(accepted)), None)
-    hint = f"the row is nested: move the content of {nested!r} up" if nested is not None else hint
+    if nested is not None:
+        hint = f"the row is nested: move the content of {nested!r} up"
+    else:
+        hint = ", ".join(c + said for c, said in near.items() if said) or f"accepted are {', '.join(accepted)}"
     names = ", ".join(str(name)[:60] for name in list(row)[:12]) or "none"
     return BadRow("no column with the problem", f"columns are {names}; {hint}")
 
 
 # ---- chat rows
 
-def _chat_messages(row: dict) -> "list[dict] | BadRow | None":
+def _chat_messages(row: dict) -> list[dict] | None:
     """Return the clean messages of a chat row; None when the row has another shape."""
     raw = row.get("messages")
     if raw is None and isinstance(row.get("prompt"), list):
         done = row.get("completion")
-        raw = [*row["prompt"], *(done if isinstance(done, list) else
-                                 [{"role": "assistant", "content": done}] if done is not None else [])]
+        if not isinstance(done, list):
+            done = [] if done is None else [{"role": "assistant", "content": done}]
+        raw = [*row["prompt"], *done]
     if raw is None:
         return None
     if not isinstance(raw, list) or not raw:
-        return BadRow("malformed messages", 'write a list of {"role": ..., "content": ...}')
+        raise BadRow("malformed messages", 'write a list of {"role": ..., "content": ...}')
     messages: list[dict] = []
     for number, message in enumerate(raw, 1):
-        clean = _message(message, number, messages)
-        if isinstance(clean, BadRow):
-            return clean
-        messages.append(clean)
+        messages.append(_message(message, number, messages[-1]["role"] if messages else "start"))
     return messages
 
 
-def _message(message, number: int, before: list[dict]) -> "dict | BadRow":
+def _message(message, number: int, last: str) -> dict:
     bad = "malformed messages"
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-        return BadRow(bad, f"message {number} needs role and content")
+        raise BadRow(bad, f"message {number} needs role and content")
     role, content = message["role"], message["content"]
     if role not in ROLES:
         role = str(role)[:60]
-        return BadRow(bad, f"message {number} has role {role!r}{did_you_mean(role, ROLES)}; use {', '.join(ROLES)}")
+        raise BadRow(bad, f"message {number} has role {role!r}{did_you_mean(role, ROLES)}; use {', '.join(ROLES)}")
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(p["text"] for p in content)  # the form with parts that hub data sets use
     text = _text(content, f"content of message {number}")
-    if isinstance(text, BadRow):
-        return text
     if not text:
-        return BadRow(bad, f"message {number} is empty")
-    last = before[-1]["role"] if before else "start"
-    allowed = {"start": ("system", "user"), "user": ("assistant",)}.get(last, ("user",))
-    if role not in allowed:
-        return BadRow(bad, f"message {number} is from {role} after {last}; system may come first, then user "
-                           "and assistant take turns")
+        raise BadRow(bad, f"message {number} is empty")
+    if role not in {"start": ("system", "user"), "user": ("assistant",)}.get(last, ("user",)):
+        raise BadRow(bad, f"message {number} is from {role} after {last}; system may come first, then user and "
+                     "assistant take turns")
     return {"role": role, "content": text}
 
 
-def _from_messages(row: dict, messages: list[dict], where: str) -> Example | BadRow:
+def _from_messages(row: dict, messages: list[dict], where: str) -> Example:
     users = [m["content"] for m in messages if m["role"] == "user"]
     if not users:
-        return BadRow("malformed messages", "no message from user")
-    answer = _text(_pick(row, "answer")[1], "answer", number=True)
-    if isinstance(answer, BadRow):
-        return answer
+        raise BadRow("malformed messages", "no message from user")
+    answer = _text(_pick(row, "answer")[1], "answer", number=True).rsplit("####", 1)[-1].strip()
     solution = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
-    return Example(users[-1], solution, answer.rsplit("####", 1)[-1].strip(), _identity(row), messages, where)
+    return Example(users[-1], solution, answer, _identity(row), messages, where)

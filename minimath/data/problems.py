@@ -10,10 +10,10 @@ nothing left for RL to choose:
     verbose  restates the question, explains each step, mostly checks the last one
 
 Every step is an equation `a op b = c` in all three. scenes.json has names, events of the stories (total op n; one with
-`ask` ends the story), stories (a start, or `packs`: a start k * m; texts and phrases go in pairs), and formulas (ranges
-of variables, steps "a op b"; r1, r2 are earlier results). Slots: {A}, {B} names; {he}, {his} for A; {n}, {k}, {m} or a
-variable for numbers; {eq} the equation or its result. A phrase starts in lower case and has no full stop, so that it
-fits after "First, ".
+`ask` ends the story), stories (a start, or `packs`: a start k * m; texts and phrases go in pairs), formulas (ranges of
+variables, steps "a op b"; r1, r2 are earlier results), and the wording of the registers. Slots: {A}, {B} names; {he},
+{his} for A; {n}, {k}, {m} or a variable for numbers; {eq} the equation or its result. A phrase starts in lower case and
+has no full stop, so that it fits after "First, ".
 Train and test never overlap: sha256 of the text without names and pronouns decides the side (see `split_of`).
 """
 import hashlib
@@ -27,14 +27,13 @@ from minimath.core.errors import UserError
 from minimath.data.examples import Example
 
 SCENES = json.loads(Path(__file__).with_name("scenes.json").read_text(encoding="utf-8"))
-EVENTS, STORIES, FORMULAS = SCENES["events"], SCENES["stories"], SCENES["formulas"]
+EVENTS, STORIES, FORMULAS, WORDING = (SCENES[key] for key in ("events", "stories", "formulas", "solutions"))
 NAMES = [(name, sex) for sex in "mf" for name in SCENES["names"][sex]]
-REGISTERS = ("terse", "plain", "verbose")
 STYLE_WEIGHTS = {"terse": 0.25, "plain": 0.35, "verbose": 0.40}
+REGISTERS = tuple(STYLE_WEIGHTS)
 TEST_SHARE_PERCENT = 20  # share of all possible problem texts that is reserved for split="test"
-PRONOUNS = {"he", "she", "his", "her", "him"}
-VERBS = {"+": "add {b} to {a}", "-": "subtract {b} from {a}", "*": "multiply {a} by {b}",
-         "/": "divide {a} by {b}"}
+PEOPLE = {name.lower() for name, _ in NAMES} | {"he", "she", "his", "her", "him"}
+VERBS = {"+": "add {b} to {a}", "-": "subtract {b} from {a}", "*": "multiply {a} by {b}", "/": "divide {a} by {b}"}
 INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
 
 
@@ -82,26 +81,23 @@ def make_problems(n: int, *, seed: int, steps: tuple[int, ...] = (1, 2, 3), spli
     return examples
 
 
-def _check_arguments(n: int, steps: tuple[int, ...], split: str, weights: dict[str, float],
-                     largest: int) -> None:
-    if n < 0 or n > 200_000:
-        raise UserError(f"make_problems: n={n} is outside 0..200000; give a number of problems in this range")
-    if not steps or any(s not in (1, 2, 3) for s in steps):
-        raise UserError(f"make_problems: steps={steps!r}; give one or more of 1, 2, 3")
-    if split not in ("train", "test"):
-        raise UserError(f"make_problems: split={split!r}; give 'train' or 'test'")
-    if largest < 20:
-        raise UserError(f"make_problems: largest={largest} leaves too few problems; give 20 or more")
-    unknown = set(weights) - set(REGISTERS)
-    if unknown or not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
-        raise UserError(f"make_problems: style_weights={weights!r}; give {REGISTERS} weights >= 0, not all 0")
+def _check_arguments(n: int, steps: tuple[int, ...], split: str, weights: dict[str, float], largest: int) -> None:
+    known = set(weights) <= set(REGISTERS)
+    for name, value, good, need in (
+            ("n", n, 0 <= n <= 200_000, "a number from 0 to 200000"),
+            ("steps", steps, steps and set(steps) <= {1, 2, 3}, "one or more of 1, 2, 3"),
+            ("split", split, split in ("train", "test"), "'train' or 'test'"),
+            ("largest", largest, largest >= 20, "20 or more: below it there are too few problems"),
+            ("style_weights", weights, known and min(weights.values(), default=-1) >= 0 and sum(weights.values()) > 0,
+             f"weights >= 0, not all 0, for {', '.join(REGISTERS)}")):
+        if not good:
+            raise UserError(f"make_problems: {name}={value!r}; give {need}")
 
 
 def canonical(text: str) -> str:
     """Reduce a problem to lower-case words and numbers, without names and pronouns."""
-    names = {name.lower() for name, _ in NAMES}
     words = re.findall(r"[a-z]+|\d+", text.lower())
-    return " ".join("_" if w in names or w in PRONOUNS else w for w in words)
+    return " ".join("_" if word in PEOPLE else word for word in words)
 
 
 def split_of(text: str) -> str:
@@ -141,10 +137,12 @@ def _draw(rng: random.Random, steps: int) -> Problem:
             return problem
 
 
-def _people(rng: random.Random) -> dict[str, str]:
+def _words(rng: random.Random, scene: dict) -> dict[str, str]:
+    """Draw two people, and the words that a scene leaves open."""
     (first, sex), (second, _) = rng.sample(NAMES, 2)
     he, his = ("he", "his") if sex == "m" else ("she", "her")
-    return {"A": first, "B": second, "he": he, "his": his}
+    return {"A": first, "B": second, "he": he, "his": his,
+            **{key: rng.choice(options) for key, options in scene["words"].items()}}
 
 
 def _sentence(text: str) -> str:
@@ -154,16 +152,15 @@ def _sentence(text: str) -> str:
 def _draw_formula(rng: random.Random, formula: dict) -> Problem | None:
     """Draw numbers for a formula's variables; None when a step leaves the range."""
     values = {name: rng.randint(low, high) for name, (low, high) in formula["ranges"].items()}
-    words = {**_people(rng), **{key: rng.choice(options) for key, options in formula["words"].items()}}
-    results: list[Step] = []
+    words, known, results = _words(rng, formula), dict(values), []
     for expression, phrase in formula["steps"]:
         left, op, right = expression.split()
-        known = {**values, **{f"r{i + 1}": s.value for i, s in enumerate(results)}}
         a, b = (int(x) if x.isdigit() else known[x] for x in (left, right))
         value = apply(a, op, b)
         if value is None:
             return None
         results.append(Step(a, op, b, value, phrase.format(**words, **values, eq="{eq}")))
+        known[f"r{len(results)}"] = value
     story = rng.choice(formula["texts"]).format(**words, **values)
     return Problem(_sentence(story), _sentence(rng.choice(formula["asks"]).format(**words, **values)), results)
 
@@ -171,9 +168,8 @@ def _draw_formula(rng: random.Random, formula: dict) -> Problem | None:
 def _draw_story(rng: random.Random, steps: int) -> Problem | None:
     """Draw a start, then events; None when the numbers fail."""
     scene = rng.choice(STORIES)
-    words = {**_people(rng), **{key: rng.choice(options) for key, options in scene["words"].items()}}
-    question, previous = rng.choice(scene["asks"]).format(**words), None
-    results: list[Step] = []
+    words = _words(rng, scene)
+    question, previous, results = rng.choice(scene["asks"]).format(**words), None, []
     if scene["packs"] and rng.random() < 0.4:
         k, m = rng.randint(2, 9), rng.randint(2, 9)
         text, phrase = rng.choice(scene["packs"])
@@ -217,63 +213,37 @@ def _operand(rng: random.Random, value: int, op: str) -> int | None:
 
 def write_solution(problem: Problem, register: str, rng: random.Random) -> str:
     """Write a worked solution in a register; it ends with \\boxed{answer}."""
-    return {"terse": _terse, "plain": _plain, "verbose": _verbose}[register](problem, rng)
+    write = {"terse": _terse, "plain": _plain, "verbose": _verbose}[register]
+    return write(problem, f"\\boxed{{{problem.steps[-1].value}}}", WORDING[register], rng)
 
 
 def _equation(step: Step, gap: str = " ") -> str:
     return gap.join((str(step.a), step.op, str(step.b), "=", str(step.value)))
 
 
-def _boxed(problem: Problem) -> str:
-    return f"\\boxed{{{problem.steps[-1].value}}}"
+def _terse(problem: Problem, boxed: str, wording: dict, rng: random.Random) -> str:
+    gap, between, end = rng.choice(wording["forms"])
+    return between.join(_equation(step, gap) for step in problem.steps) + end + boxed
 
 
-def _terse(problem: Problem, rng: random.Random) -> str:
-    gap, between, end = rng.choice((("", ". ", ". "), ("", "; ", ". "), (" ", "\n", "\n"), ("", "\n", "\n"),
-                                    (" ", ". ", ". "), ("", ". ", ". So "), ("", "; ", ". Answer: ")))
-    return between.join(_equation(s, gap) for s in problem.steps) + end + _boxed(problem)
-
-
-def _plain(problem: Problem, rng: random.Random) -> str:
-    openers = rng.choice((("", "", ""), ("First, ", "Then, ", "Finally, "), ("", "Next, ", "Then "),
-                          ("To start, ", "Next, ", "Then, "), ("We see that ", "So ", "Now ")))
+def _plain(problem: Problem, boxed: str, wording: dict, rng: random.Random) -> str:
     lines = [_sentence(opener + step.phrase.format(eq=_equation(step))) + "."
-             for opener, step in zip(openers, problem.steps)]
-    end = rng.choice(("The answer is {}.", "So the answer is {}.", "The final answer is {}.",
-                      "This gives {}.", "The result is {}.", "Final answer: {}"))
-    return rng.choice((" ", "\n")).join([*lines, end.format(_boxed(problem))])
+             for opener, step in zip(rng.choice(wording["openers"]), problem.steps)]
+    end = rng.choice(wording["ends"]).format(boxed)
+    return rng.choice((" ", "\n")).join([*lines, end])
 
 
-def _verbose(problem: Problem, rng: random.Random) -> str:
-    known = _known_numbers(problem)
-    opening = rng.choice((
-        "Let us solve this problem step by step. The question is: {q}",
-        "To solve this, we go through the story one event at a time. {q}",
-        "Let's break the problem down into small parts. We have to find out: {q}",
-        "First we read the problem carefully. The numbers that matter are {known}. {q}",
-        "The problem gives us the numbers {known}, and it asks: {q}",
-    )).format(q=problem.question, known=known)
-    heads = rng.choice((("Step 1: ", "Step 2: ", "Step 3: "), ("First, ", "Second, ", "Third, "),
-                        ("To begin, ", "Next, ", "After that, "), ("1. ", "2. ", "3. ")))
-    body = rng.choice(("we {verb}: {eq}. This means {so}.", "we need to {verb}. We get {eq}, so {so}.",
-                       "we {verb}, which gives {eq}. Now we know that {so}."))
-    lines = [head + _sentence_after(head, body.format(verb=VERBS[s.op].format(a=s.a, b=s.b), eq=_equation(s),
-                                                      so=s.phrase.format(eq=s.value)))
-             for head, s in zip(heads, problem.steps)]
-    last = problem.steps[-1]
-    back = f"{last.value} {INVERSE[last.op]} {last.b} = {last.a}"
-    check = rng.choice((f"Let us check the last step: {back}, which is correct.",
-                        f"We can check this: {back}. That matches.", "")[len(lines) - 1:])
-    end = rng.choice(("Therefore, the final answer is {}.", "So the answer to the question is {}.",
-                      "That is everything we need, and the final answer is {}.")).format(_boxed(problem))
-    return rng.choice((" ", "\n")).join(part for part in (opening, *lines, check, end) if part)
-
-
-def _sentence_after(head: str, text: str) -> str:
-    return text if head.rstrip().endswith(",") else _sentence(text)
-
-
-def _known_numbers(problem: Problem) -> str:
-    """List the numbers of the problem text in order, as "5, 3 and 4"."""
+def _verbose(problem: Problem, boxed: str, wording: dict, rng: random.Random) -> str:
     numbers = re.findall(r"\d+", f"{problem.story} {problem.question}")
-    return ", ".join(numbers[:-1]) + " and " + numbers[-1] if len(numbers) > 1 else numbers[0]
+    known = " and ".join(part for part in (", ".join(numbers[:-1]), numbers[-1]) if part)
+    lines = [rng.choice(wording["openings"]).format(q=problem.question, known=known)]
+    heads, body = rng.choice(wording["heads"]), rng.choice(wording["bodies"])
+    for head, step in zip(heads, problem.steps):
+        text = body.format(verb=VERBS[step.op].format(a=step.a, b=step.b), eq=_equation(step),
+                           so=step.phrase.format(eq=step.value))
+        lines.append(head + (text if head.endswith(", ") else _sentence(text)))
+    last = problem.steps[-1]
+    check = rng.choice(wording["checks"][len(problem.steps) - 1:])  # fewer checks with two steps, none with three
+    lines.append(check.format(back=f"{last.value} {INVERSE[last.op]} {last.b} = {last.a}"))
+    lines.append(rng.choice(wording["ends"]).format(boxed))
+    return rng.choice((" ", "\n")).join(filter(None, lines))

@@ -1,15 +1,15 @@
 """Yield the rows of files, folders, hub data sets and lists, each with its place.
 
-A row that can't be read comes out as a BadRow instead of an exception: load_examples counts it and goes on. Only what
-spoils the whole file (unreadable, UTF-16, cut JSON list, not parquet) raises UserError. jsonl, where a line can be
-damaged and the others are not, is read here; pyarrow, which comes with datasets, reads csv and parquet.
+A row that can't be read comes out as a BadRow: load_examples counts it and goes on. Only what spoils the whole file
+(unreadable, UTF-16, cut JSON list, not parquet) raises UserError.
 """
+import csv
 import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from minimath.core.errors import UserError
 from minimath.core.text import did_you_mean
@@ -17,24 +17,23 @@ from minimath.core.text import did_you_mean
 MAX_ROW_BYTES = 1_000_000  # longer is a broken file (a lost line end or quote), no problem with a solution
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 BOM = b"\xef\xbb\xbf"
+OBJECT_ON_LINE_1 = re.compile(rb'\s*\{(?!\s*"data"\s*:)[^\n]*\}\s*(\n|$)')  # jsonl under another name
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*(:\w[\w.-]*)?")
 
 
-class BadRow(NamedTuple):
+@dataclass(eq=False)
+class BadRow(Exception):
     """Why a row was refused and what puts it right."""
     reason: str
     fix: str
 
 
-Row = tuple[str, "dict | BadRow"]  # (place, row)
+Row = tuple[str, dict | BadRow]  # (place, row)
 TOO_LONG = BadRow("row longer than 1 MB", "split it, or look for a missing line end or quote before it")
 NUL = BadRow("NUL byte", "rewrite the file: it was damaged or is not text")
 NOT_UTF8 = BadRow("not UTF-8", "save the file as UTF-8")
 EMPTY = BadRow("empty row", "delete the blank line")
-END = "minimath-end-of-file"  # follows the last row of a csv file: a quote that is not closed swallows it
-DAMAGED = "minimath-damaged-byte"  # stands for a byte that is not UTF-8
-ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of such a byte
-LAST = BadRow("end", "")
+ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 OPEN_QUOTE = BadRow("quote not closed", "close it, or write the last row again: the file ends inside a cell")
 
 
@@ -45,8 +44,8 @@ def rows_of(source: str | list, split: str) -> Iterator[Row]:
     their name, if any. Raises UserError when nothing is there, or a file is spoiled.
     """
     if isinstance(source, list):
-        yield from ((f"row {number}", row if isinstance(row, BadRow) else _object(row, ""))
-                    for number, row in enumerate(source, 1))
+        for number, row in enumerate(source, 1):
+            yield f"row {number}", row if isinstance(row, BadRow) else _object(row, "")
         return
     path = Path(source).expanduser()
     if not source:
@@ -106,16 +105,23 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: unknown kind of file {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
     try:
         with path.open("rb") as file:
-            head = file.read(4)
+            head = file.read(MAX_ROW_BYTES).removeprefix(BOM)
         if suffix != ".parquet" and head[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise UserError(f"{path}: the file is UTF-16; save it as UTF-8")
-        yield from readers[suffix](path)
+        if suffix == ".json" and OBJECT_ON_LINE_1.match(head):
+            suffix = ".jsonl"
+        place, blank = f"{path}:" if suffix == ".jsonl" else f"{path}:row ", []
+        for number, row in enumerate(readers[suffix](path), 1):
+            if row is EMPTY:  # at the end of a file it is no row
+                blank.append((f"{place}{number}", row))
+            else:
+                yield from (*blank, (f"{place}{number}", row))
+                blank.clear()
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: can't be read ({reason}); check path and rights") from error
+        raise UserError(f"{path}: can't be read ({error.strerror or error}); check path and rights") from error
 
 
-def _object(value, kind: str = "a JSON ") -> "dict | BadRow":
+def _object(value, kind: str = "a JSON ") -> dict | BadRow:
     if isinstance(value, dict):
         return value if _size(value) <= MAX_ROW_BYTES else TOO_LONG
     return BadRow(f"{kind}{type(value).__name__} instead of an object",
@@ -130,27 +136,21 @@ def _size(value) -> int:
     return sum(map(_size, parts))
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
-    blank: list[int] = []  # blank lines at the end of a file are no rows; between rows they are reported
+def _jsonl(path: Path) -> Iterator[dict | BadRow]:
     with path.open("rb") as file:
-        number, raw = 1, file.readline(MAX_ROW_BYTES + 1)
-        while raw:
+        while raw := file.readline(MAX_ROW_BYTES + 1):
             too_long = len(raw) > MAX_ROW_BYTES
             while too_long and raw and not raw.endswith(b"\n"):
                 raw = file.readline(MAX_ROW_BYTES)
-            raw = raw.removeprefix(BOM)  # on any line: files are often joined
-            if not raw.strip() and not too_long:
-                blank.append(number)
-            else:
-                yield from ((f"{path}:{line}", EMPTY) for line in blank)
-                blank.clear()
-                yield f"{path}:{number}", TOO_LONG if too_long else _jsonl_row(raw)
-            number, raw = number + 1, file.readline(MAX_ROW_BYTES + 1)
+            yield TOO_LONG if too_long else _jsonl_row(raw)
 
 
-def _jsonl_row(raw: bytes) -> "dict | BadRow":
+def _jsonl_row(raw: bytes) -> dict | BadRow:
+    raw = raw.removeprefix(BOM)  # on any line: files are often joined
     if b"\0" in raw:
         return NUL
+    if not raw.strip():
+        return EMPTY
     try:
         return _object(json.loads(raw.decode("utf-8")))
     except RecursionError:
@@ -159,100 +159,77 @@ def _jsonl_row(raw: bytes) -> "dict | BadRow":
         if not raw.endswith(b"\n"):
             return BadRow("truncated last line", "write the last row again: the file ends inside it")
         if isinstance(error, UnicodeDecodeError):
-            return NOT_UTF8._replace(fix=f"byte {error.start + 1} is 0x{raw[error.start]:02x}; {NOT_UTF8.fix}")
+            return BadRow("not UTF-8", f"byte {error.start + 1} is 0x{raw[error.start]:02x}; {NOT_UTF8.fix}")
         return BadRow("not JSON", f"{error}; one complete object per line")
 
 
-def _json(path: Path) -> Iterator[Row]:
-    """Read a list of objects, {"data": [...]}, or jsonl under another name."""
-    raw = path.read_bytes().removeprefix(BOM)
-    if re.match(rb'\s*\{(?!\s*"data"\s*:)[^\n]*\}\s*(\n|$)', raw):  # one object on line 1
-        yield from _jsonl(path)
-        return
+def _json(path: Path) -> Iterator[dict | BadRow]:
+    """Read a list of objects, or {"data": [...]}."""
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); write it again, or as .jsonl, where a bad row costs no other "
                         "one") from None
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise UserError(f'{path}: no list of rows; write [{{...}}], {{"data": [{{...}}]}} or .jsonl')
-    yield from ((f"{path}:row {number}", _object(row)) for number, row in enumerate(rows, 1))
+    yield from map(_object, rows)
 
 
-# ---- tables
+def _csv(path: Path) -> Iterator[dict | BadRow]:
+    """Read every cell as text."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    ended = []  # filled behind the last line: a quote that is not closed takes in the rest of the file
 
-def _pyarrow(path: Path):
+    def lines(file):
+        yield from file
+        ended.append(True)
+
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(lines(file), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        names = [name.strip() for name in next(filter(None, reader), [])]
+        if not names or ended:
+            raise UserError(f"{path}: not a readable table: no line of column names, or a quote in it is not closed; "
+                            "write it again")
+        while True:
+            try:
+                row = _csv_row(names, next(reader))
+            except StopIteration:
+                return
+            except csv.Error as error:  # of one line; Python 3.10 reads no NUL
+                row = NUL if "NUL" in str(error) else TOO_LONG
+            yield OPEN_QUOTE if ended else row
+
+
+def _csv_row(names: list[str], cells: list[str]) -> dict | BadRow:
+    text = "".join(cells)
+    if not text:
+        return EMPTY
+    if "\0" in text:
+        return NUL
+    if ESCAPED.search(text):
+        return NOT_UTF8
+    if len(cells) != len(names):
+        return BadRow("wrong number of cells", f"{len(cells)} where the header has {len(names)}; quote cells that hold "
+                      "commas")
+    return _object(dict(zip(names, cells)))
+
+
+def _parquet(path: Path) -> Iterator[dict | BadRow]:
     try:
-        import pyarrow.csv
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: csv and parquet need a package that isn't installed: pip install pyarrow, or write "
-                        "the rows as jsonl") from None
-    return pyarrow
-
-
-def _csv(path: Path) -> Iterator[Row]:
-    """Read every cell as text."""
-    pyarrow = _pyarrow(path)
-    csv = pyarrow.csv
-    text = path.read_bytes().decode("utf-8", "surrogateescape").strip("\r\n")
-    raw = (ESCAPED.sub(DAMAGED, text) + f"\n{END}\n").encode()
-    bad: dict[int, BadRow] = {}  # number of a row that has not the header's count of cells
-
-    def refuse(row) -> str:
-        counts = f"{row.actual_columns} where the header has {row.expected_columns}"
-        bad[row.number - 1] = _cells([row.text]) or BadRow("wrong number of cells",
-                                                           f"{counts}; quote cells that hold commas")
-        return "skip"
-
-    options = {  # one thread and one block, else rows have no numbers
-        "read_options": csv.ReadOptions(use_threads=False, block_size=len(raw) + 1),
-        "parse_options": csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",",
-                                          newlines_in_values=True, ignore_empty_lines=False,
-                                          invalid_row_handler=refuse)}
+        raise UserError(f"{path}: parquet needs a package that isn't installed: pip install pyarrow, or write the rows "
+                        "as jsonl") from None
     try:
-        names = csv.open_csv(pyarrow.BufferReader(raw), **options).schema.names
-        as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
-        table = csv.read_csv(pyarrow.BufferReader(raw), convert_options=as_text, **options)
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+            yield from _batch_rows(batch)
     except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a readable table ({reason}); write it again") from error
-    good = (row for batch in table.rename_columns([name.strip() for name in names]).to_batches(max_chunksize=256)
-            for row in _batch_rows(batch))
-    for number in range(1, table.num_rows + len(bad) + 1):
-        row = bad[number] if number in bad else next(good)
-        if isinstance(row, dict):
-            row = _cells(list(row.values())) or row
-        if row is not LAST:
-            yield f"{path}:row {number}", row
-
-
-def _cells(cells: list[str]) -> "BadRow | None":
-    """Tell what is wrong with the cells of a row; None: nothing."""
-    if cells == [END]:
-        return LAST
-    if any(END in cell for cell in cells):
-        return OPEN_QUOTE
-    if any(DAMAGED in cell for cell in cells):
-        return NOT_UTF8
-    if any("\0" in cell for cell in cells):
-        return NUL
-    return None if any(cells) else EMPTY
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    pyarrow = _pyarrow(path)
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        rows = (row for batch in file.iter_batches(batch_size=256) for row in _batch_rows(batch))
-        yield from ((f"{path}:row {number}", row) for number, row in enumerate(rows, 1))
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
+        reason, *_ = str(error).splitlines()
         raise UserError(f"{path}: not a readable parquet file ({reason}); write it again") from error
 
 
-def _batch_rows(batch) -> "list[dict | BadRow]":
+def _batch_rows(batch) -> list[dict | BadRow]:
     """Convert the rows of an Arrow batch, whose text no writer need have checked."""
     try:
         return [_object(row) for row in batch.to_pylist()]

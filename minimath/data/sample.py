@@ -1,5 +1,6 @@
 """One completion, from the engine to the gradient, and the group of completions of one problem."""
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from minimath.data.examples import Example
 from minimath.grading.steps import StepCount, check_steps
@@ -27,18 +28,15 @@ class Sample:
     """relative to the group; 0: nothing to learn from"""
     parts: dict[str, float | None] = field(default_factory=dict)
     """what the reward is made of, by name"""
-    _steps: StepCount | None = None
 
     @property
     def tokens(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def steps(self) -> StepCount:
-        """The arithmetic steps of the text, counted once."""
-        if self._steps is None:
-            self._steps = check_steps(self.text)
-        return self._steps
+        """The arithmetic steps of the text."""
+        return check_steps(self.text)
 
 
 @dataclass(eq=False)

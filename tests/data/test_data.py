@@ -200,7 +200,7 @@ def test_generations_load_from_parquet(tmp_path):
     assert load(tmp_path / "a.parquet")[0][0].solution == "right \\boxed{5}"
 
 
-@pytest.mark.parametrize("name, library", [("a.parquet", "pyarrow"), ("a.csv", "pyarrow"), ("owner/name", "datasets")])
+@pytest.mark.parametrize("name, library", [("a.parquet", "pyarrow"), ("owner/name", "datasets")])
 def test_a_missing_reader_is_named_with_the_line_that_installs_it(tmp_path, monkeypatch, name, library):
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.chdir(tmp_path)
