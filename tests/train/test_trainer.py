@@ -13,7 +13,7 @@ from toy import adapter, even, make_config, metrics, same_tensors, without_times
 
 import minimath.train.trainer as module
 from minimath.config.schema import RLAIFConfig, SFTConfig
-from minimath.core import interrupt
+from minimath.core import checkpoint, interrupt
 from minimath.core.checkpoint import best_checkpoint, list_checkpoints, verify
 from minimath.core.errors import UserError
 from minimath.eval import evaluate
@@ -212,13 +212,13 @@ def test_weights_that_are_not_finite_take_the_place_of_no_checkpoint(go, tmp_pat
 @pytest.fixture
 def full_disk(monkeypatch):
     """Steps whose checkpoints can't be written."""
-    steps, real = set(), module.save_checkpoint
+    steps, real = set(), checkpoint.save_checkpoint
 
     def save(run_dir, step, **options):
         if step in steps:
             raise UserError("cannot write: No space left on device")
         return real(run_dir, step, **options)
-    monkeypatch.setattr(module, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     return steps
 
 
@@ -295,6 +295,22 @@ def test_an_evaluation_that_was_interrupted_is_owed_and_the_run_that_goes_on_beg
     assert len(asked) == 3 and not again.owed
     assert best_checkpoint(again.log.run_dir).name == best_checkpoint(unbroken.log.run_dir).name == "step-000002"
     assert_same(again, unbroken)
+
+
+def test_an_evaluation_that_was_made_up_for_is_owed_no_longer(go, data, evaluations):
+    def interrupted(n):
+        if n == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            interrupt.check()
+    options = {"eval_data": data, "eval_every": 1, "total": 3}
+    asked = evaluations([(0.5, 10), (0.0, 0), (0.4, 10), (0.3, 10)], interrupted)
+    go(**options)
+    with pytest.raises(OSError):
+        go(hook=at(3, fail), resume=True, **options)
+    trainer = go(resume=True, **options)
+    evaluated = [(r["step"], r["eval/accuracy"]) for r in metrics(trainer.log.run_dir) if "eval/accuracy" in r]
+    assert len(asked) == 4 and evaluated == [(1, 0.5), (2, 0.4), (3, 0.3)]
+    assert best_checkpoint(trainer.log.run_dir).name == "step-000001"
 
 
 @pytest.mark.parametrize("cls", [SFTConfig, RLAIFConfig])
