@@ -3,6 +3,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
 from minimath.core.errors import UserError
@@ -15,18 +16,14 @@ from minimath.rollout.stopping import Ends, in_loop
 
 BLOCK = 16  # rows that attention treats alike on a CPU
 SYNC = {"cuda": 4}  # steps between looks at which rows have ended; a look makes the host wait for the device
-WINDOW = 256  # lengths of attention on CUDA are multiples of this
+FIXED_SHAPES = ("cuda",)  # devices whose steps have few shapes, as recording needs them: rounded up
+WINDOW = 256  # to a multiple of this, for lengths
 PREFILL_TOKENS = 4096  # of prompts in one forward
-
-
-def fixed_shapes(device: torch.device) -> bool:
-    """Tell whether steps have few shapes, as recording needs them: rounded up."""
-    return device.type == "cuda"
 
 
 class Fast(NamedTuple):
     """How the model computes while it decodes, see own_engine.fast_decoding."""
-    blocks: bool  # attention over blocks of rows
+    blocks: bool  # attention can be over blocks of rows
     head: Callable | None  # multiplies by the head's weight; None: a plain product
     copied: bool  # weights are copied once
 
@@ -37,10 +34,7 @@ class Row:
     def __init__(self, job: Job):
         self.job = job
         self.ids, self.logp, self.full_logp = [], [], []  # filled in when it ends, or is put back
-        self.finished, self.length, self.seen = False, 0, 0  # length: tokens in the cache; seen: of ids, by early_ends
-
-    def tokens(self) -> list[int]:
-        return self.job.prompt + self.ids
+        self.boxed, self.length, self.seen = False, 0, 0  # closed its box; tokens in the cache; ids that end_early saw
 
 
 class Decode:
@@ -56,11 +50,9 @@ class Decode:
         base = base_causal_lm(model)
         self.decoder, self.head, self.device = base.base_model, head(model), base.device
         self.eos = torch.tensor(sorted(set(ends.eos)), device=self.device, dtype=torch.long)
-        self.fixed = fixed_shapes(self.device)
-        self.sync = SYNC.get(self.device.type, 1)
+        self.fixed, self.sync = self.device.type in FIXED_SHAPES, SYNC.get(self.device.type, 1)
         self.longest = max(len(row.job.prompt) for row in queue) + ends.max_new_tokens
         self.steps = self.used = self.halved = 0
-        self.over: list[Row] = []  # ended, not yet handed out
         self.graphs = StepGraphs(self.device)
         self.reset()
 
@@ -81,12 +73,8 @@ class Decode:
                 "weights": "copied once" if self.fast.copied else "in place", "halved": self.halved,
                 "graphs": self.graphs.used}
 
-    def done(self) -> bool:
-        """Tell whether every row has ended and was handed out."""
-        return not (self.queue or self.rows or self.over)
-
     def running(self) -> list[tuple[int, int, list[int]]]:
-        """List prompt, sample and ids so far of the rows that decode."""
+        """List (prompt, sample, ids so far) of the rows that decode."""
         return [(*row.job.place, self.ids[i, :count].tolist())
                 for i, (row, count) in enumerate(zip(self.rows, self.count.tolist()))]
 
@@ -94,12 +82,10 @@ class Decode:
         """Take a few steps for all rows, or refill; returns the rows that ended."""
         if self.queue and self.max_num_seqs - len(self.rows) >= max(1, self.max_num_seqs // 16 if self.rows else 1):
             self.admit()
-        elif self.rows:
+        else:
             for _ in range(self.sync):
                 self.step()
-        self.collect()
-        over, self.over = self.over, []
-        return over
+        return self.collect()
 
     # ---- the step
 
@@ -109,11 +95,11 @@ class Decode:
         for row in self.rows:
             row.length += 1
         length, spans = max(row.length for row in self.rows), None
-        if self.fixed:  # few shapes, each of which is recorded; the slots beyond n are dead
+        if self.fixed:  # the slots beyond n are dead
             length, width = min(-(-length // WINDOW) * WINDOW, self.cache.places), self.max_num_seqs
             while width // 2 >= n:
                 width //= 2
-        if self.device.type == "cpu" and self.fast.blocks and not self.fixed:
+        elif self.fast.blocks:
             spans = [(a, min(a + BLOCK, n), max(row.length for row in self.rows[a:a + BLOCK]))
                      for a in range(0, n, BLOCK)]
         self.graphs.run(self.run_step, width, length, spans)
@@ -151,26 +137,24 @@ class Decode:
 
     # ---- rows come and go
 
-    def collect(self) -> None:
+    def collect(self) -> list[Row]:
         """Take out the rows that are over; sort the others into blocks of like length."""
-        n = len(self.rows)
-        over = [not alive for alive in self.alive[:n].tolist()]
-        early = self.early_ends() if self.ends.box or self.ends.loop_guard else {}
-        if not any(over) and not early:
-            return
-        for i in range(n):
-            if over[i] or i in early:
-                self.read(i, early.get(i))
-                self.finish(self.rows[i])
-        self.arrange([i for i in range(n) if not over[i] and i not in early])
+        if self.ends.box or self.ends.loop_guard:
+            self.end_early()
+        alive = self.alive[:len(self.rows)].tolist()
+        if all(alive):
+            return []
+        over = [self.read(i) for i, goes_on in enumerate(alive) if not goes_on]
+        self.arrange([i for i, goes_on in enumerate(alive) if goes_on])
+        return over
 
-    def early_ends(self) -> dict[int, int]:
-        """Find rows that have closed their box, or go round in circles.
+    def end_early(self) -> None:
+        """End rows that have closed their box, or go round in circles.
 
         Every new token is looked at, and loops at every 16th of a row: where a completion ends does not depend on when
-        the host looks. Returns {slot: tokens that the row then has}.
+        the host looks.
         """
-        n, early, box, guard = len(self.rows), {}, self.ends.box, self.ends.loop_guard
+        n, box, guard = len(self.rows), self.ends.box, self.ends.loop_guard
         back = torch.arange(2 * self.sync, 0, -1, device=self.device)  # after an out-of-memory more are new
         slots = torch.arange(n, device=self.device)[:, None]
         recent = self.ids[slots, (self.count[:n, None] - back).clamp(min=0)].tolist()  # (n, 2 sync), newest last
@@ -181,53 +165,43 @@ class Decode:
                 if not closes and not turns:
                     continue
                 ids = self.ids[i, :place].tolist()
-                row.finished = closes and box.closed(ids)
-                if row.finished or turns and in_loop(ids[-guard:]):
-                    early[i] = place
+                row.boxed = closes and box.closed(ids)
+                if row.boxed or turns and in_loop(ids[-guard:]):
+                    self.count[i], self.alive[i] = place, False
                     break
             row.seen = count
-        return early
 
-    def read(self, i: int, count: int | None = None) -> None:
-        """Copy what slot i has sampled, or its first `count` tokens, to its row."""
-        row, count = self.rows[i], int(self.count[i]) if count is None else count
+    def read(self, i: int) -> Row:
+        """Copy what slot i has sampled to its row."""
+        row, count = self.rows[i], int(self.count[i])
         row.ids, row.logp, row.full_logp = (kept[i, :count].tolist() for kept in (self.ids, self.logp, self.full_logp))
-
-    def finish(self, row: Row) -> None:
-        """Hand out a row that is over, with what it has sampled read."""
-        row.finished = row.finished or row.ids[-1] in self.ends.eos
-        self.over.append(row)
+        return row
 
     def arrange(self, keep: list[int]) -> None:
         """Make the rows of slots `keep` the rows 0..n-1, in blocks from long to short.
 
-        As few as possible are moved.
+        As few as possible are moved: a row that is in its block already stays where it is.
         """
         ranked = sorted(keep, key=lambda i: -self.rows[i].length)
-        n, targets = len(ranked), {}
-        for a in range(0, n, BLOCK):  # a row that is in its block already stays where it is
-            block, places = ranked[a:a + BLOCK], range(a, min(a + BLOCK, n))
-            staying = {i for i in block if i in places} if self.fast.blocks else {i for i in block if i < n}
-            targets |= {i: i for i in staying}
-        free = iter(sorted(set(range(n)) - set(targets.values())))
-        moved = [i for i in ranked if i not in targets]
-        targets |= {i: next(free) for i in moved}
+        n = len(ranked)
+        staying = {i for place, i in enumerate(ranked)
+                   if i < n and (i // BLOCK == place // BLOCK or not self.fast.blocks)}
+        moved, places = [i for i in ranked if i not in staying], sorted(set(range(n)) - staying)
         if moved:
-            places = [targets[i] for i in moved]
             self.cache.move(moved, places, max(self.rows[i].length for i in moved))
             for state in (self.token, self.pos, self.count, self.alive, self.noise, self.logp, self.full_logp,
                           self.ids):
                 state[places] = state[moved]
         self.alive[n:] = False
-        at = {j: self.rows[i] for i, j in targets.items()}
-        self.rows = [at[j] for j in range(n)]
+        at = dict(zip(places, moved, strict=True))
+        self.rows = [self.rows[at.get(place, place)] for place in range(n)]
 
     def admit(self) -> None:
         """Prefill the next rows of the queue, each prompt once; sample their first tokens."""
         new = self.queue[:self.max_num_seqs - len(self.rows)]
         by_tokens: dict[tuple, list[Row]] = {}
         for row in new:
-            by_tokens.setdefault(tuple(row.tokens()), []).append(row)
+            by_tokens.setdefault((*row.job.prompt, *row.ids), []).append(row)
         batch: list[tuple] = []
         for tokens in sorted(by_tokens, key=len):  # prompts of like length in a forward: little padding
             if batch and (len(batch) + 1) * len(tokens) > PREFILL_TOKENS:
@@ -235,12 +209,12 @@ class Decode:
                 batch = []
             batch.append(tokens)
         self.prefill(batch, by_tokens)
+        del self.queue[:len(new)]
 
     def prefill(self, batch: list[tuple], by_tokens: dict[tuple, list[Row]]) -> None:
+        """Fill the next slots with the rows of a batch of prompts, and choose their tokens."""
         lengths = torch.tensor([len(tokens) for tokens in batch])
-        ids = torch.full((len(batch), int(lengths.max())), self.pad)
-        for i, tokens in enumerate(batch):
-            ids[i, :len(tokens)] = torch.tensor(tokens)
+        ids = pad_sequence([torch.tensor(tokens) for tokens in batch], batch_first=True, padding_value=self.pad)
         mask = torch.arange(ids.shape[1])[None] < lengths[:, None]  # (B, T)
         prefilled = DynamicCache()  # without a config: full length in every layer, whatever its window
         hidden = self.decoder(input_ids=ids.to(self.device), attention_mask=mask.long().to(self.device),
@@ -250,38 +224,31 @@ class Decode:
         first, source = len(self.rows), []
         for i, tokens in enumerate(batch):
             rows = by_tokens[tokens]
-            taken = list(range(len(self.rows), len(self.rows) + len(rows)))
-            self.cache.fill(taken, prefilled, i, len(tokens))
-            for slot, row in zip(taken, rows, strict=True):
-                self.seat(slot, row, tokens)
+            slots = range(len(self.rows), len(self.rows) + len(rows))
+            self.cache.fill(list(slots), prefilled, i, len(tokens))
+            for slot, row in zip(slots, rows, strict=True):
+                self.seat(slot, row, len(tokens))
             self.rows += rows
             source += [i] * len(rows)
-        started = {id(row) for row in self.rows[first:]}
-        self.queue = [row for row in self.queue if id(row) not in started]
         last = hidden[torch.arange(len(batch)), lengths.to(self.device) - 1]  # (B, D)
         self.choose(last[source], torch.arange(first, len(self.rows), device=self.device))
 
-    def seat(self, slot: int, row: Row, tokens: tuple) -> None:
+    def seat(self, slot: int, row: Row, length: int) -> None:
         """Set the state of a slot: a row starts, or goes on with the tokens it has."""
-        count, row.length = len(row.ids), len(tokens)
+        count, row.length = len(row.ids), length
         self.noise[slot] = stream_noise(row.job.seed, self.ends.max_new_tokens).to(self.device)
-        self.pos[slot], self.count[slot], self.alive[slot] = len(tokens), count, True
+        self.pos[slot], self.count[slot], self.alive[slot] = length, count, True
         for kept, had in ((self.ids, row.ids), (self.logp, row.logp), (self.full_logp, row.full_logp)):
             kept[slot, :count] = torch.tensor(had, dtype=kept.dtype, device=self.device)
 
-    def halve(self, say) -> None:
-        """Put all rows back with the tokens they have, and go on with half the slots.
+    def halve(self, say) -> list[Row]:
+        """Put all rows back with the tokens they have; go on with half the slots.
 
-        Raises UserError if there was one slot, and rows are left to sample.
+        Returns the rows that have ended. Raises UserError if there was one slot, and rows are left to sample.
         """
-        alive = self.alive.tolist()
-        for i, row in enumerate(self.rows):
-            if row not in self.over:
-                self.read(i)
-                if not alive[i]:  # it ended since the last look
-                    self.finish(row)
-        running = [row for row in self.rows if row not in self.over]
-        self.queue = running + [row for row in self.queue if row not in running]
+        rows = [self.read(i) for i in range(len(self.rows))]
+        over = [row for row, goes_on in zip(rows, self.alive.tolist()) if not goes_on]
+        self.queue = [row for row in rows if row not in over] + [row for row in self.queue if row not in rows]
         if self.queue and self.max_num_seqs == 1:
             raise UserError(f"memory is too small for one sequence of {self.longest} tokens; lower max_new_tokens, use "
                             "quant=nf4, or a smaller model")
@@ -293,15 +260,12 @@ class Decode:
         self.reset()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        return over
 
 
-def logits_of(hidden: torch.Tensor, lm_head, product=None) -> torch.Tensor:
-    """Compute next-token logits [n, V] in fp32 of hidden [n, D], one row per slot.
-
-    product: what multiplies by the head's weight; None: a plain product.
-    """
-    weight, bias = lm_head.weight, lm_head.bias
-    hidden = hidden.to(weight.dtype)
+def logits_of(hidden: torch.Tensor, lm_head, product) -> torch.Tensor:
+    """Compute next-token logits [n, V] in fp32 of hidden [n, D]; product: Fast.head."""
+    weight, bias, hidden = lm_head.weight, lm_head.bias, hidden.to(lm_head.weight.dtype)
     if product is not None:
         logits = product(hidden).float()
     elif weight.is_cuda and weight.dtype != torch.float32:  # not rounded to 16 bits, like linear_logp's

@@ -36,8 +36,8 @@ class Engine:
         """Sample n completions of each prompt; yield what finished every few steps.
 
         prompts: token ids, none empty. keys: of the prompts' random streams, else their indices. skip: (prompt, sample)
-        that are not wanted. Yields lists, possibly empty, of (index of the prompt, number of the sample, sample). To
-        stop, ask for no more and close the generator. Raises UserError if memory is too small for one sequence.
+        that are not wanted. Yields lists, possibly empty, of (prompt, sample, what was sampled). To stop, close the
+        generator. Raises UserError if memory is too small for one sequence.
         """
         raise NotImplementedError
 
@@ -51,7 +51,7 @@ class Engine:
         return [[found[p, s] for s in range(n)] for p in range(len(prompts))]
 
     def running(self) -> list[tuple[int, int, list[int]]]:
-        """Tell prompt, sample and ids so far of what decodes now; [] if unknown."""
+        """List (prompt, sample, ids so far) of what decodes now; [] if unknown."""
         return []
 
     def metrics(self) -> dict:
@@ -59,7 +59,7 @@ class Engine:
         return {}
 
     def state_dict(self) -> dict:
-        """Return what was learned about the memory, for a checkpoint."""
+        """Return what was learned about the memory."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
@@ -75,12 +75,11 @@ class Engine:
         self.close()
 
     def jobs(self, prompts, n: int, keys, skip) -> list[Job]:
-        """List the completions to sample; arguments as of stream."""
         keys = range(len(prompts)) if keys is None else keys
         return [Job((p, s), prompt, stream_seed(self.seed, key, s))
                 for p, (prompt, key) in enumerate(zip(prompts, keys, strict=True)) for s in range(n)
                 if (p, s) not in skip]
 
     def sample(self, ids: list[int], logp: list[float], finished: bool, full_logp=None) -> Sample:
-        """Make the sample of what was decoded, with its text."""
-        return Sample(ids, logp, finished, self.policy.decode(ids), full_logp)
+        """Make the sample of what was decoded; full_logp only where it is another than logp."""
+        return Sample(ids, logp, finished, self.policy.decode(ids), None if self.how.full() else full_logp)

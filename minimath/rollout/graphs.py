@@ -1,4 +1,5 @@
 """CUDA graphs of the decode step: one launch for a thousand kernels. Elsewhere, or where capture fails, plain calls."""
+import collections
 import warnings
 
 import torch
@@ -15,43 +16,35 @@ class StepGraphs:
 
     def __init__(self, device: torch.device):
         self.usable = device.type == "cuda" and torch.version.hip is None
-        self.used, self.recorded, self.pool = False, {}, None
+        self.used, self.pool = False, None
+        self.forget()
 
     def forget(self) -> None:
-        self.recorded = {}
+        self.recorded, self.calls = {}, collections.Counter()
 
     def run(self, step, n: int, length: int, spans) -> None:
         """Run step(n, length, spans), as Decode.run_step takes them."""
         key = (n, length)
-        if not self.usable or spans or (key not in self.recorded and len(self.recorded) >= MOST):
+        if self.usable and self.calls[key] >= WARM_UP and key not in self.recorded and len(self.recorded) < MOST:
+            self.record(step, n, length)
+        self.calls[key] += 1
+        if key in self.recorded:
+            self.recorded[key].replay()
+            self.used = True
+        else:
             step(n, length, spans)
-            return
-        seen = self.recorded.get(key, 0)
-        if isinstance(seen, int) and seen < WARM_UP:
-            self.recorded[key] = seen + 1
-            step(n, length, spans)
-            return
-        if isinstance(seen, int):
-            graph = self.record(step, n, length)
-            if graph is None:
-                step(n, length, spans)
-                return
-            seen = self.recorded[key] = graph
-        seen.replay()
-        self.used = True
 
-    def record(self, step, n: int, length: int):
-        """Record one step without running it; None if it cannot be recorded, said once."""
+    def record(self, step, n: int, length: int) -> None:
+        """Record one step without running it; say once if it cannot be recorded."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 step(n, length, None)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
             self.usable = False
             warnings.warn("rollouts run without CUDA graphs, which is slower: the step could not be recorded "
                           f"({str(error).splitlines()[0]})", stacklevel=2)
-            return None
-        self.pool = graph.pool()
-        return graph
+        else:
+            self.recorded[n, length], self.pool = graph, graph.pool()

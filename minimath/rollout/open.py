@@ -24,24 +24,20 @@ def open_engine(engine: EngineOptions, sampling: SamplingOptions, policy: Policy
     With rollout=auto a model without a standard KV cache goes to transformers' generate, which is said. run_dir: where
     vLLM finds the adapters. Raises UserError for options that the engine does not have, and for a vLLM out of reach.
     """
-    if engine.rollout == "vllm":
-        if dist.world() > 1:
-            raise UserError("rollout=vllm is for one training process; use rollout=auto with several")
-        refuse_own_options(engine)
-        return VLLMEngine(engine, sampling, policy, seed=seed, run_dir=run_dir, say=say)
+    slower = ""
     if engine.rollout == "auto" and not is_sharded(policy.model):  # ours reads the weights of a layer by itself
         try:
             return OwnEngine(engine, sampling, policy, seed=seed, say=say)
         except NoStandardCache as error:
-            refuse_own_options(engine)
-            say(f"{error}: rollouts go through transformers' generate, which is slower")
-    refuse_own_options(engine)
-    return TransformersEngine(engine, sampling, policy, seed=seed, say=say)
-
-
-def refuse_own_options(engine: EngineOptions) -> None:
-    """Raise UserError for options that only minimath's own engine has."""
+            slower = f"{error}: rollouts go through transformers' generate, which is slower"
     for name, off in OWN_ENGINE_ONLY.items():
         if (value := getattr(engine, name)) != off:
             raise UserError(f"{name}={value} needs minimath's own engine; leave it out with rollout={engine.rollout}, "
                             "or use rollout=auto with a model that has a standard KV cache")
+    if engine.rollout == "vllm":
+        if dist.world() > 1:
+            raise UserError("rollout=vllm is for one training process; use rollout=auto with several")
+        return VLLMEngine(engine, sampling, policy, seed=seed, run_dir=run_dir, say=say)
+    if slower:
+        say(slower)
+    return TransformersEngine(engine, sampling, policy, seed=seed, say=say)

@@ -35,14 +35,14 @@ class OwnEngine(Engine):
         model, tokenizer = self.policy.model, self.policy.tokenizer
         ends = Ends(self.eos, self.max_new_tokens, BoxWatch(tokenizer) if self.options.stop_boxed else None,
                     self.options.loop_guard)
-        most = min(self.max_num_seqs or len(jobs), len(jobs))
-        if not self.max_num_seqs:
-            most = fitting_slots(model, len(jobs[0].prompt) + self.max_new_tokens, most)
+        most = min(self.max_num_seqs, len(jobs)) or \
+            fitting_slots(model, len(jobs[0].prompt) + self.max_new_tokens, len(jobs))
         with inference(model), fast_decoding(model, most) as fast:
             self._batch = Decode(model, tokenizer.pad_token_id, [Row(job) for job in jobs], self.how, ends, most, fast)
             try:
-                while not self._batch.done():
-                    yield [(*row.job.place, self._sample_of(row)) for row in self._advance()]
+                while self._batch.queue or self._batch.rows:
+                    yield [(*row.job.place, self.sample(row.ids, row.logp, row.boxed or row.ids[-1] in self.eos,
+                                                        row.full_logp)) for row in self._advance()]
             finally:
                 self._metrics, self._batch = self._batch.metrics(), None
 
@@ -52,12 +52,9 @@ class OwnEngine(Engine):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        self._batch.halve(self.say)  # out here, where the exception no longer holds the tensors of the step
+        over = self._batch.halve(self.say)  # out here, where the exception no longer holds the tensors of the step
         self.max_num_seqs = self._batch.max_num_seqs
-        return []
-
-    def _sample_of(self, row: Row):
-        return self.sample(row.ids, row.logp, row.finished, None if self.how.full() else row.full_logp)
+        return over
 
     def running(self):
         return self._batch.running() if self._batch else []
@@ -83,8 +80,8 @@ class OwnEngine(Engine):
 def fast_decoding(model, rows: int) -> Iterator[Fast]:
     """Set the model up for decoding inside, for about `rows` rows.
 
-    Linear layers run in groups, on a copy of the weights where it pays and fits (on a CPU, and for NF4 weights), under
-    autocast where an adapter runs by itself. Weights must not change inside.
+    Linear layers run in groups, on a copy of the weights where it pays and fits, under autocast where an adapter runs
+    by itself. Weights must not change inside.
     """
     base = base_causal_lm(model)
     wanted = base.device.type == "cpu" or any(is_4bit(m) for m in base.modules())
@@ -93,4 +90,4 @@ def fast_decoding(model, rows: int) -> Iterator[Fast]:
         lm_head = head(model)
         product = packed_product(lm_head.weight, lm_head.bias, rows) if copy and packs(lm_head.weight) else None
         with contextlib.nullcontext() if every else compute_dtype(model):
-            yield Fast(blocks, product, copy)
+            yield Fast(blocks and base.device.type == "cpu", product, copy)

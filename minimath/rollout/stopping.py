@@ -1,21 +1,22 @@
 """Ends of a completion beside the end token: a closed box, a loop."""
-import weakref
+import functools
 from typing import NamedTuple
 
 from minimath.grading.answer import box_closed
 
-_CLOSING: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # tokenizer -> ids whose text has a brace
+
+@functools.lru_cache(maxsize=4)
+def closing_ids(tokenizer) -> frozenset[int]:
+    """Find the ids whose text has a closing brace."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return frozenset(i for i, text in enumerate(texts) if "}" in text)
 
 
 class BoxWatch:
     """Tells when a completion has closed a \\boxed{...}; decodes only when it can have."""
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        if tokenizer not in _CLOSING:
-            texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-            _CLOSING[tokenizer] = frozenset(i for i, text in enumerate(texts) if "}" in text)
-        self.closing = _CLOSING[tokenizer]
+        self.tokenizer, self.closing = tokenizer, closing_ids(tokenizer)
 
     def may_close(self, token: int) -> bool:
         return token in self.closing
@@ -28,10 +29,10 @@ class Ends(NamedTuple):
     """All that ends a completion."""
     eos: list[int]
     max_new_tokens: int
-    box: BoxWatch | None = None
-    loop_guard: int = 0  # tokens at the end that must not repeat themselves; 0: off
+    box: BoxWatch | None
+    loop_guard: int  # tokens at the end that must not repeat themselves; 0: off
 
 
 def in_loop(ids: list[int]) -> bool:
-    """Whether all of ids repeats a piece of at most a quarter of its length."""
+    """Tell whether all of ids repeats a piece of at most a quarter of its length."""
     return any(ids[period:] == ids[:-period] for period in range(1, len(ids) // 4 + 1))
