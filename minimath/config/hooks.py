@@ -8,7 +8,7 @@ from minimath.core.errors import UserError
 
 
 def as_number(value) -> float | None:
-    """A bool, Python number, numpy number or 0-d tensor as a finite float; None for anything else."""
+    """Read a bool, number, numpy number or 0-d tensor as a finite float, or None."""
     try:
         number = value if isinstance(value, (bool, int, float)) else value.item()
         return float(number) if abs(number) < float("inf") else None  # a NaN fails the comparison

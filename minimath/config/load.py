@@ -28,7 +28,7 @@ class Setting(NamedTuple):
 
 
 def load_config(cls, recipe: str | None, words: list[str], section: str = "", *, allow_other=False):
-    """Build `cls` from defaults, a recipe (a path, or the name of a shipped one) and `key=value` words.
+    """Build `cls` from defaults, a recipe and `key=value` words.
 
     section: the recipe section read; default: the one that STAGES gives for `cls`. `other.key=value` words of other
     sections are checked and ignored. allow_other: so are words of other stages (for `run`, which loads several stages
@@ -58,7 +58,7 @@ def load_config(cls, recipe: str | None, words: list[str], section: str = "", *,
 
 
 def config_of_words(cls, words: list[str], section: str = ""):
-    """The config of a command line: an optional recipe, then `key=value` words. Raises UserError."""
+    """Build the config of an optional recipe and `key=value` words, or UserError."""
     return load_config(cls, take_recipe(words := list(words)), words, section)
 
 
@@ -68,7 +68,7 @@ def take_recipe(words: list[str]) -> str | None:
 
 
 def read_recipe(recipe: str) -> tuple[dict[str, Setting], dict[str, dict[str, Setting]]]:
-    """Read a YAML recipe without typing its values: (top-level settings, settings of each section)."""
+    """Read the untyped settings of a recipe: those of the top level, and by section."""
     path = find_recipe(recipe)
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
@@ -102,7 +102,7 @@ def find_recipe(recipe: str) -> Path:
 
 
 def mapping_items(node, path):
-    """Yield (key, value node, "file:line") of a YAML mapping; an empty document or section has none."""
+    """Yield each key, value node and "file:line" of a YAML mapping."""
     if node is None or scalar_text(node) == "":
         return
     where = f"{path}:{node.start_mark.line + 1}"
@@ -123,21 +123,21 @@ def mapping_items(node, path):
 
 
 def refuse_tags(where: str, *nodes) -> None:
-    """Raise UserError for a YAML tag, as in !!python/name:os.system: it would be ignored, and its value with it."""
+    """Raise UserError for a YAML tag such as !!python/name, which would be ignored."""
     for node in nodes:
         if node.tag.removeprefix("tag:yaml.org,2002:") not in ("str", "map", "seq", "int", "float", "bool", "null"):
             raise UserError(f"{where}: a recipe takes no YAML tags ({node.tag}); write the value alone")
 
 
 def scalar_text(node) -> str | None:
-    """Text of one YAML value ("" for null), None for a list or a mapping."""
+    """Return the text of a YAML value, "" for null, None for a list or mapping."""
     if not isinstance(node, yaml.ScalarNode):
         return None
     return "" if node.style is None and node.value in ("null", "~") else node.value
 
 
 def read_words(cls, words, section, classes, allow_other):
-    """The values of command-line words -> (unqualified ones, those qualified with this section)."""
+    """Read the command line's values: without a section, and of this section."""
     plain, qualified = {}, {}
     for word in words:
         key, equals, text = word.removeprefix("--").partition("=")
@@ -177,7 +177,7 @@ def typed(cls, key: str, setting: Setting, section: str = ""):
 
 
 def plain_values(cfg: Stage) -> dict:
-    """Option name -> value as a checkpoint or a recipe can hold it: of what only Python can give, its name."""
+    """Map option names to values as JSON and YAML hold them; functions by name."""
     def plain(value):
         if callable(value):
             return f"python:{value.__module__}.{value.__qualname__}"
@@ -186,7 +186,7 @@ def plain_values(cfg: Stage) -> dict:
 
 
 def config_text(cfg: Stage) -> str:
-    """The resolved options as YAML, which can be given back as a recipe; a judge's key is only named in it."""
+    """Write the resolved options as YAML: a recipe, without a judge's key."""
     return yaml.safe_dump(plain_values(cfg), sort_keys=False, allow_unicode=True, width=1000)
 
 

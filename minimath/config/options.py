@@ -45,7 +45,7 @@ class Bound(NamedTuple):
 
 
 class Option(NamedTuple):
-    """One option of a stage. group: the attribute of the stage that holds it, "" for the stage itself."""
+    """Describes one option; group: the stage's attribute that holds it, or ""."""
     name: str
     group: str
     attribute: str
@@ -59,7 +59,7 @@ class Option(NamedTuple):
     doc: str
 
     def parse(self, text: str, where: str):
-        """The value that a text stands for. Raises UserError with `where`, the reason and what is expected."""
+        """Return the value that a text stands for, or raise UserError with `where`."""
         try:
             value = PARSERS[self.kind](text)
         except ValueError:
@@ -68,7 +68,7 @@ class Option(NamedTuple):
         return self.check(value, where)
 
     def check(self, value, where: str):
-        """The value. Raises UserError for one of another type, out of bounds, or none of the choices."""
+        """Return a value of the right type, bounds and choices, or raise UserError."""
         where = where and f"{where}: "
         if isinstance(value, self.in_python) or (self.hook and callable(value)):
             return value
@@ -150,7 +150,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
 # ---- a stage, and its options
 
 class Stage:
-    """Base of the configs: groups of options as attributes, and options of the stage's own."""
+    """Holds the groups of options of a config as attributes, and its own options."""
 
     def __init__(self, **options):
         """Take options by their names; the rest have their defaults. Raises UserError."""
@@ -199,7 +199,7 @@ def options_of(cls) -> dict[str, Option]:
 
 
 def unknown_option(name: str, known) -> str:
-    """What to say of a name that is no option: what it is called now, why it left, or the nearest one."""
+    """Say of no option's name what it is now, why it left, or the nearest one."""
     if name in RENAMED:
         return f"{name!r} is now called {RENAMED[name]!r}"
     if name in REMOVED:
@@ -208,7 +208,7 @@ def unknown_option(name: str, known) -> str:
 
 
 def _members(cls) -> dict[str, tuple]:
-    """Attribute -> (annotation, default or its factory) of a stage and its bases."""
+    """Map each attribute of a stage and its bases to its annotation and default."""
     members = {}
     for base in reversed(cls.__mro__):
         for name, kind in inspect.get_annotations(base).items():

@@ -298,11 +298,11 @@ class RLAIFConfig(Stage):
         return ""
 
     def uses_judge(self) -> bool:
-        """Whether the reward depends on a judge: else none is asked, and none needs to be there."""
+        """Tell whether the reward depends on a judge: else none needs to be there."""
         return self.reward.name == "judge" and self.reward.judge_weight > 0
 
     def on_policy(self) -> bool:
-        """Whether the policy that sampled is the policy that trains: one update per rollout."""
+        """Tell whether the policy that sampled is the one that trains."""
         return self.updates_per_rollout == 1
 
 

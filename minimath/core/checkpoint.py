@@ -26,10 +26,10 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def save_checkpoint(run_dir, step: int, *, model, optimizer, state: dict, keep: int, best: bool = False) -> Path:
-    """Write run_dir/checkpoints/step-<step> and remove all but the `keep` newest and the best one.
+    """Write a checkpoint; remove all but the `keep` newest and the best one.
 
-    state must be json-able; `step` is added to it, and the random states. Of several processes the first one writes.
-    Raises UserError with the path and the bytes needed; earlier checkpoints are intact then.
+    state must be json-able; `step` is added to it, and the random states. Process 0 writes. Raises UserError with the
+    path and the bytes needed; earlier checkpoints are intact then.
     """
     target = checkpoint_folder(run_dir, step)
     if not dist.is_main():
@@ -57,7 +57,7 @@ def save_checkpoint(run_dir, step: int, *, model, optimizer, state: dict, keep: 
 
 
 def load_checkpoint(run_dir, *, model, optimizer=None) -> dict | None:
-    """Restore adapter, optimizer and random states from the newest valid checkpoint, bitwise; returns its state.
+    """Restore the newest valid checkpoint, bitwise, and return its state.
 
     None without a checkpoint. A damaged one is skipped with a warning. UserError when all are damaged, or when a sound
     one belongs to another adapter or optimizer; nothing is changed then.
@@ -83,7 +83,7 @@ def load_checkpoint(run_dir, *, model, optimizer=None) -> dict | None:
 
 
 def verify(folder) -> list[str]:
-    """What is wrong with a checkpoint or saved adapter, against its manifest; [] when it is whole."""
+    """Say what is wrong against the manifest; [] for a whole folder."""
     folder = Path(folder)
     try:
         files = read_manifest(folder)["files"]
@@ -118,7 +118,7 @@ def step_of(folder: Path) -> int:
 
 
 def finish_renames(run_dir) -> None:
-    """Put back checkpoints that a crash between the two renames of write_atomically left set aside."""
+    """Put back checkpoints that a crash within write_atomically set aside."""
     for old in (Path(run_dir) / "checkpoints").glob(".old-step-*"):
         try:
             finish_rename(old.with_name(old.name.removeprefix(".old-")))
@@ -137,7 +137,7 @@ def best_checkpoint(run_dir) -> Path | None:
 
 
 def save_adapter(model, path) -> Path:
-    """Write the adapter alone, atomically, as a folder that peft reads. UserError as in save_checkpoint."""
+    """Write the adapter alone, atomically, as a folder that peft reads."""
     if dist.is_main():
         size = bytes_of(adapter_tensors(model))
         write_atomically(Path(path), lambda folder: write_adapter(model, folder), {}, bytes_needed=size)
@@ -156,12 +156,12 @@ def adapter_tensors(model) -> dict[str, torch.Tensor]:
 
 
 def bytes_of(*groups: dict[str, torch.Tensor]) -> int:
-    """What these tensors take as files: an upper estimate, with room for names and the small files beside them."""
+    """Bound the size of these tensors' files, with room for the small ones."""
     return (1 << 18) + sum(tensor.nbytes for group in groups for tensor in group.values())
 
 
 def restore(folder: Path, model, optimizer) -> None:
-    """Copy a verified checkpoint into model, optimizer and random generators; UserError when it doesn't fit."""
+    """Copy a verified checkpoint into model, optimizer and generators, or UserError."""
     saved, own = load_file(folder / "adapter_model.safetensors"), adapter_tensors(model)
     left, right = ({name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (saved, own))
     differing = [name for name in {**left, **right} if left.get(name) != right.get(name)]

@@ -6,7 +6,7 @@ KEEPS_SECRETS_OUT = {"judge_url", "vllm_url", "judge_key_env", "vllm_key_env"}  
 
 
 def mask(word: str) -> str:
-    """A word with ***: for values of *key*, *token*, *secret*, *password*, known key shapes, user:password in a URL."""
+    """Replace by *** what looks like a key, a token, a secret or a password."""
     name = r"[\w.-]*(?:key|token(?!s)|secret|passw(?:or)?d|credential)[\w.-]*"
     word = re.sub(rf"(?i)({name}=)[^&\s]+", r"\1***", word)
     word = re.sub(r"://[^/@\s]+@", "://***@", word)
@@ -14,7 +14,7 @@ def mask(word: str) -> str:
 
 
 def url_fault(url: str) -> str:
-    """What to do about a base URL that could hold a secret, or is none, without showing it; "" for a sound one."""
+    """Say, without showing it, why a URL could hold a secret or is none, or ""."""
     try:
         parts = urllib.parse.urlsplit(url if "//" in url else f"//{url}")
         keeps = "@" in parts.netloc or parts.query or parts.fragment

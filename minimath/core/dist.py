@@ -18,7 +18,7 @@ TIMEOUT_H = 6.0  # process 0 may have a judge to wait for
 
 @functools.cache
 def state():
-    """accelerate's PartialState, which starts the process group (NCCL or gloo); None with one process."""
+    """Find accelerate's PartialState, which starts the group; None with one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
     from accelerate import PartialState
@@ -42,7 +42,7 @@ def is_main() -> bool:
 
 
 def local_card() -> str:
-    """"cuda:N" of this process among those of its machine; "" with one process, and on a CPU."""
+    """Name this process's card, "cuda:N"; "" with one process, and on a CPU."""
     return str(state().device) if state() and state().device.type == "cuda" else ""
 
 
@@ -58,7 +58,7 @@ def shard(items: list) -> list:
 
 
 def gather(mine: list) -> list:
-    """The items of all processes, in the order that shard() took them from. Items must be picklable."""
+    """Collect the items of all processes, in the order that shard took them from."""
     parts = of_all(mine)
     return [part[place] for place in range(max(map(len, parts))) for part in parts if place < len(part)]
 
@@ -87,13 +87,13 @@ def all_reduce_sum(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def all_reduce_max(value: float) -> float:
-    """The greatest of the processes' values: a signal that reached one of them stops all."""
+    """Find the greatest value: a signal that reached one process stops all."""
     return max(of_all(value))
 
 
 @torch.no_grad()
 def all_reduce_gradients(params) -> None:
-    """Replace every .grad by its sum over processes, added in fp32; a process without one adds zeros."""
+    """Replace every .grad, or its lack, by its fp32 sum over processes."""
     if not state():
         return
     params = list(params)

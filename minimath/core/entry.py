@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def run_command(action: Callable[[], object]) -> int:
-    """The exit status of action(): 0, 2 after a UserError, 128 and the signal's number after a stop.
+    """Run action and return an exit status, with one line for a UserError.
 
     action may return a status, or a summary whose `signal` says that a run was stopped.
     """
@@ -41,5 +41,5 @@ def run_command(action: Callable[[], object]) -> int:
 
 
 def started_together() -> bool:
-    """Whether a launcher started several processes; as dist.state() asks, without importing torch."""
+    """Tell as dist.state does, without torch, whether a launcher started several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1

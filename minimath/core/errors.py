@@ -2,8 +2,8 @@
 
 
 class UserError(Exception):
-    """Something the user can put right. The message says what was wrong, where, and what to do next."""
+    """Says what was wrong, where, and what to do: something the user can put right."""
 
 
 class Interrupted(Exception):
-    """Raised with the number of the signal by interrupt.check inside long phases; the trainer catches it and saves."""
+    """Carries the number of the signal out of a long phase; the trainer saves."""

@@ -13,13 +13,13 @@ from minimath.core.errors import UserError
 
 
 def cache_home() -> Path:
-    """The folder of what outlives runs: $MINIMATH_CACHE, else minimath/ under $XDG_CACHE_HOME or ~/.cache."""
+    """Find $MINIMATH_CACHE, else minimath/ in $XDG_CACHE_HOME or ~/.cache."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimath"
     return Path(os.environ.get("MINIMATH_CACHE") or home)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically, in the first of several processes: whole, or the old file stays.
+    """Write a text file, in process 0: whole, or the old file stays.
 
     Raises UserError when the disk is full or not writable.
     """
@@ -38,7 +38,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_atomically(target: Path, write, facts: dict, *, bytes_needed: int) -> None:
-    """write(folder) fills a hidden folder; it gets its manifest (with `facts`), is flushed and renamed to target."""
+    """Let write fill a hidden folder, add a manifest, flush and rename it."""
     temp, old = target.with_name(f".tmp-{target.name}"), target.with_name(f".old-{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def finish_rename(target: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder; renamed first, so that a crash leaves no half of it under its name."""
+    """Delete a folder; renamed first, so that a crash leaves no half of it."""
     with contextlib.suppress(OSError):  # what stays costs space only, and the next save tries again
         remove(folder.replace(folder.with_name(f".tmp-gone-{folder.name}")))
 
@@ -123,7 +123,7 @@ def manifest_digest(manifest: dict) -> str:
 
 
 def read_manifest(folder: Path) -> dict:
-    """manifest.json of a checkpoint or saved adapter. Raises OSError when it is missing, ValueError when damaged."""
+    """Read manifest.json: OSError when it is missing, ValueError when damaged."""
     manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict):
         raise ValueError("not an object")

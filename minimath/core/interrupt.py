@@ -28,9 +28,10 @@ _runs: list[tuple[tuple[Path, ...], Callable[[str], None], str]] = []  # files, 
 
 @contextlib.contextmanager
 def interruptible(files: tuple[Path, ...], say: Callable[[str], None], kept: str = "stopping") -> Iterator[None]:
-    """Notice SIGINT, SIGTERM and the stop files inside. kept: what becomes of the work, said at a signal.
+    """Notice SIGINT, SIGTERM and the stop files inside.
 
-    Within another one, its files count too, and what was asked inside stays asked for it.
+    kept: what becomes of the work, said at a signal. Within another one, its files count too, and what was asked inside
+    stays asked for it.
     """
     global _signal
     before = {}
@@ -60,7 +61,7 @@ def _handle(number: int, _frame) -> None:
 
 
 def requested() -> int:
-    """The signal that asked for the end (BY_FILE: a stop file), 0: none. Processes agree: call it in all of them."""
+    """Return the signal that asked for the end, or 0; all processes call it."""
     global _signal
     _look()
     _signal = int(dist.all_reduce_max(_signal))

@@ -34,10 +34,10 @@ PACKAGES = ("minimath", "torch", "triton", "numpy", "transformers", "peft", "bit
 
 
 class RunLog(contextlib.AbstractContextManager):
-    """Log of one run. Usable in `with`; needs close() otherwise."""
+    """Logs one run: a context manager, or close it."""
 
     def __init__(self, run_dir, title: str, trackers: str = "", *, stream=None):
-        """Make the run folder, write environment.json and start the trackers, a comma list.
+        """Make the run folder, write environment.json and start the trackers.
 
         stream: where lines go, default standard output. UserError: not writable, tracker missing.
         """
@@ -63,14 +63,14 @@ class RunLog(contextlib.AbstractContextManager):
         self.close()
 
     def say(self, text: str) -> None:
-        """Print a text. Control characters, which a model may have written, are shown as '?'."""
+        """Print a text, with control characters as '?'."""
         if self.console:
             self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
         elif not self.silent:
             print(printable(text), file=self.stream, flush=True)
 
     def show(self, title: str, text: str) -> None:
-        """Print a text of several lines, such as a completion, set apart; of a long one the middle is left out."""
+        """Print a long text, such as a completion, set apart and without its middle."""
         half, left_out = SHOWN_CHARS // 2, len(text) - SHOWN_CHARS
         if left_out > 0:
             text = f"{text[:half]}\n... {left_out} characters ...\n{text[-half:]}"
@@ -90,7 +90,7 @@ class RunLog(contextlib.AbstractContextManager):
             self.try_tracker(name, log, step, shown)
 
     def sample(self, record: dict) -> None:
-        """Append one record (give it a `step`) to samples.jsonl."""
+        """Append one record, which holds its `step`, to samples.jsonl."""
         self.append(SAMPLES, clean(record))
 
     def append(self, name: str, record: dict) -> None:
@@ -122,7 +122,7 @@ class RunLog(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def progress(self, total: int, what: str, done: int = 0) -> Iterator:
-        """Yield advance(n=1, **shown): counts n more of `total` done and shows numbers beside the time left.
+        """Yield advance, which counts n more of `total` and shows the time left.
 
         done: what an earlier process did, which says nothing of this one's speed. On a terminal a bar, elsewhere a line
         every PLAIN_SECONDS.
@@ -147,7 +147,7 @@ class RunLog(contextlib.AbstractContextManager):
             yield advance
 
     def try_tracker(self, name: str, action, *args) -> None:
-        """A tracker that fails (network, quota) is given up with a warning: the run goes on."""
+        """Call a tracker; one that fails is given up with a warning."""
         try:
             action(*args)
         except Exception as error:
@@ -168,7 +168,7 @@ def live_bar(console):
 
 
 def start_tracker(name: str, run_dir: Path):
-    """(log(step, numbers), finish()) of a tracker; UserError with the pip line when it isn't installed."""
+    """Start a tracker: its log and finish functions, or UserError with the pip line."""
     try:
         tracker = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError:
@@ -183,7 +183,7 @@ def start_tracker(name: str, run_dir: Path):
 
 
 def truncate_metrics(run_dir, step: int) -> None:
-    """Drop the records of metrics.jsonl and samples.jsonl after `step`, and a line that a kill left unfinished.
+    """Drop the records after `step`, and a line that a kill left unfinished.
 
     The files of a run that goes on equal those of an unbroken one then. UserError when they can't be written.
     """
@@ -200,7 +200,7 @@ def truncate_metrics(run_dir, step: int) -> None:
 
 
 def clean(value):
-    """A json-able copy: 0-d tensors and numpy numbers become numbers, NaN and infinities None."""
+    """Copy for json: tensors and numpy become numbers, NaN and infinities None."""
     if isinstance(value, dict):
         return {str(key): clean(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -226,7 +226,7 @@ def environment() -> dict:
 
 
 def code_commit() -> str | None:
-    """Commit of this source tree, with "+changes" when it has any; None when installed from a wheel."""
+    """Find the commit of this source tree, "+changes" if any; None from a wheel."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -250,7 +250,7 @@ def progress_note(elapsed_s: float, done: int, total: int, shown: dict) -> str:
 
 
 def memory_taken() -> int:
-    """Bytes: the most that tensors took on a card in use, else this process's resident set; 0: not known."""
+    """Count bytes: a used card's peak, else the resident set; 0 when unknown."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     try:
@@ -265,7 +265,7 @@ def printable(text: str) -> str:
 
 
 def fmt(value) -> str:
-    """Short text of a table cell or shown number: floats to 3-4 significant digits, NaN as '-'."""
+    """Shorten a number or cell: 3 to 4 significant digits, NaN as '-'."""
     if hasattr(value, "item"):
         value = value.item()
     if value is None or (isinstance(value, float) and math.isnan(value)):

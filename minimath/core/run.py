@@ -14,7 +14,7 @@ from minimath.core.run_folder import CONFIG, lock_run, new_run_folder, refuse_he
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory in the process and use huge pages, on Linux CPUs: a fifth faster training on 2 cores.
+    """Keep freed memory and use huge pages, on Linux: a fifth faster on 2 cores.
 
     glibc would give activations of megabytes back and fault them in again. For huge pages: before the first tensor.
     """
@@ -28,7 +28,7 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def open_run(out: str, command: str, *, config: str, resume: bool, trackers: str = "") -> Iterator[RunLog]:
-    """Lock the run folder, save the options (YAML), start the log and the signal handlers; yields the log.
+    """Lock the folder, save the options, start log and signal handlers; yield the log.
 
     Raises UserError when the folder already holds a run that is not being resumed: nothing is ever overwritten.
     """

@@ -50,12 +50,12 @@ def evaluation_folder(whole: Path, arm: str) -> Path:
 
 
 def new_run_folder(out: str, command: str) -> Path:
-    """The folder `out`, or a new runs/<command>-<timestamp>; the same in all processes."""
+    """Choose `out` or a new runs/<command>-<timestamp>, for all processes."""
     return Path(out) if out else dist.broadcast(Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def stop_files(run_dir: Path) -> tuple[Path, ...]:
-    """The files that ask for an end: in the folder, and in that of the whole run that it is a part of."""
+    """List the files that ask for an end: of the folder, and of the whole run."""
     whole = run_dir.parent if (run_dir.parent / EVAL_CONFIG).exists() else run_dir
     return tuple(dict.fromkeys((run_dir / STOP, whole / STOP)))
 
@@ -71,7 +71,7 @@ def held_run(run_dir: Path) -> str:
 
 
 def refuse_held(run_dir: Path, *, evaluation: bool, resume: bool) -> None:
-    """Raise UserError when the folder holds a run that this command may not go on with."""
+    """Raise UserError when the folder holds a run that can't be gone on with."""
     held = held_run(run_dir)
     own = ("evaluation" in held) == evaluation
     if held and not (own and resume):
@@ -80,7 +80,7 @@ def refuse_held(run_dir: Path, *, evaluation: bool, resume: bool) -> None:
 
 
 def refuse_links(run_dir: Path) -> None:
-    """Raise UserError for a link that leads out of the run folder: what is behind it is not the run's to change."""
+    """Raise UserError for a link out of the folder: what it leads to is not ours."""
     root = os.path.realpath(run_dir)
     for path in run_dir.glob("*"):
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
@@ -89,7 +89,7 @@ def refuse_links(run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def lock_run(run_dir):
-    """Hold the run folder for this process, or those started together, or raise UserError."""
+    """Hold the run folder for this process and its group, or raise UserError."""
     if not dist.is_main():
         yield
         return
@@ -116,7 +116,7 @@ def lock_run(run_dir):
 
 
 def find_adapter(path) -> Path:
-    """The adapter meant by the path of an adapter, a checkpoint, a run, or a run of the whole recipe.
+    """Find the adapter of a path: an adapter, checkpoint, run or whole recipe.
 
     Of a run its adapter/, else its newest sound checkpoint; of a whole recipe that of the last complete stage, which is
     said. UserError says what was looked for, or why the adapter found can't be read.
@@ -155,7 +155,7 @@ def say_once(text: str) -> None:
 
 
 def check_adapter(folder: Path) -> Path:
-    """The folder. Raises UserError unless it holds an adapter that can be read without running code."""
+    """Return a folder whose adapter can be read without running code, or UserError."""
     if (folder / "adapter_model.bin").exists() and not (folder / "adapter_model.safetensors").exists():
         raise UserError(f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is read: "
                         "refused; save it again with safe_serialization=True where it was made")

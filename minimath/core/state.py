@@ -9,7 +9,7 @@ from minimath.core.errors import UserError
 
 
 def optimizer_state(optimizer) -> tuple[dict[str, torch.Tensor], dict]:
-    """({"<param index>.<name>": CPU tensor}, {"class": ..., "numbers": {same keys: number}})."""
+    """Take tensors "<param index>.<name>" on the CPU, and the class with its numbers."""
     tensors, numbers = {}, {}
     for index, param in enumerate(optimizer_params(optimizer)):
         for name, value in optimizer.state.get(param, {}).items():
@@ -25,7 +25,7 @@ def optimizer_params(optimizer) -> list[torch.nn.Parameter]:
 
 
 def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], meta: dict, *, where) -> None:
-    """Inverse of optimizer_state; learning rate, betas and weight decay stay those of `optimizer`.
+    """Invert optimizer_state; rate, betas and decay stay those of `optimizer`.
 
     Raises UserError, naming `where`, when the state belongs to another optimizer; nothing is changed then.
     """
@@ -47,20 +47,20 @@ def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], meta: dict, *
 
 
 def stream_seed(*parts: int) -> int:
-    """A 63-bit seed from several integers; unlike hash(), the same in every process."""
+    """Make a 63-bit seed of several integers, the same in every process."""
     digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def seed_rng(seed: int) -> None:
-    """Seed all generators: a user's verifier or reward may draw from any, and a kill may come before a checkpoint."""
+    """Seed all generators: a user's verifier or reward may draw from any."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 def rng_state() -> tuple[dict[str, torch.Tensor], dict]:
-    """States of all generators: tensors of torch (CPU, each CUDA device), numbers of Python and numpy."""
+    """Take the states of all generators: tensors of torch, numbers of the others."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}

@@ -8,7 +8,7 @@ from minimath.core.errors import UserError
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927): (low, high), 95% for z = 1.96."""
+    """Compute Wilson's score interval of a proportion, 95% for z = 1.96."""
     p, spread = right / n, z * z / n
     centre = (p + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(p * (1 - p) / n + spread / (4 * n))
@@ -24,9 +24,10 @@ def bootstrap(values: list[float], seed: int, draws: int = 2000) -> tuple[float,
 
 
 def paired(records: list[dict], others: list[dict], what: str = "correct") -> tuple[float, float, float]:
-    """(mean, low, high) of records' `what` (correct or tokens) minus the others', problem by problem.
+    """Compare `what` of records with the others', problem by problem.
 
-    A bootstrap 95% interval, narrower than those of the two models. UserError without a common problem.
+    what: correct or tokens. Returns the mean gap and its bootstrap 95% interval, narrower than those of the two models.
+    Raises UserError without a common problem.
     """
     gaps = [statistics.fmean(float(r[what]) for r in mine) - statistics.fmean(float(r[what]) for r in theirs)
             for _, mine, theirs in in_common(records, others)]
@@ -34,7 +35,7 @@ def paired(records: list[dict], others: list[dict], what: str = "correct") -> tu
 
 
 def in_common(records: list[dict], others: list[dict]) -> list[tuple[str, list[dict], list[dict]]]:
-    """(problem, its records, the others') of each problem that both have, in the first one's order, or UserError."""
+    """Pair the records of each common problem with the others', or UserError."""
     mine, theirs = by_text(records), by_text(others)
     common = [(key[0], mine[key], theirs[key]) for key in mine if key in theirs]
     if not common:
@@ -43,7 +44,7 @@ def in_common(records: list[dict], others: list[dict]) -> list[tuple[str, list[d
 
 
 def by_text(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """(problem, gold answer) -> records of that problem, wherever it stands in the data."""
+    """Group records by problem and gold answer, wherever they stand in the data."""
     problems: dict[tuple[str, str], list[dict]] = {}
     for record in records:
         problems.setdefault((record["problem"], record["gold"]), []).append(record)
@@ -51,5 +52,5 @@ def by_text(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
 
 
 def pass_at(n: int, k: int, right: int) -> float:
-    """Unbiased estimate that at least one of n samples is right, from `right` of k (Chen et al. 2021, eq. 1)."""
+    """Estimate, unbiased, that one of n is right, from `right` of k; arXiv 2107.03374."""
     return 1.0 - math.comb(k - right, n) / math.comb(k, n)

@@ -8,6 +8,6 @@ def comma_list(text: str) -> list[str]:
 
 
 def did_you_mean(name: str, options) -> str:
-    """" (did you mean 'x'?)" for the closest option, or nothing."""
+    """Suggest the closest option in parentheses, or return ""."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

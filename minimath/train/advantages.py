@@ -8,7 +8,7 @@ from minimath.data.sample import Group
 
 
 def set_advantages(groups: list[Group], scale: str, in_loss) -> None:
-    """Set the advantage of every sample; in_loss(sample) is False for one that is left out of mean and deviation."""
+    """Set all advantages; samples that are not in_loss count in no mean."""
     for group in groups:
         rewards = [sample.reward for sample in group.samples]
         valid = [in_loss(sample) for sample in group.samples]

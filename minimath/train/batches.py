@@ -15,7 +15,7 @@ from minimath.train.losses import PolicyRows, token_weights
 
 
 class SolutionBatch:
-    """Worked solutions of one step. Of several processes each computes every world-th row."""
+    """Holds the worked solutions of one step; a process computes its share of rows."""
 
     def __init__(self, policy: Policy, rows: list[Encoded], *, packing: bool):
         self.policy, self.packing = policy, packing
@@ -32,7 +32,7 @@ class SolutionBatch:
 
 
 class PolicyBatch:
-    """The samples of one rollout that are trained on. Of several processes each computes every world-th group.
+    """Holds the samples of a rollout to train on; a process computes its groups.
 
     A sample of advantage 0 counts in the divisors, the KL and the entropy. Per-token values are lists of (n_i,)
     tensors, one per row of this process.
@@ -60,7 +60,7 @@ class PolicyBatch:
         return in_step(self.policy.model, forward_batches(self.policy, self.rows, self.group_of, most))
 
     def at_rows(self, indices: list[int], target: torch.Tensor) -> tuple[PolicyRows, torch.Tensor]:
-        """What the loss knows of each kernel row of a micro-batch, and full_logp (N,); target (N,)."""
+        """Lay out what the loss knows of each kernel row, and full_logp."""
         def lay_out(values):
             return None if values is None else at_targets([values[i] for i in indices], target)
         rows = PolicyRows(*map(lay_out, (self.advantage, self.weight, self.sampled_logp, self.old_logp, self.ref_logp,
@@ -69,7 +69,7 @@ class PolicyBatch:
 
 
 def in_loss(sample: Sample, cfg: RLAIFConfig) -> bool:
-    """Whether a sample enters advantages and loss: with overlong=mask a cut one does not."""
+    """Tell whether a sample enters advantages and loss: a masked one does not."""
     return sample.finished or cfg.reward.overlong != "mask"
 
 

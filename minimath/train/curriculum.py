@@ -16,7 +16,7 @@ MEMORY = 0.8  # what a visit leaves of the counts before it: an exponential mean
 
 
 class Problem(NamedTuple):
-    """A problem as drawn. key: the place of the draw in the run, which seeds its samples."""
+    """A drawn problem; key: the draw's place in the run, which seeds its samples."""
     index: int
     key: int
     example: Example
@@ -24,7 +24,7 @@ class Problem(NamedTuple):
 
 
 class ProblemSampler:
-    """Draws problems. Its state is the number of draws so far and the decayed counts of each problem drawn."""
+    """Draws problems; remembers the number of draws and decayed counts."""
 
     def __init__(self, curriculum: str, problems: list[tuple[Example, list[int]]], group_size: int, seed: int):
         self.curriculum, self.problems, self.group_size, self.seed = curriculum, problems, group_size, seed
@@ -32,7 +32,7 @@ class ProblemSampler:
         self.counts: dict[int, tuple[float, float]] = {}  # index -> (correct, samples), both decayed
 
     def draw(self, count: int, taken: list[int]) -> list[Problem]:
-        """Draw the next `count` problems; those in `taken`, drawn in this step before, when there are no others."""
+        """Draw the next `count` problems, of those in `taken` only if no others are left."""
         size = len(self.problems)
         if self.curriculum == "none":
             chosen = stream_indices(self.cursor, count, size, self.seed)
@@ -45,7 +45,7 @@ class ProblemSampler:
         return drawn
 
     def weighted(self, ready: list[int], count: int) -> list[int]:
-        """`count` of the ready problems by weight: the smallest of -log(u) / w (Efraimidis and Spirakis 2006)."""
+        """Choose `count` by the smallest -log u / w: Efraimidis and Spirakis 2006."""
         weights = np.array([chance_of_both(*self.counts.get(i, (0.0, 0.0)), self.group_size) for i in ready])
         u = np.random.default_rng([self.seed, self.cursor]).random(len(ready))
         order = np.argsort(-np.log1p(-u) / weights, kind="stable")  # 1 - u is in (0, 1]
@@ -59,7 +59,7 @@ class ProblemSampler:
             self.counts[problem.index] = (MEMORY * correct + right, MEMORY * seen + len(group.samples))
 
     def metrics(self) -> dict:
-        """Problems seen so far and their mean running solve rate; {} in the order of the data."""
+        """Count the problems seen, and their mean running solve rate."""
         if self.curriculum == "none":
             return {}
         rates = [correct / seen for correct, seen in self.counts.values()]
@@ -74,7 +74,7 @@ class ProblemSampler:
 
 
 def chance_of_both(correct: float, seen: float, group: int) -> float:
-    """Return the chance that a group holds correct and wrong samples, when `correct` of `seen` were so far.
+    """Return the chance that a group holds correct and wrong samples.
 
     The solve rate is Beta(1 + correct, 1 + wrong), so that of all correct is the beta-binomial prod_k (1 + correct + k)
     / (2 + seen + k), k = 0 .. group - 1, that of all wrong likewise.

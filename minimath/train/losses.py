@@ -13,12 +13,12 @@ from minimath.kernels import TokenStats
 
 
 def nll_loss(trained_tokens: int):
-    """Return the negative log-likelihood over the trained tokens of the global step, as linear_token_loss takes it."""
+    """Return the negative log-likelihood per trained token of the global step."""
     return lambda stats, rows: -stats.logp / trained_tokens  # (C,), (C,) -> (C,)
 
 
 class PolicyRows(NamedTuple):
-    """What the policy loss knows of each kernel row; (N,) fp32 each, 0 at untrained rows."""
+    """Holds what the policy loss knows of each kernel row: N fp32, 0 if untrained."""
     advantage: torch.Tensor
     weight: torch.Tensor  # 1 / divisor of the loss type, from token_weights
     sampled_logp: torch.Tensor  # as recorded by the rollout, under the distribution sampled from
@@ -45,7 +45,7 @@ def token_weights(loss: str, lengths: list[int], max_new_tokens: int) -> list[fl
 
 
 def policy_loss(data: PolicyRows, options: LossOptions):
-    """Return the policy-gradient loss of a step, a per-token function for linear_token_loss.
+    """Return the policy-gradient loss, a per-token function.
 
     With r = exp(logp - old_logp), old_logp = logp (in value) when strictly on-policy, A the advantage:
       dapo, grpo, dr_grpo: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)   (PPO's clip, arXiv 1707.06347 eq. 7,
@@ -83,7 +83,7 @@ def policy_loss(data: PolicyRows, options: LossOptions):
 
 
 def clip_hint(cfg: RLAIFConfig) -> str:
-    """Say what to change where the clip can hardly bite (arXiv 2507.18071 section 5), or ""."""
+    """Say what to change where gspo's clip hardly bites; arXiv 2507.18071 section 5."""
     loss = cfg.loss
     if loss.name != "gspo" or cfg.on_policy() or max(loss.clip_low, loss.clip_high) <= 0.02:
         return ""
@@ -92,21 +92,22 @@ def clip_hint(cfg: RLAIFConfig) -> str:
 
 
 def importance_weight(log_ratio: torch.Tensor, cap: float) -> torch.Tensor:
-    """Weigh tokens that another distribution drew than the policy that trains: min(w, cap), without gradient.
+    """Weigh tokens that another distribution drew, without gradient.
 
-    log_ratio = old_logp - sampled_logp (C,), w = exp(log_ratio): other rounding, another engine, top-p, older weights.
-    cap 0: every weight is 1. Truncated importance sampling: Ionides 2008; for two engines, Yao et al. 2025.
+    min(exp(log_ratio), cap) with log_ratio = old_logp - sampled_logp (C,): other rounding, another engine, top-p, older
+    weights. cap 0: every weight is 1. Truncated importance sampling: Ionides 2008; for two engines, Yao et al. 2025.
     """
     weight = torch.exp(log_ratio.detach())
     return weight.clamp(max=cap) if cap else torch.ones_like(weight)
 
 
 def kl_term(logp: torch.Tensor, ref_logp: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
-    """Estimate KL(policy || reference) at the sampled tokens (C,): ratio * (exp(d) - d - 1), d = ref_logp - logp.
+    """Estimate the KL to the reference at the sampled tokens.
 
-    ratio = exp(logp - old_logp) with its gradient: the expectation over the old policy's tokens is the KL for every
-    policy, so its gradient is the KL's (DeepSeek-V3.2, arXiv 2512.02556 eq. 7). k3 without the ratio, as GRPO was
-    published, has the gradient of KL(reference || policy) (Tang and Munos 2025, arXiv 2506.09477).
+    ratio * (exp(d) - d - 1) with d = ref_logp - logp, all (C,). ratio = exp(logp - old_logp) has its gradient: the
+    expectation over the old policy's tokens is the KL for every policy, so its gradient is the KL's (DeepSeek-V3.2,
+    arXiv 2512.02556 eq. 7). k3 without the ratio, as GRPO was published, has the gradient of KL(reference || policy)
+    (Tang and Munos 2025, arXiv 2506.09477).
     """
     distance = ref_logp - logp
     return ratio * (torch.exp(distance) - distance - 1)

@@ -28,10 +28,10 @@ def rollout_metrics(kept: list[Group], seen: list[Group], engine) -> dict:
 
 def token_metrics(options: LossOptions, rows: PolicyRows, stats, full_logp: torch.Tensor,
                   trained: torch.Tensor) -> dict[str, float]:
-    """Sum over the trained tokens of a micro-batch: stats (N,), full_logp (N,), trained (N,) bool.
+    """Sum figures over the trained tokens of a micro-batch.
 
-    policy/off_policy: tokens whose probability is beyond [0.9, 1.1] of that in the rollout, both before top-p and the
-    like. policy/reweighted: tokens whose importance weight was cut to the cap.
+    stats, full_logp (N,), trained (N,) bool. policy/off_policy: tokens whose probability is beyond [0.9, 1.1] of that
+    in the rollout, both before top-p and the like. policy/reweighted: tokens whose weight was cut to the cap.
     """
     logp, sampled = stats.logp[trained], rows.sampled_logp[trained]
     old = logp if rows.old_logp is None else rows.old_logp[trained]

@@ -27,7 +27,7 @@ CANARY_SIGMAS = 3.5  # every canary of a run is another chance of a false alarm
 
 
 class CanaryWatch:
-    """Lets the judge compare pairs of known order every judge_canary_every steps, in process 0."""
+    """Lets the judge compare pairs of known order now and then, in process 0."""
 
     def __init__(self, cfg: RLAIFConfig, judge: Judge | None):
         self.every = cfg.judge.canary_every if judge is not None and dist.is_main() else 0
@@ -38,7 +38,7 @@ class CanaryWatch:
 
 
 class CollapseMonitor:
-    """Compares the last WINDOW steps with the first ones. A resumed run says what an unbroken one says."""
+    """Compares the last steps with the first ones, also over a resume."""
 
     def __init__(self):
         self.history: dict[str, list[float]] = {name: [] for name in WATCHED}
@@ -47,7 +47,7 @@ class CollapseMonitor:
         self.said: list[str] = []
 
     def check(self, metrics: dict) -> list[str]:
-        """Take in the metrics of a step (one without an update has no entropy); new warnings, each kind once a run.
+        """Take in the metrics of a step and return new warnings, each kind once a run.
 
         Cut completions are said after one window of steps, the canary gap after CANARY_PAIRS pairs, the rest after two
         windows.
@@ -74,7 +74,7 @@ class CollapseMonitor:
         return {name: statistics.fmean(values[window]) for name, values in self.history.items() if values}
 
     def canary_warning(self, metrics: dict, correct: float, problems: int) -> str:
-        """Take in the rollout canary of a step, if it has one; compare the newest CANARY_PAIRS with the first ones."""
+        """Take in a step's canary, if any; compare the newest pairs with the first."""
         wins = metrics.get("canary/rollout_worse_wins")
         if wins is None:
             return ""
@@ -94,7 +94,7 @@ class CollapseMonitor:
 
 
 def enough_pairs(canaries: list[dict]) -> list[dict]:
-    """The shortest head of a list of canaries that holds CANARY_PAIRS pairs; [] when all of it does not."""
+    """Return the shortest head that holds CANARY_PAIRS pairs, or []."""
     sizes = range(1, len(canaries) + 1)
     return next((canaries[:n] for n in sizes if pairs_of(canaries[:n]) >= CANARY_PAIRS), [])
 
@@ -123,7 +123,7 @@ def cut_warning(now: dict) -> str:
 
 
 def fall_warning(best: float, now: dict, problems: int) -> str:
-    """problems: groups in the last window; the completions of a group count as one, as they go together."""
+    """Warn by problems of the last window: a group's samples go together."""
     error = (best * (1 - best) / max(1, problems)) ** 0.5
     if best - now["correct"] <= max(LEAST_FALL, FALL_SIGMAS * error):
         return ""

@@ -13,14 +13,14 @@ BEAR_ON_MEMORY = ("micro_batch_tokens", "model", "device", "dtype", "quant", "at
 
 
 class MicroBatchBudget:
-    """How many tokens a forward pass may have. Halved when memory runs out, and kept so for the rest of the run."""
+    """Bounds the tokens of a forward pass: halved when memory runs out, for good."""
 
     def __init__(self, cfg, params, say: Callable[[str], None]):
         self.cfg, self.params, self.say = cfg, params, say
         self.micro_batch_tokens, self.halved = cfg.optimizer.micro_batch_tokens, 0
 
     def retry_on_oom(self, work: Callable[[int], object], lengths: list[int]):
-        """work(micro_batch_tokens); when memory runs out, all of it again with half of them.
+        """Call work, and again with half of micro_batch_tokens when memory runs out.
 
         The gradient is cleared and the random generators are set back: the result is that of a step which
         began with fewer tokens. lengths: tokens of each row. Raises UserError, with the settings to try, after
@@ -57,7 +57,7 @@ class MicroBatchBudget:
         return {"micro_batch_tokens": self.micro_batch_tokens, "halved": self.halved, "options": self._options()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what an earlier process learned, while no option that bears on memory has changed."""
+        """Take over what was learned, unless options that bear on memory changed."""
         if state["options"] == self._options():
             self.micro_batch_tokens, self.halved = state["micro_batch_tokens"], state["halved"]
 
@@ -66,7 +66,7 @@ class MicroBatchBudget:
 
 
 def settings_to_try(cfg) -> str:
-    """The options that make a training step smaller and are not used yet, the cheapest first."""
+    """List the options that shrink a step and are not used yet, the cheapest first."""
     tries = [] if cfg.optimizer.gradient_checkpointing else ["gradient_checkpointing=true"]
     tries += ["attn=sdpa"] if cfg.model.attn == "eager" else []
     tries += ["quant=nf4"] if cfg.model.quant == "none" else []

@@ -22,7 +22,7 @@ Closure = Callable[[list[int], dict], tuple[torch.Tensor, dict[str, float]]]
 
 
 class Optimizer:
-    """AdamW over the adapter, with loss scale, memory retry, clipping and the count of steps that were not finite."""
+    """Trains the adapter by AdamW, with loss scale, memory retry and clipping."""
 
     def __init__(self, policy: Policy, cfg, say: Callable[[str], None]):
         self.policy, self.options, self.say = policy, cfg.optimizer, say
@@ -38,7 +38,7 @@ class Optimizer:
         self.before = None  # weights and moments at the last commit, where several steps follow
 
     def step(self, batch, loss_of_micro_batch: Closure) -> dict:
-        """Take one step of the loss summed over the micro-batches of `batch`; returns the metrics.
+        """Take one step of the loss summed over micro-batches; return the metrics.
 
         batch: has `lengths`, the tokens of this process's rows, and `micro_batches(most)`, which yields (indices,
         tensors) of at most `most` tokens. loss_of_micro_batch(indices, tensors) -> (loss (), metrics): sums over the
@@ -62,12 +62,12 @@ class Optimizer:
         return totals | self._count(norm, stepped, totals["loss"])
 
     def skip_step(self, *, finite: bool) -> dict:
-        """Count a step without a batch; one whose samples come from NaN logits as not finite."""
+        """Count a step without a batch: not finite if samples come from NaN logits."""
         same = {"optim/lr": self.lr, "optim/skipped": self.skipped}
         return same if finite else self._count(math.nan, False, math.nan)
 
     def _count(self, norm: float, stepped: bool, loss: float) -> dict:
-        """Metrics of a step. An overflow of the fp16 loss scale is no bad step; it can't spoil the loss."""
+        """Count a step and return its metrics; overflow of the fp16 scale is no fault."""
         overflow = math.isfinite(loss) and self.scale.update(stepped)
         self.bad = 0 if overflow or math.isfinite(norm) else self.bad + 1
         self.skipped += not stepped
@@ -110,7 +110,7 @@ class Optimizer:
 
 
 def make_optimizer(params: Iterable[torch.nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
-    """AdamW over what requires a gradient; vectors (biases, DoRA magnitudes) get no weight decay.
+    """Make AdamW over what requires a gradient; vectors get no weight decay.
 
     Raises UserError when nothing is trainable or bitsandbytes is needed and missing.
     """
@@ -149,7 +149,7 @@ def lr_at(step: int, total_steps: int, *, lr: float, schedule: str, warmup: floa
 @torch.no_grad()
 def clip_and_step(optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Parameter],
                   max_grad_norm: float, lr: float, scale: float = 1.0, loss: float = 0.0) -> tuple[float, bool]:
-    """Clip the gradients to max_grad_norm, if it is above 0, step with rate lr, and clear the gradients.
+    """Clip the gradients to max_grad_norm > 0, step with lr, and clear them.
 
     scale: what the loss was multiplied by (LossScale); the gradients are divided by it first. loss: its value, since
     one that is not finite can have a finite gradient, which means nothing. Returns (fp32 gradient norm before clipping,
@@ -179,10 +179,10 @@ def clip_and_step(optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Pa
 
 
 class LossScale:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2017, arXiv 1710.03740); 1 for every other dtype.
+    """Scales the loss for fp16, dynamically; by 1 for every other dtype.
 
     Activation gradients below 6e-8 vanish in fp16, so the loss is multiplied by `value` before backward. A step that
-    overflows halves it; 500 good steps in a row double it.
+    overflows halves it; 500 good steps in a row double it. Micikevicius et al. 2017, arXiv 1710.03740.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -190,7 +190,7 @@ class LossScale:
         self.value, self.good = (2.0 ** 14 if fp16 else 1.0), 0
 
     def update(self, stepped: bool) -> bool:
-        """Adapt to a step's outcome; True when it failed by overflow of the scale, not of the model."""
+        """Adapt to a step; True when the scale overflowed, not the model."""
         if stepped:
             self.good = self.good + 1 if self.value > 1 else 0
             if self.good == 500:
@@ -202,7 +202,7 @@ class LossScale:
 
 @torch.no_grad()
 def check_finite(params: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Raise UserError for a NaN or infinity in what a checkpoint would hold: it must not replace a good one."""
+    """Raise UserError for a NaN or infinity that a checkpoint would hold."""
     tensors = [*params, *(value for state in optimizer.state.values() for value in state.values()
                           if torch.is_tensor(value) and value.is_floating_point())]
     if not math.isfinite(float(torch.nn.utils.get_total_norm([t for t in tensors if t.numel()], math.inf))):

@@ -20,8 +20,7 @@ from minimath.judges.judge import Judge, judge_groups, make_judge
 from minimath.models.policy import Policy
 
 PENALTY_SHARE = 0.2  # of max_new_tokens, over which overlong=penalty grows
-SUMS = ("comparisons", "no_votes", "skipped", "skipped_few", "skipped_equal", "identical", "unasked", "fallbacks",
-        "seconds")  # figures of the judge's calls of a step
+SUMS = ("comparisons", "no_votes", "skipped", "fallbacks", "seconds")  # of the judge's calls of a step
 MEANS = ("position_bias", "order_conflicts")  # weighted by the questions asked
 
 
@@ -43,7 +42,7 @@ class Reward:
                 sample.reward, sample.win, sample.parts = of_sample
 
     def judge(self, groups: list[Group]) -> None:
-        """Set the win probabilities of all groups side by side; only some rewards have a judge."""
+        """Set the win probabilities of all groups; only some rewards have a judge."""
 
     def score_group(self, group: Group) -> None:
         rewards, samples = self.rewards(group), group.samples
@@ -63,11 +62,11 @@ class Reward:
 
 
 class JudgeReward(Reward):
-    """R_i = c_i (1 + judge_weight (2 w_i - 1) + brevity_weight l_i) + format_weight f_i.
+    """Rewards correctness, judge wins, brevity and format.
 
-    c_i in {0, 1}: correct; w_i in [0, 1]: mean win probability over the other correct samples (no vote: 1/2); l_i in
-    [-1, 1]: `brevity`; f_i in {0, 1}: `format_score`. The bounds of the weights keep every correct sample above every
-    wrong one, whatever the judge says.
+    R_i = c_i (1 + judge_weight (2 w_i - 1) + brevity_weight l_i) + format_weight f_i. c_i in {0, 1}: correct; w_i in
+    [0, 1]: mean win probability over the other correct samples, 1/2 without a vote; l_i in [-1, 1]: `brevity`; f_i in
+    {0, 1}: `format_score`. The bounds of the weights keep every correct sample above every wrong one.
     """
 
     def __init__(self, options: RewardOptions, max_new_tokens: int, judge: Judge | None):
@@ -126,7 +125,7 @@ class PaperReward(Reward):
 
 
 class HookReward(Reward):
-    """The user's own: fn(samples, example) -> one finite number per sample."""
+    """Asks the user's fn: samples and example in, one finite number per sample out."""
 
     def __init__(self, options: RewardOptions, max_new_tokens: int):
         super().__init__(options, max_new_tokens)
@@ -147,7 +146,7 @@ class HookReward(Reward):
 
 
 def training_judge(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]) -> Judge | None:
-    """Make the judge that the reward asks, or None, and try it before any long work. Raises UserError."""
+    """Make the judge that the reward asks, or None, and try it; or UserError."""
     if not cfg.uses_judge():
         return None
     judge = make_judge(cfg.judge, policy, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, say=say)
@@ -165,7 +164,7 @@ def make_reward(cfg: RLAIFConfig, judge: Judge | None) -> Reward:
 
 
 def part_metrics(groups: list[Group]) -> dict:
-    """Means of the parts; of the judge's wins, whose mean is 1/2 in any group, the distance of best and worst."""
+    """Average the parts; of the judge's wins the distance of best and worst."""
     metrics = {}
     for name in dict.fromkeys(name for group in groups for sample in group.samples for name in sample.parts):
         rows = [[v for s in group.samples if (v := s.parts.get(name)) is not None] for group in groups]
@@ -178,14 +177,14 @@ def part_metrics(groups: list[Group]) -> dict:
 # ---- the parts
 
 def format_score(text: str) -> float:
-    """Return 1.0 when the text shows a complete, non-empty \\boxed{...}, before </think> if there is one, else 0.0."""
+    """Return 1.0 for a complete, non-empty box before any </think>, else 0.0."""
     return float(extract_answer(text.partition("</think>")[0], strict=True) is not None)
 
 
 def brevity(samples: list[Sample]) -> list[float]:
-    """Score the correct samples by length: l_i = 1 - 2 (n_i - min) / (max - min), the shortest +1, the longest -1.
+    """Score correct samples by length: the shortest +1, the longest -1.
 
-    0.0 for wrong ones and when all are equally long.
+    l_i = 1 - 2 (n_i - min) / (max - min), 0.0 for wrong ones and when all are equally long.
     """
     lengths = [s.tokens for s in samples if s.correct]
     low, high = min(lengths, default=0), max(lengths, default=0)
@@ -196,7 +195,7 @@ def brevity(samples: list[Sample]) -> list[float]:
 
 def cosine_reward(tokens: list[int], correct: list[bool], *, max_tokens: int, correct_range=(0.1, 1.0),
                   wrong_range=(-1.0, -0.1)) -> list[float]:
-    """Score accuracy as a cosine over length (arXiv 2502.03373).
+    """Score accuracy as a cosine over length; arXiv 2502.03373.
 
     With t = min(1, n / max_tokens), a correct sample gets low + (high - low) (1 + cos(pi t)) / 2 over correct_range, a
     wrong one high + (low - high) (1 + cos(pi t)) / 2 over wrong_range: giving up early must not pay. The ranges are the
@@ -211,7 +210,7 @@ def cosine_reward(tokens: list[int], correct: list[bool], *, max_tokens: int, co
 
 
 def length_reward(tokens: list[int], correct: list[bool]) -> list[float]:
-    """Score length as Kimi k1.5 does (arXiv 2501.12599).
+    """Score length as Kimi k1.5 does; arXiv 2501.12599.
 
     lambda_i = 1/2 - (n_i - min) / (max - min) over the whole group; a correct sample gets lambda_i, a wrong one
     min(0, lambda_i). 0.0 when all are equally long.
@@ -224,7 +223,7 @@ def length_reward(tokens: list[int], correct: list[bool]) -> list[float]:
 
 
 def overlong_penalty(tokens: list[int], max_new_tokens: int) -> list[float]:
-    """Punish length softly, as DAPO does (arXiv 2503.14476, eq. 13).
+    """Punish length softly, as DAPO does; arXiv 2503.14476, eq. 13.
 
     0 up to max_new_tokens - b, then falling linearly to -1 at max_new_tokens, with b = PENALTY_SHARE * max_new_tokens.
     """
@@ -233,7 +232,7 @@ def overlong_penalty(tokens: list[int], max_new_tokens: int) -> list[float]:
 
 
 def penalised(rewards: list[float], correct: list[bool], penalty: list[float]) -> list[float]:
-    """Add penalties so that correct still beats wrong: as DAPO adds them, giving up would beat finishing late.
+    """Add penalties so that correct still beats wrong, unlike DAPO's.
 
     R_i + p_i for wrong samples; R_i + p_i min(1, gap / 2) for correct ones, where gap >= 0 is the least correct reward
     less the greatest wrong one. Without a wrong one in the group the penalty is whole.

@@ -44,7 +44,7 @@ from minimath.train.verifier import Verifier, check_verifier, verifier_columns
 
 
 def rlaif(cfg: RLAIFConfig) -> dict:
-    """Train; leaves adapter/, checkpoints/, metrics.jsonl and samples.jsonl in the run folder.
+    """Train; leave adapter, checkpoints and metrics in the run folder.
 
     Returns a summary: steps, run_dir, adapter, signal. Raises UserError for anything the user can put right; the judge
     is tried before any long work.
@@ -77,7 +77,7 @@ def rlaif(cfg: RLAIFConfig) -> dict:
 
 def collect_groups(cfg: RLAIFConfig, engine, sampler: ProblemSampler, verifier: Verifier,
                    reward: Reward) -> tuple[list[Group], list[Group]]:
-    """Sample and score groups until P of them carry a signal or max_refill rounds are used up; (kept, all seen)."""
+    """Sample and score until P groups carry a signal; return them, and all seen."""
     kept, seen, taken = [], [], []
     for _ in range(1 + cfg.max_refill):
         drawn = sampler.draw(cfg.prompts_per_step - len(kept), taken)
@@ -96,7 +96,7 @@ def collect_groups(cfg: RLAIFConfig, engine, sampler: ProblemSampler, verifier: 
 # ---- the update
 
 def update(cfg: RLAIFConfig, policy: Policy, optimizer: Optimizer, kept: list[Group], seen: list[Group]) -> dict:
-    """updates_per_rollout optimizer steps on the groups that carry a signal; returns the metrics, means over them."""
+    """Take updates_per_rollout steps on the groups kept; return mean metrics."""
     if not kept:  # from NaN logits no group gets a signal: no update would tell
         finite = all(math.isfinite(logp) for group in seen for sample in group.samples for logp in sample.logp)
         return optimizer.skip_step(finite=finite)
@@ -117,7 +117,7 @@ def update(cfg: RLAIFConfig, policy: Policy, optimizer: Optimizer, kept: list[Gr
 
 
 def policy_loss_of_micro_batch(cfg: RLAIFConfig, policy: Policy, batch: PolicyBatch):
-    """The closure of an optimizer step: forward, policy loss inside the fused sweep over the vocabulary, metrics."""
+    """Make an optimizer step's closure: forward, fused policy loss, metrics."""
     lm_head = head(policy.model)
 
     def loss_of_micro_batch(indices, micro):
@@ -135,7 +135,7 @@ def policy_loss_of_micro_batch(cfg: RLAIFConfig, policy: Policy, batch: PolicyBa
 
 
 def logps(cfg: RLAIFConfig, policy: Policy, optimizer: Optimizer, batch: PolicyBatch) -> list[torch.Tensor]:
-    """Log-probs (n_i,) of the trained tokens of each row without gradient: old policy, or reference."""
+    """Compute log-probs of each row's tokens without gradient: old or reference."""
     lm_head = head(policy.model)
 
     def forward(micro_batch_tokens: int) -> list[torch.Tensor]:

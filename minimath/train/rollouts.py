@@ -14,7 +14,7 @@ from minimath.train.verifier import Verifier
 
 def encode_problems(cfg: RLAIFConfig, policy: Policy, examples: list[Example], report,
                     say: Callable[[str], None]) -> list[tuple[Example, list[int]]]:
-    """Pair the examples with their prompts, those that fit; says what there is. Raises UserError when too few do."""
+    """Pair examples with prompts that fit, and say so; UserError if too few do."""
     longest = cfg.prompt.max_prompt_len
     prompts = [policy.prompt_ids(example.problem) for example in examples]
     problems = [(e, p) for e, p in zip(examples, prompts, strict=True) if len(p) <= longest]
@@ -34,7 +34,7 @@ def encode_problems(cfg: RLAIFConfig, policy: Policy, examples: list[Example], r
 
 
 def sample_groups(engine, verifier: Verifier, drawn: list[Problem], group_size: int) -> list[Group]:
-    """Sample and verify group_size completions of each problem; processes take a share each, and get all groups."""
+    """Sample and verify a group of each problem, shared between the processes."""
     mine = dist.shard(drawn)
     sampled = engine.generate([p.prompt for p in mine], group_size, keys=[p.key for p in mine])
     groups = [Group(p.example, p.prompt, samples) for p, samples in zip(mine, sampled, strict=True)]

@@ -50,7 +50,7 @@ def sft(cfg: SFTConfig) -> dict:
 
 
 def encode_examples(cfg: SFTConfig, policy: Policy, examples, say) -> list[Encoded]:
-    """Tokenize the examples; those of which nothing is trained are left out, and counted. Raises UserError."""
+    """Tokenize the examples; leave out those of which nothing is trained."""
     rows = [encode(policy.tokenizer, example, system=cfg.prompt.system, prompt_template=cfg.prompt.prompt_template,
                    max_len=cfg.max_len) for example in examples]
     say(preflight(policy.tokenizer, rows, eos=policy.eos))
@@ -58,7 +58,7 @@ def encode_examples(cfg: SFTConfig, policy: Policy, examples, say) -> list[Encod
 
 
 def update(cfg: SFTConfig, policy: Policy, optimizer: Optimizer, rows: list[Encoded]) -> dict:
-    """One optimizer step on the mean negative log-likelihood of the trained tokens; returns the metrics."""
+    """Take one step on the mean negative log-likelihood; return the metrics."""
     batch, lm_head = SolutionBatch(policy, rows, packing=cfg.packing), head(policy.model)
     loss_fn = nll_loss(batch.trained_tokens)
 

@@ -65,7 +65,7 @@ class Step:
 
 
 class Trainer:
-    """Owns folder, lock, log, signals, model and optimizer of a training run. Raises UserError."""
+    """Owns folder, lock, log, signals, model and optimizer of a training run."""
 
     def __init__(self, cfg, stage: str):
         self.cfg, self.stage = cfg, stage
@@ -114,7 +114,7 @@ class Trainer:
     # ---- the steps
 
     def steps(self, total: int) -> Iterator[Step]:
-        """Yield steps until `total` are done, a signal comes or the time is up; see the module's docstring."""
+        """Yield steps until `total` are done, a signal comes or the time is up."""
         cfg, self.total = self.cfg, total
         if cfg.run.resume:
             self._resume()
@@ -145,7 +145,7 @@ class Trainer:
     # ---- evaluation within training
 
     def _evaluate(self) -> bool:
-        """Greedy accuracy on the held-out problems with the run's own options; whether it is the best so far."""
+        """Evaluate on the held-out problems; tell whether it is the best so far."""
         cfg = self.cfg
         shared = {name: cfg.value(name) for name, option in options_of(EvalConfig).items()
                   if option.group in ("model", "prompt", "engine")}
@@ -170,7 +170,7 @@ class Trainer:
     # ---- commit, save, resume
 
     def _commit_state(self) -> None:
-        """Take the states as they are: what is saved, and what an interrupted step goes back to."""
+        """Take the states as they are: to save, and to go back to."""
         self.optimizer.commit()
         self._state = copy.deepcopy({name: each.state_dict() for name, each in self.tracked.items()})
         self._rng = rng_state()
@@ -183,7 +183,7 @@ class Trainer:
             self.done = self.saved
 
     def _save(self, best: bool = False) -> None:
-        """Save in the middle of a run. A checkpoint that can't be written is said: the next save may work."""
+        """Save in the middle of a run; a failure is said: the next save may work."""
         check_finite(self.policy.params, self.optimizer.inner)
         try:
             self._write(best)
@@ -223,7 +223,7 @@ class Trainer:
         self.log.say(f"adapter: {adapter} ({time.monotonic() - self.started:.0f} s)")
 
     def _resume(self) -> None:
-        """Load the newest sound checkpoint; say what changed in the options; drop metrics of lost steps."""
+        """Load the newest sound checkpoint; say changed options; drop lost metrics."""
         state = checkpoint.load_checkpoint(self.log.run_dir, model=self.policy.model, optimizer=self.optimizer.inner)
         self.done = self.saved = state["done"] if state else 0
         if dist.all_reduce_max(self.done) > self.done:
@@ -245,13 +245,13 @@ class Trainer:
         self.log.say(f"resumed after step {self.done}")
 
     def summary(self) -> dict:
-        """What the stage did: steps, run_dir, adapter, and the signal that ended it (0: none)."""
+        """Return steps, run_dir, adapter, and the signal that ended it, or 0."""
         return {"steps": self.done, "run_dir": str(self.log.run_dir), "adapter": str(self.log.run_dir / ADAPTER),
                 "signal": self.interrupted_by}
 
 
 def beside_bar(metrics: dict) -> dict:
-    """What of a step's metrics stands beside the progress bar: loss, speed, reward with its parts, tokens."""
+    """Choose what of a step's metrics stands beside the progress bar."""
     shown = {short: metrics[name] for name, short in BAR.items() if name in metrics}
     if metrics.get("time/rollout"):
         shown["tok_s"] = metrics["rollout/samples"] * metrics["rollout/tokens"] / metrics["time/rollout"]
@@ -260,7 +260,7 @@ def beside_bar(metrics: dict) -> dict:
 
 
 def load_held_out(cfg) -> list:
-    """Load the problems evaluated during training, or []. Raises UserError if they are asked for without data."""
+    """Load the problems evaluated during training, or []; or UserError."""
     own = cfg.evaluation
     if not own.eval_data:
         if own.eval_every:

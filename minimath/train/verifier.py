@@ -54,7 +54,7 @@ class Verifier(contextlib.AbstractContextManager):
         return [s.finished and self.asked(s.text, example) for s in samples]
 
     def asked(self, text: str, example: Example) -> bool:
-        """The user's verdict on one completion. UserError names the function and what it returned or raised."""
+        """Ask the user's function about one completion, or UserError that names it."""
         try:
             value = self.fn(text, example)
         except Exception as error:  # any: it is the user's code, and the message must say whose
@@ -66,7 +66,7 @@ class Verifier(contextlib.AbstractContextManager):
 
 
 def check_verifier(verifier, examples: list[Example]) -> None:
-    """Raise UserError, before any long work, for a function that can't be loaded or a pattern that is none."""
+    """Raise UserError early for a function or pattern that can't be used."""
     if verifier == "regex":
         for example in examples:
             answer_pattern(example)
@@ -75,7 +75,7 @@ def check_verifier(verifier, examples: list[Example]) -> None:
 
 
 def answer_pattern(example: Example) -> str:
-    """The reference answer as a pattern; re caches the compilation. Raises UserError when it is none."""
+    """Return the reference answer as a pattern, or raise UserError."""
     pattern = example.answer.strip()
     try:
         re.compile(pattern, re.IGNORECASE | re.DOTALL)
