@@ -266,7 +266,7 @@ def test_run_does_both_stages_and_resume_skips_what_is_finished(here, recipe, tm
     assert all(name in out for name in ("base", "SFT", "SFT + RLAIF (heuristic judge)"))
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert list(summary["rows"]) == ["base", "SFT", "SFT + RLAIF (heuristic judge)"] and summary["problems"] == 3
-    assert (tmp_path / "whole" / "tradeoff.png").stat().st_size > 1000
+    assert (tmp_path / "whole" / "plots" / "tradeoff.png").stat().st_size > 1000
 
     assert_one_line(*here("run", recipe, "out=whole"), "resume=true")
 

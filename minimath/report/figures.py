@@ -147,6 +147,7 @@ def judged(rows: list[dict]) -> Figure | None:
     draw_gap(top, rows)
     top.legend(loc="lower left", bbox_to_anchor=(0, 1.01), borderaxespad=0)
     other = bottom.twinx()
+    other.grid(False)
     draw_curve(bottom, series(rows, "rollout/tokens"), INK, "tokens per completion")
     draw_curve(other, series(rows, "reward/mean"), COLOURS[4], "reward")
     bottom.set(xlabel="step", ylabel="mean tokens per completion")
