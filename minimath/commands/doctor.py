@@ -5,13 +5,14 @@
 A self test of seconds: every kernel's loss and gradient against float64. Exit status 1 when something that would be
 used is missing or does not work.
 """
+import contextlib
 import importlib.metadata
 import os
 import platform
-import time
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from packaging.requirements import Requirement
 
 from minimath.config.load import load_config
 from minimath.config.options import Stage
@@ -21,8 +22,6 @@ from minimath.kernels.common import runs_triton
 from minimath.models.load import pick_device, pick_dtype
 from minimath.models.memory import free_bytes
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "safetensors",
-            "math-verify")
 # a machine may lack these: an option asks for them, or something slower stands in
 FOR = {"triton": "the kernels on CUDA and ROCm", "bitsandbytes": "quant=nf4 and 8-bit optimizers",
        "datasets": "hub data sets and parquet"}
@@ -37,12 +36,9 @@ class DoctorConfig(Stage):
 
 
 class Finding(NamedTuple):
-    """One line of the report.
-
-    state: ok, note (works, with a reservation), FAIL, or - for what only an option asks for.
-    """
+    """One line of the report; - stands for what only an option asks for."""
     what: str
-    state: str
+    state: Literal["ok", "note", "FAIL", "-"]
     words: str
 
 
@@ -52,7 +48,7 @@ def doctor(words: list[str]) -> int:
     device = pick_device(model.device)
     dtype, why = pick_dtype(model.dtype, device)
     findings = [*machine_findings(device, dtype, why), *package_findings(),
-                *(tested(f"test: {name}", kernel, device, dtype) for name, kernel in KERNELS.items())]
+                *(tested(name, device, dtype) for name in KERNELS)]
     for f in findings:
         print(f"{f.what:<28} {f.state:<5} {f.words}")
     failed = [f.what for f in findings if f.state == "FAIL"]
@@ -63,26 +59,24 @@ def doctor(words: list[str]) -> int:
 # ---- what there is
 
 def machine_findings(device: torch.device, dtype: torch.dtype, why: str) -> list[Finding]:
-    """Describe device, dtype, kernels and memory, with the reasons for the choices."""
+    """Describe system, device, dtype, kernels and memory, with the reasons for the choices."""
     free = free_bytes(device)
-    scaled = ", with a loss scale" if dtype == torch.float16 else ""
     kernels = "Triton" if runs_triton(torch.empty(0, device=device)) else \
         "chunked torch: Triton serves CUDA and ROCm" if device.type != "cuda" else \
         "chunked torch: triton is not installed (pip install triton), which is slower"
-    memory = f"{free / 2**30:.1f} GiB free" if free else \
-        f"how much of {device.type} is free is not known: set max_num_seqs="
-    return [system_finding(), Finding("device", "note" if device.type == "cpu" else "ok", device_words(device)),
-            Finding("dtype", "ok", f"{str(dtype).removeprefix('torch.')}: {why}{scaled}"),
-            Finding("kernels", "ok", kernels), Finding("memory", "ok" if free else "note", memory)]
-
-
-def system_finding() -> Finding:
-    """Describe operating system and Python; Windows is served through WSL."""
-    words = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     if platform.system() == "Windows":
-        return Finding("system", "note", f"{words}: not tried, no Triton, and two runs in one folder are not told "
-                       "apart; install it in WSL instead (wsl --install), which reaches the card")
-    return Finding("system", "ok", words + (" (WSL)" if "microsoft" in platform.release().lower() else ""))
+        system += ": not tried, no Triton, and two runs in one folder are not told apart; install it in WSL instead " \
+                  "(wsl --install), which reaches the card"
+    elif "microsoft" in platform.release().lower():
+        system += " (WSL)"
+    return [Finding("system", "note" if platform.system() == "Windows" else "ok", system),
+            Finding("device", "note" if device.type == "cpu" else "ok", device_words(device)),
+            Finding("dtype", "ok", f"{str(dtype).removeprefix('torch.')}: {why}" +
+                    (", with a loss scale" if dtype == torch.float16 else "")),
+            Finding("kernels", "ok", kernels),
+            Finding("memory", "ok", f"{free / 2**30:.1f} GiB free") if free else
+            Finding("memory", "note", f"how much of {device.type} is free is not known: set max_num_seqs=")]
 
 
 def device_words(device: torch.device) -> str:
@@ -99,32 +93,28 @@ def device_words(device: torch.device) -> str:
 
 def package_findings() -> list[Finding]:
     """Compare versions with the ranges of the installed minimath."""
-    from packaging.requirements import Requirement
-    try:
-        wanted = {r.name: r for r in map(Requirement, importlib.metadata.requires("minimath") or [])
-                  if not r.marker or r.marker.evaluate({"extra": ""})}
-    except importlib.metadata.PackageNotFoundError:
-        wanted = {}  # run from a checkout that is not installed
+    if not version_of("minimath"):
+        return [Finding("packages", "note", "minimath is not installed: pip install -e . says what it needs")]
     out = []
-    for name in PACKAGES:
-        version, need = version_of(name), wanted.get(name)
+    for need in map(Requirement, importlib.metadata.requires("minimath")):
+        if need.marker and not need.marker.evaluate({"extra": ""}):
+            continue
+        version, use = version_of(need.name), FOR.get(need.name)
         if version is None:
-            hint = f": pip install '{need.name}{need.specifier}'" if need else ""
-            use = f", for {FOR[name]}" if name in FOR else ""
-            out.append(Finding(name, "FAIL" if need and not use else "note", "not installed" + hint + use))
-        elif need and not need.specifier.contains(version.partition("+")[0], prereleases=True):
-            out.append(Finding(name, "note", f"{version} is outside {need.specifier}, which is what was tried"))
+            out.append(Finding(need.name, "note" if use else "FAIL", f"not installed: pip install "
+                               f"'{need.name}{need.specifier}'" + (f", for {use}" if use else "")))
+        elif need.specifier.contains(version.partition("+")[0], prereleases=True):
+            out.append(Finding(need.name, "ok", version))
         else:
-            out.append(Finding(name, "ok", version))
+            out.append(Finding(need.name, "note", f"{version} is outside {need.specifier}, which is what was tried"))
     return [*out, *(Finding(name, "ok" if version_of(name) else "-", version_of(name) or f"not installed, for {use}")
                     for name, use in OPTIONAL.items())]
 
 
 def version_of(name: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 # ---- whether it works
@@ -133,7 +123,7 @@ KERNELS = {
     "linear_logp": lambda x, weight, target: -linear_logp(x, weight, target).mean(),
     "linear_token_loss": lambda x, weight, target: linear_token_loss(
         x, weight, target, lambda stats, rows: -stats.logp / len(target))[0],
-    "linear_cross_entropy": lambda x, weight, target: linear_cross_entropy(x, weight, target),
+    "linear_cross_entropy": linear_cross_entropy,
 }
 
 
@@ -145,10 +135,9 @@ def kernel_test(kernel, device: torch.device, dtype: torch.dtype) -> str:
     """
     generator = torch.Generator().manual_seed(0)
     n, d, v = 67, 96, 1009  # odd on purpose
-    hidden, weight = torch.randn(n, d, generator=generator), torch.randn(v, d, generator=generator) / d ** 0.5
+    x = torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_()
+    head = (torch.randn(v, d, generator=generator) / d ** 0.5).to(device, dtype)
     target = torch.randint(0, v, (n,), generator=generator).to(device)
-    x = hidden.to(device, dtype).requires_grad_()
-    head = weight.to(device, dtype)
     loss = kernel(x, head, target)
     loss.backward()
     exact_x = x.detach().cpu().double().requires_grad_()  # the rounded inputs: their rounding is not the kernel's fault
@@ -163,11 +152,8 @@ def kernel_test(kernel, device: torch.device, dtype: torch.dtype) -> str:
     return f"{'Triton' if runs_triton(x) else 'torch'}, {str(dtype).removeprefix('torch.')}: gradient within {off:.1e}"
 
 
-def tested(what: str, kernel, device: torch.device, dtype: torch.dtype) -> Finding:
-    started = time.perf_counter()
+def tested(name: str, device: torch.device, dtype: torch.dtype) -> Finding:
     try:
-        words = kernel_test(kernel, device, dtype)
+        return Finding(f"test: {name}", "ok", kernel_test(KERNELS[name], device, dtype))
     except Exception as error:  # whatever it is, the report goes on
-        first = (str(error).strip().splitlines() or [""])[0]
-        return Finding(what, "FAIL", f"{type(error).__name__}: {first}"[:200])
-    return Finding(what, "ok", f"{words} ({time.perf_counter() - started:.1f} s)")
+        return Finding(f"test: {name}", "FAIL", f"{type(error).__name__}: {error}".partition("\n")[0][:200])
