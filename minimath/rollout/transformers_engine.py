@@ -2,15 +2,14 @@
 
 Mamba, RWKV and the hybrids of attention and a recurrence keep other state than keys and values; `generate` of each
 model knows its own. Slower than own_engine.py: every row is prefilled, and a batch lasts as long as its longest row.
-transformers' continuous batching is no alternative: in 5.23 it serves full and sliding-window attention alone, which
-own_engine.py serves as well, and seeds all requests together.
+transformers' continuous batching is no alternative: in 5.23 it serves full and sliding-window attention alone.
 
-The tokens are not chosen by `generate` but by a logits processor with our own sampler, which lets one token through. So
-temperature, top-k, min-p, top-p, random streams and recorded log-probs mean the same in both engines, the completions
-do not depend on the batch (up to rounding), and of each step only (n,) numbers are kept, not logits.
+The tokens are chosen by a logits processor with our own sampler, which lets one token through. So options, random
+streams and recorded log-probs mean the same in both engines, and of each step only (n,) numbers are kept, not logits.
 """
 import contextlib
 import inspect
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -43,7 +42,7 @@ class TransformersEngine(Engine):
     @torch.no_grad()
     def stream(self, prompts, n=1, *, keys=None, skip=()):
         model, checked = self.policy.model, False
-        jobs = self.jobs(prompts, n, keys, skip)
+        jobs = sorted(self.jobs(prompts, n, keys, skip), key=lambda job: len(job.prompt))
         with inference(model), compute_dtype(model), own_generation_config(model):
             for batch, _ in in_step(model, ((batch, {}) for batch in self.batches(jobs))):
                 # a blank one, where other processes have more to do
@@ -55,39 +54,29 @@ class TransformersEngine(Engine):
                 yield [(*job.place, sample) for job, sample in zip(batch, samples)]
 
     def batches(self, jobs: list[Job]) -> Iterator[list[Job]]:
-        """Yield batches of jobs by length of the prompt, of one length where they must."""
+        """Yield batches of jobs, sorted by length, of one length where they must."""
         model, most = self.policy.model, self.options.max_num_seqs or ROWS
-        jobs = sorted(jobs, key=lambda job: len(job.prompt))
-        mixed = most > 1 and len({len(job.prompt) for job in jobs}) > 1
-        if is_sharded(model):  # a look at one of them would be work of all processes; recurrent models are refused
+        if is_sharded(model):  # a look would be work of all processes; recurrent models are refused
             check_model(model)
-            mixed = False
-        one_length = mixed and not padding_is_harmless(model, self.policy.tokenizer.pad_token_id, jobs[0].prompt,
-                                                       len(jobs[-1].prompt))
-        batch = []
-        for job in jobs:
-            if len(batch) == most or one_length and batch and len(batch[0].prompt) != len(job.prompt):
-                yield batch
-                batch = []
-            batch.append(job)
-        if batch:
-            yield batch
+            mixed = True
+        else:
+            mixed = len({len(job.prompt) for job in jobs}) < 2 or padding_is_harmless(
+                model, self.policy.tokenizer.pad_token_id, jobs[0].prompt, len(jobs[-1].prompt))
+        for _, alike in itertools.groupby(jobs, lambda job: 0 if mixed else len(job.prompt)):
+            alike = list(alike)
+            yield from (alike[start:start + most] for start in range(0, len(alike), most))
 
     def _generate(self, jobs: list[Job]) -> list[Sample]:
         """One batch of `generate`, cut at the end tokens."""
-        base, pad = base_causal_lm(self.policy.model), self.policy.tokenizer.pad_token_id
+        model, pad = self.policy.model, self.policy.tokenizer.pad_token_id
         sampler = _Sampler(torch.stack([stream_noise(job.seed, self.max_new_tokens) for job in jobs]), self.how)
-        inputs = left_pad([job.prompt for job in jobs], max(len(job.prompt) for job in jobs), pad)
-        if all(inputs["attention_mask"].flatten().tolist()):
-            del inputs["attention_mask"]  # not every model takes one
-        base.generate(**{name: value.to(base.device) for name, value in inputs.items()},
-                      generation_config=_config(self.max_new_tokens, self.eos, pad),
-                      logits_processor=LogitsProcessorList([sampler]), synced_gpus=is_sharded(self.policy.model))
+        greedy(model, [job.prompt for job in jobs], max(len(job.prompt) for job in jobs), pad,
+               max_new_tokens=self.max_new_tokens, eos_token_id=list(self.eos) or None,
+               logits_processor=LogitsProcessorList([sampler]), synced_gpus=is_sharded(model))
         samples = []
         for ids, logp, full in zip(*(torch.stack(part, 1).tolist() for part in zip(*sampler.steps))):
             n = next((i + 1 for i, token in enumerate(ids) if token in self.eos), len(ids))
-            samples.append(self.sample(ids[:n], logp[:n], ids[n - 1] in self.eos,
-                                       None if self.how.full() else full[:n]))
+            samples.append(self.sample(ids[:n], logp[:n], ids[n - 1] in self.eos, full[:n]))
         return samples
 
 
@@ -97,20 +86,13 @@ class _Sampler(LogitsProcessor):
     def __init__(self, noise: torch.Tensor, how: Sampling):
         self.noise, self.how = noise, how  # (n, T) in [0, 1)
         self.steps = []  # (tokens, logp, full_logp), each (n,)
-        self.scores = None  # (n, V) of the newest step
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         interrupt.check()  # a signal waits for one token, not for a batch
-        self.scores = scores
         noise = self.noise[:, len(self.steps)].to(scores.device)
         self.steps.append(sample_tokens(scores.clone(), noise, self.how))
         token = self.steps[-1][0]
         return torch.full_like(scores, -torch.inf).scatter_(-1, token[:, None], 0.0)
-
-
-def _config(max_new_tokens: int, eos: list[int], pad: int) -> GenerationConfig:
-    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=list(eos) or None, pad_token_id=pad,
-                            do_sample=False, use_cache=True)
 
 
 @contextlib.contextmanager
@@ -124,6 +106,17 @@ def own_generation_config(model):
         base.generation_config = theirs
 
 
+def greedy(model, prompts: list[list[int]], length: int, pad: int, **options):
+    """Generate without sampling, from prompts left-padded to a length."""
+    base = base_causal_lm(model)
+    inputs = {"input_ids": torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])}
+    if any(len(prompt) < length for prompt in prompts):  # not every model takes a mask
+        inputs["attention_mask"] = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt)
+                                                 for prompt in prompts])
+    return base.generate(**{name: value.to(base.device) for name, value in inputs.items()}, do_sample=False,
+                         use_cache=True, pad_token_id=pad, **options)
+
+
 def padding_is_harmless(model, pad: int, prompt: list[int], length: int) -> bool:
     """Tell whether log-probs stay when `prompt` is left-padded to `length`.
 
@@ -132,30 +125,16 @@ def padding_is_harmless(model, pad: int, prompt: list[int], length: int) -> bool
     base = base_causal_lm(model)
     if "attention_mask" not in inspect.signature(base.forward).parameters:
         return False
-    plain, padded = (_first_logp(base, left_pad([prompt], n, pad)) for n in (len(prompt), length))
+    plain, padded = (greedy(model, [prompt], n, pad, max_new_tokens=1, output_logits=True,  # position ids include
+                            return_dict_in_generate=True).logits[0].log_softmax(-1) for n in (len(prompt), length))
     return float((plain - padded).abs().mean() / plain.std()) <= PADDING_TOLERANCE.get(base.dtype, 1e-4)
-
-
-def _first_logp(base, inputs: dict) -> torch.Tensor:
-    """Compute log-probs [V] of the first new token by `generate`, position ids include"""
-    seen = _Sampler(torch.zeros(1, 1), Sampling(0.0))
-    inputs = {name: value.to(base.device) for name, value in inputs.items()}
-    base.generate(**inputs, generation_config=_config(1, [], 0), logits_processor=LogitsProcessorList([seen]))
-    return torch.log_softmax(seen.scores[0], -1)
-
-
-def left_pad(prompts: list[list[int]], length: int, pad: int) -> dict[str, torch.Tensor]:
-    """Pad prompts to input_ids and attention_mask [n, length]."""
-    ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def check_logp(model, prompt: list[int], sample: Sample, temperature: float) -> None:
     """Raise UserError unless the log-probs are those of the training forward.
 
-    `generate` of a seldom used model can be wrong without a sign of it (RWKV's, for more than one row), and a head
-    can have a scale that minimath.models.load.head does not know.
+    `generate` of a seldom used model can be wrong without a sign of it (RWKV's, for more than one row), and a head can
+    have a scale that models.load.head does not know.
     """
     base, difference = base_causal_lm(model), logp_difference(model, prompt, sample, temperature)
     if not difference <= LOGP_TOLERANCE.get(base.dtype, 0.1):
