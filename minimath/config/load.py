@@ -71,13 +71,17 @@ def read_recipe(recipe: str) -> tuple[dict[str, Setting], dict[str, dict[str, Se
     """Read the untyped settings of a recipe: those of the top level, and by section."""
     path = find_recipe(recipe)
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        text = path.read_text(encoding="utf-8")
+        root, tokens = yaml.compose(text, Loader=yaml.BaseLoader), list(yaml.scan(text, Loader=yaml.BaseLoader))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem or error.context}; a recipe is lines of "
                         "'key: value'") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"cannot read the recipe {path}: {error}; a recipe is lines of 'key: value'") from None
+    for token in tokens:  # it would be ignored, and its value with it
+        if isinstance(token, yaml.TagToken):
+            raise UserError(f"{path}:{token.start_mark.line + 1}: a recipe takes no YAML tags; write the value alone")
     shared, sections = {}, {}
     for key, node, where in mapping_items(root, path):
         if key not in SECTIONS:
@@ -105,14 +109,11 @@ def mapping_items(node, path):
     """Yield each key, value node and "file:line" of a YAML mapping."""
     if node is None or scalar_text(node) == "":
         return
-    where = f"{path}:{node.start_mark.line + 1}"
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{where}: expected lines of 'key: value'")
-    refuse_tags(where, node)
+        raise UserError(f"{path}:{node.start_mark.line + 1}: expected lines of 'key: value'")
     seen = set()
     for key_node, value in node.value:
         where = f"{path}:{key_node.start_mark.line + 1}"
-        refuse_tags(where, key_node, value)
         key = scalar_text(key_node)
         if not key:
             raise UserError(f"{where}: a key must be a plain word")
@@ -120,13 +121,6 @@ def mapping_items(node, path):
             raise UserError(f"{where}: key {key!r} appears twice; keep one of the two lines")
         seen.add(key)
         yield key, value, where
-
-
-def refuse_tags(where: str, *nodes) -> None:
-    """Raise UserError for a YAML tag such as !!python/name, which would be ignored."""
-    for node in nodes:
-        if node.tag.removeprefix("tag:yaml.org,2002:") not in ("str", "map", "seq", "int", "float", "bool", "null"):
-            raise UserError(f"{where}: a recipe takes no YAML tags ({node.tag}); write the value alone")
 
 
 def scalar_text(node) -> str | None:

@@ -1,14 +1,11 @@
 r"""Every option, declared once: groups of options, and the stages that are made of them.
 
-A field is an option: its annotation gives type, choices and bounds, the text below it the help. On the command line and
-in recipes an option goes by the name of its field (`lr=1e-4`); the `Main` field of a group goes by the name of the
-group (`judge=self`), and the fields of a group with a `prefix` start with it (`judge_url=...`). In Python the same
-names are keywords, and the code reads them in their groups:
+A field is an option: its annotation gives type, choices and bounds, the text below it the help. An option goes by the
+name of its field (`lr=1e-4`), the `Main` field of a group by the group (`judge=self`), and the fields of a group with a
+`prefix` start with it (`judge_url=...`), on the command line, in recipes and in Python.
 
     cfg = RLAIFConfig(model="Qwen/Qwen2.5-0.5B-Instruct", lr=1e-5, judge="heuristic")
     cfg.optimizer.lr, cfg.judge.name
-
-The style of a docstring below each field follows litgpt.
 """
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
