@@ -1,13 +1,14 @@
 """A judge behind an OpenAI-compatible server, by the `openai` SDK.
 
 Its retries, Retry-After and time-outs are used. What it lacks stands here: a bound on the time of a whole round of
-questions, and of a try whose bytes come slowly; the end of a round whose server is down; requests without a key; the
-form of the verdict (verdict.py); replies that are kept (cache.py).
+questions, and of a try whose bytes come slowly; the end of a round whose server is down; the form of the verdict
+(verdict.py); replies that are kept (cache.py).
 """
 import asyncio
 import json
 import os
 import random
+import re
 import ssl
 import time
 import urllib.parse
@@ -15,26 +16,21 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from minimath.config.schema import JudgeOptions
-from minimath.core.credentials import mask, url_fault
+from minimath.core.credentials import mask
 from minimath.core.errors import UserError
 from minimath.judges.base import Judge, Pair
 from minimath.judges.cache import ReplyCache, reply_key
 from minimath.judges.rubrics import judge_prompt, load_rubric
-from minimath.judges.verdict import FORMS, VOTES, Reply, form_fields, read_reply, vote
+from minimath.judges.verdict import FIELDS, FORMS, VOTES, Reply, read_reply, text_vote, vote
 
 RETRIES = 3  # of a request
 BREAKER = 16  # questions in a row that failed for good: the rest of the round is not asked
 ROUND = 20  # times judge_timeout_s: seconds for all requests of one call
+JSON_TOKENS = 48  # {"verdict": "TIE"} takes 8 to 20, by the spaces that a grammar lets through
 PROBE = "Reply with the letter A."
 PROMPTS_FAULT = {"http_400", "http_413", "http_422"}  # says nothing about the next prompt
 FORM_REFUSED = {"http_400", "http_422", "http_501", "http_500"}  # the last: llama-cpp-python without logits_all
 FAULTS = {"timeout", "unreachable", "garbage", "unreadable", "given_up", "out_of_time"}
-PING_HINTS = {"http_404": "check judge_url and judge_model={model!r}",
-              "http_401": "set the environment variable {key_env} to a valid key",
-              "http_403": "set the environment variable {key_env} to a valid key",
-              "unreachable": "start the server or correct judge_url",
-              "timeout": "start the server, or raise judge_timeout_s"}
-OTHER_HINT = "check that judge_url is an OpenAI-compatible base URL (.../v1)"
 
 
 class Failure(Exception):
@@ -56,127 +52,111 @@ class EndpointJudge(Judge):
 
     def __init__(self, options: JudgeOptions, *, say: Callable[[str], None] = print, prompt: Callable = judge_prompt,
                  cache: ReplyCache | None = None):
-        """Check address, model and rubric. Raises UserError.
+        """Check address and rubric. Raises UserError.
 
         cache: replies of earlier requests; None: none kept."""
         super().__init__(options, say=say)
-        self._sdk = import_sdk()
         check_address(options)
+        try:
+            import openai
+        except ImportError:
+            raise UserError("judge=openai needs the openai package: pip install 'minimath[judge]'") from None
+        self._sdk = openai
         self.name = f"openai:{options.model}"
         self.options, self.prompt, self.cache, self.rubric = options, prompt, cache, load_rubric(options.rubric)
         self.base = options.url.rstrip("/").removesuffix("/chat/completions")
         self.endpoint = f"{self.base}/chat/completions"
         self.retries, self.breaker, self.round_s = RETRIES, BREAKER, ROUND * options.timeout_s
-        self.form, self._limit_name, self._temperature = "plain", "max_tokens", {"temperature": 0}
-        self._failed_in_a_row = 0
-        self._tripped = False  # the breaker opened, and no request has come through since
+        self.form, self._failed_in_a_row = "plain", 0
+        self.newer_fields = False  # of newer models: the limit of tokens has another name, temperature is refused
 
     def ping(self) -> None:
         """Find the richest form of verdict that the server has. Raises UserError.
 
-        One question in each form, without retries, until one is answered in its form."""
+        One question in each form, until one is answered in its form."""
         in_own_loop(self._ping())
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
         """Return a vote for each pair, or None.
 
         None for what has no readable reply within 20 x judge_timeout_s, or after 16 failures in a row."""
-        replies = self.replies([self.prompt(self.rubric, pair) for pair in pairs])
+        replies = in_own_loop(self._round([self.prompt(self.rubric, pair) for pair in pairs]))
         votes = [reply and vote(reply) for reply in replies]
         self.counts["unreadable"] += sum(reply is not None and v is None for reply, v in zip(replies, votes))
         self.counts["soft_votes"] += sum(v is not None and v not in VOTES.values() for v in votes)
         return votes
 
-    def replies(self, prompts: list[str]) -> list[Reply | None]:
-        """Return the reply to each prompt, or None."""
-        return in_own_loop(self._round(prompts))
-
     # ---- asking
 
     async def _ping(self) -> None:
-        forms, thinks = list(FORMS), f"raise judge_max_tokens={self.options.max_tokens}, or turn its thinking off"
+        o, forms = self.options, list(FORMS)
         async with self._client(retries=0) as client:
             while forms:
                 try:
-                    reply = await self._request(client, self._body(PROBE, forms[0]), forms[0])
+                    reply = await self._request(client, self._body(PROBE, forms[0]))
                 except Failure as failure:
-                    if self._adapts(failure):
+                    if re.search("max_completion_tokens|temperature", str(failure)) and not self.newer_fields:
+                        self.newer_fields = True
                         continue
                     if failure.kind not in FORM_REFUSED or len(forms) == 1:
-                        hint = PING_HINTS.get(failure.kind, OTHER_HINT).format(**vars(self.options))
-                        raise UserError(f"the judge at {self.endpoint} cannot be used: {failure}; {hint}") from None
+                        raise UserError(
+                            f"the judge at {self.endpoint} cannot be used: {failure}; is the server up, judge_url an "
+                            f"OpenAI-compatible base URL (.../v1), judge_model={o.model!r} there, a valid key in "
+                            f"{o.key_env}, judge_timeout_s={o.timeout_s:g} enough?") from None
                 else:
-                    if reply.cut and not reply.text.strip():
-                        raise UserError(f"the judge at {self.endpoint} thinks longer than it may answer: {thinks}")
-                    if reply.serves():
+                    if reply.cut and not reply.text:
+                        raise UserError(f"the judge at {self.endpoint} thinks longer than it may answer: raise "
+                                        f"judge_max_tokens={o.max_tokens}, or turn its thinking off")
+                    answered = {"logprobs": len(reply.top) > 1, "json_schema": text_vote(reply.text) is not None}
+                    if answered.get(forms[0], True):
                         self.form, self.soft = forms[0], forms[0] == "logprobs"
                         return
                 forms.pop(0)
 
-    def _adapts(self, failure: Failure) -> bool:
-        """Learn from a refusal that names a field, and say whether it did.
-
-        Newer models take max_tokens under another name, and no temperature."""
-        if failure.kind == "http_400" and "max_completion_tokens" in str(failure) and self._limit_name == "max_tokens":
-            self._limit_name = "max_completion_tokens"
-        elif failure.kind == "http_400" and "temperature" in str(failure) and self._temperature:
-            self._temperature = {}
-        else:
-            return False
-        return True
-
     async def _round(self, prompts: list[str]) -> list[Reply | None]:
-        self._failed_in_a_row = min(self._failed_in_a_row, self.breaker - 1)  # half open: one more ends this round too
+        retries = self.retries if self._failed_in_a_row < self.breaker else 0  # of a server that was down, no more
+        self._failed_in_a_row = min(self._failed_in_a_row, self.breaker - 1)  # one more failure ends this round too
         deadline, turn = time.monotonic() + self.round_s, asyncio.Semaphore(self.options.concurrency)
 
         async def one(prompt: str) -> Reply | None:
             async with turn:
-                left = deadline - time.monotonic()
                 if self._failed_in_a_row >= self.breaker:
                     self.counts["given_up"] += 1
                     return None
                 try:
-                    return await asyncio.wait_for(self._ask(client, prompt), left)
+                    return await asyncio.wait_for(self._ask(client, prompt), deadline - time.monotonic())
                 except asyncio.TimeoutError:
                     self.counts["out_of_time"] += 1
                     return None
 
-        async with self._client(self.retries) as client:
+        async with self._client(retries) as client:
             return await asyncio.gather(*map(one, prompts))
 
     async def _ask(self, client, prompt: str) -> Reply | None:
         """Get a reply from the cache or the server; None after the last try."""
-        body, form = self._body(prompt, self.form), self.form
+        body = self._body(prompt, self.form)
         key = reply_key(self.endpoint, body)
-        if self.cache and (reply := Reply.loads(self.cache.get(key) or "")):
+        if self.cache and (kept := self.cache.get(key)):
             self.counts["cache_hits"] += 1
-            return reply
-        once = client.with_options(max_retries=0)
+            return Reply(*json.loads(kept))
         try:
-            try:
-                reply = await self._request(once if self._tripped else client, body, form)
-            except Failure as failure:
-                if failure.kind != "garbage" or self._tripped or not self.retries:
-                    raise
-                reply = await self._request(once, body, form)  # a proxy's page, which the SDK takes for an answer
+            reply = await self._request(client, body)
         except Failure as failure:
             self._failed_in_a_row += failure.kind not in PROMPTS_FAULT
-            self._tripped |= self._failed_in_a_row >= self.breaker
             return None
-        self._failed_in_a_row, self._tripped = 0, False
+        self._failed_in_a_row = 0
         if self.cache:
-            self.cache.put(key, reply.dumps())
+            self.cache.put(key, json.dumps(reply))
         return reply
 
     # ---- one request
 
     def _body(self, prompt: str, form: str) -> dict:
-        body = {"messages": [{"role": "user", "content": prompt}], "model": self.options.model, **self._temperature,
-                "max_tokens": self.options.max_tokens, **form_fields(form, self.options.max_tokens)}
-        body[self._limit_name] = body.pop("max_tokens")
-        return body
+        limit = max(self.options.max_tokens, JSON_TOKENS if form == "json_schema" else 0)
+        return {"messages": [{"role": "user", "content": prompt}], "model": self.options.model, **FIELDS[form],
+                **({"max_completion_tokens": limit} if self.newer_fields else {"max_tokens": limit, "temperature": 0})}
 
-    async def _request(self, client, body: dict, form: str) -> Reply:
+    async def _request(self, client, body: dict) -> Reply:
         """Get a reply, after the SDK's retries. Raises Failure."""
         try:
             raw = await client.chat.completions.with_raw_response.create(**body)
@@ -187,28 +167,16 @@ class EndpointJudge(Judge):
         except self._sdk.APIConnectionError as error:
             kind, detail = "unreachable", f"{error} {error.__cause__ or ''}"
         else:
-            return self._read(self._without_key(raw.http_response.text), form)  # an echo must not reach the cache
+            reply, tokens = read_completion(self._without_key(raw.http_response.text))  # an echo must not be kept
+            self.counts.update(tokens, no_usage=not any(tokens.values()), cut_off=reply.cut and not reply.text)
+            return reply
         raise Failure(kind, mask(" ".join(self._without_key(detail).split()))[:300])
-
-    def _read(self, text: str, form: str) -> Reply:
-        try:
-            body = json.loads(text)
-            usage = body.get("usage") or {}
-            tokens = {name: min(max(0, int(usage.get(name) or 0)), 10 ** 9)
-                      for name in ("prompt_tokens", "completion_tokens")}
-            reply = read_reply(body["choices"][0], form)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
-            self.counts["garbage"] += 1
-            raise Failure("garbage", "the reply is not a chat completion in JSON") from None
-        self.counts.update(tokens, no_usage=not any(tokens.values()), cut_off=reply.cut and not reply.text)
-        return reply
 
     def _key(self) -> str:
         """Read the key from the environment. Raises UserError."""
-        name = self.options.key_env
-        key = os.environ.get(name, "").strip() if name else ""
+        key = os.environ.get(self.options.key_env, "").strip()
         if not (key.isascii() and key.isprintable()):
-            raise UserError(f"judge_key_env={name}: its value has line breaks or unprintable characters")
+            raise UserError(f"judge_key_env={self.options.key_env}: the key has line breaks or unprintable characters")
         return key
 
     def _without_key(self, text: str) -> str:
@@ -234,7 +202,11 @@ class EndpointJudge(Judge):
                     raise
                 finally:
                     counts["request_seconds"] += time.monotonic() - start
-                counts.update({f"http_{response.status_code}": 1} if response.status_code >= 300 else {})
+                if response.status_code >= 300:
+                    counts[f"http_{response.status_code}"] += 1
+                elif read_completion(response.text) is None:  # a proxy's page: asked for again, as a bad gateway is
+                    counts["garbage"] += 1
+                    return type(response)(502, request=request, text="the reply is not a chat completion in JSON")
                 return response
 
         # a redirect would carry the key to another host, and a proxy can't reach this machine
@@ -245,29 +217,27 @@ class EndpointJudge(Judge):
                                http_client=http)
 
 
-def import_sdk():
-    """Import the `openai` package when a judge needs it. Raises UserError."""
+def read_completion(text: str) -> tuple[Reply, dict[str, int]] | None:
+    """Read a chat completion and the tokens that it reports; None for anything else."""
     try:
-        import openai
-    except ImportError:
-        raise UserError("judge=openai needs the openai package: pip install 'minimath[judge]'") from None
-    return openai
+        body = json.loads(text)
+        usage = body.get("usage") or {}
+        tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
+        return read_reply(body["choices"][0]), tokens
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
+        return None
 
 
 def check_address(options: JudgeOptions) -> None:
-    """Raise UserError unless there is a base URL, without a password, and a model."""
-    if fault := url_fault(options.url):
-        raise UserError(f"judge_url: {fault}")
-    parts = urllib.parse.urlsplit(options.url)
+    """Raise UserError unless there are a base URL and a model."""
     try:
+        parts = urllib.parse.urlsplit(options.url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:  # of the port
         usable = False
-    if not usable:
-        raise UserError(f"judge_url={mask(options.url)!r}: give the base URL of an OpenAI-compatible server, as "
-                        "http://127.0.0.1:8080/v1")
-    if not options.model:
-        raise UserError("judge=openai needs judge_model=NAME, the model that is asked for at judge_url")
+    if not (usable and options.model):
+        raise UserError(f"judge=openai: judge_url={mask(options.url)!r} judge_model={options.model!r}: give the base "
+                        "URL of an OpenAI-compatible server, as http://127.0.0.1:8080/v1, and a model that it has")
 
 
 def in_own_loop(coroutine):

