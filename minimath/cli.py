@@ -1,5 +1,5 @@
 """The command line: minimath COMMAND ...; with --help it lists its options."""
-import importlib
+import importlib.metadata
 import inspect
 import sys
 
@@ -29,53 +29,45 @@ USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GP
 `minimath sft --help` lists every option of a stage with its default. A recipe is YAML: `key: value` lines, shared
 or in a section (sft:, rlaif:, eval:); key=value words win. With `run`, `sft.lr=1e-4` is for one stage.
 """
-# Where each command is, by what it takes. Loaded when it is asked for: help and errors come at once
-OF_OPTIONS = {"sft": "commands.train.sft", "rlaif": "commands.train.rlaif", "eval": "eval.evaluate.evaluate",
-              "sample": "eval.sample.sample"}
-OF_RECIPE = {"run": "commands.run.run", "plan": "plan.plan.plan"}
-OF_WORDS = {"demo": "commands.demo.demo", "solve": "commands.solve.solve_command", "report": "report.page.report",
-            "doctor": "commands.doctor.doctor", "export": "export.merge.export"}
-JUDGE = {"check": "commands.judge_check", "compare": "commands.judge_compare"}
-COMMANDS = (*OF_OPTIONS, *OF_RECIPE, *OF_WORDS, "judge")
+# Where each command is; loaded when it is asked for: help and errors come at once
+COMMANDS = {"sft": "commands.train.sft", "rlaif": "commands.train.rlaif", "eval": "eval.evaluate.evaluate",
+            "sample": "eval.sample.sample", "run": "commands.run.run", "plan": "plan.plan.plan",
+            "demo": "commands.demo.demo", "solve": "commands.solve.solve_command", "report": "report.page.report",
+            "judge check": "commands.judge_check.judge_check", "judge compare": "commands.judge_compare.judge_compare",
+            "export": "export.merge.export", "doctor": "commands.doctor.doctor"}
+OF_OPTIONS = ("sft", "rlaif", "eval", "sample")  # take a config
+OF_RECIPE = ("run", "plan")  # take a recipe and words; the others take words
 SHARED = ("sft", "rlaif", "eval", "run")  # commands that several processes can share; see core/dist.py
 
 
 def main() -> int:
     """Entry point of the console script; returns the exit status."""
-    command, words = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    command, *words = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help", "help"):
         print(USAGE)
         return 0
     if command == "--version":
-        from importlib.metadata import version
-        print(f"minimath {version('minimath')}")
+        print(f"minimath {importlib.metadata.version('minimath')}")
         return 0
     return run_command(lambda: dispatch(command, words))
 
 
 def dispatch(command: str, words: list[str]):
     """Run one command. Raises UserError."""
+    if command == "judge":
+        command, words = " ".join([command, *words[:1]]), words[1:]
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{did_you_mean(command, COMMANDS)}; see minimath --help")
     if "--help" in words or "-h" in words:
-        print(help_text(command, words))
+        print(help_text(command))
         return None
     if started_together() and command not in SHARED:
         raise UserError(f"minimath {command} is made for one process; accelerate launch and torchrun are for "
                         f"{', '.join(SHARED)}")
-    words = list(words)
-    if command == "judge":
-        kind = judge_kind(words)
-        return load(f"{JUDGE[kind]}.judge_{kind}")(words[1:])
+    function = load(COMMANDS[command])
     if command in OF_OPTIONS:
-        cfg = config_of_words(config_class(command), words, command)
-        return load(OF_OPTIONS[command])(cfg)
-    if command in OF_WORDS:
-        return load(OF_WORDS[command])(words)
-    recipe = take_recipe(words)
-    if command == "run" and recipe is None:
-        raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
-    return load(OF_RECIPE[command])(recipe, words)
+        return function(config_of_words(config_class(command), words, command))
+    return function(take_recipe(words), words) if command in OF_RECIPE else function(words)
 
 
 def load(path: str):
@@ -84,30 +76,20 @@ def load(path: str):
     return getattr(importlib.import_module(f"minimath.{module}"), name)
 
 
-def judge_kind(words: list[str]) -> str:
-    """Which judge command the words begin with. Raises UserError."""
-    kind = words[0] if words else ""
-    if kind == "attack":
-        raise UserError("minimath judge attack is now part of minimath judge check")
-    if kind not in JUDGE:
-        raise UserError(f"minimath judge {kind}: use {' or '.join(JUDGE)}{did_you_mean(kind, JUDGE)}")
-    return kind
-
-
 def config_class(command: str):
-    """The class of the options of a command."""
+    """The class of the options of a command, None for one that takes words."""
     own = {"sample": "eval.sample.SampleConfig", "export": "export.merge.ExportConfig"}
-    return load(own[command]) if command in own else STAGES["eval" if command == "solve" else command]
+    return load(own[command]) if command in own else {**STAGES, "solve": STAGES["eval"]}.get(command)
 
 
-def help_text(command: str, words: list[str]) -> str:
+def help_text(command: str) -> str:
     """Say what a command is for, and all the options that it takes."""
-    if command == "judge":
-        return load(f"{JUDGE['compare' if 'compare' in words else 'check']}.help_text")()
-    if command in (*OF_RECIPE, "demo", "report", "doctor"):
-        path = {**OF_RECIPE, **OF_WORDS}[command]
-        return docstring_of(f"minimath.{path.rpartition('.')[0]}")
+    module = COMMANDS[command].rpartition(".")[0]
+    if command.startswith("judge"):
+        return load(f"{module}.help_text")()
     cls = config_class(command)
+    if cls is None:
+        return docstring_of(f"minimath.{module}")
     takes = {"solve": '["PROBLEM"] ', "export": ""}.get(command, "[RECIPE.yaml] ")
     return f"minimath {command} {takes}key=value ...\n{inspect.getdoc(cls)}\n\n{options_help(cls, command)}"
 
