@@ -62,10 +62,8 @@ class CollapseMonitor:
         found = {"canary": self.canary_warning(metrics, now["correct"], problems)}
         if steps >= WINDOW:
             self.best = max(self.best, now["correct"])
-            found |= {"cut": cut_warning(now)}
-        if steps >= 2 * WINDOW:
-            found |= {"entropy": entropy_warning(start, now), "length": length_warning(start, now),
-                      "fall": fall_warning(self.best, now, problems)}
+            signs = signs_of_collapse(start, now, self.best, problems)
+            found |= {kind: text for kind, text in signs.items() if kind == "cut" or steps >= 2 * WINDOW}
         new = {kind: text for kind, text in found.items() if text and kind not in self.said}
         self.said += new
         return list(new.values())
@@ -99,37 +97,30 @@ def enough_pairs(canaries: list[dict]) -> list[dict]:
     return next((canaries[:n] for n in sizes if pairs_of(canaries[:n]) >= CANARY_PAIRS), [])
 
 
-def entropy_warning(start: dict, now: dict) -> str:
-    if "entropy" not in now or now["entropy"] >= ENTROPY_LEFT * start["entropy"]:
-        return ""
-    return (f"entropy collapse: it fell from {start['entropy']:.3g} to {now['entropy']:.3g} nats a token, so the "
+def signs_of_collapse(start: dict, now: dict, best: float, problems: int) -> dict[str, str]:
+    """Warn of what the means of the first and the last window of steps show."""
+    correct, found = f"{100 * now['correct']:.0f}%", {}
+    if now.get("entropy", math.inf) < ENTROPY_LEFT * start.get("entropy", math.inf):
+        found["entropy"] = (
+            f"entropy collapse: it fell from {start['entropy']:.3g} to {now['entropy']:.3g} nats a token, so the "
             "completions of a group become one text. Lower lr, raise clip_high, or set entropy_coef=0.001; the best "
             "checkpoint is kept")
-
-
-def length_warning(start: dict, now: dict) -> str:
-    if now["tokens"] < LENGTH_GROWN * start["tokens"] or now["correct"] > start["correct"] + MORE_CORRECT:
-        return ""
-    return (f"length is running away: completions grew from {start['tokens']:.0f} to {now['tokens']:.0f} tokens, but "
-            f"{100 * now['correct']:.0f}% are correct, {100 * start['correct']:.0f}% were at first. Raise "
-            "brevity_weight, use overlong=penalty, or look at what the judge likes about long ones")
-
-
-def cut_warning(now: dict) -> str:
-    if 1 - now["finished"] <= CUT_SHARE:
-        return ""
-    return (f"{100 * (1 - now['finished']):.0f}% of the completions are cut at max_new_tokens and count as wrong. "
+    if now["tokens"] >= LENGTH_GROWN * start["tokens"] and now["correct"] <= start["correct"] + MORE_CORRECT:
+        found["length"] = (
+            f"length is running away: completions grew from {start['tokens']:.0f} to {now['tokens']:.0f} tokens, but "
+            f"{correct} are correct, {100 * start['correct']:.0f}% were at first. Raise brevity_weight, use "
+            "overlong=penalty, or look at what the judge likes about long ones")
+    if 1 - now["finished"] > CUT_SHARE:
+        found["cut"] = (
+            f"{100 * (1 - now['finished']):.0f}% of the completions are cut at max_new_tokens and count as wrong. "
             "Raise max_new_tokens, or reward brevity (overlong=penalty)")
-
-
-def fall_warning(best: float, now: dict, problems: int) -> str:
-    """Warn by problems of the last window: a group's samples go together."""
-    error = (best * (1 - best) / max(1, problems)) ** 0.5
-    if best - now["correct"] <= max(LEAST_FALL, FALL_SIGMAS * error):
-        return ""
-    return (f"the solve rate falls off: {100 * now['correct']:.0f}% of the completions of the last {WINDOW} steps are "
-            f"correct, {100 * best:.0f}% were at its best. Stop here and take the best checkpoint (eval_every keeps "
-            "it), or go on with a lower lr or kl_coef=0.01")
+    error = (best * (1 - best) / max(1, problems)) ** 0.5  # the completions of a problem go together: they count as one
+    if best - now["correct"] > max(LEAST_FALL, FALL_SIGMAS * error):
+        found["fall"] = (
+            f"the solve rate falls off: {correct} of the completions of the last {WINDOW} steps are correct, "
+            f"{100 * best:.0f}% were at its best. Stop here and take the best checkpoint (eval_every keeps it), or go "
+            "on with a lower lr or kl_coef=0.01")
+    return found
 
 
 def pairs_of(canaries: list[dict]) -> int:

@@ -36,10 +36,8 @@ class Reward:
             self.judge(groups)
             for group in groups:
                 self.score_group(group)
-        scored = dist.broadcast([[(s.reward, s.win, s.parts) for s in group.samples] for group in groups])
-        for group, values in zip(groups, scored, strict=True):
-            for sample, of_sample in zip(group.samples, values, strict=True):
-                sample.reward, sample.win, sample.parts = of_sample
+        for group, scored in zip(groups, dist.broadcast(groups), strict=True):
+            group.samples = scored.samples
 
     def judge(self, groups: list[Group]) -> None:
         """Set the win probabilities of all groups; only some rewards have a judge."""
