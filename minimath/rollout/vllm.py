@@ -51,16 +51,11 @@ class VLLMEngine(Engine):
         check_adapter_is_servable(policy.model)
         longest = max(128, policy.prompt.max_prompt_len + self.max_new_tokens)  # room for the probe, too
         self.probe = Job((0, 0), policy.tokenizer(PROBE, add_special_tokens=False)["input_ids"], 0)
-        self.backend = Server(engine.vllm_url, policy.options.name, longest, self.probe.prompt) if engine.vllm_url \
-            else Colocated(policy, longest, seed, engine.vllm_gpu_share)
+        self.backend = Server(engine.vllm_url, policy.options.name, longest, self.probe, self.how) \
+            if engine.vllm_url else Colocated(policy, longest, seed, engine.vllm_gpu_share)
         self.tag = f"minimath-{uuid.uuid4().hex[:8]}"  # other runs may share the server and the folder
         self.folder = Path(run_dir or tempfile.gettempdir(), "vllm", self.tag).absolute()
         self.adapter, self.swaps = "", 0  # name of the adapter served, "": the base model; swaps so far
-        try:
-            self.check_sampling()
-        except UserError:
-            self.backend.close()
-            raise
 
     def stream(self, prompts, n=1, *, keys=None, skip=()):
         jobs = self.jobs(prompts, n, keys, skip)
@@ -84,11 +79,10 @@ class VLLMEngine(Engine):
         model = self.policy.model
         self.swaps += 1
         if isinstance(model, PeftModel):
-            name, old = f"{self.tag}-{self.swaps}", self.adapter
-            self.backend.load(name, self.swaps, save_adapter(model, self.folder / name))
-            self.adapter = name
+            old, self.adapter = self.adapter, f"{self.tag}-{self.swaps}"
+            self.backend.load(self.adapter, save_adapter(model, self.folder / self.adapter))
             if old:
-                self.backend.unload(old, self.swaps - 1)
+                self.backend.unload(old)
                 discard(self.folder / old)
         [answer] = [a for part in self.backend.complete([self.probe], Sampling(), 32, [], 1) for _, a in part]
         with inference(model):
@@ -102,21 +96,12 @@ class VLLMEngine(Engine):
         """Unload the adapter and remove its folder; what a server does raises nothing."""
         if self.adapter:
             with contextlib.suppress(UserError):
-                self.backend.unload(self.adapter, self.swaps)
+                self.backend.unload(self.adapter)
             discard(self.folder / self.adapter)
             self.adapter = ""
         with contextlib.suppress(OSError):
             self.folder.rmdir()
         self.backend.close()
-
-    def check_sampling(self) -> None:
-        """Raise UserError if the log-probs given are not those of the sampling."""
-        how = self.how
-        changed = how.temperature not in (0, 1) or (how.temperature and (how.top_p < 1 or how.min_p or how.top_k))
-        if changed and not self.backend.processed:
-            raise UserError(f"{self.backend.where} tells log-probs from before temperature, top-p, min-p and top-k, "
-                            "which training cannot use: start it with --logprobs-mode processed_logprobs, or use "
-                            "temperature=1 top_p=1 min_p=0 top_k=0")
 
 
 def check_adapter_is_servable(model) -> None:
@@ -125,17 +110,17 @@ def check_adapter_is_servable(model) -> None:
         return
     lora = model.peft_config["default"]
     init = str(lora.init_lora_weights).lower()
-    reason = ("dora=true" if lora.use_dora else f"lora_init={init}, which changes the base model,"
-              if init.startswith(("pissa", "olora", "corda", "loftq")) else
-              "trained whole modules (modules_to_save)" if lora.modules_to_save else "")
-    if reason:
-        raise UserError(f"rollout=vllm cannot serve an adapter with {reason}; use a plain LoRA, or another rollout=")
+    changes_base = init.startswith(("pissa", "olora", "corda", "loftq"))
+    for fault, what in ((lora.use_dora, "dora=true"), (changes_base, f"lora_init={init}, which changes the base model"),
+                        (lora.modules_to_save, "whole trained modules (modules_to_save)")):
+        if fault:
+            raise UserError(f"rollout=vllm cannot serve an adapter of {what}; use a plain LoRA, or another rollout=")
 
 
 class Colocated:
     """vLLM in this process, asleep while the model trains."""
 
-    where, processed = "vLLM in this process", True
+    where = "vLLM in this process"
 
     def __init__(self, policy: Policy, longest: int, seed: int, gpu_share: float):
         model, name = policy.model, policy.options.name
@@ -147,7 +132,7 @@ class Colocated:
             raise UserError(f"rollout=vllm without vllm_url= needs vllm in this environment ({first_line(error)}): pip "
                             "install vllm (it brings its own torch), or start a server in another environment and "
                             "give its vllm_url=") from None
-        self.vllm, self.request, self.lora = vllm, LoRARequest, None
+        self.vllm, self.request, self.lora, self.asleep = vllm, LoRARequest, None, False
         self.sleeps = torch.cuda.is_available()  # elsewhere vLLM has no sleep mode
         options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank_of(model)} \
             if isinstance(model, PeftModel) else {}
@@ -164,7 +149,6 @@ class Colocated:
                             f"(now {gpu_share}), or leave out rollout=vllm") from None
         finally:
             restore_rng(*rng)
-        self.asleep = False
 
     def complete(self, jobs: list[Job], how: Sampling, max_new_tokens: int, eos: list[int],
                  most: int) -> Iterator[list[tuple[int, Answer]]]:
@@ -181,25 +165,27 @@ class Colocated:
             raise UserError(f"vLLM cannot sample ({first_line(error)}); leave out rollout=vllm") from None
         if len(outputs) != len(jobs) or any(len(output.outputs) != 1 for output in outputs):
             raise UserError(f"{self.where} answered with another number of completions than {len(jobs)}")
-        yield [(index, self._answer(output.outputs[0], max_new_tokens, eos)) for index, output in enumerate(outputs)]
+        answers = []
+        for index, [best] in enumerate(output.outputs for output in outputs):
+            ids = list(best.token_ids)
+            logp = [step[token].logprob for token, step in zip(ids, best.logprobs or [])]
+            answers.append((index, answer_of(self.where, ids, logp, best.finish_reason, max_new_tokens, eos)))
+        yield answers
 
-    def _answer(self, best, max_new_tokens: int, eos: list[int]) -> Answer:
-        ids = list(best.token_ids)
-        logp = [step[token].logprob for token, step in zip(ids, best.logprobs or [])]
-        return answer_of(self.where, ids, logp, best.finish_reason, max_new_tokens, eos)
-
-    def load(self, name: str, number: int, folder: Path) -> None:
-        """Serve the adapter in a folder."""
+    def load(self, name: str, folder: Path) -> None:
+        """Serve the adapter in a folder in place of the last one."""
+        number = 1
+        if self.lora is not None:
+            self._wake()
+            self.llm.llm_engine.remove_lora(self.lora.lora_int_id)
+            number += self.lora.lora_int_id
         self.lora = self.request(name, number, str(folder))  # read at the next completion
 
-    def unload(self, name: str, number: int) -> None:
-        """Drop an adapter."""
-        self._wake()
-        self.llm.llm_engine.remove_lora(number)
-        self.lora = None if self.lora is not None and self.lora.lora_name == name else self.lora
+    def unload(self, name: str) -> None:
+        """Do nothing: load has done it, or close does."""
 
     def sleep(self) -> None:
-        """Free the card for the update; the next completion or unload wakes vLLM."""
+        """Free the card for the update; the next completion wakes vLLM."""
         if self.sleeps and not self.asleep:
             self.llm.sleep(level=1)  # weights to the CPU, keys and values dropped
             self.asleep = True

@@ -7,12 +7,11 @@ import concurrent.futures
 import math
 import os
 import threading
-import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from minimath.core.errors import UserError
+from minimath.models.load import first_line
 from minimath.rollout.engine import Job
 from minimath.rollout.sampling import Sampling
 
@@ -21,12 +20,7 @@ CONNECT_S, ANSWER_S = 30.0, 1200.0  # until a connection stands; until an answer
 RETRIES = 3
 LOOK_S = 1.0  # the caller is heard at least this often
 
-
-class Answer(NamedTuple):
-    """A completion as vLLM tells it."""
-    ids: list[int]
-    logp: list[float]
-    finished: bool
+Answer = tuple[list[int], list[float], bool]  # ids, logp, finished
 
 
 def answer_of(where: str, ids, logp, reason: str, max_new_tokens: int, eos: list[int]) -> Answer:
@@ -42,53 +36,49 @@ def answer_of(where: str, ids, logp, reason: str, max_new_tokens: int, eos: list
         fault = f"a completion cut at {len(ids)} tokens ({reason}); has it a --max-model-len for prompt and completion?"
     if fault:
         raise UserError(f"{where} answered with {fault}")
-    return Answer(ids, [float(x) for x in logp], ids[-1] in eos)
+    return ids, [float(x) for x in logp], ids[-1] in eos
 
 
 class Server:
     """vLLM's OpenAI-compatible server, asked from an event loop in a thread."""
 
-    def __init__(self, url: str, name: str, longest: int, probe: list[int]):
-        """Connect, and look what is served.
+    def __init__(self, url: str, name: str, longest: int, probe: Job, how: Sampling):
+        """Connect, and look whether it serves the model, and log-probs as the sampling needs them.
 
-        longest: tokens of prompt and completion. probe: a prompt to try. Raises UserError.
+        longest: tokens of prompt and completion. Raises UserError.
         """
         try:
             import openai
         except ImportError:
             raise UserError("vllm_url= needs the openai package: pip install 'minimath[judge]'") from None
         self.openai, self.where, self.key = openai, f"the server at vllm_url={url}", os.environ.get(KEY, "").strip()
-        refuse_url(url)
         if not (self.key.isascii() and self.key.isprintable()):
             raise UserError(f"the value of the environment variable {KEY} has line breaks or unprintable characters; "
                             "set it to the server's key")
-        self.client = openai.AsyncOpenAI(
-            base_url=url.rstrip("/").removesuffix("/v1") + "/v1", api_key=self.key or "none", max_retries=RETRIES,
-            timeout=openai.Timeout(None, connect=CONNECT_S),
-            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=False))  # not with our key
+        try:
+            self.client = openai.AsyncOpenAI(
+                base_url=url.rstrip("/").removesuffix("/v1") + "/v1", api_key=self.key or "none", max_retries=RETRIES,
+                timeout=openai.Timeout(None, connect=CONNECT_S),
+                http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=False))  # not with our key
+        except Exception as error:  # httpx.InvalidURL
+            raise UserError(f"{self.where} cannot be used ({first_line(error)}); correct vllm_url") from None
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        self.model = self.base = ""
         try:
-            self.base = self.model = self._base_model(name, longest)
-            self.processed = self._gives_processed(probe)
+            self.model = ""
+            self.model = self._base_model(name, longest)
+            if how.temperature and (how.temperature != 1 or not how.full()) and not self._gives_processed(probe):
+                raise UserError(f"{self.where} tells log-probs from before temperature, top-p, min-p and top-k, which "
+                                "training cannot use: start it with --logprobs-mode processed_logprobs, or use "
+                                "temperature=1 top_p=1 min_p=0 top_k=0")
         except UserError:
             self.close()
             raise
 
-    def _gives_processed(self, probe: list[int]) -> bool:
-        """Tell whether log-probs are those of the distribution sampled from.
-
-        At top_k=1 there is one token, with log-prob 0. At temperature 2, so that few distributions are so peaked that
-        this is no sign; some tokens, for the others.
-        """
-        parts = self.complete([Job((0, 0), probe, 0)], Sampling(2.0, top_k=1), 8, [], 1)
-        return all(abs(logp) < 1e-4 for part in parts for _, answer in part for logp in answer.logp)
-
     def _base_model(self, name: str, longest: int) -> str:
         """Find the base model served; of several the one of our name."""
-        reply = self._run("/models", lambda: self.client.get("/models", cast_to=object)).result()
+        reply = self._ask("/models").result()
         served = reply.get("data") if isinstance(reply, dict) else None
         bases = [m for m in served or [] if isinstance(m, dict) and not m.get("parent")]
         found = [m for m in bases if name in (m.get("id"), m.get("root"))] or (bases if len(bases) == 1 else [])
@@ -101,14 +91,28 @@ class Server:
                             f"start it with --max-model-len {longest}")
         return found[0]["id"]
 
+    def _gives_processed(self, probe: Job) -> bool:
+        """Tell whether log-probs are those of the distribution sampled from.
+
+        At top_k=1 there is one token, with log-prob 0. At temperature 2, so that few distributions are so peaked that
+        this is no sign; some tokens, for the others.
+        """
+        parts = self.complete([probe], Sampling(2.0, top_k=1), 8, [], 1)
+        return all(abs(x) < 1e-4 for part in parts for _, (_, logp, _) in part for x in logp)
+
     def complete(self, jobs: list[Job], how: Sampling, max_new_tokens: int, eos: list[int],
                  most: int) -> Iterator[list[tuple[int, Answer]]]:
         """Yield the indices of jobs and their answers as they end, `most` in flight.
 
         One that fails for good ends all others. Raises UserError that says what to do.
         """
+        # no setting is left to the server
+        settings = {"model": self.model, "n": 1, "max_tokens": max_new_tokens, "logprobs": 0, "top_p": how.top_p,
+                    "temperature": how.temperature, "min_p": how.min_p, "top_k": how.top_k or -1,
+                    "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
+                    "stop_token_ids": eos, "ignore_eos": True, "return_token_ids": True, "add_special_tokens": False}
         room = asyncio.Semaphore(most)
-        futures = {self._run("/completions", lambda job=job: self._request(job, how, max_new_tokens, eos), room): i
+        futures = {self._ask("/completions", {**settings, "prompt": job.prompt, "seed": job.seed}, room): i
                    for i, job in enumerate(jobs)}
         waiting = set(futures)
         try:
@@ -120,17 +124,8 @@ class Server:
             for future in waiting:
                 future.cancel()
 
-    def _request(self, job: Job, how: Sampling, max_new_tokens: int, eos: list[int]):
-        """The request of one completion, which leaves no setting to the server."""
-        return self.client.completions.create(
-            model=self.model, prompt=job.prompt, n=1, max_tokens=max_new_tokens, seed=job.seed, logprobs=0,
-            temperature=how.temperature, top_p=how.top_p, presence_penalty=0.0, frequency_penalty=0.0,
-            extra_body={"min_p": how.min_p, "top_k": how.top_k or -1, "repetition_penalty": 1.0,
-                        "stop_token_ids": eos, "ignore_eos": True, "return_token_ids": True,
-                        "add_special_tokens": False})
-
     def _answer(self, job: Job, reply, max_new_tokens: int, eos: list[int]) -> Answer:
-        choices = reply.to_dict(warnings=False).get("choices") if hasattr(reply, "to_dict") else None
+        choices = reply.get("choices") if isinstance(reply, dict) else None
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise UserError(f"{self.where} answered with {len(choices or [])} choices where one was asked for; is it a "
                             "vLLM server?")
@@ -140,18 +135,14 @@ class Server:
         return answer_of(self.where, choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs"),
                          choice.get("finish_reason"), max_new_tokens, eos)
 
-    def load(self, name: str, number: int, folder: Path) -> None:
+    def load(self, name: str, folder: Path) -> None:
         """Serve the adapter in a folder, which the server finds under the same path."""
-        body = {"lora_name": name, "lora_path": str(folder)}
-        self._run("/load_lora_adapter", lambda: self.client.post("/load_lora_adapter", body=body, cast_to=str)).result()
+        self._ask("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}).result()
         self.model = name
 
-    def unload(self, name: str, number: int) -> None:
+    def unload(self, name: str) -> None:
         """Drop an adapter."""
-        body = {"lora_name": name}
-        self._run("/unload_lora_adapter",
-                  lambda: self.client.post("/unload_lora_adapter", body=body, cast_to=str)).result()
-        self.model = self.base if self.model == name else self.model
+        self._ask("/unload_lora_adapter", {"lora_name": name}).result()
 
     def sleep(self) -> None:
         """Do nothing: a server has its own card."""
@@ -159,33 +150,28 @@ class Server:
     def close(self) -> None:
         """End the thread; a second time does nothing."""
         if self.loop.is_running():
-            self._run("", self.client.close).result()
+            asyncio.run_coroutine_threadsafe(self.client.close(), self.loop).result()
             self.loop.call_soon_threadsafe(self.loop.stop)
             self.thread.join()
 
-    def _run(self, path: str, request, room: asyncio.Semaphore | None = None) -> concurrent.futures.Future:
+    def _ask(self, path: str, body: dict | None = None, room=None) -> concurrent.futures.Future:
         """Start a request on the loop; its future gives the reply, or a UserError."""
         async def ask():
             try:
-                return await asyncio.wait_for(request(), ANSWER_S)
-            except asyncio.TimeoutError:
-                raise UserError(self._advice(0, f"no answer in {ANSWER_S:g} s", path)) from None
+                async with room or asyncio.Semaphore():
+                    request = self.client.post(path, body=body, cast_to=object) if body else \
+                        self.client.get(path, cast_to=object)
+                    return await asyncio.wait_for(request, ANSWER_S)
             except self.openai.APIStatusError as error:
                 said = error_message(error.body)
                 if "already been loaded" in said:  # by a try whose answer was lost
                     return None
                 raise UserError(self._advice(error.status_code, said, path)) from None
-            except self.openai.APIConnectionError as error:
-                raise UserError(self._advice(0, str(error.__cause__ or error)[:200], path)) from None
-            except ValueError:
-                raise UserError(f"{self.where} answered {path} with something else than JSON; is it a vLLM server?") \
-                    from None
+            except (self.openai.APIConnectionError, asyncio.TimeoutError, ValueError) as error:  # ValueError: no JSON
+                said = str(error.__cause__ or "") or str(error) or f"no answer in {ANSWER_S:g} s"
+                raise UserError(self._advice(0, said[:200], path)) from None
 
-        async def ask_in_turn():
-            async with room or asyncio.Semaphore():
-                return await ask()
-
-        return asyncio.run_coroutine_threadsafe(ask_in_turn(), self.loop)
+        return asyncio.run_coroutine_threadsafe(ask(), self.loop)
 
     def _advice(self, status: int, said: str, path: str) -> str:
         said = f" ({said.replace(self.key, '***') if self.key else said})" if said else ""
@@ -202,18 +188,6 @@ class Server:
         if status == 404:
             return f"{self.where} does not know {self.model or path}{said}; was it restarted, is it a vLLM server?"
         return f"{self.where} refuses {path}: HTTP {status}{said}"
-
-
-def refuse_url(url: str) -> None:
-    """Raise UserError for what is no base URL, or holds a password."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        good = parts.hostname and parts.scheme in ("http", "https") and not parts.username and (parts.port or True)
-    except ValueError:  # a port that is no number
-        good = False
-    if not good:
-        raise UserError("vllm_url: give the base URL of a vLLM server, for example http://127.0.0.1:8000/v1 (a key "
-                        f"goes into the environment variable {KEY})")
 
 
 def error_message(body) -> str:

@@ -137,7 +137,7 @@ def test_what_is_there_is_not_asked_for_again(server, opened, trained):
 
 
 @pytest.mark.parametrize("change, says", [({"use_dora": True}, "dora"), ({"init_lora_weights": "pissa"}, "pissa"),
-                                          ({"modules_to_save": ["lm_head"]}, "whole modules")])
+                                          ({"modules_to_save": ["lm_head"]}, "modules_to_save")])
 def test_adapters_that_vllm_cannot_serve_are_refused_at_the_start(opened, trained, change, says):
     for name, value in change.items():
         setattr(trained.model.peft_config["default"], name, value)
