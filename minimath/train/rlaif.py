@@ -65,11 +65,11 @@ def rlaif(cfg: RLAIFConfig) -> dict:
                     kept, seen = collect_groups(cfg, engine, sampler, verifier, reward)
                 step.log(rollout_metrics(kept, seen, engine), reward.metrics(), sampler.metrics(),
                          canary.metrics(step, kept))
+                if kept and step.due(cfg.run.sample_every):
+                    show_group(kept[0], step.number, trainer.log)
                 with step.timed("update"):
                     step.log(update(cfg, policy, trainer.optimizer, kept, seen))
                 step.warn(monitor.check(step.metrics))
-                if kept and step.due(cfg.run.sample_every):
-                    show_group(kept[0], step.number, trainer.log)
     return trainer.summary()
 
 
