@@ -35,6 +35,8 @@ class Bound(NamedTuple):
 
     def fault(self, value: float) -> str:
         """ "must be above 0", or "" for a value within the limits."""
+        if not math.isfinite(value):
+            return "must be a number"
         if value <= self.above:
             return f"must be above {self.above:g}"
         if value < self.least:
@@ -62,7 +64,7 @@ class Option(NamedTuple):
         """Return the value that a text stands for, or raise UserError with `where`."""
         try:
             value = PARSERS[self.kind](text)
-        except ValueError:
+        except (ValueError, KeyError):
             expected = {bool: "true or false", int: "a whole number", float: "a number"}[self.kind]
             raise UserError(f"{where}: {self.name} must be {expected}, not {mask(text)!r}") from None
         return self.check(value, where)
@@ -95,13 +97,6 @@ class Option(NamedTuple):
         raise UserError(f"{where}{self.name} must be one of {allowed}, not {item!r}{did_you_mean(item, self.choices)}")
 
 
-def parse_bool(text: str) -> bool:
-    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-    if (word := text.strip().lower()) not in words:
-        raise ValueError(text)
-    return words[word]
-
-
 def parse_int(text: str) -> int:
     try:
         return int(text)
@@ -112,27 +107,15 @@ def parse_int(text: str) -> int:
         return int(number)
 
 
-def parse_float(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(text)
-    return number
-
-
-PARSERS = {str: str, bool: parse_bool, int: parse_int, float: parse_float}
+BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+PARSERS = {str: str, bool: lambda text: BOOLS[text.strip().lower()], int: parse_int, float: float}
 
 
 # ---- texts that must have a form
 
-def key_name_fault(value: str) -> str:
-    return "" if re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", value) else (
-        "must be the NAME of an environment variable (letters, digits, _); what you gave is not shown, in case it is a "
-        "key: export it under a name")
-
-
-def budgets_fault(value: str) -> str:
-    sound = re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", value)
-    return "" if sound else f"must be a comma list of token counts (128,256), not {value!r}"
+def formed(pattern: str, fault: str) -> Callable[[str], str]:
+    """Make a check of a text against a pattern."""
+    return lambda value: "" if re.fullmatch(pattern, value) else fault
 
 
 def template_fault(value: str) -> str:
@@ -143,8 +126,10 @@ def template_fault(value: str) -> str:
 
 
 CHECKS: dict[str, Callable[[str], str]] = {
-    "judge_url": url_fault, "vllm_url": url_fault, "judge_key_env": key_name_fault, "budgets": budgets_fault,
-    "prompt_template": template_fault}
+    "judge_url": url_fault, "vllm_url": url_fault, "prompt_template": template_fault,
+    "judge_key_env": formed(r"([A-Za-z_][A-Za-z0-9_]*)?", "must be the NAME of an environment variable (what you gave "
+                            "is not shown, it may be the key): export the key under a name of letters, digits and _"),
+    "budgets": formed(r"\s*(\d+\s*(,\s*\d+\s*)*)?", "must be a comma list of token counts (128,256)")}
 
 
 # ---- a stage, and its options

@@ -228,15 +228,11 @@ def environment() -> dict:
 def code_commit() -> str | None:
     """Find the commit of this source tree, "+changes" if any; None from a wheel."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        commit, status = (subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=10,
-                                         check=True).stdout.strip()
-                          for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+changes" if status else "")
+    words = ["git", "-C", root, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if (root / ".git").exists():
+            return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return None
 
 
 def progress_note(elapsed_s: float, done: int, total: int, shown: dict) -> str:
