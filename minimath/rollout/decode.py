@@ -8,11 +8,11 @@ from transformers.cache_utils import DynamicCache
 
 from minimath.core.errors import UserError
 from minimath.models.load import additive_mask, base_causal_lm, head
-from minimath.rollout.engine import Job
+from minimath.rollout.engine import Engine, Job
 from minimath.rollout.graphs import StepGraphs
 from minimath.rollout.kv_cache import SlotCache
-from minimath.rollout.sampling import Sampling, sample_tokens, stream_noise
-from minimath.rollout.stopping import Ends, in_loop
+from minimath.rollout.sampling import sample_tokens, stream_noise
+from minimath.rollout.stopping import BoxWatch, in_loop
 
 BLOCK = 16  # rows that attention treats alike on a CPU
 SYNC = {"cuda": 4}  # steps between looks at which rows have ended; a look makes the host wait for the device
@@ -44,14 +44,18 @@ class Decode:
     count: tokens sampled; alive: goes on; ids, logp and full_logp of the tokens sampled.
     """
 
-    def __init__(self, model, pad: int, queue: list[Row], how: Sampling, ends: Ends, max_num_seqs: int, fast: Fast):
-        self.model, self.pad, self.queue, self.how, self.ends, self.fast = model, pad, queue, how, ends, fast
-        self.max_num_seqs = max_num_seqs
+    def __init__(self, engine: Engine, queue: list[Row], max_num_seqs: int, fast: Fast):
+        model, tokenizer = engine.policy.model, engine.policy.tokenizer
+        self.engine, self.model, self.pad, self.queue, self.fast = engine, model, tokenizer.pad_token_id, queue, fast
+        self.max_num_seqs, self.max_new_tokens = max_num_seqs, engine.max_new_tokens
+        self.loop_guard, self.box = engine.options.loop_guard, None
+        if engine.options.stop_boxed:
+            self.box = BoxWatch(tokenizer)
         base = base_causal_lm(model)
         self.decoder, self.head, self.device = base.base_model, head(model), base.device
-        self.eos = torch.tensor(sorted(set(ends.eos)), device=self.device, dtype=torch.long)
+        self.ends = torch.tensor(sorted(set(engine.eos)), device=self.device, dtype=torch.long)
         self.fixed, self.sync = self.device.type in FIXED_SHAPES, SYNC.get(self.device.type, 1)
-        self.longest = max(len(row.job.prompt) for row in queue) + ends.max_new_tokens
+        self.longest = max(len(row.job.prompt) for row in queue) + self.max_new_tokens
         self.steps = self.used = self.halved = 0
         self.graphs = StepGraphs(self.device)
         self.reset()
@@ -63,8 +67,8 @@ class Decode:
         self.cache = None
         self.token, self.pos, self.count = (torch.zeros(slots, dtype=torch.long, **here) for _ in range(3))
         self.alive = torch.zeros(slots, dtype=torch.bool, **here)
-        self.ids = torch.zeros(slots, self.ends.max_new_tokens, dtype=torch.long, **here)
-        self.noise, self.logp, self.full_logp = (torch.zeros(slots, self.ends.max_new_tokens, **here) for _ in range(3))
+        self.ids = torch.zeros(slots, self.max_new_tokens, dtype=torch.long, **here)
+        self.noise, self.logp, self.full_logp = (torch.zeros(slots, self.max_new_tokens, **here) for _ in range(3))
         self.graphs.forget()
 
     def metrics(self) -> dict:
@@ -124,22 +128,21 @@ class Decode:
     def choose(self, hidden: torch.Tensor, slots: torch.Tensor) -> None:
         """Sample the next tokens of k slots from their last hidden states [k, D]."""
         count, alive = self.count[slots], self.alive[slots]
-        place = count.clamp(max=self.ends.max_new_tokens - 1)
-        token, logp, full = sample_tokens(logits_of(hidden, self.head, self.fast.head), self.noise[slots, place],
-                                          self.how)
+        place = count.clamp(max=self.max_new_tokens - 1)
+        logits = logits_of(hidden, self.head, self.fast.head)
+        token, logp, full = sample_tokens(logits, self.noise[slots, place], self.engine.how)
         token = torch.where(alive, token, self.token[slots])
         self.token[slots] = token
         for kept, new in ((self.ids, token), (self.logp, logp), (self.full_logp, full)):
             kept[slots, place] = torch.where(alive, new, kept[slots, place])  # a row that is over keeps what it has
         self.count[slots] = count + alive
-        self.alive[slots] = (alive & ~(token[:, None] == self.eos).any(-1)
-                             & (count + 1 < self.ends.max_new_tokens))
+        self.alive[slots] = alive & ~(token[:, None] == self.ends).any(-1) & (count + 1 < self.max_new_tokens)
 
     # ---- rows come and go
 
     def collect(self) -> list[Row]:
         """Take out the rows that are over; sort the others into blocks of like length."""
-        if self.ends.box or self.ends.loop_guard:
+        if self.box or self.loop_guard:
             self.end_early()
         alive = self.alive[:len(self.rows)].tolist()
         if all(alive):
@@ -154,18 +157,18 @@ class Decode:
         Every new token is looked at, and loops at every 16th of a row: where a completion ends does not depend on when
         the host looks.
         """
-        n, box, guard = len(self.rows), self.ends.box, self.ends.loop_guard
+        n, guard = len(self.rows), self.loop_guard
         back = torch.arange(2 * self.sync, 0, -1, device=self.device)  # after an out-of-memory more are new
         slots = torch.arange(n, device=self.device)[:, None]
         recent = self.ids[slots, (self.count[:n, None] - back).clamp(min=0)].tolist()  # (n, 2 sync), newest last
         for i, (row, count) in enumerate(zip(self.rows, self.count[:n].tolist(), strict=True)):
             for place in range(row.seen + 1, count + 1):
-                closes = box is not None and box.may_close(recent[i][place - count - 1])
+                closes = self.box is not None and self.box.may_close(recent[i][place - count - 1])
                 turns = guard and place >= guard and place % 16 == 0
                 if not closes and not turns:
                     continue
                 ids = self.ids[i, :place].tolist()
-                row.boxed = closes and box.closed(ids)
+                row.boxed = closes and self.box.closed(ids)
                 if row.boxed or turns and in_loop(ids[-guard:]):
                     self.count[i], self.alive[i] = place, False
                     break
@@ -236,12 +239,12 @@ class Decode:
     def seat(self, slot: int, row: Row, length: int) -> None:
         """Set the state of a slot: a row starts, or goes on with the tokens it has."""
         count, row.length = len(row.ids), length
-        self.noise[slot] = stream_noise(row.job.seed, self.ends.max_new_tokens).to(self.device)
+        self.noise[slot] = stream_noise(row.job.seed, self.max_new_tokens).to(self.device)
         self.pos[slot], self.count[slot], self.alive[slot] = length, count, True
         for kept, had in ((self.ids, row.ids), (self.logp, row.logp), (self.full_logp, row.full_logp)):
             kept[slot, :count] = torch.tensor(had, dtype=kept.dtype, device=self.device)
 
-    def halve(self, say) -> list[Row]:
+    def halve(self) -> list[Row]:
         """Put all rows back with the tokens they have; go on with half the slots.
 
         Returns the rows that have ended. Raises UserError if there was one slot, and rows are left to sample.
@@ -253,8 +256,8 @@ class Decode:
             raise UserError(f"memory is too small for one sequence of {self.longest} tokens; lower max_new_tokens, use "
                             "quant=nf4, or a smaller model")
         if self.queue:
-            say(f"out of memory with {self.max_num_seqs} sequences side by side: going on with "
-                f"{self.max_num_seqs // 2}")
+            self.engine.say(f"out of memory with {self.max_num_seqs} sequences side by side: going on with "
+                            f"{self.max_num_seqs // 2}")
         self.max_num_seqs = max(1, self.max_num_seqs // 2)
         self.halved += 1
         self.reset()

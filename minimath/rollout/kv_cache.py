@@ -7,7 +7,7 @@ import contextlib
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -18,7 +18,7 @@ ALIGN = 64  # places are a multiple of this, which keeps the rows of a mask alig
 ATTENTION = "minimath_slots"
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(DynamicLayer):
     """Keys and values of one layer, [S, H, T, Dh]."""
 
     def __init__(self, prefilled, slots: int, places: int):
@@ -28,14 +28,8 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
         self.rows = self.pos = self.length = None  # set by SlotCache.at for the coming forward
 
-    def lazy_initialization(self, key_states, value_states):
-        raise RuntimeError("a SlotLayer is allocated by SlotCache")
-
     def update(self, key_states, value_states, *args, **kwargs):
-        """Write one token per row at its position; return the part in use.
-
-        key_states, value_states (n, H, 1, Dh).
-        """
+        """Write one token [n, H, 1, Dh] per row at its position; return the part in use."""
         n = key_states.shape[0]
         self.keys[self.rows, :, self.pos] = key_states[:, :, 0]
         self.values[self.rows, :, self.pos] = value_states[:, :, 0]
@@ -43,12 +37,6 @@ class SlotLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         return self.length - 1  # without the token that the coming forward adds
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length, 0
-
-    def get_max_length(self) -> int:
-        return self.keys.shape[2]
 
 
 class SlotCache(Cache):

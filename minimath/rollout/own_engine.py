@@ -15,7 +15,6 @@ from minimath.models.memory import fitting_slots, free_bytes, is_out_of_memory
 from minimath.rollout.decode import Decode, Fast, Row
 from minimath.rollout.engine import Engine
 from minimath.rollout.kv_cache import check_model, decoding_attention
-from minimath.rollout.stopping import BoxWatch, Ends
 
 
 class OwnEngine(Engine):
@@ -32,13 +31,11 @@ class OwnEngine(Engine):
         jobs = sorted(self.jobs(prompts, n, keys, skip), key=lambda job: -len(job.prompt))
         if not jobs:
             return
-        model, tokenizer = self.policy.model, self.policy.tokenizer
-        ends = Ends(self.eos, self.max_new_tokens, BoxWatch(tokenizer) if self.options.stop_boxed else None,
-                    self.options.loop_guard)
+        model = self.policy.model
         most = min(self.max_num_seqs, len(jobs)) or \
             fitting_slots(model, len(jobs[0].prompt) + self.max_new_tokens, len(jobs))
         with inference(model), fast_decoding(model, most) as fast:
-            self._batch = Decode(model, tokenizer.pad_token_id, [Row(job) for job in jobs], self.how, ends, most, fast)
+            self._batch = Decode(self, [Row(job) for job in jobs], most, fast)
             try:
                 while self._batch.queue or self._batch.rows:
                     yield [(*row.job.place, self.sample(row.ids, row.logp, row.boxed or row.ids[-1] in self.eos,
@@ -52,7 +49,7 @@ class OwnEngine(Engine):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        over = self._batch.halve(self.say)  # out here, where the exception no longer holds the tensors of the step
+        over = self._batch.halve()  # out here, where the exception no longer holds the tensors of the step
         self.max_num_seqs = self._batch.max_num_seqs
         return over
 
@@ -71,9 +68,7 @@ class OwnEngine(Engine):
             self.max_num_seqs = state["max_num_seqs"]
 
     def _bears_on_memory(self) -> list:
-        options = self.policy.options
-        return [self.options.max_num_seqs, self.max_new_tokens, options.name, options.device, options.dtype,
-                options.quant, options.attn]
+        return [self.options.max_num_seqs, self.max_new_tokens, *vars(self.policy.options).values()]
 
 
 @contextlib.contextmanager

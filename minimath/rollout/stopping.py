@@ -1,6 +1,5 @@
 """Ends of a completion beside the end token: a closed box, a loop."""
 import functools
-from typing import NamedTuple
 
 from minimath.grading.answer import box_closed
 
@@ -23,14 +22,6 @@ class BoxWatch:
 
     def closed(self, ids: list[int]) -> bool:
         return box_closed(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-class Ends(NamedTuple):
-    """All that ends a completion."""
-    eos: list[int]
-    max_new_tokens: int
-    box: BoxWatch | None
-    loop_guard: int  # tokens at the end that must not repeat themselves; 0: off
 
 
 def in_loop(ids: list[int]) -> bool:

@@ -41,16 +41,15 @@ class TransformersEngine(Engine):
 
     @torch.no_grad()
     def stream(self, prompts, n=1, *, keys=None, skip=()):
-        model, checked = self.policy.model, False
+        model = self.policy.model
         jobs = sorted(self.jobs(prompts, n, keys, skip), key=lambda job: len(job.prompt))
         with inference(model), compute_dtype(model), own_generation_config(model):
-            for batch, _ in in_step(model, ((batch, {}) for batch in self.batches(jobs))):
+            for number, (batch, _) in enumerate(in_step(model, ((batch, {}) for batch in self.batches(jobs)))):
                 # a blank one, where other processes have more to do
                 rows = batch or [Job((0, 0), [self.policy.tokenizer.pad_token_id], 0)]
                 samples = self._generate(rows)
-                if not checked:
+                if number == 0:
                     check_logp(model, rows[0].prompt, samples[0], self.how.temperature)
-                    checked = True
                 yield [(*job.place, sample) for job, sample in zip(batch, samples)]
 
     def batches(self, jobs: list[Job]) -> Iterator[list[Job]]:
@@ -71,8 +70,7 @@ class TransformersEngine(Engine):
         model, pad = self.policy.model, self.policy.tokenizer.pad_token_id
         sampler = _Sampler(torch.stack([stream_noise(job.seed, self.max_new_tokens) for job in jobs]), self.how)
         greedy(model, [job.prompt for job in jobs], max(len(job.prompt) for job in jobs), pad,
-               max_new_tokens=self.max_new_tokens, eos_token_id=list(self.eos) or None,
-               logits_processor=LogitsProcessorList([sampler]), synced_gpus=is_sharded(model))
+               sampler, max_new_tokens=self.max_new_tokens, eos_token_id=list(self.eos) or None)
         samples = []
         for ids, logp, full in zip(*(torch.stack(part, 1).tolist() for part in zip(*sampler.steps))):
             n = next((i + 1 for i, token in enumerate(ids) if token in self.eos), len(ids))
@@ -106,15 +104,16 @@ def own_generation_config(model):
         base.generation_config = theirs
 
 
-def greedy(model, prompts: list[list[int]], length: int, pad: int, **options):
+def greedy(model, prompts: list[list[int]], length: int, pad: int, *processors, **config):
     """Generate without sampling, from prompts left-padded to a length."""
     base = base_causal_lm(model)
     inputs = {"input_ids": torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])}
     if any(len(prompt) < length for prompt in prompts):  # not every model takes a mask
         inputs["attention_mask"] = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt)
                                                  for prompt in prompts])
-    return base.generate(**{name: value.to(base.device) for name, value in inputs.items()}, do_sample=False,
-                         use_cache=True, pad_token_id=pad, **options)
+    config = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=pad, **config)
+    return base.generate(**{name: value.to(base.device) for name, value in inputs.items()}, generation_config=config,
+                         logits_processor=LogitsProcessorList(processors), synced_gpus=is_sharded(model))
 
 
 def padding_is_harmless(model, pad: int, prompt: list[int], length: int) -> bool:

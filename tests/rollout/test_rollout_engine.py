@@ -113,7 +113,7 @@ def test_a_closed_box_ends_a_completion(llama):
 
     free = sampled(llama, eos=[], samples=8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own_engine, "BoxWatch", Scripted)
+        patch.setattr(decoding, "BoxWatch", Scripted)
         boxed = sampled(llama, eos=[], samples=8, stop_boxed=True)
     hits = 0
     for one, two in zip(sum(free, []), sum(boxed, []), strict=True):

@@ -141,7 +141,7 @@ def test_what_is_there_is_not_asked_for_again(server, opened, trained):
 def test_adapters_that_vllm_cannot_serve_are_refused_at_the_start(opened, trained, change, says):
     for name, value in change.items():
         setattr(trained.model.peft_config["default"], name, value)
-    with pytest.raises(UserError, match=f"cannot serve an adapter with.*{says}"):
+    with pytest.raises(UserError, match=f"cannot serve an adapter of.*{says}"):
         opened()
 
 
