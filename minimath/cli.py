@@ -30,7 +30,7 @@ USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GP
 or in a section (sft:, rlaif:, eval:); key=value words win. With `run`, `sft.lr=1e-4` is for one stage.
 """
 # Where each command is; loaded when it is asked for: help and errors come at once
-COMMANDS = {"sft": "commands.train.sft", "rlaif": "commands.train.rlaif", "eval": "eval.evaluate.evaluate",
+COMMANDS = {"sft": "train.sft.sft", "rlaif": "commands.train.rlaif", "eval": "eval.evaluate.evaluate",
             "sample": "eval.sample.sample", "run": "commands.run.run", "plan": "plan.plan.plan",
             "demo": "commands.demo.demo", "solve": "commands.solve.solve_command", "report": "report.page.report",
             "judge check": "commands.judge_check.judge_check", "judge compare": "commands.judge_compare.judge_compare",
@@ -54,11 +54,13 @@ def main() -> int:
 
 def dispatch(command: str, words: list[str]):
     """Run one command. Raises UserError."""
+    helped = not {"-h", "--help"}.isdisjoint(words)
     if command == "judge":
-        command, words = " ".join([command, *words[:1]]), words[1:]
+        kind = "check" if helped and words[0].startswith("-") else "".join(words[:1])
+        command, words = f"judge {kind}".strip(), words[1:]
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{did_you_mean(command, COMMANDS)}; see minimath --help")
-    if "--help" in words or "-h" in words:
+    if helped:
         print(help_text(command))
         return None
     if started_together() and command not in SHARED:

@@ -115,6 +115,7 @@ def test_the_names_of_the_package_are_the_functions_and_configs_themselves():
         ("run", "RECIPE"),
         ("demo", "minutes"),
         ("sample", "keep"),
+        ("judge", "judge_url"),
         ("judge check", "judge_url"),
         ("judge compare", "judge_url"),
         ("plan", "card="),

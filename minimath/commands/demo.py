@@ -26,6 +26,7 @@ from minimath.config.load import load_config
 from minimath.config.options import Stage
 from minimath.config.schema import Count, RLAIFConfig, SFTConfig, Share
 from minimath.core.errors import UserError
+from minimath.core.files import write_whole
 from minimath.core.run import keep_freed_memory
 from minimath.core.run_folder import new_run_folder
 from minimath.core.text import comma_list
@@ -107,9 +108,9 @@ def write_problems(made: DemoConfig, folder: Path, share: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sets = {"train": train[:made.train_problems], "rl": train[made.train_problems:], "test": test}
     for name, examples in sets.items():
-        columns = ("id", "problem", "answer", *(["solution"] if name != "rl" else []))
-        rows = (json.dumps({column: getattr(example, column) for column in columns}) for example in examples)
-        (folder / f"{name}.jsonl").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+        rows = [{"id": example.id, "problem": example.problem, "answer": example.answer,
+                 **({"solution": example.solution} if name != "rl" else {})} for example in examples]
+        write_whole(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def demo_model() -> Path:

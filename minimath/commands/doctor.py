@@ -23,11 +23,10 @@ from minimath.models.load import pick_device, pick_dtype
 from minimath.models.memory import free_bytes
 
 # a machine may lack these: an option asks for them, or something slower stands in
-FOR = {"triton": "the kernels on CUDA and ROCm", "bitsandbytes": "quant=nf4 and 8-bit optimizers",
-       "datasets": "hub data sets and parquet"}
-OPTIONAL = {"liger-kernel": "liger=true", "flash-attn": "attn=flash_attention_2", "vllm": "rollout=vllm",
-            "openai": "judge=openai", "gguf": "the demo's model", "wandb": "trackers=wandb",
-            "tensorboard": "trackers=tensorboard", "trackio": "trackers=trackio"}
+USES = {"triton": "the kernels on CUDA and ROCm", "bitsandbytes": "quant=nf4 and 8-bit optimizers",
+        "datasets": "hub data sets and parquet", "liger-kernel": "liger=true", "vllm": "rollout=vllm",
+        "flash-attn": "attn=flash_attention_2", "openai": "judge=openai", "gguf": "the demo's model",
+        "wandb": "trackers=wandb", "tensorboard": "trackers=tensorboard", "trackio": "trackers=trackio"}
 
 
 class DoctorConfig(Stage):
@@ -93,22 +92,21 @@ def device_words(device: torch.device) -> str:
 
 def package_findings() -> list[Finding]:
     """Compare versions with the ranges of the installed minimath."""
-    if not version_of("minimath"):
-        return [Finding("packages", "note", "minimath is not installed: pip install -e . says what it needs")]
+    lines = importlib.metadata.requires("minimath") if version_of("minimath") else []
+    wanted = [need for need in map(Requirement, lines) if not need.marker or need.marker.evaluate({"extra": ""})]
+    needs = {need.name: need for need in wanted}
     out = []
-    for need in map(Requirement, importlib.metadata.requires("minimath")):
-        if need.marker and not need.marker.evaluate({"extra": ""}):
-            continue
-        version, use = version_of(need.name), FOR.get(need.name)
-        if version is None:
-            out.append(Finding(need.name, "note" if use else "FAIL", f"not installed: pip install "
-                               f"'{need.name}{need.specifier}'" + (f", for {use}" if use else "")))
-        elif need.specifier.contains(version.partition("+")[0], prereleases=True):
-            out.append(Finding(need.name, "ok", version))
+    for name in dict.fromkeys([*needs, *USES]):
+        version, need, use = version_of(name), needs.get(name), USES.get(name)
+        if version and need and not need.specifier.contains(version.partition("+")[0], prereleases=True):
+            out.append(Finding(name, "note", f"{version} is outside {need.specifier}, which is what was tried"))
+        elif version:
+            out.append(Finding(name, "ok", version))
         else:
-            out.append(Finding(need.name, "note", f"{version} is outside {need.specifier}, which is what was tried"))
-    return [*out, *(Finding(name, "ok" if version_of(name) else "-", version_of(name) or f"not installed, for {use}")
-                    for name, use in OPTIONAL.items())]
+            how = f": pip install '{name}{need.specifier}'" if need else ""
+            out.append(Finding(name, "-" if not need else "note" if use else "FAIL",
+                               f"not installed{how}" + (f", for {use}" if use else "")))
+    return out
 
 
 def version_of(name: str) -> str | None:

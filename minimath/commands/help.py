@@ -32,7 +32,6 @@ def option_help(option: Option) -> str:
     default = str(option.default).lower() if option.kind is bool else str(option.default).replace("\n", "\\n")
     choices = [*option.choices, *(["python:module.fn"] if option.hook else [])]
     meaning = option.doc + (f" [{' | '.join(choices)}]" if choices else "")
-    lines = textwrap.wrap(" ".join(meaning.split()), WIDTH - COLUMN, break_long_words=False, break_on_hyphens=False)
-    head = f"  {option.name}={default}"
-    first = head.ljust(COLUMN) + lines[0] if len(head) < COLUMN else f"{head}\n{' ' * COLUMN}{lines[0]}"
-    return "\n".join([first, *(" " * COLUMN + line for line in lines[1:])])
+    head = f"  {option.name}={default}".ljust(COLUMN - 1)
+    return textwrap.fill(f"{head} {' '.join(meaning.split())}", WIDTH, subsequent_indent=" " * COLUMN,
+                         break_long_words=False, break_on_hyphens=False)

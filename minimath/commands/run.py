@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from minimath.commands.train import draw, rlaif, sft
+from minimath.commands.train import draw, rlaif
 from minimath.config.load import load_config, save_config
 from minimath.config.schema import EvalConfig, RLAIFConfig, SFTConfig
 from minimath.core import dist, interrupt, run_folder
@@ -27,6 +27,7 @@ from minimath.eval.evaluate import evaluate
 from minimath.eval.metrics import COLUMNS, table_row
 from minimath.report.page import write_page
 from minimath.train.rewards import make_reward
+from minimath.train.sft import sft
 from minimath.train.verifier import Verifier
 
 
@@ -80,13 +81,20 @@ def run_arms(out: Path, sft_cfg: SFTConfig, rl_cfg: RLAIFConfig, eval_cfg: EvalC
     """Train and evaluate what is to be compared: name -> summary of the evaluation."""
     reward = rl_cfg.reward.name
     judged = {"judge": f"{rl_cfg.judge.name} judge", "paper": "paper's rewards"}.get(reward, reward)
-    rows = {run_folder.ARMS["base"]: evaluation(eval_cfg, run_folder.evaluation_folder(out, "base"), "")}
+    rows, after_sft = {}, str(out / "sft")
+
+    def evaluated(name: str, adapter: str, note: str = "") -> None:
+        cfg = eval_cfg.replace(adapter=adapter)
+        rows[run_folder.ARMS[name] + note] = part(evaluate, cfg, run_folder.evaluation_folder(out, name))
 
     def arm(name: str, stage, cfg, note: str = "") -> None:
-        adapter = train_stage(stage, cfg, out / name)
-        rows[run_folder.ARMS[name] + note] = evaluation(eval_cfg, run_folder.evaluation_folder(out, name), adapter)
+        summary = out / name / run_folder.SUMMARY
+        if not dist.broadcast(summary.exists()):
+            write_whole(summary, json.dumps(part(stage, cfg, out / name), indent=1) + "\n")
+            dist.barrier()  # for the adapter, which the first process writes
+        evaluated(name, str(out / name), note)
 
-    after_sft = str(out / "sft")
+    evaluated("base", "")
     arm("sft", sft, sft_cfg)
     arm("rlaif", rlaif, rl_cfg.replace(adapter=after_sft), f" ({judged})")
     if full:
@@ -95,33 +103,17 @@ def run_arms(out: Path, sft_cfg: SFTConfig, rl_cfg: RLAIFConfig, eval_cfg: EvalC
     return rows
 
 
-def train_stage(stage, cfg, out: Path) -> str:
-    """Run one stage, or find it complete; returns its folder, the next one's adapter."""
-    if dist.broadcast((out / run_folder.SUMMARY).exists()):
-        return str(out)
-    result = stage(cfg.replace(out=str(out), resume=dist.broadcast(cfg.run.resume and out.exists())))
-    free_memory()
-    if result["signal"]:
-        raise Interrupted(result["signal"])
-    write_whole(out / run_folder.SUMMARY, json.dumps(result, indent=1) + "\n")
-    dist.barrier()  # for the adapter, which the first process writes
-    return str(out)
+def part(work, cfg, out: Path) -> dict:
+    """Run a stage or an evaluation in its folder, or go on there; returns its summary.
 
-
-def evaluation(cfg: EvalConfig, out: Path, adapter: str) -> dict:
-    """Evaluate base and adapter, go on with it, or read the result of a complete one."""
-    resume = dist.broadcast(cfg.run.resume and bool(run_folder.held_run(out)))
-    summary = evaluate(cfg.replace(out=str(out), adapter=adapter, resume=resume))
-    free_memory()
-    if number := interrupt.requested():  # it came when the last completion was there
+    Raises Interrupted after a signal, also one that came when all its work was done.
+    """
+    summary = work(cfg.replace(out=str(out), resume=dist.broadcast(cfg.run.resume and out.exists())))
+    gc.collect()  # its model goes before the next one loads
+    torch.cuda.empty_cache()
+    if number := summary.get("signal") or interrupt.requested():
         raise Interrupted(number)
     return summary
-
-
-def free_memory() -> None:
-    """Let go of the stage's model before the next one loads."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The stages as commands: the loop, then the picture of what its judge did."""
+"""Stage 2 as a command: the loop, then the picture of what its judge did."""
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,9 +6,6 @@ from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
 from minimath.report.page import JUDGE_PLOT, write_judge_plot
 from minimath.train.rlaif import rlaif as train_rlaif
-from minimath.train.sft import sft
-
-__all__ = ["draw", "rlaif", "sft"]
 
 
 def rlaif(cfg: RLAIFConfig) -> dict:

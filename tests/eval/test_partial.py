@@ -14,7 +14,7 @@ import pytest
 from tiny import tiny_model
 from toy import make_config, policy_of, wake_adapter, write_problems
 
-from minimath.commands.run import evaluation, how_to_go_on
+from minimath.commands.run import how_to_go_on, part
 from minimath.config.options import options_of
 from minimath.config.schema import EvalConfig, SFTConfig
 from minimath.core.checkpoint import save_adapter
@@ -301,23 +301,22 @@ def test_the_evaluation_of_a_pipeline_goes_on(options, interrupt, tmp_path, caps
     (tmp_path / EVAL_CONFIG).touch()  # by which a whole run is known
     interrupt(4)
     with RunLog(tmp_path, "run") as log, pytest.raises(Interrupted), how_to_go_on(log, "run"):
-        evaluation(cfg, tmp_path / "eval-base", "")
+        part(evaluate, cfg, tmp_path / "eval-base")
     said = capsys.readouterr().out
     assert f"out={tmp_path} resume=true" in said and "eval-base resume=true" not in said
     interrupt(0)
     cfg.run.resume = True
-    evaluation(cfg, tmp_path / "eval-base", "")
-    evaluation(cfg, tmp_path / "eval-sft", "")
+    part(evaluate, cfg, tmp_path / "eval-base")
+    part(evaluate, cfg, tmp_path / "eval-sft")
     assert "going on after" in capsys.readouterr().out
     assert results(tmp_path / "eval-base") == results(tmp_path / "eval-sft")
 
 
-def test_a_signal_after_the_last_completion_of_an_evaluation_still_ends_the_run(tmp_path, monkeypatch):
+def test_a_signal_after_the_last_completion_of_an_evaluation_still_ends_the_run(tmp_path):
     def late(cfg):
         os.kill(os.getpid(), signal.SIGTERM)
         return {"accuracy": 1.0}
 
-    monkeypatch.setattr("minimath.commands.run.evaluate", late)
     with interruptible((), print), pytest.raises(Interrupted) as stopped:
-        evaluation(EvalConfig(), tmp_path / "eval", "")
+        part(late, EvalConfig(), tmp_path / "eval")
     assert stopped.value.args == (signal.SIGTERM,)
