@@ -203,7 +203,7 @@ def _csv(path: Path) -> Iterator[dict | BadRow]:
 
 def _csv_row(names: list[str], cells: list[str]) -> dict | BadRow:
     text = "".join(cells)
-    if not text:
+    if not cells:
         return EMPTY
     if "\0" in text:
         return NUL
@@ -212,7 +212,7 @@ def _csv_row(names: list[str], cells: list[str]) -> dict | BadRow:
     if len(cells) != len(names):
         return BadRow("wrong number of cells", f"{len(cells)} where the header has {len(names)}; quote cells that hold "
                       "commas")
-    return _object(dict(zip(names, cells)))
+    return _object(dict(zip(names, cells))) if text else BadRow("empty row", "fill it in or delete it")
 
 
 def _parquet(path: Path) -> Iterator[dict | BadRow]:

@@ -3,9 +3,8 @@
     minimath eval data=problems.jsonl model=... [adapter=...] [samples=8 temperature=0.6]
 
 Completions are kept as they finish: after an interrupt, a crash or kill -9 the same command with resume=true goes on.
-What is computed is in metrics.py.
 
-    out/eval.json           the summary: where it is, the evaluation is complete
+    out/eval.json           the summary (metrics.py): where it is, the evaluation is complete
     out/completions.jsonl   one record per completion
 
 Several sets of problems (suite.py) share the model, which is loaded once:
@@ -29,7 +28,7 @@ from minimath.config.schema import EvalConfig
 from minimath.core import dist, interrupt
 from minimath.core.entry import run_command
 from minimath.core.errors import Interrupted, UserError
-from minimath.core.files import write_whole
+from minimath.core.files import read_json, write_whole
 from minimath.core.log import RunLog
 from minimath.core.run import open_run
 from minimath.core.run_folder import EVAL, PART, SUITE, held_run, stop_files
@@ -37,7 +36,7 @@ from minimath.core.text import comma_list
 from minimath.data.examples import Example, describe_report, load_examples
 from minimath.data.sample import Sample
 from minimath.eval.metrics import COLUMNS, at_budgets, by_problem, read_records, summarise, table_row, write_results
-from minimath.eval.partial import PartFile, fingerprint, holds_part, model_hash, open_part, refuse_changes
+from minimath.eval.partial import PartFile, fingerprint, model_hash, open_part, refuse_changes
 from minimath.eval.suite import Problems, mean_of, read_sets, suite_table
 from minimath.grading.answer import AnswerChecker, final_answer
 from minimath.models.load import describe
@@ -67,23 +66,22 @@ def load_and_say(cfg: EvalConfig, log: RunLog) -> Policy:
     return policy
 
 
-def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str = "",
+def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str,
                       load: Callable[[], Policy] | None = None) -> dict:
     """Evaluate on examples that are loaded; returns the summary.
 
     note: what is said of the examples. load: gives the model within a suite, which says how to go on. Raises as
     `evaluate` does.
     """
-    decides = fingerprint(cfg, examples)
-    if cfg.run.resume and cfg.run.out and (Path(cfg.run.out) / EVAL).exists():
-        return complete(Path(cfg.run.out), decides, cfg)
-    if cfg.run.resume and cfg.run.out and holds_part(cfg.run.out):
-        refuse_changes(Path(cfg.run.out), decides)  # now, not after a large model has loaded
+    decides, out = fingerprint(cfg, examples), Path(cfg.run.out)
+    if cfg.run.resume and cfg.run.out and "evaluation" in held_run(out):
+        refuse_changes(out, decides)  # now, not after a large model has loaded
+        if (out / EVAL).exists():
+            return complete(out, cfg)
     with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume) as log:
         log.say(note or f"{len(examples)} problems")
         policy = load() if load else load_and_say(cfg, log)
-        decides["model files"] = model_hash(policy)
-        part = open_part(log, decides, len(examples), cfg, policy)
+        part = open_part(log, decides | {"model files": model_hash(policy)}, len(examples), cfg, policy)
         try:
             summary, records = evaluate_policy(policy, examples, cfg, log, part)
         except Interrupted:
@@ -103,21 +101,16 @@ def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str = "",
         return summary
 
 
-def complete(folder: Path, decides: dict, cfg: EvalConfig) -> dict:
-    """Read the summary of a complete evaluation, and add budgets that it lacks.
-
-    Raises UserError if it was made with other options than `decides`.
-    """
-    refuse_changes(folder, decides)
-    summary = json.loads((folder / EVAL).read_text(encoding="utf-8"))
-    if not dist.is_main():
-        return summary
-    (folder / PART).unlink(missing_ok=True)  # killed just before it would have been removed
-    if any(f"accuracy@{budget}" not in summary for budget in map(int, comma_list(cfg.budgets))):
-        summary |= at_budgets(list(by_problem(read_records(folder)).values()), cfg.budgets)
-        write_whole(folder / EVAL, json.dumps(summary, indent=1) + "\n")
-    print(f"{folder} holds the complete evaluation, nothing is left to do: accuracy {summary['accuracy']:.3f} "
-          f"on {summary['problems']} problems")
+def complete(folder: Path, cfg: EvalConfig) -> dict:
+    """Read the summary of a complete evaluation, and add budgets that it lacks."""
+    summary = read_json(folder / EVAL)
+    if dist.is_main():
+        (folder / PART).unlink(missing_ok=True)  # killed just before it would have been removed
+        if any(f"accuracy@{budget}" not in summary for budget in comma_list(cfg.budgets)):
+            summary |= at_budgets(list(by_problem(read_records(folder)).values()), cfg.budgets)
+            write_whole(folder / EVAL, json.dumps(summary, indent=1) + "\n")
+        print(f"{folder} holds the complete evaluation, nothing is left to do: accuracy {summary['accuracy']:.3f} "
+              f"on {summary['problems']} problems")
     return summary
 
 
@@ -128,7 +121,8 @@ def evaluate_suite(cfg: EvalConfig) -> dict:
     that holds something else.
     """
     sets = read_sets(cfg)
-    refuse_folder(cfg, sets)
+    if cfg.run.out:
+        refuse_folder(Path(cfg.run.out), sets, cfg.run.resume)
     with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume) as log:
         load = functools.cache(lambda: load_and_say(cfg, log))  # called by the first set that is not complete
         summaries: dict[str, dict] = {}
@@ -150,20 +144,17 @@ def evaluate_suite(cfg: EvalConfig) -> dict:
     return result
 
 
-def refuse_folder(cfg: EvalConfig, sets: dict[str, Problems]) -> None:
+def refuse_folder(out: Path, sets: dict[str, Problems], resume: bool) -> None:
     """Raise UserError when the run folder can't be filled or gone on with."""
-    if not cfg.run.out:
-        return
-    if held := held_run(Path(cfg.run.out)):
-        raise UserError(f"{cfg.run.out} already holds {held} that is no suite; choose another out=")
+    if held := held_run(out):
+        raise UserError(f"{out} already holds {held} that is no suite; choose another out=")
     for name, problems in sets.items():
-        folder = Path(cfg.run.out) / name
-        if not (held := held_run(folder)):
-            continue
-        if not cfg.run.resume:
-            raise UserError(f"{cfg.run.out} already holds a suite ({name}: {held}); add resume=true to go on with it, "
-                            "or choose another out=")
-        refuse_changes(folder, fingerprint(problems.cfg, problems.examples))
+        held = held_run(out / name)
+        if held and not resume:
+            raise UserError(f"{out} already holds a suite ({name}: {held}); add resume=true to go on with it, or "
+                            "choose another out=")
+        if held:
+            refuse_changes(out / name, fingerprint(problems.cfg, problems.examples))
 
 
 def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, log: RunLog,
@@ -174,9 +165,8 @@ def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, lo
     they finish, with those that an earlier process left; None, within a training: nowhere. engine: an open one;
     None: the one that cfg describes. Raises Interrupted, and UserError when no prompt fits.
     """
-    part = part or PartFile()
+    part, longest = part or PartFile(), cfg.prompt.max_prompt_len
     prompts = [policy.prompt_ids(example.problem) for example in examples]
-    longest = cfg.prompt.max_prompt_len
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
     if not fits:
         raise UserError(f"no prompt fits max_prompt_len={longest}; raise it")
@@ -193,11 +183,10 @@ def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, lo
             graded.append([grade(i, s, examples[i], part.done[i, s], checker) for s in range(cfg.samples)])
             unreadable += [examples[i]] if checker.bad_gold > before else []
         records, unreadable = list(itertools.chain(*dist.gather(graded))), dist.gather(unreadable)
-        counts = dist.all_reduce_sum({"timeouts": checker.timeouts, "tokens": new_tokens})
-        # before the summary: maj@k has comparisons too
-        given_up = {"checker_timeouts": int(counts["timeouts"]), "bad_gold": len(unreadable)}
+        counts = dist.all_reduce_sum({"timeouts": checker.timeouts, "tokens": new_tokens})  # before those of maj@k
         records += [grade(i, s, examples[i], Sample([], [], False), checker)
                     for i, prompt in enumerate(prompts) if len(prompt) > longest for s in range(cfg.samples)]
+        given_up = {"checker_timeouts": int(counts["timeouts"]), "bad_gold": len(unreadable)}
         summary = summarise(records, cfg, checker) | given_up
     if any(given_up.values()):
         log.say(worded_given_up(given_up["checker_timeouts"], unreadable))
@@ -206,24 +195,25 @@ def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, lo
 
 
 def sample_completions(policy: Policy, prompts: dict[int, list[int]], cfg: EvalConfig, log: RunLog, part: PartFile,
-                       engine=None) -> int:
+                       engine) -> int:
     """Sample what `part` lacks; returns the number of tokens sampled.
 
     prompts: token ids by the problem's place in the data, which seeds its random streams.
     """
-    numbers, total = list(prompts), len(prompts) * cfg.samples
+    numbers = list(prompts)
     skip = {(p, s) for p, i in enumerate(numbers) for s in range(cfg.samples) if (i, s) in part.done}
-    tokens, new_tokens = sum(part.done[numbers[p], s].tokens for p, s in skip), 0
+    old_tokens, new_tokens = sum(part.done[numbers[p], s].tokens for p, s in skip), 0
     count, started = len(skip), time.perf_counter()
     opened = contextlib.nullcontext(engine) if engine else open_engine(
         cfg.engine, cfg.sampling, policy, seed=cfg.run.seed, run_dir=log.run_dir, say=log.say)
-    with log.progress(total, "evaluating", done=count) as advance, opened as engine, contextlib.closing(
-            engine.stream(list(prompts.values()), cfg.samples, keys=numbers, skip=skip)) as stream:
+    with log.progress(len(prompts) * cfg.samples, "evaluating", done=count) as advance, opened as engine, \
+            contextlib.closing(engine.stream(list(prompts.values()), cfg.samples, keys=numbers, skip=skip)) as stream:
         for finished in stream:
             for p, s, sample in finished:
                 part.add(numbers[p], s, sample)
-                tokens, new_tokens, count = tokens + sample.tokens, new_tokens + sample.tokens, count + 1
-                advance(1, tok_s=new_tokens / (time.perf_counter() - started), mean_tokens=tokens / count)
+                new_tokens, count = new_tokens + sample.tokens, count + 1
+                advance(1, tok_s=new_tokens / (time.perf_counter() - started),
+                        mean_tokens=(old_tokens + new_tokens) / count)
             interrupt.check()
     return new_tokens
 
@@ -243,10 +233,10 @@ def worded_given_up(timeouts: int, unreadable: list[Example]) -> str:
     if timeouts:
         parts.append(f"{timeouts} comparison{'s' * (timeouts > 1)} of answers took too long and counted as wrong")
     if unreadable:
-        shown = ", ".join(f"{e.answer[:40]!r} ({e.id or e.where or e.problem[:40]})" for e in unreadable[:3])
-        more = ", ..." if len(unreadable) > 3 else ""
+        shown = [f"{e.answer[:40]!r} ({e.id or e.where or e.problem[:40]})" for e in unreadable[:3]]
+        shown += ["..."] * (len(unreadable) > 3)
         parts.append(f"no one can read the gold answer of {len(unreadable)} problem{'s' * (len(unreadable) > 1)}, so "
-                     f"that no answer is correct; mend it in the data: {shown}{more}")
+                     f"that no answer is correct; mend it in the data: {', '.join(shown)}")
     return "the answer checker gave up: " + "; ".join(parts)
 
 

@@ -21,8 +21,8 @@ COLUMNS = ["model", "accuracy", "95% interval", "mean tokens", "tokens per corre
 def summarise(records: list[dict], cfg: EvalConfig, checker: AnswerChecker) -> dict:
     """Summarise records; intervals take problems, not samples, as independent."""
     groups, k = list(by_problem(records).values()), cfg.samples
-    rates = [sum(r["correct"] for r in group) / len(group) for group in groups]
-    correct, tokens = sum(r["correct"] for r in records), [r["tokens"] for r in records]
+    counts, tokens = [sum(r["correct"] for r in group) for group in groups], [r["tokens"] for r in records]
+    rates, correct = [count / k for count in counts], sum(counts)
     steps = sum(r["steps"] for r in records)
     summary = {
         "problems": len(groups), "samples": k, "accuracy": statistics.fmean(rates),
@@ -34,9 +34,8 @@ def summarise(records: list[dict], cfg: EvalConfig, checker: AnswerChecker) -> d
     }
     if k > 1:
         summary[f"avg@{k}"] = summary["accuracy"]
-        counts = [sum(r["correct"] for r in group) for group in groups]
-        for n in sorted({2 ** i for i in range(k.bit_length()) if 2 ** i <= k} | {k}):
-            summary[f"pass@{n}"] = statistics.fmean(pass_at(n, k, c) for c in counts)
+        for n in sorted({2 ** i for i in range(k.bit_length())} | {k}):
+            summary[f"pass@{n}"] = statistics.fmean(pass_at(n, k, count) for count in counts)
         summary[f"maj@{k}"] = statistics.fmean(majority_correct(group, checker) for group in groups)
     return summary | at_budgets(groups, cfg.budgets)
 
@@ -66,14 +65,16 @@ def majority_correct(group: list[dict], checker: AnswerChecker) -> bool:
     correct = sum(r["correct"] for r in answered)
     if correct == 0 or 2 * correct > len(answered):
         return correct > 0
-    votes: list[list] = []  # [answer, correct, count] in the order seen first
+    votes: list[list[dict]] = []  # of the same answer each, in the order seen first
     for r in answered:
-        vote = next((v for v in votes if (r["correct"] and v[1]) or (not r["correct"] and not v[1] and (
-            r["answer"] == v[0] or checker.equal(r["answer"], v[0])))), None)
-        if vote is None:
-            votes.append(vote := [r["answer"], r["correct"], 0])
-        vote[2] += 1
-    return max(votes, key=lambda vote: vote[2])[1]
+        for same in votes:
+            if r["correct"] == same[0]["correct"] and (r["correct"] or r["answer"] == same[0]["answer"]
+                                                       or checker.equal(r["answer"], same[0]["answer"])):
+                same.append(r)
+                break
+        else:
+            votes.append([r])
+    return max(votes, key=len)[0]["correct"]
 
 
 def table_row(name: str, summary: dict) -> list[str]:

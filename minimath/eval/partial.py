@@ -3,8 +3,7 @@
     run/fingerprint.json         what decides the completions: options; hashes of problems, adapter, model
     run/completions.part.jsonl   {"number", "sample", "ids", "finished"} of each completion; gone with the last one
 
-A completion's random stream is seeded by (seed, problem, sample), so it does not depend on which others are done. A
-line is handed to the system as its completion finishes: kill -9 can tear the line being written, no other.
+A completion's random stream is seeded by (seed, problem, sample), so it does not depend on which others are done.
 """
 import hashlib
 import json
@@ -26,9 +25,8 @@ from minimath.models.load import pick_device, pick_dtype
 from minimath.models.policy import Policy
 
 Job = tuple[int, int]  # the problem's place in the data, and the sample
-# Every other option decides the completions. Of these, model, adapter, dtype and data are told apart by what they
-# lead to; device and max_num_seqs change rounding only, and may have to change before a resume works (another card,
-# less memory); budgets are looked at afterwards.
+# Every other option decides the completions. Model, adapter, dtype and data are told apart by what they lead to; device
+# and max_num_seqs change rounding only, and may have to change (another card, less memory); budgets come afterwards.
 NOT_DECISIVE = {"model", "adapter", "dtype", "data", "split", "limit", "strict", "device", "max_num_seqs", "budgets",
                 "trust_remote_code", "out", "resume", "shard", "suite"}
 
@@ -68,7 +66,7 @@ def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy
     Damaged lines are dropped and told. Raises UserError when `decides` differs from what the evaluation began with.
     """
     folder, done = log.run_dir, {}
-    if cfg.run.resume and holds_part(folder):
+    if cfg.run.resume and (folder / PART).exists():
         refuse_changes(folder, decides)
         done, dropped = read_part(folder / PART, problems, cfg.samples)
         if dropped:
@@ -82,12 +80,6 @@ def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy
         log.say(f"no completion in {folder} yet: starting with the first")
     write_whole(folder / FINGERPRINT, json.dumps(decides, indent=1) + "\n")
     return PartFile(folder / PART, done)
-
-
-def holds_part(folder) -> bool:
-    """Tell whether the folder holds completions of an unfinished evaluation."""
-    path = Path(folder) / PART
-    return path.is_file() and path.stat().st_size > 0
 
 
 def read_part(path: Path, problems: int, samples: int) -> tuple[dict[Job, Sample], int]:
@@ -114,10 +106,8 @@ def fingerprint(cfg: EvalConfig, examples: list[Example]) -> dict:
     Raises UserError as find_adapter does.
     """
     problems = hashlib.sha256(json.dumps([e.problem for e in examples]).encode()).hexdigest()
-    adapter = "none"
-    if cfg.adapter.path:
-        folder = find_adapter(cfg.adapter.path)
-        adapter = " ".join(sha256(folder / name)[:16] for name in ADAPTER_FILES)
+    folder = find_adapter(cfg.adapter.path) if cfg.adapter.path else None
+    adapter = " ".join(sha256(folder / name)[:16] for name in ADAPTER_FILES) if folder else "none"
     dtype, _ = pick_dtype(cfg.model.dtype, pick_device(cfg.model.device))
     values = plain_values(cfg)  # of EvalConfig's options: what `minimath sample` keeps is chosen afterwards
     return {"model": Path(cfg.model.name).name, "adapter": adapter, "dtype": str(dtype).removeprefix("torch."),
@@ -140,12 +130,11 @@ def model_hash(policy: Policy) -> str:
 def refuse_changes(folder: Path, decides: dict) -> None:
     """Raise UserError unless the evaluation there began with the same `decides`."""
     try:
-        before = read_json(folder / FINGERPRINT)
-        changed = {name: (before.get(name), value) for name, value in decides.items() if before.get(name) != value}
-    except (OSError, ValueError, AttributeError):
+        before = dict(read_json(folder / FINGERPRINT))
+    except (OSError, ValueError, TypeError):
         raise UserError(f"{folder / FINGERPRINT} is missing or damaged, so the options that the evaluation was "
                         "begun with are unknown; start anew with another out=") from None
-    if changed:
-        said = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in changed.items())
-        raise UserError(f"the evaluation in {folder} was begun with something else: {said}; give the same as "
-                        "before, or start anew with another out=")
+    if changed := [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in decides.items()
+                   if before.get(name) != value]:
+        raise UserError(f"the evaluation in {folder} was begun with something else: {', '.join(changed)}; give the "
+                        "same as before, or start anew with another out=")
