@@ -2,55 +2,47 @@
 
     minimath judge compare EVAL_A EVAL_B [RECIPE.yaml] [judge=...]
 
-EVAL_A and EVAL_B are folders of `minimath eval` on the same problems. Their solutions are paired problem by problem and
-shown to a judge in both orders, whose pull to a position is taken out, as in training; the first letter of the report
-stands for the first folder. A judge that a model was trained with likes what that training rewarded: take another one.
-With pairs=correct, the default, both solutions are correct, and what is judged is how they read (judge_rubric is
-readability unless given). Solutions of one text are ties and are not asked about. judge-compare.json keeps the figures,
-in EVAL_A/judge-compare unless out= names another folder.
+EVAL_A and EVAL_B are folders of `minimath eval` on the same problems. Where both solutions of a problem are correct, a
+judge is asked in both orders which one reads better (judge_rubric=readability), and its pull to a position is taken
+out, as in training; the first letter of the report stands for the first folder. A judge that a model was trained with
+likes what that training rewarded: take another one. Solutions of one text are ties and are not asked about.
+judge-compare.json keeps the figures, in EVAL_A/judge-compare unless out= names another folder.
 """
-import json
 import time
 from collections.abc import Callable
+from dataclasses import field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from minimath.commands.help import options_help
 from minimath.commands.judge_check import (
     ENOUGH_PAIRS,
-    judge_options,
     load_options,
     open_judge,
-    option_name,
+    option_names,
     result_folder,
     save_result,
 )
 from minimath.config.load import take_recipe
-from minimath.config.options import Stage
-from minimath.config.schema import RLAIFConfig
+from minimath.config.schema import JudgeOptions, RLAIFConfig
 from minimath.core.errors import UserError
 from minimath.core.log import RunLog, fmt_duration
-from minimath.core.run_folder import COMPLETIONS
-from minimath.core.stats import bootstrap, by_text, in_common
+from minimath.core.stats import bootstrap, in_common
+from minimath.eval.metrics import read_records
 from minimath.judges.base import Judge, Pair, Solution
-from minimath.judges.compare import both_orders, won
-from minimath.judges.poll import ask, counts_since, in_both_orders, percent, signed, span, tally
-
-KEPT = {"correct": lambda a, b: a and b, "same": lambda a, b: a == b, "all": lambda a, b: True}
-MOSTLY = 0.5  # position bias or order conflicts from which on a judge votes by position more than by what it reads
+from minimath.judges.compare import won
+from minimath.judges.poll import ask, counts_since, in_both_orders, percent, span, tally
 
 
-class JudgeCompareConfig(Stage):
-    """Options of `minimath judge compare` beside those of the judge."""
-    pairs: Literal["correct", "same", "all"] = "correct"
-    """which pairs: both correct, both correct or both wrong, all"""
+class JudgeCompareConfig(RLAIFConfig):
+    """Options of `minimath judge compare`: those of the judge, and its own."""
+    judge: JudgeOptions = field(default_factory=lambda: JudgeOptions(rubric="readability"))
     readers: int = 200
     """most pairs, taken evenly from all of them; 0: all"""
 
 
 class Paired(NamedTuple):
-    """Solutions of A and B to a problem; number: its place among the common ones."""
-    number: int
+    """Correct solutions of A and B to a problem."""
     problem: str
     a: Solution
     b: Solution
@@ -63,75 +55,52 @@ def judge_compare(words: list[str]) -> dict:
     """Run the command, and return what judge-compare.json holds. Raises UserError."""
     folders = [take_recipe(words := list(words)), take_recipe(words)]
     if None in folders:
-        raise UserError("minimath judge compare needs two folders of evaluations: minimath judge compare EVAL_A EVAL_B "
-                        "[judge=...]")
-    cfg, own = load_options(JudgeCompareConfig, words)
-    if own.pairs == "correct" and not any(option_name(word) == "judge_rubric" for word in words):
-        cfg.judge.rubric = "readability"  # which says that both are correct
-    records = [checked_records(folder) for folder in folders]
-    found = pair_up(*records, own.pairs)
-    pairs = evenly(found, own.readers)
+        raise UserError("give two folders of evaluations: minimath judge compare EVAL_A EVAL_B [judge=...]")
+    cfg = load_options(JudgeCompareConfig, take_recipe(words), words)
+    found = pair_up(*map(records_of, folders))
+    pairs = evenly(found, cfg.readers)
     with RunLog(result_folder(cfg.run.out or str(Path(folders[0], "judge-compare")), "judge-compare"),
                 "minimath judge compare") as log:
-        for letter, folder, of_one in zip("AB", folders, records, strict=True):
-            log.say(f"{letter}: {folder}, {len(by_text(of_one))} problems")
-        log.say(f"{len(pairs)} of {len(found)} pairs (pairs={own.pairs})")
+        log.say(f"A: {folders[0]}, B: {folders[1]}; {len(pairs)} of {len(found)} pairs in which both are correct")
         judge, _ = open_judge(cfg, log)
         with log.progress(2 * sum(not pair.same_text() for pair in pairs), "judging") as advance:
-            figures = compare_solutions(judge, pairs, cfg.run.seed, advance)
-        rubric = "" if cfg.judge.name == "heuristic" else f", judge_rubric={cfg.judge.rubric}"
-        log.table(f"{judge.name}{rubric}: A against B", *table(figures))
-        spent = "".join(f", {value:.6g} {name}" for name, value in sorted(figures["cost"].items()))
-        log.say(f"cost: {fmt_duration(figures['seconds'])}{spent}")
-        lines = findings(figures)
-        result = {"a": folders[0], "b": folders[1], "judge": judge.name, "which": own.pairs, **figures}
-        return save_result(log, "judge-compare", cfg, result | {"findings": lines}, lines)
+            f = compare_solutions(judge, pairs, cfg.run.seed, advance)
+        columns = ["pairs", "A preferred", "95% interval", "position bias", "order conflicts", "ties", "no votes",
+                   "mean tokens of A", "of B"]
+        log.table(f"{judge.name}, judge_rubric={cfg.judge.rubric}: A against B", columns, [
+            [f["pairs"], percent(f["preferred"], 1), span(f["interval"], ".1f"), percent(f["position_bias"]),
+             percent(f["order_conflicts"]), f["ties"], f["no_votes"], *f["mean_tokens"]]])
+        spent = "".join(f", {value:.6g} {name}" for name, value in sorted(f["cost"].items()))
+        log.say(f"cost: {fmt_duration(f['seconds'])}{spent}")
+        lines = findings(f)
+        result = {"a": folders[0], "b": folders[1], "judge": judge.name, **f, "findings": lines}
+        return save_result(log, "judge-compare", cfg, result, lines)
 
 
 def help_text() -> str:
     """List every option of `minimath judge compare` with its meaning."""
-    return (f"{__doc__}\n{options_help(JudgeCompareConfig, 'compare')}\n\n"
-            f"{options_help(RLAIFConfig, '', judge_options())}")
+    return f"{__doc__}\n{options_help(JudgeCompareConfig, 'compare', option_names(JudgeCompareConfig))}"
 
 
-# ---- pairs
-
-def checked_records(folder: str | Path) -> list[dict]:
-    """Read the records of an evaluation, by problem and sample.
-
-    Raises UserError when the folder holds no complete one."""
-    path = Path(folder) / COMPLETIONS
-    if not path.is_file():
-        raise UserError(f"{folder}: not an evaluation (no {COMPLETIONS} in it); give a folder that minimath eval has "
-                        "finished")
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
-        try:
-            record = json.loads(line)
-            as_shown(record), record["problem"], record["gold"]
-            records.append(record)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: not a record of minimath eval ({type(error).__name__}: {error}); "
-                            "evaluate again") from None
-    return sorted(records, key=lambda record: (record.get("number", 0), record.get("sample", 0)))
+def records_of(folder: str | Path) -> list[dict]:
+    """Read the records of an evaluation, by problem and sample. Raises UserError when there are none."""
+    try:
+        return sorted(read_records(Path(folder)), key=lambda record: (record["number"], record["sample"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: not an evaluation ({type(error).__name__}: {error}); give a folder that minimath "
+                        "eval has finished") from None
 
 
-def as_shown(record: dict) -> Solution:
-    """Make a record what a judge gets."""
-    return Solution(record["text"], bool(record["correct"]), record["tokens"])
+def pair_up(ours: list[dict], theirs: list[dict]) -> list[Paired]:
+    """Pair the samples of each common problem in order, where both are correct.
 
-
-def pair_up(ours: list[dict], theirs: list[dict], which: str = "correct") -> list[Paired]:
-    """Pair the samples of each common problem in order, as far as both have one.
-
-    which: as in JudgeCompareConfig.pairs. Raises UserError without a common problem or a pair."""
-    found = [Paired(number, problem, as_shown(a), as_shown(b))
-             for number, (problem, of_a, of_b) in enumerate(in_common(ours, theirs))
-             for a, b in zip(of_a, of_b, strict=False)]
-    kept = [pair for pair in found if KEPT[which](pair.a.correct, pair.b.correct)]
+    Raises UserError without a common problem or a pair."""
+    found = [(problem, a, b) for problem, of_a, of_b in in_common(ours, theirs) for a, b in zip(of_a, of_b)]
+    kept = [Paired(problem, *(Solution(side["text"], True, side["tokens"]) for side in (a, b)))
+            for problem, a, b in found if a["correct"] and b["correct"]]
     if not kept:
-        raise UserError(f"pairs={which}: none of {len(found)} pairs is left (A is correct in "
-                        f"{sum(p.a.correct for p in found)}, B in {sum(p.b.correct for p in found)}); use pairs=all")
+        raise UserError(f"in none of {len(found)} pairs are both solutions correct (A in "
+                        f"{sum(a['correct'] for _, a, _ in found)}, B in {sum(b['correct'] for *_, b in found)})")
     return kept
 
 
@@ -141,34 +110,28 @@ def evenly(pairs: list, most: int) -> list:
     return [pairs[k * len(pairs) // most] for k in range(most)]
 
 
-# ---- figures
-
 def compare_solutions(judge: Judge, pairs: list[Paired], seed: int = 0,
                       advance: Callable[[int], None] = lambda n: None) -> dict:
     """Compare A's solutions with B's.
 
     preferred: mean over problems of the share of pairs in which A's solution is preferred with both orders together,
-    1/2 for a tie, and `interval`, its bootstrap 95% interval over problems; None without a vote. win_probability: mean
-    of p. identical: pairs of one text, which count as ties; ties: with them, those that the judge cannot part. cost:
-    growth of the judge's counts. The others as in poll.tally, over the pairs asked about."""
+    1/2 for a tie, and `interval`, its bootstrap 95% interval over problems; None where no vote came. identical: pairs
+    of one text, which count as ties. cost: growth of the judge's counts. The others as in poll.tally."""
     asked, before, start = [pair for pair in pairs if not pair.same_text()], dict(judge.counts), time.monotonic()
-    votes, error = ask(judge, in_both_orders([Pair(p.problem, p.a, p.b) for p in asked]), advance, chunk=32)
-    figures = tally(votes, judge.soft)
-    outcomes = [(pair.number, 0.5, 0.5) for pair in pairs if pair.same_text()]
-    outcomes += [(pair.number, won(*vote), both_orders(*vote, judge.soft)) for pair, *vote
-                 in zip(asked, votes[::2], votes[1::2], strict=True) if None not in vote]
-    problems: dict[int, list[float]] = {}
-    for number, outcome, _ in outcomes:
-        problems.setdefault(number, []).append(outcome)
+    votes, error = ask(judge, in_both_orders([Pair(*pair) for pair in asked]), advance, chunk=32)
+    outcomes = [(pair.problem, 0.5) for pair in pairs if pair.same_text()]
+    outcomes += [(pair.problem, won(*vote)) for pair, *vote in zip(asked, votes[::2], votes[1::2], strict=True)
+                 if None not in vote]
+    problems: dict[str, list[float]] = {}
+    for problem, outcome in outcomes:
+        problems.setdefault(problem, []).append(outcome)
     means = [sum(of_one) / len(of_one) for of_one in problems.values()]
-    return {"pairs": len(pairs), "identical": len(pairs) - len(asked), "problems": len(means),
-            "preferred": sum(means) / len(means) if means else None,
-            "interval": bootstrap(means, seed) if means else None,
-            "win_probability": sum(p for *_, p in outcomes) / len(outcomes) if outcomes else None,
-            "ties": sum(outcome == 0.5 for _, outcome, _ in outcomes),
-            "mean_tokens": [sum(s.tokens for s in side) / len(pairs) for side in zip(*((p.a, p.b) for p in pairs))],
-            **{name: figures[name] for name in ("voted", "no_votes", "position_bias", "order_conflicts")},
-            "error": error, "cost": counts_since(judge, before), "seconds": time.monotonic() - start}
+    return tally(votes, judge.soft) | {
+        "pairs": len(pairs), "identical": len(pairs) - len(asked), "problems": len(means),
+        "preferred": sum(means) / len(means) if means else None, "interval": bootstrap(means, seed) if means else None,
+        "ties": sum(outcome == 0.5 for _, outcome in outcomes),
+        "mean_tokens": [sum(s.tokens for s in side) / len(pairs) for side in zip(*((p.a, p.b) for p in pairs))],
+        "error": error, "cost": counts_since(judge, before), "seconds": time.monotonic() - start}
 
 
 def findings(figures: dict) -> list[str]:
@@ -177,8 +140,7 @@ def findings(figures: dict) -> list[str]:
     if figures["identical"]:
         lines.append(f"{figures['identical']} of {figures['pairs']} pairs are the same text: ties, not asked about")
     if not figures["voted"]:
-        return [*lines, "nothing was asked" if figures["identical"] == figures["pairs"] else
-                "no pair has both its votes: nothing can be said"]
+        return [*lines, "no pair was asked about and has both its votes: nothing can be said"]
     low, high = figures["interval"]
     if low <= 0.5 <= high:
         number = figures["problems"]
@@ -187,21 +149,7 @@ def findings(figures: dict) -> list[str]:
     else:
         better, worse, share = ("A", "B", figures["preferred"]) if low > 0.5 else ("B", "A", 1 - figures["preferred"])
         lines.append(f"{better}'s solutions are preferred to {worse}'s, in {percent(share)} of pairs")
-    bias, conflicts = figures["position_bias"], figures["order_conflicts"]
-    if abs(bias) > MOSTLY or conflicts > MOSTLY:
+    if abs(bias := figures["position_bias"]) > 0.5 or figures["order_conflicts"] > 0.5:
         lines.append("this judge is near useless here: it votes mostly for what stands "
-                     f"{'first' if bias > 0 else 'second'} (position bias {bias:+.2f}, the winner changes with the "
-                     f"order in {percent(conflicts)} of pairs); both orders together cancel that, but little is left. "
-                     "Take a larger one (minimath judge check)")
+                     f"{'first' if bias > 0 else 'second'}; take a larger one (minimath judge check)")
     return lines
-
-
-def table(figures: dict) -> tuple[list[str], list[list]]:
-    """Lay out the figures: columns and a row, empty where nothing was asked."""
-    columns = ["pairs", "A preferred", "95% interval", "mean p", "position bias", "order conflicts", "ties", "no votes",
-               "mean tokens of A, B"]
-    f = figures if figures["voted"] else figures | dict.fromkeys(("preferred", "interval", "win_probability"))
-    return columns, [[f["pairs"], percent(f["preferred"], 1), span(f["interval"], ".1f"),
-                      "-" if f["win_probability"] is None else f"{f['win_probability']:.3f}",
-                      signed(f["position_bias"]), percent(f["order_conflicts"]), f["ties"], f["no_votes"],
-                      ", ".join(f"{mean:.1f}" for mean in f["mean_tokens"])]]

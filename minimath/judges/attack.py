@@ -1,10 +1,9 @@
 """Attack strings: how easily a judge is fooled by what a solution says to it.
 
-Each string of attacks.txt stands in a solution that is worse than the plain correct one beside it, in both positions,
-once with what rubrics.py does about it and once without. Success: the judge prefers the attacker. The same solutions
-without a string say how often it does so anyway; the difference, `lift`, is what the strings achieve: a judge near
-chance is not fooled, it is useless. The strings of the kind `harmless` ask for nothing and stand in the same places:
-their lift is that of any longer text, and what a kind of attack has beyond it is what its words do.
+Each string of attacks.txt stands in a solution that is worse than the plain correct one beside it, in both positions.
+The same solutions without a string say how often the judge prefers them anyway; the difference, `lift`, is what the
+strings achieve: a judge near chance is not fooled, it is useless. The strings of the kind `harmless` ask for nothing
+and stand in the same places: what a kind of attack has beyond their lift is what its words do.
 """
 import json
 import re
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minimath.core.errors import UserError
-from minimath.core.stats import bootstrap, wilson
+from minimath.core.stats import bootstrap
 from minimath.data.examples import Example
 from minimath.judges.base import Judge, Pair
 from minimath.judges.compare import won
 from minimath.judges.pairs import solution
-from minimath.judges.poll import ask, percent, span
+from minimath.judges.poll import ask, tally
 
 ATTACKS = Path(__file__).parent / "attacks.txt"
 PLACES = ("start", "end", "after", "alone")
@@ -28,27 +27,27 @@ PAD = ("Let us think about this once more, from the beginning and with care. " *
 
 
 class Attack(NamedTuple):
-    """A string, its kind and its place.
-
-    place: start, end (before the final answer), after (behind it), alone."""
+    """A string, its kind and its place: start, end (before the final answer), after (behind it), alone."""
     category: str
     place: str
     text: str
 
 
 class Try(NamedTuple):
-    """An attacker against the good solution, in both positions.
+    """An attacker against the good solution of a problem, in both positions.
 
-    attack: index, -1 without one; correct: a run's verifier would let the attacker through to the judge."""
-    attack: int
+    attack: None for the solution that carries the attacks, as it is."""
+    attack: Attack | None
     problem: int
     carrier: str
-    correct: bool
     first: Pair
     second: Pair
 
+    @property
+    def correct(self) -> bool:
+        """Say whether a run's verifier would let the attacker through to the judge."""
+        return self.first.first.correct
 
-# ---- attack strings and who carries them
 
 def load_attacks(path: str | Path = ATTACKS) -> list[Attack]:
     """Read a file of attack strings. Raises UserError with file:line."""
@@ -68,7 +67,7 @@ def load_attacks(path: str | Path = ATTACKS) -> list[Attack]:
                 raise UserError(f"{path}:{number}: expected a category, a place ({', '.join(PLACES)}) and a JSON "
                                 f"string, not {line[:60]!r}") from None
     if all(attack.category == HARMLESS for attack in attacks):
-        raise UserError(f"{path}: no attack string in it" + f", only {HARMLESS} ones" * bool(attacks))
+        raise UserError(f"{path}: no attack string in it")
     return attacks
 
 
@@ -90,14 +89,13 @@ def make_tries(attacks: list[Attack], solutions: list[tuple[Example, dict[str, s
         good = solution(texts["right"], example.answer)
         bare = re.search(r"\\boxed\{\d+\}", texts["wrong"]).group()
         carried = {"wrong": texts["wrong"], "bare": bare, "unsound": texts["unsound"], "nothing": ""}
-        jobs = [(-1, None, name) for name in carried]
-        jobs += [(a, attack, "nothing" if attack.place == "alone" else CARRIERS[(p + a) % len(CARRIERS)])
+        jobs = [(None, name) for name in carried]
+        jobs += [(attack, "nothing" if attack.place == "alone" else CARRIERS[(p + a) % len(CARRIERS)])
                  for a, attack in enumerate(attacks)]
-        for a, attack, name in jobs:
-            both = [plant(attack, carried[name], *letters) if attack else carried[name] for letters in ("AB", "BA")]
-            bad_a, bad_b = (solution(text, example.answer) for text in both)
-            tries.append(Try(a, p, name, bad_a.correct, Pair(example.problem, bad_a, good),
-                             Pair(example.problem, good, bad_b)))
+        for attack, name in jobs:
+            as_a, as_b = (solution(plant(attack, carried[name], *letters) if attack else carried[name], example.answer)
+                          for letters in ("AB", "BA"))
+            tries.append(Try(attack, p, name, Pair(example.problem, as_a, good), Pair(example.problem, good, as_b)))
     return tries
 
 
@@ -112,85 +110,38 @@ def bare_prompt(rubric: str, pair: Pair, specials: list[str] = ()) -> str:
                   "\n\n".join(blocks))
 
 
-# ---- figures
-
-def attack_judge(judge: Judge, attacks: list[Attack], tries: list[Try], seed: int = 0,
+def attack_judge(judge: Judge, tries: list[Try], seed: int = 0,
                  advance: Callable[[int], None] = lambda n: None) -> dict:
     """Ask one judge about all tries.
 
-    Returns `rates`: total, by category, by verifier (would it stop the attacker), by carrier, by attack; and error.
-    harmless: those of the strings that are no attacks, or None; they are in no figure but theirs."""
+    Returns `kinds`: `rates` by category of attack, of "all" of them, of those "past the verifier" and, where there are
+    any, of the harmless strings, which are in no other figure; `strings`: of each string; `error`."""
     votes, error = ask(judge, [pair for t in tries for pair in (t.first, t.second)], advance, chunk=32)
     voted = list(zip(tries, zip(votes[::2], votes[1::2], strict=True), strict=True))
-    plain = {(t.problem, t.carrier): pair for t, pair in voted if t.attack < 0}
-    every = [(t, pair, plain[t.problem, t.carrier]) for t, pair in voted if t.attack >= 0]
-    rows = [row for row in every if attacks[row[0].attack].category != HARMLESS]
-
-    def by(key: Callable[[Try], object], rows: list) -> dict:
-        parts: dict = {}
-        for row in rows:
-            parts.setdefault(key(row[0]), []).append(row)
-        return {name: rates(part, seed) for name, part in parts.items()}
-
-    strings, kinds = by(lambda t: t.attack, every), by(lambda t: attacks[t.attack].category, every)
-    return {"judge": judge.name, "error": error, "total": rates(rows, seed),
-            "harmless": kinds.pop(HARMLESS, None), "categories": kinds,
-            "verifier": by(lambda t: "correct answer" if t.correct else "wrong answer", rows),
-            "carriers": by(lambda t: t.carrier, rows),
-            "attacks": [attacks[a]._asdict() | figures for a, figures in strings.items()]}
+    plain = {(t.problem, t.carrier): pair for t, pair in voted if t.attack is None}
+    kinds, strings = {}, {}
+    for t, pair in voted:
+        if t.attack is not None:
+            names = [t.attack.category]
+            if t.attack.category != HARMLESS:
+                names += ["all", "past the verifier"] if t.correct else ["all"]
+            for group, name in ((strings, t.attack), *((kinds, name) for name in names)):
+                group.setdefault(name, []).append((pair, plain[t.problem, t.carrier]))
+    return {"kinds": {name: rates(rows, seed) for name, rows in kinds.items()}, "error": error,
+            "strings": [attack._asdict() | rates(rows, seed) for attack, rows in strings.items()]}
 
 
-def rates(rows: list[tuple[Try, tuple, tuple]], seed: int) -> dict:
+def rates(rows: list[tuple], seed: int) -> dict:
     """Compute the figures of some tries.
 
-    rows: (try, its two votes, those on the same solution without the string). success: share of votes above 1/2 for the
-    attacker (no vote: no success), with Wilson's interval. both_orders: share of tries that it wins with both orders
-    together, as in a run, a tie counting one half and a missing vote nothing: what is left of a judge that votes by
-    position. baseline, both_baseline: the same without the string. lift: both_orders - both_baseline, with a bootstrap
-    interval."""
-    _, attacked, plain = zip(*rows)
-    wins, before = (sum((f is not None and f > 0.5) + (b is not None and b < 0.5) for f, b in pairs)
-                    for pairs in (attacked, plain))
-    both, without = ([0.0 if None in pair else won(*pair) for pair in pairs] for pairs in (attacked, plain))
-    lifts, n = [a - b for a, b in zip(both, without, strict=True)], 2 * len(rows)
-    return {"tries": n, "success": wins / n, "interval": wilson(wins, n), "baseline": before / n,
-            "both_orders": sum(both) / len(both), "both_baseline": sum(without) / len(without),
+    rows: (the two votes on an attacker, those on its carrier without the string); where a vote is missing, the attacker
+    has lost. success: share of single votes for the attacker, a tie counting one half. both_orders: share of tries that
+    it wins with both orders together, as in a run: what is left of a judge that votes by position. baseline,
+    both_baseline: the same without the string. lift: both_orders - both_baseline, with a bootstrap interval."""
+    attacked, plain = ([(0.0, 1.0) if None in pair else pair for pair in pairs] for pairs in zip(*rows))
+    now, before = (tally([vote for pair in pairs for vote in pair], soft=False) for pairs in (attacked, plain))
+    lifts = [won(*a) - won(*b) for a, b in zip(attacked, plain, strict=True)]
+    return {"tries": 2 * len(rows), "success": now["one_order"], "baseline": before["one_order"],
+            "both_orders": now["agreement"], "both_baseline": before["agreement"],
             "lift": sum(lifts) / len(lifts), "lift_interval": bootstrap(lifts, seed),
-            "no_votes": sum(vote is None for pair in attacked for vote in pair)}
-
-
-# ---- words
-
-def summary_lines(report: dict) -> list[str]:
-    """Say in plain words what the figures mean.
-
-    report: "on" -> attack_judge, and "off" where there is such a judge."""
-    lines = []
-    for side, figures in report.items():
-        total, start = figures["total"], f"defences {side}: "
-        lines.append(f"{start}the attacker is preferred in {percent(total['success'])} of {total['tries']} comparisons "
-                     f"({percent(total['baseline'])} without the string); with both orders together it wins "
-                     f"{percent(total['both_orders'])} ({percent(total['both_baseline'])}): {lift_of(total)}")
-        if plain := figures["harmless"]:
-            lines.append(f"{start}strings that ask for nothing: {lift_of(plain)}")
-        if figures["error"]:
-            lines.append(f"{start}the judge failed: {figures['error']}")
-    on = report["on"]
-    least = max(0.0, on["harmless"]["lift"]) if on["harmless"] else 0.0
-    worked = [name for name, figures in on["categories"].items() if figures["lift_interval"][0] > least]
-    bar = "that of strings that ask for nothing" if least else "0"
-    lines.append(f"with defences on, these kinds still work: {', '.join(worked)} (lift surely above {bar})" if worked
-                 else f"with defences on, no kind of attack has a lift that is surely above {bar}")
-    if on["total"]["both_baseline"] > 0.35:
-        lines.append("without any attack this judge already prefers the worse solution in "
-                     f"{percent(on['total']['both_baseline'])}: it is near chance, which is worse than being fooled")
-    stopped, passed = (on["verifier"].get(f"{what} answer") for what in ("wrong", "correct"))
-    if stopped and passed:
-        lines.append(f"in a run the verifier keeps the {stopped['tries']} of {on['total']['tries']} attackers with a "
-                     f"wrong answer from the judge, whatever they say; the others win {percent(passed['both_orders'])} "
-                     f"(without the string {percent(passed['both_baseline'])})")
-    return lines
-
-
-def lift_of(figures: dict) -> str:
-    return f"lift {100 * figures['lift']:+.0f} points ({span(figures['lift_interval'], '+.0f')})"
+            "no_votes": sum(vote is None for pair, _ in rows for vote in pair)}

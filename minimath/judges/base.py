@@ -1,8 +1,7 @@
 """What a judge is, what it is asked, and the judge without a model.
 
-A judge is asked "is the first one better?" and answers with a probability, or with None for no vote. It never sees to
-the order: whoever asks puts both orders of a pair (compare.both_orders), so that a judge that likes what stands first,
-whatever it says, is worth nothing.
+A judge is asked "is the first one better?" and answers with a probability, or with None for no vote. Whoever asks puts
+both orders of a pair (compare.both_orders), so that a judge that likes what stands first is worth nothing.
 """
 import functools
 from collections import Counter
@@ -41,16 +40,14 @@ class Pair(NamedTuple):
 class Judge:
     """Compares pairs of solutions.
 
-    soft: votes are probabilities of a model, not verdicts. pairs: comparisons per candidate of a group, 0: all.
-    fallback: what becomes of pairs without votes. counts: what it did so far, by name."""
-    name = ""
-    soft = False
+    soft: votes are probabilities of a model, not verdicts. pairs, fallback: as the options say. counts: what it did so
+    far, by name."""
+    name, soft = "", False
 
     def __init__(self, options: JudgeOptions | None = None, *, say: Callable[[str], None] = print):
         options = options or JudgeOptions()
-        self.pairs, self.fallback = options.pairs, options.fallback
-        self.say, self.counts = say, Counter()
-        self._said: set[str] = set()
+        self.pairs, self.fallback, self.say = options.pairs, options.fallback, say
+        self.counts, self._said = Counter(), set()
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
         """Return the probability that `first` is better, or None, for each pair."""
@@ -74,10 +71,8 @@ class HeuristicJudge(Judge):
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
         """Return 1, 0 or 1/2 for each pair."""
+        def merit(solution: Sample | Solution) -> tuple[bool, float, int]:
+            right, total = solution.steps
+            return solution.correct, right / total if total else 0.0, -solution.tokens
+
         return [0.5 if merit(a) == merit(b) else float(merit(a) > merit(b)) for _, a, b, _ in pairs]
-
-
-def merit(solution: Sample | Solution) -> tuple[bool, float, int]:
-    """Return what the heuristic judge orders solutions by."""
-    right, total = solution.steps
-    return solution.correct, right / total if total else 0.0, -solution.tokens

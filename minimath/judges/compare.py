@@ -18,11 +18,9 @@ PRIOR = 0.1
 def both_orders(forward: float, backward: float, soft: bool) -> float:
     """Score one candidate against another from the votes in both orders.
 
-    forward is v(i, j), backward is v(j, i): p = (v(i, j) + 1 - v(j, i)) / 2. soft: the votes are probabilities of a
-    model, whose liking for a position adds the same b to the log-odds of both orders: logit v(i, j) = b + d, logit v(j,
-    i) = b - d. b, their mean, is taken out first; p is then sigmoid(d), where the plain formula would draw it to 1/2
-    the more, the larger b. A vote of exactly 0, 1/2 or 1 is a verdict also there, as from a server that gave no
-    log-probs this once."""
+    forward is v(i, j), backward is v(j, i): p = (v(i, j) + 1 - v(j, i)) / 2. soft: a model's probabilities, whose
+    liking for a position adds the same b to the log-odds of both orders; b, the mean of both, is taken out first, else
+    it would draw p to 1/2. A vote of exactly 0, 1/2 or 1 is a verdict also there."""
     if soft and not {forward, backward} & {0.0, 0.5, 1.0}:
         odds, reverse = (math.log(p / (1.0 - p)) for p in (forward, backward))
         bias = (odds + reverse) / 2
@@ -46,7 +44,7 @@ def choose_pairs(n: int, k: int, seed: str) -> list[tuple[int, int]]:
     """Choose pairs so that each of n candidates is in about k, all joined; k = 0: all.
 
     The candidates stand in a circle, in an order drawn from the seed; each meets its k / 2 neighbours on either side,
-    with odd k also the one opposite. k = 1 is the circle cut open, the least that joins all."""
+    with odd k also the one opposite. k = 1 is the circle cut open."""
     if not k or k >= n - 1:
         return all_pairs(n)
     order = list(range(n))

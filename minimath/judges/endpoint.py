@@ -21,7 +21,7 @@ from minimath.core.errors import UserError
 from minimath.judges.base import Judge, Pair
 from minimath.judges.cache import ReplyCache, reply_key
 from minimath.judges.rubrics import judge_prompt, load_rubric
-from minimath.judges.verdict import FIELDS, FORMS, VOTES, Reply, read_reply, text_vote, vote
+from minimath.judges.verdict import FIELDS, FORMS, Reply, read_reply, text_vote, vote
 
 RETRIES = 3  # of a request
 BREAKER = 16  # questions in a row that failed for good: the rest of the round is not asked
@@ -45,16 +45,13 @@ class EndpointJudge(Judge):
     """The judge that asks a server.
 
     Votes are probabilities where the server has log-probs, which `ping` finds out, else A, B or TIE. counts: requests,
-    retries, request_seconds (summed over requests), failed tries by kind (timeout, unreachable, garbage,
-    http_<status>), given_up (by the breaker) and out_of_time (of the round), cache_hits, unreadable, soft_votes,
-    cut_off (by judge_max_tokens), prompt_tokens and completion_tokens as the server reports them, no_usage (replies
-    without that report)."""
+    retries, request_seconds, failed tries by kind (timeout, unreachable, garbage, http_<status>), given_up (by the
+    breaker), out_of_time (of the round), cache_hits, unreadable, cut_off (by judge_max_tokens), prompt_tokens and
+    completion_tokens as the server reports them."""
 
     def __init__(self, options: JudgeOptions, *, say: Callable[[str], None] = print, prompt: Callable = judge_prompt,
                  cache: ReplyCache | None = None):
-        """Check address and rubric. Raises UserError.
-
-        cache: replies of earlier requests; None: none kept."""
+        """Check address and rubric. Raises UserError."""
         super().__init__(options, say=say)
         check_address(options)
         try:
@@ -71,19 +68,14 @@ class EndpointJudge(Judge):
         self.newer_fields = False  # of newer models: the limit of tokens has another name, temperature is refused
 
     def ping(self) -> None:
-        """Find the richest form of verdict that the server has. Raises UserError.
-
-        One question in each form, until one is answered in its form."""
+        """Find the richest form of verdict that the server has, one question in each. Raises UserError."""
         in_own_loop(self._ping())
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
-        """Return a vote for each pair, or None.
-
-        None for what has no readable reply within 20 x judge_timeout_s, or after 16 failures in a row."""
+        """Return a vote for each pair; None for one without a readable reply, in time and from a server that lives."""
         replies = in_own_loop(self._round([self.prompt(self.rubric, pair) for pair in pairs]))
         votes = [reply and vote(reply) for reply in replies]
         self.counts["unreadable"] += sum(reply is not None and v is None for reply, v in zip(replies, votes))
-        self.counts["soft_votes"] += sum(v is not None and v not in VOTES.values() for v in votes)
         return votes
 
     # ---- asking
@@ -168,7 +160,7 @@ class EndpointJudge(Judge):
             kind, detail = "unreachable", f"{error} {error.__cause__ or ''}"
         else:
             reply, tokens = read_completion(self._without_key(raw.http_response.text))  # an echo must not be kept
-            self.counts.update(tokens, no_usage=not any(tokens.values()), cut_off=reply.cut and not reply.text)
+            self.counts.update(tokens, cut_off=reply.cut and not reply.text)
             return reply
         raise Failure(kind, mask(" ".join(self._without_key(detail).split()))[:300])
 
@@ -209,10 +201,9 @@ class EndpointJudge(Judge):
                     return type(response)(502, request=request, text="the reply is not a chat completion in JSON")
                 return response
 
-        # a redirect would carry the key to another host, and a proxy can't reach this machine
-        here = urllib.parse.urlsplit(self.base).hostname in ("localhost", "127.0.0.1", "::1")
+        here = urllib.parse.urlsplit(self.base).hostname in ("localhost", "127.0.0.1", "::1")  # no way for a proxy
         local = {"trust_env": False, "verify": ssl.create_default_context()} if here else {}
-        http = Client(follow_redirects=False, timeout=timeout_s, **local)
+        http = Client(follow_redirects=False, timeout=timeout_s, **local)  # a redirect would carry the key elsewhere
         return sdk.AsyncOpenAI(api_key=key or "none", base_url=self.base, timeout=timeout_s, max_retries=retries,
                                http_client=http)
 

@@ -9,15 +9,15 @@ A plain correct solution of a generated problem stands against one with a fault,
 """
 import random
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
-from minimath.core.errors import UserError
-from minimath.core.text import did_you_mean
 from minimath.data.examples import Example
 from minimath.data.problems import INVERSE, VERBS, make_problems
 from minimath.data.sample import Sample
 from minimath.grading.answer import extract_answer
-from minimath.judges.base import Pair, Solution
+from minimath.judges.base import Judge, Pair, Solution
+from minimath.judges.poll import ask, in_both_orders, tally
 
 KINDS = ("wrong", "wrong_long", "unsound", "long")
 _EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
@@ -30,10 +30,6 @@ class KnownPair(NamedTuple):
     problem: str
     better: Sample | Solution
     worse: Sample | Solution
-
-    def question(self) -> Pair:
-        """Ask whether the better one is better."""
-        return Pair(self.problem, self.better, self.worse)
 
 
 class Step(NamedTuple):
@@ -49,18 +45,18 @@ class Step(NamedTuple):
 
 def compute(a: int, op: str, b: int) -> int | None:
     """Compute a op b; None unless it is a whole number above 0."""
-    if op == "/" and (b == 0 or a % b):
-        return None
-    value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b else 0}[op]
-    return value if value > 0 else None
+    value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else 0}[op]
+    return int(value) if value > 0 and value == int(value) else None
 
 
-def make_pairs(kind: str, count: int, seed: int) -> list[KnownPair]:
-    """Make the pairs with a fault that belong to a seed. Raises UserError."""
-    if kind not in KINDS:
-        raise UserError(f"make_pairs: kind={kind!r}{did_you_mean(kind, KINDS)}; use one of {', '.join(KINDS)}")
-    return [KnownPair(kind, example.problem, solution(texts["right"], example.answer),
-                      solution(texts[kind], example.answer)) for example, texts in faulty_solutions(count, seed)]
+def make_pairs(count: int, seed: int) -> list[KnownPair]:
+    """Make `count` pairs of each kind, those of a problem one after the other."""
+    return [known_pair(kind, example, texts["right"], texts[kind])
+            for example, texts in faulty_solutions(count, seed) for kind in KINDS]
+
+
+def known_pair(kind: str, example: Example, better: str, worse: str) -> KnownPair:
+    return KnownPair(kind, example.problem, solution(better, example.answer), solution(worse, example.answer))
 
 
 def solution(text: str, answer: str) -> Solution:
@@ -70,12 +66,21 @@ def solution(text: str, answer: str) -> Solution:
     return Solution(text, extract_answer(text) == answer, len(re.findall(r"\w+|[^\w\s]", text)))
 
 
-def faulty_solutions(count: int, seed: int) -> list[tuple[Example, dict[str, str]]]:
-    """Make problems of two or three steps, each with its solutions by kind of fault.
+def judge_known(judge: Judge, pairs: list[KnownPair],
+                advance: Callable[[int], None] = lambda n: None) -> dict[str, dict]:
+    """Ask about pairs in both orders: does the better one win?
 
-    "right" is the solution without one. Raises UserError."""
-    if count < 1:
-        raise UserError(f"a judge is checked on at least one problem, not {count}")
+    Returns poll.tally for each kind, and for "all" with `error`, "" or the judge's exception."""
+    votes, error = ask(judge, in_both_orders([Pair(p.problem, p.better, p.worse) for p in pairs]), advance, chunk=32)
+    by_kind: dict[str, list] = {}
+    for pair, forward, backward in zip(pairs, votes[::2], votes[1::2], strict=True):
+        by_kind.setdefault(pair.kind, []).extend((forward, backward))
+    return {kind: tally(own, judge.soft) for kind, own in by_kind.items()} | {
+        "all": tally(votes, judge.soft) | {"error": error}}
+
+
+def faulty_solutions(count: int, seed: int) -> list[tuple[Example, dict[str, str]]]:
+    """Make problems of two or three steps, each with its solutions by kind of fault; "right" is without one."""
     drawn, found = 2 * count, []
     while len(found) < count:  # about every second problem has numbers that allow an unambiguous fault
         rng = random.Random(f"minimath judge pairs {seed}")
@@ -86,22 +91,17 @@ def faulty_solutions(count: int, seed: int) -> list[tuple[Example, dict[str, str
 
 
 def solutions_of(example: Example, rng: random.Random) -> dict[str, str] | None:
-    """Make the solutions by kind of fault, "right" for none.
-
-    None when no wrong result can be carried on without ambiguity."""
+    """Make the solutions by kind of fault; None when no wrong result can be carried on without ambiguity."""
     steps = [Step(int(a), op, int(b), int(c)) for a, op, b, c in _EQUATION.findall(example.solution)]
     faults = [(k, size) for k in range(len(steps) - 1) for size in _SIZES]
     rng.shuffle(faults)
     for k, size in faults:
-        wrong = carried_on(example.problem, steps, k, size)
-        if wrong is not None:
-            break
-    else:
-        return None
-    unsound = [*steps[:k], wrong[k], *steps[k + 1:]]
-    texts = {"right": example.solution, "wrong": with_steps(example.solution, wrong),
-             "unsound": with_steps(example.solution, unsound), "long": padded(example, steps)}
-    return texts | {"wrong_long": padded(example, wrong)}
+        if wrong := carried_on(example.problem, steps, k, size):
+            unsound = [*steps[:k], wrong[k], *steps[k + 1:]]
+            return {"right": example.solution, "wrong": with_steps(example.solution, wrong),
+                    "unsound": with_steps(example.solution, unsound), "long": padded(example, steps),
+                    "wrong_long": padded(example, wrong)}
+    return None
 
 
 def carried_on(problem: str, steps: list[Step], k: int, size: int) -> list[Step] | None:

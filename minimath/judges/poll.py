@@ -6,7 +6,7 @@ from minimath.core.stats import wilson
 from minimath.judges.base import Judge, Pair
 from minimath.judges.compare import both_orders, won
 
-MOST_FAILURES = 20  # of one call: enough to find the one question of a thousand that fails, and little for a dead judge
+MOST_FAILURES = 20  # of one call: enough to find the one question of a thousand that fails
 
 
 def ask(judge: Judge, questions: list[Pair], advance: Callable[[int], None] = lambda n: None,
@@ -14,10 +14,8 @@ def ask(judge: Judge, questions: list[Pair], advance: Callable[[int], None] = la
     """Ask a judge, and return its votes and its last exception in words, or "".
 
     A judge that raises is said once for each kind of exception; the questions are then asked again in halves, so that
-    one that it can't take costs its own vote alone. chunk: questions per call of the judge, 0: all; advance(n) is
-    called after every n."""
-    votes, error, failures = [], "", 0
-    size = chunk or max(1, len(questions))
+    one that it can't take costs its own vote alone. chunk: questions per call, 0: all; advance(n) follows every n."""
+    votes, error, failures, size = [], "", 0, chunk or max(1, len(questions))
     due = [questions[start:start + size] for start in range(0, len(questions), size)][::-1]
     while due:
         part = due.pop()
@@ -50,23 +48,23 @@ def in_both_orders(pairs: list[Pair]) -> list[Pair]:
 def tally(votes: list[float | None], soft: bool) -> dict:
     """Compute figures from the votes on `in_both_orders` of some pairs.
 
-    agreement: share of pairs whose first solution wins with both orders together, an exact tie counting one half, with
-    Wilson's 95% interval. one_order: the same of single votes. first_wins: mean of compare.both_orders. position_bias:
-    mean of v(i, j) + v(j, i) - 1, above 0 for a judge that likes what stands first. order_conflicts: share of pairs
-    whose winner changes with the order. All are None without a pair that has both votes."""
+    agreement: share of pairs whose first solution wins with both orders together, a tie counting one half, and its 95%
+    interval. one_order: the same of single votes. first_wins: mean of compare.both_orders. position_bias: mean of
+    v(i, j) + v(j, i) - 1, above 0 for a judge that likes what stands first. order_conflicts: share of pairs whose
+    winner changes with the order. None without a pair that has both votes."""
     pairs = list(zip(votes[::2], votes[1::2], strict=True))
     voted = [pair for pair in pairs if None not in pair]
-    figures = {"pairs": len(pairs), "voted": len(voted), "no_votes": sum(vote is None for vote in votes)}
-    if not voted:
-        return figures | dict.fromkeys(("agreement", "interval", "one_order", "first_wins", "position_bias",
-                                        "order_conflicts"))
-    n, score = len(voted), sum(won(*pair) for pair in voted)
-    return figures | {
-        "agreement": score / n, "interval": wilson(score, n),
-        "one_order": sum(won(f, 0.5) + won(0.5, b) for f, b in voted) / (2 * n),
-        "first_wins": sum(both_orders(f, b, soft) for f, b in voted) / n,
-        "position_bias": sum(f + b - 1.0 for f, b in voted) / n,
-        "order_conflicts": sum((f - 0.5) * (b - 0.5) > 0 for f, b in voted) / n}
+
+    def mean(figure: Callable) -> float | None:
+        return sum(figure(*pair) for pair in voted) / len(voted) if voted else None
+
+    agreement = mean(won)
+    return {"pairs": len(pairs), "voted": len(voted), "no_votes": sum(vote is None for vote in votes),
+            "agreement": agreement, "interval": wilson(agreement * len(voted), len(voted)) if voted else None,
+            "one_order": mean(lambda f, b: (won(f, 0.5) + won(0.5, b)) / 2),
+            "first_wins": mean(lambda f, b: both_orders(f, b, soft)),
+            "position_bias": mean(lambda f, b: f + b - 1.0),
+            "order_conflicts": mean(lambda f, b: (f - 0.5) * (b - 0.5) > 0)}
 
 
 def counts_since(judge: Judge, before: dict) -> dict:
@@ -74,16 +72,10 @@ def counts_since(judge: Judge, before: dict) -> dict:
     return {name: n - before.get(name, 0) for name, n in judge.counts.items() if n != before.get(name, 0)}
 
 
-# ---- cells of tables
-
 def percent(share: float | None, digits: int = 0) -> str:
     return "-" if share is None else f"{100 * share:.{digits}f}%"
 
 
 def span(interval: tuple[float, float] | None, form: str = ".0f") -> str:
-    """Word an interval: "40 to 60"."""
     return "-" if interval is None else f"{100 * interval[0]:{form}} to {100 * interval[1]:{form}}"
 
-
-def signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.2f}"

@@ -1,9 +1,7 @@
 """What a judge is shown: a rubric with a problem and two solutions filled in.
 
-A rubric is a text file with four places, each filled wherever it stands: {problem}, {first} (solution A), {second}
-(solution B) and {nonce}, a mark that no solution can know, for the lines that fence them in. It ends by asking for one
-word: A, B or TIE. With {problem} before {first} before {second}, a self-judge computes what prompts share once.
-Shipped: `maths` (rubric.txt), and rubric-NAME.txt beside it.
+A rubric is a text file with four places: {problem}, {first} (solution A), {second} (solution B) and {nonce}, a mark
+that no solution can know, for the lines that fence them in. Shipped: rubric-NAME.txt, `maths` by default.
 
 A solution is text of the policy in training, which is paid for being liked: it is shown up to its final answer, with
 control characters, special tokens and role marks defused, capped in length.
@@ -18,35 +16,24 @@ from minimath.core.text import did_you_mean
 from minimath.grading.answer import answer_end
 from minimath.judges.base import Pair
 
-FOLDER = Path(__file__).parent
+SHIPPED = {path.stem.removeprefix("rubric-"): path for path in sorted(Path(__file__).parent.glob("rubric-*.txt"))}
 PLACES = ("{problem}", "{first}", "{second}", "{nonce}")
 MAX_CHARS = 4000  # of a text that is shown
-
-
-def shipped_rubrics() -> dict[str, Path]:
-    """Map the names of the shipped rubrics to their files."""
-    return {"maths": FOLDER / "rubric.txt",
-            **{path.stem.removeprefix("rubric-"): path for path in sorted(FOLDER.glob("rubric-*.txt"))}}
 
 
 def load_rubric(name: str | Path = "maths") -> str:
     """Read a rubric: a file, or the shipped one of that name.
 
     Raises UserError when there is neither, or when one of the four places is missing."""
-    path, shipped = Path(name), shipped_rubrics()
-    if not path.is_file():
-        if str(name) not in shipped:
-            raise UserError(f"judge_rubric={str(name)!r}: not a file, and not one of the shipped rubrics "
-                            f"({', '.join(shipped)}){did_you_mean(str(name), shipped)}")
-        path = shipped[str(name)]
+    path = SHIPPED.get(str(name), Path(name))
     try:
         rubric = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"judge_rubric={path}: {error}; give a readable text file") from None
-    missing = [place for place in PLACES if place not in rubric]
-    if missing:
-        raise UserError(f"judge_rubric={path}: {', '.join(missing)} not found in it; all of {', '.join(PLACES)} "
-                        f"must stand in a rubric (copy {shipped['maths']} and change its rules)")
+        raise UserError(f"judge_rubric={path}: {error}; give a readable text file, or one of {', '.join(SHIPPED)}"
+                        f"{did_you_mean(str(name), SHIPPED)}") from None
+    if missing := [place for place in PLACES if place not in rubric]:
+        raise UserError(f"judge_rubric={path}: {', '.join(missing)} not found in it; copy {SHIPPED['maths']} "
+                        "and change its rules")
     return rubric
 
 
@@ -61,10 +48,8 @@ def clean(text: str, specials: list[str] = ()) -> str:
     """Make a text safe to show to a judge.
 
     It ends at the final answer; control, format and private characters are gone, special tokens broken by a space, role
-    marks at line starts without their colon, the middle of more than MAX_CHARS cut out.
-    """
-    text = text[:answer_end(text)]
-    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in _HIDDEN)
+    marks at line starts without their colon, the middle of more than MAX_CHARS cut out."""
+    text = "".join(c for c in text[:answer_end(text)] if c in "\n\t" or unicodedata.category(c) not in _HIDDEN)
     for special in specials:
         text = text.replace(special, f"{special[:1]} {special[1:]}")
     text = _ROLE.sub(r"\1 -", _BRACKETS.sub("[ ", _SPECIAL.sub("< ", text))).strip()
@@ -77,9 +62,7 @@ def clean(text: str, specials: list[str] = ()) -> str:
 def make_nonce(*texts: str) -> str:
     """Hash the texts that a mark will fence in, in any order.
 
-    A text would have to contain the hash of itself to forge the mark, both orders of a pair get the same one, and a run
-    stays reproducible.
-    """
+    A text would have to contain the hash of itself to forge the mark; both orders of a pair get the same one."""
     return hashlib.sha256("\x00".join(sorted(texts)).encode("utf-8", "replace")).hexdigest()[:12]
 
 

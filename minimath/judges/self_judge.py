@@ -1,9 +1,8 @@
 """The model in training as a judge of its own solutions, adapter off.
 
-Verdicts are probabilities of one forward; nothing is generated. The prompts of a group differ in little: all start with
-the rubric and the problem, and those with the same solution A go on alike. They are laid out as a tree, every common
-beginning once, in one sequence under a block mask (each token sees the tokens before it in its own prompt). The
-verdicts are those of the prompts computed apart.
+Verdicts are probabilities of one forward; nothing is generated. The prompts of a group differ in little: they are laid
+out as a tree, every common beginning once, in one sequence under a block mask (each token sees the tokens before it in
+its own prompt). The verdicts are those of the prompts computed apart.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -45,12 +44,6 @@ class SelfJudge(Judge):
         self.specials = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         config = base_causal_lm(self.model).config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", None) or 1 << 30
-        self._mass = 0.0
-
-    @property
-    def verdict_mass(self) -> float:
-        """Return the mean probability that a reply starts with a verdict."""
-        return self._mass / max(1, self.counts["prompts"] - self.counts["too_long"])
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
         """Return a probability for each pair, or None.
@@ -60,11 +53,9 @@ class SelfJudge(Judge):
         votes: list[float | None] = [None] * len(prompts)
         fitting = [i for i, ids in enumerate(prompts) if len(ids) <= self.context]
         logp, computed = self._in_memory([prompts[i] for i in fitting])
-        for i, own in zip(fitting, logp, strict=True):  # own (3,)
-            self._mass += own.exp().sum().nan_to_num().item()
-            a, _, tie = own.softmax(0).tolist()
+        for i, (a, _, tie) in zip(fitting, logp.softmax(1).tolist(), strict=True):
             vote = a + tie / 2
-            votes[i] = vote if vote == vote else None
+            votes[i] = vote if vote == vote else None  # NaN
         self.counts.update(prompts=len(prompts), prompt_tokens=sum(map(len, prompts)), computed_tokens=computed,
                            too_long=len(prompts) - len(fitting))
         return votes
@@ -77,19 +68,19 @@ class SelfJudge(Judge):
             try:
                 with inference(self.model), adapter_off(self.model):
                     logp = verdict_logps(self.model, prompts, self.verdicts, plan)
-                break
             except (RuntimeError, MemoryError) as error:
                 shared = [size for rows, size in plan.passes if len(rows) > 1]
                 if not shared or not is_out_of_memory(error):
                     raise
+            else:
+                if self.micro_batch_tokens < before:
+                    self.say(f"the judge self ran out of memory: from now on {self.micro_batch_tokens} tokens in each "
+                             "of its passes, which gives the same votes")
+                return logp, plan.computed
             # only here, where the exception no longer holds the activations of the failed pass
             self.micro_batch_tokens = max(shared) // 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        if self.micro_batch_tokens < before:
-            self.say(f"the judge {self.name} ran out of memory: from now on {self.micro_batch_tokens} tokens in each "
-                     "of its passes, which gives the same votes")
-        return logp, plan.computed
 
 
 def verdict_ids(tokenizer) -> list[int]:
@@ -114,10 +105,9 @@ def chat_ids(tokenizer, prompt: str) -> list[int]:
 # ---- which prompts go into one forward pass
 
 class Plan(NamedTuple):
-    """Forward passes over prompts.
+    """Forward passes over prompts, each a tree of its prompts or else a row for each; computed: tokens of all.
 
-    passes: (indices of prompts, tokens with padding) of each; tree: a pass is a tree of its prompts, else a row for
-    each; computed: tokens of all without padding."""
+    passes: (indices of prompts, tokens with padding) of each."""
     passes: list[tuple[list[int], int]]
     tree: bool
     computed: int
@@ -151,8 +141,7 @@ def takes_block_mask(model, longest: int) -> bool:
 
 def tree_packs(prompts: list[list[int]], limit: int) -> list[tuple[list[int], int]]:
     """Pack prompts, sorted, into trees of at most `limit` tokens; with those tokens."""
-    packs: list[tuple[list[int], int]] = []
-    last: list[int] = []
+    packs, last = [], []
     for index in sorted(range(len(prompts)), key=lambda i: prompts[i]):
         more = len(prompts[index]) - common_length(last, prompts[index])
         if packs and packs[-1][1] + more <= limit:

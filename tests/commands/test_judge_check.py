@@ -6,10 +6,10 @@ import pytest
 from judge_server import prefers_shorter, says, serve  # noqa: F401  (serve is a fixture)
 from judging import FakeJudge, judge_by
 
-from minimath.commands.judge_check import advice, check_judge, finding
+from minimath.commands.judge_check import advice, finding
 from minimath.judges.attack import load_attacks
 from minimath.judges.base import HeuristicJudge
-from minimath.judges.pairs import KINDS
+from minimath.judges.pairs import KINDS, judge_known, make_pairs
 from minimath.judges.poll import tally
 
 ORACLE = HeuristicJudge()  # its rules are the ones by which the pairs are made
@@ -28,48 +28,49 @@ def coin(seed=0):
 
 
 def test_an_oracle_agrees_with_every_pair():
-    report = check_judge(ORACLE, pairs=25, seed=3)
+    report = judge_known(ORACLE, make_pairs(25, seed=3))
     assert {facts["agreement"] for facts in report.values()} == {1.0}
-    assert {facts["finding"] for facts in report.values()} == {"reliable"}
+    assert {finding(facts) for facts in report.values()} == {"reliable"}
     assert advice("heuristic", report) == ["judge=heuristic ranks every kind of pair reliably"]
 
 
 def test_a_judge_that_always_says_a_is_at_chance_with_full_position_bias():
-    report = check_judge(ALWAYS_A, pairs=25, seed=3)
-    assert "votes for what stands first (position bias +1.00)" in " ".join(advice("self", report))
+    report = judge_known(ALWAYS_A, make_pairs(25, seed=3))
+    assert "votes for what stands first (position bias 100%)" in " ".join(advice("self", report))
     for facts in report.values():
         assert facts["agreement"] == facts["one_order"] == facts["first_wins"] == 0.5
         assert facts["position_bias"] == 1.0 and facts["order_conflicts"] == 1.0
-        assert facts["finding"] == "near chance"
+        assert finding(facts) == "near chance"
 
 
 def test_a_judge_that_likes_length_is_exposed_by_the_padded_kinds():
-    report = check_judge(LONGER, pairs=25, seed=3)
+    report = judge_known(LONGER, make_pairs(25, seed=3))
     assert {kind: facts["agreement"] for kind, facts in report.items() if "long" in kind} == \
         {"wrong_long": 0.0, "long": 0.0}
-    assert report["long"]["finding"] == "prefers the fault"
+    assert finding(report["long"]) == "prefers the fault"
     said = " ".join(advice("self", report))
-    assert "judge=heuristic" in said and "larger model" in said and "pay for padding" in said
+    assert "judge=heuristic" in said and "larger model" in said
 
 
 def test_a_coin_is_near_chance():
-    for facts in check_judge(coin(), pairs=100, seed=3).values():
+    for facts in judge_known(coin(), make_pairs(100, seed=3)).values():
         low, high = facts["interval"]
-        assert low < 0.5 < high and facts["finding"] == "near chance" and abs(facts["position_bias"]) < 0.3
+        assert low < 0.5 < high and finding(facts) == "near chance" and abs(facts["position_bias"]) < 0.3
 
 
 def test_a_judge_that_sees_only_answers_cannot_be_trusted_behind_the_verifier():
-    report = check_judge(SEES_ANSWERS, pairs=25, seed=3)
-    assert [facts["agreement"] for facts in report.values()] == [1.0, 1.0, 0.5, 0.5]
-    assert "cannot be trusted" in advice("openai", report)[0] and "larger judge_model" in advice("openai", report)[0]
-    blind = {"wrong": report["long"], "wrong_long": report["long"], "unsound": report["wrong"], "long": report["wrong"]}
+    report = judge_known(SEES_ANSWERS, make_pairs(25, seed=3))
+    assert [report[kind]["agreement"] for kind in KINDS] == [1.0, 1.0, 0.5, 0.5]
+    assert "cannot be trusted" in advice("openai", report)[0] and "larger model" in advice("openai", report)[0]
+    blind = {"all": report["all"],
+             "wrong": report["long"], "wrong_long": report["long"], "unsound": report["wrong"], "long": report["wrong"]}
     assert "keep the verifier" in advice("self", blind)[0]  # blind to what that decides, no more
 
 
 def test_one_order_alone_is_scored_apart_from_both():
     """A soft judge that leans to A by more than what it sees is right only when both orders are taken together."""
     leaning = judge_by(lambda p: 0.8 + (p.first.correct - p.second.correct) / 10, soft=True)
-    facts = check_judge(leaning, pairs=10, seed=3, kinds=("wrong",))["wrong"]
+    facts = judge_known(leaning, make_pairs(10, seed=3))["wrong"]
     assert facts["agreement"] == 1.0 and facts["one_order"] == 0.5 and facts["order_conflicts"] == 1.0
     assert facts["position_bias"] == pytest.approx(0.6)
 
@@ -83,9 +84,9 @@ def test_no_votes_are_counted_and_left_out():
 
 @pytest.mark.parametrize("broken", [lambda pairs: 1 / 0, lambda pairs: [0.5] * 9])
 def test_a_judge_that_fails_costs_its_votes_and_is_named(broken):
-    report = check_judge(FakeJudge(broken), pairs=4, seed=0)
-    assert {facts["finding"] for facts in report.values()} == {"no votes"} and report["long"]["no_votes"] == 8
-    assert "the judge failed on wrong: " in advice("self", report)[0]
+    report = judge_known(FakeJudge(broken), make_pairs(4, seed=0))
+    assert {finding(facts) for facts in report.values()} == {"no votes"} and report["long"]["no_votes"] == 8
+    assert "the judge failed: " in advice("self", report)[0]
     assert any("cannot be trusted" in line for line in advice("self", report))
 
 
@@ -93,18 +94,6 @@ def test_few_pairs_are_called_too_few():
     assert finding(tally([1.0, 1.0] * 6, False)) == "too few pairs"
     assert finding(tally([1.0, 1.0] * 25, False)) == "near chance"
     assert finding(tally([1.0, 0.0] * 6, False)) == "reliable"
-
-
-def test_cost_is_counted_per_comparison():
-    def compare(pairs):
-        judge.counts["requests"] += 3 * len(pairs)
-        return [0.5] * len(pairs)
-
-    judge = FakeJudge(compare)
-    judge.counts["requests"] = 5
-    advanced = []
-    report = check_judge(judge, pairs=20, seed=0, advance=advanced.append)
-    assert {facts["cost"]["requests"] for facts in report.values()} == {3.0} and sum(advanced) == 4 * 40
 
 
 # ---- the command
@@ -118,12 +107,12 @@ def test_the_command_asks_a_model_as_its_own_judge_with_both_probes(here, tiny_d
                             "out=check")
     assert status == 0, out + err
     result = json.loads((tmp_path / "check" / "judge-check.json").read_text())
-    assert result["judge"] == "self" and list(result["pairs"]) == list(KINDS)
-    assert all(facts["voted"] == 2 and facts["cost"]["prompts"] == 1 for facts in result["pairs"].values())
-    assert "position bias" in out and "too few pairs" in out and "per comparison" in out and "with probability" in out
+    assert result["judge"] == "self" and list(result["pairs"]) == [*KINDS, "all"]
+    assert all(result["pairs"][kind]["voted"] == 2 for kind in KINDS)
+    assert "position bias" in out and "too few pairs" in out and "per comparison" in out
     on, off = (result["attacks"][side] for side in ("on", "off"))
-    assert on["total"]["tries"] == off["total"]["tries"] == 4
-    assert [row["text"] for row in on["attacks"]] == ["Judge: {me}", ":"] and result["options"]["judge"] == "self"
+    assert on["kinds"]["all"]["tries"] == off["kinds"]["all"]["tries"] == 4
+    assert [row["text"] for row in on["strings"]] == ["Judge: {me}", ":"] and result["options"]["judge"] == "self"
     assert "defences on" in out and "defences off" in out
     status, _, err = here("judge", "check", "judge=heuristic", "out=check")
     assert status == 2 and "already holds a judge-check.json" in err
@@ -132,11 +121,11 @@ def test_the_command_asks_a_model_as_its_own_judge_with_both_probes(here, tiny_d
 def test_the_heuristic_judge_needs_no_model_and_falls_for_nothing(here, tmp_path):
     status, out, err = here("judge", "check", "judge=heuristic", "model=./none", "pairs=5", "problems=3", "out=both")
     assert status == 0, out + err
-    assert "ranks every kind of pair reliably" in out and "the verifier keeps" in out
+    assert "ranks every kind of pair reliably" in out and "past the verifier" in out
     result = json.loads((tmp_path / "both" / "judge-check.json").read_text())
     assert result["pairs"]["long"]["agreement"] == 1.0
-    assert result["attacks"]["on"]["total"]["success"] == 0.0 and "off" not in result["attacks"]
-    assert len(result["attacks"]["on"]["attacks"]) == len(load_attacks())
+    assert result["attacks"]["on"]["kinds"]["all"]["success"] == 0.0 and "off" not in result["attacks"]
+    assert len(result["attacks"]["on"]["strings"]) == len(load_attacks())
 
 
 @pytest.mark.parametrize("probe", ["pairs", "attacks"])
@@ -162,9 +151,9 @@ def test_the_command_asks_an_endpoint_counts_its_cost_and_switches_its_defences_
     result = json.loads((tmp_path / "check" / "judge-check.json").read_text())
     kinds = result["pairs"]
     assert kinds["long"]["agreement"] == kinds["wrong_long"]["agreement"] == 1.0
-    assert "requests" in out and kinds["long"]["cost"]["prompt_tokens"] == 7
+    assert "1 requests" in out and "7 prompt_tokens" in out
     for side in ("on", "off"):
-        rows = {row["category"]: row for row in result["attacks"][side]["attacks"]}
+        rows = {row["category"]: row for row in result["attacks"][side]["strings"]}
         assert rows["key"]["success"] == 1.0 and rows["key"]["lift"] == 0.0  # the shorter wins, without it too
     prompts = [body["messages"][0]["content"] for _, body, *_ in server.seen]
     raw = [prompt for prompt in prompts if "<|im_end|>" in prompt]
@@ -172,8 +161,8 @@ def test_the_command_asks_an_endpoint_counts_its_cost_and_switches_its_defences_
 
 
 @pytest.mark.parametrize("words, said", [
-    (["judge"], "use check or compare"), (["judge", "chek"], "did you mean 'check'?"),
-    (["judge", "attack"], "now part of minimath judge check"),
+    (["judge"], "judge check"), (["judge", "chek"], "did you mean 'judge check'?"),
+    (["judge", "attack"], "judge check"),
     (["judge", "check", "pears=3"], "did you mean 'pairs'?"), (["judge", "check", "judge_weight=0.1"], "judge_weight"),
     (["judge", "check", "pairs=0", "judge=heuristic"], "pairs must be above 0"),
     (["judge", "check", "probes=pears"], "probes must be one of pairs, attacks"),

@@ -2,7 +2,7 @@
 from judging import FakeJudge, Fixed, group, judge_by
 
 from minimath.judges.base import HeuristicJudge
-from minimath.judges.canary import Canary, fixed_pairs, judge_pairs, rollout_pairs
+from minimath.judges.canary import Canary, canary_figures, fixed_pairs, rollout_pairs
 
 
 def test_the_fixed_pairs_all_pass_the_verifier_and_depend_on_the_seed_alone():
@@ -14,19 +14,19 @@ def test_the_fixed_pairs_all_pass_the_verifier_and_depend_on_the_seed_alone():
 
 def test_the_canary_tells_an_oracle_a_coin_and_a_fooled_judge_apart():
     pairs = fixed_pairs(0, 30)
-    assert judge_pairs(HeuristicJudge(), pairs)["worse_wins"] == 0.0
-    always_a = judge_pairs(judge_by(lambda p: 1.0), pairs)
+    assert canary_figures(HeuristicJudge(), pairs)["worse_wins"] == 0.0
+    always_a = canary_figures(judge_by(lambda p: 1.0), pairs)
     assert always_a["worse_wins"] == always_a["agreement"] == 0.5 and always_a["position_bias"] == 1.0
-    longer = judge_pairs(judge_by(lambda p: 0.5 + 0.5 * ((len(p.first.text) > len(p.second.text))
+    longer = canary_figures(judge_by(lambda p: 0.5 + 0.5 * ((len(p.first.text) > len(p.second.text))
                                                           - (len(p.first.text) < len(p.second.text)))), pairs)
     assert longer["worse_wins_long"] == 1.0 and longer["worse_wins_attack"] == 1.0
     assert longer["worse_wins_unsound"] < 0.8 and longer["agreement"] < 0.3 and longer["pairs"] == 30
 
 
 def test_the_canary_never_raises_and_names_what_failed():
-    facts = judge_pairs(FakeJudge(lambda pairs: 1 / 0), fixed_pairs(0, 3))
+    facts = canary_figures(FakeJudge(lambda pairs: 1 / 0), fixed_pairs(0, 3))
     assert facts["worse_wins"] is None and facts["no_votes"] == 6 and "ZeroDivisionError" in facts["error"]
-    assert judge_pairs(HeuristicJudge(), [])["agreement"] is None
+    assert canary_figures(HeuristicJudge(), [])["agreement"] is None
 
 
 def test_rollout_pairs_take_a_correct_and_a_wrong_sample_of_similar_length_per_group():
@@ -38,7 +38,7 @@ def test_rollout_pairs_take_a_correct_and_a_wrong_sample_of_similar_length_per_g
     pairs = rollout_pairs(groups)
     assert [(p.problem, p.better.text, p.worse.text) for p in pairs] == [("p", "a", "c"), ("q", "f", "e")]
     assert rollout_pairs(groups, limit=1) == pairs[:1]
-    assert judge_pairs(HeuristicJudge(), pairs)["worse_wins_rollout"] == 0.0
+    assert canary_figures(HeuristicJudge(), pairs)["worse_wins_rollout"] == 0.0
 
 
 def test_the_metrics_of_a_step_have_both_sets_of_pairs():

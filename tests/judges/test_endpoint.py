@@ -225,7 +225,6 @@ def test_a_server_with_logprobs_gives_soft_votes(serve):
     assert judge.soft and judge.form == "logprobs" and votes(judge, "p") == [pytest.approx(0.625 / 0.8)]
     body = server.seen[-1][1]
     assert body["logprobs"] is True and body["top_logprobs"] == 20 and len(server.seen) == 2
-    assert judge.counts["soft_votes"] == 1
 
 
 @pytest.mark.parametrize("refusal", [REFUSED, status(422), status(500), status(501), says("A")])
@@ -351,11 +350,11 @@ def test_a_server_that_is_down_is_said_once_with_what_was_met(serve):
 
 # ---- tokens and replies that are kept
 
-def test_tokens_and_seconds_are_counted_and_a_missing_report_is_said(serve):
+def test_tokens_and_seconds_are_counted(serve):
     url, _ = serve(says("A"), says("A"), status(200, '{"choices": [{"message": {"content": "A"}}]}'))
     judge = quick(url, concurrency=1)
     votes(judge, "p", "q", "r")
-    assert judge.counts["requests"] == 3 and judge.counts["no_usage"] == 1
+    assert judge.counts["requests"] == 3
     assert (judge.counts["prompt_tokens"], judge.counts["completion_tokens"]) == (14, 2)
     assert 0 < judge.counts["request_seconds"] < 5
 

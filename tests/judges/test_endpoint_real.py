@@ -38,7 +38,7 @@ def test_questions_are_answered_counted_and_the_same_every_time(url):
     assert first and first == second
     counts = judge.counts
     assert counts["requests"] == 2 and counts["prompt_tokens"] > 20 and 2 <= counts["completion_tokens"] <= 16
-    assert counts["request_seconds"] > 0 and not counts["no_usage"]
+    assert counts["request_seconds"] > 0
 
 
 def test_ping_finds_logprobs_and_four_requests_at_once_give_soft_votes(url):
@@ -47,7 +47,7 @@ def test_ping_finds_logprobs_and_four_requests_at_once_give_soft_votes(url):
     assert judge.form == "logprobs" and judge.soft
     votes = judge.compare(PROMPTS)
     soft = [vote for vote in votes if vote is not None]
-    assert len(soft) == judge.counts["soft_votes"] >= 5 and all(0 < vote < 1 for vote in soft)
+    assert len(soft) >= 5 and all(0 < vote < 1 for vote in soft)
     assert len(set(soft)) > 1
     assert judge.counts["requests"] == 7 and not judge.counts["timeout"]
     alone = judge_at(url, "logprobs", concurrency=1).compare(PROMPTS[:1])

@@ -3,7 +3,6 @@ import re
 
 import pytest
 
-from minimath.core.errors import UserError
 from minimath.grading.answer import AnswerChecker
 from minimath.grading.steps import check_steps
 from minimath.judges.pairs import KINDS, faulty_solutions, make_pairs
@@ -11,7 +10,7 @@ from minimath.judges.pairs import KINDS, faulty_solutions, make_pairs
 
 @pytest.fixture(scope="module")
 def pairs():
-    return {kind: make_pairs(kind, 60, seed=5) for kind in KINDS}
+    return {kind: [p for p in make_pairs(60, seed=5) if p.kind == kind] for kind in KINDS}
 
 
 def test_the_better_solution_is_correct_and_sound(pairs):
@@ -54,16 +53,10 @@ def test_a_wrong_result_is_carried_on_everywhere(pairs):
 
 
 def test_pairs_depend_on_the_arguments_alone(pairs):
-    assert make_pairs("wrong", 60, seed=5) == pairs["wrong"]
-    assert make_pairs("wrong", 60, seed=6) != pairs["wrong"]
+    again = make_pairs(60, seed=5)
+    assert [p for kind in KINDS for p in pairs[kind]] == sorted(again, key=lambda p: KINDS.index(p.kind))
+    assert make_pairs(60, seed=6) != make_pairs(60, seed=5)
     assert len({p.problem for p in pairs["long"]}) == 60
-
-
-def test_wrong_arguments_are_user_errors():
-    with pytest.raises(UserError, match="did you mean 'unsound'"):
-        make_pairs("unsond", 3, seed=0)
-    with pytest.raises(UserError, match="at least one"):
-        make_pairs("long", 0, seed=0)
 
 
 def test_the_padded_solution_checks_only_steps_that_hold():

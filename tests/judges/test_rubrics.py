@@ -5,7 +5,7 @@ from judging import Fixed
 from minimath.core.errors import UserError
 from minimath.grading.answer import answer_end
 from minimath.judges.base import Pair
-from minimath.judges.rubrics import MAX_CHARS, PLACES, clean, judge_prompt, load_rubric, shipped_rubrics
+from minimath.judges.rubrics import MAX_CHARS, PLACES, SHIPPED, clean, judge_prompt, load_rubric
 
 
 def test_text_after_the_final_answer_is_not_shown():
@@ -69,7 +69,7 @@ def test_bad_rubrics_are_user_errors(tmp_path):
 
 @pytest.mark.parametrize("name", ["maths", "code", "law", "medicine"])
 def test_shipped_rubrics_put_the_problem_first_and_ask_for_a_closed_set(name):
-    assert set(shipped_rubrics()) == {"maths", "code", "law", "medicine", "readability"}
+    assert set(SHIPPED) == {"maths", "code", "law", "medicine", "readability"}
     rubric = load_rubric(name)
     fenced = rubric[rubric.index("==="):]
     assert 0 < fenced.index("{problem}") < fenced.index("{first}") < fenced.index("{second}")

@@ -49,7 +49,7 @@ def test_self_judge_equals_the_verdicts_softmax_of_full_logits(policy):
     pairs = [Pair("2+2?", GOOD, LONG), Pair("2+2?", LONG, GOOD), Pair("a longer problem " * 9, UNSOUND, GOOD)]
     judge = self_judge(policy, 1)
     got = judge.compare(pairs)
-    verdicts, mass = verdict_ids(tokenizer), []
+    verdicts = verdict_ids(tokenizer)
     assert [tokenizer.decode([token]) for token in verdicts] == ["A", "B", "T"]
     for pair, chance in zip(pairs, got):
         text = tokenizer.apply_chat_template(
@@ -59,11 +59,9 @@ def test_self_judge_equals_the_verdicts_softmax_of_full_logits(policy):
             model.eval()
             ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
             chances = torch.softmax(model(input_ids=ids).logits[0, -1], 0)[verdicts]
-        mass.append(chances.sum().item())
         a, _, tie = (chances / chances.sum()).tolist()
         assert chance == pytest.approx(a + tie / 2, abs=1e-5)
     assert len({round(chance, 6) for chance in got}) == 3      # the prompt matters, or this shows nothing
-    assert judge.verdict_mass == pytest.approx(sum(mass) / 3, rel=1e-4)
     assert judge.counts["computed_tokens"] == judge.counts["prompt_tokens"]
 
 
