@@ -2,8 +2,7 @@
 
     minimath solve ["PROBLEM"] model=... adapter=runs/...
 
-The solution appears as it is written; behind each line stands whether its arithmetic holds. Without a problem it asks
-for one after the other, until an empty line.
+The solution appears as it is written. Without a problem it asks for one after the other, until an empty line.
 """
 import sys
 import time
@@ -24,17 +23,12 @@ from minimath.rollout.open import open_engine
 
 
 def solve_command(words: list[str]) -> None:
-    """Run `minimath solve` with the words behind it. Raises UserError."""
-    problem, options = parse(words)
-    solve(problem, load_config(EvalConfig, None, options))
+    """Run `minimath solve` with the words behind it.
 
-
-def solve(problem: str, cfg: EvalConfig) -> None:
-    """Print a solution with its checked steps and its answer.
-
-    samples > 1 prints several. problem "": read problems from standard input, one a line, until an empty one. Raises
-    UserError when there is none, or for an unusable model.
+    samples > 1 prints several solutions. Raises UserError, also when there is no problem.
     """
+    problem, options = parse(words)
+    cfg = load_config(EvalConfig, None, options)
     problems = [problem] if problem else ask() if sys.stdin.isatty() else list(ask())
     if not problems:  # found out before the model loads
         raise UserError('minimath solve needs a problem: minimath solve "Tom has 3 apples ..." adapter=runs/... '
@@ -44,7 +38,7 @@ def solve(problem: str, cfg: EvalConfig) -> None:
     print(describe(policy.model, cfg) + (f", adapter {cfg.adapter.path}" if cfg.adapter.path else ""), flush=True)
     with open_engine(cfg.engine, cfg.sampling, policy, seed=cfg.run.seed) as engine:
         for one in problems:
-            solve_one(one, cfg, policy, engine)
+            solve(one, cfg, policy, engine)
 
 
 def parse(words: list[str]) -> tuple[str, list[str]]:
@@ -60,15 +54,13 @@ def parse(words: list[str]) -> tuple[str, list[str]]:
 def ask() -> Iterator[str]:
     """Yield problems from standard input until an empty line or its end."""
     prompt = "\nproblem (empty line ends): " if sys.stdin.isatty() else ""
-    while True:
-        print(prompt, end="", flush=True)
-        line = sys.stdin.readline().strip()
-        if not line:
-            return
+    print(prompt, end="", flush=True)
+    while line := sys.stdin.readline().strip():
         yield line
+        print(prompt, end="", flush=True)
 
 
-def solve_one(problem: str, cfg: EvalConfig, policy: Policy, engine) -> None:
+def solve(problem: str, cfg: EvalConfig, policy: Policy, engine) -> None:
     """Print the solutions of one problem, a single one as it is written. UserError."""
     prompt = policy.prompt_ids(problem)
     if len(prompt) > cfg.prompt.max_prompt_len:
@@ -81,9 +73,9 @@ def solve_one(problem: str, cfg: EvalConfig, policy: Policy, engine) -> None:
             shown.add(policy.decode(ids))
     seconds = time.perf_counter() - started
     for _, sample in sorted(samples.items()):
-        shown.end(sample.text)
+        shown.add(sample.text + "\n")
         cut = "" if sample.finished else f", cut at max_new_tokens={cfg.sampling.max_new_tokens}"
-        speed = f", {sample.tokens / max(seconds, 1e-9):.0f} tokens/s" if live else ""
+        speed = f", {sample.tokens / seconds:.0f} tokens/s" if live else ""
         answer = printable(str(final_answer(sample.text, sample.finished)))
         print(f"answer: {answer} ({sample.tokens} tokens{cut}{speed})", flush=True)
         shown = Shown()
@@ -96,25 +88,15 @@ class Shown:
         self.count = 0  # characters shown
 
     def add(self, text: str) -> None:
-        """Show what is new in `text`, and the mark of each line that is complete."""
+        """Show what is new in `text`, and behind each complete line whether its arithmetic holds."""
         text = text.rstrip("\ufffd")  # half of a character in UTF-8 waits
         while (end := text.find("\n", self.count)) >= 0:
-            line_start = text.rfind("\n", 0, end) + 1
-            print(printable(text[self.count:end]) + mark(text[line_start:end]))
+            steps = check_steps(text[text.rfind("\n", 0, end) + 1:end])
+            mark = "" if not steps.total else "  [correct]" if steps.right == steps.total else "  [WRONG]"
+            print(printable(text[self.count:end]) + mark)
             self.count = end + 1
         print(printable(text[self.count:]), end="", flush=True)
         self.count = max(self.count, len(text))
-
-    def end(self, text: str) -> None:
-        """Show the rest of the whole text, and the mark of its last line."""
-        self.add(text)
-        print(printable(text[self.count:]) + mark(text[text.rfind("\n") + 1:]))
-
-
-def mark(line: str) -> str:
-    """Say whether the steps of a line hold; "" for a line without one."""
-    steps = check_steps(line)
-    return "" if not steps.total else "  [correct]" if steps.right == steps.total else "  [WRONG]"
 
 
 if __name__ == "__main__":

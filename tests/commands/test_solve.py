@@ -18,7 +18,7 @@ def test_a_solution_in_pieces_is_shown_whole_with_a_mark_behind_each_checked_lin
     shown = Shown()
     for end in range(0, len(text), size):
         shown.add(text[:end])
-    shown.end(text)
+    shown.add(text + "\n")
     assert capsys.readouterr().out == ("We add: 2 + 3 = 5.  [correct]\nThen 5 * 2 = 11.  [WRONG]\n\n"
                                        "So \u00e9t\u00e9: \\boxed{11}\n")
 
@@ -28,7 +28,7 @@ def test_half_a_character_waits_and_control_characters_are_not_sent(capsys):
     shown.add("caf\ufffd")
     assert capsys.readouterr().out == "caf"
     shown.add("caf\u00e9\x1b[2J")
-    shown.end("caf\u00e9\x1b[2J")
+    shown.add("caf\u00e9\x1b[2J\n")
     assert capsys.readouterr().out == "\u00e9?[2J\n"
 
 
