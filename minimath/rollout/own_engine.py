@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from minimath.models.linears import copied_bytes, decoding_linears, is_4bit, packed_product, packs
+from minimath.models.linears import copied_bytes, decoding_linears, is_4bit, packed_product
 from minimath.models.load import base_causal_lm, compute_dtype, head, inference
 from minimath.models.memory import fitting_slots, free_bytes, is_out_of_memory
 from minimath.rollout.decode import Decode, Fast, Row
@@ -83,6 +83,6 @@ def fast_decoding(model, rows: int) -> Iterator[Fast]:
     copy = wanted and 3 * copied_bytes(model, base.dtype) < free_bytes(base.device)
     with decoding_attention(model) as blocks, decoding_linears(model, copy=copy, rows=rows) as every:
         lm_head = head(model)
-        product = packed_product(lm_head.weight, lm_head.bias, rows) if copy and packs(lm_head.weight) else None
+        product = packed_product(lm_head.weight, lm_head.bias, rows) if copy else None
         with contextlib.nullcontext() if every else compute_dtype(model):
             yield Fast(blocks and base.device.type == "cpu", product, copy)
