@@ -28,13 +28,14 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.topics) - set(TOPICS):
         parser.error(f"unknown topics {', '.join(sorted(unknown))}; there are {', '.join(TOPICS)}")
-    os.environ["MINIMATH_CACHE"] = tempfile.mkdtemp(prefix="minimath-faults-")  # not in the user's home
     counts: dict[str, list[Tally]] = {}
-    for topic in options.topics or TOPICS:
-        counts[topic] = run_topic(topic, options.full)
-        if options.out:  # after each: hours of counting should not hang on the last topic
-            rows = ",\n".join(json.dumps(as_row(topic, t)) for topic, tallies in counts.items() for t in tallies)
-            options.out.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="minimath-faults-") as cache:
+        os.environ["MINIMATH_CACHE"] = cache  # not in the user's home
+        for topic in options.topics or TOPICS:
+            counts[topic] = run_topic(topic, options.full)
+            if options.out:  # after each: hours of counting should not hang on the last topic
+                rows = ",\n".join(json.dumps(as_row(topic, t)) for topic, tallies in counts.items() for t in tallies)
+                options.out.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
     print_table(counts)
     return 1 if any(t.lost for tallies in counts.values() for t in tallies) else 0
 

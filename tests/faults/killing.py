@@ -218,8 +218,8 @@ def hook_trainer(comes) -> None:
     wrap(log.RunLog, "metrics", after=lambda *_, **__: comes("logged"))
     wrap(checkpoint, "write_adapter", after=lambda *_: comes("half a checkpoint"))
     wrap(files, "flush_to_disk", before=lambda *_: comes("flushing"))
-    wrap(trainer, "save_checkpoint", after=lambda *_, **__: comes("saved"))
-    wrap(trainer, "save_adapter", before=lambda *_: comes("ending"))
+    wrap(checkpoint, "save_checkpoint", after=lambda *_, **__: comes("saved"))
+    wrap(checkpoint, "save_adapter", before=lambda *_: comes("ending"))
     wrap(trainer.Trainer, "_evaluate", before=lambda *_: comes("evaluation"), after=lambda *_: comes("evaluated"))
 
 

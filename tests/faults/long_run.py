@@ -23,7 +23,7 @@ STEPS = {"sft": (2000, 160), "rlaif": (500, 40)}  # full, fast
 
 
 def run(full: bool, folder: Path) -> list[Tally]:
-    model, data = model_and_data(folder, n=64)
+    model, data = model_and_data(folder, n=16)  # all are seen before the second quarter: solve rates are kept of each
     return [long_run(stage, full, model, data, folder) for stage in STEPS]
 
 
