@@ -106,15 +106,14 @@ def collate_padded(rows: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
 
 def forward_args(batch: dict[str, torch.Tensor]) -> dict:
     """Return the arguments of model.hidden_states for a batch of micro_batches."""
-    return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"],
-            "attention_mask": batch.get("attention_mask")}
+    return {name: batch.get(name) for name in ("input_ids", "position_ids", "attention_mask")}
 
 
 def at_targets(values: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
     """Lay per-token values of the trained tokens out over the rows of the kernel.
 
-    values: one (n_i,) tensor per example, in the order of the batch; target (N,) with IGNORE at untrained rows;
-    sum of n_i = number of trained rows. Returns (N,) fp32, 0 at untrained rows.
+    values: one (n_i,) tensor per example, in the order of the batch; target (N,), IGNORE at untrained rows (0 there).
+    Returns (N,) fp32.
     """
     out = torch.zeros(target.shape, dtype=torch.float32, device=target.device)
     if values:

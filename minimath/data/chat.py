@@ -1,9 +1,8 @@
 """Turn examples into token ids and a loss mask, by the model's chat template.
 
-Trained are the tokens of the assistant and the token that ends its turn, nothing else. Prompt and solution are
-tokenised together as the template writes them, when the prompt's ids are a prefix of the whole; when a merge crosses
-the border, or the template changes the solution (some cut the thinking out), they are tokenised apart, which is what
-generation sees too. A tokenizer without a chat template (base models) gets plain text: "problem\\n\\nsolution<eos>".
+Trained are the tokens of the assistant and the token that ends its turn. Prompt and solution are tokenised together
+when the prompt's ids are a prefix of the whole; when a merge crosses the border, or the template changes the solution
+(some cut the thinking out), apart, as generation sees them. Without a template: "problem\\n\\nsolution<eos>".
 """
 import itertools
 from functools import lru_cache
@@ -105,11 +104,7 @@ def _turn_end(tokenizer, template: str) -> int:  # the template is part of the k
 
 
 def eos_ids(tokenizer, model=None) -> list[int]:
-    """Return all ids that end a turn, the trained one first.
-
-    They are those of template, tokenizer and generation config, and the well-known ones that are special tokens of
-    this tokenizer.
-    """
+    """Return all ids that end a turn, the trained one first, then well-known ones too."""
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     known = special_tokens(tokenizer)
     found = [turn_end(tokenizer), tokenizer.eos_token_id, *(listed if isinstance(listed, (list, tuple)) else [listed]),
@@ -130,9 +125,8 @@ def final_text(solution: str, answer: str) -> str:
 def encode(tokenizer, example: Example, *, system: str = "", prompt_template: str, max_len: int) -> Encoded:
     """Encode prompt, solution and turn end, cut at max_len from the right.
 
-    A cut may leave nothing trained. Rows with messages keep them as they are (system is put first when they bring none)
-    and train every assistant turn; where the template rewrites earlier turns as the talk goes on, only the last is
-    trained. Raises UserError without a solution.
+    Rows with messages train every assistant turn; where the template rewrites earlier turns as the talk goes on, only
+    the last. Raises UserError without a solution.
     """
     if example.messages:
         messages = [{**m, "content": neutral(tokenizer, m["content"])} for m in example.messages]

@@ -9,7 +9,7 @@ The shape is read off a row's columns; the first of these that fits counts:
                        or more than 8 words is a worked solution, any other a final answer
     problem, solution  or generation (+ answer; else from "#### x" or \\boxed{x}), as in Fast-Math-R1-SFT and -GRPO
 A bad row is skipped, counted and named by its place with the reason and the fix; `strict` makes it fatal. Rows with an
-id or a problem seen before are kept (resampled sets repeat them) and counted as a note.
+id or a problem seen before are kept and counted as a note.
 """
 import re
 import unicodedata
@@ -37,29 +37,22 @@ ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator marks
 
 @dataclass
 class Example:
-    """One problem.
-
-    `messages` replaces problem and solution for chat rows; `where` is the row's place.
-    """
+    """One problem; `messages` replaces problem and solution for chat rows."""
     problem: str
     solution: str = ""
     answer: str = ""
     id: str = ""
     messages: list[dict] | None = None
-    where: str = ""
+    where: str = ""  # the row's place
 
 
 @dataclass
 class DataReport:
-    """What a load kept and skipped.
-
-    skipped: reason -> count; rows: the first 20 as "place: reason; fix"; notes: what was kept but is worth knowing
-    -> count.
-    """
+    """What a load kept and skipped."""
     kept: int = 0
-    skipped: Counter = field(default_factory=Counter)
-    rows: list[str] = field(default_factory=list)
-    notes: Counter = field(default_factory=Counter)
+    skipped: Counter = field(default_factory=Counter)    # by reason
+    rows: list[str] = field(default_factory=list)        # the first 20: "place: reason; fix"
+    notes: Counter = field(default_factory=Counter)      # what was kept but is worth knowing
 
 
 def load_examples(options: DataOptions, *, need: Iterable[str] = ()) -> tuple[list[Example], DataReport]:
@@ -95,7 +88,7 @@ def load_examples(options: DataOptions, *, need: Iterable[str] = ()) -> tuple[li
 
 
 def describe_report(report: DataReport) -> str:
-    """Return the report as text of a few lines; empty when there is nothing to tell."""
+    """Return the report as a few lines of text; "" when there is nothing to tell."""
     lines = []
     if report.skipped:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in report.skipped.most_common())

@@ -37,6 +37,10 @@ VERBS = {"+": "add {b} to {a}", "-": "subtract {b} from {a}", "*": "multiply {a}
 INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
 
 
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 class Step(NamedTuple):
     """One step a op b = value, and a phrase with a slot {eq} for it."""
     a: int
@@ -58,27 +62,24 @@ def make_problems(n: int, *, seed: int, steps: tuple[int, ...] = (1, 2, 3), spli
     """Make n distinct problems: same arguments, same problems, everywhere.
 
     split: "train" or "test". steps: step counts to draw from, each 1, 2 or 3; repeat one to draw it more often.
-    style_weights: register -> weight, default STYLE_WEIGHTS. largest: no step has a greater number, at least 20.
-    Example.id is "<split>-<seed>-<index>-<register>-<steps>". Raises UserError on a bad argument.
+    style_weights: register -> weight. largest: no step has a greater number. Example.id is
+    "<split>-<seed>-<index>-<register>-<steps>". Raises UserError on a bad argument.
     """
     weights = STYLE_WEIGHTS if style_weights is None else style_weights
     _check_arguments(n, steps, split, weights, largest)
     rng = random.Random(f"minimath problems {split} {seed}")
-    seen: set[str] = set()
-    examples: list[Example] = []
+    examples: dict[str, Example] = {}  # by text
     while len(examples) < n:
         problem = _draw(rng, rng.choice(steps))
         if any(max(step.a, step.b, step.value) > largest for step in problem.steps):
             continue
         text = f"{problem.story} {problem.question}"
         register = rng.choices(list(weights), list(weights.values()))[0]
-        if text in seen or split_of(text) != split:
-            continue
-        seen.add(text)
-        ident = f"{split}-{seed}-{len(examples)}-{register}-{len(problem.steps)}"
-        examples.append(Example(problem=text, solution=write_solution(problem, register, rng),
-                                answer=str(problem.steps[-1].value), id=ident, where=f"generated:{ident}"))
-    return examples
+        if text not in examples and split_of(text) == split:
+            ident = f"{split}-{seed}-{len(examples)}-{register}-{len(problem.steps)}"
+            examples[text] = Example(text, write_solution(problem, register, rng), str(problem.steps[-1].value), ident,
+                                     where=f"generated:{ident}")
+    return list(examples.values())
 
 
 def _check_arguments(n: int, steps: tuple[int, ...], split: str, weights: dict[str, float], largest: int) -> None:
@@ -110,9 +111,9 @@ def assert_disjoint(train: list[Example], test: list[Example]) -> None:
     """Raise UserError when a test problem, apart from names, is also a train problem."""
     known = {canonical(e.problem): e for e in train}
     for example in test:
-        if (other := known.get(canonical(example.problem))) is not None:
-            raise UserError(f"held-out problem {example.id or example.where} is the same as training problem "
-                            f"{other.id or other.where} ({example.problem[:80]!r}); remove it from one set")
+        if other := known.get(canonical(example.problem)):
+            raise UserError(f"held-out problem {example.id} is the same as training problem {other.id} "
+                            f"({example.problem[:80]!r}); remove it from one set")
 
 
 # ---- from a scene to numbers
@@ -143,10 +144,6 @@ def _words(rng: random.Random, scene: dict) -> dict[str, str]:
     he, his = ("he", "his") if sex == "m" else ("she", "her")
     return {"A": first, "B": second, "he": he, "his": his,
             **{key: rng.choice(options) for key, options in scene["words"].items()}}
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _draw_formula(rng: random.Random, formula: dict) -> Problem | None:

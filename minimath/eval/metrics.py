@@ -58,8 +58,8 @@ def at_budgets(groups: list[list[dict]], budgets: str) -> dict[str, float]:
 def majority_correct(group: list[dict], checker: AnswerChecker) -> bool:
     """Tell whether the most frequent answer is correct; the first wins a tie.
 
-    Answers count as one when they are equal as mathematics: 1,200 and 1200, 1/2 and \\frac{1}{2}. The correct ones
-    all equal the gold answer, so only wrong ones are compared, and only where the outcome can depend on it.
+    Answers count as one when they are equal as mathematics: 1,200 and 1200. The correct ones all equal the gold answer,
+    so only wrong ones are compared, and only where the outcome can depend on it.
     """
     answered = [r for r in group if r["answer"] is not None]
     correct = sum(r["correct"] for r in answered)

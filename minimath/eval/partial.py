@@ -39,10 +39,7 @@ class PartFile:
     done: dict[Job, Sample] = field(default_factory=dict)
 
     def add(self, number: int, sample: int, completion: Sample) -> None:
-        """Append one completion.
-
-        Raises UserError when the disk is full; those before it are intact, and a resume drops the torn line.
-        """
+        """Append one completion. Raises UserError when the disk is full: a resume drops the torn line."""
         self.done[number, sample] = completion
         if self.path is None or not dist.is_main():  # what other processes sample is sampled again after an interrupt
             return
@@ -101,10 +98,7 @@ def read_part(path: Path, problems: int, samples: int) -> tuple[dict[Job, Sample
 
 
 def fingerprint(cfg: EvalConfig, examples: list[Example]) -> dict:
-    """Collect what decides the completions and is known before the model is loaded.
-
-    Raises UserError as find_adapter does.
-    """
+    """Collect what decides the completions and is known before the model is loaded."""
     problems = hashlib.sha256(json.dumps([e.problem for e in examples]).encode()).hexdigest()
     folder = find_adapter(cfg.adapter.path) if cfg.adapter.path else None
     adapter = " ".join(sha256(folder / name)[:16] for name in ADAPTER_FILES) if folder else "none"

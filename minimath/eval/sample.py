@@ -2,11 +2,9 @@
 
     minimath sample data=problems.jsonl model=... [adapter=...] [samples=8] out=FOLDER
 
-Rejection sampling: of k solutions per problem the shortest correct ones are kept, as the paper keeps the shortest
-correct trace of each problem (arXiv 2507.08267, section 3.1). A model fine-tuned on its own correct solutions loses
-less than on another's, and the problems that it never or always solves can be left out. The solutions are in
-train.jsonl, ready for `minimath sft data=`. Sampling is an evaluation: interrupted, the same command with resume=true
-goes on.
+Rejection sampling: of k solutions per problem the shortest correct ones are kept, as in the paper (arXiv 2507.08267,
+section 3.1), in train.jsonl, ready for `minimath sft data=`. Sampling is an evaluation: interrupted, the same command
+with resume=true goes on.
 """
 import json
 import statistics
@@ -53,10 +51,7 @@ class SampleConfig(EvalConfig):
 
 
 def sample(cfg: SampleConfig) -> dict:
-    """Sample, grade, keep; writes train.jsonl beside the evaluation's files.
-
-    Returns counts. Raises Interrupted, and UserError also when nothing is left.
-    """
+    """Sample, grade, keep; writes train.jsonl and returns counts. Interrupted, UserError."""
     evaluate(cfg)
     out = Path(cfg.run.out)
     rows, counts = kept_rows(read_records(out), cfg)
@@ -76,20 +71,19 @@ def kept_rows(records: list[dict], cfg: SampleConfig) -> tuple[list[dict], dict]
     counts = {"problems": len(problems), "never_correct": 0, "outside_rates": 0, "unsound": 0, "cut": 0}
     rows = []
     for number, group in sorted(problems.items()):
-        rate = sum(r["correct"] for r in group) / len(group)
-        if rate == 0:
-            counts["never_correct"] += 1
-            continue
-        if not cfg.min_solve_rate <= rate <= cfg.max_solve_rate:
-            counts["outside_rates"] += 1
+        rate = statistics.fmean(r["correct"] for r in group)
+        if rate == 0 or not cfg.min_solve_rate <= rate <= cfg.max_solve_rate:
+            counts["outside_rates" if rate else "never_correct"] += 1
             continue
         # one that was cut would teach not to end
         correct = [r for r in group if r["correct"] and r["finished"] and r["text"].strip()]
         sound = [r for r in correct if not cfg.sound or r["correct_steps"] == r["steps"]]
         counts["cut"] += sum(r["correct"] for r in group) - len(correct)
         counts["unsound"] += len(correct) - len(sound)
-        shortest = {r["text"].strip(): r for r in sorted(sound, key=lambda r: (-r["tokens"], -r["sample"]))}
-        for r in sorted(shortest.values(), key=lambda r: (r["tokens"], r["sample"]))[:cfg.keep]:
+        different: dict[str, dict] = {}
+        for r in sorted(sound, key=lambda r: (r["tokens"], r["sample"])):
+            different.setdefault(r["text"].strip(), r)
+        for r in list(different.values())[:cfg.keep]:
             rows.append({"id": f"{r['id'] or number}" + (f"-{r['sample']}" if cfg.keep > 1 else ""),
                          "problem": r["problem"], "solution": r["text"].strip(), "answer": r["gold"],
                          "tokens": r["tokens"], "solve_rate": round(rate, 4)})

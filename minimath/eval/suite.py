@@ -42,22 +42,25 @@ class Problems(NamedTuple):
     note: str        # what is to be said of them
 
 
-# ---- which sets, and their problems
-
 def read_sets(cfg: EvalConfig) -> dict[str, Problems]:
     """Read the sets of cfg.suite, in its order. Raises UserError."""
     chosen, folder = chosen_sets(cfg.suite), cfg.data.source
     if folder and not (isinstance(folder, str) and Path(folder).expanduser().is_dir()):
         raise UserError(f"data={folder}: no such folder; with suite= it is to hold files such as {next(iter(chosen))}"
                         f".jsonl. Problems of your own are a set: suite={cfg.suite},NAME=FILE")
-    return {name: read_own(file, cfg) if file else read_known(name, cfg) for name, file in chosen.items()}
+    sets = {}
+    for name, file in chosen.items():
+        if file:
+            own = cfg.replace(suite="", data=file)
+            examples, report = load_examples(own.data, need=("answer",))
+            sets[name] = Problems(own, examples, describe_report(report))
+        else:
+            sets[name] = read_known(name, cfg)
+    return sets
 
 
 def chosen_sets(text: str) -> dict[str, str]:
-    """Parse "gsm8k,mine=my.jsonl" to {"gsm8k": "", "mine": "my.jsonl"}.
-
-    Raises UserError for a name that is no set.
-    """
+    """Parse "gsm8k,mine=my.jsonl" to {"gsm8k": "", "mine": "my.jsonl"}, or UserError."""
     chosen: dict[str, str] = {}
     for item in comma_list(text):
         name, equals, file = (part.strip() for part in item.partition("="))
@@ -74,18 +77,8 @@ def chosen_sets(text: str) -> dict[str, str]:
     return chosen
 
 
-def read_own(file: str, cfg: EvalConfig) -> Problems:
-    """Read a set of the user's own."""
-    cfg = cfg.replace(suite="", data=file)
-    examples, report = load_examples(cfg.data, need=("answer",))
-    return Problems(cfg, examples, describe_report(report))
-
-
 def read_known(name: str, cfg: EvalConfig) -> Problems:
-    """Read a set that has a name in the field, from the folder or the hub.
-
-    A row that can't be used is a UserError: without it, it is another set.
-    """
+    """Read a set that has a name in the field; a row that can't be used is a UserError."""
     known, folder = SETS[name], Path(cfg.data.source or "FOLDER")
     path = local_file(name, folder.expanduser()) if cfg.data.source else None
     source, limit = str(path or known.source), cfg.data.limit
@@ -116,14 +109,11 @@ def local_file(name: str, folder: Path) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
-# ---- what comes out
-
 def mean_of(summaries: dict[str, dict]) -> dict:
-    """Average over the sets, each counting the same.
+    """Average over the sets, each counting the same; figures that a set lacks are left out.
 
-    Figures that a set lacks are left out. The interval of the mean accuracy is put together from those of the sets,
-    which are independent (MOVER: Zou, Huang and Zhang 2009, "A note on confidence interval estimation for a linear
-    function of binomial proportions").
+    The interval of the mean accuracy is put together from those of the independent sets (MOVER: Zou, Huang and Zhang
+    2009, "A note on confidence interval estimation for a linear function of binomial proportions").
     """
     rows = list(summaries.values())
     names = [*AVERAGED, *(key for key in rows[0] if "@" in key)]

@@ -57,9 +57,7 @@ def extract_answer(text: str, *, strict: bool = False) -> str | None:
 def final_answer(text: str, finished: bool) -> str | None:
     """Return the final answer of a completion; of one that was cut only a closed box.
 
-    lighteval and Qwen2.5-Math's grader do not look at why a completion ended: they take the last box, and else any
-    last number. A box is the answer that the prompt asks for, so it counts here too; the last number of a solution
-    that was cut is a place in it, and as an answer it would pay for luck.
+    lighteval and Qwen2.5-Math's grader take any last number there too, which would pay for luck.
     """
     if finished:
         return extract_answer(text)
@@ -69,10 +67,9 @@ def final_answer(text: str, finished: bool) -> str | None:
 
 
 def _said(answer: str) -> str:
-    """Return the answer that the words after "answer is" give.
+    """Return the formula, tuple or list that words after "answer is" begin with.
 
-    It is the formula, tuple or list that they begin with, else what follows the last "is" of their sentence; of a long
-    sentence its last number.
+    Else it is what follows the last "is" of their sentence; of a long sentence its last number.
     """
     if match := _FIRST_FORMULA.match(answer) or _TUPLE_OR_LIST.match(answer):
         return _inside(match)
@@ -103,12 +100,9 @@ def _inside(match: re.Match) -> str:
 
 
 def _boxes(text: str) -> list[tuple[str, int, int]]:
-    """Find each complete, non-empty \\boxed{...} in the order in which they close.
-
-    Returns (contents, start, end offset). One pass with a stack: cut or nested boxes must not make this quadratic.
-    """
-    stack: list[tuple[int, int]] = []  # of a box its start and that of its contents, -1 for any other brace
+    """Return (contents, start, end) of complete, non-empty \\boxed{...}, as they close."""
     boxes = []
+    stack: list[tuple[int, int]] = []  # of a box its start and that of its contents, -1 for any other brace
     for token in _BRACE.finditer(text):
         mark = token.group()
         if mark == "}":
@@ -151,10 +145,7 @@ def box_closed(text: str) -> bool:
 
 
 def answer_end(text: str) -> int:
-    """Return the offset just after the box that first gives the final answer.
-
-    len(text) when it is in no box. What follows is not part of the solution: a judge does not get to see it.
-    """
+    """Return the offset after the box that first gives the final answer; len(text) without one."""
     boxes = _boxes(text)
     return next((end for contents, _, end in boxes if contents == boxes[-1][0]), len(text))
 
@@ -171,12 +162,6 @@ def _normal(answer: str) -> str:
     if re.fullmatch(r"\([A-Za-z]\)", text):
         text = text[1:-1]                       # choice "(C)"
     return text.casefold() if len(text) > 1 and text.isalpha() else text
-
-
-def _close(exact: str, rounded: str) -> bool:
-    """Tell whether two texts are numbers within 1% of each other."""
-    a, b = plain_number(exact), plain_number(rounded)
-    return bool(a and b) and 100 * abs(a.value - b.value) <= abs(a.value)
 
 
 class AnswerChecker(BoundedChild):
@@ -197,10 +182,7 @@ class AnswerChecker(BoundedChild):
         return answer is not None and self.equal(answer, gold)
 
     def matches(self, text: str, pattern: str, finished: bool = True) -> bool:
-        """Tell whether a regular expression matches the whole final answer, case ignored.
-
-        False without an answer, and where the pattern takes longer than the time limit.
-        """
+        """Tell whether a regular expression matches the whole final answer in time, case ignored."""
         answer = final_answer(text, finished)
         return answer is not None and len(answer) <= MAX_ANSWER_CHARS and (
             self._ask("match", pattern, answer.strip()) == "right")
@@ -219,7 +201,8 @@ class AnswerChecker(BoundedChild):
         if written and meant:                   # math-verify takes 52_9 for 52_8
             return written.groups() == meant.groups()
         exact, _, rounded = answer.partition("\\approx")
-        if rounded and _close(exact, rounded):  # 1/3 \approx 0.33 gives the same answer twice
+        a, b = plain_number(exact), plain_number(rounded)
+        if a and b and 100 * abs(a.value - b.value) <= abs(a.value):  # 1/3 \approx 0.33 gives one answer twice
             return self.equal(exact, gold) or self.equal(rounded, gold)
         gold_number, number = plain_number(gold), plain_number(answer)
         if gold_number and number:

@@ -85,10 +85,7 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 def _value(tokens: list[Token]) -> Fraction | None:
-    """Return the value of one side of an equation; None when it is not arithmetic.
-
-    Read are + - * / ^ **, signs, brackets, and "2(3)" as a product. Python's own parser gives the tree.
-    """
+    """Return the value of + - * / ^ **, signs, brackets and "2(3)"; None for anything else."""
     if len(tokens) > MAX_SIDE_TOKENS or not {token.kind for token in tokens} <= {"num", "op", "open", "close"}:
         return None
     words = []
@@ -139,7 +136,7 @@ _UNITS = re.compile("(?<=[nc])w{1,3}(?=e)")  # of the kinds of tokens: words bet
 def _chains(tokens: list[Token]) -> Iterator[tuple[list[list[Token]], list[str]]]:
     """Yield the sides of each chain "a = b = ..." and the signs between.
 
-    A side that touches anything not understood (a variable, a unit inside) is an empty list.
+    A side that touches a variable or a unit inside is an empty list.
     """
     kinds = "".join("v" if token.kind == "word" and len(token.text) == 1 else token.kind[0] for token in tokens)
     units = {i for match in _UNITS.finditer(kinds) for i in range(*match.span())}  # "5 + 3 red apples = 8"
@@ -157,10 +154,7 @@ def _chains(tokens: list[Token]) -> Iterator[tuple[list[list[Token]], list[str]]
 
 
 def _without_lead(side: list[Token], before: list[Token]) -> list[Token]:
-    """Return a chain's first side without bullet or bold type.
-
-    It is empty where the tokens before it change its value, as in "half of 10 + 2".
-    """
+    """Drop a bullet or bold type; [] where words before change the value, as "half of"."""
     line_start = not before or before[-1].text == "\n"
     for i, token in enumerate(side):
         attached = side[i + 1:i + 2] and side[i + 1].kind == "num" and side[i + 1].start == token.end
@@ -179,11 +173,7 @@ def _without_lead(side: list[Token], before: list[Token]) -> list[Token]:
 
 
 def _trim(side: list[Token], *, first: bool, last: bool) -> list[Token]:
-    """Cut what is outside brackets that open or close around the whole equation.
-
-    It precedes an unmatched bracket of the first side, as "2)" and "(" in "2) (5 * 3 = 15)", or follows an unmatched
-    ")" of the last.
-    """
+    """Cut what is outside of unmatched brackets, as in "2) (5 * 3 = 15)"."""
     start, stop = 0, len(side)
     while start < stop and side[start].text == "**":       # bold type
         start += 1
@@ -240,7 +230,7 @@ def check_steps(text: str) -> StepCount:
 
 
 class Plain(NamedTuple):
-    """The exact value of a text that is one number, and how it was written."""
+    """The value of a text that is one number, and how it was written."""
     value: Fraction
     percent: bool
     decimal: bool
@@ -278,10 +268,7 @@ def plain_number(text: str) -> Plain | None:
 
 
 def same_number(a: Plain, b: Plain) -> bool:
-    """Compare exactly, or to 6 decimals when only one was written as a decimal.
-
-    "50%" equals "50" and "0.5".
-    """
+    """Compare exactly, or to 6 decimals when one is a decimal; 50% equals 50 and 0.5."""
     scaled = [b.value] if a.percent == b.percent else [b.value, b.value / 100 if b.percent else b.value * 100]
     tolerance = Fraction(1, 2 * 10 ** 6) if a.decimal != b.decimal else 0
     return any(abs(a.value - value) <= tolerance for value in scaled)
