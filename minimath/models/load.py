@@ -4,7 +4,6 @@ The reference policy and the self-judge are this model under `adapter_off`; roll
 The LM head is never called: losses and log-probs go through `minimath.kernels`.
 """
 import contextlib
-import os
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Head(NamedTuple):
-    """Hold the LM head.
-
-    logits = softcap * tanh(s / softcap) with s = logit_scale * (hidden @ weight.T + bias)
-    """
+    """Hold the LM head: softcap * tanh(s / softcap) of s = scale * (hidden @ W.T + b)."""
     weight: torch.Tensor  # (V, D)
     bias: torch.Tensor | None  # (V,)
     softcap: float  # 0.0: none
@@ -42,14 +38,13 @@ class Head(NamedTuple):
 
 
 def pick_device(name: str) -> torch.device:
-    """Find the device that an option names.
+    """Find the device that an option names. Raises UserError for one that is not there.
 
-    auto: cuda (also ROCm), else mps, else cpu; of several processes each its own. Raises UserError for one that is not
-    there.
+    auto: cuda (also ROCm), else mps, else cpu; of several processes each its own.
     """
     if name == "auto":
-        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        name = dist.local_card() or found
+        name = dist.local_card() or ("cuda" if torch.cuda.is_available() else
+                                     "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -64,8 +59,7 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Find the compute type and the reason for it, in words.
 
-    auto: bf16 where the hardware computes it (Turing, sm_75, only emulates it), else fp16 on CUDA, which a loss scale
-    keeps from underflow, else fp32.
+    auto: bf16 where the hardware computes it (Turing, sm_75, only emulates it), else fp16 on CUDA, else fp32.
     """
     if name != "auto":
         return DTYPES[name], "as configured"
@@ -79,38 +73,33 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def _cpu_flag(*names: str) -> bool:
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text()
-        return any(name in text for name in names)
-    return False
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and any(name in cpuinfo.read_text() for name in names)
 
 
 def load_tokenizer(cfg):
     """Load the tokenizer of cfg.model, with a pad token. Raises UserError."""
-    name = cfg.model.name
-    with _load_errors(name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.model.trust_remote_code)
+    with _load_errors(cfg.model.name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{name}: the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
+        raise UserError(f"{cfg.model.name}: the tokenizer has no EOS token; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_model(cfg, *, train: bool):
-    """Load model and tokenizer of a stage's config, with the adapter.
+    """Load model and tokenizer of a stage's config, with the adapter. Raises UserError.
 
     train=True: a trainable LoRA adapter (new, or the one in cfg.adapter.path) in fp32 over frozen weights; needs the
     groups AdapterOptions and OptimizerOptions. train=False: cfg.adapter.path if given, everything frozen.
-
-    Raises UserError with one line: missing model, unreadable adapter, impossible dtype or quantisation.
     """
     options = cfg.model
     if options.shard and (options.quant == "nf4" or options.liger):
         raise UserError("shard=true splits plain 16- and 32-bit layers: leave shard away, or quant=nf4 (a quarter of "
                         "the size on every card) and liger=true")
-    tokenizer = load_tokenizer(cfg)
-    model, device = _load_base(options)
+    tokenizer, device = load_tokenizer(cfg), pick_device(options.device)
+    model = _load_base(options, device)
     if cfg.adapter.path:
         model = _load_adapter(model, find_adapter(cfg.adapter.path), train)
     elif train:
@@ -124,25 +113,23 @@ def load_model(cfg, *, train: bool):
     return model, tokenizer
 
 
-def _load_base(options: ModelOptions):
-    """Load the frozen base, on the CPU if it will be sharded, and name the device."""
-    device = pick_device(options.device)
+def _load_base(options: ModelOptions, device: torch.device):
+    """Load the frozen base to the device; one that will be sharded stays on the CPU."""
     dtype, _ = pick_dtype(options.dtype, device)
-    kwargs = {"dtype": dtype, "attn_implementation": options.attn, "trust_remote_code": options.trust_remote_code,
-              "use_safetensors": True}
-    if options.quant == "nf4":
-        kwargs |= {"quantization_config": nf4_config(dtype), "device_map": {"": device}}
+    place = {"quantization_config": nf4_config(dtype), "device_map": {"": device}} if options.quant == "nf4" else {}
     transformers.utils.logging.disable_progress_bar()
     with _load_errors(options.name, "model"):
-        _refuse_other_shards(Path(options.name) / "model.safetensors.index.json")
-        model = AutoModelForCausalLM.from_pretrained(options.name, **kwargs)
-    if options.quant != "nf4" and not options.shard:
+        _refuse_pickles(Path(options.name) / "model.safetensors.index.json")
+        model = AutoModelForCausalLM.from_pretrained(
+            options.name, dtype=dtype, attn_implementation=options.attn, trust_remote_code=options.trust_remote_code,
+            use_safetensors=True, **place)
+    if not place and not options.shard:
         model.to(device)
     keep_4bit_weights_trainable(model)
     if options.liger:
         patch_with_liger(model)
     model.config.use_cache = False
-    return model.requires_grad_(False), device
+    return model.requires_grad_(False)
 
 
 def checkpoint_activations(model, **kwargs) -> None:
@@ -154,11 +141,11 @@ def checkpoint_activations(model, **kwargs) -> None:
     model.enable_input_require_grads()
 
 
-def _refuse_other_shards(index: Path) -> None:
+def _refuse_pickles(index: Path) -> None:
     """Raise ValueError for shards that transformers would unpickle."""
-    shards = read_json(index)["weight_map"].values() if index.is_file() else []
-    if other := [str(shard) for shard in shards if not str(shard).endswith(".safetensors")]:
-        raise ValueError(f"{index.name} names {other[0]!r}: only safetensors files are read")
+    for name in read_json(index)["weight_map"].values() if index.is_file() else ():
+        if not str(name).endswith(".safetensors"):
+            raise ValueError(f"{index.name} names {name!r}: only safetensors files are read")
 
 
 @contextlib.contextmanager
@@ -181,9 +168,9 @@ def _new_adapter(model, cfg):
             target_modules=targets if targets == "all-linear" else targets.split(","), use_rslora=options.rslora,
             use_dora=options.dora, init_lora_weights=init, task_type="CAUSAL_LM"))
     except ValueError as error:
-        names = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        names = {name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         raise UserError(f"lora_targets={options.lora_targets!r}, lora_init={options.lora_init!r}: {first_line(error)} "
-                        f"Linear layers of this model: {', '.join(names)}; or all-linear") from None
+                        f"Linear layers of this model: {', '.join(sorted(names))}; or all-linear") from None
     if any(p.requires_grad for p in head_module(model).parameters()):
         raise UserError(f"lora_targets={options.lora_targets!r} includes the LM head, which the fused kernels keep "
                         "frozen; leave it out, or use all-linear")
@@ -210,24 +197,21 @@ def first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _load_errors(name: str, what: str):
     """Turn the ways in which a model fails to load into one line that helps."""
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
-    if looks_like_path and not os.path.isfile(Path(name) / "config.json"):
-        raise UserError(f"model={name!r}: no such model folder (a config.json is expected in it); "
-                        "give a folder saved by save_pretrained, or a hub id like owner/name")
+    hint = "check the name and the network, or give the folder of a model on this disk"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+        hint = "check the folder"
+        if not Path(name, "config.json").is_file():
+            raise UserError(f"model={name!r}: no such model folder (a config.json is expected in it); "
+                            "give a folder saved by save_pretrained, or a hub id like owner/name")
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        hint = "only safetensors files are read, and this is none" if isinstance(error, SafetensorError) else \
-            "check the folder" if looks_like_path else \
-            "check the name and the network, or give the folder of a model on this disk"
         raise UserError(f"cannot load the {what} of model={name!r}: {first_line(error)} ({hint})") from None
 
 
-@contextlib.contextmanager
 def adapter_off(model):
     """Make the model its frozen base inside; nothing changes without an adapter."""
-    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
-        yield
+    return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -245,8 +229,7 @@ def inference(model):
 def cast_adapters_down(model) -> None:
     """Stop peft from casting activations up to the adapter's fp32.
 
-    `compute_dtype` casts the adapter down instead: same rounding of the result, a third less time per step (735 -> 988
-    tokens/s in forward + backward of SmolLM2-135M on 2 CPU cores with bf16).
+    `compute_dtype` casts the adapter down instead: same rounding of the result, a third less time per step.
     """
     if base_causal_lm(model).dtype != torch.float32:
         for module in model.modules():
@@ -254,13 +237,11 @@ def cast_adapters_down(model) -> None:
                 module.cast_input_dtype_enabled = False
 
 
-@contextlib.contextmanager
 def compute_dtype(model):
     """Autocast to the base's dtype, so that fp32 adapters join 16-bit products."""
     base = base_causal_lm(model)
     wanted = isinstance(model, PeftModel) and base.dtype != torch.float32
-    with torch.autocast(base.device.type, base.dtype) if wanted else contextlib.nullcontext():
-        yield
+    return torch.autocast(base.device.type, base.dtype) if wanted else contextlib.nullcontext()
 
 
 def base_causal_lm(model):
@@ -274,19 +255,17 @@ def hidden_states(model, input_ids: torch.Tensor, *, attention_mask=None, positi
     input_ids (B, T) -> (B, T, D). With B = 1, no attention_mask and position_ids that restart at 0, transformers
     masks attention between the packed examples itself (sliding windows included).
     """
-    decoder = base_causal_lm(model).base_model
     with compute_dtype(model):
-        output = decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                         use_cache=kwargs.get("past_key_values") is not None, **kwargs)
-    return output.last_hidden_state
+        return base_causal_lm(model).base_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            use_cache=kwargs.get("past_key_values") is not None, **kwargs).last_hidden_state
 
 
 def additive_mask(model, age: torch.Tensor, seen: torch.Tensor):
     """Make the additive mask of what each query sees, as the model takes it.
 
-    age, seen (B, 1, Q, K): how many positions a key stands before the query; whether it may be seen, windows left
-    aside. A window w lets a token see itself and the w - 1 positions before it. A dict by layer type where the model
-    has layers of both.
+    age, seen (B, 1, Q, K): positions from key to query; whether the query may see the key, windows left aside. A window
+    w holds a token and the w - 1 positions before it. Returns a dict by layer type if layers differ.
     """
     config, dtype = base_causal_lm(model).config.get_text_config(), base_causal_lm(model).dtype
 
@@ -310,16 +289,14 @@ def head_module(model) -> torch.nn.Module:
 
 
 def head(model) -> Head:
-    """Read the LM head off the model, as the kernels take it.
+    """Read the LM head off the model, as the kernels take it."""
+    config, module = base_causal_lm(model).config.get_text_config(), head_module(model)
 
-    With the softcap of Gemma and RecurrentGemma and the logit scale of Cohere, Granite and Falcon-H1.
-    """
-    config = base_causal_lm(model).config.get_text_config()
-    module = head_module(model)
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = float(getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None) or 0)
+    def number(name: str, default: float) -> float:
+        return float(getattr(config, name, None) or default)
+
+    scale = number("logit_scale", 1.0) * number("lm_head_multiplier", 1.0) / number("logits_scaling", 1.0)
+    softcap = number("final_logit_softcapping", 0.0) or number("logits_soft_cap", 0.0)
     return Head(module.weight, getattr(module, "bias", None), softcap, scale)
 
 
@@ -329,9 +306,8 @@ def describe(model, cfg) -> str:
     dtype, reason = pick_dtype(options.dtype, device := pick_device(options.device))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
-    card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else \
-        f" ({torch.get_num_threads()} of {os.cpu_count()} threads)" if device.type == "cpu" else ""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     quant = ", NF4 weights with double quantisation" if options.quant == "nf4" else ""
     kernels = "Triton kernels" if device.type == "cuda" else "chunked torch kernels"
-    return (f"{options.name}: {device}{card}, {str(dtype).removeprefix('torch.')} ({reason}){quant}, "
+    return (f"{options.name}: {device} ({card}), {str(dtype).removeprefix('torch.')} ({reason}){quant}, "
             f"{stored / 1e6:.0f} MB of weights, {trained / 1e6:.2f} M trained, attention {options.attn}, {kernels}")

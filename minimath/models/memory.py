@@ -17,13 +17,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Count the bytes that can still be allocated; 0 if unknown.
-
-    Of the card, what torch holds unused included; of a CPU, also within the limit of its control group.
-    """
+    """Count the bytes that can still be allocated, also by a control group; 0 if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, unused
     if device.type != "cpu":
         return 0
     try:
@@ -47,11 +44,7 @@ def cache_bytes_per_token(model) -> int:
 
 
 def slot_bytes(model, length: int) -> int:
-    """Count the bytes of one sequence of `length` tokens.
-
-    Keys and values, and the logits that its next token is sampled from: three fp32 rows of the vocabulary at the worst
-    moment.
-    """
+    """Count the bytes of one sequence: keys and values, and three fp32 rows of logits."""
     return length * cache_bytes_per_token(model) + 12 * head_module(model).weight.shape[0]
 
 
@@ -63,6 +56,5 @@ def fitting_slots(model, length: int, wanted: int, free: int | None = None) -> i
     device = base_causal_lm(model).device
     free = free_bytes(device) if free is None else free
     most = min(wanted, MOST_SLOTS.get(device.type, 64))
-    if not free:
-        return most
-    return max(1, min(most, int(free * SHARE.get(device.type, 0.5)) // slot_bytes(model, length)))
+    fits = int(free * SHARE.get(device.type, 0.5)) // slot_bytes(model, length) if free else most
+    return max(1, min(most, fits))

@@ -14,9 +14,7 @@ from minimath.data.chat import Encoded
 from minimath.models.load import additive_mask, base_causal_lm
 from minimath.models.policy import Policy
 
-# Shared sequences pay from here on. A saved token saves 2 flops for every weight; a pair of tokens that do not see each
-# other costs 4 D in every layer, which at sequences of up to a few thousand tokens is the smaller part.
-LEAST_SAVED = 0.15
+LEAST_SAVED = 0.15  # share of the tokens; below, the longer attention of shared sequences outweighs it
 EAGER_TOKENS = 1024  # of a shared sequence under eager attention, which keeps (heads, T, T) scores of every layer
 
 
@@ -25,10 +23,7 @@ def prompt_length(row: Encoded) -> int:
 
 
 def own_rows(groups: list[int]) -> list[int]:
-    """Find the rows that this process computes: those of every world-th group.
-
-    groups[i] is the number of row i's group, from 0. Returns indices; all, in one process.
-    """
+    """Find the indices of the rows that this process computes: every world-th group's."""
     return [i for i, group in enumerate(groups) if group % dist.world() == dist.rank()]
 
 
@@ -96,8 +91,9 @@ def forward_batches(policy: Policy, rows: list[Encoded], groups: list[int],
     Else rows of like length, padded. groups: as in shared_packs. Every batch has input_ids, position_ids,
     attention_mask and target; `trained_states` finds the hidden states that belong to the targets.
     """
-    attn = policy.options.attn
-    most = min(micro_batch_tokens, EAGER_TOKENS) if attn == "eager" else micro_batch_tokens
+    attn, most = policy.options.attn, micro_batch_tokens
+    if attn == "eager":
+        most = min(most, EAGER_TOKENS)
     packs = shared_packs(rows, groups, most) if attn != "flash_attention_2" else []  # which takes no mask of ours
     if packs and share_saved(rows, packs) >= LEAST_SAVED:
         for pack in packs:

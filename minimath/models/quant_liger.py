@@ -18,12 +18,11 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 def patch_with_liger(model) -> None:
     """Put liger-kernel's RMSNorm, RoPE and SwiGLU into `model`, but not its losses.
 
-    RoPE is a function of transformers' module of the model's family, so it changes for every model of that family in
-    this process. Raises UserError without a GPU, without the package, for a family that it does not know.
+    RoPE changes for every model of the family in this process. Raises UserError without a GPU, without the package, for
+    a family that it does not know.
     """
     if model.device.type != "cuda":
-        raise UserError(f"liger=true needs a GPU (its kernels are Triton); the model is on {model.device.type}: "
-                        "use liger=false here")
+        raise UserError(f"liger=true needs a GPU, and the model is on {model.device.type}: use liger=false here")
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as families
@@ -40,7 +39,7 @@ def keep_4bit_weights_trainable(model) -> int:
     """Stop bitsandbytes from repacking 4-bit weights; returns the number of layers.
 
     On CPUs with avx512_bf16 one no-grad forward in eval mode repacks Linear4bit weights for good; LoRA gradients after
-    that are wrong by 77-99% with a normal-looking loss. RL generates and trains with the same weights.
+    that are wrong by 77-99% with a normal-looking loss.
     """
     layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     for layer in layers:

@@ -17,9 +17,9 @@ from minimath.data.chat import IGNORE
 
 
 def shard(model, base, device: torch.device) -> None:
-    """Split the decoder layers of `base`, still on the CPU, over the processes.
+    """Split the decoder layers of `base`, on the CPU, over the processes. Raises UserError.
 
-    The rest goes to `device`. Raises UserError with one process, and for a model whose layers are not known.
+    The rest goes to `device`.
     """
     if dist.world() < 2:
         raise UserError("shard=true splits a model over several processes, and this is one: start them with accelerate "
@@ -40,10 +40,9 @@ def is_sharded(model) -> bool:
 
 
 def in_step(model, batches: Iterator[tuple[list[int], dict]]) -> Iterator[tuple[list[int], dict]]:
-    """Yield the batches; of a sharded model as many in every process.
+    """Yield (indices, batch) of batches; of a sharded model as many in every process.
 
-    batches: of indices and batch. Blank ones stand behind them: one token, of which nothing is trained; their loss and
-    gradient are 0.
+    Blank ones stand behind them: one token, of which nothing is trained; their loss and gradient are 0.
     """
     if not is_sharded(model):
         yield from batches
