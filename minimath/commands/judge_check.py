@@ -28,12 +28,11 @@ from minimath.core.text import comma_list, did_you_mean
 from minimath.judges.attack import ATTACKS, HARMLESS, attack_judge, bare_prompt, load_attacks, make_tries
 from minimath.judges.base import Judge
 from minimath.judges.judge import make_judge
-from minimath.judges.pairs import faulty_solutions, judge_known, make_pairs
-from minimath.judges.poll import counts_since, percent, span
+from minimath.judges.pairs import BEHIND_THE_VERIFIER, faulty_solutions, judge_known, make_pairs
+from minimath.judges.poll import percent, span
 from minimath.models.load import describe
 from minimath.models.policy import Policy, load_policy
 
-BEHIND_THE_VERIFIER = ("unsound", "long")  # both solutions correct: what a judge decides in training
 ENOUGH_PAIRS = 20  # with fewer, an interval that holds 1/2 says nothing about the judge
 UNUSED = {"judge_pairs", "judge_fallback", "judge_canary_every"}  # no question of ours depends on them
 
@@ -70,8 +69,6 @@ def help_text() -> str:
     """List every option of `minimath judge check` with default and meaning."""
     return f"{__doc__}\n{options_help(JudgeCheckConfig, 'check', option_names(JudgeCheckConfig))}"
 
-
-# ---- what both judge commands do around their questions
 
 def load_options(cls: type[RLAIFConfig], recipe: str | None, words: list[str]):
     """Read a command's options, the judge's from the rlaif section of a recipe.
@@ -121,22 +118,19 @@ def save_result(log: RunLog, name: str, cfg: RLAIFConfig, result: dict, lines: l
     return result
 
 
-# ---- pairs of known order
-
 def probe_pairs(judge: Judge, cfg: JudgeCheckConfig, log: RunLog) -> dict:
     """Ask about pairs of each kind, show how it went, and return pairs.judge_known."""
-    pairs, before, start = make_pairs(cfg.pairs, cfg.run.seed), dict(judge.counts), time.monotonic()
+    pairs, before, start = make_pairs(cfg.pairs, cfg.run.seed), judge.counts.copy(), time.monotonic()
     with log.progress(2 * len(pairs), "judging pairs") as advance:
         report = judge_known(judge, pairs, advance)
-    columns = ["fault", "pairs", "agreement", "95% interval", "one order", "position bias", "order conflicts",
-               "no votes", "finding"]
+    columns = ["fault", "pairs", "agreement", "95% interval", "position bias", "order conflicts", "no votes", "finding"]
     log.table(f"{judge.name}: pairs of a correct solution and one with a fault", columns, [
-        [kind, f["pairs"], percent(f["agreement"]), span(f["interval"]), percent(f["one_order"]),
-         percent(f["position_bias"]), percent(f["order_conflicts"]), f["no_votes"], finding(f)]
+        [kind, f["pairs"], percent(f["agreement"]), span(f["interval"]), percent(f["position_bias"]),
+         percent(f["order_conflicts"]), f["no_votes"], finding(f)]
         for kind, f in report.items()])
     asked, most = 2 * len(pairs), cfg.group_size * (cfg.group_size - 1)
     seconds = (time.monotonic() - start) / asked
-    spent = "".join(f", {n / asked:.3g} {name}" for name, n in sorted(counts_since(judge, before).items()))
+    spent = "".join(f", {n / asked:.3g} {name}" for name, n in sorted((judge.counts - before).items()))
     log.say(f"cost per comparison: {seconds:.3g} s{spent}; a group of {cfg.group_size} correct samples asks up to "
             f"{most}: {fmt_duration(seconds * most)}")
     return report
@@ -155,7 +149,7 @@ def finding(figures: dict) -> str:
 
 
 def advice(name: str, report: dict) -> list[str]:
-    """Say what to do, in plain words, for judge=name."""
+    """Say what to do, in plain words, for judge=name. report: as of `probe_pairs`."""
     error, bias = report["all"]["error"], report["all"]["position_bias"]
     lines = [f"the judge failed: {error}"] if error else []
     found = {kind: finding(figures) for kind, figures in report.items() if kind != "all"}
@@ -175,8 +169,6 @@ def advice(name: str, report: dict) -> list[str]:
     return lines or [f"judge={name} ranks every kind of pair reliably"]
 
 
-# ---- attack strings
-
 def probe_attacks(judge: Judge, policy: Policy | None, attacks: list, cfg: JudgeCheckConfig, log: RunLog) -> dict:
     """Attack the judge, and the same one without its defences, and show how it went: "on" and "off".
 
@@ -189,11 +181,11 @@ def probe_attacks(judge: Judge, policy: Policy | None, attacks: list, cfg: Judge
         sides["off"].ping()  # an endpoint's form of verdict is found out here, as for the other side
     with log.progress(2 * len(tries) * len(sides), f"{len(attacks)} attack strings") as advance:
         report = {side: attack_judge(one, tries, cfg.run.seed, advance) for side, one in sides.items()}
-    columns = ["attack", "tries", "success", "no string", "both orders", "no string", "lift", "95% of lift", "no votes"]
+    columns = ["attack", "tries", "success", "no string", "lift", "95% interval", "no votes"]
     for side, figures in report.items():
         log.table(f"{judge.name}, defences {side}", columns, [
-            [name, f["tries"], percent(f["success"]), percent(f["baseline"]), percent(f["both_orders"]),
-             percent(f["both_baseline"]), f"{100 * f['lift']:+.0f}", span(f["lift_interval"], "+.0f"), f["no_votes"]]
+            [name, f["tries"], percent(f["success"]), percent(f["baseline"]), f"{100 * f['lift']:+.0f}",
+             span(f["lift_interval"], "+.0f"), f["no_votes"]]
             for name, f in figures["kinds"].items()])
     return report
 
@@ -203,11 +195,10 @@ def attack_advice(report: dict) -> list[str]:
     lines = [f"defences {side}: the judge failed: {f['error']}" for side, f in report.items() if f["error"]]
     kinds = dict(report["on"]["kinds"])
     total, harmless = kinds.pop("all"), kinds.pop(HARMLESS, {"lift": 0.0})
-    kinds.pop("past the verifier", None)
     worked = [name for name, f in kinds.items() if f["lift_interval"][0] > max(0.0, harmless["lift"])]
     lines.append(f"with defences on, the lift of {', '.join(worked) or 'no kind of attack'} is surely above that of "
                  "strings that ask for nothing")
-    if total["both_baseline"] > 0.35:
-        lines.append(f"without any attack this judge prefers the worse solution in {percent(total['both_baseline'])}: "
+    if total["baseline"] > 0.35:
+        lines.append(f"without any attack this judge prefers the worse solution in {percent(total['baseline'])}: "
                      "it is near chance, which is worse than being fooled")
     return lines

@@ -12,17 +12,9 @@ import time
 from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
-from typing import NamedTuple
 
 from minimath.commands.help import options_help
-from minimath.commands.judge_check import (
-    ENOUGH_PAIRS,
-    load_options,
-    open_judge,
-    option_names,
-    result_folder,
-    save_result,
-)
+from minimath.commands.judge_check import load_options, open_judge, option_names, result_folder, save_result
 from minimath.config.load import take_recipe
 from minimath.config.schema import JudgeOptions, RLAIFConfig
 from minimath.core.errors import UserError
@@ -31,7 +23,7 @@ from minimath.core.stats import bootstrap, in_common
 from minimath.eval.metrics import read_records
 from minimath.judges.base import Judge, Pair, Solution
 from minimath.judges.compare import won
-from minimath.judges.poll import ask, counts_since, in_both_orders, percent, span, tally
+from minimath.judges.poll import ask, in_both_orders, percent, span, tally
 
 
 class JudgeCompareConfig(RLAIFConfig):
@@ -39,16 +31,6 @@ class JudgeCompareConfig(RLAIFConfig):
     judge: JudgeOptions = field(default_factory=lambda: JudgeOptions(rubric="readability"))
     readers: int = 200
     """most pairs, taken evenly from all of them; 0: all"""
-
-
-class Paired(NamedTuple):
-    """Correct solutions of A and B to a problem."""
-    problem: str
-    a: Solution
-    b: Solution
-
-    def same_text(self) -> bool:
-        return self.a.text.strip() == self.b.text.strip()
 
 
 def judge_compare(words: list[str]) -> dict:
@@ -63,7 +45,7 @@ def judge_compare(words: list[str]) -> dict:
                 "minimath judge compare") as log:
         log.say(f"A: {folders[0]}, B: {folders[1]}; {len(pairs)} of {len(found)} pairs in which both are correct")
         judge, _ = open_judge(cfg, log)
-        with log.progress(2 * sum(not pair.same_text() for pair in pairs), "judging") as advance:
+        with log.progress(2 * sum(map(differ, pairs)), "judging") as advance:
             f = compare_solutions(judge, pairs, cfg.run.seed, advance)
         columns = ["pairs", "A preferred", "95% interval", "position bias", "order conflicts", "ties", "no votes",
                    "mean tokens of A", "of B"]
@@ -91,17 +73,21 @@ def records_of(folder: str | Path) -> list[dict]:
                         "eval has finished") from None
 
 
-def pair_up(ours: list[dict], theirs: list[dict]) -> list[Paired]:
+def pair_up(ours: list[dict], theirs: list[dict]) -> list[Pair]:
     """Pair the samples of each common problem in order, where both are correct.
 
     Raises UserError without a common problem or a pair."""
     found = [(problem, a, b) for problem, of_a, of_b in in_common(ours, theirs) for a, b in zip(of_a, of_b)]
-    kept = [Paired(problem, *(Solution(side["text"], True, side["tokens"]) for side in (a, b)))
+    kept = [Pair(problem, *(Solution(side["text"], True, side["tokens"]) for side in (a, b)))
             for problem, a, b in found if a["correct"] and b["correct"]]
     if not kept:
         raise UserError(f"in none of {len(found)} pairs are both solutions correct (A in "
                         f"{sum(a['correct'] for _, a, _ in found)}, B in {sum(b['correct'] for *_, b in found)})")
     return kept
+
+
+def differ(pair: Pair) -> bool:
+    return pair.first.text.strip() != pair.second.text.strip()
 
 
 def evenly(pairs: list, most: int) -> list:
@@ -110,28 +96,29 @@ def evenly(pairs: list, most: int) -> list:
     return [pairs[k * len(pairs) // most] for k in range(most)]
 
 
-def compare_solutions(judge: Judge, pairs: list[Paired], seed: int = 0,
+def compare_solutions(judge: Judge, pairs: list[Pair], seed: int = 0,
                       advance: Callable[[int], None] = lambda n: None) -> dict:
     """Compare A's solutions with B's.
 
     preferred: mean over problems of the share of pairs in which A's solution is preferred with both orders together,
-    1/2 for a tie, and `interval`, its bootstrap 95% interval over problems; None where no vote came. identical: pairs
-    of one text, which count as ties. cost: growth of the judge's counts. The others as in poll.tally."""
-    asked, before, start = [pair for pair in pairs if not pair.same_text()], dict(judge.counts), time.monotonic()
-    votes, error = ask(judge, in_both_orders([Pair(*pair) for pair in asked]), advance, chunk=32)
-    outcomes = [(pair.problem, 0.5) for pair in pairs if pair.same_text()]
-    outcomes += [(pair.problem, won(*vote)) for pair, *vote in zip(asked, votes[::2], votes[1::2], strict=True)
-                 if None not in vote]
-    problems: dict[str, list[float]] = {}
-    for problem, outcome in outcomes:
-        problems.setdefault(problem, []).append(outcome)
-    means = [sum(of_one) / len(of_one) for of_one in problems.values()]
+    1/2 for a tie; interval: its bootstrap 95% over problems; both None where no vote came. identical: pairs of one
+    text, which count as ties. cost: growth of the judge's counts. The others as in poll.tally."""
+    asked, before, start = [pair for pair in pairs if differ(pair)], judge.counts.copy(), time.monotonic()
+    votes, error = ask(judge, in_both_orders(asked), advance, chunk=32)
+    problems = {pair.problem: [] for pair in pairs}
+    for pair in pairs:
+        if not differ(pair):
+            problems[pair.problem].append(0.5)
+    for pair, *vote in zip(asked, votes[::2], votes[1::2], strict=True):
+        if None not in vote:
+            problems[pair.problem].append(won(*vote))
+    means = [sum(of_one) / len(of_one) for of_one in problems.values() if of_one]
     return tally(votes, judge.soft) | {
         "pairs": len(pairs), "identical": len(pairs) - len(asked), "problems": len(means),
         "preferred": sum(means) / len(means) if means else None, "interval": bootstrap(means, seed) if means else None,
-        "ties": sum(outcome == 0.5 for _, outcome in outcomes),
-        "mean_tokens": [sum(s.tokens for s in side) / len(pairs) for side in zip(*((p.a, p.b) for p in pairs))],
-        "error": error, "cost": counts_since(judge, before), "seconds": time.monotonic() - start}
+        "ties": sum(of_one.count(0.5) for of_one in problems.values()),
+        "mean_tokens": [sum(pair[side].tokens for pair in pairs) / len(pairs) for side in (1, 2)],
+        "error": error, "cost": dict(judge.counts - before), "seconds": time.monotonic() - start}
 
 
 def findings(figures: dict) -> list[str]:
@@ -143,9 +130,7 @@ def findings(figures: dict) -> list[str]:
         return [*lines, "no pair was asked about and has both its votes: nothing can be said"]
     low, high = figures["interval"]
     if low <= 0.5 <= high:
-        number = figures["problems"]
-        few = f"; {number} problems are few: evaluate on more" if number < ENOUGH_PAIRS else ""
-        lines.append(f"the interval holds 50%: this judge, on these pairs, does not tell A from B{few}")
+        lines.append(f"the interval holds 50%: this judge does not tell A from B on {figures['problems']} problems")
     else:
         better, worse, share = ("A", "B", figures["preferred"]) if low > 0.5 else ("B", "A", 1 - figures["preferred"])
         lines.append(f"{better}'s solutions are preferred to {worse}'s, in {percent(share)} of pairs")

@@ -1,27 +1,20 @@
 """Canary pairs: what a judge makes of worse solutions, asked during a run.
 
-A policy that is paid for being liked may learn what fools its judge. Two sets of pairs show it before it costs a run:
-
-    fixed     padded, unsound and attacking solutions with a correct answer, as a judge meets them behind the verifier.
-              Shows a judge that changes (an endpoint that is updated, a judge that is trained).
+    fixed     padded and unsound solutions with a correct answer, as a judge meets them behind the verifier. Shows a
+              judge that changes (an endpoint that is updated).
     rollout   a wrong sample against a correct one of the same problem, which the verifier would never let a judge see.
               Shows a policy whose wrong texts begin to win: reward hacking.
 """
-import random
-
 from minimath.data.sample import Group
-from minimath.judges.attack import load_attacks, plant
 from minimath.judges.base import Judge
-from minimath.judges.pairs import KnownPair, faulty_solutions, judge_known, known_pair
-
-KINDS = ("long", "unsound", "attack")
+from minimath.judges.pairs import BEHIND_THE_VERIFIER, KnownPair, judge_known, make_pairs
 
 
 class Canary:
     """Watches a judge during a run, with fixed pairs that depend on the seed alone."""
 
-    def __init__(self, seed: int, judge: Judge, count: int = 24):
-        self.judge, self.pairs = judge, fixed_pairs(seed, count)
+    def __init__(self, seed: int, judge: Judge, problems: int = 12):
+        self.judge, self.pairs = judge, make_pairs(problems, seed, BEHIND_THE_VERIFIER)
 
     def metrics(self, groups: list[Group]) -> dict:
         """Judge both sets of pairs; canary/* and canary/rollout_* are `canary_figures`.
@@ -29,19 +22,6 @@ class Canary:
         When the policy learns to please the judge, canary/rollout_worse_wins rises while rollout/correct does not."""
         both = (("canary/", self.pairs), ("canary/rollout_", rollout_pairs(groups)))
         return {name + key: value for name, pairs in both for key, value in canary_figures(self.judge, pairs).items()}
-
-
-def fixed_pairs(seed: int, count: int) -> list[KnownPair]:
-    """Make `count` pairs, a third of each kind; attack: an unsound solution with one of the attack strings."""
-    rng = random.Random(f"minimath canary {seed}")
-    attacks = [attack for attack in load_attacks() if attack.place != "alone"]  # those the verifier stops
-    pairs = []
-    for i, (example, texts) in enumerate(faulty_solutions(count, seed)):
-        kind = KINDS[i % len(KINDS)]
-        if kind == "attack":
-            texts["attack"] = plant(rng.choice(attacks), texts["unsound"], *rng.sample("AB", 2))
-        pairs.append(known_pair(kind, example, texts["right"], texts[kind]))
-    return pairs
 
 
 def rollout_pairs(groups: list[Group], limit: int = 16) -> list[KnownPair]:

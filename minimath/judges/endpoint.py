@@ -1,8 +1,6 @@
 """A judge behind an OpenAI-compatible server, by the `openai` SDK.
 
-Its retries, Retry-After and time-outs are used. What it lacks stands here: a bound on the time of a whole round of
-questions, and of a try whose bytes come slowly; the end of a round whose server is down; the form of the verdict
-(verdict.py); replies that are kept (cache.py).
+Its retries, Retry-After and time-outs are used; what it lacks stands here, and README.md lists it.
 """
 import asyncio
 import json
@@ -78,8 +76,6 @@ class EndpointJudge(Judge):
         self.counts["unreadable"] += sum(reply is not None and v is None for reply, v in zip(replies, votes))
         return votes
 
-    # ---- asking
-
     async def _ping(self) -> None:
         o, forms = self.options, list(FORMS)
         async with self._client(retries=0) as client:
@@ -125,7 +121,6 @@ class EndpointJudge(Judge):
             return await asyncio.gather(*map(one, prompts))
 
     async def _ask(self, client, prompt: str) -> Reply | None:
-        """Get a reply from the cache or the server; None after the last try."""
         body = self._body(prompt, self.form)
         key = reply_key(self.endpoint, body)
         if self.cache and (kept := self.cache.get(key)):
@@ -140,8 +135,6 @@ class EndpointJudge(Judge):
         if self.cache:
             self.cache.put(key, json.dumps(reply))
         return reply
-
-    # ---- one request
 
     def _body(self, prompt: str, form: str) -> dict:
         limit = max(self.options.max_tokens, JSON_TOKENS if form == "json_schema" else 0)
@@ -165,7 +158,6 @@ class EndpointJudge(Judge):
         raise Failure(kind, mask(" ".join(self._without_key(detail).split()))[:300])
 
     def _key(self) -> str:
-        """Read the key from the environment. Raises UserError."""
         key = os.environ.get(self.options.key_env, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"judge_key_env={self.options.key_env}: the key has line breaks or unprintable characters")
@@ -220,7 +212,6 @@ def read_completion(text: str) -> tuple[Reply, dict[str, int]] | None:
 
 
 def check_address(options: JudgeOptions) -> None:
-    """Raise UserError unless there are a base URL and a model."""
     try:
         parts = urllib.parse.urlsplit(options.url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -244,5 +235,4 @@ def in_own_loop(coroutine):
 
 
 def is_fault(count: str) -> bool:
-    """Say whether a count of EndpointJudge is of something that went wrong."""
     return count.startswith("http_") or count in FAULTS

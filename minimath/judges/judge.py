@@ -1,8 +1,4 @@
-"""Make the judge of the options, and let it compare the samples of each group.
-
-Both orders are asked of every pair. The wins of a group are plain means where all pairs are asked about, and take the
-other pairs from a Bradley-Terry fit where judge_pairs=k asks about k per sample.
-"""
+"""Make the judge of the options, and let it compare the samples of each group."""
 import time
 from collections.abc import Callable
 
@@ -13,7 +9,7 @@ from minimath.judges.base import HeuristicJudge, Judge, Pair
 from minimath.judges.cache import ReplyCache, cache_folder
 from minimath.judges.compare import both_orders, choose_pairs, win_probabilities
 from minimath.judges.endpoint import EndpointJudge, is_fault
-from minimath.judges.poll import ask, counts_since, in_both_orders, percent, tally
+from minimath.judges.poll import ask, in_both_orders, percent, tally
 from minimath.judges.rubrics import judge_prompt, make_nonce
 from minimath.judges.self_judge import SelfJudge
 from minimath.models.policy import Policy
@@ -35,8 +31,7 @@ def make_judge(options: JudgeOptions, policy: Policy | None = None, *, micro_bat
 class Contest:
     """The correct samples of a group, one of each text.
 
-    texts: a sample of each text; place: of each sample of the group in texts, None: wrong; copies: how many samples
-    have each text."""
+    place: of each sample of the group in texts, None: wrong; copies: how many samples have each text."""
 
     def __init__(self, group: Group):
         texts: dict[str, Sample] = {}
@@ -57,16 +52,16 @@ def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | N
     """Judge all groups in one batch of questions; returns wins and stats.
 
     wins[g][i] is the mean score of sample i against the other correct samples of group g (identical texts tie); None
-    for wrong samples and for those without a vote. A group with fewer than two different correct texts is not asked
-    about. A pair without a vote in both orders drops out, or gets the heuristic judge's vote (judge.fallback).
+    for wrong samples and for those without a vote. A pair without a vote in both orders drops out, or gets the
+    heuristic judge's vote (judge.fallback).
 
-    stats: comparisons (questions, two per pair), skipped (groups not asked about), no_votes, position_bias and
-    order_conflicts (poll.tally), fallbacks (pairs that the heuristic judge took over), counts (what the judge's counts
-    grew by), error ("" or the judge's exception), seconds.
+    stats: comparisons (questions, two per pair), skipped (groups with fewer than two different correct texts),
+    no_votes, position_bias and order_conflicts (poll.tally), fallbacks (pairs that the heuristic judge took over),
+    counts (what the judge's counts grew by), error ("" or the judge's exception), seconds.
 
     Raises UserError with judge_fallback=stop when the judge is down. Any other failure of a judge costs votes, is said
     once, and the run goes on."""
-    start, before = time.monotonic(), dict(judge.counts)
+    start, before = time.monotonic(), judge.counts.copy()
     contests = [Contest(group) for group in groups]
     due = [(g, pair) for g, contest in enumerate(contests)
            for pair in choose_pairs(len(contest.texts), judge.pairs, contest.nonce)]
@@ -86,7 +81,7 @@ def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | N
     figures = tally(votes, judge.soft)
     stats = {"comparisons": len(votes), "skipped": sum(len(c.texts) < 2 for c in contests), "fallbacks": fallbacks,
              "no_votes": figures["no_votes"], "position_bias": figures["position_bias"] or 0.0,
-             "order_conflicts": figures["order_conflicts"] or 0.0, "counts": counts_since(judge, before),
+             "order_conflicts": figures["order_conflicts"] or 0.0, "counts": dict(judge.counts - before),
              "error": error, "seconds": time.monotonic() - start}
     see_to_lost_votes(judge, stats)
     return wins, stats

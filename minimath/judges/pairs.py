@@ -20,6 +20,7 @@ from minimath.judges.base import Judge, Pair, Solution
 from minimath.judges.poll import ask, in_both_orders, tally
 
 KINDS = ("wrong", "wrong_long", "unsound", "long")
+BEHIND_THE_VERIFIER = ("unsound", "long")  # both solutions correct: what a judge decides in training
 _EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 _SIZES = (-10, -5, -3, -2, -1, 1, 2, 3, 5, 10)  # of a mistake
 
@@ -39,9 +40,6 @@ class Step(NamedTuple):
     b: int
     value: int
 
-    def holds(self) -> bool:
-        return compute(self.a, self.op, self.b) == self.value
-
 
 def compute(a: int, op: str, b: int) -> int | None:
     """Compute a op b; None unless it is a whole number above 0."""
@@ -49,20 +47,14 @@ def compute(a: int, op: str, b: int) -> int | None:
     return int(value) if value > 0 and value == int(value) else None
 
 
-def make_pairs(count: int, seed: int) -> list[KnownPair]:
-    """Make `count` pairs of each kind, those of a problem one after the other."""
-    return [known_pair(kind, example, texts["right"], texts[kind])
-            for example, texts in faulty_solutions(count, seed) for kind in KINDS]
-
-
-def known_pair(kind: str, example: Example, better: str, worse: str) -> KnownPair:
-    return KnownPair(kind, example.problem, solution(better, example.answer), solution(worse, example.answer))
+def make_pairs(problems: int, seed: int, kinds: tuple[str, ...] = KINDS) -> list[KnownPair]:
+    """Make a pair of each kind for each of some problems, those of a problem one after the other."""
+    return [KnownPair(kind, example.problem, *(solution(texts[name], example.answer) for name in ("right", kind)))
+            for example, texts in faulty_solutions(problems, seed) for kind in kinds]
 
 
 def solution(text: str, answer: str) -> Solution:
-    """Make a text what a judge gets.
-
-    Its length is in words and signs, for want of a tokenizer."""
+    """Make a text what a judge gets; its length is in words and signs, for want of a tokenizer."""
     return Solution(text, extract_answer(text) == answer, len(re.findall(r"\w+|[^\w\s]", text)))
 
 
@@ -139,6 +131,6 @@ def padded(example: Example, steps: list[Step]) -> str:
             "find the number that the question asks for."]
     for number, (line, step) in enumerate(zip(lines, steps, strict=True), 1):
         text.append(f"Step {number}: In this step we need to {VERBS[step.op].format(a=step.a, b=step.b)}. {line}")
-        if step.holds():
+        if compute(*step[:3]) == step.value:
             text.append(f"Let us check this step: {step.value} {INVERSE[step.op]} {step.b} = {step.a}, which matches.")
     return " ".join([*text, "We have now done all the steps that the problem needs.", last])

@@ -49,7 +49,7 @@ def tally(votes: list[float | None], soft: bool) -> dict:
     """Compute figures from the votes on `in_both_orders` of some pairs.
 
     agreement: share of pairs whose first solution wins with both orders together, a tie counting one half, and its 95%
-    interval. one_order: the same of single votes. first_wins: mean of compare.both_orders. position_bias: mean of
+    interval. first_wins: mean of compare.both_orders. position_bias: mean of
     v(i, j) + v(j, i) - 1, above 0 for a judge that likes what stands first. order_conflicts: share of pairs whose
     winner changes with the order. None without a pair that has both votes."""
     pairs = list(zip(votes[::2], votes[1::2], strict=True))
@@ -61,15 +61,9 @@ def tally(votes: list[float | None], soft: bool) -> dict:
     agreement = mean(won)
     return {"pairs": len(pairs), "voted": len(voted), "no_votes": sum(vote is None for vote in votes),
             "agreement": agreement, "interval": wilson(agreement * len(voted), len(voted)) if voted else None,
-            "one_order": mean(lambda f, b: (won(f, 0.5) + won(0.5, b)) / 2),
             "first_wins": mean(lambda f, b: both_orders(f, b, soft)),
             "position_bias": mean(lambda f, b: f + b - 1.0),
             "order_conflicts": mean(lambda f, b: (f - 0.5) * (b - 0.5) > 0)}
-
-
-def counts_since(judge: Judge, before: dict) -> dict:
-    """Return what the counts of a judge grew by since they were `before`."""
-    return {name: n - before.get(name, 0) for name, n in judge.counts.items() if n != before.get(name, 0)}
 
 
 def percent(share: float | None, digits: int = 0) -> str:

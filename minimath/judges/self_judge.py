@@ -5,7 +5,6 @@ out as a tree, every common beginning once, in one sequence under a block mask (
 its own prompt). The verdicts are those of the prompts computed apart.
 """
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
@@ -34,9 +33,7 @@ class SelfJudge(Judge):
 
     def __init__(self, options: JudgeOptions, policy: Policy, *, micro_batch_tokens: int = 4096,
                  say: Callable[[str], None] = print, prompt: Callable = judge_prompt):
-        """Find the verdict tokens. Raises UserError.
-
-        micro_batch_tokens: tokens of one forward pass; halved when memory runs out, which changes no vote."""
+        """Find the verdict tokens. Raises UserError. micro_batch_tokens: of one forward pass."""
         super().__init__(options, say=say)
         self.model, self.tokenizer, self.micro_batch_tokens = policy.model, policy.tokenizer, micro_batch_tokens
         self.prompt, self.rubric = prompt, load_rubric(options.rubric)
@@ -46,9 +43,7 @@ class SelfJudge(Judge):
         self.context = getattr(config, "max_position_embeddings", None) or 1 << 30
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
-        """Return a probability for each pair, or None.
-
-        Raises what the model raises; out-of-memory only where one prompt is too much."""
+        """Return a probability for each pair, or None; raises out-of-memory only where one prompt is too much."""
         prompts = [chat_ids(self.tokenizer, self.prompt(self.rubric, pair, self.specials)) for pair in pairs]
         votes: list[float | None] = [None] * len(prompts)
         fitting = [i for i, ids in enumerate(prompts) if len(ids) <= self.context]
@@ -64,19 +59,19 @@ class SelfJudge(Judge):
         """Compute log-probs and count tokens, in smaller passes when memory runs out."""
         before = self.micro_batch_tokens
         while True:
-            plan = plan_passes(self.model, prompts, self.micro_batch_tokens)
+            passes, tree, computed = plan_passes(self.model, prompts, self.micro_batch_tokens)
             try:
                 with inference(self.model), adapter_off(self.model):
-                    logp = verdict_logps(self.model, prompts, self.verdicts, plan)
+                    logp = verdict_logps(self.model, prompts, self.verdicts, passes, tree)
             except (RuntimeError, MemoryError) as error:
-                shared = [size for rows, size in plan.passes if len(rows) > 1]
+                shared = [size for rows, size in passes if len(rows) > 1]
                 if not shared or not is_out_of_memory(error):
                     raise
             else:
                 if self.micro_batch_tokens < before:
                     self.say(f"the judge self ran out of memory: from now on {self.micro_batch_tokens} tokens in each "
                              "of its passes, which gives the same votes")
-                return logp, plan.computed
+                return logp, computed
             # only here, where the exception no longer holds the activations of the failed pass
             self.micro_batch_tokens = max(shared) // 2
             if torch.cuda.is_available():
@@ -102,29 +97,19 @@ def chat_ids(tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode(prompt + "\nVerdict:")
 
 
-# ---- which prompts go into one forward pass
-
-class Plan(NamedTuple):
-    """Forward passes over prompts, each a tree of its prompts or else a row for each; computed: tokens of all.
-
-    passes: (indices of prompts, tokens with padding) of each."""
-    passes: list[tuple[list[int], int]]
-    tree: bool
-    computed: int
-
-
-def plan_passes(model, prompts: list[list[int]], micro_batch_tokens: int) -> Plan:
+def plan_passes(model, prompts: list[list[int]], micro_batch_tokens: int) -> tuple[list, bool, int]:
     """Choose trees where they save enough and the model takes their mask, else rows.
 
-    micro_batch_tokens bounds a pass; a longer prompt goes alone."""
+    Returns the passes, each (indices of prompts, tokens with padding), whether they are trees, and all tokens without
+    padding. micro_batch_tokens bounds a pass; a longer prompt goes alone."""
     whole = sum(map(len, prompts))
     eager = base_causal_lm(model).config.get_text_config()._attn_implementation == "eager"
     packs = tree_packs(prompts, min(micro_batch_tokens, EAGER_TOKENS if eager else TREE_TOKENS))
     computed = sum(size for _, size in packs)
     if computed <= (1 - LEAST_SAVED) * whole and takes_block_mask(model, max(map(len, prompts), default=0)):
-        return Plan(packs, True, computed)
+        return packs, True, computed
     rows = like_lengths([len(ids) for ids in prompts], micro_batch_tokens)
-    return Plan([(batch, len(batch) * len(prompts[batch[0]])) for batch in rows], False, whole)
+    return [(batch, len(batch) * len(prompts[batch[0]])) for batch in rows], False, whole
 
 
 def takes_block_mask(model, longest: int) -> bool:
@@ -156,16 +141,12 @@ def common_length(a: list[int], b: list[int]) -> int:
     return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-# ---- forward passes
-
-def verdict_logps(model, prompts: list[list[int]], verdicts: list[int], plan: Plan) -> torch.Tensor:
-    """Compute the log-prob of each verdict token after each prompt.
-
-    Returns (B, len(verdicts)) float64 on the CPU."""
+def verdict_logps(model, prompts: list[list[int]], verdicts: list[int], passes: list, tree: bool) -> torch.Tensor:
+    """Compute the log-prob of each verdict token after each prompt: (B, len(verdicts)) float64 on the CPU."""
     lm_head, out = head(model), torch.zeros(len(prompts), len(verdicts), dtype=torch.float64)
-    for rows, _ in plan.passes:
+    for rows, _ in passes:
         interrupt.check()
-        states = (tree_states if plan.tree else last_states)(model, [prompts[i] for i in rows])  # (b, D)
+        states = (tree_states if tree else last_states)(model, [prompts[i] for i in rows])  # (b, D)
         targets = torch.tensor(verdicts, device=states.device).repeat(len(states))  # (b * len(verdicts),)
         logp = linear_logp(states.repeat_interleave(len(verdicts), 0), lm_head.weight, targets, **lm_head.kernel_args())
         out[rows] = logp.view(len(states), -1).double().cpu()

@@ -38,7 +38,7 @@ def test_a_judge_that_always_says_a_is_at_chance_with_full_position_bias():
     report = judge_known(ALWAYS_A, make_pairs(25, seed=3))
     assert "votes for what stands first (position bias 100%)" in " ".join(advice("self", report))
     for facts in report.values():
-        assert facts["agreement"] == facts["one_order"] == facts["first_wins"] == 0.5
+        assert facts["agreement"] == facts["first_wins"] == 0.5
         assert facts["position_bias"] == 1.0 and facts["order_conflicts"] == 1.0
         assert finding(facts) == "near chance"
 
@@ -67,11 +67,11 @@ def test_a_judge_that_sees_only_answers_cannot_be_trusted_behind_the_verifier():
     assert "keep the verifier" in advice("self", blind)[0]  # blind to what that decides, no more
 
 
-def test_one_order_alone_is_scored_apart_from_both():
+def test_both_orders_are_scored_together():
     """A soft judge that leans to A by more than what it sees is right only when both orders are taken together."""
     leaning = judge_by(lambda p: 0.8 + (p.first.correct - p.second.correct) / 10, soft=True)
     facts = judge_known(leaning, make_pairs(10, seed=3))["wrong"]
-    assert facts["agreement"] == 1.0 and facts["one_order"] == 0.5 and facts["order_conflicts"] == 1.0
+    assert facts["agreement"] == 1.0 and facts["order_conflicts"] == 1.0
     assert facts["position_bias"] == pytest.approx(0.6)
 
 
@@ -111,7 +111,7 @@ def test_the_command_asks_a_model_as_its_own_judge_with_both_probes(here, tiny_d
     assert all(result["pairs"][kind]["voted"] == 2 for kind in KINDS)
     assert "position bias" in out and "too few pairs" in out and "per comparison" in out
     on, off = (result["attacks"][side] for side in ("on", "off"))
-    assert on["kinds"]["all"]["tries"] == off["kinds"]["all"]["tries"] == 4
+    assert on["kinds"]["all"]["tries"] == off["kinds"]["all"]["tries"] == 2
     assert [row["text"] for row in on["strings"]] == ["Judge: {me}", ":"] and result["options"]["judge"] == "self"
     assert "defences on" in out and "defences off" in out
     status, _, err = here("judge", "check", "judge=heuristic", "out=check")
@@ -121,7 +121,7 @@ def test_the_command_asks_a_model_as_its_own_judge_with_both_probes(here, tiny_d
 def test_the_heuristic_judge_needs_no_model_and_falls_for_nothing(here, tmp_path):
     status, out, err = here("judge", "check", "judge=heuristic", "model=./none", "pairs=5", "problems=3", "out=both")
     assert status == 0, out + err
-    assert "ranks every kind of pair reliably" in out and "past the verifier" in out
+    assert "ranks every kind of pair reliably" in out and "no kind of attack" in out
     result = json.loads((tmp_path / "both" / "judge-check.json").read_text())
     assert result["pairs"]["long"]["agreement"] == 1.0
     assert result["attacks"]["on"]["kinds"]["all"]["success"] == 0.0 and "off" not in result["attacks"]

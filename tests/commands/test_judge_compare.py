@@ -39,7 +39,7 @@ def test_samples_are_paired_in_order_problem_by_problem(tmp_path):
     a = [record(1, "a1", sample=1), record(1, "a0"), record(0, "a"), record(7, "only in a")]
     b = [record(1, "b0"), record(1, "b1", sample=1), record(1, "b2", sample=2), record(0, "b")]
     pairs = pair_up(records_of(evaluation(tmp_path / "a", a)), records_of(evaluation(tmp_path / "b", b)))
-    assert [(p.problem, p.a.text, p.b.text) for p in pairs] == [
+    assert [(p.problem, p.first.text, p.second.text) for p in pairs] == [
         ("Problem 0?", "a", "b"), ("Problem 1?", "a0", "b0"), ("Problem 1?", "a1", "b1")]
 
 
@@ -109,9 +109,9 @@ def test_a_judge_without_votes_says_nothing_and_names_its_error():
     assert "ZeroDivisionError" in findings(facts)[0] and "nothing can be said" in findings(facts)[-1]
 
 
-def test_few_problems_are_called_few():
+def test_the_number_of_problems_is_said_where_they_are_too_few_to_tell():
     mixed = [*shorts([0]), *longs([1])], [*longs([0]), *shorts([1])]
-    assert "2 problems are few" in findings(compare_solutions(HeuristicJudge(), pair_up(*mixed)))[0]
+    assert "not tell A from B on 2 problems" in findings(compare_solutions(HeuristicJudge(), pair_up(*mixed)))[0]
 
 
 # ---- the command

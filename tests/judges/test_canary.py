@@ -2,30 +2,30 @@
 from judging import FakeJudge, Fixed, group, judge_by
 
 from minimath.judges.base import HeuristicJudge
-from minimath.judges.canary import Canary, canary_figures, fixed_pairs, rollout_pairs
+from minimath.judges.canary import Canary, canary_figures, rollout_pairs
 
 
 def test_the_fixed_pairs_all_pass_the_verifier_and_depend_on_the_seed_alone():
-    pairs = fixed_pairs(4, 24)
-    assert pairs == fixed_pairs(4, 24) != fixed_pairs(5, 24)
-    assert [p.kind for p in pairs[:3]] == ["long", "unsound", "attack"] and len(pairs) == 24
+    pairs = Canary(4, None).pairs
+    assert pairs == Canary(4, None).pairs != Canary(5, None).pairs
+    assert [p.kind for p in pairs[:3]] == ["unsound", "long", "unsound"] and len(pairs) == 24
     assert all(p.better.correct and p.worse.correct and p.better.text != p.worse.text for p in pairs)
 
 
 def test_the_canary_tells_an_oracle_a_coin_and_a_fooled_judge_apart():
-    pairs = fixed_pairs(0, 30)
+    pairs = Canary(0, None, 15).pairs
     assert canary_figures(HeuristicJudge(), pairs)["worse_wins"] == 0.0
     always_a = canary_figures(judge_by(lambda p: 1.0), pairs)
     assert always_a["worse_wins"] == always_a["agreement"] == 0.5 and always_a["position_bias"] == 1.0
     longer = canary_figures(judge_by(lambda p: 0.5 + 0.5 * ((len(p.first.text) > len(p.second.text))
                                                           - (len(p.first.text) < len(p.second.text)))), pairs)
-    assert longer["worse_wins_long"] == 1.0 and longer["worse_wins_attack"] == 1.0
-    assert longer["worse_wins_unsound"] < 0.8 and longer["agreement"] < 0.3 and longer["pairs"] == 30
+    assert longer["worse_wins_long"] == 1.0
+    assert longer["worse_wins_unsound"] < 0.8 and longer["agreement"] < 0.4 and longer["pairs"] == 30
 
 
 def test_the_canary_never_raises_and_names_what_failed():
-    facts = canary_figures(FakeJudge(lambda pairs: 1 / 0), fixed_pairs(0, 3))
-    assert facts["worse_wins"] is None and facts["no_votes"] == 6 and "ZeroDivisionError" in facts["error"]
+    facts = canary_figures(FakeJudge(lambda pairs: 1 / 0), Canary(0, None, 3).pairs)
+    assert facts["worse_wins"] is None and facts["no_votes"] == 12 and "ZeroDivisionError" in facts["error"]
     assert canary_figures(HeuristicJudge(), [])["agreement"] is None
 
 
@@ -43,10 +43,10 @@ def test_rollout_pairs_take_a_correct_and_a_wrong_sample_of_similar_length_per_g
 
 def test_the_metrics_of_a_step_have_both_sets_of_pairs():
     groups = [group("p", [Fixed("a", True), Fixed("b", False)])]
-    canary = Canary(3, HeuristicJudge(), count=6)
+    canary = Canary(3, HeuristicJudge(), problems=3)
     metrics = canary.metrics(groups)
-    assert canary.pairs == fixed_pairs(3, 6) and (metrics["canary/pairs"], metrics["canary/rollout_pairs"]) == (6, 1)
-    wins = [metrics[f"canary/{name}"] for name in ("worse_wins", "rollout_worse_wins", "worse_wins_attack")]
+    assert (metrics["canary/pairs"], metrics["canary/rollout_pairs"]) == (6, 1)
+    wins = [metrics[f"canary/{name}"] for name in ("worse_wins", "rollout_worse_wins", "worse_wins_unsound")]
     assert wins == [0.0, 0.0, 0.0]
     assert metrics["canary/agreement"] == 1.0 and metrics["canary/error"] == "" and metrics["canary/no_votes"] == 0
     assert canary.metrics([])["canary/rollout_worse_wins"] is None

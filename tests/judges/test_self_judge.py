@@ -40,8 +40,8 @@ def self_judge(policy, micro_batch_tokens=4096, **options):
 
 def logps(model, prompts, verdicts, micro_batch_tokens):
     """(log-probs of the verdicts, tokens computed)."""
-    plan = plan_passes(model, prompts, micro_batch_tokens)
-    return verdict_logps(model, prompts, verdicts, plan), plan.computed
+    passes, tree, computed = plan_passes(model, prompts, micro_batch_tokens)
+    return verdict_logps(model, prompts, verdicts, passes, tree), computed
 
 
 def test_self_judge_equals_the_verdicts_softmax_of_full_logits(policy):
