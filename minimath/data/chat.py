@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from minimath.core.errors import UserError
-from minimath.data.examples import Example, hashes_answer
+from minimath.data.rows import Example, hashes_answer
 
 IGNORE = -100
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>", "<|endoftext|>")

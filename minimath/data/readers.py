@@ -17,7 +17,7 @@ from minimath.core.text import did_you_mean
 MAX_ROW_BYTES = 1_000_000  # longer is a broken file (a lost line end or quote), no problem with a solution
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 BOM = b"\xef\xbb\xbf"
-OBJECT_ON_LINE_1 = re.compile(rb'\s*\{(?!\s*"data"\s*:)[^\n]*\}\s*(\n|$)')  # jsonl under another name
+OBJECT_ON_LINE_1 = re.compile(rb'\s*\{(?!\s*"data"\s*:)[^\r\n]*\}\s*([\r\n]|$)')  # jsonl under another name
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*(:\w[\w.-]*)?")
 
 
@@ -137,30 +137,32 @@ def _size(value) -> int:
 
 
 def _jsonl(path: Path) -> Iterator[dict | BadRow]:
-    with path.open("rb") as file:
-        while raw := file.readline(MAX_ROW_BYTES + 1):
-            too_long = len(raw) > MAX_ROW_BYTES
-            while too_long and raw and not raw.endswith(b"\n"):
-                raw = file.readline(MAX_ROW_BYTES)
-            yield TOO_LONG if too_long else _jsonl_row(raw)
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:  # lines may end in CR alone
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            too_long = len(line) > MAX_ROW_BYTES
+            while too_long and line and not line.endswith("\n"):
+                line = file.readline(MAX_ROW_BYTES)
+            yield TOO_LONG if too_long else _jsonl_row(line)
 
 
-def _jsonl_row(raw: bytes) -> dict | BadRow:
-    raw = raw.removeprefix(BOM)  # on any line: files are often joined
-    if b"\0" in raw:
+def _jsonl_row(line: str) -> dict | BadRow:
+    line = line.removeprefix("\ufeff")  # on any line: files are often joined
+    if "\0" in line:
         return NUL
-    if not raw.strip():
+    if not line.strip():
         return EMPTY
+    broken = ESCAPED.search(line)
     try:
-        return _object(json.loads(raw.decode("utf-8")))
+        if not broken:
+            return _object(json.loads(line))
     except RecursionError:
         return BadRow("JSON nested too deep", "flatten the row")
-    except ValueError as error:  # UnicodeDecodeError, JSONDecodeError, and integers with thousands of digits
-        if not raw.endswith(b"\n"):
-            return BadRow("truncated last line", "write the last row again: the file ends inside it")
-        if isinstance(error, UnicodeDecodeError):
-            return BadRow("not UTF-8", f"byte {error.start + 1} is 0x{raw[error.start]:02x}; {NOT_UTF8.fix}")
-        return BadRow("not JSON", f"{error}; one complete object per line")
+    except ValueError as error:  # JSONDecodeError, and integers with thousands of digits
+        if line.endswith("\n"):
+            return BadRow("not JSON", f"{error}; one complete object per line")
+    if not line.endswith("\n"):
+        return BadRow("truncated last line", "write the last row again: the file ends inside it")
+    return BadRow("not UTF-8", f"character {broken.start() + 1} is the byte 0x{ord(broken[0]) - 0xdc00:02x}; {NOT_UTF8.fix}")
 
 
 def _json(path: Path) -> Iterator[dict | BadRow]:
@@ -177,7 +179,7 @@ def _json(path: Path) -> Iterator[dict | BadRow]:
 
 
 def _csv(path: Path) -> Iterator[dict | BadRow]:
-    """Read every cell as text."""
+    """Read every cell as text; the header tells what stands between them."""
     csv.field_size_limit(MAX_ROW_BYTES)
     ended = []  # filled behind the last line: a quote that is not closed takes in the rest of the file
 
@@ -186,7 +188,10 @@ def _csv(path: Path) -> Iterator[dict | BadRow]:
         ended.append(True)
 
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(lines(file), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        first = next((line for line in file if line.strip()), "")
+        file.seek(0)
+        usual = "\t" if path.suffix.lower() == ".tsv" else ","
+        reader = csv.reader(lines(file), delimiter=max(usual + ",;\t|", key=first.count))
         names = [name.strip() for name in next(filter(None, reader), [])]
         if not names or ended:
             raise UserError(f"{path}: not a readable table: no line of column names, or a quote in it is not closed; "
@@ -223,6 +228,10 @@ def _parquet(path: Path) -> Iterator[dict | BadRow]:
                         "as jsonl") from None
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+            for i, column in enumerate(batch.schema):
+                if column.type in (pyarrow.float32(), pyarrow.float16()):  # 0.1, not 0.10000000149011612
+                    digits = batch.column(i).cast(pyarrow.string()).cast(pyarrow.float64())
+                    batch = batch.set_column(i, column.name, digits)
             yield from _batch_rows(batch)
     except pyarrow.ArrowException as error:
         reason, *_ = str(error).splitlines()

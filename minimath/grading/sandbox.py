@@ -36,7 +36,7 @@ WARM_UP = ((r"2\sqrt{3}", r"\sqrt{12}"), ("x^2+2x+1", "(x+1)^2"), (r"x \in [2,5)
            (r"(3,\frac{1}{2})", "(3,4)"))
 
 
-class BoundedChild:
+class BoundedChild(contextlib.AbstractContextManager):
     """Put questions to the workers; a context manager, usable from any thread.
 
     The child starts with the first question. A reply comes within `timeout_s` by the clock, that start apart.
@@ -50,9 +50,6 @@ class BoundedChild:
         self._idle: list[socket.socket] = []
         self._all: set[socket.socket] = set()       # the idle and the busy ones of this child
         self._lock, self._free = threading.RLock(), threading.BoundedSemaphore(WORKERS)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()
@@ -94,8 +91,7 @@ class BoundedChild:
 
     def _start(self):
         if not hasattr(os, "fork"):
-            raise UserError("answer checker: this answer needs a process of its own, which takes os.fork; on Windows "
-                            "use WSL")
+            raise UserError("answer checker: this answer needs a process of its own, by os.fork; on Windows use WSL")
         self.close()                                # what a dead one left
         env = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
         self._control, theirs = socket.socketpair()
