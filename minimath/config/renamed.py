@@ -15,6 +15,7 @@ REMOVED = {
     "z_loss": "minimath.kernels.linear_cross_entropy has it for a loop of your own",
     "on_save_error": "a checkpoint that can't be written is said, and tried again at the next save",
     "keep": "the three newest checkpoints and the best one are kept",
+    "push": "upload the folder with `hf upload OWNER/NAME FOLDER --private`",
     "log_every": "every step is logged",
     "data_format": "the shape of a row is read off its columns",
     "repetition_penalty": "it biases the log-probs that training needs; loop_guard=N cuts loops",

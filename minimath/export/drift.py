@@ -1,4 +1,4 @@
-"""Measure how far a merged model is from the live adapter, on its own completions."""
+"""Measure how far a merged model is from the one that was trained, on that model's completions."""
 import contextlib
 import random
 from pathlib import Path
@@ -12,44 +12,41 @@ from minimath.data.examples import load_examples
 from minimath.data.problems import make_problems
 from minimath.export.model_card import shown
 from minimath.models.load import base_causal_lm, compute_dtype, inference
-from minimath.models.policy import Policy, load_policy
+from minimath.models.policy import Policy
 from minimath.rollout.open import open_engine
-
-LONGEST_PROMPT = 1024  # tokens; longer problems are left out of the measurement
 
 
 class Drift(NamedTuple):
-    """How far next-token distributions moved from the live to the merged model."""
-    kl: float         # mean KL(live || merged), nats
-    worst: float      # largest |change| of the log-prob of live's greedy token, nats
+    """How far next-token distributions moved from the trained to the merged model."""
+    kl: float         # mean KL(trained || merged), nats
     agreement: float  # share where both have the same greedy token
     tokens: int
 
     def __str__(self) -> str:
         return (f"mean KL {self.kl:.2e} nats a token, greedy token the same on {100 * self.agreement:.1f}% of "
-                f"{self.tokens} tokens, its log-prob moved by at most {self.worst:.2g}")
+                f"{self.tokens} tokens")
 
 
 def drift_texts(policy: Policy, cfg: EvalConfig, count: int) -> tuple[list[tuple[list[int], list[int]]], str]:
-    """Write the live adapter's greedy completions of `count` problems.
+    """Write the model's greedy completions of `count` problems: the run's own, else made ones.
 
-    Returns ([(prompt ids, completion ids)], where the problems are from). The problems are those of cfg.data, else made
-    ones. Raises UserError when no prompt is short enough.
+    Returns ([(prompt ids, completion ids)], where the problems are from). Raises UserError when no prompt is short
+    enough.
     """
-    problems, path = [], cfg.data.source
-    if path and Path(path).exists():
+    problems, source = [], cfg.data.source
+    if source and Path(source).exists():
         with contextlib.suppress(UserError):  # it may have changed since: the made ones do as well
-            problems = [e.problem for e in load_examples(cfg.data)[0] if e.problem]
-    if problems:
-        problems = random.Random(0).sample(problems, min(count, len(problems)))
-        source = f"{len(problems)} problems of {shown(path)}"
-    else:
-        problems, source = [e.problem for e in make_problems(count, seed=0, split="test")], f"{count} made problems"
-    prompts = [ids for ids in map(policy.prompt_ids, problems) if len(ids) <= LONGEST_PROMPT]
+            problems = [example.problem for example in load_examples(cfg.data)[0] if example.problem]
+    if not problems:
+        problems, source = [example.problem for example in make_problems(count, seed=0, split="test")], "minimath's own"
+    problems = random.Random(0).sample(problems, min(count, len(problems)))
+    prompts = [ids for ids in map(policy.prompt_ids, problems) if len(ids) <= cfg.prompt.max_prompt_len]
     if not prompts:
-        raise UserError(f"none of the {source} fits {LONGEST_PROMPT} tokens; the drift can't be measured on them")
+        raise UserError(f"none of {len(problems)} problems of {shown(source)} fits {cfg.prompt.max_prompt_len} tokens, "
+                        "the drift can't be measured on them; raise drift_problems")
     with open_engine(cfg.engine, cfg.sampling, policy) as engine:
-        return [(prompt, group[0].ids) for prompt, group in zip(prompts, engine.generate(prompts))], source
+        texts = [(prompt, sample.ids) for prompt, [sample] in zip(prompts, engine.generate(prompts))]
+    return texts, f"{len(texts)} problems of {shown(source)}"
 
 
 def completion_logits(model, texts) -> list[torch.Tensor]:
@@ -63,23 +60,12 @@ def completion_logits(model, texts) -> list[torch.Tensor]:
     return out
 
 
-def compare(live: list[torch.Tensor], merged: list[torch.Tensor]) -> Drift:
+def compare(trained: list[torch.Tensor], merged: list[torch.Tensor]) -> Drift:
     """Compare lists of logits, (C, V) each, in float64: fp32 alone would show 1e-7."""
-    kl, worst, same, tokens = 0.0, 0.0, 0, 0
-    for before, after in zip(live, merged, strict=True):
+    kl, same, tokens = 0.0, 0, 0
+    for before, after in zip(trained, merged, strict=True):
         p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
         kl += float((p.exp() * (p - q)).sum())
-        greedy = p.argmax(-1, keepdim=True)
-        worst = max(worst, float((p - q).gather(-1, greedy).abs().max()))
-        same += int((greedy[:, 0] == q.argmax(-1)).sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
         tokens += len(p)
-    return Drift(kl / tokens, worst, same / tokens, tokens)
-
-
-def nf4_drift(cfg: EvalConfig, texts, merged: list[torch.Tensor]) -> str:
-    """Say how far the merged model is from the 4-bit one: no reason to refuse."""
-    try:
-        found = compare(completion_logits(load_policy(cfg.replace(quant="nf4"), train=False).model, texts), merged)
-    except (UserError, RuntimeError) as error:
-        return f"drift from the 4-bit model in training: not measured ({str(error).splitlines()[0]})"
-    return f"drift from the 4-bit model in training, whose rounding the base does not have: {found}"
+    return Drift(kl / tokens, same / tokens, tokens)

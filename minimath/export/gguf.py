@@ -2,16 +2,11 @@
 
 Families: llama, mistral, qwen2, qwen3. The package gguf (extra demo) has the file format, the types and the tensors'
 names. What it lacks, which weights turn round, how words are cut and the numbers of the header, is here as in
-llama.cpp's convert_hf_to_gguf.py. Every other family goes through that script where one is found.
+llama.cpp's convert_hf_to_gguf.py, which is for every other family.
 """
 import contextlib
 import json
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -20,36 +15,23 @@ import torch
 
 from minimath.core.errors import UserError
 from minimath.data.chat import turn_end
-from minimath.export.model_card import modelfile
-from minimath.models.policy import Policy
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type -> gguf's name
 FILE_TYPES = {"f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # gguf_type -> gguf's name of the type of the matrices
-SCRIPTS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf.py", "convert_hf_to_gguf")
 QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-PRE_TOKENIZERS = {  # the regex that cuts text into words -> the name by which llama.cpp knows it
-    QWEN2_WORDS: "qwen2",
-    QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"): "llama-bpe",
-}
+LLAMA3_WORDS = QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+DIGITS = {"type": "Digits", "individual_digits": True}
+PRE_TOKENIZERS = {  # llama.cpp's name -> how text is cut, in tokenizer.json
+    "gpt-2": [BYTES | {"use_regex": True}], "smollm": [DIGITS, BYTES | {"use_regex": True}],
+    "qwen2": [SPLIT | {"pattern": {"Regex": QWEN2_WORDS}}, BYTES],
+    "llama-bpe": [SPLIT | {"pattern": {"Regex": LLAMA3_WORDS}}, BYTES]}
 
 
 # ---- what can be written
-
-def find_writer(config, tokenizer) -> Path | None:
-    """Find llama.cpp's script for the model; None: minimath writes it. UserError."""
-    if not (why_not := reason_against(config, tokenizer)):
-        return None
-    place = Path(os.environ["LLAMA_CPP"]) if os.environ.get("LLAMA_CPP") else None
-    if place and place.is_file():
-        return place
-    found = [place / name for name in SCRIPTS if place and (place / name).is_file()]
-    found += [Path(path) for name in SCRIPTS if (path := shutil.which(name))]
-    if not found:
-        raise UserError(f"to=gguf: {why_not}. Use to=safetensors, then llama.cpp's convert_hf_to_gguf.py on that "
-                        "folder; with LLAMA_CPP set to a checkout of llama.cpp this command runs it")
-    return found[0]
-
 
 def reason_against(config, tokenizer) -> str:
     """Say why this module can't write the model; "" when it can."""
@@ -57,45 +39,23 @@ def reason_against(config, tokenizer) -> str:
         return f"minimath writes GGUF of {', '.join(ARCHITECTURES)} models, not of {config.model_type}"
     if config.hidden_act != "silu":
         return f"llama.cpp computes silu for {config.model_type} models, this one has {config.hidden_act}"
-    kind = rope(config).get("rope_type", "default")
+    kind = config.rope_parameters["rope_type"]
     if kind != "default" and not (kind in ("llama3", "linear") and ARCHITECTURES[config.model_type] == "LLAMA"):
         return f"its position scaling, {kind}, is not one that minimath writes"
-    try:
-        pre_tokenizer(tokenizer)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def rope(config) -> dict:
-    return getattr(config, "rope_parameters", None) or {}
-
-
-def head_dim_of(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return "" if pre_tokenizer(tokenizer) else "llama.cpp has no name for how its tokenizer cuts words"
 
 
 def pre_tokenizer(tokenizer) -> str:
-    """Find llama.cpp's name of how the tokenizer cuts text into words.
+    """Find llama.cpp's name of how the tokenizer cuts text into words, "" for none.
 
-    Raises ValueError when there is none: a wrong name gives other tokens than in training, without any message.
+    A wrong name would give other tokens than in training, without any message.
     """
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     steps = data["pre_tokenizer"] or {}
-    steps = steps.get("pretokenizers", [steps])
-    last = steps[-1]
-    if data["model"]["type"] != "BPE" or last.get("type") != "ByteLevel" or last["add_prefix_space"]:
-        raise ValueError("its tokenizer is not byte-level BPE")
-    first = steps[0] if len(steps) == 2 else {}
-    if last["use_regex"]:
-        if len(steps) == 1:
-            return "gpt-2"
-        if first == {"type": "Digits", "individual_digits": True}:
-            return "smollm"
-    elif first.get("type") == "Split" and first["behavior"] == "Isolated" and not first["invert"] and \
-            (name := PRE_TOKENIZERS.get(first["pattern"].get("Regex"))):
-        return name
-    raise ValueError("its tokenizer cuts words in a way that minimath has no name of llama.cpp's for")
+    steps = [{key: value for key, value in step.items() if key != "trim_offsets"}  # which changes no token
+             for step in steps.get("pretokenizers", [steps])]
+    return next((name for name, known in PRE_TOKENIZERS.items() if steps == known), "") \
+        if data["model"]["type"] == "BPE" else ""
 
 
 # ---- rounding, as the file will hold it
@@ -108,89 +68,43 @@ def type_of(weight: torch.Tensor, kind: str) -> gguf.GGMLQuantizationType:
     return types.F16 if kind == "q8_0" and weight.shape[-1] % 32 else types[FILE_TYPES[kind]]
 
 
-def quantised(weight: torch.Tensor, type_: gguf.GGMLQuantizationType) -> np.ndarray:
-    """Convert a weight to its bytes in the file. UserError: a number is too large."""
-    with np.errstate(over="ignore"):
-        out = gguf.quants.quantize(weight.detach().float().cpu().numpy(), type_)
-    if out.dtype == np.float16 and not np.isfinite(out).all():
-        raise UserError("gguf_type=f16 can't hold this model: a weight is above 65504; use gguf_type=bf16")
-    return out
-
-
 def round_as_gguf(model, kind: str) -> None:
-    """Replace every weight by what the file will hold; a second time changes nothing."""
+    """Replace every weight by what the file will hold; a second time changes nothing.
+
+    Raises UserError for a number that is too large.
+    """
     for weight in model.parameters():
         type_ = type_of(weight, kind)
-        held = gguf.quants.dequantize(quantised(weight, type_), type_)
+        with np.errstate(over="ignore"):
+            held = gguf.dequantize(gguf.quantize(weight.detach().float().cpu().numpy(), type_), type_)
+        if type_ == gguf.GGMLQuantizationType.F16 and not np.isfinite(held).all():
+            raise UserError("gguf_type=f16 can't hold this model: a weight is above 65504; use gguf_type=bf16")
         weight.data.copy_(torch.from_numpy(np.ascontiguousarray(held)))
 
 
 # ---- writing
 
-def write_folder(policy: Policy, folder: Path, name: str, kind: str, script: Path | None,
-                 save: Callable[[Path], object]) -> str:
-    """Write file and Modelfile; returns how to use them, {folder} for their place.
-
-    script: of find_writer, run on the model as save(folder) writes it for transformers. Raises OSError, UserError.
-    """
-    file = folder / f"{name}-{kind}.gguf"
-    if script:
-        with tempfile.TemporaryDirectory(dir=folder) as plain:
-            save(Path(plain))
-            run_script(script, plain, file, kind)
-    else:
-        write_gguf(policy.model, policy.tokenizer, file, kind=kind, name=name)
-    text = modelfile(policy.tokenizer, file.name, policy.prompt)
-    (folder / "Modelfile").write_text(text, encoding="utf-8")
-    return f"cd {{folder}} && ollama create {name} -f Modelfile && ollama run {name} \"PROBLEM\"\n" \
-           f"llama-server -m {{folder}}/{file.name}   # or llama.cpp alone"
-
-
-def run_script(script: Path, folder: str, path: Path, kind: str) -> None:
-    """Convert the model in `folder` with llama.cpp's script. UserError: its last line."""
-    start = [sys.executable] if script.suffix == ".py" else []
-    done = subprocess.run([*start, str(script), folder, "--outfile", str(path), "--outtype", kind],
-                          capture_output=True, text=True, errors="replace")
-    if done.returncode or not path.is_file():
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing said").splitlines()[-1]
-        raise UserError(f"{script} ended with status {done.returncode}: {said[:300]}; use to=safetensors, and run it "
-                        "by hand")
-
-
 def write_gguf(model, tokenizer, path: Path, *, kind: str, name: str) -> None:
-    """Write a plain model and its tokenizer, one tensor in memory at a time.
+    """Write a plain model that round_as_gguf rounded, one tensor in memory at a time.
 
-    kind: f16, bf16 or q8_0 for the matrices. Ask find_writer first. Raises OSError, UserError.
+    kind: f16, bf16 or q8_0 for the matrices. Ask reason_against first. Raises OSError, UserError.
     """
-    config = model.config
-    arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
-    tensors = named_tensors(model, gguf.get_tensor_name_map(arch, config.num_hidden_layers))
+    arch = gguf.MODEL_ARCH[ARCHITECTURES[model.config.model_type]]
     with contextlib.closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])) as writer:
-        add_options(writer, config, name, gguf.LlamaFileType[f"MOSTLY_{FILE_TYPES[kind]}"])
+        writer.add_name(name)
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{FILE_TYPES[kind]}"])
+        add_options(writer, model)
         add_tokenizer(writer, tokenizer, model.get_input_embeddings().weight.shape[0])
-        for tensor_name, weight in tensors.items():
-            type_ = type_of(weight, kind)
-            block, size = gguf.GGML_QUANT_SIZES[type_]
-            writer.add_tensor_info(tensor_name, weight.shape, np.dtype(np.float32), weight.numel() // block * size,
-                                   type_)
+        add_tensors(writer, model, gguf.get_tensor_name_map(arch, model.config.num_hidden_layers), kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor_name, weight in tensors.items():
-            part = tensor_name.split(".")[2:3]
-            heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(*part or [""])
-            if heads and ARCHITECTURES[config.model_type] == "LLAMA":
-                weight = rotated_in_pairs(weight, heads)
-            writer.write_tensor_data(quantised(weight, type_of(weight, kind)))
+        writer.write_tensors_to_file()
 
 
-def add_options(writer: gguf.GGUFWriter, config, name: str, file_type: gguf.LlamaFileType) -> None:
+def add_options(writer: gguf.GGUFWriter, model) -> None:
     """Write the numbers that llama.cpp builds the model from."""
-    head_dim = head_dim_of(config)
+    config, head_dim = model.config, model.base_model.layers[0].self_attn.head_dim
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     # llama.cpp has no window in these families: up to its length there is none to see
     writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
@@ -202,8 +116,7 @@ def add_options(writer: gguf.GGUFWriter, config, name: str, file_type: gguf.Llam
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(rope(config).get("rope_theta", 10000.0))
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
 
 
@@ -225,27 +138,31 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, rows: int) -> None:
     special.add_to_gguf(writer, quiet=True)
 
 
-def named_tensors(model, name_map: gguf.TensorNameMap) -> dict[str, torch.Tensor]:
-    """Map GGUF names to weights in transformers' layout, without a tied head."""
-    out = {}
+def add_tensors(writer: gguf.GGUFWriter, model, name_map: gguf.TensorNameMap, kind: str) -> None:
+    """Add the weights by their GGUF names, without a tied head; each is converted when it is written."""
+    config = model.config
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} \
+        if ARCHITECTURES[config.model_type] == "LLAMA" else {}
+
+    def add(name: str, weight: torch.Tensor) -> None:
+        turned = next((count for part, count in heads.items() if f".{part}." in name), 0)
+        lazy = gguf.LazyNumpyTensor(
+            meta=gguf.LazyNumpyTensor.meta_with_dtype_and_shape(np.float32, tuple(weight.shape)), args=(weight.data,),
+            func=lambda w: (rotated_in_pairs(w, turned) if turned else w).float().cpu().numpy())
+        writer.add_tensor(name, gguf.quantize(lazy, type_of(weight, kind)), raw_dtype=type_of(weight, kind))
+
     for name, weight in model.named_parameters():
-        if (gguf_name := name_map.get_name(name, try_suffixes=(".weight", ".bias"))) is None:
-            raise UserError(f"to=gguf: llama.cpp has no place for the weight {name} in a {model.config.model_type} "
-                            "model; use to=safetensors and llama.cpp's convert_hf_to_gguf.py")
-        out[gguf_name] = weight
-    if rope(model.config).get("rope_type", "default") != "default":
-        dim = head_dim_of(model.config)
-        plain = rope(model.config)["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-        embedding = model.base_model.rotary_emb
-        out["rope_freqs.weight"] = plain / embedding.inv_freq.float().cpu()  # llama.cpp divides by it
-    return out
+        add(name_map.get_name(name, try_suffixes=(".weight", ".bias")), weight)
+    if config.rope_parameters["rope_type"] != "default":
+        scaled = model.base_model.rotary_emb.inv_freq.float().cpu()
+        plain = config.rope_parameters["rope_theta"] ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
+        add("rope_freqs.weight", plain / scaled)  # llama.cpp divides by it
 
 
 def rotated_in_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of each head.
+    """Reorder the rows of each head of a weight (heads * head_dim, ...).
 
-    weight: (heads * head_dim, ...). transformers rotates row i with row i + head_dim / 2, llama.cpp for its llama
-    architecture 2i with 2i + 1.
+    transformers rotates row i with row i + head_dim / 2, llama.cpp for its llama architecture 2i with 2i + 1.
     """
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)

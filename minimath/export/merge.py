@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -17,28 +16,27 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from minimath.config.load import load_config
-from minimath.config.options import Stage, options_of
+from minimath.config.options import Stage
 from minimath.config.schema import AdapterPath, Count, EvalConfig
-from minimath.core.credentials import mask
-from minimath.core.entry import run_command
 from minimath.core.errors import UserError
 from minimath.core.files import flush_to_disk, free_bytes, read_json
-from minimath.core.run import keep_freed_memory
 from minimath.core.run_folder import ADAPTER, CONFIG, EVAL, evaluation_folder, find_adapter
 from minimath.data.chat import turn_end
-from minimath.export.drift import compare, completion_logits, drift_texts, nf4_drift
-from minimath.export.model_card import card
-from minimath.models.load import base_causal_lm, describe
+from minimath.export.drift import Drift, compare, completion_logits, drift_texts
+from minimath.export.model_card import card, modelfile
+from minimath.models.load import describe
 from minimath.models.policy import Policy, load_policy
+
+RUN_OPTIONS = {"model": str, "system": str, "prompt_template": str, "data": str, "split": str, "quant": str,
+               "attn": str, "lora_r": int, "steps": int, "lr": float}  # read of a run, which may be someone else's
 
 
 class ExportConfig(Stage):
     """Merge an adapter into its base and write a model that other programs run.
 
-    The base is the one that the run names, loaded without quantisation: an adapter trained on 4-bit weights is merged
-    into the 16-bit ones. W + delta is computed in fp32 and rounded once, to the base's dtype or to gguf_type. What that
-    changes is measured before anything is written: live adapter against rounded weights, on completions of the run's
-    own problems. to=gguf writes one GGUF file and a Modelfile for Ollama.
+    An adapter trained on 4-bit weights is merged into the 16-bit base. W + delta is computed in fp32 and rounded once,
+    to the base's dtype or to gguf_type. How far that is from the model that was trained, 4-bit weights included, is
+    measured before anything is written, on completions of the run's own problems.
     """
     adapter: AdapterPath
     model: str = ""
@@ -52,7 +50,7 @@ class ExportConfig(Stage):
     # Mean KL on SmolLM2-135M after 10 steps of the demo's SFT: f16 8e-7, bf16 1e-4, the arithmetic of bf16 alone 6e-4,
     # q8_0 1e-3; and what must not go out: 5 bit 0.07, half the adapter's scale 0.15, 4 bit 0.2, no adapter 0.83.
     max_drift: float = 0.01
-    """nothing is written when the mean KL from the live adapter to the merged model, in nats a token, is above this"""
+    """nothing is written when the mean KL from the trained to the merged model, in nats a token, is above this"""
     drift_problems: Count = 16
     """problems on which the drift is measured: the run's own where they are found, else made ones"""
     drift_tokens: Count = 48
@@ -63,8 +61,6 @@ class ExportConfig(Stage):
     """of merge and measurement; bf16 and fp16 take half the memory, and the drift then holds their noise"""
     trust_remote_code: bool = False
     """run Python code that ships with the model; only for models you trust"""
-    push: str = ""
-    """owner/name of a private hub repository to upload the folder to; empty: nothing leaves this machine"""
 
     def check(self) -> str:
         """What would fail only after the work, or ""."""
@@ -75,16 +71,12 @@ class ExportConfig(Stage):
             return f"{out} exists already and is not an empty folder; choose another out="
         if self.to == "gguf" and importlib.util.find_spec("gguf") is None:
             return "to=gguf needs the package gguf: pip install -e '.[demo]', or use to=safetensors"
-        return fault_of_push(self.push) if self.push else ""
+        return ""
 
 
 def export(words: list[str]) -> dict:
-    """Run the command; returns {"folder": path, "drift": {...}}.
-
-    Raises UserError, with nothing written unless it says so.
-    """
+    """Run the command; returns {"folder": path, "drift": {...}}. UserError: no folder."""
     cfg = load_config(ExportConfig, None, words, "export")
-    keep_freed_memory()
     folder = find_adapter(cfg.adapter.path)
     run, adapter = run_options(folder), read_json(folder / "adapter_config.json")
     base = cfg.model or run.get("model") or adapter.get("base_model_name_or_path")
@@ -95,75 +87,69 @@ def export(words: list[str]) -> dict:
                       max_new_tokens=cfg.drift_tokens, trust_remote_code=cfg.trust_remote_code,
                       attn="eager" if run.get("attn") == "eager" else "sdpa")  # a GPU's may be missing here
     try:
-        policy, drift, script = merge_and_measure(cfg, load, nf4=run.get("quant") == "nf4")
+        policy, drift, measured = merge_and_measure(cfg, load, "nf4" if run.get("quant") == "nf4" else "none")
     except torch.OutOfMemoryError:
         raise UserError(f"the merge does not fit into the memory of device={cfg.device}; use device=cpu, or dtype=bf16 "
                         "for half of it") from None
-    out = Path(cfg.out)
+    out = Path(cfg.out).absolute()
     with new_folder(out) as partial:
-        usage = write_model(policy, partial, cfg, base_dtype(load), script)
+        write_model(policy, partial, cfg, base_dtype(load))
         made = folder.parent if folder.name == ADAPTER else Path(cfg.adapter.path)
-        text = card(name=out.name, base=base, adapter=adapter, run=run, drift=drift["said"],
-                    evaluation=evaluation_of(made), usage=usage.format(folder=out.name),
-                    command="minimath export " + " ".join(map(public_word, words)))
+        text = card(name=out.name, base=base, adapter=adapter, run=run, prompt=policy.prompt, drift=measured,
+                    evaluation=evaluation_of(made), usage=usage(cfg, policy, out.name))
         (partial / "README.md").write_text(text, encoding="utf-8")
     size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))} ({size / 1e6:.0f} MB)\n"
-          f"to use it:\n{usage.format(folder=shlex.quote(cfg.out))}")
-    if cfg.push:
-        push(out, cfg.push)
-    return {"folder": str(out), "drift": {key: value for key, value in drift.items() if key != "said"}}
+    print(f"{cfg.out}: {', '.join(sorted(path.name for path in out.iterdir()))} ({size / 1e6:.0f} MB)\n"
+          f"to use it:\n{usage(cfg, policy, cfg.out)}")
+    return {"folder": cfg.out, "drift": drift._asdict()}
 
 
-def merge_and_measure(cfg: ExportConfig, load: EvalConfig, *, nf4: bool) -> tuple[Policy, dict, Path | None]:
-    """Load, merge, round and measure.
+def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[Policy, Drift, str]:
+    """Load what was trained, with the `quant` of its training, merge, round and measure.
 
-    Returns (the merged model, its drift with what is `said` of it, llama.cpp's script where that must write). nf4: the
-    run trained on 4-bit weights. Raises UserError above max_drift.
+    Returns (the merged model, its drift, what is said of it). Raises UserError above max_drift.
     """
-    policy, script = load_policy(load, train=False), None
-    print(f"{describe(policy.model, load)}, adapter {load.adapter.path}")
+    policy, dtype = load_policy(load.replace(quant=quant), train=False), base_dtype(load)
+    print(f"{describe(policy.model, load.replace(quant=quant))}, adapter {load.adapter.path}")
     if cfg.to == "gguf":
-        from minimath.export.gguf import find_writer, round_as_gguf  # needs the extra
-        script = find_writer(base_causal_lm(policy.model).config, policy.tokenizer)
+        from minimath.export.gguf import reason_against, round_as_gguf  # needs the extra
+        if why_not := reason_against(policy.model.config, policy.tokenizer):
+            raise UserError(f"to=gguf: {why_not}. Use to=safetensors, then on its folder llama.cpp's "
+                            f"`python convert_hf_to_gguf.py FOLDER --outtype {cfg.gguf_type}`")
     texts, source = drift_texts(policy, load, cfg.drift_problems)
-    live, dtype = completion_logits(policy.model, texts), base_dtype(load)
+    trained = completion_logits(policy.model, texts)
+    if quant != "none":
+        del policy  # its memory is for the base that it is merged into
+        policy = load_policy(load, train=False)
     policy.model = merge(policy.model)
     if cfg.to == "gguf":
         round_as_gguf(policy.model, cfg.gguf_type)
     else:
         round_to(policy.model, dtype)
-    merged = completion_logits(policy.model, texts)
-    drift = compare(live, merged)
+    drift = compare(trained, completion_logits(policy.model, texts))
     kind = cfg.gguf_type if cfg.to == "gguf" else str(dtype).removeprefix("torch.")
-    said = [f"drift, live adapter to merged {kind} weights, on {source}: {drift}"]
-    print(said[0])
+    before = "4-bit model in training" if quant == "nf4" else "live adapter"
+    measured = f"drift, {before} to merged {kind} weights, on {source}: {drift}"
+    print(measured)
     if not drift.kl <= cfg.max_drift:  # also nan
+        hint = ("The run's 4-bit weights are not the base's: evaluate what the merge makes with `minimath eval "
+                f"adapter={shlex.quote(cfg.adapter.path)} quant=none`, and raise max_drift if that is good enough"
+                if quant == "nf4" else "Look at the adapter (a rate that was too high makes weights that no 16-bit "
+                "type holds), or raise max_drift if these answers are good enough")
         raise UserError(f"the merged model is not the one that was trained: mean KL {drift.kl:.2e} is above max_drift="
-                        f"{cfg.max_drift:g}, nothing was written. Look at the adapter (a rate that was too high makes "
-                        "weights that no 16-bit type holds), or raise max_drift if these answers are good enough")
-    if nf4:
-        said.append(nf4_drift(load, texts, merged))
-        print(said[1])
-    return policy, drift._asdict() | {"said": said}, script
+                        f"{cfg.max_drift:g}, nothing was written. {hint}")
+    return policy, drift, measured
 
 
 # ---- where the adapter is from
 
 def run_options(folder: Path) -> dict:
-    """Read the options of the run that made the adapter in `folder`; {} when unknown.
-
-    Only what can't do harm is read from it: a run folder may come from someone else (trust_remote_code is not taken).
-    """
-    kinds = {name: option.kind for name, option in options_of(EvalConfig).items() if name != "trust_remote_code"}
+    """Read RUN_OPTIONS of the run that made the adapter in `folder`; {} when unknown."""
     for place in (folder, *list(folder.absolute().parents)[:2]):
-        try:
+        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
             options = yaml.safe_load((place / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            continue
-        if isinstance(options, dict) and "lora_r" in options:
-            kinds |= {"lora_r": int, "steps": int, "lr": float}
-            return {key: value for key, value in options.items() if key in kinds and isinstance(value, kinds[key])}
+            if isinstance(options, dict) and "lora_r" in options:
+                return {key: options[key] for key, kind in RUN_OPTIONS.items() if isinstance(options.get(key), kind)}
     return {}
 
 
@@ -175,17 +161,8 @@ def base_dtype(load: EvalConfig) -> torch.dtype:
 
 def evaluation_of(run: Path) -> dict:
     """Read the evaluation in the run folder, or beside it in a whole run; {} for none."""
-    for place in (run, evaluation_folder(run.parent, run.name)):
-        with contextlib.suppress(OSError, ValueError):
-            if isinstance(found := read_json(place / EVAL), dict):
-                return found
-    return {}
-
-
-def public_word(word: str) -> str:
-    """Take secrets and folders of this machine out of a word of the command."""
-    key, equals, value = mask(word).partition("=")
-    return key + equals + (Path(value).name if value.startswith(("/", "~")) else value)
+    places = (run / EVAL, evaluation_folder(run.parent, run.name) / EVAL)
+    return next((read_json(place) for place in places if place.is_file()), {})
 
 
 # ---- merge
@@ -198,17 +175,14 @@ def merge(model):
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
-        weights = [p for p in (layer.get_base_layer().weight, getattr(layer.get_base_layer(), "bias", None))
-                   if p is not None]
-        dtypes = [weight.dtype for weight in weights]
-        for weight in weights:
-            weight.data = weight.data.float()
+        base = layer.get_base_layer()
+        dtype = base.weight.dtype
+        base.float()
         try:
             layer.merge(safe_merge=True)
-        except (ValueError, RuntimeError, NotImplementedError) as error:
+        except (ValueError, RuntimeError) as error:
             raise UserError(f"{name}: the adapter can't be merged ({str(error).splitlines()[0]})") from None
-        for weight, dtype in zip(weights, dtypes):
-            weight.data = weight.data.to(dtype)
+        base.to(dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A.* already merged|Already following adapters")
         return model.merge_and_unload()  # also takes over modules that were trained whole
@@ -239,17 +213,31 @@ def new_folder(out: Path):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_model(policy: Policy, folder: Path, cfg: ExportConfig, dtype: torch.dtype, script: Path | None) -> str:
-    """Write the merged model; returns how to use it, {folder} for its place."""
+def file_name(cfg: ExportConfig) -> str:
+    """The model's name for Ollama and in the file's, of letters, digits and _ . - alone."""
+    return re.sub(r"[^\w.-]+", "-", Path(cfg.out).absolute().name, flags=re.ASCII).strip("-.") or "model"
+
+
+def usage(cfg: ExportConfig, policy: Policy, folder: str) -> str:
+    """Write the lines that a shell runs to use the model in `folder`."""
+    place, name = shlex.quote(folder), file_name(cfg)
+    upload = f"hf upload OWNER/NAME {place} --private   # to a hub"
     if cfg.to == "safetensors":
-        return write_safetensors(policy, folder, dtype)
-    from minimath.export.gguf import write_folder  # needs the extra
-    return write_folder(policy, folder, Path(cfg.out).name, cfg.gguf_type, script,
-                        lambda place: write_safetensors(policy, place, dtype))
+        asked = shlex.join(f"{key}={getattr(policy.prompt, key)}" for key in ("system", "prompt_template"))
+        return f'{upload}\nminimath solve "PROBLEM" {shlex.quote(f"model={folder}")} {asked}'
+    return (f"{upload}\nllama-server -m {shlex.quote(f'{folder}/{name}-{cfg.gguf_type}.gguf')}   # llama.cpp alone\n"
+            f"cd {place} && ollama create {name} -f Modelfile && ollama run {name} \"PROBLEM\"")
 
 
-def write_safetensors(policy: Policy, folder: Path, dtype: torch.dtype) -> str:
-    """Write a folder that transformers reads; returns how to use it, as write_model."""
+def write_model(policy: Policy, folder: Path, cfg: ExportConfig, dtype: torch.dtype) -> None:
+    """Write what transformers reads, or a GGUF file and a Modelfile."""
+    if cfg.to == "gguf":
+        from minimath.export.gguf import write_gguf  # needs the extra
+        name = file_name(cfg)
+        file = folder / f"{name}-{cfg.gguf_type}.gguf"
+        write_gguf(policy.model, policy.tokenizer, file, kind=cfg.gguf_type, name=name)
+        (folder / "Modelfile").write_text(modelfile(policy.tokenizer, file.name, policy.prompt), encoding="utf-8")
+        return
     policy.model.to(dtype)
     policy.model.config.use_cache = True  # load_model switches it off
     options = policy.model.generation_config
@@ -262,39 +250,3 @@ def write_safetensors(policy: Policy, folder: Path, dtype: torch.dtype) -> str:
         options.do_sample = True  # a temperature without it: transformers reads such a file but does not save it
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
-    asked = " ".join(shlex.quote(f"{key}={getattr(policy.prompt, key)}") for key in ("system", "prompt_template"))
-    return 'minimath solve "PROBLEM" model={folder} ' + asked.replace("{", "{{").replace("}", "}}")
-
-
-# ---- hub
-
-def fault_of_push(name: str) -> str:
-    """Say what is wrong with a repository's name, or with pushing from here, or ""."""
-    from huggingface_hub import constants, get_token
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return f"push={name!r}: give owner/name of a hub repository"
-    if constants.HF_HUB_OFFLINE:
-        return "push= needs the network, and HF_HUB_OFFLINE is set; leave one of them out"
-    return "" if get_token() else "push= needs a login: run `hf auth login`, or put a write token into HF_TOKEN"
-
-
-def push(folder: Path, name: str) -> None:
-    """Upload to the private repository owner/name. UserError; the folder stays."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-    api = HfApi()
-    try:
-        api.create_repo(name, private=True, exist_ok=True)
-        if not api.repo_info(name).private:
-            raise UserError(f"push={name}: that repository is public; minimath uploads to private ones only, you make "
-                            f"them public on the hub. {folder} is complete: `hf upload {name} {folder}` does it")
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="minimath export")
-    except (*HfHubHTTPError.__bases__, OSError, ValueError) as error:  # its bases: of the HTTP library in use
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"push={name} failed ({mask(first)[:200]}); {folder} is complete, `hf upload {name} {folder}` "
-                        "tries again") from None
-    print(f"uploaded to https://huggingface.co/{name} (private)")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(lambda: export(sys.argv[1:])))

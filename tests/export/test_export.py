@@ -1,21 +1,25 @@
 """minimath export: the merged model is the live adapter, or it is not written. GGUF: test_gguf_file.py."""
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from awake import SMALL, awake_run, in_bf16, live, texts_of
+from awake import PLAIN, SMALL, awake_run, in_bf16, live, texts_of
 from tiny import tiny_model
 from toy import write_problems
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from minimath.config.schema import SFTConfig
+from minimath.config.schema import EvalConfig, SFTConfig
 from minimath.core.errors import UserError
 from minimath.export import merge as module
-from minimath.export.drift import compare, completion_logits
+from minimath.export.drift import compare, completion_logits, drift_texts
 from minimath.export.merge import export, merge, round_to
 from minimath.models.load import load_model
+from minimath.models.policy import load_policy
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +89,9 @@ def test_the_folder_is_the_model_with_its_tokenizer_a_card_and_the_dtype_of_the_
     assert compare(completion_logits(wanted, texts_of(tokenizer)),
                    completion_logits(model.float(), texts_of(tokenizer))).kl < 1e-3
     card = (folder / "README.md").read_text()
-    for part in ("base model: base", "r 4, lora_alpha 8", "data: problems.jsonl", "mean KL", "accuracy: 0.25",
-                 "Be brief.", "Licence: not stated", "minimath export adapter=sft out=new"):
+    for part in ("base model: base", "r 4, lora_alpha 8", "data: problems.jsonl", "mean KL",
+                 "accuracy before the merge: 0.25", "    Be brief.", "Licence: not stated",
+                 "minimath solve \"PROBLEM\" model=new 'system=Be brief.'"):
         assert part in card, part
     assert str(tmp_path) not in card and "license:" not in card
     assert not list(tmp_path.glob(".tmp*"))
@@ -133,8 +138,7 @@ def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     (["out=new", "to=onnx"], "to must be one of safetensors, gguf"),
     (["out=new", "gguf_type=q4_k"], "f16, bf16, q8_0"),
     (["out=new", "drift_tokens=0"], "drift_tokens must be above 0"),
-    (["out=new", "push=noslash"], "owner/name"),
-    (["out=new", "push=me/x"], "HF_HUB_OFFLINE"),
+    (["out=new", "push=me/x"], "hf upload"),
     (["out=."], "not an empty folder"),
     (["out=new", "quant=nf4"], "unknown key 'quant'"),
 ])  # fmt: skip
@@ -147,20 +151,75 @@ def test_what_cannot_work_is_told_before_anything_loads(run, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_run_on_4_bit_weights_is_merged_into_the_16_bit_base_and_told_how_far_that_is(tmp_path, tiny_dir, capsys):
+@pytest.fixture(scope="module")
+def run_on_4_bit(tiny_dir, tmp_path_factory) -> Path:
     pytest.importorskip("bitsandbytes")
-    run = awake_run(tmp_path / "run", tiny_dir)
+    run = awake_run(tmp_path_factory.mktemp("nf4") / "run", tiny_dir)
     options = yaml.safe_load((run / "config.yaml").read_text()) | {"quant": "nf4"}
     (run / "config.yaml").write_text(yaml.safe_dump(options))
-    export([f"adapter={run}", f"out={tmp_path / 'new'}", *SMALL])
-    exact, four_bit = [line for line in capsys.readouterr().out.splitlines() if line.startswith("drift")]
-    assert "4-bit model in training" in four_bit
-    kl = [float(line.split("mean KL ")[1].split()[0]) for line in (exact, four_bit)]
-    assert kl[0] < 1e-6 < 1e-3 < kl[1]
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "new").state_dict()
-    for name, weight in merge(live(run, quant="none")[0]).state_dict().items():
-        torch.testing.assert_close(merged[name], weight)
+    return run
+
+
+def test_a_run_on_4_bit_weights_is_merged_into_the_16_bit_base_and_held_against_the_4_bit_model(run_on_4_bit, tmp_path,
+                                                                                              capsys):
+    made = export([f"adapter={run_on_4_bit}", f"out={tmp_path / 'new'}", "max_drift=1", *SMALL])
+    assert "drift, 4-bit model in training to merged float32" in capsys.readouterr().out
+    merged = merge(live(run_on_4_bit, quant="none")[0])
+    for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "new").state_dict().items():
+        torch.testing.assert_close(weight, merged.state_dict()[name])
     assert "4-bit model in training" in (tmp_path / "new" / "README.md").read_text()
+    # the figure is that of the 4-bit model: measured here on its own, on the same problems
+    cfg = EvalConfig(model=yaml.safe_load((run_on_4_bit / "config.yaml").read_text())["model"], device="cpu",
+                     dtype="fp32", adapter=str(run_on_4_bit), prompt_template=PLAIN, quant="nf4", temperature=0.0,
+                     max_new_tokens=6)
+    policy = load_policy(cfg, train=False)
+    texts, _ = drift_texts(policy, cfg, 2)
+    want = compare(completion_logits(policy.model, texts), completion_logits(merged, texts))
+    assert made["drift"]["kl"] == pytest.approx(want.kl, rel=1e-3) and want.kl > 1e-3
+
+
+def test_a_merge_too_far_from_the_4_bit_model_is_refused(run_on_4_bit, tmp_path, capsys):
+    """The 16-bit adapter alone would pass: rounding to fp32 moves nothing."""
+    words = [f"adapter={run_on_4_bit}", f"out={tmp_path / 'new'}", "max_drift=1e-3", *SMALL]
+    with pytest.raises(UserError, match="max_drift=0.001, nothing was written.*4-bit.*minimath eval .*quant=none"):
+        export(words)
+    assert not list(tmp_path.iterdir())
+    options = yaml.safe_load((run_on_4_bit / "config.yaml").read_text())
+    try:
+        (run_on_4_bit / "config.yaml").write_text(yaml.safe_dump(options | {"quant": "none"}))
+        assert export(words)["drift"]["kl"] < 1e-6
+    finally:
+        (run_on_4_bit / "config.yaml").write_text(yaml.safe_dump(options))
+
+
+@pytest.mark.parametrize("to, kept", [("safetensors", "model.safetensors"), ("gguf", "It-s-mine-v2-f16.gguf")])
+def test_every_line_it_prints_runs_when_pasted_also_for_a_folder_with_blanks_and_quotes(tmp_path, tiny_dir, here, to,
+                                                                                      kept):
+    run = awake_run(tmp_path / "run", tiny_dir, system='Say "it\'s $HOME".')
+    status, out, err = here("export", f"adapter={run}", "out=my models/It's {mine} v2", f"to={to}", *SMALL)
+    assert status == 0, err
+    folder = tmp_path / "my models" / "It's {mine} v2"
+    assert (folder / kept).is_file()
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("hf", "minimath", "ollama", "llama-server"):  # each writes down where it ran, with which words
+        (programs / name).write_text(f"#!{sys.executable}\nimport json, os, sys\n"
+                                     f"with open({str(tmp_path / 'said')!r}, 'a') as file:\n"
+                                     f"    print(json.dumps([{name!r}, os.getcwd(), *sys.argv[1:]]), file=file)\n")
+        (programs / name).chmod(0o755)
+    lines = out.partition("to use it:\n")[2]
+    subprocess.run(["bash", "-euc", lines], check=True, cwd=tmp_path, env=os.environ | {
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"})
+    hub, *said = [json.loads(line) for line in (tmp_path / "said").read_text().splitlines()]
+    assert hub == ["hf", str(tmp_path), "upload", "OWNER/NAME", "my models/It's {mine} v2", "--private"]
+    if to == "safetensors":
+        assert said == [["minimath", str(tmp_path), "solve", "PROBLEM", "model=my models/It's {mine} v2",
+                         'system=Say "it\'s $HOME".', "prompt_template={problem}"]]
+    else:
+        assert said == [["llama-server", str(tmp_path), "-m", f"my models/It's {{mine}} v2/{kept}"],
+                        ["ollama", str(folder), "create", "It-s-mine-v2", "-f", "Modelfile"],
+                        ["ollama", str(folder), "run", "It-s-mine-v2", "PROBLEM"]]
+        assert (folder / "Modelfile").read_text().startswith(f"FROM ./{kept}\n")
 
 
 def test_code_of_a_model_is_not_run_because_a_run_folder_says_so(run, tmp_path):
@@ -169,40 +228,3 @@ def test_code_of_a_model_is_not_run_because_a_run_folder_says_so(run, tmp_path):
     options = {"lora_r": 4, "model": "m", "trust_remote_code": True, "system": 3}
     (other / "config.yaml").write_text(yaml.safe_dump(options))
     assert module.run_options(other) == {"lora_r": 4, "model": "m"}
-
-
-# ---- hub
-
-class Hub:
-    """Stands in for huggingface_hub.HfApi."""
-    private, calls = True, []
-
-    def create_repo(self, name, *, private, exist_ok):
-        assert private and exist_ok
-        self.calls.append(("create", name))
-
-    def repo_info(self, _name):
-        return self
-
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
-        self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())[0]))
-
-
-def test_push_uploads_the_folder_to_a_private_repository_only(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr(Hub, "calls", [])
-    (tmp_path / "README.md").write_text("x")
-    module.push(tmp_path, "me/model")
-    assert Hub.calls == [("create", "me/model"), ("upload", "me/model", "README.md")]
-    assert "huggingface.co/me/model (private)" in capsys.readouterr().out
-    monkeypatch.setattr(Hub, "private", False)
-    with pytest.raises(UserError, match="is public"):
-        module.push(tmp_path, "me/model")
-    assert len(Hub.calls) == 3  # nothing uploaded
-
-
-def test_a_hub_that_cannot_be_reached_is_one_line_and_the_folder_stays(tmp_path):
-    (tmp_path / "README.md").write_text("x")  # conftest sets HF_HUB_OFFLINE
-    with pytest.raises(UserError, match=r"push=me/model failed .*is complete, `hf upload me/model"):
-        module.push(tmp_path, "me/model")
-    assert (tmp_path / "README.md").exists()
