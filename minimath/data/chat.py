@@ -41,16 +41,13 @@ def user_text(problem: str, prompt_template: str) -> str:
 
 def prompt_ids(tokenizer, problem: str, *, system: str = "", prompt_template: str) -> list[int]:
     """Return the ids of the prompt, up to where the assistant begins; one BOS at most."""
-    return _prompt(tokenizer, _question(tokenizer, problem, system, prompt_template))
+    messages = _question(tokenizer, problem, system, prompt_template)
+    return _tokens(tokenizer, _render(tokenizer, messages, generate=True))
 
 
 def _question(tokenizer, problem: str, system: str, prompt_template: str) -> list[dict]:
     messages = [{"role": "system", "content": system}] if system else []
     return [*messages, {"role": "user", "content": neutral(tokenizer, user_text(problem, prompt_template))}]
-
-
-def _prompt(tokenizer, messages: list[dict]) -> list[int]:
-    return _tokens(tokenizer, _render(tokenizer, messages, generate=True))
 
 
 def _render(tokenizer, messages: list[dict], *, generate: bool = False) -> str:
@@ -150,7 +147,7 @@ def _whole(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]] | No
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _prompt(tokenizer, messages[:turn])
+        prompt = _tokens(tokenizer, _render(tokenizer, messages[:turn], generate=True))
         if ids[:len(prompt)] != prompt or end not in ids[len(prompt):]:
             return None
         stop = ids.index(end, len(prompt)) + 1

@@ -47,9 +47,9 @@ def rows_of(source: str | list, split: str) -> Iterator[Row]:
         for number, row in enumerate(source, 1):
             yield f"row {number}", row if isinstance(row, BadRow) else _object(row, "")
         return
-    path = Path(source).expanduser()
     if not source:
         raise UserError("no data given; set data= to a file, a folder or a data set name owner/name")
+    path = Path(source).expanduser()
     if os.path.isdir(path):  # unlike is_dir, also for a name that is too long
         files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix.lower() in SUFFIXES)
         files = [f for f in files if split in re.split(r"[^a-z0-9]+", f.stem.lower())] or files
@@ -66,9 +66,8 @@ def rows_of(source: str | list, split: str) -> Iterator[Row]:
 
 
 def _missing(source: str, path: Path) -> str:
-    folder = path.parent
-    while not os.path.isdir(folder):
-        folder, path = folder.parent, folder  # the first part of the path that does not exist
+    while not os.path.isdir(folder := path.parent):
+        path = folder  # at last the first part of the path that does not exist
     there = sorted(p.name for p in folder.iterdir() if p.is_dir() or p.suffix.lower() in SUFFIXES)
     near = did_you_mean(path.name, there)
     listing = f"; {folder} has {', '.join(there[:8])}" if there and not near else ""
@@ -162,7 +161,8 @@ def _jsonl_row(line: str) -> dict | BadRow:
             return BadRow("not JSON", f"{error}; one complete object per line")
     if not line.endswith("\n"):
         return BadRow("truncated last line", "write the last row again: the file ends inside it")
-    return BadRow("not UTF-8", f"character {broken.start() + 1} is the byte 0x{ord(broken[0]) - 0xdc00:02x}; {NOT_UTF8.fix}")
+    place = f"character {broken.start() + 1} is the byte 0x{ord(broken[0]) - 0xdc00:02x}"
+    return BadRow("not UTF-8", f"{place}; {NOT_UTF8.fix}")
 
 
 def _json(path: Path) -> Iterator[dict | BadRow]:
