@@ -45,12 +45,10 @@ class Decode:
     """
 
     def __init__(self, engine: Engine, queue: list[Row], max_num_seqs: int, fast: Fast):
-        model, tokenizer = engine.policy.model, engine.policy.tokenizer
+        model, tokenizer, options = engine.policy.model, engine.policy.tokenizer, engine.options
         self.engine, self.model, self.pad, self.queue, self.fast = engine, model, tokenizer.pad_token_id, queue, fast
         self.max_num_seqs, self.max_new_tokens = max_num_seqs, engine.max_new_tokens
-        self.loop_guard, self.box = engine.options.loop_guard, None
-        if engine.options.stop_boxed:
-            self.box = BoxWatch(tokenizer)
+        self.loop_guard, self.box = options.loop_guard, BoxWatch(tokenizer) if options.stop_boxed else None
         base = base_causal_lm(model)
         self.decoder, self.head, self.device = base.base_model, head(model), base.device
         self.ends = torch.tensor(sorted(set(engine.eos)), device=self.device, dtype=torch.long)
@@ -91,8 +89,6 @@ class Decode:
                 self.step()
         return self.collect()
 
-    # ---- the step
-
     def step(self) -> None:
         """Sample one more token for every row."""
         n = width = len(self.rows)
@@ -111,17 +107,14 @@ class Decode:
         self.used += n
 
     def run_step(self, n: int, length: int, spans) -> None:
-        """Forward the n newest tokens, then choose the next ones.
-
-        The device's part of a step: no read-back, and fixed shapes for fixed (n, length).
-        """
+        """Forward the n newest tokens and choose the next ones, without a read-back."""
         pos = self.pos[:n]
         self.cache.at(pos, length)
         age = pos[:, None, None, None] - torch.arange(length, device=self.device)  # (n, 1, 1, T)
         mask = additive_mask(self.model, age, age >= 0)
-        hidden = self.decoder(input_ids=self.token[:n, None], position_ids=pos[:, None], use_cache=True,
-                              past_key_values=self.cache, attention_mask=mask,
-                              **({"spans": spans} if spans else {})).last_hidden_state[:, 0]
+        more = {"spans": spans} if spans else {}
+        hidden = self.decoder(input_ids=self.token[:n, None], position_ids=pos[:, None], attention_mask=mask,
+                              past_key_values=self.cache, use_cache=True, **more).last_hidden_state[:, 0]
         self.pos[:n] += self.alive[:n]
         self.choose(hidden, torch.arange(n, device=self.device))
 
@@ -131,14 +124,11 @@ class Decode:
         place = count.clamp(max=self.max_new_tokens - 1)
         logits = logits_of(hidden, self.head, self.fast.head)
         token, logp, full = sample_tokens(logits, self.noise[slots, place], self.engine.how)
-        token = torch.where(alive, token, self.token[slots])
-        self.token[slots] = token
+        self.token[slots] = token = torch.where(alive, token, self.token[slots])
         for kept, new in ((self.ids, token), (self.logp, logp), (self.full_logp, full)):
             kept[slots, place] = torch.where(alive, new, kept[slots, place])  # a row that is over keeps what it has
         self.count[slots] = count + alive
         self.alive[slots] = alive & ~(token[:, None] == self.ends).any(-1) & (count + 1 < self.max_new_tokens)
-
-    # ---- rows come and go
 
     def collect(self) -> list[Row]:
         """Take out the rows that are over; sort the others into blocks of like length."""
@@ -154,8 +144,7 @@ class Decode:
     def end_early(self) -> None:
         """End rows that have closed their box, or go round in circles.
 
-        Every new token is looked at, and loops at every 16th of a row: where a completion ends does not depend on when
-        the host looks.
+        Looks at every new token, for loops at every 16th: where a row ends does not depend on when the host looks.
         """
         n, guard = len(self.rows), self.loop_guard
         back = torch.arange(2 * self.sync, 0, -1, device=self.device)  # after an out-of-memory more are new
@@ -181,20 +170,17 @@ class Decode:
         return row
 
     def arrange(self, keep: list[int]) -> None:
-        """Make the rows of slots `keep` the rows 0..n-1, in blocks from long to short.
-
-        As few as possible are moved: a row that is in its block already stays where it is.
-        """
+        """Make the rows of slots `keep` the rows 0..n-1, in blocks from long to short."""
         ranked = sorted(keep, key=lambda i: -self.rows[i].length)
         n = len(ranked)
+        # a row that is in its block already stays where it is
         staying = {i for place, i in enumerate(ranked)
                    if i < n and (i // BLOCK == place // BLOCK or not self.fast.blocks)}
         moved, places = [i for i in ranked if i not in staying], sorted(set(range(n)) - staying)
         if moved:
             self.cache.move(moved, places, max(self.rows[i].length for i in moved))
-            for state in (self.token, self.pos, self.count, self.alive, self.noise, self.logp, self.full_logp,
-                          self.ids):
-                state[places] = state[moved]
+            for each in (self.token, self.pos, self.count, self.alive, self.noise, self.ids, self.logp, self.full_logp):
+                each[places] = each[moved]
         self.alive[n:] = False
         at = dict(zip(places, moved, strict=True))
         self.rows = [self.rows[at.get(place, place)] for place in range(n)]
@@ -245,20 +231,19 @@ class Decode:
             kept[slot, :count] = torch.tensor(had, dtype=kept.dtype, device=self.device)
 
     def halve(self) -> list[Row]:
-        """Put all rows back with the tokens they have; go on with half the slots.
+        """Go on with half the slots, from the tokens sampled; returns the rows that ended.
 
-        Returns the rows that have ended. Raises UserError if there was one slot, and rows are left to sample.
+        Raises UserError if there was one slot, and rows are left to sample.
         """
         rows = [self.read(i) for i in range(len(self.rows))]
         over = [row for row, goes_on in zip(rows, self.alive.tolist()) if not goes_on]
         self.queue = [row for row in rows if row not in over] + [row for row in self.queue if row not in rows]
-        if self.queue and self.max_num_seqs == 1:
+        before, self.max_num_seqs = self.max_num_seqs, max(1, self.max_num_seqs // 2)
+        if self.queue and before == 1:
             raise UserError(f"memory is too small for one sequence of {self.longest} tokens; lower max_new_tokens, use "
                             "quant=nf4, or a smaller model")
         if self.queue:
-            self.engine.say(f"out of memory with {self.max_num_seqs} sequences side by side: going on with "
-                            f"{self.max_num_seqs // 2}")
-        self.max_num_seqs = max(1, self.max_num_seqs // 2)
+            self.engine.say(f"out of memory with {before} sequences side by side: going on with {self.max_num_seqs}")
         self.halved += 1
         self.reset()
         if self.device.type == "cuda":
@@ -273,8 +258,7 @@ def logits_of(hidden: torch.Tensor, lm_head, product) -> torch.Tensor:
         logits = product(hidden).float()
     elif weight.is_cuda and weight.dtype != torch.float32:  # not rounded to 16 bits, like linear_logp's
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        if bias is not None:
-            logits += bias
+        logits = logits if bias is None else logits + bias
     else:
         logits = torch.nn.functional.linear(hidden, weight, bias).float()
     if lm_head.logit_scale != 1.0:

@@ -21,9 +21,8 @@ class Job(NamedTuple):
 class Engine:
     """Samples completions of prompts with the weights that train. A context manager.
 
-    While a stream is open the model is set up for decoding: train or judge with it when the stream is exhausted or
-    closed. A completion is a function of (seed, key of its prompt, number of the sample) and the weights: it does not
-    depend on the batch that it was decoded in, up to rounding.
+    While a stream is open the model is set up for decoding: train or judge with it later. A completion depends on
+    (seed, key of its prompt, number of the sample) and the weights, not on its batch, up to rounding.
     """
 
     def __init__(self, engine: EngineOptions, sampling: SamplingOptions, policy: Policy, *, seed: int = 0, say=print):
@@ -33,11 +32,10 @@ class Engine:
 
     def stream(self, prompts: list[list[int]], n: int = 1, *, keys: list[int] | None = None,
                skip: Collection[tuple[int, int]] = ()) -> Iterator[list[tuple[int, int, Sample]]]:
-        """Sample n completions of each prompt; yield what finished every few steps.
+        """Sample n completions of each prompt; yield (prompt, sample, what came) as they end.
 
         prompts: token ids, none empty. keys: of the prompts' random streams, else their indices. skip: (prompt, sample)
-        that are not wanted. Yields lists, possibly empty, of (prompt, sample, what was sampled). To stop, close the
-        generator. Raises UserError if memory is too small for one sequence.
+        that are not wanted. To stop, close the generator. Raises UserError if memory is too small for one sequence.
         """
         raise NotImplementedError
 

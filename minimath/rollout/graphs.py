@@ -9,10 +9,7 @@ MOST = 24  # graphs kept; a batch that shrinks needs a new one for every size
 
 
 class StepGraphs:
-    """Runs a step from recordings, where the device can.
-
-    Recordings hold addresses: `forget` them when a tensor that the step uses has moved.
-    """
+    """Runs a step from recordings, where the device can; `forget` them when tensors move."""
 
     def __init__(self, device: torch.device):
         self.usable = device.type == "cuda" and torch.version.hip is None

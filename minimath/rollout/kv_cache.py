@@ -43,10 +43,9 @@ class SlotCache(Cache):
     """A transformers cache in which each of S rows has its own length."""
 
     def __init__(self, prefilled: DynamicCache, slots: int, length: int):
-        """Make buffers for `slots` rows of `length` places, shaped as a prefilled cache.
+        """Make buffers of zeros for `slots` rows of `length` places, as of a prefilled cache.
 
-        Once: buffers that grow leave holes in the heap, and recorded steps hold their addresses. Zeros, for what
-        attention masks must be finite.
+        Once: buffers that grow leave holes in the heap, and recorded steps hold their addresses.
         """
         self.places = -(-length // ALIGN) * ALIGN
         super().__init__(layers=[SlotLayer(layer, slots, self.places) for layer in prefilled.layers])
@@ -75,10 +74,7 @@ class NoStandardCache(UserError):
 
 
 def check_model(model) -> None:
-    """Raise NoStandardCache unless a forward leaves keys and values in every layer.
-
-    Also for layers that attend in a way which `additive_mask` does not know.
-    """
+    """Raise NoStandardCache unless all layers attend as we know, and keep keys and values."""
     base, cache = base_causal_lm(model), DynamicCache()
     kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
     if kinds <= {"full_attention", "sliding_attention"} and not getattr(base, "_is_stateful", False):
@@ -93,8 +89,7 @@ def check_model(model) -> None:
 def slot_attention(module, query, key, value, attention_mask, *, spans=None, **kwargs):
     """Attend by transformers' sdpa, a block of rows at a time.
 
-    query (n, Hq, 1, Dh), key (n, H, T, Dh), attention_mask (n, 1, 1, T). spans: (first row, end row, places) of each
-    block; None: all as one.
+    query (n, Hq, 1, Dh), key (n, H, T, Dh). spans: (first row, end row, places) of blocks; None: all as one.
     """
     if spans is None or len(spans) == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -1,8 +1,7 @@
 """Choose tokens: temperature, top-k, min-p, top-p, for all rows at once and without a read-back.
 
 A token is found by inverting the cumulative distribution at a number in [0, 1) that belongs to the completion and the
-place in it alone. What a completion becomes therefore depends on its own logits and its own seed, not on the batch it
-was decoded in, nor on how many tokens were tried at once.
+place in it alone. What a completion becomes therefore does not depend on the batch it was decoded in.
 """
 import math
 from typing import NamedTuple
@@ -26,16 +25,11 @@ class Sampling(NamedTuple):
 
 
 def stream_noise(seed: int, count: int) -> torch.Tensor:
-    """Draw the random numbers of one completion's tokens.
-
-    (count,) fp32 in [0, 1); the first ones are the same for every count.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, generator=generator, dtype=torch.float64).to(torch.float32)
+    """Draw a completion's random numbers in [0, 1); the first ones for every count."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
 
 
-def sample_tokens(logits: torch.Tensor, noise: torch.Tensor,
-                  how: Sampling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sample_tokens(logits: torch.Tensor, noise: torch.Tensor, how: Sampling) -> tuple[torch.Tensor, ...]:
     """Choose one token per row.
 
     logits (n, V) fp32, overwritten; noise (n,) in [0, 1). Returns token (n,) int64, logp (n,) fp32 under the
@@ -56,10 +50,9 @@ def sample_tokens(logits: torch.Tensor, noise: torch.Tensor,
 
 
 def invert(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the tokens at which the cumulative softmax passes noise.
+    """Find the tokens at which the cumulative softmax passes noise, and their log-probs.
 
-    logits (n, V), noise (n,); returns token, logp (n,). In two levels, sums of blocks and then one block: a running sum
-    over the whole vocabulary is slower by far.
+    In two levels, sums of blocks and then one block: a running sum over the whole vocabulary is slower by far.
     """
     n, size = logits.shape
     block = math.gcd(size, BLOCK)
@@ -69,8 +62,7 @@ def invert(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, tor
     weights = torch.softmax(logits, -1).view(n, -1, block)  # (n, V / block, block)
     sums = weights.sum(-1).cumsum(-1)
     total = sums[:, -1:]
-    # kept below the sum: noise rounded to 1 would fall on the last token, whatever its probability
-    below = 1 - 2 ** -24
+    below = 1 - 2 ** -24  # noise rounded to 1 would fall on the last token, whatever its probability
     level = noise.clamp(max=below)[:, None] * total
     which = torch.searchsorted(sums, level, right=True).clamp_(max=sums.shape[1] - 1)  # (n, 1)
     inside = weights.gather(1, which[..., None].expand(-1, 1, block))[:, 0].cumsum(-1)  # (n, block)

@@ -33,10 +33,9 @@ LOGP_TOLERANCE = {torch.float32: 0.01}  # median difference from the training fo
 class TransformersEngine(Engine):
     """Decodes by the model's own `generate`, but not by its generation config.
 
-    Prompts of unlike length share a batch, left-padded, only if a look at one of them shows that padding does not
-    change what this model computes. stream yields the completions of a batch when it ends, and raises Interrupted
-    within one, UserError if the log-probs are not those of the training forward (looked at once a call), and what the
-    model's `generate` raises.
+    Prompts of unlike length share a batch, left-padded, only if padding does not change what this model computes.
+    stream yields a batch when it ends, and raises Interrupted within one, UserError if the log-probs are not those of
+    the training forward (looked at once a call), and what the model's `generate` raises.
     """
 
     @torch.no_grad()
@@ -119,7 +118,7 @@ def greedy(model, prompts: list[list[int]], length: int, pad: int, *processors, 
 def padding_is_harmless(model, pad: int, prompt: list[int], length: int) -> bool:
     """Tell whether log-probs stay when `prompt` is left-padded to `length`.
 
-    Not all recurrent models leave masked tokens out of their state, and none says so in its config.
+    Not all recurrent models leave masked tokens out of their state, and no config says so.
     """
     base = base_causal_lm(model)
     if "attention_mask" not in inspect.signature(base.forward).parameters:
@@ -142,10 +141,7 @@ def check_logp(model, prompt: list[int], sample: Sample, temperature: float) -> 
 
 
 def logp_difference(model, prompt: list[int], sample: Sample, temperature: float, most: int = 64) -> float:
-    """Compare log-probs recorded before truncation with the training forward's.
-
-    Returns the median difference of the first `most` tokens.
-    """
+    """Find the median difference of full log-probs, recorded, from the training forward's."""
     lm_head, device = head(model), base_causal_lm(model).device
     ids = torch.tensor([prompt + sample.ids[:most]], device=device)
     hidden = hidden_states(model, ids[:, :-1])[0, len(prompt) - 1:]  # (n, D)

@@ -1,21 +1,18 @@
 """Rollouts by vLLM (rollout=vllm), on a server (vllm_url=) or in this process, with the adapter that trains.
 
-Before each rollout the adapter as it is now is loaded under a new name, then the old one is unloaded: vLLM's prefix
-cache goes by the name. Each completion is a request with the seed that our own engine gives it, so that it does not
-depend on its batch (up to rounding); its tokens are others than ours, for vLLM draws otherwise.
+Before each rollout the adapter as it is now is loaded under a new name: vLLM's prefix cache goes by the name. Each
+completion is a request with the seed that our own engine gives it, so that it does not depend on its batch (up to
+rounding); its tokens are others than ours, for vLLM draws otherwise.
 
 Log-probs: vLLM's processed_logprobs are those of the distribution sampled from (after temperature, min-p, top-k,
-top-p, in vLLM's order); its default, raw_logprobs, leaves temperature out too. A server is asked which it gives. What
-a token had before truncation is not told: full_logp is None. Each swap compares a few tokens with the training
-forward, so that another base model or an adapter that is not applied does not go unnoticed. vLLM serves the base in 16
-bits where quant=nf4 trains on 4: the samples are then a little off-policy.
+top-p, in vLLM's order); its default, raw_logprobs, leaves temperature out too. What a token had before truncation is
+not told. vLLM serves the base in 16 bits where quant=nf4 trains on 4: the samples are then a little off-policy.
 """
 import contextlib
 import gc
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,7 +27,7 @@ from minimath.models.policy import Policy
 from minimath.rollout.engine import Engine, Job
 from minimath.rollout.sampling import Sampling
 from minimath.rollout.transformers_engine import logp_difference
-from minimath.rollout.vllm_client import Answer, Server, answer_of
+from minimath.rollout.vllm_client import Server, answer_of
 
 IN_FLIGHT = 256  # requests, with max_num_seqs=0
 SERVED_TOLERANCE = 0.3  # median difference of log-probs between vLLM and the training forward
@@ -41,14 +38,14 @@ PROBE = "Tom has 12 apples and buys 7 more. How many apples does he have now?"
 class VLLMEngine(Engine):
     """vLLM for one run: serves the adapter as it is at each call, then sleeps.
 
-    Raises UserError with what to do if the server is out of reach, serves another model, does not tell token ids or the
-    log-probs that the sampling needs, or if vllm is not installed or does not start; also for adapters that vLLM cannot
-    serve, or that cannot be written or loaded.
+    Raises UserError for a server out of reach, of another model or without the log-probs that the sampling needs, for
+    vllm that is not installed or does not start, and for adapters that vLLM cannot serve.
     """
 
     def __init__(self, engine, sampling, policy, *, seed=0, run_dir="", say=print):
         super().__init__(engine, sampling, policy, seed=seed, say=say)
-        check_adapter_is_servable(policy.model)
+        if isinstance(policy.model, PeftModel):
+            check_adapter_is_servable(policy.model)
         longest = max(128, policy.prompt.max_prompt_len + self.max_new_tokens)  # room for the probe, too
         self.probe = Job((0, 0), policy.tokenizer(PROBE, add_special_tokens=False)["input_ids"], 0)
         self.backend = Server(engine.vllm_url, policy.options.name, longest, self.probe, self.how) \
@@ -72,13 +69,13 @@ class VLLMEngine(Engine):
             self.backend.sleep()
 
     def swap(self) -> None:
-        """Serve the adapter as it is now, unload the last one, and check the log-probs.
+        """Serve the adapter as it is now, if any, in place of the last one.
 
-        A model without an adapter: only the check. Raises UserError if vLLM's log-probs are not those of the model.
+        Raises UserError if vLLM's log-probs of a few tokens are not those of the training forward.
         """
         model = self.policy.model
-        self.swaps += 1
         if isinstance(model, PeftModel):
+            self.swaps += 1
             old, self.adapter = self.adapter, f"{self.tag}-{self.swaps}"
             self.backend.load(self.adapter, save_adapter(model, self.folder / self.adapter))
             if old:
@@ -97,17 +94,13 @@ class VLLMEngine(Engine):
         if self.adapter:
             with contextlib.suppress(UserError):
                 self.backend.unload(self.adapter)
-            discard(self.folder / self.adapter)
             self.adapter = ""
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        discard(self.folder)
         self.backend.close()
 
 
 def check_adapter_is_servable(model) -> None:
     """Raise UserError for adapters that vLLM refuses, or of a changed base model."""
-    if not isinstance(model, PeftModel):
-        return
     lora = model.peft_config["default"]
     init = str(lora.init_lora_weights).lower()
     changes_base = init.startswith(("pissa", "olora", "corda", "loftq"))
@@ -129,29 +122,26 @@ class Colocated:
             import vllm
             from vllm.lora.request import LoRARequest
         except ImportError as error:
-            raise UserError(f"rollout=vllm without vllm_url= needs vllm in this environment ({first_line(error)}): pip "
-                            "install vllm (it brings its own torch), or start a server in another environment and "
-                            "give its vllm_url=") from None
+            raise UserError(f"rollout=vllm without vllm_url= needs vllm ({first_line(error)}): pip install vllm, which "
+                            "brings its torch, or give the vllm_url= of a server in another environment") from None
         self.vllm, self.request, self.lora, self.asleep = vllm, LoRARequest, None, False
         self.sleeps = torch.cuda.is_available()  # elsewhere vLLM has no sleep mode
         options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank_of(model)} \
             if isinstance(model, PeftModel) else {}
         rng = rng_state()  # vLLM seeds all generators of the process
         try:
-            self.llm = vllm.LLM(model=name, trust_remote_code=policy.options.trust_remote_code, seed=seed,
-                                dtype=str(base_causal_lm(model).dtype).removeprefix("torch."),
-                                max_model_len=longest, gpu_memory_utilization=gpu_share,
-                                enable_sleep_mode=self.sleeps, logprobs_mode="processed_logprobs",
-                                generation_config="vllm",  # not the model's own temperature and top-k
-                                **options)
+            self.llm = vllm.LLM(
+                model=name, trust_remote_code=policy.options.trust_remote_code, seed=seed, max_model_len=longest,
+                dtype=str(base_causal_lm(model).dtype).removeprefix("torch."), gpu_memory_utilization=gpu_share,
+                enable_sleep_mode=self.sleeps, logprobs_mode="processed_logprobs",
+                generation_config="vllm", **options)  # not the model's own temperature and top-k
         except Exception as error:  # vLLM has many kinds of its own
             raise UserError(f"vLLM does not start with {name} ({first_line(error)}); try another vllm_gpu_share= "
                             f"(now {gpu_share}), or leave out rollout=vllm") from None
         finally:
             restore_rng(*rng)
 
-    def complete(self, jobs: list[Job], how: Sampling, max_new_tokens: int, eos: list[int],
-                 most: int) -> Iterator[list[tuple[int, Answer]]]:
+    def complete(self, jobs: list[Job], how: Sampling, max_new_tokens: int, eos: list[int], most: int):
         """Yield the index of each job and its answer, all at the end."""
         self._wake()
         params = [self.vllm.SamplingParams(
@@ -199,8 +189,7 @@ class Colocated:
         """Free the memory."""
         self.llm = None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 def rank_of(model) -> int:

@@ -43,18 +43,18 @@ class Server:
     """vLLM's OpenAI-compatible server, asked from an event loop in a thread."""
 
     def __init__(self, url: str, name: str, longest: int, probe: Job, how: Sampling):
-        """Connect, and look whether it serves the model, and log-probs as the sampling needs them.
+        """Connect; raise UserError for another model, or log-probs of no use to the sampling.
 
-        longest: tokens of prompt and completion. Raises UserError.
+        longest: tokens of prompt and completion.
         """
         try:
             import openai
         except ImportError:
             raise UserError("vllm_url= needs the openai package: pip install 'minimath[judge]'") from None
-        self.openai, self.where, self.key = openai, f"the server at vllm_url={url}", os.environ.get(KEY, "").strip()
+        self.model, self.openai = "", openai
+        self.where, self.key = f"the server at vllm_url={url}", os.environ.get(KEY, "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
-            raise UserError(f"the value of the environment variable {KEY} has line breaks or unprintable characters; "
-                            "set it to the server's key")
+            raise UserError(f"the environment variable {KEY} has line breaks or unprintable characters: set the key")
         try:
             self.client = openai.AsyncOpenAI(
                 base_url=url.rstrip("/").removesuffix("/v1") + "/v1", api_key=self.key or "none", max_retries=RETRIES,
@@ -66,12 +66,10 @@ class Server:
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
         try:
-            self.model = ""
             self.model = self._base_model(name, longest)
             if how.temperature and (how.temperature != 1 or not how.full()) and not self._gives_processed(probe):
-                raise UserError(f"{self.where} tells log-probs from before temperature, top-p, min-p and top-k, which "
-                                "training cannot use: start it with --logprobs-mode processed_logprobs, or use "
-                                "temperature=1 top_p=1 min_p=0 top_k=0")
+                raise UserError(f"{self.where} tells log-probs from before temperature and truncation: start it with "
+                                "--logprobs-mode processed_logprobs, or use temperature=1 top_p=1 min_p=0 top_k=0")
         except UserError:
             self.close()
             raise
@@ -104,9 +102,8 @@ class Server:
                  most: int) -> Iterator[list[tuple[int, Answer]]]:
         """Yield the indices of jobs and their answers as they end, `most` in flight.
 
-        One that fails for good ends all others. Raises UserError that says what to do.
+        One that fails for good ends all others. No setting is left to the server. Raises UserError.
         """
-        # no setting is left to the server
         settings = {"model": self.model, "n": 1, "max_tokens": max_new_tokens, "logprobs": 0, "top_p": how.top_p,
                     "temperature": how.temperature, "min_p": how.min_p, "top_k": how.top_k or -1,
                     "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
@@ -125,11 +122,10 @@ class Server:
                 future.cancel()
 
     def _answer(self, job: Job, reply, max_new_tokens: int, eos: list[int]) -> Answer:
-        choices = reply.get("choices") if isinstance(reply, dict) else None
+        choices = reply.get("choices") if isinstance(reply, dict) else []
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise UserError(f"{self.where} answered with {len(choices or [])} choices where one was asked for; is it a "
-                            "vLLM server?")
-        choice = choices[0]
+            raise UserError(f"{self.where} did not answer with one choice; is it a vLLM server?")
+        [choice] = choices
         if choice.get("prompt_token_ids", job.prompt) not in (job.prompt, None):
             raise UserError(f"{self.where} changed the prompt's token ids; is its tokenizer that of the model?")
         return answer_of(self.where, choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs"),
@@ -163,7 +159,10 @@ class Server:
                         self.client.get(path, cast_to=object)
                     return await asyncio.wait_for(request, ANSWER_S)
             except self.openai.APIStatusError as error:
-                said = error_message(error.body)
+                said = error.body or ""
+                if isinstance(said, dict):
+                    said = said.get("message") or said.get("detail") or said
+                said = " ".join(str(said).split())[:300]
                 if "already been loaded" in said:  # by a try whose answer was lost
                     return None
                 raise UserError(self._advice(error.status_code, said, path)) from None
@@ -188,10 +187,3 @@ class Server:
         if status == 404:
             return f"{self.where} does not know {self.model or path}{said}; was it restarted, is it a vLLM server?"
         return f"{self.where} refuses {path}: HTTP {status}{said}"
-
-
-def error_message(body) -> str:
-    """Say on one line what the body of an error reply says."""
-    if isinstance(body, dict):
-        body = body.get("message") or body.get("detail") or body
-    return " ".join(str(body or "").split())[:300]

@@ -50,11 +50,11 @@ def test_an_answer_that_is_not_to_what_was_asked_is_refused(server, opened, monk
 @pytest.mark.parametrize(
     "step, says",
     [
-        (answers(200, {"choices": []}), "0 choices where one"),
-        (answers(200, {"choices": [{}, {}]}), "2 choices where one"),
-        (answers(200, "<html>"), "0 choices .* is it a vLLM server"),
-        (answers(200, "[1]"), "0 choices .* is it a vLLM server"),
-        (answers(200, "x" * 500_000), "0 choices .* is it a vLLM server"),
+        (answers(200, {"choices": []}), "with one choice"),
+        (answers(200, {"choices": [{}, {}]}), "with one choice"),
+        (answers(200, "<html>"), "with one choice; is it a vLLM server"),
+        (answers(200, "[1]"), "with one choice; is it a vLLM server"),
+        (answers(200, "x" * 500_000), "with one choice; is it a vLLM server"),
         (answers(302, ""), "HTTP 302"),
         (answers(400, {"error": {"message": "max_tokens is too large"}}), "HTTP 400 .max_tokens is too large"),
         (answers(404, {"error": {"message": "The model `x` does not exist."}}), "does not know .* was it restarted"),
