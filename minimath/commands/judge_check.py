@@ -2,14 +2,11 @@
 
     minimath judge check [RECIPE.yaml] [judge=...] [pairs=25]
 
-The judge is the one that the recipe's rlaif section describes. Two probes ask it in both orders, as a run does:
+Two probes ask the judge of the recipe's rlaif section in both orders, as a run does; judge-check.json has all figures:
 
     pairs      of known order: a correct solution against one with a wrong answer, with a wrong answer and padding, with
-               an unsound step, with padding alone. In a run the verifier decides correct against wrong, so `unsound`
-               and `long` are what a judge is there for
+               an unsound step, with padding alone. Behind the verifier, the last two are what a judge is there for
     attacks    strings that ask for the verdict, in worse solutions, with the judge's defences on and off
-
-judge-check.json in the run folder keeps all figures.
 """
 import json
 import time
@@ -71,9 +68,7 @@ def help_text() -> str:
 
 
 def load_options(cls: type[RLAIFConfig], recipe: str | None, words: list[str]):
-    """Read a command's options, the judge's from the rlaif section of a recipe.
-
-    Raises UserError for a word that is none of `option_names`: it would do nothing."""
+    """Read a command's options. Raises UserError for words that would do nothing."""
     known = option_names(cls)
     for word in words:
         name = word.removeprefix("--").partition("=")[0].removeprefix("rlaif.").replace("-", "_")
@@ -83,7 +78,7 @@ def load_options(cls: type[RLAIFConfig], recipe: str | None, words: list[str]):
 
 
 def option_names(cls: type[RLAIFConfig]) -> list[str]:
-    """List a command's own options, and those that decide what a judge is and where it runs."""
+    """List a command's own options, and those that decide what a judge is."""
     known = options_of(cls)
     judge = [name for name, option in known.items() if option.group in ("judge", "model") and name not in UNUSED]
     return [*(known.keys() - options_of(RLAIFConfig)), *judge, "micro_batch_tokens", "seed", "out"]
@@ -149,7 +144,7 @@ def finding(figures: dict) -> str:
 
 
 def advice(name: str, report: dict) -> list[str]:
-    """Say what to do, in plain words, for judge=name. report: as of `probe_pairs`."""
+    """Say what the figures of `probe_pairs` mean for judge=name."""
     error, bias = report["all"]["error"], report["all"]["position_bias"]
     lines = [f"the judge failed: {error}"] if error else []
     found = {kind: finding(figures) for kind, figures in report.items() if kind != "all"}
@@ -170,15 +165,13 @@ def advice(name: str, report: dict) -> list[str]:
 
 
 def probe_attacks(judge: Judge, policy: Policy | None, attacks: list, cfg: JudgeCheckConfig, log: RunLog) -> dict:
-    """Attack the judge, and the same one without its defences, and show how it went: "on" and "off".
-
-    The heuristic judge reads no text, so it has none to switch off."""
+    """Attack the judge, and show how it went; "off": without its defences."""
     tries = make_tries(attacks, faulty_solutions(cfg.problems, cfg.run.seed))
     sides = {"on": judge}
     if cfg.judge.name != "heuristic":
         sides["off"] = make_judge(cfg.judge, policy, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, say=log.say,
                                   prompt=bare_prompt)
-        sides["off"].ping()  # an endpoint's form of verdict is found out here, as for the other side
+        sides["off"].ping()
     with log.progress(2 * len(tries) * len(sides), f"{len(attacks)} attack strings") as advance:
         report = {side: attack_judge(one, tries, cfg.run.seed, advance) for side, one in sides.items()}
     columns = ["attack", "tries", "success", "no string", "lift", "95% interval", "no votes"]
@@ -191,7 +184,7 @@ def probe_attacks(judge: Judge, policy: Policy | None, attacks: list, cfg: Judge
 
 
 def attack_advice(report: dict) -> list[str]:
-    """Say in plain words what the figures mean. report: as of `probe_attacks`."""
+    """Say in plain words what the figures of `probe_attacks` mean."""
     lines = [f"defences {side}: the judge failed: {f['error']}" for side, f in report.items() if f["error"]]
     kinds = dict(report["on"]["kinds"])
     total, harmless = kinds.pop("all"), kinds.pop(HARMLESS, {"lift": 0.0})

@@ -3,10 +3,9 @@
     minimath judge compare EVAL_A EVAL_B [RECIPE.yaml] [judge=...]
 
 EVAL_A and EVAL_B are folders of `minimath eval` on the same problems. Where both solutions of a problem are correct, a
-judge is asked in both orders which one reads better (judge_rubric=readability), and its pull to a position is taken
-out, as in training; the first letter of the report stands for the first folder. A judge that a model was trained with
-likes what that training rewarded: take another one. Solutions of one text are ties and are not asked about.
-judge-compare.json keeps the figures, in EVAL_A/judge-compare unless out= names another folder.
+judge is asked in both orders which one reads better (judge_rubric=readability). A judge that a model was trained with
+likes what that training rewarded: take another one. judge-compare.json keeps the figures, in EVAL_A/judge-compare
+unless out= names another folder.
 """
 import time
 from collections.abc import Callable
@@ -65,7 +64,7 @@ def help_text() -> str:
 
 
 def records_of(folder: str | Path) -> list[dict]:
-    """Read the records of an evaluation, by problem and sample. Raises UserError when there are none."""
+    """Read the records of an evaluation, by problem and sample. Raises UserError."""
     try:
         return sorted(read_records(Path(folder)), key=lambda record: (record["number"], record["sample"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -74,9 +73,7 @@ def records_of(folder: str | Path) -> list[dict]:
 
 
 def pair_up(ours: list[dict], theirs: list[dict]) -> list[Pair]:
-    """Pair the samples of each common problem in order, where both are correct.
-
-    Raises UserError without a common problem or a pair."""
+    """Pair the samples of each common problem, where both are correct. UserError."""
     found = [(problem, a, b) for problem, of_a, of_b in in_common(ours, theirs) for a, b in zip(of_a, of_b)]
     kept = [Pair(problem, *(Solution(side["text"], True, side["tokens"]) for side in (a, b)))
             for problem, a, b in found if a["correct"] and b["correct"]]

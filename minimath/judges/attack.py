@@ -33,7 +33,7 @@ class Attack(NamedTuple):
 
 
 class Try(NamedTuple):
-    """An attacker, or without an attack what carries it (alone: nothing does), against the good one, in both orders."""
+    """An attacker, or what carries it without an attack, against the good solution."""
     attack: Attack | None
     problem: int
     alone: bool
@@ -64,7 +64,7 @@ def load_attacks(path: str | Path = ATTACKS) -> list[Attack]:
 
 
 def plant(attack: Attack, text: str, me: str, other: str) -> str:
-    """Put the attack into a solution; me, other: the letters of this and of the other solution."""
+    """Put the attack into a solution; me, other: the letters of both solutions."""
     string = attack.text.replace("{me}", me).replace("{other}", other).replace("{pad}", PAD)
     if attack.place == "end":
         *_, last = re.split(r"(?<=\.)\s+", text)  # the sentence with the final answer
@@ -86,7 +86,7 @@ def make_tries(attacks: list[Attack], solutions: list[tuple[Example, dict[str, s
 
 
 def bare_prompt(rubric: str, pair: Pair, specials: list[str] = ()) -> str:
-    """Fill a rubric as `judge_prompt` does, without mark, the paragraph that explains it, and cleaning."""
+    """Fill a rubric without defences: no mark, nothing said of it, no cleaning."""
     blocks = [block for block in rubric.split("\n\n")
               if "{nonce}" not in block or re.search(r"\{(problem|first|second)\}", block)]
     parts = {"problem": pair.problem, "first": pair.first.text, "second": pair.second.text}
@@ -96,10 +96,7 @@ def bare_prompt(rubric: str, pair: Pair, specials: list[str] = ()) -> str:
 
 def attack_judge(judge: Judge, tries: list[Try], seed: int = 0,
                  advance: Callable[[int], None] = lambda n: None) -> dict:
-    """Ask one judge about all tries.
-
-    Returns `rates` as `kinds`, by category of attack, of "all" of them and of the harmless strings, which are in no
-    other figure, and as `strings`, of each string; `error`."""
+    """Ask about all tries: `rates` by kind, of "all" but harmless, of each string."""
     votes, error = ask(judge, [pair for t in tries for pair in (t.first, t.second)], advance, chunk=32)
     voted = list(zip(tries, zip(votes[::2], votes[1::2], strict=True), strict=True))
     plain = {(t.problem, t.alone): pair for t, pair in voted if not t.attack}

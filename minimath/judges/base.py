@@ -16,7 +16,7 @@ from minimath.grading.steps import StepCount, check_steps
 
 @dataclass(frozen=True)
 class Solution:
-    """A text to judge that no policy sampled here, as a judge reads a Sample."""
+    """A text that no policy sampled here, as a judge reads a Sample."""
     text: str
     correct: bool
     tokens: int
@@ -28,9 +28,7 @@ class Solution:
 
 
 class Pair(NamedTuple):
-    """One question: is `first` the better solution?
-
-    nonce: the mark of its group; "": one of its own."""
+    """Is `first` the better solution? nonce: the mark of its group, "": its own."""
     problem: str
     first: Sample | Solution
     second: Sample | Solution
@@ -64,13 +62,10 @@ class Judge:
 
 
 class HeuristicJudge(Judge):
-    """The judge that reads steps and length.
-
-    Correct beats wrong; then the higher share of right steps, 0 without any; then fewer tokens; else a tie."""
+    """Correct beats wrong; then the higher share of right steps; then fewer tokens."""
     name = "heuristic"
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
-        """Return 1, 0 or 1/2 for each pair."""
         def merit(solution: Sample | Solution) -> tuple[bool, float, int]:
             right, total = solution.steps
             return solution.correct, right / total if total else 0.0, -solution.tokens

@@ -1,8 +1,7 @@
 """Replies of a judge's endpoint on disk: no question is paid for twice.
 
-One SQLite file for all runs: after a crash a reply is there whole or not at all. Stored are a hash of the request and
-the reply; never the prompt, a key, a header or an address. Once open it never raises: a cache that fails costs money,
-not the run, and says so once.
+One SQLite file for all runs, with a hash of the request and the reply; never the prompt, a key, a header or an address.
+Once open it never raises: a cache that fails costs money, not the run, and says so once.
 """
 import hashlib
 import json
@@ -18,12 +17,11 @@ MOST = 500_000  # replies, some 256 MB with their log-probs: when a run opens th
 
 
 def cache_folder() -> Path:
-    """Return the folder in which all runs keep the replies."""
     return cache_home() / "judge"
 
 
 def reply_key(url: str, body: dict) -> str:
-    """Hash the address and the whole request body: a change of model, prompt or form of the verdict asks again."""
+    """Hash the address and the whole request body: a change of any asks again."""
     text = json.dumps(["reply 2", url, body], sort_keys=True)  # the number: of the form in which replies are kept
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -32,7 +30,7 @@ class ReplyCache:
     """Key -> reply text in `folder`/replies.sqlite, for several threads and processes."""
 
     def __init__(self, folder: str | Path, say: Callable[[str], None] = print):
-        """Open or make the file; one that is damaged is set aside. Raises UserError when it can't be written."""
+        """Open or make the file; one that is damaged is set aside. Raises UserError."""
         self.path, self.say, self.failed = Path(folder) / FILE, say, False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -58,7 +56,6 @@ class ReplyCache:
         return db
 
     def get(self, key: str) -> str | None:
-        """Return the reply, or None."""
         row = self._execute("SELECT value FROM replies WHERE key = ?", key)
         return row[0] if row else None
 

@@ -39,7 +39,7 @@ def rollout_pairs(groups: list[Group], limit: int = 16) -> list[KnownPair]:
 
 
 def canary_figures(judge: Judge, pairs: list[KnownPair]) -> dict:
-    """Judge pairs of known order; whatever a judge does, it is counted.
+    """Judge pairs of known order.
 
     worse_wins: judged win rate of the worse solutions (0: never fooled, 0.5: chance), also as worse_wins_<kind>.
     pairs, agreement, position_bias, no_votes: as in poll.tally. error: "" or the judge's exception."""

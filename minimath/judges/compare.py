@@ -13,8 +13,6 @@ import numpy as np
 PRIOR = 0.1
 
 
-# ---- votes
-
 def both_orders(forward: float, backward: float, soft: bool) -> float:
     """Score one candidate against another from the votes in both orders.
 
@@ -32,8 +30,6 @@ def won(forward: float, backward: float) -> float:
     """Say on which side of 1/2 `both_orders` lies, without its rounding: 1, 1/2 or 0."""
     return 1.0 if forward > backward else 0.5 if forward == backward else 0.0
 
-
-# ---- pairs
 
 def all_pairs(n: int) -> list[tuple[int, int]]:
     """Return all pairs of n candidates, smaller number first."""
@@ -56,8 +52,6 @@ def choose_pairs(n: int, k: int, seed: str) -> list[tuple[int, int]]:
         chosen += [(i, i + n // 2) for i in range(n // 2)]
     return sorted((min(order[i], order[j]), max(order[i], order[j])) for i, j in chosen)
 
-
-# ---- strengths and wins
 
 def expected_score(d):
     """Return the chance of a candidate that is d stronger than the other."""
@@ -86,8 +80,7 @@ def fit_strengths(n: int, results: list[tuple[int, int, float]], prior: float = 
     return strengths
 
 
-def win_probabilities(n: int, results: list[tuple[int, int, float]],
-                      copies: list[int] | None = None) -> list[float | None]:
+def win_probabilities(n: int, results: list[tuple[int, int, float]], copies: list[int]) -> list[float | None]:
     """Compute each candidate's mean score against the others.
 
     A compared pair counts with its p, another one with what the fit expects; with all pairs compared, the wins are
@@ -99,8 +92,7 @@ def win_probabilities(n: int, results: list[tuple[int, int, float]],
     for i, j, p in results:
         score[i, j], score[j, i] = p, 1 - p
         joined[joined == joined[j]] = joined[i]
-    counts = np.asarray(np.ones(n) if copies is None else copies, dtype=float)
-    weight = (joined[:, None] == joined[None]) * counts[None] - np.eye(n)  # (n, n): a candidate is not its own opponent
+    weight = (joined[:, None] == joined[None]) * np.array(copies, dtype=float) - np.eye(n)
     total = weight.sum(1)
     wins = (weight * score).sum(1) / np.maximum(total, 1)
     return [float(w) if known else None for w, known in zip(wins, total > 0, strict=True)]

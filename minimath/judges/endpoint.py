@@ -43,9 +43,8 @@ class EndpointJudge(Judge):
     """The judge that asks a server.
 
     Votes are probabilities where the server has log-probs, which `ping` finds out, else A, B or TIE. counts: requests,
-    retries, request_seconds, failed tries by kind (timeout, unreachable, garbage, http_<status>), given_up (by the
-    breaker), out_of_time (of the round), cache_hits, unreadable, cut_off (by judge_max_tokens), prompt_tokens and
-    completion_tokens as the server reports them."""
+    retries, failed tries by kind, questions given_up (by the breaker), out_of_time (of the round), unreadable, cut_off
+    (by judge_max_tokens), cache_hits, request_seconds, and the tokens that the server reports."""
 
     def __init__(self, options: JudgeOptions, *, say: Callable[[str], None] = print, prompt: Callable = judge_prompt,
                  cache: ReplyCache | None = None):
@@ -66,11 +65,11 @@ class EndpointJudge(Judge):
         self.newer_fields = False  # of newer models: the limit of tokens has another name, temperature is refused
 
     def ping(self) -> None:
-        """Find the richest form of verdict that the server has, one question in each. Raises UserError."""
+        """Find the richest form of verdict that the server has. Raises UserError."""
         in_own_loop(self._ping())
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
-        """Return a vote for each pair; None for one without a readable reply, in time and from a server that lives."""
+        """Return a vote for each pair; None for one without a readable reply."""
         replies = in_own_loop(self._round([self.prompt(self.rubric, pair) for pair in pairs]))
         votes = [reply and vote(reply) for reply in replies]
         self.counts["unreadable"] += sum(reply is not None and v is None for reply, v in zip(replies, votes))

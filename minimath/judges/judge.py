@@ -19,8 +19,7 @@ def make_judge(options: JudgeOptions, policy: Policy | None = None, *, micro_bat
                say: Callable[[str], None] = print, prompt: Callable = judge_prompt) -> Judge:
     """Make the judge that the options name. Raises UserError.
 
-    policy: needed by judge=self alone, with micro_batch_tokens for each of its passes. prompt(rubric, pair, specials):
-    what judges self and openai are asked."""
+    policy, micro_batch_tokens: of judge=self. prompt(rubric, pair, specials): what self and openai are asked."""
     if options.name == "heuristic":
         return HeuristicJudge(options, say=say)
     if options.name == "self":
@@ -59,8 +58,7 @@ def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | N
     no_votes, position_bias and order_conflicts (poll.tally), fallbacks (pairs that the heuristic judge took over),
     counts (what the judge's counts grew by), error ("" or the judge's exception), seconds.
 
-    Raises UserError with judge_fallback=stop when the judge is down. Any other failure of a judge costs votes, is said
-    once, and the run goes on."""
+    Raises UserError with judge_fallback=stop when the judge is down; any other failure costs votes and is said once."""
     start, before = time.monotonic(), judge.counts.copy()
     contests = [Contest(group) for group in groups]
     due = [(g, pair) for g, contest in enumerate(contests)
@@ -88,9 +86,7 @@ def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | N
 
 
 def see_to_lost_votes(judge: Judge, stats: dict) -> None:
-    """Say once that most votes are missing, or end the run where that is wanted.
-
-    Raises UserError with judge_fallback=stop when the judge is down."""
+    """Say once that most votes are missing; UserError under judge_fallback=stop."""
     asked, lost, counts = stats["comparisons"], stats["no_votes"], stats["counts"]
     met = ", ".join(f"{n:g} x {name}" for name, n in counts.items() if is_fault(name)) or stats["error"] \
         or "unreadable replies"

@@ -48,21 +48,19 @@ def compute(a: int, op: str, b: int) -> int | None:
 
 
 def make_pairs(problems: int, seed: int, kinds: tuple[str, ...] = KINDS) -> list[KnownPair]:
-    """Make a pair of each kind for each of some problems, those of a problem one after the other."""
+    """Make a pair of each kind for each of some problems, problem by problem."""
     return [KnownPair(kind, example.problem, *(solution(texts[name], example.answer) for name in ("right", kind)))
             for example, texts in faulty_solutions(problems, seed) for kind in kinds]
 
 
 def solution(text: str, answer: str) -> Solution:
-    """Make a text what a judge gets; its length is in words and signs, for want of a tokenizer."""
+    """Make a text what a judge gets; its length is in words and signs."""
     return Solution(text, extract_answer(text) == answer, len(re.findall(r"\w+|[^\w\s]", text)))
 
 
 def judge_known(judge: Judge, pairs: list[KnownPair],
                 advance: Callable[[int], None] = lambda n: None) -> dict[str, dict]:
-    """Ask about pairs in both orders: does the better one win?
-
-    Returns poll.tally for each kind, and for "all" with `error`, "" or the judge's exception."""
+    """Ask whether the better ones win: poll.tally by kind, and of "all" with `error`."""
     votes, error = ask(judge, in_both_orders([Pair(p.problem, p.better, p.worse) for p in pairs]), advance, chunk=32)
     by_kind: dict[str, list] = {}
     for pair, forward, backward in zip(pairs, votes[::2], votes[1::2], strict=True):
@@ -72,7 +70,7 @@ def judge_known(judge: Judge, pairs: list[KnownPair],
 
 
 def faulty_solutions(count: int, seed: int) -> list[tuple[Example, dict[str, str]]]:
-    """Make problems of two or three steps, each with its solutions by kind of fault; "right" is without one."""
+    """Make problems, each with its solutions by kind of fault; "right" has none."""
     drawn, found = 2 * count, []
     while len(found) < count:  # about every second problem has numbers that allow an unambiguous fault
         rng = random.Random(f"minimath judge pairs {seed}")
@@ -83,7 +81,7 @@ def faulty_solutions(count: int, seed: int) -> list[tuple[Example, dict[str, str
 
 
 def solutions_of(example: Example, rng: random.Random) -> dict[str, str] | None:
-    """Make the solutions by kind of fault; None when no wrong result can be carried on without ambiguity."""
+    """Make the solutions by kind of fault; None where no fault is unambiguous."""
     steps = [Step(int(a), op, int(b), int(c)) for a, op, b, c in _EQUATION.findall(example.solution)]
     faults = [(k, size) for k in range(len(steps) - 1) for size in _SIZES]
     rng.shuffle(faults)
@@ -99,8 +97,7 @@ def solutions_of(example: Example, rng: random.Random) -> dict[str, str] | None:
 def carried_on(problem: str, steps: list[Step], k: int, size: int) -> list[Step] | None:
     """Set the result of step k off by `size`, and compute every later one from it.
 
-    None when a number is no whole number above 0, the answer comes out right, or it is not plain which later number is
-    the result."""
+    None without whole numbers above 0 and a wrong answer, or when it is not plain which later number is the result."""
     given = set(map(int, re.findall(r"\d+", problem)))
     results = [step.value for step in steps]
     if any(r in given or results.count(r) > 1 for r in results[k:-1]) or steps[k].value + size <= 0:

@@ -45,10 +45,9 @@ _HIDDEN = ("Cc", "Cf", "Co", "Cs", "Cn")  # Unicode categories: control, format,
 
 
 def clean(text: str, specials: list[str] = ()) -> str:
-    """Make a text safe to show to a judge.
+    """Make a text safe to show to a judge, up to its final answer, the middle cut.
 
-    It ends at the final answer; control, format and private characters are gone, special tokens broken by a space, role
-    marks at line starts without their colon, the middle of more than MAX_CHARS cut out."""
+    specials: the special tokens of the judge's tokenizer."""
     text = "".join(c for c in text[:answer_end(text)] if c in "\n\t" or unicodedata.category(c) not in _HIDDEN)
     for special in specials:
         text = text.replace(special, f"{special[:1]} {special[1:]}")
@@ -60,16 +59,12 @@ def clean(text: str, specials: list[str] = ()) -> str:
 
 
 def make_nonce(*texts: str) -> str:
-    """Hash the texts that a mark will fence in, in any order.
-
-    A text would have to contain the hash of itself to forge the mark; both orders of a pair get the same one."""
+    """Hash the texts that a mark fences in: a forger must contain its own hash."""
     return hashlib.sha256("\x00".join(sorted(texts)).encode("utf-8", "replace")).hexdigest()[:12]
 
 
 def judge_prompt(rubric: str, pair: Pair, specials: list[str] = ()) -> str:
-    """Fill the rubric's places in one pass, so that no text opens a place of its own.
-
-    specials: the special tokens of the judge's tokenizer."""
+    """Fill the rubric's places in one pass, so that no text opens one of its own."""
     parts = {"problem": pair.problem, "first": pair.first.text, "second": pair.second.text}
     nonce = pair.nonce or make_nonce(*parts.values())
     parts = {name: clean(text, specials) for name, text in parts.items()} | {"nonce": nonce}

@@ -33,7 +33,7 @@ class SelfJudge(Judge):
 
     def __init__(self, options: JudgeOptions, policy: Policy, *, micro_batch_tokens: int = 4096,
                  say: Callable[[str], None] = print, prompt: Callable = judge_prompt):
-        """Find the verdict tokens. Raises UserError. micro_batch_tokens: of one forward pass."""
+        """Find the verdict tokens. Raises UserError."""
         super().__init__(options, say=say)
         self.model, self.tokenizer, self.micro_batch_tokens = policy.model, policy.tokenizer, micro_batch_tokens
         self.prompt, self.rubric = prompt, load_rubric(options.rubric)
@@ -43,7 +43,7 @@ class SelfJudge(Judge):
         self.context = getattr(config, "max_position_embeddings", None) or 1 << 30
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
-        """Return a probability for each pair, or None; raises out-of-memory only where one prompt is too much."""
+        """Return a probability for each pair; None for a prompt beyond the context."""
         prompts = [chat_ids(self.tokenizer, self.prompt(self.rubric, pair, self.specials)) for pair in pairs]
         votes: list[float | None] = [None] * len(prompts)
         fitting = [i for i, ids in enumerate(prompts) if len(ids) <= self.context]
@@ -57,25 +57,21 @@ class SelfJudge(Judge):
 
     def _in_memory(self, prompts: list[list[int]]) -> tuple[torch.Tensor, int]:
         """Compute log-probs and count tokens, in smaller passes when memory runs out."""
-        before = self.micro_batch_tokens
-        while True:
-            passes, tree, computed = plan_passes(self.model, prompts, self.micro_batch_tokens)
-            try:
-                with inference(self.model), adapter_off(self.model):
-                    logp = verdict_logps(self.model, prompts, self.verdicts, passes, tree)
-            except (RuntimeError, MemoryError) as error:
-                shared = [size for rows, size in passes if len(rows) > 1]
-                if not shared or not is_out_of_memory(error):
-                    raise
-            else:
-                if self.micro_batch_tokens < before:
-                    self.say(f"the judge self ran out of memory: from now on {self.micro_batch_tokens} tokens in each "
-                             "of its passes, which gives the same votes")
-                return logp, computed
-            # only here, where the exception no longer holds the activations of the failed pass
-            self.micro_batch_tokens = max(shared) // 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        passes, tree, computed = plan_passes(self.model, prompts, self.micro_batch_tokens)
+        try:
+            with inference(self.model), adapter_off(self.model):
+                return verdict_logps(self.model, prompts, self.verdicts, passes, tree), computed
+        except (RuntimeError, MemoryError) as error:
+            shared = [size for rows, size in passes if len(rows) > 1]
+            if not shared or not is_out_of_memory(error):
+                raise
+        # only here, where the exception no longer holds the activations of the failed pass
+        self.micro_batch_tokens = max(shared) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.say_once("memory", "the judge self ran out of memory: from now on its passes are smaller, which gives the "
+                      "same votes")
+        return self._in_memory(prompts)
 
 
 def verdict_ids(tokenizer) -> list[int]:
@@ -113,9 +109,7 @@ def plan_passes(model, prompts: list[list[int]], micro_batch_tokens: int) -> tup
 
 
 def takes_block_mask(model, longest: int) -> bool:
-    """Say whether a mask says all about what a token sees.
-
-    Not with recurrent layers, a window shorter than the longest prompt, or attention that takes no mask."""
+    """Say whether a mask tells what a token sees: no recurrence, no short window."""
     config = base_causal_lm(model).config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
@@ -142,7 +136,7 @@ def common_length(a: list[int], b: list[int]) -> int:
 
 
 def verdict_logps(model, prompts: list[list[int]], verdicts: list[int], passes: list, tree: bool) -> torch.Tensor:
-    """Compute the log-prob of each verdict token after each prompt: (B, len(verdicts)) float64 on the CPU."""
+    """Compute the log-prob of each verdict after each prompt, float64 on the CPU."""
     lm_head, out = head(model), torch.zeros(len(prompts), len(verdicts), dtype=torch.float64)
     for rows, _ in passes:
         interrupt.check()

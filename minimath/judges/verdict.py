@@ -33,10 +33,9 @@ class Reply(NamedTuple):
 
 
 def read_reply(choice: dict) -> Reply:
-    """Read choices[0] of a chat completion.
+    """Read choices[0] of a chat completion; LookupError, TypeError, AttributeError.
 
-    A text that the limit of tokens ended before it began, as of a model that thinks first, is "". Raises KeyError,
-    TypeError or AttributeError for anything that is no such choice."""
+    A text that the limit of tokens ended before it began, as of a model that thinks first, is ""."""
     text, cut = choice["message"].get("content"), choice.get("finish_reason") == "length"
     text = "" if text is None and cut else re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.S)
     return Reply(text.strip()[:200], cut, likeliest_tokens(choice))
@@ -74,8 +73,6 @@ def soft_vote(top: list) -> float | None:
 
 
 def text_vote(text: str) -> float | None:
-    """Read A, B or TIE in any dress: "**A**", "[[B]]", "Verdict: TIE.", {"verdict": "A"}.
-
-    None for anything that is not exactly one of them."""
+    """Read exactly A, B or TIE in any dress: **A**, [[B]], {"verdict": "TIE"}."""
     match = re.fullmatch(r"\W*(?:(?:verdict|answer|solution)\W+)?(a|b|tie)\W*", text, re.I) if len(text) <= 80 else None
     return VOTES[match.group(1).upper()] if match else None

@@ -151,7 +151,7 @@ def check_wins(tally: Tally, judge, groups, wins, votes, fallback=None) -> None:
             known = {(i, j) for i, j, _ in judged}
             judged += [(i, j, float(len(group.samples[i].text) < len(group.samples[j].text))) for i, j in PAIRS
                        if (i, j) not in known]
-        expected = wins_of(SIZE, sorted(judged))
+        expected = wins_of(SIZE, sorted(judged), [1] * SIZE)
         tally.add(close(wins[g], expected), f"group {g}: wins {wins[g]}, of the judged pairs {expected}")
         rewarded, plain = (paid(group, win) for win in (wins[g], [None] * SIZE))
         met = {i for pair in judged for i in pair[:2]}

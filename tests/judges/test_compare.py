@@ -92,7 +92,7 @@ def test_both_orders_take_the_position_out():
 def test_wins_of_all_pairs_are_plain_means_and_those_of_the_fit_but_for_the_prior():
     rng = np.random.default_rng(1)
     results = [(i, j, rng.uniform(0.1, 0.9)) for i, j in all_pairs(6)]
-    wins, fit = win_probabilities(6, results), fit_strengths(6, results)
+    wins, fit = win_probabilities(6, results, [1] * 6), fit_strengths(6, results)
     scores = [[p if a == i else 1 - p for a, b, p in results if i in (a, b)] for i in range(6)]
     assert wins == pytest.approx([np.mean(row) for row in scores])
     nearly_flat = fit_strengths(6, results, prior=1e-6)
@@ -104,16 +104,16 @@ def test_wins_of_all_pairs_are_plain_means_and_those_of_the_fit_but_for_the_prio
 
 def test_unjudged_pairs_come_from_the_fit():
     results = [(0, 1, 0.8), (1, 2, 0.8)]
-    wins, fit = win_probabilities(3, results), fit_strengths(3, results)
+    wins, fit = win_probabilities(3, results, [1] * 3), fit_strengths(3, results)
     beyond = sigmoid(fit[0] - fit[2])
     assert beyond > 0.85                                              # 0 over 1 over 2: more than either step
     assert wins == pytest.approx([(0.8 + beyond) / 2, 0.5, (0.2 + 1 - beyond) / 2])
 
 
 def test_candidates_that_nothing_joins_drop_out():
-    assert win_probabilities(5, [(0, 1, 1.0), (2, 3, 0.6)]) == [1.0, 0.0, 0.6, 0.4, None]
-    assert win_probabilities(2, []) == [None, None] and win_probabilities(0, []) == []
-    assert win_probabilities(1, []) == [None]
+    assert win_probabilities(5, [(0, 1, 1.0), (2, 3, 0.6)], [1] * 5) == [1.0, 0.0, 0.6, 0.4, None]
+    assert win_probabilities(2, [], [1, 1]) == [None, None] and win_probabilities(0, [], []) == []
+    assert win_probabilities(1, [], [1]) == [None]
 
 
 def test_copies_of_a_text_tie_and_count_as_opponents():
@@ -168,7 +168,7 @@ def test_wins_of_part_of_the_pairs_rank_like_all_pairs_of_the_same_noisy_judge(n
         skill = rng.normal(size=n)
         noise = rng.normal(size=(n, n)) * 0.7
         full, part = (ranks(win_probabilities(n, [(i, j, sigmoid(skill[i] - skill[j] + noise[i, j]))
-                                                  for i, j in pairs]))
+                                                  for i, j in pairs], [1] * n))
                       for pairs in (all_pairs(n), choose_pairs(n, k, str(seed))))
         like_full.append(np.corrcoef(full, part)[0, 1])
         part_true.append(np.corrcoef(ranks(skill), part)[0, 1])
