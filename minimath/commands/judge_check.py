@@ -19,7 +19,7 @@ from minimath.config.options import options_of
 from minimath.config.schema import Count, RLAIFConfig
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
-from minimath.core.log import RunLog, clean, fmt_duration
+from minimath.core.log import RunLog, clean
 from minimath.core.run_folder import held_run, new_run_folder
 from minimath.core.text import comma_list, did_you_mean
 from minimath.judges.attack import ATTACKS, HARMLESS, attack_judge, bare_prompt, load_attacks, make_tries
@@ -123,11 +123,8 @@ def probe_pairs(judge: Judge, cfg: JudgeCheckConfig, log: RunLog) -> dict:
         [kind, f["pairs"], percent(f["agreement"]), span(f["interval"]), percent(f["position_bias"]),
          percent(f["order_conflicts"]), f["no_votes"], finding(f)]
         for kind, f in report.items()])
-    asked, most = 2 * len(pairs), cfg.group_size * (cfg.group_size - 1)
-    seconds = (time.monotonic() - start) / asked
-    spent = "".join(f", {n / asked:.3g} {name}" for name, n in sorted((judge.counts - before).items()))
-    log.say(f"cost per comparison: {seconds:.3g} s{spent}; a group of {cfg.group_size} correct samples asks up to "
-            f"{most}: {fmt_duration(seconds * most)}")
+    spent = {"s": time.monotonic() - start} | dict(judge.counts - before)
+    log.say("cost per comparison: " + ", ".join(f"{n / (2 * len(pairs)):.3g} {name}" for name, n in spent.items()))
     return report
 
 
@@ -158,9 +155,9 @@ def advice(name: str, report: dict) -> list[str]:
     if abs(bias or 0.0) > 0.5:
         lines.append(f"it mostly votes for what stands {'first' if bias > 0 else 'second'} (position bias "
                      f"{percent(bias)}): asking both orders cancels that, but what is left is small")
-    for what, then in (("too few pairs", "use pairs=25 or more"), ("weak", "a lower judge_weight lets less noise in")):
-        if what in found.values():
-            lines.append(f"{what} on {', '.join(kind for kind, w in found.items() if w == what)}: {then}")
+    lines += [f"{what} on {kind}: take pairs=25 or more" for kind, what in found.items() if what == "too few pairs"]
+    lines += [f"{what} on {kind}: a lower judge_weight lets less noise in" for kind, what in found.items()
+              if what == "weak"]
     return lines or [f"judge={name} ranks every kind of pair reliably"]
 
 

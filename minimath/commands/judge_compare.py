@@ -29,7 +29,7 @@ class JudgeCompareConfig(RLAIFConfig):
     """Options of `minimath judge compare`: those of the judge, and its own."""
     judge: JudgeOptions = field(default_factory=lambda: JudgeOptions(rubric="readability"))
     readers: int = 200
-    """most pairs, taken evenly from all of them; 0: all"""
+    """most pairs, the first of the data; 0: all"""
 
 
 def judge_compare(words: list[str]) -> dict:
@@ -39,12 +39,12 @@ def judge_compare(words: list[str]) -> dict:
         raise UserError("give two folders of evaluations: minimath judge compare EVAL_A EVAL_B [judge=...]")
     cfg = load_options(JudgeCompareConfig, take_recipe(words), words)
     found = pair_up(*map(records_of, folders))
-    pairs = evenly(found, cfg.readers)
+    pairs = found[:cfg.readers or None]
     with RunLog(result_folder(cfg.run.out or str(Path(folders[0], "judge-compare")), "judge-compare"),
                 "minimath judge compare") as log:
         log.say(f"A: {folders[0]}, B: {folders[1]}; {len(pairs)} of {len(found)} pairs in which both are correct")
         judge, _ = open_judge(cfg, log)
-        with log.progress(2 * sum(map(differ, pairs)), "judging") as advance:
+        with log.progress(2 * len(pairs), "judging") as advance:
             f = compare_solutions(judge, pairs, cfg.run.seed, advance)
         columns = ["pairs", "A preferred", "95% interval", "position bias", "order conflicts", "ties", "no votes",
                    "mean tokens of A", "of B"]
@@ -83,36 +83,23 @@ def pair_up(ours: list[dict], theirs: list[dict]) -> list[Pair]:
     return kept
 
 
-def differ(pair: Pair) -> bool:
-    return pair.first.text.strip() != pair.second.text.strip()
-
-
-def evenly(pairs: list, most: int) -> list:
-    """Take at most `most` of the pairs, from the whole of the list; 0: all."""
-    most = min(most or len(pairs), len(pairs))
-    return [pairs[k * len(pairs) // most] for k in range(most)]
-
-
 def compare_solutions(judge: Judge, pairs: list[Pair], seed: int = 0,
                       advance: Callable[[int], None] = lambda n: None) -> dict:
     """Compare A's solutions with B's.
 
     preferred: mean over problems of the share of pairs in which A's solution is preferred with both orders together,
-    1/2 for a tie; interval: its bootstrap 95% over problems; both None where no vote came. identical: pairs of one
-    text, which count as ties. cost: growth of the judge's counts. The others as in poll.tally."""
-    asked, before, start = [pair for pair in pairs if differ(pair)], judge.counts.copy(), time.monotonic()
-    votes, error = ask(judge, in_both_orders(asked), advance, chunk=32)
-    problems = {pair.problem: [] for pair in pairs}
-    for pair in pairs:
-        if not differ(pair):
-            problems[pair.problem].append(0.5)
-    for pair, *vote in zip(asked, votes[::2], votes[1::2], strict=True):
+    1/2 for a tie; interval: its bootstrap 95% over problems; both None where no vote came. cost: growth of the judge's
+    counts. The others as in poll.tally."""
+    before, start = judge.counts.copy(), time.monotonic()
+    votes, error = ask(judge, in_both_orders(pairs), advance, chunk=32)
+    problems: dict[str, list[float]] = {}
+    for pair, *vote in zip(pairs, votes[::2], votes[1::2], strict=True):
         if None not in vote:
-            problems[pair.problem].append(won(*vote))
-    means = [sum(of_one) / len(of_one) for of_one in problems.values() if of_one]
+            problems.setdefault(pair.problem, []).append(won(*vote))
+    means = [sum(of_one) / len(of_one) for of_one in problems.values()]
     return tally(votes, judge.soft) | {
-        "pairs": len(pairs), "identical": len(pairs) - len(asked), "problems": len(means),
-        "preferred": sum(means) / len(means) if means else None, "interval": bootstrap(means, seed) if means else None,
+        "problems": len(means), "preferred": sum(means) / len(means) if means else None,
+        "interval": bootstrap(means, seed) if means else None,
         "ties": sum(of_one.count(0.5) for of_one in problems.values()),
         "mean_tokens": [sum(pair[side].tokens for pair in pairs) / len(pairs) for side in (1, 2)],
         "error": error, "cost": dict(judge.counts - before), "seconds": time.monotonic() - start}
@@ -121,10 +108,8 @@ def compare_solutions(judge: Judge, pairs: list[Pair], seed: int = 0,
 def findings(figures: dict) -> list[str]:
     """Say in plain words what the figures mean."""
     lines = [f"the judge failed: {figures['error']}"] if figures["error"] else []
-    if figures["identical"]:
-        lines.append(f"{figures['identical']} of {figures['pairs']} pairs are the same text: ties, not asked about")
     if not figures["voted"]:
-        return [*lines, "no pair was asked about and has both its votes: nothing can be said"]
+        return [*lines, "no pair has both its votes: nothing can be said"]
     low, high = figures["interval"]
     if low <= 0.5 <= high:
         lines.append(f"the interval holds 50%: this judge does not tell A from B on {figures['problems']} problems")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from minimath.config.schema import JudgeOptions
-from minimath.core.credentials import mask
+from minimath.core.text import mask
 from minimath.core.errors import UserError
 from minimath.judges.base import Judge, Pair
 from minimath.judges.cache import ReplyCache, reply_key

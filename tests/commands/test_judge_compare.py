@@ -5,7 +5,7 @@ import pytest
 from judge_server import prefers_shorter, says, serve  # noqa: F401  (serve is a fixture)
 from judging import FakeJudge, judge_by
 
-from minimath.commands.judge_compare import compare_solutions, evenly, findings, pair_up, records_of
+from minimath.commands.judge_compare import compare_solutions, findings, pair_up, records_of
 from minimath.judges.base import HeuristicJudge
 from minimath.judges.rubrics import load_rubric
 
@@ -49,10 +49,6 @@ def test_pairs_are_those_in_which_both_are_correct():
     assert [p.problem for p in pair_up(a, b)] == ["Problem 0?"]
 
 
-def test_fewer_readers_take_pairs_from_the_whole_list():
-    assert evenly(list(range(9)), 3) == [0, 3, 6] and evenly([1, 2], 0) == evenly([1, 2], 5) == [1, 2]
-
-
 # ---- judges whose figures are known
 
 
@@ -65,14 +61,10 @@ def test_the_heuristic_judge_prefers_the_shorter_of_two_sound_solutions():
         compare_solutions(HeuristicJudge(), pair_up(longs(range(30)), shorts(range(30)))))[0]
 
 
-def test_one_text_is_a_tie_and_is_not_asked_about():
-    asked = []
-    judge = judge_by(lambda p: asked.append(p) or float(p.first.tokens < p.second.tokens))
+def test_one_text_is_a_tie_whatever_a_judge_likes_about_a_position():
+    judge = judge_by(lambda p: 0.9 if p.first.tokens <= p.second.tokens else 0.2)
     facts = compare_solutions(judge, pair_up(shorts(range(4)), [*shorts(range(3)), *longs([3])]))
-    assert len(asked) == 2 and (facts["identical"], facts["ties"], facts["preferred"]) == (3, 3, (3 * 0.5 + 1) / 4)
-    assert "3 of 4 pairs are the same text" in findings(facts)[0]
-    same = compare_solutions(judge, pair_up(shorts(range(4)), shorts(range(4))))
-    assert same["preferred"] == 0.5 and "nothing can be said" in findings(same)[-1] and len(asked) == 2
+    assert (facts["ties"], facts["preferred"]) == (3, (3 * 0.5 + 1) / 4)
 
 
 def test_a_judge_that_votes_by_position_is_called_near_useless():
