@@ -30,8 +30,7 @@ class Drift(NamedTuple):
 def drift_texts(policy: Policy, cfg: EvalConfig, count: int) -> tuple[list[tuple[list[int], list[int]]], str]:
     """Write the model's greedy completions of `count` problems: the run's own, else made ones.
 
-    Returns ([(prompt ids, completion ids)], where the problems are from). Raises UserError when no prompt is short
-    enough.
+    Returns ([(prompt ids, completion ids)], where the problems are from). UserError: no prompt is short enough.
     """
     problems, source = [], cfg.data.source
     if source and Path(source).exists():
@@ -42,8 +41,7 @@ def drift_texts(policy: Policy, cfg: EvalConfig, count: int) -> tuple[list[tuple
     problems = random.Random(0).sample(problems, min(count, len(problems)))
     prompts = [ids for ids in map(policy.prompt_ids, problems) if len(ids) <= cfg.prompt.max_prompt_len]
     if not prompts:
-        raise UserError(f"none of {len(problems)} problems of {shown(source)} fits {cfg.prompt.max_prompt_len} tokens, "
-                        "the drift can't be measured on them; raise drift_problems")
+        raise UserError(f"none of {len(problems)} problems of {shown(source)} is short enough; raise drift_problems")
     with open_engine(cfg.engine, cfg.sampling, policy) as engine:
         texts = [(prompt, sample.ids) for prompt, [sample] in zip(prompts, engine.generate(prompts))]
     return texts, f"{len(texts)} problems of {shown(source)}"

@@ -1,8 +1,7 @@
 """Write a causal LM as a GGUF file with a Modelfile, for llama.cpp and Ollama.
 
-Families: llama, mistral, qwen2, qwen3. The package gguf (extra demo) has the file format, the types and the tensors'
-names. What it lacks, which weights turn round, how words are cut and the numbers of the header, is here as in
-llama.cpp's convert_hf_to_gguf.py, which is for every other family.
+The package gguf (extra demo) has the file format, the types and the tensors' names. What it lacks, which weights turn
+round, how words are cut and the numbers of the header, is here as in llama.cpp's convert_hf_to_gguf.py.
 """
 import contextlib
 import json
@@ -17,21 +16,17 @@ from minimath.core.errors import UserError
 from minimath.data.chat import turn_end
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type -> gguf's name
-FILE_TYPES = {"f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # gguf_type -> gguf's name of the type of the matrices
 QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3_WORDS = QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
-DIGITS = {"type": "Digits", "individual_digits": True}
 PRE_TOKENIZERS = {  # llama.cpp's name -> how text is cut, in tokenizer.json
-    "gpt-2": [BYTES | {"use_regex": True}], "smollm": [DIGITS, BYTES | {"use_regex": True}],
+    "gpt-2": [BYTES | {"use_regex": True}],
+    "smollm": [{"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}],
     "qwen2": [SPLIT | {"pattern": {"Regex": QWEN2_WORDS}}, BYTES],
     "llama-bpe": [SPLIT | {"pattern": {"Regex": LLAMA3_WORDS}}, BYTES]}
 
-
-# ---- what can be written
 
 def reason_against(config, tokenizer) -> str:
     """Say why this module can't write the model; "" when it can."""
@@ -46,33 +41,24 @@ def reason_against(config, tokenizer) -> str:
 
 
 def pre_tokenizer(tokenizer) -> str:
-    """Find llama.cpp's name of how the tokenizer cuts text into words, "" for none.
-
-    A wrong name would give other tokens than in training, without any message.
-    """
+    """Find llama.cpp's name of how the tokenizer cuts text into words, "" for none."""
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     steps = data["pre_tokenizer"] or {}
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"}  # which changes no token
              for step in steps.get("pretokenizers", [steps])]
-    return next((name for name, known in PRE_TOKENIZERS.items() if steps == known), "") \
-        if data["model"]["type"] == "BPE" else ""
+    names = [name for name, known in PRE_TOKENIZERS.items() if steps == known and data["model"]["type"] == "BPE"]
+    return names[0] if names else ""
 
-
-# ---- rounding, as the file will hold it
 
 def type_of(weight: torch.Tensor, kind: str) -> gguf.GGMLQuantizationType:
     """Choose the type of `weight` in the file; llama.cpp wants vectors in fp32."""
-    types = gguf.GGMLQuantizationType
     if weight.dim() == 1:
-        return types.F32
-    return types.F16 if kind == "q8_0" and weight.shape[-1] % 32 else types[FILE_TYPES[kind]]
+        return gguf.GGMLQuantizationType.F32
+    return gguf.GGMLQuantizationType["F16" if kind == "q8_0" and weight.shape[-1] % 32 else kind.upper()]
 
 
 def round_as_gguf(model, kind: str) -> None:
-    """Replace every weight by what the file will hold; a second time changes nothing.
-
-    Raises UserError for a number that is too large.
-    """
+    """Replace every weight by what the file will hold. UserError: a number is too large."""
     for weight in model.parameters():
         type_ = type_of(weight, kind)
         with np.errstate(over="ignore"):
@@ -82,17 +68,12 @@ def round_as_gguf(model, kind: str) -> None:
         weight.data.copy_(torch.from_numpy(np.ascontiguousarray(held)))
 
 
-# ---- writing
-
 def write_gguf(model, tokenizer, path: Path, *, kind: str, name: str) -> None:
-    """Write a plain model that round_as_gguf rounded, one tensor in memory at a time.
-
-    kind: f16, bf16 or q8_0 for the matrices. Ask reason_against first. Raises OSError, UserError.
-    """
+    """Write a model that round_as_gguf rounded to `kind`, converting one tensor at a time."""
     arch = gguf.MODEL_ARCH[ARCHITECTURES[model.config.model_type]]
     with contextlib.closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])) as writer:
         writer.add_name(name)
-        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{FILE_TYPES[kind]}"])
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
         add_options(writer, model)
         add_tokenizer(writer, tokenizer, model.get_input_embeddings().weight.shape[0])
         add_tensors(writer, model, gguf.get_tensor_name_map(arch, model.config.num_hidden_layers), kind)
@@ -117,7 +98,6 @@ def add_options(writer: gguf.GGUFWriter, model) -> None:
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, rows: int) -> None:
@@ -140,29 +120,28 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, rows: int) -> None:
 
 def add_tensors(writer: gguf.GGUFWriter, model, name_map: gguf.TensorNameMap, kind: str) -> None:
     """Add the weights by their GGUF names, without a tied head; each is converted when it is written."""
-    config = model.config
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} \
-        if ARCHITECTURES[config.model_type] == "LLAMA" else {}
-
-    def add(name: str, weight: torch.Tensor) -> None:
-        turned = next((count for part, count in heads.items() if f".{part}." in name), 0)
-        lazy = gguf.LazyNumpyTensor(
-            meta=gguf.LazyNumpyTensor.meta_with_dtype_and_shape(np.float32, tuple(weight.shape)), args=(weight.data,),
-            func=lambda w: (rotated_in_pairs(w, turned) if turned else w).float().cpu().numpy())
-        writer.add_tensor(name, gguf.quantize(lazy, type_of(weight, kind)), raw_dtype=type_of(weight, kind))
-
-    for name, weight in model.named_parameters():
-        add(name_map.get_name(name, try_suffixes=(".weight", ".bias")), weight)
+    config, turned = model.config, {}
+    if ARCHITECTURES[config.model_type] == "LLAMA":
+        turned = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    tensors = [(name_map.get_name(name, try_suffixes=(".weight", ".bias")), weight.data,
+                turned.get(name.split(".")[-2], 0)) for name, weight in model.named_parameters()]
     if config.rope_parameters["rope_type"] != "default":
         scaled = model.base_model.rotary_emb.inv_freq.float().cpu()
         plain = config.rope_parameters["rope_theta"] ** (-torch.arange(len(scaled), dtype=torch.float32) / len(scaled))
-        add("rope_freqs.weight", plain / scaled)  # llama.cpp divides by it
+        tensors.append(("rope_freqs.weight", plain / scaled, 0))  # llama.cpp divides by it
+    for name, weight, heads in tensors:
+        meta = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(np.float32, tuple(weight.shape))
+        lazy = gguf.LazyNumpyTensor(meta=meta, args=(weight, heads),
+                                    func=lambda *args: rotated_in_pairs(*args).float().cpu().numpy())
+        writer.add_tensor(name, gguf.quantize(lazy, type_of(weight, kind)), raw_dtype=type_of(weight, kind))
 
 
 def rotated_in_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of each head of a weight (heads * head_dim, ...).
+    """Reorder the rows of each head of a weight (heads * head_dim, ...), for no heads none.
 
     transformers rotates row i with row i + head_dim / 2, llama.cpp for its llama architecture 2i with 2i + 1.
     """
+    if not heads:
+        return weight
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)

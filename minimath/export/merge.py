@@ -21,7 +21,6 @@ from minimath.config.schema import AdapterPath, Count, EvalConfig
 from minimath.core.errors import UserError
 from minimath.core.files import flush_to_disk, free_bytes, read_json
 from minimath.core.run_folder import ADAPTER, CONFIG, EVAL, evaluation_folder, find_adapter
-from minimath.data.chat import turn_end
 from minimath.export.drift import Drift, compare, completion_logits, drift_texts
 from minimath.export.model_card import card, modelfile
 from minimath.models.load import describe
@@ -89,18 +88,17 @@ def export(words: list[str]) -> dict:
     try:
         policy, drift, measured = merge_and_measure(cfg, load, "nf4" if run.get("quant") == "nf4" else "none")
     except torch.OutOfMemoryError:
-        raise UserError(f"the merge does not fit into the memory of device={cfg.device}; use device=cpu, or dtype=bf16 "
-                        "for half of it") from None
+        raise UserError(f"device={cfg.device} lacks the memory; use device=cpu, or dtype=bf16 for half of it") from None
     out = Path(cfg.out).absolute()
     with new_folder(out) as partial:
-        write_model(policy, partial, cfg, base_dtype(load))
+        write_model(policy, partial, cfg)
         made = folder.parent if folder.name == ADAPTER else Path(cfg.adapter.path)
         text = card(name=out.name, base=base, adapter=adapter, run=run, prompt=policy.prompt, drift=measured,
                     evaluation=evaluation_of(made), usage=usage(cfg, policy, out.name))
         (partial / "README.md").write_text(text, encoding="utf-8")
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{cfg.out}: {', '.join(sorted(path.name for path in out.iterdir()))} ({size / 1e6:.0f} MB)\n"
-          f"to use it:\n{usage(cfg, policy, cfg.out)}")
+          f"to share or use it:\nhf upload OWNER/NAME {shlex.quote(cfg.out)} --private\n{usage(cfg, policy, cfg.out)}")
     return {"folder": cfg.out, "drift": drift._asdict()}
 
 
@@ -109,8 +107,8 @@ def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[
 
     Returns (the merged model, its drift, what is said of it). Raises UserError above max_drift.
     """
-    policy, dtype = load_policy(load.replace(quant=quant), train=False), base_dtype(load)
-    print(f"{describe(policy.model, load.replace(quant=quant))}, adapter {load.adapter.path}")
+    policy = load_policy(in_training := load.replace(quant=quant), train=False)
+    print(f"{describe(policy.model, in_training)}, adapter {load.adapter.path}")
     if cfg.to == "gguf":
         from minimath.export.gguf import reason_against, round_as_gguf  # needs the extra
         if why_not := reason_against(policy.model.config, policy.tokenizer):
@@ -125,6 +123,8 @@ def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[
     if cfg.to == "gguf":
         round_as_gguf(policy.model, cfg.gguf_type)
     else:
+        config = AutoConfig.from_pretrained(load.model.name, trust_remote_code=load.model.trust_remote_code)
+        dtype = config.dtype or torch.float32  # what the base's weights are saved in
         round_to(policy.model, dtype)
     drift = compare(trained, completion_logits(policy.model, texts))
     kind = cfg.gguf_type if cfg.to == "gguf" else str(dtype).removeprefix("torch.")
@@ -132,16 +132,15 @@ def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[
     measured = f"drift, {before} to merged {kind} weights, on {source}: {drift}"
     print(measured)
     if not drift.kl <= cfg.max_drift:  # also nan
-        hint = ("The run's 4-bit weights are not the base's: evaluate what the merge makes with `minimath eval "
-                f"adapter={shlex.quote(cfg.adapter.path)} quant=none`, and raise max_drift if that is good enough"
-                if quant == "nf4" else "Look at the adapter (a rate that was too high makes weights that no 16-bit "
-                "type holds), or raise max_drift if these answers are good enough")
+        why = "The base lacks the rounding of the 4-bit weights: evaluate the adapter with quant=none" \
+            if quant == "nf4" else "A rate that was too high makes weights that no 16-bit type holds"
         raise UserError(f"the merged model is not the one that was trained: mean KL {drift.kl:.2e} is above max_drift="
-                        f"{cfg.max_drift:g}, nothing was written. {hint}")
+                        f"{cfg.max_drift:g}, nothing was written. {why}. If its answers are good enough, raise "
+                        "max_drift")
+    if cfg.to == "safetensors":
+        policy.model.to(dtype)
     return policy, drift, measured
 
-
-# ---- where the adapter is from
 
 def run_options(folder: Path) -> dict:
     """Read RUN_OPTIONS of the run that made the adapter in `folder`; {} when unknown."""
@@ -153,36 +152,21 @@ def run_options(folder: Path) -> dict:
     return {}
 
 
-def base_dtype(load: EvalConfig) -> torch.dtype:
-    """Read the dtype that the base's weights are saved in."""
-    config = AutoConfig.from_pretrained(load.model.name, trust_remote_code=load.model.trust_remote_code)
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-
-
 def evaluation_of(run: Path) -> dict:
     """Read the evaluation in the run folder, or beside it in a whole run; {} for none."""
     places = (run / EVAL, evaluation_folder(run.parent, run.name) / EVAL)
     return next((read_json(place) for place in places if place.is_file()), {})
 
 
-# ---- merge
-
 def merge(model):
-    """Make the plain model of W + delta, added in fp32 whatever the model's dtype.
-
-    delta is peft's own, so rsLoRA, DoRA and biases are what they were in training. Raises UserError for NaN.
-    """
-    for name, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        base = layer.get_base_layer()
-        dtype = base.weight.dtype
-        base.float()
-        try:
-            layer.merge(safe_merge=True)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{name}: the adapter can't be merged ({str(error).splitlines()[0]})") from None
-        base.to(dtype)
+    """Make the plain model of W + delta, added in fp32 whatever the model's dtype."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            base = layer.get_base_layer()
+            dtype = base.weight.dtype
+            base.float()
+            layer.merge()  # peft's own, so rsLoRA, DoRA and biases are what they were in training
+            base.to(dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A.* already merged|Already following adapters")
         return model.merge_and_unload()  # also takes over modules that were trained whole
@@ -193,8 +177,6 @@ def round_to(model, dtype: torch.dtype) -> None:
     for weight in model.parameters():
         weight.data.copy_(weight.data.to(dtype))
 
-
-# ---- writing
 
 @contextlib.contextmanager
 def new_folder(out: Path):
@@ -207,8 +189,7 @@ def new_folder(out: Path):
             flush_to_disk(path)
         os.replace(partial, out)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out} ({error}); {free_bytes(out):,} bytes are free there: free some space, "
-                        "check the permissions, or choose another out=") from None
+        raise UserError(f"out={out}: {error}; {free_bytes(out):,} bytes are free; choose another out=") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -220,16 +201,16 @@ def file_name(cfg: ExportConfig) -> str:
 
 def usage(cfg: ExportConfig, policy: Policy, folder: str) -> str:
     """Write the lines that a shell runs to use the model in `folder`."""
-    place, name = shlex.quote(folder), file_name(cfg)
-    upload = f"hf upload OWNER/NAME {place} --private   # to a hub"
     if cfg.to == "safetensors":
-        asked = shlex.join(f"{key}={getattr(policy.prompt, key)}" for key in ("system", "prompt_template"))
-        return f'{upload}\nminimath solve "PROBLEM" {shlex.quote(f"model={folder}")} {asked}'
-    return (f"{upload}\nllama-server -m {shlex.quote(f'{folder}/{name}-{cfg.gguf_type}.gguf')}   # llama.cpp alone\n"
-            f"cd {place} && ollama create {name} -f Modelfile && ollama run {name} \"PROBLEM\"")
+        prompt = policy.prompt
+        words = [f"model={folder}", f"system={prompt.system}", f"prompt_template={prompt.prompt_template}"]
+        return f'minimath solve "PROBLEM" {shlex.join(words)}'
+    name = file_name(cfg)
+    return (f"llama-server -m {shlex.quote(f'{folder}/{name}-{cfg.gguf_type}.gguf')}   # llama.cpp alone\n"
+            f"cd {shlex.quote(folder)} && ollama create {name} -f Modelfile && ollama run {name} \"PROBLEM\"")
 
 
-def write_model(policy: Policy, folder: Path, cfg: ExportConfig, dtype: torch.dtype) -> None:
+def write_model(policy: Policy, folder: Path, cfg: ExportConfig) -> None:
     """Write what transformers reads, or a GGUF file and a Modelfile."""
     if cfg.to == "gguf":
         from minimath.export.gguf import write_gguf  # needs the extra
@@ -238,12 +219,9 @@ def write_model(policy: Policy, folder: Path, cfg: ExportConfig, dtype: torch.dt
         write_gguf(policy.model, policy.tokenizer, file, kind=cfg.gguf_type, name=name)
         (folder / "Modelfile").write_text(modelfile(policy.tokenizer, file.name, policy.prompt), encoding="utf-8")
         return
-    policy.model.to(dtype)
     policy.model.config.use_cache = True  # load_model switches it off
     options = policy.model.generation_config
-    known = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
-    if turn_end(policy.tokenizer) not in known:  # of a base model: the end that was trained is new to it
-        options.eos_token_id = policy.eos
+    options.eos_token_id = policy.eos  # to a base model the end that was trained is new
     try:
         options.validate(strict=True)
     except ValueError:

@@ -39,8 +39,6 @@ System message and user message of the training, in the chat template:
 FIGURES = ("problems", "accuracy", "interval", "mean_tokens", "correct_steps", "finished")
 
 
-# ---- model card
-
 def card(*, name: str, base: str, adapter: dict, run: dict, prompt: PromptOptions, evaluation: dict, drift: str,
          usage: str) -> str:
     """Write README.md.
@@ -54,10 +52,11 @@ def card(*, name: str, base: str, adapter: dict, run: dict, prompt: PromptOption
              "adapter": f"{', '.join(shape)}, on {targets if isinstance(targets, str) else ', '.join(sorted(targets))}",
              **{key: shown(str(run[key])) for key in ("data", "quant", "steps", "lr") if run.get(key)},
              **{f"{key} before the merge": evaluation[key] for key in FIGURES if key in evaluation}}
+    texts = {"system": prompt.system or "(none)", "user": prompt.prompt_template, "usage": usage}
     return CARD.format(
-        name=name, base=shown(base), drift=drift, usage=code(usage), system=code(prompt.system or "(none)"),
-        user=code(prompt.prompt_template), facts="\n".join(f"- {key}: {value}" for key, value in facts.items()),
-        hub_base=f"base_model: {base}\n" if base.count("/") == 1 and not Path(base).exists() else "")
+        name=name, base=shown(base), drift=drift, facts="\n".join(f"- {key}: {value}" for key, value in facts.items()),
+        hub_base=f"base_model: {base}\n" if base.count("/") == 1 and not Path(base).exists() else "",
+        **{key: indent(text, "    ") for key, text in texts.items()})  # unlike a fence: no text can end it
 
 
 def shown(text: str) -> str:
@@ -65,18 +64,10 @@ def shown(text: str) -> str:
     return Path(text).name if text.startswith(("/", ".", "~")) or Path(text).exists() else text
 
 
-def code(text: str) -> str:
-    return indent(text, "    ")  # unlike a fence, a block that no text can end
-
-
-# ---- Ollama
-
 def modelfile(tokenizer, gguf_name: str, prompt: PromptOptions) -> str:
-    """Write a Modelfile whose prompts are those of the training.
+    """Write a Modelfile whose prompts are those of the training. UserError: it can't hold one.
 
-    A chat template other than ChatML stays in the GGUF file, where Ollama looks for one that it knows. Greedy, and
-    without Ollama's penalty on repeated tokens: in a sum numbers recur. Raises UserError for a text that a Modelfile
-    can't hold.
+    Greedy, and without Ollama's penalty on repeated tokens: in a sum numbers recur.
     """
     user = user_text("\0", prompt.prompt_template).replace("{{", '{{ "{{" }}')  # {{ would begin an action of Go's
     system, template, default = prompt.system, "", chatml_system(tokenizer)
