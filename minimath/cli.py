@@ -30,7 +30,7 @@ USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GP
 or in a section (sft:, rlaif:, eval:); key=value words win. With `run`, `sft.lr=1e-4` is for one stage.
 """
 # Where each command is; loaded when it is asked for: help and errors come at once
-COMMANDS = {"sft": "train.sft.sft", "rlaif": "commands.train.rlaif", "eval": "eval.evaluate.evaluate",
+COMMANDS = {"sft": "train.sft.sft", "rlaif": "commands.run.rlaif", "eval": "eval.evaluate.evaluate",
             "sample": "eval.sample.sample", "run": "commands.run.run", "plan": "plan.plan.plan",
             "demo": "commands.demo.demo", "solve": "commands.solve.solve_command", "report": "report.page.report",
             "judge check": "commands.judge_check.judge_check", "judge compare": "commands.judge_compare.judge_compare",

@@ -12,11 +12,11 @@ import contextlib
 import gc
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from minimath.commands.train import draw, rlaif
 from minimath.config.load import load_config, save_config
 from minimath.config.schema import EvalConfig, RLAIFConfig, SFTConfig
 from minimath.core import dist, interrupt, run_folder
@@ -25,8 +25,9 @@ from minimath.core.files import write_whole
 from minimath.core.log import RunLog, fmt_duration
 from minimath.eval.evaluate import evaluate
 from minimath.eval.metrics import COLUMNS, table_row
-from minimath.report.page import write_page
+from minimath.report.page import JUDGE_PLOT, write_judge_plot, write_page
 from minimath.train.rewards import make_reward
+from minimath.train.rlaif import rlaif as train_rlaif
 from minimath.train.sft import sft
 from minimath.train.verifier import Verifier
 
@@ -128,3 +129,24 @@ def how_to_go_on(log: RunLog, command: str):
     except Interrupted:
         log.say(f"minimath {command} goes on from there with the same words and out={log.run_dir} resume=true")
         raise
+
+
+def rlaif(cfg: RLAIFConfig) -> dict:
+    """Run stage 2, then draw judge.png; returns the stage's summary. Raises UserError."""
+    summary = train_rlaif(cfg)
+    if dist.is_main():
+        draw(JUDGE_PLOT, lambda: write_judge_plot(Path(summary["run_dir"])), print)
+    return summary
+
+
+def draw(what: str, write: Callable[[], Path | None], say: Callable[[str], None]) -> None:
+    """Write a picture or a page of a run, and say where it is.
+
+    What fails is said, never raised: the run is complete without it.
+    """
+    try:
+        if path := write():
+            say(f"{what}: {path}")
+    except Exception as error:
+        say(f"{what} could not be written, everything else is saved ({type(error).__name__}: {error}); "
+            "minimath report RUN tries again")

@@ -13,9 +13,8 @@ import yaml
 
 from minimath.config.options import Stage, options_of, unknown_option
 from minimath.config.schema import STAGES
-from minimath.core.credentials import KEEPS_SECRETS_OUT, mask
 from minimath.core.errors import UserError
-from minimath.core.text import did_you_mean
+from minimath.core.text import KEEPS_SECRETS_OUT, did_you_mean, mask
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SECTIONS = (*STAGES, "demo", "sample")  # the classes of the last two come from their commands

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
 from minimath.config.renamed import REMOVED, RENAMED, RENAMED_VALUES
-from minimath.core.credentials import KEEPS_SECRETS_OUT, mask, url_fault
 from minimath.core.errors import UserError
-from minimath.core.text import comma_list, did_you_mean
+from minimath.core.text import KEEPS_SECRETS_OUT, comma_list, did_you_mean, mask, url_fault
 
 HOOK = re.compile(r"python:([^\W\d]\w*\.)+[^\W\d]\w*")
 

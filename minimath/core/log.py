@@ -21,11 +21,10 @@ from pathlib import Path
 import torch
 
 from minimath.core import dist
-from minimath.core.credentials import mask
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
 from minimath.core.run_folder import ENVIRONMENT, METRICS, SAMPLES
-from minimath.core.text import comma_list
+from minimath.core.text import comma_list, mask
 
 PLAIN_SECONDS = 10.0  # pause between progress lines where there is no terminal
 SHOWN_CHARS = 2000  # of a completion; samples.jsonl has it whole

@@ -1,5 +1,9 @@
-"""Small functions on words that a user typed."""
+"""Words that a user typed: lists, the nearest name, and secrets that must not be shown or saved."""
 import difflib
+import re
+import urllib.parse
+
+KEEPS_SECRETS_OUT = {"judge_url", "vllm_url", "judge_key_env"}  # options: a wrong value is not shown
 
 
 def comma_list(text: str) -> list[str]:
@@ -11,3 +15,24 @@ def did_you_mean(name: str, options) -> str:
     """Suggest the closest option in parentheses, or return ""."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def mask(word: str) -> str:
+    """Replace by *** what looks like a key, a token, a secret or a password."""
+    name = r"[\w.-]*(?:key|token(?!s)|secret|passw(?:or)?d|credential)[\w.-]*"
+    word = re.sub(rf"(?i)({name}=)[^&\s]+", r"\1***", word)
+    word = re.sub(r"://[^/@\s]+@", "://***@", word)
+    return re.sub(r"\b(?:sk-|hf_|gh[a-z]_|github_pat_|xox[a-z]-)[\w-]{8,}", "***", word)
+
+
+def url_fault(url: str) -> str:
+    """Say, without showing it, why a URL could hold a secret or is none, or ""."""
+    try:
+        parts = urllib.parse.urlsplit(url if "//" in url else f"//{url}")
+        keeps = "@" in parts.netloc or parts.query or parts.fragment
+    except ValueError:  # whose text may hold the URL
+        return "this is no URL; give one like http://127.0.0.1:8080/v1"
+    if keeps:
+        return ("leave user, password and everything from a ? on out of it, they would be saved with the run; a key "
+                "goes into the environment variable that judge_key_env names ($VLLM_API_KEY for vLLM)")
+    return ""

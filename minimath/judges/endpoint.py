@@ -14,8 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from minimath.config.schema import JudgeOptions
-from minimath.core.text import mask
 from minimath.core.errors import UserError
+from minimath.core.text import mask
 from minimath.judges.base import Judge, Pair
 from minimath.judges.cache import ReplyCache, reply_key
 from minimath.judges.rubrics import judge_prompt, load_rubric
@@ -46,18 +46,24 @@ class EndpointJudge(Judge):
     retries, failed tries by kind, questions given_up (by the breaker), out_of_time (of the round), unreadable, cut_off
     (by judge_max_tokens), cache_hits, request_seconds, and the tokens that the server reports."""
 
-    def __init__(self, options: JudgeOptions, *, say: Callable[[str], None] = print, prompt: Callable = judge_prompt,
-                 cache: ReplyCache | None = None):
+    def __init__(self, options: JudgeOptions, *, say: Callable[[str], None] = print, cache: ReplyCache | None = None):
         """Check address and rubric. Raises UserError."""
         super().__init__(options, say=say)
-        check_address(options)
+        try:
+            parts = urllib.parse.urlsplit(options.url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and options.model
+        except ValueError:  # of the port
+            usable = False
+        if not usable:
+            raise UserError(f"judge=openai: judge_url={mask(options.url)!r} judge_model={options.model!r}: give "
+                            "the base URL of an OpenAI-compatible server, as http://127.0.0.1:8080/v1, and its model")
         try:
             import openai
         except ImportError:
             raise UserError("judge=openai needs the openai package: pip install 'minimath[judge]'") from None
         self._sdk = openai
         self.name = f"openai:{options.model}"
-        self.options, self.prompt, self.cache, self.rubric = options, prompt, cache, load_rubric(options.rubric)
+        self.options, self.prompt, self.cache, self.rubric = options, judge_prompt, cache, load_rubric(options.rubric)
         self.base = options.url.rstrip("/").removesuffix("/chat/completions")
         self.endpoint = f"{self.base}/chat/completions"
         self.retries, self.breaker, self.round_s = RETRIES, BREAKER, ROUND * options.timeout_s
@@ -208,17 +214,6 @@ def read_completion(text: str) -> tuple[Reply, dict[str, int]] | None:
         return read_reply(body["choices"][0]), tokens
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
-
-
-def check_address(options: JudgeOptions) -> None:
-    try:
-        parts = urllib.parse.urlsplit(options.url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # of the port
-        usable = False
-    if not (usable and options.model):
-        raise UserError(f"judge=openai: judge_url={mask(options.url)!r} judge_model={options.model!r}: give the base "
-                        "URL of an OpenAI-compatible server, as http://127.0.0.1:8080/v1, and a model that it has")
 
 
 def in_own_loop(coroutine):

@@ -1,5 +1,7 @@
 """The figures of a report: SVG in the colour of the page's text, PNG on white."""
+import contextlib
 import io
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from minimath.core.stats import wilson
-from minimath.report.metrics import series
 
 INK = "#101418"  # of text and axes; the page's own colour takes its place in the SVG
 COLOURS = ["#6b7280", "#2f7de1", "#e0533d", "#d98a00", "#8b5cf6", "#10a37f"]
@@ -185,3 +186,17 @@ def shade_gap(axis, wins: list[tuple], mean: list[tuple], correct: list[tuple]) 
     if gap.any():
         axis.fill_between(steps, before, now, where=gap, color=COLOURS[2], alpha=0.18, lw=0,
                           label="gap: judge fooled more than at first, no more are correct")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Read a metrics.jsonl; what a kill left of a line is skipped. Raises OSError."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # other line ends may be text
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def series(rows: list[dict], name: str) -> list[tuple]:
+    """Collect the numbers of one name as points of step and value, by step."""
+    return sorted({row["step"]: row[name] for row in rows if isinstance(row.get(name), (int, float))}.items())

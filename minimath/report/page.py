@@ -23,7 +23,7 @@ from minimath.eval.metrics import COLUMNS, read_records, table_row
 from minimath.eval.suite import suite_table
 from minimath.grading.steps import check_steps
 from minimath.report import figures
-from minimath.report.metrics import read_metrics, series
+from minimath.report.figures import read_metrics, series
 
 PICTURES = "plots"
 JUDGE_PLOT = "judge.png"

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from minimath.commands import train
+from minimath.commands import run as train
 from minimath.config.schema import RLAIFConfig
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from minimath.core import log
-from minimath.core.credentials import mask
 from minimath.core.errors import UserError
 from minimath.core.log import RunLog, fmt, fmt_duration, truncate_metrics
+from minimath.core.text import mask
 
 
 class Terminal(io.StringIO):

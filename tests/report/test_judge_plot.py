@@ -6,8 +6,7 @@ import struct
 import pytest
 from matplotlib.figure import Figure
 
-from minimath.report.figures import draw_gap, judged
-from minimath.report.metrics import read_metrics, series
+from minimath.report.figures import draw_gap, judged, read_metrics, series
 from minimath.report.page import write_judge_plot
 
 HACKED = [{"step": i, "rollout/correct": 0.5, "rollout/tokens": 100.0 + i, "reward/mean": 0.5,
