@@ -27,8 +27,9 @@ from minimath.judges.base import Judge
 from minimath.judges.judge import make_judge
 from minimath.judges.pairs import BEHIND_THE_VERIFIER, faulty_solutions, judge_known, make_pairs
 from minimath.judges.poll import percent, span
+from minimath.judges.rubrics import judge_prompt
 from minimath.models.load import describe
-from minimath.models.policy import Policy, load_policy
+from minimath.models.policy import load_policy
 
 ENOUGH_PAIRS = 20  # with fewer, an interval that holds 1/2 says nothing about the judge
 UNUSED = {"judge_pairs", "judge_fallback", "judge_canary_every"}  # no question of ours depends on them
@@ -51,13 +52,13 @@ def judge_check(words: list[str]) -> dict:
     cfg = load_options(JudgeCheckConfig, take_recipe(words := list(words)), words)
     probes, attacks = comma_list(cfg.probes), load_attacks(cfg.attacks or ATTACKS)
     with RunLog(result_folder(cfg.run.out, "judge-check"), "minimath judge check") as log:
-        judge, policy = open_judge(cfg, log)
+        judge = open_judge(cfg, log)
         result, lines = {"judge": judge.name}, []
         if "pairs" in probes:
             result["pairs"] = probe_pairs(judge, cfg, log)
             lines += advice(cfg.judge.name, result["pairs"])
         if "attacks" in probes:
-            result["attacks"] = probe_attacks(judge, policy, attacks, cfg, log)
+            result["attacks"] = probe_attacks(judge, attacks, cfg, log)
             lines += attack_advice(result["attacks"])
         return save_result(log, "judge-check", cfg, result | {"advice": lines}, lines)
 
@@ -84,7 +85,7 @@ def option_names(cls: type[RLAIFConfig]) -> list[str]:
     return [*(known.keys() - options_of(RLAIFConfig)), *judge, "micro_batch_tokens", "seed", "out"]
 
 
-def open_judge(cfg: RLAIFConfig, log: RunLog) -> tuple[Judge, Policy | None]:
+def open_judge(cfg: RLAIFConfig, log: RunLog) -> Judge:
     """Make the judge and try it; with the model behind judge=self. Raises UserError."""
     policy = None
     if cfg.judge.name == "self":
@@ -93,7 +94,7 @@ def open_judge(cfg: RLAIFConfig, log: RunLog) -> tuple[Judge, Policy | None]:
         log.say(describe(policy.model, cfg))
     judge = make_judge(cfg.judge, policy, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, say=log.say)
     judge.ping()
-    return judge, policy
+    return judge
 
 
 def result_folder(out: str, name: str) -> Path:
@@ -121,8 +122,7 @@ def probe_pairs(judge: Judge, cfg: JudgeCheckConfig, log: RunLog) -> dict:
     columns = ["fault", "pairs", "agreement", "95% interval", "position bias", "order conflicts", "no votes", "finding"]
     log.table(f"{judge.name}: pairs of a correct solution and one with a fault", columns, [
         [kind, f["pairs"], percent(f["agreement"]), span(f["interval"]), percent(f["position_bias"]),
-         percent(f["order_conflicts"]), f["no_votes"], finding(f)]
-        for kind, f in report.items()])
+         percent(f["order_conflicts"]), f["no_votes"], finding(f)] for kind, f in report.items()])
     spent = {"s": time.monotonic() - start} | dict(judge.counts - before)
     log.say("cost per comparison: " + ", ".join(f"{n / (2 * len(pairs)):.3g} {name}" for name, n in spent.items()))
     return report
@@ -161,22 +161,21 @@ def advice(name: str, report: dict) -> list[str]:
     return lines or [f"judge={name} ranks every kind of pair reliably"]
 
 
-def probe_attacks(judge: Judge, policy: Policy | None, attacks: list, cfg: JudgeCheckConfig, log: RunLog) -> dict:
+def probe_attacks(judge: Judge, attacks: list, cfg: JudgeCheckConfig, log: RunLog) -> dict:
     """Attack the judge, and show how it went; "off": without its defences."""
     tries = make_tries(attacks, faulty_solutions(cfg.problems, cfg.run.seed))
-    sides = {"on": judge}
-    if cfg.judge.name != "heuristic":
-        sides["off"] = make_judge(cfg.judge, policy, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, say=log.say,
-                                  prompt=bare_prompt)
-        sides["off"].ping()
+    sides, report = {"on": judge_prompt, "off": bare_prompt}, {}
+    if cfg.judge.name == "heuristic":  # reads no text
+        del sides["off"]
     with log.progress(2 * len(tries) * len(sides), f"{len(attacks)} attack strings") as advance:
-        report = {side: attack_judge(one, tries, cfg.run.seed, advance) for side, one in sides.items()}
+        for side, prompt in sides.items():
+            judge.prompt = prompt
+            report[side] = attack_judge(judge, tries, cfg.run.seed, advance)
     columns = ["attack", "tries", "success", "no string", "lift", "95% interval", "no votes"]
     for side, figures in report.items():
         log.table(f"{judge.name}, defences {side}", columns, [
             [name, f["tries"], percent(f["success"]), percent(f["baseline"]), f"{100 * f['lift']:+.0f}",
-             span(f["lift_interval"], "+.0f"), f["no_votes"]]
-            for name, f in figures["kinds"].items()])
+             span(f["lift_interval"], "+.0f"), f["no_votes"]] for name, f in figures["kinds"].items()])
     return report
 
 

@@ -10,21 +10,19 @@ from minimath.judges.cache import ReplyCache, cache_folder
 from minimath.judges.compare import both_orders, choose_pairs, win_probabilities
 from minimath.judges.endpoint import EndpointJudge, is_fault
 from minimath.judges.poll import ask, in_both_orders, percent, tally
-from minimath.judges.rubrics import judge_prompt, make_nonce
+from minimath.judges.rubrics import make_nonce
 from minimath.judges.self_judge import SelfJudge
 from minimath.models.policy import Policy
 
 
 def make_judge(options: JudgeOptions, policy: Policy | None = None, *, micro_batch_tokens: int = 4096,
-               say: Callable[[str], None] = print, prompt: Callable = judge_prompt) -> Judge:
-    """Make the judge that the options name. Raises UserError.
-
-    policy, micro_batch_tokens: of judge=self. prompt(rubric, pair, specials): what self and openai are asked."""
+               say: Callable[[str], None] = print) -> Judge:
+    """Make the judge that the options name; the policy is judge=self's. UserError."""
     if options.name == "heuristic":
         return HeuristicJudge(options, say=say)
     if options.name == "self":
-        return SelfJudge(options, policy, micro_batch_tokens=micro_batch_tokens, say=say, prompt=prompt)
-    return EndpointJudge(options, say=say, prompt=prompt, cache=ReplyCache(cache_folder(), say))
+        return SelfJudge(options, policy, micro_batch_tokens=micro_batch_tokens, say=say)
+    return EndpointJudge(options, say=say, cache=ReplyCache(cache_folder(), say))
 
 
 class Contest:

@@ -1,6 +1,6 @@
 """Pairs of solutions of which one is better by construction.
 
-A plain correct solution of a generated problem stands against one with a fault, its kind:
+A plain correct solution of a made problem stands against one with a fault, its kind:
 
     wrong       one intermediate result is wrong and carried on to a wrong answer; same words, same length
     wrong_long  the same fault in a padded solution: a judge that likes length falls for it

@@ -19,22 +19,20 @@ def ask(judge: Judge, questions: list[Pair], advance: Callable[[int], None] = la
     due = [questions[start:start + size] for start in range(0, len(questions), size)][::-1]
     while due:
         part = due.pop()
-        got = [None] * len(part)
-        if failures < MOST_FAILURES:
-            try:
-                got = list(judge.compare(part))
-                if len(got) != len(part):
-                    raise ValueError(f"{len(got)} votes for {len(part)} questions")
-            except Interrupted:
-                raise
-            except Exception as problem:  # whatever it is, it is counted and said, and the run goes on
-                failures, error = failures + 1, f"{type(problem).__name__}: {problem}"[:300]
-                judge.say_once(type(problem).__name__, f"the judge {judge.name} failed ({error}); its questions are "
-                               "asked again in smaller batches, and those that fail alone have no vote")
-                if len(part) > 1:
-                    due += [part[len(part) // 2:], part[:len(part) // 2]]
-                    continue
-                got = [None]
+        try:
+            got = list(judge.compare(part)) if failures < MOST_FAILURES else [None] * len(part)
+            if len(got) != len(part):
+                raise ValueError(f"{len(got)} votes for {len(part)} questions")
+        except Interrupted:
+            raise
+        except Exception as problem:  # whatever it is, it is counted and said, and the run goes on
+            failures, error = failures + 1, f"{type(problem).__name__}: {problem}"[:300]
+            judge.say_once(type(problem).__name__, f"the judge {judge.name} failed ({error}); its questions are asked "
+                           "again in smaller batches, and those that fail alone have no vote")
+            if len(part) > 1:
+                due += [part[len(part) // 2:], part[:len(part) // 2]]
+                continue
+            got = [None]
         votes += got
         advance(len(part))
     return votes, error

@@ -32,11 +32,11 @@ class SelfJudge(Judge):
     name, soft = "self", True
 
     def __init__(self, options: JudgeOptions, policy: Policy, *, micro_batch_tokens: int = 4096,
-                 say: Callable[[str], None] = print, prompt: Callable = judge_prompt):
+                 say: Callable[[str], None] = print):
         """Find the verdict tokens. Raises UserError."""
         super().__init__(options, say=say)
         self.model, self.tokenizer, self.micro_batch_tokens = policy.model, policy.tokenizer, micro_batch_tokens
-        self.prompt, self.rubric = prompt, load_rubric(options.rubric)
+        self.prompt, self.rubric = judge_prompt, load_rubric(options.rubric)
         self.verdicts = verdict_ids(self.tokenizer)
         self.specials = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         config = base_causal_lm(self.model).config.get_text_config()
@@ -148,9 +148,7 @@ def verdict_logps(model, prompts: list[list[int]], verdicts: list[int], passes: 
 
 
 def last_states(model, prompts: list[list[int]]) -> torch.Tensor:
-    """Compute the final hidden states of the prompts' last tokens, a prompt a row.
-
-    Returns (B, D). Right-padded: with a causal model, padding after the last token changes nothing before it."""
+    """Compute the final hidden states of the last tokens, rows right-padded: B, D."""
     lengths = torch.tensor([len(ids) for ids in prompts])
     input_ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)  # (B, T)
     for row, ids in enumerate(prompts):

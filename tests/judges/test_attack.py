@@ -202,7 +202,8 @@ def test_the_bare_prompt_shows_the_texts_as_they_are_without_the_mark():
 
 def test_the_bare_self_judge_reads_special_tokens_that_the_judge_does_not(tiny_dir):
     policy = policy_of(tiny_dir)
-    judge, bare = (make_judge(JudgeOptions(), policy, **options) for options in ({}, {"prompt": bare_prompt}))
+    judge, bare = (make_judge(JudgeOptions(), policy) for _ in range(2))
+    bare.prompt = bare_prompt
     plain, behind = r"5 * 3 = 15. \boxed{15}", r"5 * 3 = 15. \boxed{15}<|im_end|>"
     other = solution(r"15. \boxed{15}", "15")
     pairs = [Pair("p", solution(text, "15"), other, "0123456789ab") for text in (plain, behind)]

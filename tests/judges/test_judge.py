@@ -245,7 +245,8 @@ def test_judge_rubric_picks_by_name_or_path(tiny_dir, tmp_path):
     seen = []
     for rubric in ("law", str(path)):
         cfg = load_config(RLAIFConfig, None, [f"judge_rubric={rubric}", "judge=self"])
-        judge = make_judge(cfg.judge, policy, prompt=lambda rubric, *rest: seen.append(rubric) or "x")
+        judge = make_judge(cfg.judge, policy)
+        judge.prompt = lambda rubric, *rest: seen.append(rubric) or "x"
         judge.compare([Pair("p", GOOD, LONG)])
         assert seen[-1] == load_rubric(rubric)
     assert "senior lawyer" in seen[0] and seen[1].endswith("my own rubric")

@@ -154,7 +154,8 @@ def test_self_judge_ignores_the_adapter_and_restores_train_mode(policy):
 
 
 def test_self_judge_gives_no_vote_to_prompts_beyond_the_context(policy):
-    judge = self_judge(policy, prompt=bare_prompt)                    # which cuts nothing
+    judge = self_judge(policy)
+    judge.prompt = bare_prompt                                        # which cuts nothing
     votes = judge.compare([Pair("p", Fixed("9" * 20_000), GOOD), Pair("p", GOOD, LONG)])
     assert votes[0] is None and votes[1] is not None and judge.counts["too_long"] == 1
 
