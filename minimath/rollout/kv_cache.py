@@ -1,7 +1,7 @@
 """The KV cache of a running batch: S slots whose rows stand at different positions, and attention over them.
 
-Rows are kept in blocks of like length, and attention reads a block only as far as its longest row: on a CPU decoding
-is bound by the keys and values that it reads. Decoding attends through transformers' own sdpa, called once a block.
+Attention, by transformers' own sdpa, reads a block of rows of like length only as far as its longest row: on a CPU
+decoding is bound by the keys and values that it reads.
 """
 import contextlib
 

@@ -21,8 +21,8 @@ def open_engine(engine: EngineOptions, sampling: SamplingOptions, policy: Policy
                 say=print) -> Engine:
     """Open the engine that the options ask for; a context manager.
 
-    With rollout=auto a model without a standard KV cache goes to transformers' generate, which is said. run_dir: where
-    vLLM finds the adapters. Raises UserError for options that the engine does not have, and for a vLLM out of reach.
+    rollout=auto says so where it falls back to transformers' generate. run_dir: where vLLM finds the adapters. Raises
+    UserError for options that the engine does not have, and for a vLLM out of reach.
     """
     slower = ""
     if engine.rollout == "auto" and not is_sharded(policy.model):  # ours reads the weights of a layer by itself

@@ -1,8 +1,7 @@
 """minimath's own engine: groups of completions in slots that are refilled as rows end.
 
-Sequences decode side by side, one token per row and step. A prompt is prefilled once for the completions that start
-together. Long prompts go first; when a sixteenth of the slots is free the next completions move in, and when none is
-left the batch shrinks. Should memory run out all the same, half as many go on from the tokens sampled so far.
+A prompt is prefilled once for the completions that start together. Long prompts go first; when a sixteenth of the slots
+is free the next completions move in. Should memory run out, half as many go on from the tokens sampled so far.
 """
 import contextlib
 from collections.abc import Iterator

@@ -108,8 +108,8 @@ def greedy(model, prompts: list[list[int]], length: int, pad: int, *processors, 
     base = base_causal_lm(model)
     inputs = {"input_ids": torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])}
     if any(len(prompt) < length for prompt in prompts):  # not every model takes a mask
-        inputs["attention_mask"] = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt)
-                                                 for prompt in prompts])
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        inputs["attention_mask"] = (torch.arange(length) >= length - lengths[:, None]).long()
     config = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=pad, **config)
     return base.generate(**{name: value.to(base.device) for name, value in inputs.items()}, generation_config=config,
                          logits_processor=LogitsProcessorList(processors), synced_gpus=is_sharded(model))

@@ -76,8 +76,9 @@ class VLLMEngine(Engine):
         model = self.policy.model
         if isinstance(model, PeftModel):
             self.swaps += 1
-            old, self.adapter = self.adapter, f"{self.tag}-{self.swaps}"
-            self.backend.load(self.adapter, save_adapter(model, self.folder / self.adapter))
+            old, name = self.adapter, f"{self.tag}-{self.swaps}"
+            self.backend.load(name, save_adapter(model, self.folder / name))
+            self.adapter = name
             if old:
                 self.backend.unload(old)
                 discard(self.folder / old)
@@ -86,8 +87,7 @@ class VLLMEngine(Engine):
             difference = logp_difference(model, self.probe.prompt, self.sample(*answer), 1.0)
         if not difference <= SERVED_TOLERANCE:
             raise UserError(f"vLLM's log-probs are {difference:.2g} away from this model's: {self.backend.where} has "
-                            "another base model or does not apply the adapter; check that it serves the same weights, "
-                            "or leave out rollout=vllm")
+                            "another base model or does not apply the adapter; serve the same weights")
 
     def close(self) -> None:
         """Unload the adapter and remove its folder; what a server does raises nothing."""
@@ -122,9 +122,9 @@ class Colocated:
             import vllm
             from vllm.lora.request import LoRARequest
         except ImportError as error:
-            raise UserError(f"rollout=vllm without vllm_url= needs vllm ({first_line(error)}): pip install vllm, which "
-                            "brings its torch, or give the vllm_url= of a server in another environment") from None
-        self.vllm, self.request, self.lora, self.asleep = vllm, LoRARequest, None, False
+            raise UserError(f"rollout=vllm without vllm_url= needs vllm ({first_line(error)}): pip install vllm (it "
+                            "brings its torch), or give the vllm_url= of a server in another environment") from None
+        self.vllm, self.request, self.lora, self.swaps, self.asleep = vllm, LoRARequest, None, 0, False
         self.sleeps = torch.cuda.is_available()  # elsewhere vLLM has no sleep mode
         options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank_of(model)} \
             if isinstance(model, PeftModel) else {}
@@ -164,12 +164,11 @@ class Colocated:
 
     def load(self, name: str, folder: Path) -> None:
         """Serve the adapter in a folder in place of the last one."""
-        number = 1
-        if self.lora is not None:
+        if self.swaps:
             self._wake()
-            self.llm.llm_engine.remove_lora(self.lora.lora_int_id)
-            number += self.lora.lora_int_id
-        self.lora = self.request(name, number, str(folder))  # read at the next completion
+            self.llm.llm_engine.remove_lora(self.swaps)
+        self.swaps += 1
+        self.lora = self.request(name, self.swaps, str(folder))  # read at the next completion
 
     def unload(self, name: str) -> None:
         """Do nothing: load has done it, or close does."""

@@ -30,9 +30,7 @@ def answer_of(where: str, ids, logp, reason: str, max_new_tokens: int, eos: list
         fault = "no token ids (return_token_ids); vLLM 0.10.2 or newer gives them"
     elif len(logp) != len(ids) or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in logp):
         fault = f"{len(logp)} log-probs for {len(ids)} tokens, or some that are no numbers; is it a vLLM server?"
-    elif len(ids) > max_new_tokens:
-        fault = f"{len(ids)} tokens where {max_new_tokens} were asked for; is it a vLLM server?"
-    elif ids[-1] not in eos and (reason != "length" or len(ids) < max_new_tokens):
+    elif len(ids) > max_new_tokens or ids[-1] not in eos and (reason != "length" or len(ids) < max_new_tokens):
         fault = f"a completion cut at {len(ids)} tokens ({reason}); has it a --max-model-len for prompt and completion?"
     if fault:
         raise UserError(f"{where} answered with {fault}")
@@ -92,8 +90,7 @@ class Server:
     def _gives_processed(self, probe: Job) -> bool:
         """Tell whether log-probs are those of the distribution sampled from.
 
-        At top_k=1 there is one token, with log-prob 0. At temperature 2, so that few distributions are so peaked that
-        this is no sign; some tokens, for the others.
+        At top_k=1 these are 0. At temperature 2, and of some tokens, so that a peaked distribution is taken for none.
         """
         parts = self.complete([probe], Sampling(2.0, top_k=1), 8, [], 1)
         return all(abs(x) < 1e-4 for part in parts for _, (_, logp, _) in part for x in logp)

@@ -33,7 +33,7 @@ def hangs_up(handler, body):
         (lambda c: c.update(logprobs=None), "0 log-probs for 6 tokens"),
         (lambda c: c["logprobs"].update(token_logprobs=[None] * 6), "no numbers"),
         (lambda c: c["logprobs"]["token_logprobs"].pop(), "5 log-probs for 6 tokens"),
-        (lambda c: (c["token_ids"].append(5), c["logprobs"]["token_logprobs"].append(-1.0)), "7 tokens where 6"),
+        (lambda c: (c["token_ids"].append(5), c["logprobs"]["token_logprobs"].append(-1.0)), "cut at 7 tokens"),
         (lambda c: (c["token_ids"].pop(), c["logprobs"]["token_logprobs"].pop()), "cut at 5 tokens .*max-model-len"),
         (lambda c: c.update(finish_reason="abort"), "cut at 6 tokens .abort"),
         (lambda c: c["prompt_token_ids"].insert(0, 1), "changed the prompt's token ids"),
