@@ -49,10 +49,7 @@ def slot_bytes(model, length: int) -> int:
 
 
 def fitting_slots(model, length: int, wanted: int, free: int | None = None) -> int:
-    """Find how many sequences of up to `length` tokens decode side by side.
-
-    At least 1, at most `wanted`. free: bytes; None: what is free now.
-    """
+    """Find how many sequences of `length` tokens decode side by side: from 1 to `wanted`."""
     device = base_causal_lm(model).device
     free = free_bytes(device) if free is None else free
     most = min(wanted, MOST_SLOTS.get(device.type, 64))

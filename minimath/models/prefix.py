@@ -1,8 +1,7 @@
 """Completions of one prompt behind a single copy of it: an update computes a group's prompt once.
 
-A sequence is prompt, completion 1, completion 2, ...; every completion's positions go on from the prompt's end, and
-its tokens see the prompt and themselves. The hidden states, and so loss and gradient, are those of the rows computed
-apart; G - 1 prompts are saved, for attention scores of (P + sum of lengths)^2.
+A sequence is prompt, completion 1, completion 2, ...; every completion's positions go on from the prompt's end, and its
+tokens see the prompt and themselves: loss and gradient are those of the rows computed apart.
 """
 from collections.abc import Iterator
 
@@ -46,7 +45,7 @@ def shared_packs(rows: list[Encoded], groups: list[int], micro_batch_tokens: int
 
 
 def share_saved(rows: list[Encoded], packs: list[list[int]]) -> float:
-    """Share of the rows' tokens that one prompt for each pack saves."""
+    """Find the share of the rows' tokens that one prompt for each pack saves."""
     saved = sum((len(pack) - 1) * prompt_length(rows[pack[0]]) for pack in packs)
     return saved / max(1, sum(len(row.ids) for row in rows))
 

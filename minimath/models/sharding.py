@@ -1,9 +1,8 @@
 """shard=true: the frozen base split over the processes (FSDP2), for models that no single card holds.
 
-Each process keeps 1 / world of every decoder layer's weights; a forward, and a backward, gathers one layer at a time
-from all of them. Embeddings, the LM head and the adapter stay whole in every process: the kernels read the head, and
-the adapter's gradients are summed as without sharding (dist.py), so that a step is the same. A forward is work of all
-processes together: each must do as many as the others, with blank ones where it has less to do.
+Each process keeps 1 / world of every decoder layer's weights; a forward, and a backward, gathers one layer at a time.
+Embeddings, the LM head and the adapter stay whole: a step is the same as without. A forward is work of all processes
+together: each must do as many as the others, with blank ones where it has less to do.
 """
 from collections.abc import Iterator
 
@@ -17,10 +16,7 @@ from minimath.data.chat import IGNORE
 
 
 def shard(model, base, device: torch.device) -> None:
-    """Split the decoder layers of `base`, on the CPU, over the processes. Raises UserError.
-
-    The rest goes to `device`.
-    """
+    """Split the decoder layers of `base`, on the CPU; the rest to `device`. Raises UserError."""
     if dist.world() < 2:
         raise UserError("shard=true splits a model over several processes, and this is one: start them with accelerate "
                         "launch or torchrun, or leave shard away")

@@ -72,11 +72,7 @@ class OwnEngine(Engine):
 
 @contextlib.contextmanager
 def fast_decoding(model, rows: int) -> Iterator[Fast]:
-    """Set the model up for decoding inside, for about `rows` rows.
-
-    Linear layers run in groups, on a copy of the weights where it pays and fits, under autocast where an adapter runs
-    by itself. Weights must not change inside.
-    """
+    """Set the model up for decoding about `rows` rows; weights must not change inside."""
     base = base_causal_lm(model)
     wanted = base.device.type == "cpu" or any(is_4bit(m) for m in base.modules())
     copy = wanted and 3 * copied_bytes(model, base.dtype) < free_bytes(base.device)

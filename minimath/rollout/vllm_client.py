@@ -1,7 +1,4 @@
-"""What vllm.py needs of a vLLM server: completions of token ids, and adapters loaded while it runs.
-
-Written after vLLM's documentation, and tried against vLLM 0.32. Requests go through the `openai` package.
-"""
+"""What vllm.py needs of a vLLM server, by the `openai` package. Tried with vLLM 0.32."""
 import asyncio
 import concurrent.futures
 import math
