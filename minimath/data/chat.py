@@ -12,7 +12,8 @@ from minimath.core.errors import UserError
 from minimath.data.rows import Example, hashes_answer
 
 IGNORE = -100
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>", "<|endoftext|>")
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>", "<|endoftext|>",
+             "<turn|>")
 MARK = "MINIMATH-MARK"  # stands for a text, to find what a template writes after it
 SHOWN_CHARS = 1600
 
@@ -39,15 +40,27 @@ def user_text(problem: str, prompt_template: str) -> str:
                         "write other braces twice, {{ and }}") from error
 
 
-def prompt_ids(tokenizer, problem: str, *, system: str = "", prompt_template: str) -> list[int]:
-    """Return the ids of the prompt, up to where the assistant begins; one BOS at most."""
-    messages = _question(tokenizer, problem, system, prompt_template)
+def prompt_ids(tokenizer, problem: str | Example, *, system: str = "", prompt_template: str) -> list[int]:
+    """Return the ids of the prompt, up to where the assistant begins; one BOS at most.
+
+    Of an example with messages those are the prompt, all turns up to the last answer, without the prompt_template.
+    """
+    messages = _talk(tokenizer, problem, system, prompt_template)
+    if messages[-1]["role"] == "assistant":
+        del messages[-1]
     return _tokens(tokenizer, _render(tokenizer, messages, generate=True))
 
 
-def _question(tokenizer, problem: str, system: str, prompt_template: str) -> list[dict]:
-    messages = [{"role": "system", "content": system}] if system else []
-    return [*messages, {"role": "user", "content": neutral(tokenizer, user_text(problem, prompt_template))}]
+def _talk(tokenizer, problem: str | Example, system: str, prompt_template: str) -> list[dict]:
+    """Return the messages of a chat row, or the question of any other."""
+    if isinstance(problem, Example) and problem.messages:
+        talk = [{**m, **{key: neutral(tokenizer, m[key], trained=m["role"] == "assistant")
+                         for key in ("content", "reasoning_content") if key in m}} for m in problem.messages]
+        system = "" if talk[0]["role"] == "system" else system
+    else:
+        text = user_text(problem.problem if isinstance(problem, Example) else problem, prompt_template)
+        talk = [{"role": "user", "content": neutral(tokenizer, text)}]
+    return [{"role": "system", "content": system}, *talk] if system else talk
 
 
 def _render(tokenizer, messages: list[dict], *, generate: bool = False) -> str:
@@ -69,17 +82,24 @@ def _tokens(tokenizer, text: str) -> list[int]:
     return [bos, *ids] if adds and ids[:1] != [bos] else ids
 
 
-def neutral(tokenizer, text: str) -> str:
-    """Break up special tokens: "<|im_end|>" inside a problem must not end the turn."""
-    for token in special_tokens(tokenizer):
-        text = text.replace(token, token[:1] + " " + token[1:])
+def neutral(tokenizer, text: str, *, trained: bool = False) -> str:
+    """Break up control tokens: "<|im_end|>" inside a problem must not end the turn.
+
+    trained: of an assistant's text tokens such as </think> stay, which models write themselves.
+    """
+    ends = eos_ids(tokenizer) if trained else ()
+    for token, (number, special) in control_tokens(tokenizer).items():
+        if special or not trained or number in ends:
+            text = text.replace(token, token[:1] + " " + token[1:])
     return text
 
 
 @lru_cache(maxsize=4)
-def special_tokens(tokenizer) -> dict[str, int]:
-    """Map text to id of the special tokens."""  # transformers builds its table anew on each access: cached
-    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+def control_tokens(tokenizer) -> dict[str, tuple[int, bool]]:
+    """Map the text of added tokens, but for words and space, to id and whether special."""
+    # not all that end a turn are called special; transformers builds its table anew on each access: cached
+    return {token.content: (i, token.special) for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special or len(token.content.strip()) > 1 and not token.content.strip().isalnum()}
 
 
 def turn_end(tokenizer) -> int:
@@ -92,7 +112,8 @@ def _turn_end(tokenizer, template: str) -> int:  # the template is part of the k
     if has_template(tokenizer):
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
         after = tokenizer(_render(tokenizer, talk).rpartition(MARK)[2], add_special_tokens=False)["input_ids"]
-        if ends := [i for i in after if i in special_tokens(tokenizer).values()]:
+        known = dict(control_tokens(tokenizer).values())
+        if ends := sorted((i for i in after if i in known), key=lambda i: not known[i]):  # special ones first
             return ends[0]
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token and its template ends no turn: no model learns to "
@@ -103,7 +124,7 @@ def _turn_end(tokenizer, template: str) -> int:  # the template is part of the k
 def eos_ids(tokenizer, model=None) -> list[int]:
     """Return all ids that end a turn, the trained one first, then well-known ones too."""
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    known = special_tokens(tokenizer)
+    known = {text: number for text, (number, _) in control_tokens(tokenizer).items()}
     found = [turn_end(tokenizer), tokenizer.eos_token_id, *(listed if isinstance(listed, (list, tuple)) else [listed]),
              *(known.get(name) for name in TURN_ENDS)]
     return list(dict.fromkeys(i for i in found if i is not None))
@@ -125,18 +146,20 @@ def encode(tokenizer, example: Example, *, system: str = "", prompt_template: st
     Rows with messages train every assistant turn; where the template rewrites earlier turns as the talk goes on, only
     the last. Raises UserError without a solution.
     """
-    if example.messages:
-        messages = [{**m, "content": neutral(tokenizer, m["content"])} for m in example.messages]
-        if system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
-    else:
-        solution = neutral(tokenizer, final_text(example.solution, example.answer))
-        messages = [*_question(tokenizer, example.problem, system, prompt_template),
-                    {"role": "assistant", "content": solution}]
+    messages = _talk(tokenizer, example, system, prompt_template)
+    if not example.messages:
+        solution = neutral(tokenizer, final_text(example.solution, example.answer), trained=True)
+        messages.append({"role": "assistant", "content": solution})
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise UserError(f"{example.where or example.id or 'example'}: no solution to train on; add one")
-    ids, loss_mask = _whole(tokenizer, messages) or _apart(tokenizer, messages)
+    ids, loss_mask = _whole(tokenizer, messages) or _apart(tokenizer, with_thoughts(messages))
     return Encoded(ids[:max_len], loss_mask[:max_len], len(ids) > max_len)
+
+
+def with_thoughts(messages: list[dict]) -> list[dict]:
+    """Write thoughts that stand in a field of their own into the text."""
+    return [{"role": m["role"], "content": f"<think>\n{m['reasoning_content']}\n</think>\n\n{m['content']}"}
+            if "reasoning_content" in m else m for m in messages]
 
 
 def _whole(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]] | None:
@@ -151,7 +174,11 @@ def _whole(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]] | No
         if ids[:len(prompt)] != prompt or end not in ids[len(prompt):]:
             return None
         stop = ids.index(end, len(prompt)) + 1
-        if message["content"].strip() not in tokenizer.decode(ids[len(prompt):stop]):
+        written, content = tokenizer.decode(ids[len(prompt):stop - 1]).strip(), message["content"].strip()
+        before = written.removesuffix(content).strip()
+        if not written.endswith(content) or message.get("reasoning_content", "") not in before:
+            return None
+        if before and "</think>" in content:  # thoughts that began in the prompt, wrapped again
             return None
         mask += [False] * (len(prompt) - len(mask)) + [True] * (stop - len(prompt))
     return ids[:len(mask)], mask  # what the template writes after the last turn end is never generated

@@ -49,6 +49,10 @@ class Example:
     messages: list[dict] | None = None
     where: str = ""  # the row's place
 
+    def asked(self) -> list[dict]:
+        """The messages up to the last answer."""
+        return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
+
 
 def _filled(value) -> bool:
     """Tell whether a cell holds anything: no NaN, no blank, no program's word for nothing."""

@@ -23,7 +23,8 @@ class Sample:
     """by the verifier"""
     win: float | None = None
     """mean win probability against the other correct samples of the group; None: no vote"""
-    reward: float = 0.0
+    reward: float | None = 0.0
+    """None: the user's function knows none, and the sample is as if it were not there"""
     advantage: float = 0.0
     """relative to the group; 0: nothing to learn from"""
     parts: dict[str, float | None] = field(default_factory=dict)

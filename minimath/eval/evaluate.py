@@ -166,7 +166,7 @@ def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, lo
     None: the one that cfg describes. Raises Interrupted, and UserError when no prompt fits.
     """
     part, longest = part or PartFile(), cfg.prompt.max_prompt_len
-    prompts = [policy.prompt_ids(example.problem) for example in examples]
+    prompts = [policy.prompt_ids(example) for example in examples]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
     if not fits:
         raise UserError(f"no prompt fits max_prompt_len={longest}; raise it")
@@ -224,7 +224,8 @@ def grade(number: int, s: int, example: Example, sample: Sample, checker: Answer
     return {"number": number, "id": example.id, "problem": example.problem, "gold": example.answer, "sample": s,
             "text": sample.text, "answer": answer,
             "correct": answer is not None and checker.equal(answer, example.answer), "tokens": sample.tokens,
-            "finished": sample.finished, "correct_steps": sample.steps.right, "steps": sample.steps.total}
+            "finished": sample.finished, "correct_steps": sample.steps.right, "steps": sample.steps.total,
+            **({"messages": example.asked()} if example.messages else {})}
 
 
 def worded_given_up(timeouts: int, unreadable: list[Example]) -> str:

@@ -85,9 +85,17 @@ def kept_rows(records: list[dict], cfg: SampleConfig) -> tuple[list[dict], dict]
             different.setdefault(r["text"].strip(), r)
         for r in list(different.values())[:cfg.keep]:
             rows.append({"id": f"{r['id'] or number}" + (f"-{r['sample']}" if cfg.keep > 1 else ""),
-                         "problem": r["problem"], "solution": r["text"].strip(), "answer": r["gold"],
+                         **_shape(r), "answer": r["gold"],
                          "tokens": r["tokens"], "solve_rate": round(rate, 4)})
     return rows, counts
+
+
+def _shape(record: dict) -> dict:
+    """Return problem and solution, or the messages where the prompt was several."""
+    text = record["text"].strip()
+    if "messages" in record:
+        return {"messages": [*record["messages"], {"role": "assistant", "content": text}]}
+    return {"problem": record["problem"], "solution": text}
 
 
 def worded(counts: dict) -> str:

@@ -4,6 +4,7 @@ The reference policy and the self-judge are this model under `adapter_off`; roll
 The LM head is never called: losses and log-probs go through `minimath.kernels`.
 """
 import contextlib
+import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.core.files import read_json
 from minimath.core.run_folder import find_adapter
+from minimath.models.principal import CHANGE_THE_BASE, PRINCIPAL, begin_at_principal
 from minimath.models.quant_liger import keep_4bit_weights_trainable, nf4_config, patch_with_liger
 from minimath.models.sharding import shard
 
@@ -100,6 +102,10 @@ def load_model(cfg, *, train: bool):
                         "the size on every card) and liger=true")
     tokenizer, device = load_tokenizer(cfg), pick_device(options.device)
     model = _load_base(options, device)
+    if len(tokenizer) > (rows := len(model.get_input_embeddings().weight)) and dist.is_main():
+        names = [token for token, i in tokenizer.get_vocab().items() if i >= rows]
+        print(f"{options.name}: the embedding has no row for {len(names)} tokens of the tokenizer ({names[0]}, ...): "
+              "texts with them are refused", file=sys.stderr)
     if cfg.adapter.path:
         model = _load_adapter(model, find_adapter(cfg.adapter.path), train)
     elif train:
@@ -162,19 +168,35 @@ def _new_adapter(model, cfg):
     options = cfg.adapter
     targets = options.lora_targets.replace(" ", "")
     init = {"default": True, "true": True, "false": False}.get(options.lora_init, options.lora_init)
+    rank, alpha, principal = options.lora_r, options.lora_alpha, PRINCIPAL.fullmatch(options.lora_init)
+    if principal:  # of twice the rank, at the same scale
+        rank, alpha, init = 2 * rank, alpha * (2 ** 0.5 if options.rslora else 2), True
+    elif init not in (True, False, "gaussian", "orthogonal"):
+        raise UserError(f"lora_init={init!r}: use default, gaussian, orthogonal, pissa, pissa_niter_4 or olora")
     try:
         model = get_peft_model(model, LoraConfig(
-            r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout,
+            r=rank, lora_alpha=alpha, lora_dropout=options.lora_dropout,
             target_modules=targets if targets == "all-linear" else targets.split(","), use_rslora=options.rslora,
             use_dora=options.dora, init_lora_weights=init, task_type="CAUSAL_LM"))
     except ValueError as error:
         names = {name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         raise UserError(f"lora_targets={options.lora_targets!r}, lora_init={options.lora_init!r}: {first_line(error)} "
                         f"Linear layers of this model: {', '.join(sorted(names))}; or all-linear") from None
-    if any(p.requires_grad for p in head_module(model).parameters()):
-        raise UserError(f"lora_targets={options.lora_targets!r} includes the LM head, which the fused kernels keep "
-                        "frozen; leave it out, or use all-linear")
+    if principal:
+        begin_at_principal(model, options.lora_init)
+    _refuse_head(model, f"lora_targets={options.lora_targets!r}")
     return model
+
+
+def _refuse_head(model, what: str) -> None:
+    """Raise UserError when the LM head trains, or the embedding that is also the head."""
+    base = base_causal_lm(model)
+    parts = [("LM head, which the fused kernels keep frozen", head_module(model))]
+    if base.config.get_text_config().tie_word_embeddings:
+        parts.append(("embedding, which is tied to the head: no merged model can hold it", base.get_input_embeddings()))
+    for part, module in parts:
+        if any(p.requires_grad for p in module.parameters()):
+            raise UserError(f"{what} includes the {part}; leave it out, or use all-linear")
 
 
 @_quiet()
@@ -183,10 +205,17 @@ def _load_adapter(model, folder: Path, train: bool):
         raise UserError(f"{folder}: no adapter_model.safetensors (pickled adapters are never loaded); "
                         "give a run folder, a checkpoint or a peft adapter folder")
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=train, torch_device=str(model.device))
+        init = read_json(folder / "adapter_config.json").get("init_lora_weights")
+        if isinstance(init, str) and init.startswith(CHANGE_THE_BASE):
+            raise UserError(f"{folder}: its init_lora_weights={init!r} changed the base model, which is reference and "
+                            "judge here; save it again by peft with path_initial_model_for_weight_conversion")
+        model = PeftModel.from_pretrained(model, str(folder), is_trainable=train, torch_device=str(model.device))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{folder}: the adapter cannot be loaded into this model ({first_line(error)}); was it "
                         "trained on another base model?") from None
+    if train:
+        _refuse_head(model, f"the adapter in {folder}")
+    return model
 
 
 def first_line(error: BaseException) -> str:
@@ -209,9 +238,16 @@ def _load_errors(name: str, what: str):
         raise UserError(f"cannot load the {what} of model={name!r}: {first_line(error)} ({hint})") from None
 
 
+@contextlib.contextmanager
 def adapter_off(model):
     """Make the model its frozen base inside; nothing changes without an adapter."""
-    return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
+    trains = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+            yield
+    finally:
+        for p, before in trains:  # peft makes frozen adapters trainable on leaving: peft #3447
+            p.requires_grad_(before)
 
 
 @contextlib.contextmanager

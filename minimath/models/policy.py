@@ -4,7 +4,9 @@ from dataclasses import dataclass
 import torch
 
 from minimath.config.schema import ModelOptions, PromptOptions
+from minimath.core.errors import UserError
 from minimath.data.chat import eos_ids, prompt_ids
+from minimath.data.rows import Example
 from minimath.models.load import base_causal_lm, load_model
 
 
@@ -25,18 +27,31 @@ class Policy:
         """The parameters that train."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def trainable(self) -> set[str]:
+        """Name the tensors that train."""
+        return {name for name, p in self.model.named_parameters() if p.requires_grad}
+
     @property
     def eos(self) -> list[int]:
         """Ids that end a completion."""
         return eos_ids(self.tokenizer, self.model)
 
-    def prompt_ids(self, problem: str) -> list[int]:
+    def prompt_ids(self, problem: str | Example) -> list[int]:
         """Encode the prompt of a problem, up to where the solution begins."""
-        return prompt_ids(self.tokenizer, problem, system=self.prompt.system,
-                          prompt_template=self.prompt.prompt_template)
+        return self.known(prompt_ids(self.tokenizer, problem, system=self.prompt.system,
+                                     prompt_template=self.prompt.prompt_template))
+
+    def known(self, ids: list[int]) -> list[int]:
+        """Return ids; UserError where the embedding has no row for one."""
+        if max(ids, default=0) >= self.model.get_input_embeddings().weight.shape[0]:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(f"token {token!r} has no row in the embedding of {self.options.name}: its tokenizer was "
+                            "changed after the model was saved; take the old one, or resize and train the embedding")
+        return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Decode tokens to text without special tokens."""
+        """Decode tokens to text without special tokens and what ends the turn."""
+        ids = ids[:-1] if ids and ids[-1] in self.eos else ids  # not every token that ends a turn is called special
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 

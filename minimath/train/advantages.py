@@ -8,10 +8,10 @@ from minimath.data.sample import Group
 
 
 def set_advantages(groups: list[Group], scale: str, in_loss) -> None:
-    """Set all advantages; samples that are not in_loss count in no mean."""
+    """Set all advantages; samples that are not in_loss, or without a reward, count in no mean."""
     for group in groups:
-        rewards = [sample.reward for sample in group.samples]
-        valid = [in_loss(sample) for sample in group.samples]
+        rewards = [0.0 if sample.reward is None else sample.reward for sample in group.samples]
+        valid = [sample.reward is not None and in_loss(sample) for sample in group.samples]
         values = group_advantages([rewards], scale=scale, valid=[valid])[0].tolist()
         if not all(map(math.isfinite, rewards)):  # it must reach the loss, and be counted there
             values = [math.nan] * len(rewards)

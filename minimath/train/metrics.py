@@ -16,7 +16,8 @@ def rollout_metrics(kept: list[Group], seen: list[Group], engine) -> dict:
     samples = [sample for group in seen for sample in group.samples]
     correct = [sample.tokens for sample in samples if sample.correct]
     of_engine = engine.metrics()
-    return {"reward/mean": statistics.fmean(s.reward for s in samples),
+    rewards = [s.reward for s in samples if s.reward is not None]
+    return {"reward/mean": statistics.fmean(rewards) if rewards else None,
             "rollout/correct": statistics.fmean(s.correct for s in samples),
             "rollout/tokens": statistics.fmean(s.tokens for s in samples),
             "rollout/correct_tokens": statistics.fmean(correct) if correct else None,
@@ -55,7 +56,7 @@ def show_group(group: Group, step: int, log) -> None:
     log.sample({"step": step, "problem": group.example.problem, "answer": group.example.answer,
                 "texts": [s.text for s in samples], "correct": [s.correct for s in samples],
                 "rewards": [s.reward for s in samples], "advantages": [s.advantage for s in samples]})
-    order = sorted(samples, key=lambda s: s.reward)
+    order = sorted((s for s in samples if s.reward is not None), key=lambda s: s.reward)
     for what, s in (("best", order[-1]), ("worst", order[0])):
         parts = "".join(f", {name} {value:.2f}" for name, value in s.parts.items() if value is not None)
         log.show(f"step {step}, {what} of {len(order)} (reward {s.reward:.2f}, "

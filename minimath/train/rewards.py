@@ -123,7 +123,7 @@ class PaperReward(Reward):
 
 
 class HookReward(Reward):
-    """Asks the user's fn: samples and example in, one finite number per sample out."""
+    """Asks the user's fn: samples and example in, one finite number or None per sample out."""
 
     def __init__(self, options: RewardOptions, max_new_tokens: int):
         super().__init__(options, max_new_tokens)
@@ -134,12 +134,13 @@ class HookReward(Reward):
         try:
             values = self.fn(group.samples, group.example)
             values = values.tolist() if hasattr(values, "tolist") else values
-            numbers = [as_number(value) for value in values] if isinstance(values, (list, tuple)) else None
+            wrong = not isinstance(values, (list, tuple)) or len(values) != len(group.samples)
+            numbers = [] if wrong else [None if value is None else as_number(value) for value in values]
         except Exception as error:
             raise UserError(f"reward={self.name} raised {type(error).__name__}: {error}") from error
-        if numbers is None or len(numbers) != len(group.samples) or None in numbers:
+        if wrong or any(number is None and value is not None for number, value in zip(numbers, values)):
             raise UserError(f"reward={self.name} returned {str(values)[:200]}; it must return a list of "
-                            f"{len(group.samples)} finite numbers, one per sample")
+                            f"{len(group.samples)} finite numbers, one per sample, or None for those that do not count")
         return numbers
 
 
@@ -235,7 +236,9 @@ def penalised(rewards: list[float], correct: list[bool], penalty: list[float]) -
     R_i + p_i for wrong samples; R_i + p_i min(1, gap / 2) for correct ones, where gap >= 0 is the least correct reward
     less the greatest wrong one. Without a wrong one in the group the penalty is whole.
     """
-    wrong = [r for r, ok in zip(rewards, correct, strict=True) if not ok]
-    lowest = min((r for r, ok in zip(rewards, correct, strict=True) if ok), default=0.0)
+    known = [(r, ok) for r, ok in zip(rewards, correct, strict=True) if r is not None]
+    wrong = [r for r, ok in known if not ok]
+    lowest = min((r for r, ok in known if ok), default=0.0)
     share = min(1.0, max(0.0, lowest - max(wrong)) / 2.0) if wrong else 1.0
-    return [r + p * (share if ok else 1.0) for r, p, ok in zip(rewards, penalty, correct, strict=True)]
+    return [None if r is None else r + p * (share if ok else 1.0)
+            for r, p, ok in zip(rewards, penalty, correct, strict=True)]

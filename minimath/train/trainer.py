@@ -78,6 +78,7 @@ class Trainer:
         self.owed = False  # an evaluation was interrupted: the run that goes on begins with it
         self.interrupted_by = 0
         self._rng = None  # random generators at the last commit
+        self._trainable: set[str] = set()  # names
 
     def __enter__(self) -> "Trainer":
         with contextlib.ExitStack() as stack:
@@ -88,6 +89,7 @@ class Trainer:
             seed_rng(run.seed)  # adapter initialisation, and whatever a user's function draws
             self.policy = load_policy(self.cfg, train=True)
             self.log.say(describe(self.policy.model, self.cfg))
+            self._trainable = self.policy.trainable()
             dist.broadcast_parameters(self.policy.params)
             self.optimizer = Optimizer(self.policy, self.cfg, self.log.say)
             self.track(optimizer=self.optimizer)
@@ -130,6 +132,7 @@ class Trainer:
                 self.optimizer.lr = lr_at(self.done, total, lr=cfg.optimizer.lr, schedule=cfg.optimizer.lr_schedule,
                                           warmup=cfg.optimizer.warmup)
                 yield step
+                self._check_trainable()
                 self.done += 1
                 self._commit_state()
                 self.log.metrics(self.done, **step.metrics)
@@ -137,6 +140,11 @@ class Trainer:
                 is_best = bool(self.held_out) and step.due(cfg.evaluation.eval_every) and self._evaluate()
                 if is_best or step.due(cfg.run.save_every):
                     self._save(best=is_best)
+
+    def _check_trainable(self) -> None:
+        if other := self._trainable ^ self.policy.trainable():
+            raise RuntimeError(f"step {self.done + 1} changed which tensors train ({', '.join(sorted(other)[:3])}): "
+                               "leaving disable_adapter or set_adapter does so, see peft #3447")
 
     def _ends(self, deadline: float) -> bool:
         self.interrupted_by = interrupt.requested()

@@ -13,7 +13,8 @@ from toy import make_config
 
 from minimath.config.schema import DataOptions, SFTConfig
 from minimath.core.errors import UserError
-from minimath.data.chat import encode, special_tokens, turn_end
+from minimath.data.chat import control_tokens as tokens_of_control
+from minimath.data.chat import encode, turn_end
 from minimath.data.examples import load_examples
 from minimath.train.sft import sft
 
@@ -279,7 +280,7 @@ def refused(path: Path) -> bool:
 def control_tokens() -> Tally:
     """No text of a row becomes a control token: whole, spliced, at borders, in each column and in messages."""
     tally, tokenizer, rng = Tally("bad rows: special tokens in texts"), tiny_tokenizer(), random.Random(7)
-    names = list(special_tokens(tokenizer))
+    names = list(tokens_of_control(tokenizer))
     plain = special_count(tokenizer, encoded(tokenizer, "p", "s"))
     for _ in range(100):
         text = "".join(rng.choices([*names, "a", "<", ">", "|", "im_end", "\n", " ", "<|"], k=rng.randint(1, 12)))
@@ -296,7 +297,7 @@ def encoded(tokenizer, problem: str, solution: str, *, max_len: int = 100_000):
 
 
 def special_count(tokenizer, encoded_row) -> int:
-    return sum(i in set(special_tokens(tokenizer).values()) for i in encoded_row.ids)
+    return sum(i in {n for n, _ in tokens_of_control(tokenizer).values()} for i in encoded_row.ids)
 
 
 def trained(folder: Path) -> Tally:

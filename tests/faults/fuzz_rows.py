@@ -11,7 +11,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from tiny import tiny_tokenizer
 
 from minimath.config.schema import DataOptions
-from minimath.data.chat import encode, special_tokens
+from minimath.data.chat import control_tokens, encode
 from minimath.data.examples import load_examples
 
 PROBLEM = ("problem", "question", "prompt", "instruction")
@@ -40,7 +40,7 @@ def run(count: int, folder: Path) -> list[Tally]:
                           f"{line[:200]!r}")
     tally.add(report.skipped == counts, f"{report.skipped} instead of {counts}")
     tokenizer = tiny_tokenizer()
-    special = set(special_tokens(tokenizer).values())
+    special = {number for number, _ in control_tokens(tokenizer).values()}
     for number, example in kept.items():
         row = encode(tokenizer, example, prompt_template="{problem}", max_len=1 << 20)
         turns = len(example.messages) if example.messages else 2
