@@ -211,7 +211,7 @@ def test_one_process_needs_no_group(monkeypatch):
     assert dist.world() == 1 and dist.is_main() and dist.all_reduce_sum({"a": 1.0}) == {"a": 1.0}
 
 
-@pytest.mark.parametrize("command", ["demo", "solve", "plan", "judge", "export"])
+@pytest.mark.parametrize("command", ["demo", "solve", "plan", "judge check", "export"])
 def test_commands_for_one_process_say_so(here, monkeypatch, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, err = here(command)
