@@ -1,4 +1,4 @@
-"""Measure how far a merged model is from the one that was trained, on that model's completions."""
+"""Measure how far a merged model is from the one that was trained."""
 import contextlib
 import random
 from pathlib import Path
@@ -23,12 +23,11 @@ class Drift(NamedTuple):
     tokens: int
 
     def __str__(self) -> str:
-        return (f"mean KL {self.kl:.2e} nats a token, greedy token the same on {100 * self.agreement:.1f}% of "
-                f"{self.tokens} tokens")
+        return f"mean KL {self.kl:.2e} nats a token, greedy token the same on {self.agreement:.1%} of {self.tokens} tokens"
 
 
 def drift_texts(policy: Policy, cfg: EvalConfig, count: int) -> tuple[list[tuple[list[int], list[int]]], str]:
-    """Write the model's greedy completions of `count` problems: the run's own, else made ones.
+    """Write the model's greedy completions of `count` problems of the run or made.
 
     Returns ([(prompt ids, completion ids)], where the problems are from). UserError: no prompt is short enough.
     """
@@ -48,7 +47,7 @@ def drift_texts(policy: Policy, cfg: EvalConfig, count: int) -> tuple[list[tuple
 
 
 def completion_logits(model, texts) -> list[torch.Tensor]:
-    """Compute the logits that each token of the completions is drawn from, (C, V) fp32."""
+    """Compute the logits that a completion's tokens are drawn from: fp32, C by V each."""
     out, base = [], base_causal_lm(model)
     with inference(model), compute_dtype(model):
         for prompt, completion in texts:
@@ -59,7 +58,7 @@ def completion_logits(model, texts) -> list[torch.Tensor]:
 
 
 def compare(trained: list[torch.Tensor], merged: list[torch.Tensor]) -> Drift:
-    """Compare lists of logits, (C, V) each, in float64: fp32 alone would show 1e-7."""
+    """Compare lists of logits, C by V each, in float64: fp32 alone would show 1e-7."""
     kl, same, tokens = 0.0, 0, 0
     for before, after in zip(trained, merged, strict=True):
         p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)

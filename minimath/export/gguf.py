@@ -58,7 +58,7 @@ def type_of(weight: torch.Tensor, kind: str) -> gguf.GGMLQuantizationType:
 
 
 def round_as_gguf(model, kind: str) -> None:
-    """Replace every weight by what the file will hold. UserError: a number is too large."""
+    """Replace each weight by what the file will hold. UserError: one is too large."""
     for weight in model.parameters():
         type_ = type_of(weight, kind)
         with np.errstate(over="ignore"):
@@ -69,7 +69,7 @@ def round_as_gguf(model, kind: str) -> None:
 
 
 def write_gguf(model, tokenizer, path: Path, *, kind: str, name: str) -> None:
-    """Write a model that round_as_gguf rounded to `kind`, converting one tensor at a time."""
+    """Write a model that round_as_gguf rounded to `kind`, one tensor at a time."""
     arch = gguf.MODEL_ARCH[ARCHITECTURES[model.config.model_type]]
     with contextlib.closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])) as writer:
         writer.add_name(name)
@@ -98,6 +98,8 @@ def add_options(writer: gguf.GGUFWriter, model) -> None:
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_vocab_size(config.vocab_size)
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, rows: int) -> None:
@@ -119,7 +121,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, rows: int) -> None:
 
 
 def add_tensors(writer: gguf.GGUFWriter, model, name_map: gguf.TensorNameMap, kind: str) -> None:
-    """Add the weights by their GGUF names, without a tied head; each is converted when it is written."""
+    """Add the weights, without a tied head; each is converted when it is written."""
     config, turned = model.config, {}
     if ARCHITECTURES[config.model_type] == "LLAMA":
         turned = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -137,9 +139,9 @@ def add_tensors(writer: gguf.GGUFWriter, model, name_map: gguf.TensorNameMap, ki
 
 
 def rotated_in_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of each head of a weight (heads * head_dim, ...), for no heads none.
+    """Reorder the rows of each head of a weight; heads=0: leave it as it is.
 
-    transformers rotates row i with row i + head_dim / 2, llama.cpp for its llama architecture 2i with 2i + 1.
+    transformers rotates row i of (heads * head_dim, ...) with i + head_dim / 2, llama.cpp's llama 2i with 2i + 1.
     """
     if not heads:
         return weight

@@ -103,7 +103,7 @@ def export(words: list[str]) -> dict:
 
 
 def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[Policy, Drift, str]:
-    """Load what was trained, with the `quant` of its training, merge, round and measure.
+    """Load what was trained on `quant` weights, merge, round and measure.
 
     Returns (the merged model, its drift, what is said of it). Raises UserError above max_drift.
     """
@@ -195,7 +195,7 @@ def new_folder(out: Path):
 
 
 def file_name(cfg: ExportConfig) -> str:
-    """The model's name for Ollama and in the file's, of letters, digits and _ . - alone."""
+    """Name the model as Ollama takes it: letters, digits, dots, dashes, underscores."""
     return re.sub(r"[^\w.-]+", "-", Path(cfg.out).absolute().name, flags=re.ASCII).strip("-.") or "model"
 
 

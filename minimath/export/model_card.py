@@ -43,13 +43,13 @@ def card(*, name: str, base: str, adapter: dict, run: dict, prompt: PromptOption
          usage: str) -> str:
     """Write README.md.
 
-    adapter: peft's options; run: minimath's; evaluation: the summary of one, {} for none. Of a folder or a file only
-    the name is told.
+    adapter: peft's options; run: minimath's; evaluation: a summary, or {}. A path is told by its last name only.
     """
     targets = adapter.get("target_modules") or "its layers"
+    targets = {targets} if isinstance(targets, str) else {name.rpartition(".")[2] for name in targets}
     shape = [f"{key} {adapter[key]}" for key in ("r", "lora_alpha", "use_rslora", "use_dora") if key in adapter]
     facts = {"base model": shown(base),
-             "adapter": f"{', '.join(shape)}, on {targets if isinstance(targets, str) else ', '.join(sorted(targets))}",
+             "adapter": f"{', '.join(shape)}, on {', '.join(sorted(targets))}",
              **{key: shown(str(run[key])) for key in ("data", "quant", "steps", "lr") if run.get(key)},
              **{f"{key} before the merge": evaluation[key] for key in FIGURES if key in evaluation}}
     texts = {"system": prompt.system or "(none)", "user": prompt.prompt_template, "usage": usage}
@@ -65,7 +65,7 @@ def shown(text: str) -> str:
 
 
 def modelfile(tokenizer, gguf_name: str, prompt: PromptOptions) -> str:
-    """Write a Modelfile whose prompts are those of the training. UserError: it can't hold one.
+    """Write a Modelfile that asks as in training. UserError: it can't hold a text.
 
     Greedy, and without Ollama's penalty on repeated tokens: in a sum numbers recur.
     """
@@ -109,6 +109,5 @@ def chatml_system(tokenizer) -> str | None:
 
 def quoted(text: str) -> str:
     if '"""' in text:
-        raise UserError('a Modelfile can\'t hold three quotation marks in a row ("""), as in the run\'s system or '
-                        "prompt_template; use to=safetensors")
+        raise UserError('system or prompt_template: no Modelfile holds three quotation marks ("""); use to=safetensors')
     return f'"""{text}"""'

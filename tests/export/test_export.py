@@ -89,7 +89,8 @@ def test_the_folder_is_the_model_with_its_tokenizer_a_card_and_the_dtype_of_the_
     assert compare(completion_logits(wanted, texts_of(tokenizer)),
                    completion_logits(model.float(), texts_of(tokenizer))).kl < 1e-3
     card = (folder / "README.md").read_text()
-    for part in ("base model: base", "r 4, lora_alpha 8", "data: problems.jsonl", "mean KL",
+    for part in ("base model: base", "r 4, lora_alpha 8", "on down_proj, gate_proj, k_proj, o_proj,",
+                 "data: problems.jsonl", "mean KL",
                  "accuracy before the merge: 0.25", "    Be brief.", "Licence: not stated",
                  "minimath solve \"PROBLEM\" model=new 'system=Be brief.'"):
         assert part in card, part
