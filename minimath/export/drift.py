@@ -23,7 +23,8 @@ class Drift(NamedTuple):
     tokens: int
 
     def __str__(self) -> str:
-        return f"mean KL {self.kl:.2e} nats a token, greedy token the same on {self.agreement:.1%} of {self.tokens} tokens"
+        same = f"greedy token the same on {self.agreement:.1%} of {self.tokens} tokens"
+        return f"mean KL {self.kl:.2e} nats a token, {same}"
 
 
 def drift_texts(policy: Policy, cfg: EvalConfig, count: int) -> tuple[list[tuple[list[int], list[int]]], str]:

@@ -114,9 +114,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, rows: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         special = gguf.SpecialVocab(folder, load_merges=True)
-    bos = tokenizer.bos_token_id
     special.special_token_ids["eos"] = turn_end(tokenizer)  # what ends an answer, and what was trained
-    special.add_special_token = {"bos": bos is not None and tokenizer("a")["input_ids"][0] == bos}
+    special.add_special_token = {"bos": tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id}
     special.add_to_gguf(writer, quiet=True)
 
 
