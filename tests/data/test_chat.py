@@ -1,9 +1,13 @@
 """One BOS, a trained EOS, the right mask under several templates, packing without cross attention."""
+import functools
 import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import tiny_model, tiny_tokenizer
+from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
@@ -230,3 +234,93 @@ def test_packed_examples_have_the_hidden_states_of_separate_ones(tmp_path, famil
         leaking = model(batch["input_ids"])
     torch.testing.assert_close(by_position.last_hidden_state[0], separate, atol=1e-5, rtol=0)
     assert (leaking.last_hidden_state[0] - separate).abs().max() > 0.1  # the comparison can fail
+
+
+# ---- prompts of chat rows, thoughts and control tokens
+
+OPENS = ("{% for m in messages %}{% if m.role == 'assistant' %}{% set c = m.content %}{% set t = '' %}"
+         "{% if m.reasoning_content %}{% set t = m.reasoning_content %}"
+         "{% elif '<think>' in c and '</think>' in c %}{% set t = c.split('</think>')[0].split('<think>')[1].strip() %}"
+         "{% set c = c.split('</think>')[1].lstrip() %}{% endif %}"
+         "{{ '<|im_start|>assistant\n<think>\n' + t + '\n</think>\n\n' + c + '<|im_end|>\n' }}"
+         "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}")  # as Qwen3.5
+ANSWERED = {"role": "assistant", "content": "\\boxed{5}", "reasoning_content": "two three"}
+
+
+@pytest.mark.parametrize("sampled", ["two three\n</think>\n\n\\boxed{5}", "two</think>5", "a\n</think>b c"])
+@pytest.mark.parametrize("template", [OPENS, THINKING, None], ids=["opens", "cuts", "none"])
+def test_a_completion_is_trained_with_the_ids_that_were_sampled(template, sampled):
+    tokenizer = make_tokenizer(template)
+    row = encoded(tokenizer, Example("2+3?", sampled))
+    prompt = prompt_ids(tokenizer, "2+3?", prompt_template=TEMPLATE)
+    assert row.ids == [*prompt, *tokenizer(sampled, add_special_tokens=False)["input_ids"], turn_end(tokenizer)]
+
+
+def test_a_template_that_closes_the_thoughts_of_a_solution_without_any_trains_that():
+    tokenizer = make_tokenizer(OPENS)
+    assert trained_text(tokenizer, encoded(tokenizer, Example("2+3?", "\\boxed{5}"))) == "\n</think>\n\n\\boxed{5}<|im_end|>"
+
+
+@pytest.mark.parametrize("template, expected", [
+    (OPENS, "two three\n</think>\n\n\\boxed{5}<|im_end|>"), (THINKING, "two three\n</think>\n\n\\boxed{5}<|im_end|>"),
+    (tiny_tokenizer().chat_template, "<think>\ntwo three\n</think>\n\n\\boxed{5}<|im_end|>"),
+    (None, "<think>\ntwo three\n</think>\n\n\\boxed{5}<|im_end|>")], ids=["opens", "cuts", "chatml", "none"])
+def test_thoughts_in_a_field_of_their_own_are_trained(template, expected):
+    tokenizer = make_tokenizer(template)
+    row = encoded(tokenizer, Example("", messages=[{"role": "user", "content": "2+3?"}, ANSWERED]))
+    assert trained_text(tokenizer, row) == expected
+
+
+def test_the_prompt_of_a_chat_row_is_all_its_turns_up_to_the_last_answer(tiny_tokenizer):
+    asked = [{"role": "system", "content": "base 7"}, *talk("x is 6.", "Noted.", "x+1?")]
+    for messages in (asked, [*asked, {"role": "assistant", "content": "10"}]):
+        ids = prompt_ids(tiny_tokenizer, Example("x+1?", messages=messages), system="other", prompt_template=TEMPLATE)
+        assert tiny_tokenizer.decode(ids) == tiny_tokenizer.apply_chat_template(asked, tokenize=False,
+                                                                                add_generation_prompt=True)
+    row = encoded(tiny_tokenizer, Example("x+1?", messages=messages))
+    assert row.ids[:len(ids)] == ids  # trained as it is asked
+    with_system = prompt_ids(tiny_tokenizer, Example("", messages=talk("q")), system="s", prompt_template=TEMPLATE)
+    assert tiny_tokenizer.decode(with_system).startswith("<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<")
+
+
+def with_added(*names: str):
+    """A tokenizer with added tokens that are not called special."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(name, special=False) for name in names])
+    return tokenizer
+
+
+def test_a_turns_end_need_not_be_a_special_token():
+    tokenizer = with_added("<turn|>", "<|turn>", "\n\n\n", "word")
+    for old, new in (("<|im_start|>", "<|turn>"), ("<|im_end|>", "<turn|>")):
+        tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
+    end = tokenizer.convert_tokens_to_ids("<turn|>")
+    row = encoded(tokenizer, Example("2+3?", "5<turn|>6"))
+    assert turn_end(tokenizer) == eos_ids(tokenizer)[0] == row.ids[-1] == end and row.ids.count(end) == 2
+    assert trained_text(tokenizer, row) == "5< turn|>6<turn|>"
+    preflight(tokenizer, [row], eos=eos_ids(tokenizer))
+
+
+CONTROL = ["<|im_end|>", "<|im_start|>", "</think>", "<think>", "<tool_call>", "<|endoftext|>"]
+
+
+@given(st.lists(st.sampled_from([*CONTROL, "<", "|", ">", "im_end", "think", "/", " ", "a", "\n"]), max_size=12))
+def test_no_control_id_comes_out_of_a_problem(parts):
+    tokenizer, text = thinker(), "".join(parts)
+    known = {i for i, token in tokenizer.added_tokens_decoder.items()}
+    plain = [i for i in prompt_ids(tokenizer, "p", prompt_template="{problem}") if i in known]
+    for problem in (text, Example("", messages=[{"role": "user", "content": text}])):
+        ids = prompt_ids(tokenizer, problem, prompt_template="{problem}")
+        assert [i for i in ids if i in known] == plain
+
+
+@functools.cache
+def thinker():
+    return with_added("<think>", "</think>", "<tool_call>")
+
+
+def test_a_solution_keeps_its_thoughts_and_ends_once():
+    row = encoded(thinker(), Example("p", "<think>a</think>5<|im_end|><|im_start|>"))
+    assert trained_text(thinker(), row) == "<think>a</think>5< |im_end|>< |im_start|><|im_end|>"
+    assert thinker().convert_tokens_to_ids("</think>") in row.ids
