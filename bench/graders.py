@@ -110,7 +110,7 @@ class Peer:
 
 
 def our_verdict(checker: AnswerChecker, case: Case) -> bool:
-    return checker.correct(case.answer, case.gold) if case.form == "text" else checker.equal(case.answer, case.gold)
+    return checker.check(case.answer, case.gold) if case.form == "text" else checker.equal(case.answer, case.gold)
 
 
 def peers_of(options) -> list[Peer]:

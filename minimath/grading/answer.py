@@ -1,16 +1,17 @@
 """Extract final answers from texts and compare them.
 
-Plain numbers, fractions, arithmetic and identical strings are compared here, exactly. Everything else goes to
-math-verify, which can hang or eat memory on hostile LaTeX: sandbox.py runs it, and the regular expressions of
-verifier=regex, in processes with limits. Nothing here is ever eval'd.
+compare.py compares numbers and objects of parts exactly. Expressions and equations go to math-verify, which can hang
+or eat memory on hostile LaTeX: sandbox.py runs it, and the regular expressions of verifier=regex, in processes with
+limits. Nothing here is ever eval'd.
 """
 from __future__ import annotations
 
 import functools
 import re
 
+from minimath.grading.compare import Comparison
 from minimath.grading.sandbox import BoundedChild
-from minimath.grading.steps import plain_number, same_number
+from minimath.grading.typeset import typeset
 
 MAX_ANSWER_CHARS = 400        # a longer "answer" is wrong: the longest gold answer of MATH-500 has 53
 MAX_TAIL_CHARS = 1 << 17      # of a text, its end is read for an answer: a hostile megabyte would take 0.7 s
@@ -150,20 +151,6 @@ def answer_end(text: str) -> int:
     return next((end for contents, _, end in boxes if contents == boxes[-1][0]), len(text))
 
 
-_WRAPPERS = re.compile(r"\\(?:text|mathrm|textbf|mbox|mathbf|textit)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:! ]|\\\$|[\s$~]")
-_IN_BASE = re.compile(r"(-?[0-9A-Za-z]+)_\{?(\d+)\}?")
-
-
-def _normal(answer: str) -> str:
-    """Unify typography: \\dfrac, \\left, \\text{...}, spaces, "$", the case of words."""
-    text = _WRAPPERS.sub(r"\1", answer.strip())
-    text = _SPACING.sub("", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")).rstrip(".")
-    if re.fullmatch(r"\([A-Za-z]\)", text):
-        text = text[1:-1]                       # choice "(C)"
-    return text.casefold() if len(text) > 1 and text.isalpha() else text
-
-
 class AnswerChecker(BoundedChild):
     """Compare answers; a context manager, usable from any thread, also after close().
 
@@ -176,7 +163,7 @@ class AnswerChecker(BoundedChild):
         self.bad_gold = 0
         self._ask = functools.lru_cache(maxsize=10_000)(self.ask)
 
-    def correct(self, text: str, gold: str, finished: bool = True) -> bool:
+    def check(self, text: str, gold: str, finished: bool = True) -> bool:
         """Tell whether the final answer of a text is gold."""
         answer = final_answer(text, finished)
         return answer is not None and self.equal(answer, gold)
@@ -194,21 +181,7 @@ class AnswerChecker(BoundedChild):
             return False
         if len(answer) > MAX_ANSWER_CHARS or not answer.strip():
             return False
-        typed, typed_gold = _normal(answer), _normal(gold)
-        if typed == typed_gold:
-            return True
-        written, meant = _IN_BASE.fullmatch(typed), _IN_BASE.fullmatch(typed_gold)
-        if written and meant:                   # math-verify takes 52_9 for 52_8
-            return written.groups() == meant.groups()
-        exact, _, rounded = answer.partition("\\approx")
-        a, b = plain_number(exact), plain_number(rounded)
-        if a and b and 100 * abs(a.value - b.value) <= abs(a.value):  # 1/3 \approx 0.33 gives one answer twice
-            return self.equal(exact, gold) or self.equal(rounded, gold)
-        gold_number, number = plain_number(gold), plain_number(answer)
-        if gold_number and number:
-            return same_number(gold_number, number)
-        if gold_number and not re.search(r"[\d\\]", answer):
-            return False                        # words: not a number
-        reply = self._ask("equal", gold, answer)
-        self.bad_gold += reply == "bad gold"
-        return reply == "right"
+        comparison = Comparison(functools.partial(self._ask, "equal"))
+        same = comparison.same(typeset(answer), typeset(gold))
+        self.bad_gold += comparison.bad_gold
+        return same

@@ -20,14 +20,18 @@ import socket
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 from minimath.core.errors import UserError
+from minimath.grading.numbers import read_number, rounds_to
 
 MEMORY_BYTES = 512 << 20      # of a worker's address space; after its imports it has 70 MiB
 WORKERS = 8                   # questions at a time; more threads wait
 ALARM_SHARE, WAIT_SHARE = 0.75, 0.95  # of the time limit: the worker's alarm, and when the caller waits no longer
 START_S = 120.0               # sympy imports slowly on a loaded machine
+PRECISION, MAX_PRECISION = 60, 400  # digits
+POINTS = 12                   # at which two expressions are compared that sympy cannot bring together
 LATE = "late"                 # the reply of a worker that ran out of time or memory
 # of the environment: no secrets
 KEPT_ENVIRONMENT = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR")
@@ -169,19 +173,86 @@ def _match(pattern: str, text: str) -> str:
 
 
 def _equal(gold: str, answer: str) -> str:
-    """Return math-verify's verdict; verify is not symmetric, and wants the gold first."""
+    """Compare two expressions, equations or sets that were read from end to end."""
     from math_verify import verify
-    right = _read(gold)
-    if not right:
+    from sympy import Expr
+    right, read = _read(gold), _read(answer)
+    if right is None:
         return "bad gold"
-    return "right" if verify(right, _read(answer), timeout_seconds=None) else "wrong"
+    if read is None:
+        return "wrong"
+    if isinstance(right, Expr) and isinstance(read, Expr):
+        same = _same_expression(right, read, gold, answer)
+    else:                                           # not symmetric: wants the gold first
+        same = isinstance(right, Expr) == isinstance(read, Expr) and verify(
+            right, read, float_rounding=PRECISION, numeric_precision=PRECISION, timeout_seconds=None)
+    return "right" if same else "wrong"
+
+
+def _same_expression(right, read, gold: str, answer: str) -> bool:
+    """Compare exactly, or to the digits of the one that is a decimal."""
+    import sympy
+    if right == read:
+        return True
+    if right.free_symbols != read.free_symbols and not (right.free_symbols and read.free_symbols):
+        return sympy.simplify(right - read) == 0
+    if right.free_symbols:
+        return sympy.simplify(right - read) == 0 or _same_everywhere(right, read)
+    for text, other in ((gold, read), (answer, right)):
+        decimal = read_number(text)
+        if decimal and decimal.step:
+            value = sympy.N(other, PRECISION)
+            return bool(value.is_real and value.is_finite) and rounds_to(Fraction(str(value)), decimal)
+    if right.is_Rational and read.is_Rational:
+        return False
+    difference = right - read
+    value = difference.evalf(15, maxn=MAX_PRECISION)
+    parts = value.as_real_imag()
+    return bool(value.is_finite is not False and all(
+        part.is_Float and part._prec == 1 or part == 0 for part in parts)) and value.is_number
+
+
+def _same_everywhere(right, read) -> bool:
+    """Compare at points of both signs where both are real, and nowhere one alone: sqrt(4/k) is 2/sqrt(k)."""
+    import sympy
+    symbols, points = sorted(right.free_symbols | read.free_symbols, key=str), 0
+    for k in range(POINTS):
+        at = {symbol: sympy.Rational((-1) ** (k // (i + 1)) * (37 * k + 11 * i + 13), 29 + 7 * i + k)
+              for i, symbol in enumerate(symbols)}
+        a, b = (sympy.N(side.subs(at), PRECISION) for side in (right, read))
+        real = [bool(side.is_real and side.is_finite) for side in (a, b)]
+        if real[0] != real[1] or not (a.is_number and b.is_number):
+            return False
+        if all(real):
+            points += 1
+            if abs(a - b) > abs(a) * sympy.Float(10) ** (8 - PRECISION):
+                return False
+    return points >= POINTS // 4
 
 
 @functools.lru_cache(maxsize=1024)
 def _read(answer: str):
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-    configs = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    return parse(f"\\boxed{{{answer}}}", configs, parsing_timeout=None)
+    """Return what math-verify's parser reads, or None unless that is the whole answer; decimals are exact."""
+    import sympy
+    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
+    from math_verify.grader import should_treat_as_complex
+
+    class Whole(_Latex2Sympy):
+        def create_parser(self, text):
+            self.parser = super().create_parser(text)
+            return self.parser
+
+    reader = Whole(is_real=not should_treat_as_complex(answer))
+    try:
+        found = reader.parse(answer)
+    except MemoryError:
+        raise
+    except Exception:                               # any: it was not made for hostile text
+        return None
+    if reader.parser.getCurrentToken().type != -1:  # not the end: the rest was not read
+        return None
+    floats = {number: sympy.Rational(str(number)) for number in getattr(found, "atoms", lambda _: ())(sympy.Float)}
+    return found.xreplace(floats) if floats else found
 
 
 if __name__ == "__main__":

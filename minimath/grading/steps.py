@@ -229,46 +229,6 @@ def check_steps(text: str) -> StepCount:
     return StepCount(right, total)
 
 
-class Plain(NamedTuple):
-    """The value of a text that is one number, and how it was written."""
-    value: Fraction
-    percent: bool
-    decimal: bool
-
-
-_WORD_SCALE = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9, "dozen": 12}
-_NOT_UNITS = set("pi sqrt sin cos tan log ln exp mod and or to over in if times plus minus not remainder base more "
-                 "less than infty cup cap pm".split())
-
-
-def plain_number(text: str) -> Plain | None:
-    """Read a text that is one number; None for any other, as tuples, roots, prose.
-
-    Read are "18", "-1,200", "$18.00", "18 dollars", "3/4", "\\frac{3}{4}", "x = 5", "50%", "2 * 9 = 18".
-    """
-    if len(text) > 400 or (text.lstrip(" $\\").startswith("(") and "," in text):
-        return None
-    text = re.sub(r"^\s*\$?\s*[A-Za-z]\w{0,15}\s*=(?!=)", "", text.strip().rstrip("."))
-    tokens = [token for token in _tokens(text) if token.text != "\n"]
-    words = []
-    while len(tokens) > 1 and tokens[-1].kind == "word" and len(words) < 4:
-        words.append(tokens.pop().text.lower())
-    if any(word in _NOT_UNITS or len(word) == 1 for word in words):
-        return None
-    sides = _sides(tokens)
-    values = [_value(side) for side in sides]
-    if None in values or len(sides) > 8:
-        return None                # every side of "2 * 9 = 18" must be arithmetic; the last one is the answer
-    last = sides[-1]
-    decimal = any("." in token.text for token in last)
-    if len(last) == 1 and last[0].text.endswith("%"):
-        return Plain(values[-1] * 100, True, decimal)
-    scale = math.prod(_WORD_SCALE.get(word, 1) for word in words)
-    return Plain(values[-1] * scale, "percent" in words, decimal)
-
-
-def same_number(a: Plain, b: Plain) -> bool:
-    """Compare exactly, or to 6 decimals when one is a decimal; 50% equals 50 and 0.5."""
-    scaled = [b.value] if a.percent == b.percent else [b.value, b.value / 100 if b.percent else b.value * 100]
-    tolerance = Fraction(1, 2 * 10 ** 6) if a.decimal != b.decimal else 0
-    return any(abs(a.value - value) <= tolerance for value in scaled)
+def arithmetic(text: str) -> Fraction | None:
+    """Return the value of a text of digits, signs and brackets; None for anything else."""
+    return _value(_tokens(text))

@@ -46,7 +46,7 @@ class Verifier(contextlib.AbstractContextManager):
     def verdicts(self, group: Group) -> list[bool]:
         samples, example = group.samples, group.example
         if self.kind == "exact":
-            return [self.checker.correct(s.text, example.answer, s.finished) for s in samples]
+            return [self.checker.check(s.text, example.answer, s.finished) for s in samples]
         if self.kind == "regex":
             return [self.checker.matches(s.text, answer_pattern(example), s.finished) for s in samples]
         if self.kind == "none":

@@ -60,7 +60,7 @@ def put(checker, case: tuple[str, str, str, str], number: int, tally: Tally, aft
     """One hostile question, then one that needs the child too and has a plain answer."""
     family, kind, text, gold = case
     started, waited = time.monotonic(), no_core_s(checker)
-    said = checker.matches(text, gold) if kind == "match" else checker.correct(text, gold)
+    said = checker.matches(text, gold) if kind == "match" else checker.check(text, gold)
     took, allowed = time.monotonic() - started, LIMIT_S + max(0.0, no_core_s(checker) - waited)
     words = f"{family}: {text[:40]!r} of {len(text):,} characters against {gold[:40]!r}"
     tally.add(not said and took <= allowed, f"{words}: {said} after {took:.2f} s ({allowed:.2f} allowed)")

@@ -7,7 +7,8 @@ import pytest
 
 from minimath.grading.answer import AnswerChecker, extract_answer, final_answer
 from minimath.grading.sandbox import MEMORY_BYTES
-from minimath.grading.steps import check_steps, plain_number
+from minimath.grading.numbers import plain_number
+from minimath.grading.steps import check_steps
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_strict_extraction_accepts_boxed_only():
     (r"\boxed 12", False, None), (r"\boxed 12 ", False, "12"), ("", False, None)])
 def test_a_completion_that_was_cut_counts_only_with_a_closed_box(checker, text, finished, answer):
     assert final_answer(text, finished) == answer
-    assert checker.correct(text, "4", finished) is (answer == "4")
+    assert checker.check(text, "4", finished) is (answer == "4")
     assert checker.matches(text, "4|12", finished=finished) == (answer is not None)
 
 
@@ -179,7 +180,7 @@ def test_checker_works_from_many_threads_with_one_child(checker):
     results = [None] * len(rows)
 
     def work(k):
-        results[k] = checker.correct(*rows[k])
+        results[k] = checker.check(*rows[k])
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(len(rows))]
     starts = checker.starts
@@ -187,7 +188,7 @@ def test_checker_works_from_many_threads_with_one_child(checker):
         thread.start()
     for thread in threads:
         thread.join()
-    assert results == [k % 2 == 0 for k in range(24)] == [checker.correct(*row) for row in rows]
+    assert results == [k % 2 == 0 for k in range(24)] == [checker.check(*row) for row in rows]
     assert checker.starts <= max(1, starts)
 
 

@@ -60,7 +60,7 @@ def test_a_string_stands_where_it_says():
 
 def test_no_string_makes_a_wrong_answer_pass_for_correct_or_hides_a_correct_one():
     with AnswerChecker() as checker:
-        graded = [checker.correct(side.text, SOLUTIONS[t.problem][0].answer) for t in TRIES for side in attackers(t)]
+        graded = [checker.check(side.text, SOLUTIONS[t.problem][0].answer) for t in TRIES for side in attackers(t)]
     for t, *correct in zip(TRIES, graded[::2], graded[1::2], strict=True):
         assert [side.correct for side in attackers(t)] == [not t.alone] * 2 == correct
         assert t.first.second.correct and t.second.first == t.first.second

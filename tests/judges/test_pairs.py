@@ -33,7 +33,7 @@ def test_each_kind_has_its_fault_and_no_other(pairs):
 def test_correct_and_wrong_is_what_the_answer_checker_says():
     made = faulty_solutions(40, seed=6)
     with AnswerChecker() as checker:
-        graded = iter([checker.correct(text, example.answer) for example, texts in made for text in texts.values()])
+        graded = iter([checker.check(text, example.answer) for example, texts in made for text in texts.values()])
     for _, texts in made:
         assert {kind: next(graded) for kind in texts} == {
             "right": True, "wrong": False, "wrong_long": False, "unsound": True, "long": True}

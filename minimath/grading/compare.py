@@ -1,0 +1,184 @@
+"""Decide whether two answers are one: by their text, as numbers, as objects of parts, last by math-verify.
+
+Each reader reads an answer whole or not at all; what one of them has read is never handed on in the hope of another
+verdict. math-verify gets expressions and equations alone.
+"""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+from minimath.grading.numbers import LABEL, plain_number, read_number, same_number
+from minimath.grading.objects import Parts, read_objects, same_objects, split
+from minimath.grading.special import CHOICE_GOLD, choice, clock, date, in_base, same_clock
+from minimath.grading.typeset import key
+from minimath.grading.units import agree, split_unit
+
+MAX_ASKED = 60                # questions to math-verify of one comparison: lists of lists ask many
+MAX_DEPTH = 4                 # of parts of parts
+_CONDITION = re.compile(r",?\s+(?:for|where|with) (?:any|all|every|each|some|real|arbitrary|constant)\b.*", re.I)
+_PARAMETER = re.compile(r"(?<![\\A-Za-z])([klmn])(?![A-Za-z])")
+_INTEGER = re.compile(r"[,;]?\s*(?:(?:where|for|with) )?\(?\s*([klmn])\s*(?:\\in\s*\\mathbb\{Z\}|is an(?:y)? integer)\s*\)?")
+_PROSE = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Za-z]{2,} [A-Za-z]{2,})")
+_LETTERS = re.compile(r"(?:\\(?:angle|triangle|overline|vec|widehat|overrightarrow|parallel|perp)|[A-Za-z{}\s'])+")
+_PRODUCT = re.compile(r"[abcdfghj-npq-z]{2}")       # xy is yx; no is not on
+_EQUATION = re.compile(r"(?<![<>!=\\])=(?!=)")
+
+
+class Comparison:
+    """One comparison of two typeset answers. ask(gold, answer) -> right, wrong, bad gold, late."""
+
+    def __init__(self, ask: Callable[[str, str], str]):
+        self.ask, self.asked, self.bad_gold, self.late = ask, 0, False, False
+
+    def same(self, answer: str, gold: str, depth: int = 0) -> bool:
+        """Tell whether two texts are the same mathematical object."""
+        if depth > MAX_DEPTH or self.late or not answer or not gold:
+            return False
+        if key(answer) == key(gold):
+            return True
+        if "..." in answer or "..." in gold:
+            return False
+        for reader in (_same_choice, _same_base, _same_date, _same_time):
+            verdict = reader(answer, gold)
+            if verdict is not None:
+                return verdict
+        exact, _, rounded = answer.partition("\\approx")
+        if exact.strip() and rounded:
+            return self._rounded(exact.strip(), rounded.strip(), gold, depth)
+        number, gold_number = read_number(answer), read_number(gold)
+        if number and gold_number:
+            return same_number(number, gold_number)
+        answer, gold = _canonical(answer, gold)
+        if key(answer) == key(gold):
+            return True
+        found, meant = _objects(answer), _objects(gold)
+        for one, others, text in ((found, meant, gold), (meant, found, answer)):
+            single = next((each.items[0] for each in one if isinstance(each, Parts) and len(each.items) == 1
+                           and each.kind in ("set", "list")), None)
+            if single and not others:
+                return self.same(*((single, text) if one is found else (text, single)), depth + 1)
+        if found and meant:
+            return any(same_objects(a, b, lambda x, y: self.same(x, y, depth + 1)) for a in found for b in meant)
+        if (found and gold_number) or (meant and number):
+            return False
+        return self._expressions(answer, gold, depth)
+
+    def _rounded(self, exact: str, rounded: str, gold: str, depth: int) -> bool:
+        r"""Read 1/3 \approx 0.33, which gives one answer twice."""
+        a, b = read_number(exact), read_number(rounded)
+        near = a and b and 100 * abs(a.value - b.value) <= abs(a.value)
+        if b and (near or not a):
+            return self.same(exact, gold, depth + 1) or bool(near) and self.same(rounded, gold, depth + 1)
+        return False
+
+    def _expressions(self, answer: str, gold: str, depth: int) -> bool:
+        """Compare what is left without units and names; by math-verify unless one is words."""
+        (answer, unit), (gold, gold_unit) = _without_unit(answer), _without_unit(gold)
+        if not agree(unit, gold_unit):
+            return False
+        name, gold_name = LABEL.match(answer), LABEL.match(gold)
+        if name and gold_name and (key(name[1]) == key(gold_name[1]) or len(name[1]) + len(gold_name[1]) > 2):
+            return self.same(answer[name.end():], gold[gold_name.end():], depth + 1)
+        if name and not _EQUATION.search(gold) and not _EQUATION.search(answer[name.end():]):
+            return self.same(answer[name.end():], gold, depth + 1)
+        if gold_name and not _EQUATION.search(answer) and not _EQUATION.search(gold[gold_name.end():]):
+            return self.same(answer, gold[gold_name.end():], depth + 1)
+        if any(_PROSE.search(text) or _LETTERS.fullmatch(text) and not _PRODUCT.fullmatch(text.replace(" ", ""))
+               and len(text.strip("\\ ")) > 1 and not re.fullmatch(r"\\[A-Za-z]+", text) for text in (answer, gold)):
+            return False
+        self.asked += 1
+        if self.asked > MAX_ASKED:
+            return False
+        reply = self.ask(gold, answer)
+        self.bad_gold |= reply == "bad gold"
+        self.late |= reply == "late"
+        return reply == "right"
+
+
+def _objects(text: str) -> list:
+    return [] if read_number(text) and not re.match(r"0,", text) else read_objects(text)
+
+
+def _without_unit(text: str):
+    """Return an expression without a unit of the table, and the unit."""
+    found = split_unit(text)
+    if found and found[1].known and not found[1].nouns:
+        return found
+    return text, split_unit("1")[1]
+
+
+def _canonical(answer: str, gold: str) -> tuple[str, str]:
+    """Drop "for any a" that one side lacks; give a free integer the same name on both sides."""
+    conditions = [_CONDITION.search(text) for text in (answer, gold)]
+    if any(conditions) and not all(conditions):
+        answer, gold = (_CONDITION.sub("", text) for text in (answer, gold))
+    letters, texts = [], []
+    for text in (answer, gold):
+        stated = _INTEGER.search(text)
+        texts.append(_INTEGER.sub("", text).strip() if stated else text)
+        used = set(_PARAMETER.findall(texts[-1]))
+        free = stated or re.search(r"(?<![\\A-Za-z])[klmn]\s*\\pi(?![A-Za-z])|\\pi\s+[klmn](?![A-Za-z])", text)
+        letters.append(used.pop() if free and len(used) == 1 else "")
+    if all(letters):
+        return tuple(_PARAMETER.sub("k", text) for text in texts)
+    return answer, gold
+
+
+# ---- verdicts of the special forms; None where none of the two has it
+
+def _same_choice(answer: str, gold: str) -> bool | None:
+    meant = choice(gold)
+    found = choice(answer) if meant else None
+    if not found or (meant[1] and not gold.lstrip("(").startswith(meant[0])):
+        return None
+    if CHOICE_GOLD.fullmatch(gold) or not found[1]:
+        return found[0] == meant[0]
+    return found[0] == meant[0] and key(found[1]) == key(meant[1])
+
+
+def _same_base(answer: str, gold: str) -> bool | None:
+    found, meant = in_base(answer), in_base(gold)
+    if found and meant:
+        return found == meant
+    if not found and not meant:
+        return None
+    digits, other = (found, gold) if found else (meant, answer)
+    return key(other).upper().lstrip("0") == digits[0]
+
+
+def _same_date(answer: str, gold: str) -> bool | None:
+    found, meant = date(answer), date(gold)
+    return None if not found and not meant else found == meant
+
+
+def _same_time(answer: str, gold: str) -> bool | None:
+    """Compare times and ratios: 7:10 is both, 10:05 and 12:30 are times."""
+    found, meant = clock(answer), clock(gold)
+    if found and meant:
+        return same_clock(found, meant)
+    for time, text, other in ((found, answer, gold), (meant, gold, answer)):
+        if not time:
+            continue
+        number = plain_number(other)
+        if not time[1] and ":" not in text:         # 5 pm and 5
+            return bool(number and number.value == time[0])
+        if time[3] or math.gcd(*time[:2]) != 1 or re.search(r":0\d", text):
+            return False
+    ratios = [_ratio(text) for text in (answer, gold)]
+    if not any(ratios):
+        return None
+    (a, b) = ratios
+    if a and b:
+        return len(a) == len(b) and all(x * b[0] == y * a[0] for x, y in zip(a, b))
+    ratio, number = a or b, plain_number(gold if a else answer)
+    return bool(number and len(ratio) == 2 and ratio[1] and number.value * ratio[1] == ratio[0])
+
+
+def _ratio(text: str) -> list | None:
+    parts = split(text, ":")
+    if not parts or len(parts) < 2:
+        return None
+    numbers = [read_number(part) for part in parts]
+    return None if None in numbers or not all(numbers) else [number.value for number in numbers]

@@ -1,0 +1,173 @@
+"""Read an answer that is one number, whole or not at all, and compare such numbers. Exact (fractions.Fraction)."""
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+from minimath.grading.steps import arithmetic
+from minimath.grading.typeset import typeset
+from minimath.grading.units import Unit, agree, split_unit
+
+MAX_CHARS = 400
+MIN_DIGITS = 6                # that a decimal must show to stand for a number that is none
+FLOAT_DIGITS = 12             # a decimal with as many was printed by a program: it is rounded itself
+
+
+class Number(NamedTuple):
+    """The value of a text that is one number, and how it was written.
+
+    step: of a decimal the value of its last digit, None for what is exact; digits: those that are shown.
+    """
+    value: Fraction
+    percent: bool = False
+    step: Fraction | None = None
+    digits: int = 0
+    unit: Unit = Unit()
+
+
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
+_SCALE = re.compile(rf"(?<=[\d)}}])\s*({'|'.join(_SCALES)})(?![A-Za-z])", re.I)
+_PERCENT = re.compile(r"\s*(?:%|percent\b(?:age)?(?: points?)?|pct\b|per cent\b)", re.I)
+NAME = (r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?|')?(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?"
+        r"|\\(?:angle|triangle|overline|vec|hat|bar)\s*\{?[A-Za-z ]+\}?|[A-Za-z]+(?: [A-Za-z]+){1,4})")
+LABEL = re.compile(rf"\s*({NAME})\s*(?<![<>!=\\])=(?!=)\s*")
+_SUM_LABEL = re.compile(r"\s*[A-Za-z](?:\s*[-+/]?\s*[A-Za-z]){1,6}\s*=\s*")
+_GROUPED = re.compile(r"(?<![\d.,])(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d?(?:,\d{2})+,\d{3}|[1-9]\d{0,2}(?: \d{3})+"
+                      r"|[1-9]\d{0,2}(?:, ?0\d{2})+)(?![\d,]|\s\d)")
+_DECIMAL_COMMA = re.compile(r"(?<![\d.,])(?:0,(?=\d)|(\d+)\{,\}(?=\d))(\d+)(?![\d,.]|\s\d)")
+_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)(?:\\overline\s*\{(\d{1,20})\}|\((\d{1,20})\)|"
+                        r"\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)(?!\d)")
+_E_NOTATION = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d{1,4})(?![\w.])")
+_MIXED = re.compile(r"(?<![\d.,^_}/\\])(\d{1,12})\s*(?:\\frac\s*\{(\d{1,12})\}\s*\{(\d{1,12})\}|"
+                    r"(?:(?<=\d) and | )(\d{1,12})\s*/\s*(\d{1,12}))(?![\d/.^])")
+_LATEX = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"\\frac\s*\{([^{}]{1,80})\}\s*\{([^{}]{1,80})\}", r"((\1)/(\2))"), (r"\^\s*\{([^{}]{1,40})\}", r"^(\1)"),
+    (r"\\cdot(?![A-Za-z])", "*"), (r"(?<=\d) [xX] (?=\d)", " * "))]
+_ARITHMETIC = re.compile(r"[-+*/^().\d\s]{1,400}")
+_DECIMAL = re.compile(r"[-+]?\s*(\d*)\.(\d+)(?:\s*\*\s*10\^\(?([-+]?\d{1,4})\)?)?")
+_DATE = re.compile(r"\d{1,4}([-/])\d{1,2}\1\d{1,4}")
+
+
+def plain_number(text: str) -> Number | None:
+    r"""Read a text that is one number; None for any other, as tuples, roots, prose.
+
+    Read are "18", "-1,200", "$18.00", "18 dollars", "3/4", "2\frac{3}{4}", "x = 5", "50%", "2 * 9 = 18".
+    """
+    return read_number(typeset(text)) if len(text) <= MAX_CHARS else None
+
+
+def read_number(text: str) -> Number | None:
+    """Read a typeset text."""
+    text = LABEL.sub("", text, count=1) if LABEL.match(text) else _SUM_LABEL.sub("", text, count=1)
+    sides = re.split(r"(?<![<>!=])=(?!=)", text)
+    if len(sides) > 8:
+        return None
+    numbers = [_one(side.strip()) for side in sides]
+    if None in numbers:
+        return None             # every side of "2 * 9 = 18" must be a number; the last one is the answer
+    last = numbers[-1]
+    units = [number.unit for number in numbers if number.unit != Unit()]
+    rounded = last.step / 2 if last.step else 0
+    if any(abs(number.value - last.value) > rounded for number in numbers if number.percent == last.percent):
+        return None             # 5 = 11/2 is no answer
+    return last if last.unit != Unit() or not units else last._replace(unit=units[-1])
+
+
+def _one(text: str) -> Number | None:
+    found = split_unit(text)
+    percent = len(marks := _PERCENT.findall(text)) == 1
+    if percent:                 # 20% decrease
+        found = split_unit(_PERCENT.sub(" ", text).strip())
+    if found is None or len(marks) > 1 or _DATE.fullmatch(found[0].strip()):
+        return None
+    core, unit = found
+    scales = _SCALE.findall(text)
+    if scales:
+        found = split_unit(_SCALE.sub("", text))
+        if found is None:
+            return None
+        core, unit = found
+    value, step, digits = _value(core)
+    if value is None:
+        return None
+    scale = math.prod(_SCALES[word.lower()] for word in scales)
+    if unit.known == "dozen":
+        scale, unit = 12 * scale, Unit("", unit.nouns)
+    return Number(value * scale, percent, step * scale if step else None, digits, unit)
+
+
+def _value(text: str) -> tuple[Fraction | None, Fraction | None, int]:
+    """Return the value of digits and signs, of a decimal that of its last digit, and how many digits it shows."""
+    text = _GROUPED.sub(lambda match: re.sub("[, ]", "", match[0]), text)
+    text = _DECIMAL_COMMA.sub(lambda match: f"{match[1] or 0}.{match[2]}", text)
+    text = _E_NOTATION.sub(r"\1*10^(\2)", text)
+    text = _REPEATING.sub(_repeating, text)
+    text = _MIXED.sub(_mixed, text)
+    for pattern, replacement in _LATEX * 2:
+        text = pattern.sub(replacement, text)
+    if not _ARITHMETIC.fullmatch(text):
+        return None, None, 0
+    value = arithmetic(re.sub(r"^\s*\+", "", text))
+    match = _DECIMAL.fullmatch(text.strip())
+    if value is None or not match:
+        return value, None, 0
+    power = int(match[3] or 0) - len(match[2])
+    return value, Fraction(10) ** power, len((match[1] + match[2]).lstrip("0"))
+
+
+def _repeating(match: re.Match) -> str:
+    whole, first, *repeated = match.groups()
+    again = repeated[0] or repeated[1] or "".join(part or "" for part in repeated[2:])
+    top = int(whole + first + again or 0) - int(whole + first or 0)
+    return f"({top}/{(10 ** len(again) - 1) * 10 ** len(first)})"
+
+
+def _mixed(match: re.Match) -> str:
+    whole, *parts = match.groups()
+    top, bottom = (part for part in parts if part)
+    return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else "?"
+
+
+def rounds_to(exact: Fraction, decimal: Number) -> bool:
+    """Tell whether a decimal is an exact value, or it rounded to the digits shown: 6 at least; 0 is 0 alone."""
+    if exact == decimal.value:
+        return True
+    return bool(decimal.step and decimal.digits >= MIN_DIGITS and decimal.value and exact.denominator != 1
+                and 2 * abs(exact - decimal.value) <= decimal.step)
+
+
+def same_number(a: Number, b: Number) -> bool:
+    """Compare exactly, or to the digits shown where one is a decimal; 50% equals 50 and 0.5."""
+    if not agree(a.unit, b.unit):
+        return False
+    return any(_near(one, other) for first, second in itertools.product(_readings(a, b), _readings(b, a))
+               for one, other in ((first, second), (first, _of_percent(second, first))))
+
+
+def _readings(number: Number, other: Number) -> list[Number]:
+    """Return a number, of cents also or only its hundredth."""
+    if number.unit.known != "cent" or other.unit.known == "cent":
+        return [number]
+    return [_scaled(number, Fraction(1, 100))] + [number] * (not other.unit.known)
+
+
+def _of_percent(number: Number, other: Number) -> Number:
+    """Return a number on the scale of another that is a percentage, or is not."""
+    if number.percent == other.percent:
+        return number
+    return _scaled(number, Fraction(1, 100) if number.percent else Fraction(100))
+
+
+def _scaled(number: Number, factor: Fraction) -> Number:
+    return number._replace(value=number.value * factor, step=number.step * factor if number.step else None)
+
+
+def _near(a: Number, b: Number) -> bool:
+    if a.step and b.step:
+        fine, coarse = (a, b) if a.step <= b.step else (b, a)
+        return a.value == b.value or (fine.digits >= FLOAT_DIGITS and rounds_to(fine.value, coarse))
+    return rounds_to(a.value, b) if b.step else rounds_to(b.value, a)
+

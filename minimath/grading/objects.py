@@ -1,0 +1,285 @@
+r"""Read answers that are made of parts: lists, tuples, sets, intervals, inequalities, matrices, systems.
+
+The parts stay texts: whoever compares two objects compares their parts as answers. An object is read whole or not at
+all. What can be read in two ways, as (1,2), is read in both.
+"""
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import NamedTuple
+
+from minimath.grading.numbers import LABEL, read_number
+
+MAX_PARTS = 64
+INFINITE = {r"\infty": 1, r"+\infty": 1, r"-\infty": -1}
+Same = Callable[[str, str], bool]
+
+
+class Parts(NamedTuple):
+    """A list, tuple, set or matrix. kind: list, tuple, set, column, row, matrix; labels: of x = 1, else ""."""
+    kind: str
+    items: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+
+
+class Interval(NamedTuple):
+    low: str
+    high: str
+    low_closed: bool
+    high_closed: bool
+
+
+class RealSet(NamedTuple):
+    """A union of intervals, in order where all ends are numbers; variable: of an inequality, else ""."""
+    intervals: tuple[Interval, ...]
+    variable: str = ""
+
+
+_OPEN, _CLOSE = "([{", ")]}"
+_AND = re.compile(r",?\s+(?:and|or)\s+")
+_VARIABLE = r"(?:[A-Za-z]|\\(?:theta|alpha|beta|lambda|phi|omega|gamma))(?:_\{?\w+\}?)?"
+_MEMBER = re.compile(rf"({_VARIABLE})\s*\\in(?![A-Za-z])\s*(?=[(\[\]\\])")
+_RELATION = re.compile(r"(<|>|\\leq|\\geq)(?![A-Za-z])")
+_INTERVAL = re.compile(r"([(\[\]])(.*)([)\]\[])")
+_BUILDER = re.compile(rf"\\\{{\s*({_VARIABLE})(?:\s*\\in\s*\\mathbb\{{R\}})?\s*[|:]\s*(.*)\\\}}")
+_REALS = re.compile(r"\\mathbb\{R\}|(?:the set of )?(?:all )?real numbers|all reals", re.I)
+_WITHOUT = re.compile(rf"(?:{_REALS.pattern})\s*(?:\\setminus|-|except(?: for)?)\s*(?:\\\{{(.*)\\\}}|([^{{}}]+))", re.I)
+_MATRIX = re.compile(r"\\begin\{(?:[pbB]?matrix|array|smallmatrix)\}(?:\{[clr|]+\})?(.*)\\end\{\w+\}")
+_SYSTEM = re.compile(r"\\begin\{(?:cases|aligned|align\*?|array)\}(?:\{[clr|]+\})?(.*)\\end\{\w+\*?\}")
+_DIFFERENT = re.compile(rf"({_VARIABLE})\s*\\neq\s*(.+)")
+
+
+def split(text: str, marks: str = ",;") -> list[str] | None:
+    """Cut at marks outside of brackets; None where brackets do not match, or with an empty part."""
+    parts, depth, start = [], 0, 0
+    for i, sign in enumerate(text):
+        depth += (sign in _OPEN) - (sign in _CLOSE)
+        if depth < 0:
+            return None
+        if depth == 0 and sign in marks:
+            parts.append(text[start:i].strip())
+            start = i + 1
+    parts.append(text[start:].strip())
+    return parts if depth == 0 and all(parts) and len(parts) <= MAX_PARTS else None
+
+
+def read_objects(text: str) -> list[Parts | RealSet]:
+    """Return what a typeset text can be; nothing for a number, an expression, or prose."""
+    found = [_real_set(text), _matrix(text), *_enclosed(text), _list(text)]
+    return [each for each in found if each is not None]
+
+
+# ---- sets of real numbers
+
+def _real_set(text: str) -> RealSet | None:
+    variable = ""
+    if builder := _BUILDER.fullmatch(text):
+        text = builder[2].strip()
+        return found._replace(variable="") if (found := _real_set(text)) else None
+    if member := _MEMBER.match(text):
+        variable, text = member[1], text[member.end():].strip()
+    if _REALS.fullmatch(text):
+        return _ordered([Interval(r"-\infty", r"\infty", False, False)], variable)
+    if match := _WITHOUT.fullmatch(text):
+        points = split(match[1] or match[2])
+        return _punctured(points, variable) if points else None
+    differ = [_DIFFERENT.fullmatch(part) for part in split(_AND.sub(", ", text)) or [""]]
+    if all(differ) and len({match[1] for match in differ}) == 1:
+        points = [point for match in differ for point in split(match[2])]
+        return _punctured(points, differ[0][1])
+    if re.search(r"\\cup(?![A-Za-z])|\bor\b", text):
+        parts = [_one_set(part.strip()) for part in re.split(r"\\cup(?![A-Za-z])|,?\s*\bor\b", text)]
+    else:
+        parts = [_one_set(text)]
+        if parts == [None] and (both := split(_AND.sub(", ", text))) and len(both) == 2:
+            return _intersection(*map(_one_set, both))
+    if None in parts or len({part.variable for part in parts} - {""}) > 1:
+        return None
+    variable = variable or next((part.variable for part in parts if part.variable), "")
+    return _ordered([interval for part in parts for interval in part.intervals], variable)
+
+
+def _one_set(text: str) -> RealSet | None:
+    """Read an interval, also ]a,b[, or an inequality that is solved for its variable."""
+    match = _INTERVAL.fullmatch(text)
+    if match and match[1] + match[3] != "()" or match and r"\infty" in text:
+        ends = split(match[2])
+        if ends and len(ends) == 2:
+            return RealSet((Interval(*ends, match[1] == "[", match[3] == "]"),))
+        return None
+    if match and (ends := split(match[2])) and len(ends) == 2 and not _RELATION.search(text):
+        return RealSet((Interval(*ends, False, False),))
+    sides = [side.strip() for side in _RELATION.split(text)]
+    if len(sides) not in (3, 5) or not all(sides):
+        return None
+    if len(sides) == 3 and re.fullmatch(_VARIABLE, sides[2]) and not re.fullmatch(_VARIABLE, sides[0]):
+        sides = [sides[2], {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}[sides[1]], sides[0]]
+    variable = sides[0] if len(sides) == 3 else sides[2]
+    others = [side for side in sides[::2] if side != variable]
+    if not re.fullmatch(_VARIABLE, variable) or len(others) != len(sides) // 2 or any(
+            re.search(rf"(?<![\\A-Za-z]){re.escape(variable)}(?![A-Za-z])", side) for side in others):
+        return None
+    if len(sides) == 3:
+        closed = "eq" in sides[1]
+        if sides[1] in (">", r"\geq"):
+            return RealSet((Interval(sides[2], r"\infty", closed, False),), variable)
+        return RealSet((Interval(r"-\infty", sides[2], False, closed),), variable)
+    if sides[1] in (">", r"\geq"):
+        sides = [sides[4], sides[3].replace(">", "<").replace("geq", "leq"), variable,
+                 sides[1].replace(">", "<").replace("geq", "leq"), sides[0]]
+    if not {sides[1], sides[3]} <= {"<", r"\leq"}:
+        return None
+    return RealSet((Interval(sides[0], sides[4], "eq" in sides[1], "eq" in sides[3]),), variable)
+
+
+def _place(end: str) -> tuple[int, Fraction] | None:
+    """Return where an end lies among all numbers; None where it is none that is read here."""
+    end = end.replace(" ", "")
+    if end in INFINITE:
+        return (INFINITE[end], Fraction(0))
+    number = read_number(end)
+    return (0, number.value) if number else None
+
+
+def _ordered(intervals: list[Interval], variable: str) -> RealSet | None:
+    """Sort intervals and join those that touch, where their ends are numbers; drop signs of infinity."""
+    intervals = [Interval(*(r"\infty" if end.replace(" ", "") == r"+\infty" else end for end in each[:2]), *each[2:])
+                 for each in intervals]
+    if any((_place(each.low), _place(each.high)).count(None) for each in intervals):
+        return RealSet(tuple(intervals), variable)
+    intervals.sort(key=lambda each: (_place(each.low), not each.low_closed))
+    joined = intervals[:1]
+    for each in intervals[1:]:
+        last = joined[-1]
+        gap = _place(each.low) > _place(last.high) or (
+            _place(each.low) == _place(last.high) and not (each.low_closed or last.high_closed))
+        if gap:
+            joined.append(each)
+        else:
+            joined[-1] = last._replace(**max(
+                ({"high": one.high, "high_closed": one.high_closed} for one in (last, each)),
+                key=lambda one: (_place(one["high"]), one["high_closed"])))
+    return RealSet(tuple(joined), variable)
+
+
+def _punctured(points: list[str], variable: str) -> RealSet:
+    if all(map(_place, points)):
+        points = sorted(points, key=_place)
+    ends = [r"-\infty", *points, r"\infty"]
+    return _ordered([Interval(low, high, False, False) for low, high in itertools.pairwise(ends)], variable)
+
+
+def _intersection(a: RealSet | None, b: RealSet | None) -> RealSet | None:
+    """Return x > 1 and x < 3 as one interval, where the ends are numbers."""
+    if a is None or b is None or a.variable != b.variable or not a.variable:
+        return None
+    one, two = a.intervals[0], b.intervals[0]
+    if any(_place(end) is None for end in (*one[:2], *two[:2])):
+        return None
+    low = max(one, two, key=lambda each: (_place(each.low), not each.low_closed))
+    high = min(one, two, key=lambda each: (_place(each.high), each.high_closed))
+    if _place(low.low) > _place(high.high):
+        return None
+    return RealSet((Interval(low.low, high.high, low.low_closed, high.high_closed),), a.variable)
+
+
+# ---- lists, tuples, sets, matrices
+
+def _list(text: str, kind: str = "list") -> Parts | None:
+    """Read "1, 2 and 3", "x = 1 or x = 2", a system, +-3."""
+    if system := _SYSTEM.fullmatch(text):
+        text = re.sub(r"\\\\\s*$", "", system[1].strip()).replace("\\\\", ";").replace("&", "")
+    items = split(_AND.sub(", ", re.sub(r"^(?:and|or) ", "", text)))
+    if items is None:
+        return None
+    items = [signed for item in items for signed in _signs(item)]
+    if len(items) < 2 and kind == "list":
+        return None
+    matches = [LABEL.match(item) for item in items]
+    labels = [match[1].replace(" ", "") if match else "" for match in matches]
+    items = [item[match.end():].strip() if match else item for item, match in zip(items, matches)]
+    if labels[0] and not any(labels[1:]):           # m = 5, 6, 7
+        labels = [""] * len(items)
+    if any(labels) and not all(labels) or not all(items):
+        return None
+    if len(set(labels)) == 1:
+        labels = []                                 # x = 1 or x = 2
+    return Parts(kind, tuple(items), tuple(labels))
+
+
+def _signs(item: str) -> list[str]:
+    if len(re.findall(r"\\pm(?![A-Za-z])", item)) != 1 or r"\mp" in item:
+        return [item]
+    before, after = re.split(r"\s*\\pm(?![A-Za-z])\s*", item)
+    plus = "+" if before and not before.endswith("=") else ""
+    return [f"{before}{plus}{after}", f"{before}-{after}"]
+
+
+def _enclosed(text: str) -> list[Parts]:
+    r"""Read (1,2), \{1,2\}, \langle 1,2\rangle, [1,2], (a,b) = (1,2)."""
+    names = re.match(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z]){1,5}\s*\)\s*=\s*|[A-Za-z]\w?\s*=\s*", text)
+    text = text[names.end():] if names else text
+    if text == r"\emptyset":
+        return [Parts("set", ())]
+    for pattern, kind in ((r"\\\{(.*)\\\}", "set"), (r"\\langle(.*)\\rangle", "tuple"), (r"\((.*)\)", "tuple"),
+                          (r"\[(.*)\]", "bracket")):
+        if match := re.fullmatch(pattern, text):
+            found = _list(match[1].strip(), kind)
+            if found and (len(found.items) > 1 or kind == "set"):
+                return [found]
+    return []
+
+
+def _matrix(text: str) -> Parts | None:
+    if match := _MATRIX.fullmatch(text):
+        rows = [split(row.strip(), "&") for row in re.split(r"\\\\", re.sub(r"\\\\\s*$", "", match[1].strip()))]
+    elif (match := re.fullmatch(r"\[\s*(\[.*\])\s*\]", text)) and (lists := split(match[1])):
+        rows = [split(row[1:-1]) for row in lists if row.startswith("[") and row.endswith("]")]
+        rows = rows if len(rows) == len(lists) else [None]
+    else:
+        return None
+    if None in rows or len({len(row) for row in rows}) != 1 or not rows:
+        return None
+    kind = "column" if len(rows[0]) == 1 and len(rows) > 1 else "row" if len(rows) == 1 else f"matrix {len(rows)}"
+    return Parts(kind, tuple(cell for row in rows for cell in row))
+
+
+# ---- comparison
+
+def same_objects(a: Parts | RealSet, b: Parts | RealSet, same: Same) -> bool:
+    """Tell whether two objects are one; `same` compares two parts."""
+    if isinstance(a, RealSet) and isinstance(b, RealSet):
+        if a.variable and b.variable and a.variable != b.variable or len(a.intervals) != len(b.intervals):
+            return False
+        return _matched(a.intervals, b.intervals, lambda one, two: one[2:] == two[2:] and all(
+            x.replace(" ", "") == y.replace(" ", "") or (x not in INFINITE and y not in INFINITE and same(x, y))
+            for x, y in zip(one[:2], two[:2])))
+    if isinstance(a, RealSet) or isinstance(b, RealSet):
+        return False
+    kinds = {a.kind, b.kind}
+    if a.labels and b.labels:
+        if sorted(a.labels) != sorted(b.labels):
+            return False
+        items = dict(zip(b.labels, b.items))
+        return all(same(item, items[label]) for label, item in zip(a.labels, a.items))
+    if kinds <= {"list", "set"} and not a.labels and not b.labels:
+        return _matched(a.items, b.items, same)
+    if kinds == {"list", "set"} or not any(kinds <= group for group in (
+            {"list", "tuple"}, {"tuple", "column"}, {"tuple", "row"}, {"bracket", "row"}, {"bracket", "column"},
+            {"bracket", "list"}, kinds if len(kinds) == 1 else set())):
+        return False
+    return len(a.items) == len(b.items) and all(map(same, a.items, b.items))
+
+
+def _matched(a: tuple, b: tuple, same: Callable) -> bool:
+    """Tell whether each part of one has its own part in the other, in any order."""
+    left = list(b)
+    for part in a:
+        found = next((i for i, other in enumerate(left) if same(part, other)), None)
+        if found is None:
+            return False
+        del left[found]
+    return not left

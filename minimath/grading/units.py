@@ -1,0 +1,109 @@
+"""Read the words around a number: units, currencies, what is counted.
+
+Two different units are two answers, and so are two different things that are counted; one side may leave them out.
+Nothing is converted but cents.
+"""
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_TABLE = """mm millimeter millimetre|cm centimeter centimetre|m meter metre|km kilometer kilometre|in inch inche
+ft foot feet|yd yard|mi mile|nm nanometer|g gram gm|kg kilogram kilo kg|mg milligram|t ton tonne|lb pound|oz ounce
+s sec second|min minute|h hr hour|ms millisecond|day|week wk|month|year yr|USD dollar $ buck|cent cent penny pennie
+EUR euro|GBP quid|INR rupee r rs|JPY yen|L l liter litre|mL ml milliliter millilitre|gal gallon|qt quart|pt pint
+tbsp tablespoon|tsp teaspoon|deg degree|rad radian|N newton|J joule|kJ kilojoule|W watt|kW kilowatt|V volt|Hz hertz
+Pa pascal|K kelvin|C celsius|F fahrenheit|A amp ampere|acre|ha hectare|mol mole|kcal|cal calorie|bit|byte|dozen"""
+_CANONICAL = {alias: words.split()[0] for words in re.split(r"[|\n]", _TABLE) for alias in words.split()}
+_COMPOUND = {"mph": "mi/h", "kph": "km/h", "kmph": "km/h", "kmh": "km/h", "mps": "m/s", "fps": "ft/s", "cc": "cm^3",
+             "sqft": "ft^2", "sqm": "m^2", "bps": "bit/s", "rpm": "rev/min"}
+_CURRENCIES = {"USD", "EUR", "GBP", "JPY", "INR"}
+_FILLERS = set("of the a an in total all altogether about unit per each every every and is exactly same over".split())
+_BEFORE = re.compile(r"([-+]?)\s*(?:US ?\$|(\$|USD|EUR|GBP|JPY|INR|R[sS]\.?))\s*([-+]?)\s*(?=[\d.(\\])")
+_WORD = r"(?:[A-Za-z\u00b5$]+\.?|'s)(?:\s?\^\{?-?\d\}?)?"
+_AFTER = re.compile(rf"(.*?(?:[\d)}}%!]|\\pi))(\s*{_WORD}(?:(?:\s*[/\-]\s*|\s*\\cdot\s*|\s+|,\s)(?:{_WORD})){{0,7}})")
+_ASIDE = re.compile(r"(?<=[\dA-Za-z}%.])\s+\((?:[A-Za-z][A-Za-z\- ]{2,30}|=[^()]{1,40})\)$")
+# "The answer is 27", "approximately 5"
+_LEAD = re.compile(r"(?:(?:[A-Za-z,']+ ){0,8}(?:is|are|was|were|equals|gives|costs)\b\s*:?|"
+                   r"(?:the )?(?:final )?(?:answer|result)\s*:|\\approx|"
+                   r"(?:approximately|about|exactly|roughly|around))\s*(?=\S)", re.I)
+NOT_UNITS = set("pi sqrt sin cos tan log ln exp mod and or to if times plus minus not no none never remainder base "
+                "more less than infty cup cap pm out except else when only least most maybe rem r either neither but "
+                "without half twice squared false wrong false".split())
+
+
+class Unit(NamedTuple):
+    """What stands around a number: a unit of the table ("" for none), and nouns that are counted."""
+    known: str = ""
+    nouns: frozenset[str] = frozenset()
+
+
+def without_lead(text: str) -> str:
+    """Strip words before a number; the text itself where they may change its value."""
+    match = _LEAD.match(text)
+    words = set(re.findall("[a-z]+", match[0].lower())) if match else set()
+    return text[match.end():] if match and not words & (NOT_UNITS - {"and", "of"}) else text
+
+
+def split_unit(text: str) -> tuple[str, Unit] | None:
+    """Return a text without its unit, and the unit; None where other words are in the way."""
+    text = _ASIDE.sub("", without_lead(text))
+    before = _BEFORE.match(text)
+    money = ""
+    if before:
+        sign = (before[2] or "$").rstrip(".")
+        money = {"$": "USD", "Rs": "INR", "RS": "INR"}.get(sign, sign)
+        text = before[1] + before[3] + text[before.end():]
+    after = _AFTER.fullmatch(text)
+    if not after:
+        return text, Unit(money)
+    unit = _unit(after[2])
+    if unit is None:
+        return None
+    if money and unit.known not in ("", money):
+        unit = Unit(f"{money}{unit.known}" if unit.known.startswith("/") else unit.known, unit.nouns)
+    return after[1], Unit(unit.known or money, unit.nouns)
+
+
+def _unit(tail: str) -> Unit | None:
+    """Read a phrase as "square inches", "km/h", "miles per hour", "red apples"."""
+    spaced = tail[:1].isspace()
+    words = re.findall(rf"{_WORD}|/", tail)
+    parts, nouns, power, below = [], set(), "", False
+    for word in words:
+        name, _, raised = word.partition("^")
+        name = name.strip().rstrip(".")
+        lower = name.lower()
+        single = lower.removesuffix("s") if len(lower) > 2 else lower
+        if lower in NOT_UNITS and lower != "squared":
+            return None
+        if lower in ("per", "/", "every", "each"):
+            below = True
+        elif lower in ("square", "sq", "cubic", "cu"):
+            power = "^2" if lower[0] == "s" else "^3"
+        elif lower == "squared" and parts:
+            parts[-1] += "^2"
+        elif lower in _COMPOUND:
+            parts.append(_COMPOUND[lower])
+        elif found := _CANONICAL.get(name) or name in _CANONICAL.values() and name or (
+                _CANONICAL.get(single) if len(name) > 1 else None):
+            raised = f"^{raised.strip('{} ')}" if raised else power
+            parts.append(("/" if below else "*" if parts else "") + found + raised)
+            power, below = "", False
+        elif len(name) == 1 or raised or name.startswith("'"):
+            return None
+        elif lower not in _FILLERS:
+            nouns.add(single)
+    if len(words) == 1 and len(words[0]) == 1 and not spaced and words[0] != "$":
+        return None                                 # 5m is a product
+    return Unit("".join(parts), frozenset(nouns))
+
+
+def agree(a: Unit, b: Unit) -> bool:
+    """Tell whether two units can be of one answer."""
+    if a.known and b.known:
+        money = {a.known, b.known} & _CURRENCIES
+        return a.known == b.known or ("cent" in (a.known, b.known) and bool(money))
+    if (a.known or a.nouns) and (b.known or b.nouns) and not a.nouns & b.nouns:
+        return False
+    return True
