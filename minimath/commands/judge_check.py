@@ -6,8 +6,7 @@ Two probes ask the judge of the recipe's rlaif section in both orders, as a run 
 
     pairs      of known order: a correct solution against one with a wrong answer, with a wrong answer and padding, with
                an unsound step, with padding alone. Behind the verifier, the last two are what a judge is there for
-    attacks    strings that ask for the verdict, in worse solutions, with the judge's defences on and off
-"""
+    attacks    strings that ask for the verdict, in worse solutions, with the judge's defences on and off"""
 import json
 import time
 from pathlib import Path

@@ -5,8 +5,7 @@
 EVAL_A and EVAL_B are folders of `minimath eval` on the same problems. Where both solutions of a problem are correct, a
 judge is asked in both orders which one reads better (judge_rubric=readability). A judge that a model was trained with
 likes what that training rewarded: take another one. judge-compare.json keeps the figures, in EVAL_A/judge-compare
-unless out= names another folder.
-"""
+unless out= names another folder."""
 import time
 from collections.abc import Callable
 from dataclasses import field

@@ -6,8 +6,7 @@
     with full (minimath demo --full) also base -> rlaif and sft -> rlaif with the paper's rewards, each with its eval
 
 `sft.lr=1e-4` is for one stage, `lr=1e-4` for both. Each stage has its own folder in the run folder. With resume=true
-out=FOLDER a run goes on, and a stage that is complete is not run again.
-"""
+out=FOLDER a run goes on, and a stage that is complete is not run again."""
 import contextlib
 import gc
 import json
@@ -36,8 +35,7 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
     """Run the recipe; returns the summary, which is also in the run folder.
 
     full: add RL without SFT, and RL with the paper's rewards. A signal ends the run with the stage's checkpoint or the
-    evaluation's completions saved. Raises UserError, and Interrupted after a signal.
-    """
+    evaluation's completions saved. Raises UserError, and Interrupted after a signal."""
     sft_cfg, rl_cfg, eval_cfg = load_stages(recipe, overrides)
     out = run_folder.new_run_folder(sft_cfg.run.out, command)
     dist.barrier()  # until all have chosen the same folder, the first must not begin to fill it
@@ -62,8 +60,7 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
 def load_stages(recipe: str | None, words: list[str]) -> tuple[SFTConfig, RLAIFConfig, EvalConfig]:
     """Read the options of all stages, and find out now what would fail later.
 
-    Raises UserError.
-    """
+    Raises UserError."""
     if recipe is None:
         raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
     # limit= is for the training problems, eval.limit= for the others
@@ -107,8 +104,7 @@ def run_arms(out: Path, sft_cfg: SFTConfig, rl_cfg: RLAIFConfig, eval_cfg: EvalC
 def part(work, cfg, out: Path) -> dict:
     """Run a stage or an evaluation in its folder, or go on there; returns its summary.
 
-    Raises Interrupted after a signal, also one that came when all its work was done.
-    """
+    Raises Interrupted after a signal, also one that came when all its work was done."""
     summary = work(cfg.replace(out=str(out), resume=dist.broadcast(cfg.run.resume and out.exists())))
     gc.collect()  # its model goes before the next one loads
     torch.cuda.empty_cache()
@@ -121,8 +117,7 @@ def part(work, cfg, out: Path) -> dict:
 def how_to_go_on(log: RunLog, command: str):
     """Notice signals between the stages too, and say after one how the run goes on.
 
-    A stage names only its own folder. Raises Interrupted.
-    """
+    A stage names only its own folder. Raises Interrupted."""
     try:
         with interrupt.interruptible(run_folder.stop_files(log.run_dir), log.say):
             yield
@@ -142,8 +137,7 @@ def rlaif(cfg: RLAIFConfig) -> dict:
 def draw(what: str, write: Callable[[], Path | None], say: Callable[[str], None]) -> None:
     """Write a picture or a page of a run, and say where it is.
 
-    What fails is said, never raised: the run is complete without it.
-    """
+    What fails is said, never raised: the run is complete without it."""
     try:
         if path := write():
             say(f"{what}: {path}")

@@ -2,8 +2,7 @@
 
     minimath solve ["PROBLEM"] model=... adapter=runs/...
 
-The solution appears as it is written. Without a problem it asks for one after the other, until an empty line.
-"""
+The solution appears as it is written. Without a problem it asks for one after the other, until an empty line."""
 import sys
 import time
 from collections.abc import Iterator
@@ -25,8 +24,7 @@ from minimath.rollout.open import open_engine
 def solve_command(words: list[str]) -> None:
     """Run `minimath solve` with the words behind it.
 
-    samples > 1 prints several solutions. Raises UserError, also when there is no problem.
-    """
+    samples > 1 prints several solutions. Raises UserError, also when there is no problem."""
     problem, options = parse(words)
     cfg = load_config(EvalConfig, None, options)
     problems = [problem] if problem else ask() if sys.stdin.isatty() else list(ask())

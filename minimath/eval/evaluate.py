@@ -12,8 +12,7 @@ Several sets of problems (suite.py) share the model, which is loaded once:
     minimath eval suite=gsm8k,math500,mine=my.jsonl model=... [data=FOLDER] out=FOLDER
 
     out/NAME/               what a lone evaluation of that set leaves
-    out/suite.json          {"model", "adapter", "sets": {NAME: summary}, "mean"}: where it is, all sets are complete
-"""
+    out/suite.json          {"model", "adapter", "sets": {NAME: summary}, "mean"}: where it is, all sets are complete"""
 import contextlib
 import functools
 import itertools
@@ -49,8 +48,7 @@ def evaluate(cfg: EvalConfig) -> dict:
 
     Returns the summary, of a suite what suite.json holds. With resume, a complete evaluation in the run folder is
     returned as it is. Raises Interrupted, after it has said what is done and how to go on, and UserError also when what
-    decides the completions is not what the evaluation to go on with was begun with.
-    """
+    decides the completions is not what the evaluation to go on with was begun with."""
     if fault := cfg.check():
         raise UserError(fault)
     if cfg.suite:
@@ -71,8 +69,7 @@ def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str,
     """Evaluate on examples that are loaded; returns the summary.
 
     note: what is said of the examples. load: gives the model within a suite, which says how to go on. Raises as
-    `evaluate` does.
-    """
+    `evaluate` does."""
     decides, out = fingerprint(cfg, examples), Path(cfg.run.out)
     if cfg.run.resume and cfg.run.out and "evaluation" in held_run(out):
         refuse_changes(out, decides)  # now, not after a large model has loaded
@@ -118,8 +115,7 @@ def evaluate_suite(cfg: EvalConfig) -> dict:
     """Evaluate a model on each set of cfg.suite; returns what suite.json holds.
 
     Raises Interrupted; UserError before anything is sampled for an unknown set, problems that are nowhere, and a folder
-    that holds something else.
-    """
+    that holds something else."""
     sets = read_sets(cfg)
     if cfg.run.out:
         refuse_folder(Path(cfg.run.out), sets, cfg.run.resume)
@@ -163,8 +159,7 @@ def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, lo
 
     Several processes take a share of the problems each, and all return the whole. part: where completions are kept as
     they finish, with those that an earlier process left; None, within a training: nowhere. engine: an open one;
-    None: the one that cfg describes. Raises Interrupted, and UserError when no prompt fits.
-    """
+    None: the one that cfg describes. Raises Interrupted, and UserError when no prompt fits."""
     part, longest = part or PartFile(), cfg.prompt.max_prompt_len
     prompts = [policy.prompt_ids(example) for example in examples]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
@@ -198,8 +193,7 @@ def sample_completions(policy: Policy, prompts: dict[int, list[int]], cfg: EvalC
                        engine) -> int:
     """Sample what `part` lacks; returns the number of tokens sampled.
 
-    prompts: token ids by the problem's place in the data, which seeds its random streams.
-    """
+    prompts: token ids by the problem's place in the data, which seeds its random streams."""
     numbers = list(prompts)
     skip = {(p, s) for p, i in enumerate(numbers) for s in range(cfg.samples) if (i, s) in part.done}
     old_tokens, new_tokens = sum(part.done[numbers[p], s].tokens for p, s in skip), 0

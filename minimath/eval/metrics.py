@@ -2,8 +2,7 @@
 
 A record is one completion, a line of completions.jsonl: number (the problem's place in the data), id, problem, gold,
 sample, text, answer, correct, tokens, finished, correct_steps, steps. Step consistency (every `a op b = c`) is a
-tripwire, not a quality score: most wrong solutions pass it too.
-"""
+tripwire, not a quality score: most wrong solutions pass it too."""
 import json
 import statistics
 from pathlib import Path
@@ -59,8 +58,7 @@ def majority_correct(group: list[dict], checker: AnswerChecker) -> bool:
     """Tell whether the most frequent answer is correct; the first wins a tie.
 
     Answers count as one when they are equal as mathematics: 1,200 and 1200. The correct ones all equal the gold answer,
-    so only wrong ones are compared, and only where the outcome can depend on it.
-    """
+    so only wrong ones are compared, and only where the outcome can depend on it."""
     answered = [r for r in group if r["answer"] is not None]
     correct = sum(r["correct"] for r in answered)
     if correct == 0 or 2 * correct > len(answered):

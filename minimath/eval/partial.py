@@ -3,8 +3,7 @@
     run/fingerprint.json         what decides the completions: options; hashes of problems, adapter, model
     run/completions.part.jsonl   {"number", "sample", "ids", "finished"} of each completion; gone with the last one
 
-A completion's random stream is seeded by (seed, problem, sample), so it does not depend on which others are done.
-"""
+A completion's random stream is seeded by (seed, problem, sample), so it does not depend on which others are done."""
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -60,8 +59,7 @@ def part_line(number: int, sample: int, completion: Sample) -> str:
 def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy: Policy) -> PartFile:
     """Start the part file of log.run_dir, or with resume read what is there.
 
-    Damaged lines are dropped and told. Raises UserError when `decides` differs from what the evaluation began with.
-    """
+    Damaged lines are dropped and told. Raises UserError when `decides` differs from what the evaluation began with."""
     folder, done = log.run_dir, {}
     if cfg.run.resume and (folder / PART).exists():
         refuse_changes(folder, decides)

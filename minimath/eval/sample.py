@@ -4,8 +4,7 @@
 
 Rejection sampling: of k solutions per problem the shortest correct ones are kept, as in the paper (arXiv 2507.08267,
 section 3.1), in train.jsonl, ready for `minimath sft data=`. Sampling is an evaluation: interrupted, the same command
-with resume=true goes on.
-"""
+with resume=true goes on."""
 import json
 import statistics
 import sys

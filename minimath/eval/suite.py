@@ -1,8 +1,7 @@
 """Read the sets of problems of a suite, and average over them.
 
 Problems come from the folder data=FOLDER (NAME.jsonl or NAME_test.jsonl; also csv, parquet, ...), and what it lacks
-from the hub.
-"""
+from the hub."""
 import math
 import re
 import statistics
@@ -113,8 +112,7 @@ def mean_of(summaries: dict[str, dict]) -> dict:
     """Average over the sets, each counting the same; figures that a set lacks are left out.
 
     The interval of the mean accuracy is put together from those of the independent sets (MOVER: Zou, Huang and Zhang
-    2009, "A note on confidence interval estimation for a linear function of binomial proportions").
-    """
+    2009, "A note on confidence interval estimation for a linear function of binomial proportions")."""
     rows = list(summaries.values())
     names = [*AVERAGED, *(key for key in rows[0] if "@" in key)]
     mean: dict = {key: sum(row.get(key, 0) for row in rows) for key in SUMMED}

@@ -5,8 +5,7 @@ y = x W^T + x A^T (s B)^T, for q, k, v or gate, up together. What stands in the 
   are dequantised once instead of in every step, and a CPU gets its weights in oneDNN's own layout, 1.3 to 1.9 times as
   fast for 64 rows of bf16 as a plain product; in fp32 the copy is W + s B A, exact up to fp32 rounding. In 16 bits that
   sum would lose what the adapter learnt below 1/256 of a weight, so there the adapter stays apart;
-- else W as it is, and the adapters of a group in one small product.
-"""
+- else W as it is, and the adapters of a group in one small product."""
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -29,8 +28,7 @@ def parts_of(module: nn.Module) -> Parts | None:
     """Take a linear layer apart, plain or 4-bit, with or without LoRA.
 
     None for one that is something else or more: DoRA and other variants, fan_in_fan_out, other quantisation, a patched
-    forward.
-    """
+    forward."""
     base, active = module, []
     if isinstance(module, LoraLayer):
         base = module.base_layer
@@ -116,8 +114,7 @@ class Group:
 def packed_product(weight: torch.Tensor, bias, rows: int) -> Callable | None:
     """Make x -> x W^T + bias with W in oneDNN's layout for about `rows` rows.
 
-    That is what torch.compile does to frozen weights. None where oneDNN cannot: bf16 needs AVX-512 or better.
-    """
+    That is what torch.compile does to frozen weights. None where oneDNN cannot: bf16 needs AVX-512 or better."""
     if weight.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return None
     if weight.dtype != torch.float32 and not (
@@ -163,8 +160,7 @@ def decoding_linears(model, *, copy: bool, rows: int) -> Iterator[bool]:
     """Run the decoder's linear layers in groups inside. Weights must not change there.
 
     rows: how many are decoded side by side, for the layout. Yields whether every adapted layer is in a group, so that
-    nothing needs autocast.
-    """
+    nothing needs autocast."""
     apart, patched = {m for m in model.modules() if isinstance(m, LoraLayer)}, []  # apart: adapted, in no group
     try:
         for modules in called_together(model):

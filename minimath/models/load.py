@@ -1,8 +1,7 @@
 """Load a causal LM for training or inference and reach its parts: adapter, final hidden states, LM head.
 
 The reference policy and the self-judge are this model under `adapter_off`; rollouts and updates use the same weights.
-The LM head is never called: losses and log-probs go through `minimath.kernels`.
-"""
+The LM head is never called: losses and log-probs go through `minimath.kernels`."""
 import contextlib
 import sys
 import warnings
@@ -42,8 +41,7 @@ class Head(NamedTuple):
 def pick_device(name: str) -> torch.device:
     """Find the device that an option names. Raises UserError for one that is not there.
 
-    auto: cuda (also ROCm), else mps, else cpu; of several processes each its own.
-    """
+    auto: cuda (also ROCm), else mps, else cpu; of several processes each its own."""
     if name == "auto":
         name = dist.local_card() or ("cuda" if torch.cuda.is_available() else
                                      "mps" if torch.backends.mps.is_available() else "cpu")
@@ -61,8 +59,7 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Find the compute type and the reason for it, in words.
 
-    auto: bf16 where the hardware computes it (Turing, sm_75, only emulates it), else fp16 on CUDA, else fp32.
-    """
+    auto: bf16 where the hardware computes it (Turing, sm_75, only emulates it), else fp16 on CUDA, else fp32."""
     if name != "auto":
         return DTYPES[name], "as configured"
     if device.type == "cuda":
@@ -94,8 +91,7 @@ def load_model(cfg, *, train: bool):
     """Load model and tokenizer of a stage's config, with the adapter. Raises UserError.
 
     train=True: a trainable LoRA adapter (new, or the one in cfg.adapter.path) in fp32 over frozen weights; needs the
-    groups AdapterOptions and OptimizerOptions. train=False: cfg.adapter.path if given, everything frozen.
-    """
+    groups AdapterOptions and OptimizerOptions. train=False: cfg.adapter.path if given, everything frozen."""
     options = cfg.model
     if options.shard and (options.quant == "nf4" or options.liger):
         raise UserError("shard=true splits plain 16- and 32-bit layers: leave shard away, or quant=nf4 (a quarter of "
@@ -265,8 +261,7 @@ def inference(model):
 def cast_adapters_down(model) -> None:
     """Stop peft from casting activations up to the adapter's fp32.
 
-    `compute_dtype` casts the adapter down instead: same rounding of the result, a third less time per step.
-    """
+    `compute_dtype` casts the adapter down instead: same rounding of the result, a third less time per step."""
     if base_causal_lm(model).dtype != torch.float32:
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
@@ -289,8 +284,7 @@ def hidden_states(model, input_ids: torch.Tensor, *, attention_mask=None, positi
     """Compute the final hidden states, after the last norm, without the LM head.
 
     input_ids (B, T) -> (B, T, D). With B = 1, no attention_mask and position_ids that restart at 0, transformers
-    masks attention between the packed examples itself (sliding windows included).
-    """
+    masks attention between the packed examples itself (sliding windows included)."""
     with compute_dtype(model):
         return base_causal_lm(model).base_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -301,8 +295,7 @@ def additive_mask(model, age: torch.Tensor, seen: torch.Tensor):
     """Make the additive mask of what each query sees, as the model takes it.
 
     age, seen (B, 1, Q, K): positions from key to query; whether the query may see the key, windows left aside. A window
-    w holds a token and the w - 1 positions before it. Returns a dict by layer type if layers differ.
-    """
+    w holds a token and the w - 1 positions before it. Returns a dict by layer type if layers differ."""
     config, dtype = base_causal_lm(model).config.get_text_config(), base_causal_lm(model).dtype
 
     def additive(seen):

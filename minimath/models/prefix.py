@@ -1,8 +1,7 @@
 """Completions of one prompt behind a single copy of it: an update computes a group's prompt once.
 
 A sequence is prompt, completion 1, completion 2, ...; every completion's positions go on from the prompt's end, and its
-tokens see the prompt and themselves: loss and gradient are those of the rows computed apart.
-"""
+tokens see the prompt and themselves: loss and gradient are those of the rows computed apart."""
 from collections.abc import Iterator
 
 import torch
@@ -30,8 +29,7 @@ def shared_packs(rows: list[Encoded], groups: list[int], micro_batch_tokens: int
     """Cut rows into packs of one group, each with one copy of the prompt.
 
     rows: prompt + trained completion, those of a group next to each other; groups: the number of each row's group.
-    Returns indices; a pack has at most micro_batch_tokens tokens, and a longer row goes alone.
-    """
+    Returns indices; a pack has at most micro_batch_tokens tokens, and a longer row goes alone."""
     packs, last, length = [], None, 0
     for index, (row, group) in enumerate(zip(rows, groups, strict=True)):
         more = len(row.ids) - prompt_length(row)
@@ -54,8 +52,7 @@ def shared_batch(model, rows: list[Encoded]) -> dict:
     """Lay rows with a common prompt out as one sequence, for hidden_states.
 
     input_ids, position_ids (1, T), attention_mask as the model takes it, source (N,): the places whose hidden states
-    predict the N trained tokens, target (N,): those tokens, in the order of rows.
-    """
+    predict the N trained tokens, target (N,): those tokens, in the order of rows."""
     start = prompt_length(rows[0])
     ids, position, segment = list(rows[0].ids[:start]), list(range(start)), [0] * start
     source, target = [], []
@@ -76,8 +73,7 @@ def shared_batch(model, rows: list[Encoded]) -> dict:
 def shared_mask(model, position: torch.Tensor, segment: torch.Tensor):
     """Make the mask of a shared sequence: [1, 1, T, T], or a dict by layer type.
 
-    position, segment (T,). A token sees the prompt (segment 0) and its own segment, both up to itself.
-    """
+    position, segment (T,). A token sees the prompt (segment 0) and its own segment, both up to itself."""
     age = position[:, None] - position
     seen = (age >= 0) & ((segment[:, None] == segment) | (segment == 0))
     return additive_mask(model, age[None, None], seen[None, None])
@@ -88,8 +84,7 @@ def forward_batches(policy: Policy, rows: list[Encoded], groups: list[int],
     """Yield indices into rows and their batch, behind shared prompts where that saves.
 
     Else rows of like length, padded. groups: as in shared_packs. Every batch has input_ids, position_ids,
-    attention_mask and target; `trained_states` finds the hidden states that belong to the targets.
-    """
+    attention_mask and target; `trained_states` finds the hidden states that belong to the targets."""
     attn, most = policy.options.attn, micro_batch_tokens
     if attn == "eager":
         most = min(most, EAGER_TOKENS)

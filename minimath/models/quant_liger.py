@@ -19,8 +19,7 @@ def patch_with_liger(model) -> None:
     """Put liger-kernel's RMSNorm, RoPE and SwiGLU into `model`, but not its losses.
 
     RoPE changes for every model of the family in this process. Raises UserError without a GPU, without the package, for
-    a family that it does not know.
-    """
+    a family that it does not know."""
     if model.device.type != "cuda":
         raise UserError(f"liger=true needs a GPU, and the model is on {model.device.type}: use liger=false here")
     try:
@@ -39,8 +38,7 @@ def keep_4bit_weights_trainable(model) -> int:
     """Stop bitsandbytes from repacking 4-bit weights; returns the number of layers.
 
     On CPUs with avx512_bf16 one no-grad forward in eval mode repacks Linear4bit weights for good; LoRA gradients after
-    that are wrong by 77-99% with a normal-looking loss.
-    """
+    that are wrong by 77-99% with a normal-looking loss."""
     layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False

@@ -2,8 +2,7 @@
 
 Each process keeps 1 / world of every decoder layer's weights; a forward, and a backward, gathers one layer at a time.
 Embeddings, the LM head and the adapter stay whole: a step is the same as without. A forward is work of all processes
-together: each must do as many as the others, with blank ones where it has less to do.
-"""
+together: each must do as many as the others, with blank ones where it has less to do."""
 from collections.abc import Iterator
 
 import torch
@@ -38,8 +37,7 @@ def is_sharded(model) -> bool:
 def in_step(model, batches: Iterator[tuple[list[int], dict]]) -> Iterator[tuple[list[int], dict]]:
     """Yield (indices, batch) of batches; of a sharded model as many in every process.
 
-    Blank ones stand behind them: one token, of which nothing is trained; their loss and gradient are 0.
-    """
+    Blank ones stand behind them: one token, of which nothing is trained; their loss and gradient are 0."""
     if not is_sharded(model):
         yield from batches
         return

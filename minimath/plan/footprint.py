@@ -2,8 +2,7 @@
 
 The model's own code runs on tensors that have shapes and no data (torch's FakeTensorMode) while storages are counted:
 for two and three times the pattern of its layers, as each further one adds the same, and for three lengths, as a row
-costs a constant, its length and its square. Rows need masks, and gradients are there from the micro-batch before.
-"""
+costs a constant, its length and its square. Rows need masks, and gradients are there from the micro-batch before."""
 import copy
 import functools
 import weakref

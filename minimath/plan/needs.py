@@ -155,8 +155,7 @@ class Planner:
     def changes(self, stages: dict, card: int) -> dict[str, dict] | None:
         """Find what makes the stages fit, {section: {option: text}}; None: nothing does.
 
-        micro_batch_tokens changes no result, so it is lowered first; rows are cut only when every remedy is used.
-        """
+        micro_batch_tokens changes no result, so it is lowered first; rows are cut only when every remedy is used."""
         trained, options = {name: stages[name] for name in ("sft", "rlaif")}, {}
         for key, worse, better in ((None,) * 3, *REMEDIES):
             if key and all(cfg.value(key) != worse for cfg in trained.values()):

@@ -124,8 +124,7 @@ def curves(metrics: list[dict], panels: dict[str, list[str]]) -> Figure:
 def draw_curve(axis, points: list[tuple], colour: str, label: str, half: int = 2) -> list[tuple]:
     """Draw faint points and the line of their running mean; returns the line's points.
 
-    half: values on each side that a mean is over, fewer at the ends.
-    """
+    half: values on each side that a mean is over, fewer at the ends."""
     steps, values = [x for x, _ in points], [y for _, y in points]
     mean = [np.mean(values[max(0, i - half):i + half + 1]) for i in range(len(values))]
     if points:
@@ -140,8 +139,7 @@ def draw_curve(axis, points: list[tuple], colour: str, label: str, half: int = 2
 def judged(rows: list[dict]) -> Figure | None:
     """Draw judged wins of worse solutions against correct completions, then length and reward.
 
-    rows: records of metrics.jsonl. Without judged canary pairs there is nothing to draw.
-    """
+    rows: records of metrics.jsonl. Without judged canary pairs there is nothing to draw."""
     if not any(series(rows, f"{prefix}worse_wins") for prefix, *_ in CANARIES):
         return None
     figure, (top, bottom) = new_figure(7.2, 6.2, nrows=2, sharex=True, height_ratios=[3, 2])
@@ -176,8 +174,7 @@ def draw_gap(axis, rows: list[dict]) -> None:
 def shade_gap(axis, wins: list[tuple], mean: list[tuple], correct: list[tuple]) -> None:
     """Fill where wrong completions win more than at first, and no more are correct.
 
-    wins: of the rollout's pairs; mean, correct: running means of draw_curve.
-    """
+    wins: of the rollout's pairs; mean, correct: running means of draw_curve."""
     first, before = np.transpose(wins[:3])
     before, correct_before = before.mean(), np.interp(first, *zip(*correct)).mean()
     steps = np.linspace(wins[0][0], wins[-1][0], 500)

@@ -6,8 +6,7 @@ A run folder is one of `minimath run` or `minimath demo`, of a single stage, of 
 suites beside each other are compared set by set. The page holds the two stages (accuracy against tokens), training
 curves, lengths, problems solved by each model with every step marked, the judge's health, all settings and the command.
 Pictures are inline SVG in the page's own colours, and PNG files beside it. Texts of models and data are escaped by the
-template page.html, and the page's policy allows no script and no address at all.
-"""
+template page.html, and the page's policy allows no script and no address at all."""
 import contextlib
 import json
 import re
@@ -52,8 +51,7 @@ def report(words: list[str]) -> dict:
 def write_page(runs: list[Path], out: Path) -> Path:
     """Write report.html of the run folders into `out`.
 
-    Raises UserError for a folder with nothing to report.
-    """
+    Raises UserError for a folder with nothing to report."""
     evaluations, stages, suites = {}, {}, {}
     for run in runs:
         if (run / SUITE).is_file():

@@ -1,4 +1,7 @@
 """The running batch of a rollout: rows in slots, the decode step on the device, rows that come and go."""
+import collections
+import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,22 +10,23 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
 from minimath.core.errors import UserError
+from minimath.grading.answer import box_closed
 from minimath.models.load import additive_mask, base_causal_lm, head
 from minimath.rollout.engine import Engine, Job
-from minimath.rollout.graphs import StepGraphs
 from minimath.rollout.kv_cache import SlotCache
 from minimath.rollout.sampling import sample_tokens, stream_noise
-from minimath.rollout.stopping import BoxWatch, in_loop
 
 BLOCK = 16  # rows that attention treats alike on a CPU
 SYNC = {"cuda": 4}  # steps between looks at which rows have ended; a look makes the host wait for the device
 FIXED_SHAPES = ("cuda",)  # devices whose steps have few shapes, as recording needs them: rounded up
 WINDOW = 256  # to a multiple of this, for lengths
 PREFILL_TOKENS = 4096  # of prompts in one forward
+WARM_UP = 2  # calls before capture: lazy set-up of libraries must not be recorded
+MOST = 24  # graphs kept; a batch that shrinks needs a new one for every size
 
 
 class Fast(NamedTuple):
-    """How the model computes while it decodes, see own_engine.fast_decoding."""
+    """How the model computes while it decodes, see open.fast_decoding."""
     blocks: bool  # attention can be over blocks of rows
     head: Callable | None  # multiplies by the head's weight; None: a plain product
     copied: bool  # weights are copied once
@@ -41,8 +45,7 @@ class Decode:
     """The running batch: slot i belongs to rows[i].
 
     Its state lives on the device, in tensors (S, ...): token: sampled last, not yet in the cache; pos: its place;
-    count: tokens sampled; alive: goes on; ids, logp and full_logp of the tokens sampled.
-    """
+    count: tokens sampled; alive: goes on; ids, logp and full_logp of the tokens sampled."""
 
     def __init__(self, engine: Engine, queue: list[Row], max_num_seqs: int, fast: Fast):
         model, tokenizer, options = engine.policy.model, engine.policy.tokenizer, engine.options
@@ -144,8 +147,7 @@ class Decode:
     def end_early(self) -> None:
         """End rows that have closed their box, or go round in circles.
 
-        Looks at every new token, for loops at every 16th: where a row ends does not depend on when the host looks.
-        """
+        Looks at every new token, for loops at every 16th: where a row ends does not depend on when the host looks."""
         n, guard = len(self.rows), self.loop_guard
         back = torch.arange(2 * self.sync, 0, -1, device=self.device)  # after an out-of-memory more are new
         slots = torch.arange(n, device=self.device)[:, None]
@@ -233,8 +235,7 @@ class Decode:
     def halve(self) -> list[Row]:
         """Go on with half the slots, from the tokens sampled; returns the rows that ended.
 
-        Raises UserError if there was one slot, and rows are left to sample.
-        """
+        Raises UserError if there was one slot, and rows are left to sample."""
         rows = [self.read(i) for i in range(len(self.rows))]
         over = [row for row, goes_on in zip(rows, self.alive.tolist()) if not goes_on]
         self.queue = [row for row in rows if row not in over] + [row for row in self.queue if row not in rows]
@@ -266,3 +267,69 @@ def logits_of(hidden: torch.Tensor, lm_head, product) -> torch.Tensor:
     if lm_head.softcap:
         logits = lm_head.softcap * torch.tanh(logits / lm_head.softcap)
     return logits
+
+
+class StepGraphs:
+    """Runs a step from CUDA graphs, one launch for a thousand kernels; `forget` them when tensors move.
+
+    Elsewhere, or where capture fails, plain calls."""
+
+    def __init__(self, device: torch.device):
+        self.usable = device.type == "cuda" and torch.version.hip is None
+        self.used, self.pool = False, None
+        self.forget()
+
+    def forget(self) -> None:
+        self.recorded, self.calls = {}, collections.Counter()
+
+    def run(self, step, n: int, length: int, spans) -> None:
+        """Run step(n, length, spans), as Decode.run_step takes them."""
+        key = (n, length)
+        if self.usable and self.calls[key] >= WARM_UP and key not in self.recorded and len(self.recorded) < MOST:
+            self.record(step, n, length)
+        self.calls[key] += 1
+        if key in self.recorded:
+            self.recorded[key].replay()
+            self.used = True
+        else:
+            step(n, length, spans)
+
+    def record(self, step, n: int, length: int) -> None:
+        """Record one step without running it; say once if it cannot be recorded."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                step(n, length, None)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.usable = False
+            warnings.warn("rollouts run without CUDA graphs, which is slower: the step could not be recorded "
+                          f"({str(error).splitlines()[0]})", stacklevel=2)
+        else:
+            self.recorded[n, length], self.pool = graph, graph.pool()
+
+
+@functools.lru_cache(maxsize=4)
+def closing_ids(tokenizer) -> frozenset[int]:
+    """Find the ids whose text has a closing brace."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return frozenset(i for i, text in enumerate(texts) if "}" in text)
+
+
+class BoxWatch:
+    """Tells when a completion has closed a \\boxed{...}; decodes only when it can have."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.closing = tokenizer, closing_ids(tokenizer)
+
+    def may_close(self, token: int) -> bool:
+        return token in self.closing
+
+    def closed(self, ids: list[int]) -> bool:
+        return box_closed(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def in_loop(ids: list[int]) -> bool:
+    """Tell whether all of ids repeats a piece of at most a quarter of its length."""
+    return any(ids[period:] == ids[:-period] for period in range(1, len(ids) // 4 + 1))

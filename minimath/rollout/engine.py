@@ -1,4 +1,4 @@
-"""What samples completions, whichever engine does it: own_engine.py, transformers_engine.py or vllm.py."""
+"""What samples completions, whichever engine does it: open.py, transformers_engine.py or vllm.py."""
 import contextlib
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
@@ -22,8 +22,7 @@ class Engine:
     """Samples completions of prompts with the weights that train. A context manager.
 
     While a stream is open the model is set up for decoding: train or judge with it later. A completion depends on
-    (seed, key of its prompt, number of the sample) and the weights, not on its batch, up to rounding.
-    """
+    (seed, key of its prompt, number of the sample) and the weights, not on its batch, up to rounding."""
 
     def __init__(self, engine: EngineOptions, sampling: SamplingOptions, policy: Policy, *, seed: int = 0, say=print):
         self.options, self.policy, self.seed, self.say = engine, policy, seed, say
@@ -35,8 +34,7 @@ class Engine:
         """Sample n completions of each prompt; yield (prompt, sample, what came) as they end.
 
         prompts: token ids, none empty. keys: of the prompts' random streams, else their indices. skip: (prompt, sample)
-        that are not wanted. To stop, close the generator. Raises UserError if memory is too small for one sequence.
-        """
+        that are not wanted. To stop, close the generator. Raises UserError if memory is too small for one sequence."""
         raise NotImplementedError
 
     def generate(self, prompts: list[list[int]], n: int = 1, keys: list[int] | None = None) -> list[list[Sample]]:

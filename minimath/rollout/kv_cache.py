@@ -1,8 +1,7 @@
 """The KV cache of a running batch: S slots whose rows stand at different positions, and attention over them.
 
 Attention, by transformers' own sdpa, reads a block of rows of like length only as far as its longest row: on a CPU
-decoding is bound by the keys and values that it reads.
-"""
+decoding is bound by the keys and values that it reads."""
 import contextlib
 
 import torch
@@ -45,8 +44,7 @@ class SlotCache(Cache):
     def __init__(self, prefilled: DynamicCache, slots: int, length: int):
         """Make buffers of zeros for `slots` rows of `length` places, as of a prefilled cache.
 
-        Once: buffers that grow leave holes in the heap, and recorded steps hold their addresses.
-        """
+        Once: buffers that grow leave holes in the heap, and recorded steps hold their addresses."""
         self.places = -(-length // ALIGN) * ALIGN
         super().__init__(layers=[SlotLayer(layer, slots, self.places) for layer in prefilled.layers])
 
@@ -89,8 +87,7 @@ def check_model(model) -> None:
 def slot_attention(module, query, key, value, attention_mask, *, spans=None, **kwargs):
     """Attend by transformers' sdpa, a block of rows at a time.
 
-    query (n, Hq, 1, Dh), key (n, H, T, Dh). spans: (first row, end row, places) of blocks; None: all as one.
-    """
+    query (n, Hq, 1, Dh), key (n, H, T, Dh). spans: (first row, end row, places) of blocks; None: all as one."""
     if spans is None or len(spans) == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     parts = [sdpa_attention_forward(module, query[a:b], key[a:b, :, :length], value[a:b, :, :length],
@@ -107,8 +104,7 @@ def decoding_attention(model):
     """Let the model attend by `slot_attention` inside; yields whether it does.
 
     Not so with a softcap on scores (Gemma-2), which sdpa lacks: those keep their eager attention. That copies the keys
-    of every group of heads per token, and flash_attention_2 takes no mask of ours.
-    """
+    of every group of heads per token, and flash_attention_2 takes no mask of ours."""
     base = base_causal_lm(model)
     config = base.config.get_text_config()
     before = config._attn_implementation

@@ -1,16 +1,26 @@
-"""Which engine samples: minimath's own, transformers' generate or vLLM.
+"""Which engine samples: minimath's own, which is here, transformers' generate or vLLM.
 
     with open_engine(cfg.engine, cfg.sampling, policy, seed=cfg.run.seed) as engine:
         groups = engine.generate(prompts, 8)
-"""
+
+Ours: a prompt is prefilled once for the completions that start together. Long prompts go first; when a sixteenth of the
+slots is free the next completions move in. Should memory run out, half as many go on from the tokens sampled so far."""
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
 from minimath.config.schema import EngineOptions, SamplingOptions
 from minimath.core import dist
 from minimath.core.errors import UserError
+from minimath.models.linears import copied_bytes, decoding_linears, is_4bit, packed_product
+from minimath.models.load import base_causal_lm, compute_dtype, head, inference
+from minimath.models.memory import fitting_slots, free_bytes, is_out_of_memory
 from minimath.models.policy import Policy
 from minimath.models.sharding import is_sharded
+from minimath.rollout.decode import Decode, Fast, Row
 from minimath.rollout.engine import Engine
-from minimath.rollout.kv_cache import NoStandardCache
-from minimath.rollout.own_engine import OwnEngine
+from minimath.rollout.kv_cache import NoStandardCache, check_model, decoding_attention
 from minimath.rollout.transformers_engine import TransformersEngine
 from minimath.rollout.vllm import VLLMEngine
 
@@ -22,8 +32,7 @@ def open_engine(engine: EngineOptions, sampling: SamplingOptions, policy: Policy
     """Open the engine that the options ask for; a context manager.
 
     rollout=auto says so where it falls back to transformers' generate. run_dir: where vLLM finds the adapters. Raises
-    UserError for options that the engine does not have, and for a vLLM out of reach.
-    """
+    UserError for options that the engine does not have, and for a vLLM out of reach."""
     slower = ""
     if engine.rollout == "auto" and not is_sharded(policy.model):  # ours reads the weights of a layer by itself
         try:
@@ -41,3 +50,70 @@ def open_engine(engine: EngineOptions, sampling: SamplingOptions, policy: Policy
     if slower:
         say(slower)
     return TransformersEngine(engine, sampling, policy, seed=seed, say=say)
+
+
+class OwnEngine(Engine):
+    """Decodes in this process; raises NoStandardCache for models without one."""
+
+    def __init__(self, *options, **more):
+        super().__init__(*options, **more)
+        check_model(self.policy.model)
+        self.max_num_seqs = self.options.max_num_seqs  # 0: as many as memory allows; less once it ran out
+        self._batch, self._metrics = None, {}
+
+    @torch.no_grad()  # between two yields, too, the caller has its own grad mode
+    def stream(self, prompts, n=1, *, keys=None, skip=()):
+        jobs = sorted(self.jobs(prompts, n, keys, skip), key=lambda job: -len(job.prompt))
+        if not jobs:
+            return
+        model = self.policy.model
+        most = min(self.max_num_seqs, len(jobs)) or \
+            fitting_slots(model, len(jobs[0].prompt) + self.max_new_tokens, len(jobs))
+        with inference(model), fast_decoding(model, most) as fast:
+            self._batch = Decode(self, [Row(job) for job in jobs], most, fast)
+            try:
+                while self._batch.queue or self._batch.rows:
+                    yield [(*row.job.place, self.sample(row.ids, row.logp, row.boxed or row.ids[-1] in self.eos,
+                                                        row.full_logp)) for row in self._advance()]
+            finally:
+                self._metrics, self._batch = self._batch.metrics(), None
+
+    def _advance(self) -> list[Row]:
+        try:
+            return self._batch.advance()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        over = self._batch.halve()  # out here, where the exception no longer holds the tensors of the step
+        self.max_num_seqs = self._batch.max_num_seqs
+        return over
+
+    def running(self):
+        return self._batch.running() if self._batch else []
+
+    def metrics(self):
+        return self._metrics
+
+    def state_dict(self):
+        return {"max_num_seqs": self.max_num_seqs, "learned_with": self._bears_on_memory()}
+
+    def load_state_dict(self, state):
+        """Go on with what was learned, unless an option that bears on memory has changed."""
+        if state.get("learned_with") == self._bears_on_memory():
+            self.max_num_seqs = state["max_num_seqs"]
+
+    def _bears_on_memory(self) -> list:
+        return [self.options.max_num_seqs, self.max_new_tokens, *vars(self.policy.options).values()]
+
+
+@contextlib.contextmanager
+def fast_decoding(model, rows: int) -> Iterator[Fast]:
+    """Set the model up for decoding about `rows` rows; weights must not change inside."""
+    base = base_causal_lm(model)
+    wanted = base.device.type == "cpu" or any(is_4bit(m) for m in base.modules())
+    copy = wanted and 3 * copied_bytes(model, base.dtype) < free_bytes(base.device)
+    with decoding_attention(model) as blocks, decoding_linears(model, copy=copy, rows=rows) as every:
+        lm_head = head(model)
+        product = packed_product(lm_head.weight, lm_head.bias, rows) if copy else None
+        with contextlib.nullcontext() if every else compute_dtype(model):
+            yield Fast(blocks and base.device.type == "cpu", product, copy)

@@ -1,8 +1,7 @@
 """Choose tokens: temperature, top-k, min-p, top-p, for all rows at once and without a read-back.
 
 A token is found by inverting the cumulative distribution at a number in [0, 1) that belongs to the completion and the
-place in it alone. What a completion becomes therefore does not depend on the batch it was decoded in.
-"""
+place in it alone. What a completion becomes therefore does not depend on the batch it was decoded in."""
 import math
 from typing import NamedTuple
 
@@ -34,8 +33,7 @@ def sample_tokens(logits: torch.Tensor, noise: torch.Tensor, how: Sampling) -> t
 
     logits (n, V) fp32, overwritten; noise (n,) in [0, 1). Returns token (n,) int64, logp (n,) fp32 under the
     distribution sampled from (after temperature, and renormalised after top-k, min-p and top-p, in this order),
-    full_logp (n,) after temperature alone: what linear_logp gives for the token.
-    """
+    full_logp (n,) after temperature alone: what linear_logp gives for the token."""
     if how.temperature > 0 and how.temperature != 1:
         logits /= how.temperature
     whole = None if how.full() else logits.clone()
@@ -52,8 +50,7 @@ def sample_tokens(logits: torch.Tensor, noise: torch.Tensor, how: Sampling) -> t
 def invert(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the tokens at which the cumulative softmax passes noise, and their log-probs.
 
-    In two levels, sums of blocks and then one block: a running sum over the whole vocabulary is slower by far.
-    """
+    In two levels, sums of blocks and then one block: a running sum over the whole vocabulary is slower by far."""
     n, size = logits.shape
     block = math.gcd(size, BLOCK)
     if block < 16:  # a vocabulary of no nice size

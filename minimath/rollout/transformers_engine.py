@@ -1,7 +1,7 @@
 """Rollouts by transformers' `generate`, for models that minimath's own decode loop cannot serve.
 
 Mamba, RWKV and the hybrids of attention and a recurrence keep other state than keys and values; `generate` of each
-model knows its own. Slower than own_engine.py: every row is prefilled, and a batch lasts as long as its longest row.
+model knows its own. Slower than open.py: every row is prefilled, and a batch lasts as long as its longest row.
 transformers' continuous batching is no alternative: in 5.23 it serves full and sliding-window attention alone.
 
 The tokens are chosen by a logits processor with our own sampler, which lets one token through. So options, random
@@ -35,8 +35,7 @@ class TransformersEngine(Engine):
 
     Prompts of unlike length share a batch, left-padded, only if padding does not change what this model computes.
     stream yields a batch when it ends, and raises Interrupted within one, UserError if the log-probs are not those of
-    the training forward (looked at once a call), and what the model's `generate` raises.
-    """
+    the training forward (looked at once a call), and what the model's `generate` raises."""
 
     @torch.no_grad()
     def stream(self, prompts, n=1, *, keys=None, skip=()):
@@ -118,8 +117,7 @@ def greedy(model, prompts: list[list[int]], length: int, pad: int, *processors, 
 def padding_is_harmless(model, pad: int, prompt: list[int], length: int) -> bool:
     """Tell whether log-probs stay when `prompt` is left-padded to `length`.
 
-    Not all recurrent models leave masked tokens out of their state, and no config says so.
-    """
+    Not all recurrent models leave masked tokens out of their state, and no config says so."""
     base = base_causal_lm(model)
     if "attention_mask" not in inspect.signature(base.forward).parameters:
         return False
@@ -132,8 +130,7 @@ def check_logp(model, prompt: list[int], sample: Sample, temperature: float) -> 
     """Raise UserError unless the log-probs are those of the training forward.
 
     `generate` of a seldom used model can be wrong without a sign of it (RWKV's, for more than one row), and a head can
-    have a scale that models.load.head does not know.
-    """
+    have a scale that models.load.head does not know."""
     base, difference = base_causal_lm(model), logp_difference(model, prompt, sample, temperature)
     if not difference <= LOGP_TOLERANCE.get(base.dtype, 0.1):
         raise UserError(f"transformers' generate of {type(base).__name__} records log-probs {difference:.2g} away from "

@@ -6,8 +6,7 @@ rounding); its tokens are others than ours, for vLLM draws otherwise.
 
 Log-probs: vLLM's processed_logprobs are those of the distribution sampled from (after temperature, min-p, top-k,
 top-p, in vLLM's order); its default, raw_logprobs, leaves temperature out too. What a token had before truncation is
-not told. vLLM serves the base in 16 bits where quant=nf4 trains on 4: the samples are then a little off-policy.
-"""
+not told. vLLM serves the base in 16 bits where quant=nf4 trains on 4: the samples are then a little off-policy."""
 import contextlib
 import gc
 import os
@@ -39,8 +38,7 @@ class VLLMEngine(Engine):
     """vLLM for one run: serves the adapter as it is at each call, then sleeps.
 
     Raises UserError for a server out of reach, of another model or without the log-probs that the sampling needs, for
-    vllm that is not installed or does not start, and for adapters that vLLM cannot serve.
-    """
+    vllm that is not installed or does not start, and for adapters that vLLM cannot serve."""
 
     def __init__(self, engine, sampling, policy, *, seed=0, run_dir="", say=print):
         super().__init__(engine, sampling, policy, seed=seed, say=say)
@@ -71,8 +69,7 @@ class VLLMEngine(Engine):
     def swap(self) -> None:
         """Serve the adapter as it is now, if any, in place of the last one.
 
-        Raises UserError if vLLM's log-probs of a few tokens are not those of the training forward.
-        """
+        Raises UserError if vLLM's log-probs of a few tokens are not those of the training forward."""
         model = self.policy.model
         if isinstance(model, PeftModel):
             self.swaps += 1

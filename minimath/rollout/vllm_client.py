@@ -40,8 +40,7 @@ class Server:
     def __init__(self, url: str, name: str, longest: int, probe: Job, how: Sampling):
         """Connect; raise UserError for another model, or log-probs of no use to the sampling.
 
-        longest: tokens of prompt and completion.
-        """
+        longest: tokens of prompt and completion."""
         try:
             import openai
         except ImportError:
@@ -96,8 +95,7 @@ class Server:
                  most: int) -> Iterator[list[tuple[int, Answer]]]:
         """Yield the indices of jobs and their answers as they end, `most` in flight.
 
-        One that fails for good ends all others. No setting is left to the server. Raises UserError.
-        """
+        One that fails for good ends all others. No setting is left to the server. Raises UserError."""
         settings = {"model": self.model, "n": 1, "max_tokens": max_new_tokens, "logprobs": 0, "top_p": how.top_p,
                     "temperature": how.temperature, "min_p": how.min_p, "top_k": how.top_k or -1,
                     "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,

@@ -1,7 +1,7 @@
 """Engines around a model of the tests, and what they sample."""
 from minimath.config.schema import EngineOptions, ModelOptions, PromptOptions, SamplingOptions
 from minimath.models.policy import Policy
-from minimath.rollout.own_engine import OwnEngine
+from minimath.rollout.open import OwnEngine
 
 ENGINE = ("max_num_seqs", "stop_boxed", "loop_guard", "rollout", "vllm_url", "vllm_gpu_share")
 

@@ -14,8 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from minimath.config.schema import EngineOptions, SamplingOptions
 from minimath.core import interrupt
 from minimath.core.errors import Interrupted, UserError
-from minimath.rollout.open import OWN_ENGINE_ONLY, open_engine
-from minimath.rollout.own_engine import OwnEngine
+from minimath.rollout.open import OWN_ENGINE_ONLY, OwnEngine, open_engine
 from minimath.rollout.transformers_engine import TransformersEngine
 
 

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from minimath.rollout.graphs import MOST, WARM_UP, StepGraphs
+from minimath.rollout.decode import MOST, WARM_UP, StepGraphs
 
 
 class Recorder:

@@ -17,9 +17,9 @@ from minimath.models import memory
 from minimath.models.linears import called_together, decoding_linears, parts_of
 from minimath.models.load import adapter_off, base_causal_lm, hidden_states, inference
 from minimath.rollout import decode as decoding
-from minimath.rollout import own_engine
+from minimath.rollout import open as own_engine
+from minimath.rollout.decode import BoxWatch, in_loop
 from minimath.rollout.sampling import Sampling, sample_tokens
-from minimath.rollout.stopping import BoxWatch, in_loop
 
 
 @pytest.fixture(scope="module")
