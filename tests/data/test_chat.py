@@ -259,7 +259,8 @@ def test_a_completion_is_trained_with_the_ids_that_were_sampled(template, sample
 
 def test_a_template_that_closes_the_thoughts_of_a_solution_without_any_trains_that():
     tokenizer = make_tokenizer(OPENS)
-    assert trained_text(tokenizer, encoded(tokenizer, Example("2+3?", "\\boxed{5}"))) == "\n</think>\n\n\\boxed{5}<|im_end|>"
+    row = encoded(tokenizer, Example("2+3?", "\\boxed{5}"))
+    assert trained_text(tokenizer, row) == "\n</think>\n\n\\boxed{5}<|im_end|>"
 
 
 @pytest.mark.parametrize("template, expected", [

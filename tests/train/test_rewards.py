@@ -5,6 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minimath.config.load import load_config
 from minimath.config.schema import RewardOptions, RLAIFConfig
@@ -290,3 +292,36 @@ def test_advantages_are_set_on_the_samples_and_a_reward_that_is_no_number_reache
     set_advantages(groups, "none", lambda sample: sample.finished)
     assert [sample.advantage for sample in groups[0].samples] == [1.0, -1.0, 0.0, 0.0, 0.0]
     assert groups[0].has_signal() and all(math.isnan(sample.advantage) for sample in groups[1].samples)
+
+
+# ---- rewards of None (issue 18, complaint 4)
+
+@pytest.mark.parametrize("overlong", ["none", "penalty"])
+@pytest.mark.parametrize("scale", ["group", "none", "rloo"])
+@given(data=st.data(), values=st.lists(st.floats(-3, 3), min_size=5, max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_a_sample_without_a_reward_is_as_if_it_were_not_there(scale, overlong, data, values):
+    gone = data.draw(st.sets(st.integers(0, 4), max_size=5))
+    given_rewards = [None if i in gone else value for i, value in enumerate(values)]
+    left = [i for i in range(5) if i not in gone]
+    whole, part = group_of(), group_of()
+    part.samples = [part.samples[i] for i in left]
+    assert rewards_of(whole, reward=lambda samples, example: given_rewards, overlong=overlong) == [
+        None if i in gone else pytest.approx(sample) for i, sample in enumerate(
+            _laid_out(rewards_of(part, reward=lambda s, e: [values[i] for i in left], overlong=overlong), left))]
+    set_advantages([whole, part], scale, lambda sample: True)
+    assert [s.advantage for s in whole.samples] == _laid_out([s.advantage for s in part.samples], left)
+
+
+def _laid_out(numbers, places) -> list[float]:
+    """Numbers at their places among five, 0 elsewhere."""
+    return [dict(zip(places, numbers, strict=True)).get(i, 0.0) for i in range(5)]
+
+
+def test_none_for_every_sample_leaves_the_group_without_a_signal_and_a_nan_is_refused_still():
+    group = group_of()
+    assert rewards_of(group, reward=lambda samples, example: [None] * 5) == [None] * 5
+    set_advantages([group], "group", lambda sample: True)
+    assert not group.has_signal()
+    with pytest.raises(UserError, match="or None for those that do not count"):
+        rewards_of(group, reward=lambda samples, example: [None, 1, 1, 1, math.nan])
