@@ -3,6 +3,7 @@
 Its retries, Retry-After and time-outs are used; what it lacks stands here, and README.md lists it.
 """
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from minimath.core.text import mask
 from minimath.judges.base import Judge, Pair
 from minimath.judges.cache import ReplyCache, reply_key
 from minimath.judges.rubrics import judge_prompt, load_rubric
-from minimath.judges.verdict import FIELDS, FORMS, Reply, read_reply, text_vote, vote
+from minimath.judges.verdict import FIELDS, FORMS, INSTEAD, Reply, read_reply, text_vote, vote
 
 RETRIES = 3  # of a request
 BREAKER = 16  # questions in a row that failed for good: the rest of the round is not asked
@@ -34,9 +35,10 @@ FAULTS = {"timeout", "unreachable", "garbage", "unreadable", "given_up", "out_of
 class Failure(Exception):
     """A question without a reply: its kind, as counted, and what was met."""
 
-    def __init__(self, kind: str, detail: str):
+    def __init__(self, kind: str, detail: str, wait: float | None = None):
+        """wait: seconds after which the server wants to be asked again."""
         super().__init__(detail)
-        self.kind = kind
+        self.kind, self.wait = kind, wait
 
 
 class EndpointJudge(Judge):
@@ -82,8 +84,8 @@ class EndpointJudge(Judge):
         return votes
 
     async def _ping(self) -> None:
-        o, forms = self.options, list(FORMS)
-        async with self._client(retries=0) as client:
+        o, forms, waits = self.options, list(FORMS), self.retries
+        async with self._client(retries=0) as client:  # a server that is down is said at once, a busy one waited for
             while forms:
                 try:
                     reply = await self._request(client, self._body(PROBE, forms[0]))
@@ -91,20 +93,35 @@ class EndpointJudge(Judge):
                     if re.search("max_completion_tokens|temperature", str(failure)) and not self.newer_fields:
                         self.newer_fields = True
                         continue
+                    if failure.wait is not None and waits:
+                        waits -= 1
+                        await asyncio.sleep(failure.wait)
+                        continue
                     if failure.kind not in FORM_REFUSED or len(forms) == 1:
                         raise UserError(
                             f"the judge at {self.endpoint} cannot be used: {failure}; is the server up, judge_url an "
                             f"OpenAI-compatible base URL (.../v1), judge_model={o.model!r} there, a valid key in "
                             f"{o.key_env}, judge_timeout_s={o.timeout_s:g} enough?") from None
                 else:
-                    if reply.cut and not reply.text:
-                        raise UserError(f"the judge at {self.endpoint} thinks longer than it may answer: raise "
-                                        f"judge_max_tokens={o.max_tokens}, or turn its thinking off")
+                    if fault := self._unusable(reply, plain=forms[0] == "plain"):
+                        raise UserError(f"the judge at {self.endpoint} {fault}")
                     answered = {"logprobs": len(reply.top) > 1, "json_schema": text_vote(reply.text) is not None}
                     if answered.get(forms[0], True):
                         self.form, self.soft = forms[0], forms[0] == "logprobs"
                         return
                 forms.pop(0)
+
+    def _unusable(self, reply: Reply, *, plain: bool) -> str:
+        """Say why a model that replies so to the probe gives no verdicts; "" if it may."""
+        limit = f"judge_max_tokens={self.options.max_tokens}"
+        if reply.cut and not reply.text:
+            return f"thinks longer than it may answer: raise {limit}, or turn its thinking off"
+        if reply.cut and plain and text_vote(reply.text) is None:
+            return f"was cut before its verdict ({reply.text[:80]!r} ...): raise {limit}, or turn its thinking off"
+        if reply.instead:
+            return (f"leaves content empty and answers in {reply.instead}: turn its thinking off, or have the server "
+                    "tell thoughts and answer apart (another reasoning parser, or none)")
+        return ""
 
     async def _round(self, prompts: list[str]) -> list[Reply | None]:
         retries = self.retries if self._failed_in_a_row < self.breaker else 0  # of a server that was down, no more
@@ -143,15 +160,18 @@ class EndpointJudge(Judge):
 
     def _body(self, prompt: str, form: str) -> dict:
         limit = max(self.options.max_tokens, JSON_TOKENS if form == "json_schema" else 0)
-        return {"messages": [{"role": "user", "content": prompt}], "model": self.options.model, **FIELDS[form],
-                **({"max_completion_tokens": limit} if self.newer_fields else {"max_tokens": limit, "temperature": 0})}
+        fields = {"max_completion_tokens": limit} if self.newer_fields else {"max_tokens": limit, "temperature": 0}
+        return {"messages": [{"role": "user", "content": prompt}], "model": self.options.model, "stream": False,
+                **FIELDS[form], **fields}
 
     async def _request(self, client, body: dict) -> Reply:
         """Get a reply, after the SDK's retries. Raises Failure."""
+        wait = None
         try:
             raw = await client.chat.completions.with_raw_response.create(**body)
         except self._sdk.APIStatusError as error:
             kind, detail = f"http_{error.status_code}", f"HTTP {error.status_code} {error.response.text}"
+            wait = retry_after(error.response)
         except self._sdk.APITimeoutError:
             kind, detail = "timeout", f"no answer in {self.options.timeout_s:g} s"
         except self._sdk.APIConnectionError as error:
@@ -160,7 +180,7 @@ class EndpointJudge(Judge):
             reply, tokens = read_completion(self._without_key(raw.http_response.text))  # an echo must not be kept
             self.counts.update(tokens, cut_off=reply.cut and not reply.text)
             return reply
-        raise Failure(kind, mask(" ".join(self._without_key(detail).split()))[:300])
+        raise Failure(kind, mask(" ".join(self._without_key(detail).split()))[:300], wait)
 
     def _key(self) -> str:
         key = os.environ.get(self.options.key_env, "").strip()
@@ -195,7 +215,8 @@ class EndpointJudge(Judge):
                     counts[f"http_{response.status_code}"] += 1
                 elif read_completion(response.text) is None:  # a proxy's page: asked for again, as a bad gateway is
                     counts["garbage"] += 1
-                    return type(response)(502, request=request, text="the reply is not a chat completion in JSON")
+                    text = f"the reply is not a chat completion in JSON: {response.text}"
+                    return type(response)(error_code(response.text), request=request, text=text)
                 return response
 
         here = urllib.parse.urlsplit(self.base).hostname in ("localhost", "127.0.0.1", "::1")  # no way for a proxy
@@ -208,12 +229,51 @@ class EndpointJudge(Judge):
 def read_completion(text: str) -> tuple[Reply, dict[str, int]] | None:
     """Read a chat completion and the tokens that it reports; None for anything else."""
     try:
-        body = json.loads(text)
+        body = json.loads(text) if text.lstrip().startswith("{") else whole_of_stream(text)
         usage = body.get("usage") or {}
         tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
-        return read_reply(body["choices"][0]), tokens
+        choice = body["choices"][0]
+        return None if body.get("error") or choice.get("error") else (read_reply(choice), tokens)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
+
+
+def whole_of_stream(text: str) -> dict:
+    """Join the chunks of a server that streams unasked: the completion that they make."""
+    chunks = [json.loads(line[5:]) for line in text.splitlines() if re.match(r"data:(?!\s*\[DONE\])", line)]
+    if error := next((chunk["error"] for chunk in chunks if chunk.get("error")), None):
+        return {"error": error}
+    choices = [choice for chunk in chunks for choice in chunk.get("choices") or [] if not choice.get("index")]
+    deltas = [choice.get("delta") or {} for choice in choices]
+    said = {name: [delta[name] for delta in deltas if isinstance(delta.get(name), str)]
+            for name in ("content", *INSTEAD)}
+    logged = [position for choice in choices for position in (choice.get("logprobs") or {}).get("content") or []]
+    end = next((choice["finish_reason"] for choice in choices if choice.get("finish_reason")), None)
+    return {"usage": next((chunk["usage"] for chunk in chunks[::-1] if chunk.get("usage")), None),
+            "choices": [{"message": {name: "".join(parts) for name, parts in said.items() if parts},
+                         "finish_reason": end, "logprobs": {"content": logged}}] if choices else []}
+
+
+def error_code(text: str) -> int:
+    """Find the HTTP status that an error inside a 200 names; 502: asked for again."""
+    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+        body = json.loads(text)
+        choice = (body.get("choices") or [{}])[0]
+        error = next((e for e in (body.get("error"), choice.get("error"), body) if isinstance(e, dict)), {})
+        if 400 <= int(error.get("code") or error.get("status")) < 600:
+            return int(error.get("code") or error["status"])
+    return 502
+
+
+def retry_after(response) -> float | None:
+    """Read how many seconds a busy server asks for, 60 at most; None for other faults."""
+    told = response.headers.get("retry-after")
+    if response.status_code != 429 and not (response.status_code == 503 and told):
+        return None
+    try:
+        return min(max(float(told), 0.0), 60.0)
+    except (TypeError, ValueError):  # none told, or a date
+        return 5.0 if told else 1.0
 
 
 def in_own_loop(coroutine):

@@ -20,31 +20,59 @@ FIELDS = {"logprobs": {"logprobs": True, "top_logprobs": TOP},  # of a chat requ
           "json_schema": {"response_format": {"type": "json_schema", "json_schema": {
               "name": "verdict", "strict": True, "schema": _SCHEMA}}},
           "plain": {}}
+INSTEAD = ("refusal", "reasoning_content", "reasoning", "thinking")  # fields of servers that tell an answer from others
+THOUGHT = re.compile(r"\s*(<think(ing)?>|\[THINK\]|\u25c1think\u25b7|<\|channel\|>analysis)")
+THOUGHT_END = re.compile(r"</think(ing)?>|\[/THINK\]|\u25c1/think\u25b7|<\|channel\|>final<\|message\|>")
+_BEFORE = "json|the|my|final|better|solution|verdict|answer|choice|option|is|boxed|text"  # words before a verdict
 
 
 class Reply(NamedTuple):
     """What is kept of a chat completion.
 
     text: its first characters, thoughts left out; cut: the limit of tokens ended it; top: (token, log-prob) of the
-    likeliest tokens where the first word begins, empty where the server gave none."""
+    likeliest tokens where the first word begins, empty where the server gave none; instead: what the server filled
+    while the text is empty, such as reasoning_content."""
     text: str
     cut: bool = False
     top: list = []
+    instead: str = ""
 
 
 def read_reply(choice: dict) -> Reply:
     """Read choices[0] of a chat completion; LookupError, TypeError, AttributeError.
 
     A text that the limit of tokens ended before it began, as of a model that thinks first, is ""."""
-    text, cut = choice["message"].get("content"), choice.get("finish_reason") == "length"
-    text = "" if text is None and cut else re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.S)
-    return Reply(text.strip()[:200], cut, likeliest_tokens(choice))
+    message, end = choice["message"], str(choice.get("finish_reason")).lower()
+    content, cut = message.get("content"), end in ("length", "max_tokens")
+    instead = next((name for name in INSTEAD if message.get(name)), "")
+    if isinstance(content, list):  # parts, of which some are thoughts
+        instead = next((part["type"] for part in content if "text" not in part), instead)
+        content = "".join(part.get("text") or "" for part in content)
+    if content is None and not (cut or instead or end == "content_filter"):
+        raise TypeError("no content")
+    thought, mark, text = split_thought(content or "")
+    instead = instead or ("thoughts" if thought or mark else "")
+    return Reply(text[:200], cut, likeliest_tokens(choice, bool(instead)), "" if text else instead)
 
 
-def likeliest_tokens(choice: dict) -> list:
-    """Find the likeliest tokens where the first word begins: "**A" begins with "**"."""
+def split_thought(text: str) -> tuple[str, str, str]:
+    """Split a text into thoughts, the mark of their end and what follows; each can be ""."""
+    *_, last = [None, *THOUGHT_END.finditer(text)]
+    if last:
+        return text[:last.start()], last[0], text[last.end():].strip()
+    return (text, "", "") if THOUGHT.match(text) else ("", "", text.strip())
+
+
+def likeliest_tokens(choice: dict, thinks: bool = False) -> list:
+    """Find the likeliest tokens where the first word begins: "**A" begins with "**".
+
+    thinks: behind the thoughts, whose tokens servers list too."""
     try:
-        for position in (choice.get("logprobs") or {}).get("content") or []:
+        positions, said, start = (choice.get("logprobs") or {}).get("content") or [], "", 0
+        for n, position in enumerate(positions if thinks else [], 1):
+            said += position["token"]
+            start = n if THOUGHT_END.search(said) and not split_thought(said)[2] else start
+        for position in positions[start:] if start or not thinks else []:
             if any(c.isalnum() for c in position["token"]):
                 return [[str(one["token"]), float(one["logprob"])] for one in position.get("top_logprobs") or []]
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -74,5 +102,6 @@ def soft_vote(top: list) -> float | None:
 
 def text_vote(text: str) -> float | None:
     """Read exactly A, B or TIE in any dress: **A**, [[B]], {"verdict": "TIE"}."""
-    match = re.fullmatch(r"\W*(?:(?:verdict|answer|solution)\W+)?(a|b|tie)\W*", text, re.I) if len(text) <= 80 else None
+    dress = rf"\W*(?:(?:{_BEFORE})\W+)*(a|b|tie)\W*(?:</(?:answer|verdict)>\W*)?"
+    match = re.fullmatch(dress, text, re.I) if len(text) <= 80 else None
     return VOTES[match.group(1).upper()] if match else None

@@ -69,8 +69,9 @@ def test_the_endpoint_judge_asks_in_the_openai_form_and_reads_verdicts(serve, mo
     assert judge.compare(PAIRS) == [1.0, 0.0]
     _, body, headers, path = server.seen[0]
     assert path == "/v1/chat/completions" and body["model"] == "judge-1" and body["temperature"] == 0
-    assert set(body) == {"messages", "temperature", "max_tokens", "model"}
+    assert set(body) == {"messages", "temperature", "max_tokens", "model", "stream"}
     assert {name.lower(): value for name, value in headers.items()}["authorization"] == "Bearer secret-key"
+    assert body["stream"] is False                                               # some servers stream by default
     assert judge.counts["requests"] == 2 and judge.counts["prompt_tokens"] == 14 and not judge.counts["retries"]
     assert "secret-key" not in repr(vars(judge))
     assert judge_one(judge, [GOOD, LONG])[0] == [1.0, 0.0]
@@ -243,7 +244,7 @@ def test_a_server_without_both_is_asked_plainly(serve):
     judge = quick(url)
     judge.ping()
     assert (judge.form, judge.soft) == ("plain", False) and votes(judge, "p") == [0.5]
-    assert set(server.seen[-1][1]) == {"messages", "temperature", "max_tokens", "model"}
+    assert set(server.seen[-1][1]) == {"messages", "temperature", "max_tokens", "model", "stream"}
 
 
 @pytest.mark.parametrize("said", [
@@ -265,6 +266,67 @@ def test_a_model_that_thinks_too_long_is_said_at_ping_and_is_no_vote_later(serve
     judge = quick(url)
     assert votes(judge, "p") == [None] and len(server.seen) == 2                 # not asked again
     assert judge.counts["cut_off"] == judge.counts["unreadable"] == 1
+
+
+def completion(message, end="stop", **choice):
+    return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": end, **choice}]})
+
+
+def streamed(*deltas, end="stop"):
+    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": end}]},
+               {"choices": [], "usage": {"prompt_tokens": 5}}]
+    return ": a comment\n\n" + "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("reply", [
+    streamed({"role": "assistant", "content": ""}, {"content": "{\"verdict\": "}, {"content": "\"A\"}"}),
+    streamed({"reasoning_content": "Is it B? "}, {"reasoning_content": "No."}, {"content": "A"}),
+    completion({"content": "The first one, as far as I can tell, is not B.\n</think>\n\nA"}),
+    completion({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "B"}]},
+                            {"type": "text", "text": "A"}]}),
+    completion({"content": "```json\n{\"verdict\": \"A\"}\n```", "reasoning": "B"})])
+def test_streams_and_thoughts_are_read(serve, reply):
+    url, server = serve(status(200, reply))
+    judge = quick(url)
+    judge.ping()
+    assert votes(judge, "p") == [1.0] and not judge.counts["garbage"]
+
+
+@pytest.mark.parametrize("reply, hint", [
+    (completion({"content": None, "reasoning_content": "The first one. A"}), "reasoning_content"),
+    (completion({"content": "", "reasoning": "The first one. A"}), "answers in reasoning"),
+    (completion({"content": [{"type": "thinking", "thinking": "A"}]}), "answers in thinking"),
+    (completion({"content": None, "refusal": "I can't judge"}), "refusal"),
+    (completion({"content": "<think>\nThe first one"}, "length"), "raise judge_max_tokens=16"),
+    (completion({"content": "<think>\nThe first one"}), "answers in thoughts"),
+    (completion({"content": "The first one is cut before"}, "length"), "raise judge_max_tokens=16"),
+    (streamed({"reasoning_content": "The first"}, end="length"), "raise judge_max_tokens=16"),
+    ('{"error": {"message": "model overloaded", "code": 502}}', "HTTP 502 .*model overloaded"),
+    ('{"error": {"message": "no such model", "code": 404}}', "HTTP 404 .*no such model"),
+    ('{"error": "out of credits"}', "out of credits"),
+    ('{"object": "error", "message": "bad", "code": 401}', "HTTP 401"),
+    (completion({"content": ""}, "error", error={"message": "upstream died", "code": 503}), "HTTP 503 .*upstream died"),
+    ('data: {"error": {"message": "upstream died"}}\n\n', "upstream died"),
+    ('{"choices": [], "detail": "filtered"}', "filtered")])
+def test_what_gives_no_verdict_is_told_at_ping_and_is_no_vote(serve, reply, hint):
+    url, _ = serve(status(200, reply))
+    with pytest.raises(UserError, match=hint) as caught:
+        quick(url).ping()
+    assert "\n" not in str(caught.value)
+    assert votes(quick(url, retries=0), "p") == [None]
+
+
+@pytest.mark.parametrize("busy", [429, 503])
+def test_ping_waits_for_a_busy_server_as_long_as_it_says(serve, busy):
+    url, server = serve(status(busy, headers=[("Retry-After", "0.3")]), logs(("A", 0.9), ("B", 0.1)))
+    judge = quick(url)
+    judge.ping()
+    assert judge.form == "logprobs" and len(server.seen) == 2 and server.seen[1][0] - server.seen[0][0] >= 0.3
+    url, server = serve(status(429, '{"error": "slow down"}', headers=[("Retry-After", "0")]))
+    with pytest.raises(UserError, match="HTTP 429 .*slow down"):
+        quick(url).ping()
+    assert len(server.seen) == 3  # two retries, as of any request
 
 
 # ---- time and breaker

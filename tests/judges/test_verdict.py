@@ -31,7 +31,29 @@ def test_votes_fall_back_to_the_text_and_skip_marks_and_thoughts():
     ("A", 1.0), (" b.\n", 0.0), ("TIE", 0.5), ("**A**", 1.0), ("[[B]]", 0.0), ("Verdict: TIE.", 0.5),
     ("Answer: A", 1.0), ("", None), ("A or B", None), ("A is better", None), ("AB", None), ("C", None),
     ("Thought process:", None), (":", None), ("A" * 100, None),
+    ("**Final answer:** B", 0.0), ("### Verdict\n\n**A**", 1.0), ("The better solution is: TIE", 0.5),
+    ("\\boxed{B}", 0.0), ("<answer>A</answer>", 1.0), ("The first solution is A bit better", None),
     ('{ "verdict":\n"TIE"}', 0.5), ('{"verdict": "C"}', None), ('{"verdict": "A", "sure": 1}', None),
     ('{"a": "A"}', None), ("0", None), ("<html>A</html>", None), ("1", None)])
 def test_verdicts_outside_the_closed_set_are_no_vote(reply, chance):
     assert text_vote(reply) == chance
+
+
+@pytest.mark.parametrize("text, said", [
+    ("<think>A</think>B", "B"), ("thoughts</think>\nB", "B"), ("[THINK]A[/THINK]B", "B"),
+    ("<thinking>A</thinking> B", "B"),
+    ("\u25c1think\u25b7A\u25c1/think\u25b7B", "B"), ("a</think>b</think>B", "B"), ("<think>never ends", ""),
+    ("<|channel|>analysis<|message|>A<|end|><|start|>assistant<|channel|>final<|message|>B", "B")])
+def test_thoughts_are_not_the_verdict(text, said):
+    assert read_reply({"message": {"content": text}}).text == said
+
+
+def test_log_probs_of_thoughts_are_not_the_vote():
+    def position(token, likeliest):
+        return {"token": token, "top_logprobs": [{"token": likeliest, "logprob": -0.1}]}
+    thought, mark = [position("A", "A"), position(" look", "B")], [position("</", "x"), position("think>\n\n", "x")]
+    listed = {"content": [*thought, *mark, position("\n", "x"), position("B", "B")]}
+    for message in ({"content": "A look</think>\n\nB"}, {"content": "B", "reasoning_content": "A look"}):
+        assert vote(read_reply({"message": message, "logprobs": listed})) == 0.0
+    listed = {"content": thought}  # of a server that cuts the mark out
+    assert read_reply({"message": {"content": "B", "reasoning": "A look"}, "logprobs": listed}) == Reply("B")
