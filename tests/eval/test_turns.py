@@ -12,7 +12,7 @@ from minimath.train.rollouts import encode_problems
 
 TALK = [{"role": "system", "content": "Answer in base 7."}, {"role": "user", "content": "x is 6."},
         {"role": "assistant", "content": "Noted."}, {"role": "user", "content": "What is x+1?"}]
-ROWS = [{"messages": TALK, "answer": "10"}, {"messages": [*TALK, {"role": "assistant", "content": "10"}]},
+ROWS = [{"messages": TALK, "answer": "10"}, {"messages": [*TALK, {"role": "assistant", "content": "\\boxed{10}"}]},
         {"messages": TALK[1:2], "answer": "6"}, {"problem": "2+3?", "answer": "5"}]
 
 
@@ -26,8 +26,7 @@ def asked(tiny_tokenizer):
 def test_an_evaluation_asks_with_all_turns(tiny_dir, tmp_path, monkeypatch, asked, tiny_tokenizer):
     seen, real = [], module.sample_completions
     monkeypatch.setattr(module, "sample_completions", lambda *args: seen.append(args[1]) or real(*args))
-    rows = [{**row, "answer": "10"} for row in ROWS]
-    module.evaluate(make_config(EvalConfig, tiny_dir, data=rows, max_new_tokens=2, prompt_template="Q: {problem}",
+    module.evaluate(make_config(EvalConfig, tiny_dir, data=ROWS, max_new_tokens=2, prompt_template="Q: {problem}",
                                 out=str(tmp_path / "out")))
     assert [tiny_tokenizer.decode(prompt) for prompt in seen[0].values()] == asked
 
