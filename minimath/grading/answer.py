@@ -19,9 +19,14 @@ MAX_PARAGRAPH = 2000          # characters before the last number, in which a fo
 
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.S)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]{1,60})")
-_HASHES = re.compile(r"####[ \t]*([^\n]{1,400})")
+# GSM8K's form: "#### 17", also "#### 17 pears" in the last line; a Markdown heading has words, or "2. Then"
+_HASHES = re.compile(r"^####[ \t]*((?!\d+[.)][ \t])[^\sA-Za-z][^\sA-Za-z]*[ \t]*$|"
+                     r"(?!\d+[.)][ \t])[^\n]{1,400}(?=\s*\Z))", re.M)
+_HEADING = re.compile(r"\s*\**(?:step|final|answer|the |so |conclusion|check|verif|[^\n]*[:=?]\s*\S*\s*[a-z]{4})", re.I)
+_THOUGHT, _ANSWER_TAG = "</think>", re.compile(r"<answer>((?:(?!<answer>).){1,2000}?)</answer>", re.S | re.I)
 # a look-ahead, so that of "Final answer: the answer is 5" the last is found too
-_ANSWER_IS = re.compile(r"\banswer\b(?: is| was|:|=)[ \t]*:?[ \t]*(?=([^\n]{1,400}))", re.I)
+_ANSWER_IS = re.compile(r"\b(?:answer|(?:option|choice)(?= is))\b(?: is| was|:|=)[ \t]*:?[ \t]*(?=([^\n]{1,400}))", re.I)
+_LETTER = re.compile(r".*\b(?:is|be|option|choice|answer)\s+\(?([A-J])\)?\W{0,3}", re.S)
 _SENTENCE_END = re.compile(r"[.!?;](?:\s|$)|,\s|\s(?:because|since|so|as)\s")
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\\?\$?(?:\d+(?:,\d{3})*(?!\d)(?:\.\d+)?|\.\d+)(?:/\d+)?(?:\\?%)?")
 _FORMULA = re.compile(r"\$\$?([^$]{1,400}?)\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.S)
@@ -29,7 +34,8 @@ _FIRST_FORMULA = re.compile(rf"[\s*:]{{0,9}}(?:{_FORMULA.pattern})", re.S)
 # (3, 4), or 1, 2, 3 up to the end of the sentence: their commas end no sentence
 _TUPLE_OR_LIST = re.compile(r"[\s*:]{0,9}([(\[][^()\[\]]{1,100}[)\]]|-?\d[\d./]{0,20}(?:, -?\d[\d./]{0,20}){1,20}"
                             r"(?=[\s*]{0,9}(?:$|\.(?:\s|$))))")
-_LAST_IS = re.compile(r".*\b(?:is|are|equals)\s", re.S)
+_LAST_IS = re.compile(r".*\b(?:is|are|was|were|equals)\s", re.S)
+_EARLIER = re.compile(r"(?:[A-Za-z]\s*=\s*)?(-?\d[\d,./]{0,20})(?:, | ?,? (?:and|or) )(?:[A-Za-z]\s*=\s*)?\Z")
 _RELATION = re.compile(r"[\\<>=^(\[]")
 # boxes with nothing else between them are one list
 _BETWEEN = re.compile(r"(?:[\s$,;*]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b){1,40}")
@@ -42,14 +48,18 @@ def extract_answer(text: str, *, strict: bool = False) -> str | None:
     else the last number, with the formula around it. Boxes with nothing but commas, "and" or "or" between them are one
     list. strict=True: \\boxed only.
     """
-    text = text[-MAX_TAIL_CHARS:]
-    boxed = _last_boxed(text)
+    text = text[-MAX_TAIL_CHARS:].rpartition(_THOUGHT)[2]
+    tagged = [] if strict else _ANSWER_TAG.findall(text)
+    boxed = _last_boxed(tagged[-1] if tagged else text)
     if boxed is not None or strict:
         return boxed
-    for pattern, read in ((_HASHES, str), (_ANSWER_IS, _said)):
-        found = pattern.findall(text)
+    if tagged:
+        said = _ANSWER_IS.findall(tagged[-1])
+        return (_said(said[-1].strip()) if said else tagged[-1]).strip() or None
+    hashes = [found for found in _HASHES.findall(text) if not _HEADING.match(found)]
+    for found, read in ((hashes, _of_line), (_ANSWER_IS.findall(text), _said)):
         if found:
-            answer = read(found[-1].strip()).strip().strip("*").rstrip(".").strip()
+            answer = read(found[-1].strip()).replace("**", "").strip().strip("*").rstrip(".").strip()
             if answer:
                 return answer
     return _last_number(text)
@@ -62,9 +72,15 @@ def final_answer(text: str, finished: bool) -> str | None:
     """
     if finished:
         return extract_answer(text)
+    if "<think>" in text and _THOUGHT not in text:
+        return None
     # what stands after the last of these may lack its end: \boxed 12 of \boxed 120
     end = max(text.rfind(mark) for mark in " \n}") + 1
     return extract_answer(text[:end], strict=True)
+
+
+def _of_line(answer: str) -> str:
+    return _SENTENCE_END.split(answer, maxsplit=1)[0] if re.search(r"[A-Za-z]{3}", answer) else answer
 
 
 def _said(answer: str) -> str:
@@ -72,11 +88,15 @@ def _said(answer: str) -> str:
 
     Else it is what follows the last "is" of their sentence; of a long sentence its last number.
     """
-    if match := _FIRST_FORMULA.match(answer) or _TUPLE_OR_LIST.match(answer):
+    if match := _FIRST_FORMULA.match(answer):
+        return _with_neighbours([match, *_FORMULA.finditer(answer, match.end())], 0, answer)
+    if match := _TUPLE_OR_LIST.match(answer):
         return _inside(match)
     sentence = _LAST_IS.sub("", _SENTENCE_END.split(answer, maxsplit=1)[0])
     if match := _FORMULA.search(sentence):
-        return _inside(match)
+        return _with_neighbours([match, *_FORMULA.finditer(sentence, match.end())], 0, sentence)
+    if letter := _LETTER.fullmatch(answer):
+        return letter[1]
     if sentence[:1].isalpha() and len(sentence.split()) > 5:
         return _last_number(sentence) or sentence
     return sentence
@@ -89,11 +109,32 @@ def _last_number(text: str) -> str | None:
         return None
     start = max(text.rfind("\n\n", 0, last.start()) + 1, last.start() - MAX_PARAGRAPH)
     paragraph = text[start:last.end() + MAX_PARAGRAPH].replace("\\$", "  ")
-    for formula in _FORMULA.finditer(paragraph):
-        inside = _inside(formula)
-        if formula.start() < last.start() - start < formula.end() and _RELATION.search(inside):
-            return re.split(r"(?<![<>!])=", inside)[-1].strip() or inside
-    return last.group()
+    formulas = list(_FORMULA.finditer(paragraph))
+    for i, formula in enumerate(formulas):
+        if formula.start() < last.start() - start < formula.end() and _RELATION.search(_inside(formula)):
+            joined = _with_neighbours(formulas, i, paragraph)
+            return joined if "," in joined else re.split(r"(?<![<>!])=", joined)[-1].strip() or joined
+    parts, before = [last.group()], text[start:last.start()]
+    while earlier := _EARLIER.search(before[-60:]):     # 2 and 3: a list, and no chance to name two
+        if len(parts) == 1 and not re.search(r"(?:and|or)\s+(?:[A-Za-z]\s*=\s*)?\Z", before):
+            break
+        parts.append(earlier[1])
+        before = before[:len(before) - len(before[-60:]) + earlier.start()]
+    return ", ".join(reversed(parts))
+
+
+def _with_neighbours(formulas: list[re.Match], at: int, text: str) -> str:
+    """Return a formula with those beside it that "and", "or" or a comma joins to it: one list."""
+    first = last = at
+    while first and _joins(text[formulas[first - 1].end():formulas[first].start()]):
+        first -= 1
+    while last + 1 < len(formulas) and _joins(text[formulas[last].end():formulas[last + 1].start()]):
+        last += 1
+    return ", ".join(dict.fromkeys(map(_inside, formulas[first:last + 1])))
+
+
+def _joins(between: str) -> bool:
+    return len(between) < 40 and bool(_BETWEEN.fullmatch(between) and re.search("[,;]|and|or|quad", between))
 
 
 def _inside(match: re.Match) -> str:
@@ -131,7 +172,7 @@ def _last_boxed(text: str) -> str | None:
         if end > first:  # inside the box that follows
             continue
         between = text[end:first]
-        if parts and not (_BETWEEN.fullmatch(between) and re.search("[,;]|and|or|quad", between)):
+        if parts and not _joins(between):
             break
         while re.match(r"\\(?:boxed|fbox)\s*\{", contents) and (inner := _boxes(contents)):
             contents = inner[-1][0]

@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from minimath.grading.numbers import LABEL, read_number
+from minimath.grading.typeset import key
 
 MAX_PARTS = 64
 INFINITE = {r"\infty": 1, r"+\infty": 1, r"-\infty": -1}
@@ -207,6 +208,8 @@ def _list(text: str, kind: str = "list") -> Parts | None:
         return None
     if len(set(labels)) == 1:
         labels = []                                 # x = 1 or x = 2
+    if kind in ("list", "set") and not labels:
+        items = list({key(item): item for item in items}.values())
     return Parts(kind, tuple(items), tuple(labels))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import itertools
-import math
 import operator
 import re
 from collections.abc import Iterator

@@ -22,7 +22,7 @@ _FILLERS = set("of the a an in total all altogether about unit per each every ev
 _BEFORE = re.compile(r"([-+]?)\s*(?:US ?\$|(\$|USD|EUR|GBP|JPY|INR|R[sS]\.?))\s*([-+]?)\s*(?=[\d.(\\])")
 _WORD = r"(?:[A-Za-z\u00b5$]+\.?|'s)(?:\s?\^\{?-?\d\}?)?"
 _AFTER = re.compile(rf"(.*?(?:[\d)}}%!]|\\pi))(\s*{_WORD}(?:(?:\s*[/\-]\s*|\s*\\cdot\s*|\s+|,\s)(?:{_WORD})){{0,7}})")
-_ASIDE = re.compile(r"(?<=[\dA-Za-z}%.])\s+\((?:[A-Za-z][A-Za-z\- ]{2,30}|=[^()]{1,40})\)$")
+_ASIDE = re.compile(r"(?<=[\dA-Za-z}%.])\s+\((?:[A-Za-z][A-Za-z\- ]{2,30}|=[^()]{1,40})\)(?=\s[A-Za-z]|$)")
 # "The answer is 27", "approximately 5"
 _LEAD = re.compile(r"(?:(?:[A-Za-z,']+ ){0,8}(?:is|are|was|were|equals|gives|costs)\b\s*:?|"
                    r"(?:the )?(?:final )?(?:answer|result)\s*:|\\approx|"
@@ -104,6 +104,4 @@ def agree(a: Unit, b: Unit) -> bool:
     if a.known and b.known:
         money = {a.known, b.known} & _CURRENCIES
         return a.known == b.known or ("cent" in (a.known, b.known) and bool(money))
-    if (a.known or a.nouns) and (b.known or b.nouns) and not a.nouns & b.nouns:
-        return False
-    return True
+    return not (a.known or a.nouns) or not (b.known or b.nouns) or bool(a.nouns & b.nouns)
