@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 
 from minimath.grading.numbers import LABEL, plain_number, read_number, same_number
-from minimath.grading.objects import Parts, read_objects, same_objects, split
+from minimath.grading.objects import Parts, RealSet, as_latex, read_objects, same_objects, split
 from minimath.grading.special import CHOICE_GOLD, choice, clock, date, in_base, same_clock
 from minimath.grading.typeset import key
 from minimath.grading.units import agree, split_unit
@@ -24,6 +24,7 @@ _INTEGER = re.compile(r"[,;]?\s*(?:(?:where|for|with) )?\(?\s*([klmn])\s*"
 _PROSE = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Za-z]{2,} [A-Za-z]{2,})")
 _LETTERS = re.compile(r"(?:\\(?:angle|triangle|overline|vec|widehat|overrightarrow|parallel|perp)|[A-Za-z{}\s'])+")
 _PRODUCT = re.compile(r"[abcdfghj-npq-z]{2}")       # xy is yx; no is not on
+_INEQUALITY = re.compile(r"[<>]|\\[lg]eq(?![A-Za-z])")
 _EQUATION = re.compile(r"(?<![<>!=\\])=(?!=)")
 
 
@@ -64,6 +65,9 @@ class Comparison:
             return any(same_objects(a, b, lambda x, y: self.same(x, y, depth + 1)) for a in found for b in meant)
         if (found and gold_number) or (meant and number):
             return False
+        for real_set, text in ((found[:1], gold), (meant[:1], answer)):
+            if real_set and isinstance(real_set[0], RealSet) and _INEQUALITY.search(text):
+                return self._asked(text, as_latex(real_set[0]))     # x^2 < 4 and (-2,2): verify wants it first
         return self._expressions(answer, gold, depth)
 
     def _rounded(self, exact: str, rounded: str, gold: str, depth: int) -> bool:
@@ -88,6 +92,9 @@ class Comparison:
             return self.same(answer, gold[gold_name.end():], depth + 1)
         if _is_words(answer) or _is_words(gold):
             return False
+        return self._asked(gold, answer)
+
+    def _asked(self, gold: str, answer: str) -> bool:
         self.asked += 1
         if self.asked > MAX_ASKED:
             return False

@@ -41,7 +41,7 @@ _DECIMAL_COMMA = re.compile(r"(?<![\d.,])(?:0,(?=\d)|(\d+)\{,\}(?=\d))(\d+)(?![\
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)(?:\\overline\s*\{(\d{1,20})\}|\((\d{1,20})\)|"
                         r"\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)(?!\d)")
 _E_NOTATION = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d{1,4})(?![\w.])")
-_MIXED = re.compile(r"(?<![\d.,^_}/\\])(\d{1,12})\s*(?:\\frac\s*\{(\d{1,12})\}\s*\{(\d{1,12})\}|"
+_MIXED = re.compile(r"(?<![\d.,^_}/\\])(\d{1,12})\s*(?:(?:and )?\\frac\s*\{(\d{1,12})\}\s*\{(\d{1,12})\}|"
                     r"(?:(?<=\d) and | )(\d{1,12})\s*/\s*(\d{1,12}))(?![\d/.^])")
 _LATEX = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\frac\s*\{([^{}]{1,80})\}\s*\{([^{}]{1,80})\}", r"((\1)/(\2))"), (r"\^\s*\{([^{}]{1,40})\}", r"^(\1)"),

@@ -43,14 +43,14 @@ _OPEN, _CLOSE = "([{", ")]}"
 _AND = re.compile(r",?\s+(?:and|or)\s+")
 _VARIABLE = r"(?:[A-Za-z]|\\(?:theta|alpha|beta|lambda|phi|omega|gamma))(?:_\{?\w+\}?)?"
 _MEMBER = re.compile(rf"({_VARIABLE})\s*\\in(?![A-Za-z])\s*(?=[(\[\]\\])")
-_RELATION = re.compile(r"(<|>|\\leq|\\geq)(?![A-Za-z])")
+_RELATION = re.compile(r"(<|>|\\[lg]eq(?![A-Za-z]))")
 _INTERVAL = re.compile(r"([(\[\]])(.*)([)\]\[])")
 _BUILDER = re.compile(rf"\\\{{\s*({_VARIABLE})(?:\s*\\in\s*\\mathbb\{{R\}})?\s*[|:]\s*(.*)\\\}}")
 _REALS = re.compile(r"\\mathbb\{R\}|(?:the set of )?(?:all )?real numbers|all reals", re.I)
 _WITHOUT = re.compile(rf"(?:{_REALS.pattern})\s*(?:\\setminus|-|except(?: for)?)\s*(?:\\\{{(.*)\\\}}|([^{{}}]+))", re.I)
-_MATRIX = re.compile(r"\\begin\{(?:[pbB]?matrix|array|smallmatrix)\}(?:\{[clr|]+\})?(.*)\\end\{\w+\}")
+_MATRIX = re.compile(r"[\[(]?\s*\\begin\{(?:[pbB]?matrix|array|smallmatrix)\}(?:\{[clr|]+\})?(.*)\\end\{\w+\}\s*[\])]?")
 _SYSTEM = re.compile(r"\\begin\{(?:cases|aligned|align\*?|array)\}(?:\{[clr|]+\})?(.*)\\end\{\w+\*?\}")
-_DIFFERENT = re.compile(rf"({_VARIABLE})\s*\\neq\s*(.+)")
+_DIFFERENT = re.compile(rf"({_VARIABLE})\s*\\neq(?![A-Za-z])\s*")
 
 
 def split(text: str, marks: str = ",;") -> list[str] | None:
@@ -69,7 +69,7 @@ def split(text: str, marks: str = ",;") -> list[str] | None:
 
 def read_objects(text: str) -> list[Parts | RealSet]:
     """Return what a typeset text can be; nothing for a number, an expression, or prose."""
-    found = [_real_set(text), _matrix(text), *_enclosed(text), _list(text)]
+    found = [_real_set(text), _matrix(text), _basis(text), *_enclosed(text), _list(text)]
     return [each for each in found if each is not None]
 
 
@@ -87,10 +87,9 @@ def _real_set(text: str) -> RealSet | None:
     if match := _WITHOUT.fullmatch(text):
         points = split(match[1] or match[2])
         return _punctured(points, variable) if points else None
-    differ = [_DIFFERENT.fullmatch(part) for part in split(_AND.sub(", ", text)) or [""]]
-    if all(differ) and len({match[1] for match in differ}) == 1:
-        points = [point for match in differ for point in split(match[2])]
-        return _punctured(points, differ[0][1])
+    if differ := _DIFFERENT.match(text):            # x != 2 and x != 3; x != 2, 3
+        points = split(re.sub(rf"(?<=[ ,]){re.escape(differ[1])}\s*\\neq", "", _AND.sub(", ", text[differ.end():])))
+        return _punctured(points, differ[1]) if points and not re.search(r"[<>=]|\\[lgn]eq", "".join(points)) else None
     if re.search(r"\\cup(?![A-Za-z])|\bor\b", text):
         parts = [_one_set(part.strip()) for part in re.split(r"\\cup(?![A-Za-z])|,?\s*\bor\b", text)]
     else:
@@ -147,7 +146,8 @@ def _place(end: str) -> tuple[int, Fraction] | None:
 
 def _ordered(intervals: list[Interval], variable: str) -> RealSet | None:
     """Sort intervals and join those that touch, where their ends are numbers; drop signs of infinity."""
-    intervals = [Interval(*(r"\infty" if end.replace(" ", "") == r"+\infty" else end for end in each[:2]), *each[2:])
+    intervals = [Interval(*(re.sub(r"^\+\s*|\s", "", end) if end.replace(" ", "") in INFINITE else end for end in each[:2]),
+                          *(closed and "infty" not in end for end, closed in zip(each[:2], each[2:])))
                  for each in intervals]
     if any((_place(each.low), _place(each.high)).count(None) for each in intervals):
         return RealSet(tuple(intervals), variable)
@@ -167,6 +167,7 @@ def _ordered(intervals: list[Interval], variable: str) -> RealSet | None:
 
 
 def _punctured(points: list[str], variable: str) -> RealSet:
+    points = [signed for point in points for signed in _signs(point)]
     if all(map(_place, points)):
         points = sorted(points, key=_place)
     ends = [r"-\infty", *points, r"\infty"]
@@ -248,6 +249,22 @@ def _matrix(text: str) -> Parts | None:
         return None
     kind = "column" if len(rows[0]) == 1 and len(rows) > 1 else "row" if len(rows) == 1 else f"matrix {len(rows)}"
     return Parts(kind, tuple(cell for row in rows for cell in row))
+
+
+def _basis(text: str) -> Parts | None:
+    r"""Read 2\hat{i} - \hat{j} as a tuple."""
+    terms = re.findall(r"([-+]?)([^-+]*?)\\hat\{([ijk])\}", text := text.replace(" ", ""))
+    if "".join(rf"{sign}{factor}\hat{{{name}}}" for sign, factor, name in terms) != text or not terms:
+        return None
+    found = {name: sign.strip("+") + (factor.strip("()") or "1") for sign, factor, name in terms}
+    size = 3 if "k" in found else 2
+    return Parts("tuple", tuple(found.get(name, "0") for name in "ijk"[:size])) if len(found) == len(terms) else None
+
+
+def as_latex(found: RealSet) -> str:
+    """Write a set as a union of intervals."""
+    return r" \cup ".join(f"{'(['[each.low_closed]}{each.low},{each.high}{')]'[each.high_closed]}"
+                          for each in found.intervals)
 
 
 # ---- comparison

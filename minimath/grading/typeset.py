@@ -68,6 +68,8 @@ def typeset(answer: str) -> str:
     text = _ascii(text)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
+    text = re.sub(r"\\(?:mathbf|vec|boldsymbol|hat|mathrm|vec\{\\mathbf)\s*\{\\?([ijk])(?:math)?\}+(?=\s*(?:[-+]|$))", r"\\hat{\1}", text) \
+        if re.search(r"\\(?:mathbf|vec|boldsymbol|hat)\s*\{\\?[ijk]", text) else text
     for _ in range(4):
         text = _WRAPPER.sub(r" \1 ", text)
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).replace("\\%", "%")

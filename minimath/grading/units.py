@@ -102,6 +102,6 @@ def _unit(tail: str) -> Unit | None:
 def agree(a: Unit, b: Unit) -> bool:
     """Tell whether two units can be of one answer."""
     if a.known and b.known:
-        money = {a.known, b.known} & _CURRENCIES
-        return a.known == b.known or ("cent" in (a.known, b.known) and bool(money))
+        both = {a.known, b.known}
+        return len(both) == 1 or both == {"lb", "GBP"} or ("cent" in both and bool(both & _CURRENCIES))
     return not (a.known or a.nouns) or not (b.known or b.nouns) or bool(a.nouns & b.nouns)
