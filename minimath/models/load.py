@@ -18,10 +18,17 @@ from minimath.config.schema import ModelOptions
 from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.core.files import read_json
+from minimath.core.hub import without_network
 from minimath.core.run_folder import find_adapter
-from minimath.models.principal import CHANGE_THE_BASE, PRINCIPAL, begin_at_principal
-from minimath.models.quant_liger import keep_4bit_weights_trainable, nf4_config, patch_with_liger
-from minimath.models.sharding import shard
+from minimath.models.variants import (
+    CHANGE_THE_BASE,
+    PRINCIPAL,
+    begin_at_principal,
+    keep_4bit_weights_trainable,
+    nf4_config,
+    patch_with_liger,
+    shard,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -121,7 +128,10 @@ def _load_base(options: ModelOptions, device: torch.device):
     place = {"quantization_config": nf4_config(dtype), "device_map": {"": device}} if options.quant == "nf4" else {}
     transformers.utils.logging.disable_progress_bar()
     with _load_errors(options.name, "model"):
-        _refuse_pickles(Path(options.name) / "model.safetensors.index.json")
+        index = Path(options.name, "model.safetensors.index.json")  # its shards may be files that would be unpickled
+        for shard_name in read_json(index)["weight_map"].values() if index.is_file() else ():
+            if not str(shard_name).endswith(".safetensors"):
+                raise ValueError(f"{index.name} names {shard_name!r}: only safetensors files are read")
         model = AutoModelForCausalLM.from_pretrained(
             options.name, dtype=dtype, attn_implementation=options.attn, trust_remote_code=options.trust_remote_code,
             use_safetensors=True, **place)
@@ -141,13 +151,6 @@ def checkpoint_activations(model, **kwargs) -> None:
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False, **kwargs})
     model.enable_input_require_grads()
-
-
-def _refuse_pickles(index: Path) -> None:
-    """Raise ValueError for shards that transformers would unpickle."""
-    for name in read_json(index)["weight_map"].values() if index.is_file() else ():
-        if not str(name).endswith(".safetensors"):
-            raise ValueError(f"{index.name} names {name!r}: only safetensors files are read")
 
 
 @contextlib.contextmanager
@@ -228,10 +231,13 @@ def _load_errors(name: str, what: str):
         if not Path(name, "config.json").is_file():
             raise UserError(f"model={name!r}: no such model folder (a config.json is expected in it); "
                             "give a folder saved by save_pretrained, or a hub id like owner/name")
+    elif offline := without_network():
+        hint = f"{offline}; {hint}"
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        raise UserError(f"cannot load the {what} of model={name!r}: {first_line(error)} ({hint})") from None
+        kind = "no sound safetensors file, " if isinstance(error, SafetensorError) else ""
+        raise UserError(f"cannot load the {what} of model={name!r}: {kind}{first_line(error)} ({hint})") from None
 
 
 @contextlib.contextmanager

@@ -130,9 +130,10 @@ def differences(whole: Path, run: Path) -> list[str]:
 def records(path: Path) -> list[dict]:
     """The records of a file of json lines without what depends on the clock, and without what was paid to a judge (its
     replies are in the cache when a step is done again); [] when there is no file."""
-    lines = path.read_text(encoding="utf-8").strip("\n").split("\n") if path.exists() else []
+    text = path.read_text(encoding="utf-8").strip("\n") if path.exists() else ""
     return [{key: value for key, value in json.loads(line).items()
-             if not key.startswith("time/") and "seconds" not in key and key not in PAID} for line in lines]
+             if not key.startswith("time/") and "seconds" not in key and key not in PAID}
+            for line in (text.split("\n") if text else [])]
 
 
 def record_differences(whole: list[dict], run: list[dict]) -> list[str]:

@@ -215,7 +215,7 @@ def set_hooks(run: Path, alarm: dict | None) -> None:
     wrap(Decode, "step", before=lambda *_: comes("eval" if evaluating else "rollout"))
     wrap(rewards, "make_judge", after=lambda judge, *_, **__: wrap(judge, "compare", before=lambda *_: comes("judge")))
     wrap(checkpoint, "write_adapter", after=lambda *_: comes("save"))
-    wrap(files, "flush_to_disk", before=lambda *_: comes("save"))
+    wrap(files, "flush_to_disk", before=lambda path: path.suffix == ".yaml" or comes("save"))  # of a checkpoint
 
 
 def go_off(run: Path, alarm: dict) -> None:
