@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimath.core.errors import UserError
+from minimath.core.hub import without_network
 from minimath.core.text import did_you_mean
 
 MAX_ROW_BYTES = 1_000_000  # longer is a broken file (a lost line end or quote), no problem with a solution
@@ -75,6 +76,7 @@ def _missing(source: str, path: Path) -> str:
 
 
 def _hub_rows(name: str, split: str) -> Iterator[Row]:
+    without_network()
     try:
         import datasets  # seconds to import: only when a hub name is given
     except ImportError:
@@ -136,10 +138,13 @@ def _size(value) -> int:
 
 
 def _jsonl(path: Path) -> Iterator[dict | BadRow]:
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:  # lines may end in CR alone
+    with path.open("rb") as file:
+        head = file.read(MAX_ROW_BYTES)
+    end = "\r" if b"\r" in head and b"\n" not in head else "\n"
+    with path.open(encoding="utf-8", errors="surrogateescape", newline=end) as file:
         while line := file.readline(MAX_ROW_BYTES + 1):
             too_long = len(line) > MAX_ROW_BYTES
-            while too_long and line and not line.endswith("\n"):
+            while too_long and line and not line.endswith(end):
                 line = file.readline(MAX_ROW_BYTES)
             yield TOO_LONG if too_long else _jsonl_row(line)
 
@@ -157,9 +162,9 @@ def _jsonl_row(line: str) -> dict | BadRow:
     except RecursionError:
         return BadRow("JSON nested too deep", "flatten the row")
     except ValueError as error:  # JSONDecodeError, and integers with thousands of digits
-        if line.endswith("\n"):
+        if line.endswith(("\n", "\r")):
             return BadRow("not JSON", f"{error}; one complete object per line")
-    if not line.endswith("\n"):
+    if not line.endswith(("\n", "\r")):
         return BadRow("truncated last line", "write the last row again: the file ends inside it")
     place = f"character {broken.start() + 1} is the byte 0x{ord(broken[0]) - 0xdc00:02x}"
     return BadRow("not UTF-8", f"{place}; {NOT_UTF8.fix}")

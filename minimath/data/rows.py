@@ -228,7 +228,7 @@ def _unknown_columns(row: dict) -> BadRow:
 def _chat_messages(row: Columns) -> list[dict] | None:
     """Return the clean messages of a chat row; None when the row has another shape."""
     values = row.values
-    name = next((n for n in CHATS if isinstance(values.get(n), list) or n == "messages" and values.get(n)), "")
+    name = next((n for n in CHATS if isinstance(values.get(n), list) or n == "messages" and _filled(values.get(n))), "")
     raw = values.get(name)
     if raw is None and isinstance(values.get("prompt"), list):
         name, done = "prompt", values.get("completion")

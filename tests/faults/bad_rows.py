@@ -99,7 +99,7 @@ KINDS = [
          json.dumps({f"c{n}": n for n in range(50_000)}).encode()),
     line("a column named by half an emoji", "no column with the problem", b'{"\\ud83d\\u0000": 1}'),
     line("messages without role", "malformed messages", chat({"content": "p"}, ASSISTANT)),
-    line("unknown role", "malformed messages", chat({"role": "human", "content": "p"}, ASSISTANT)),
+    line("unknown role", "malformed messages", chat({"role": "narrator", "content": "p"}, ASSISTANT)),
     line("two users in turn", "malformed messages", chat(USER, USER, ASSISTANT)),
     line("messages as text", "malformed messages", json.dumps({"messages": "user: p"}).encode()),
     line("an image as content", "content of message 1 has the wrong type",

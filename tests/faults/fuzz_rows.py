@@ -1,6 +1,7 @@
 """Rows made by hypothesis, for bad_rows.py: what becomes of each is worked out here a second time, independently."""
 import json
 import math
+import re
 import unicodedata
 from pathlib import Path
 
@@ -111,9 +112,10 @@ def fate(line: bytes) -> str:
     if not isinstance(row, dict):
         return f"a JSON {type(row).__name__} instead of an object"
     messages = row.get("messages")
+    messages = None if nothing(messages) and messages != [] else messages
     if messages is None and isinstance(row.get("prompt"), list):
         last = row.get("completion")
-        messages = row["prompt"] + (last if isinstance(last, list) else [] if last is None else
+        messages = row["prompt"] + (last if isinstance(last, list) else [] if nothing(last) else
                                     [{"role": "assistant", "content": last}])
     return columns_fate(row) if messages is None else chat_fate(messages, row)
 
@@ -123,16 +125,17 @@ def columns_fate(row: dict) -> str:
         return "no column with the problem"
     found = {}
     for names in (PROBLEM, SOLUTION, ANSWER):
-        name = next((n for n in names if row.get(n) is not None), None)
+        name = next((n for n in names if not nothing(row.get(n))), None)
+        if name is None and names is PROBLEM:
+            return "empty problem"
         found[names] = "" if name is None else row[name]
         if name and (reason := value_fate(row[name], name)):
             return reason
-    if empty(found[PROBLEM]):
-        return "empty problem"
-    answer = found[ANSWER]
-    worked = isinstance(answer, str) and not empty(answer) and (
-        "####" in answer or "\\boxed" in answer or "\n" in answer.strip() or len(answer.split()) > 8)
-    return "" if not empty(found[SOLUTION]) or worked else "no solution"
+    answer = found[ANSWER][0] if isinstance(found[ANSWER], list) else found[ANSWER]
+    words = len(re.findall("[A-Za-z]{2,}", answer)) if isinstance(answer, str) else 0  # none of these has LaTeX prose
+    worked = isinstance(answer, str) and not nothing(answer) and (
+        "####" in answer or "\\boxed" in answer or "\n" in answer.strip() and words > 2 or words > 8)
+    return "" if found[SOLUTION] or worked else "no solution"
 
 
 def chat_fate(messages, row: dict) -> str:
@@ -143,24 +146,29 @@ def chat_fate(messages, row: dict) -> str:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             return "malformed messages"
         content = message["content"]
-        if message["role"] not in ("system", "user", "assistant"):
+        role = "user" if message["role"] == "human" else message["role"]
+        if role not in ("system", "user", "assistant"):
             return "malformed messages"
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
             content = "".join(p["text"] for p in content)
         if content is not None and (reason := value_fate(content, f"content of message {number}")):
             return reason
-        if content is None or empty(content) or message["role"] not in expected:
+        if content is None or empty(content) or role not in expected:
             return "malformed messages"
-        expected = ("assistant",) if message["role"] == "user" else ("user",)
-    if all(m["role"] != "user" for m in messages):
+        expected = ("assistant",) if role == "user" else ("user",)
+    if all(m["role"] not in ("user", "human") for m in messages):
         return "malformed messages"
-    name = next((n for n in ANSWER if row.get(n) is not None), None)
-    if name and (reason := value_fate(row[name], "answer", number=True)):
+    name = next((n for n in ANSWER if not nothing(row.get(n))), None)
+    if name and (reason := value_fate(row[name], name, number=True)):
         return reason
-    return "" if messages[-1]["role"] == "assistant" else "no solution"
+    answer = row[name] if name else ""
+    worked = isinstance(answer, str) and ("####" in answer or "\\boxed" in answer)
+    return "" if messages[-1]["role"] == "assistant" or worked else "no solution"
 
 
 def value_fate(value, name: str, *, number: bool = False) -> str:
+    if name in ANSWER and isinstance(value, list) and len(value) == 1:
+        [value] = value
     if (number or name in ANSWER) and isinstance(value, (int, float)) and not isinstance(value, bool):
         return f"{name} is infinite" if isinstance(value, float) and math.isinf(value) else ""
     if not isinstance(value, str):
@@ -168,6 +176,10 @@ def value_fate(value, name: str, *, number: bool = False) -> str:
     if "\0" in value:
         return "NUL character"
     return "half of a surrogate pair" if any(unicodedata.category(c) == "Cs" for c in value) else ""
+
+
+def nothing(value) -> bool:
+    return value in (None, [], {}) or value != value or isinstance(value, str) and empty(value)
 
 
 def empty(text) -> bool:
