@@ -12,6 +12,7 @@ import re
 from minimath.grading.compare import Comparison
 from minimath.grading.sandbox import BoundedChild
 from minimath.grading.typeset import typeset
+from minimath.grading.units import NOT_UNITS
 
 MAX_ANSWER_CHARS = 400        # a longer "answer" is wrong: the longest gold answer of MATH-500 has 53
 MAX_TAIL_CHARS = 1 << 17      # of a text, its end is read for an answer: a hostile megabyte would take 0.7 s
@@ -25,14 +26,19 @@ _HASHES = re.compile(r"^####[ \t]*((?!\d+[.)][ \t])[^\sA-Za-z][^\sA-Za-z]*[ \t]*
 _HEADING = re.compile(r"\s*\**(?:step|final|answer|the |so |conclusion|check|verif|[^\n]*[:=?]\s*\S*\s*[a-z]{4})", re.I)
 _THOUGHT, _ANSWER_TAG = "</think>", re.compile(r"<answer>((?:(?!<answer>).){1,2000}?)</answer>", re.S | re.I)
 # a look-ahead, so that of "Final answer: the answer is 5" the last is found too
-_ANSWER_IS = re.compile(r"\b(?:answer|(?:option|choice)(?= is))\b(?: is| was|:|=)[ \t]*:?[ \t]*(?=([^\n]{1,400}))", re.I)
-_LETTER = re.compile(r".*\b(?:is|be|option|choice|answer)\s+\(?([A-J])\)?\W{0,3}", re.S)
+_ANSWER_IS = re.compile(r"\b(?:answers?|(?:option|choice)(?= is))\b(?: is| are| was|:|=)[ \t]*:?[ \t]*(?=([^\n]{1,400}))",
+                        re.I)
+_LETTER = re.compile(r"(?:.*\b(?:is|be|option|choice|answer)|(?:(?!not)[a-z]+ ){0,3}[a-z]+)\s+\(?([A-J])\)?\W{0,3}", re.S)
 _SENTENCE_END = re.compile(r"[.!?;](?:\s|$)|,\s|\s(?:because|since|so|as)\s")
-_NUMBER = re.compile(r"(?:(?<![\w)])-)?\\?\$?(?:\d+(?:,\d{3})*(?!\d)(?:\.\d+)?|\.\d+)(?:/\d+)?(?:\\?%)?")
+_NUMBER = re.compile(
+    r"(?:(?<![\w)])-)?\\?\$?(?:\d+(?:,\d\d\d?){0,8},\d{3}(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+    "(?:[\u00bc-\u00be\u2150-\u215e]| \\d+/\\d+|/\\d+|:\\d\\d(?: ?[ap]\\.?m\\b)?|[eE][-+]?\\d+(?!\\w)|"
+    " ?(?:[x\u00d7]|\\\\times|\\\\cdot) ?10(?=\\^|[\u00b2-\u207e])(?:\\^\\{?-?\\d+\\}?)?)?"
+    "[\u00b2\u00b3\u00b9\u2070-\u207b]*(?:\\\\?%)?")
 _FORMULA = re.compile(r"\$\$?([^$]{1,400}?)\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.S)
 _FIRST_FORMULA = re.compile(rf"[\s*:]{{0,9}}(?:{_FORMULA.pattern})", re.S)
 # (3, 4), or 1, 2, 3 up to the end of the sentence: their commas end no sentence
-_TUPLE_OR_LIST = re.compile(r"[\s*:]{0,9}([(\[][^()\[\]]{1,100}[)\]]|-?\d[\d./]{0,20}(?:, -?\d[\d./]{0,20}){1,20}"
+_TUPLE_OR_LIST = re.compile(r"[\s*:]{0,9}([(\[\]][^()\[\]]{1,100}[)\]\[]|-?\d[\d./]{0,20}(?:, (?:-?\d[\d./]{0,20}|\.{3}|\\[lc]?dots)){1,20}"
                             r"(?=[\s*]{0,9}(?:$|\.(?:\s|$))))")
 _LAST_IS = re.compile(r".*\b(?:is|are|was|were|equals)\s", re.S)
 _EARLIER = re.compile(r"(?:[A-Za-z]\s*=\s*)?(-?\d[\d,./]{0,20})(?:, | ?,? (?:and|or) )(?:[A-Za-z]\s*=\s*)?\Z")
@@ -95,11 +101,18 @@ def _said(answer: str) -> str:
     sentence = _LAST_IS.sub("", _SENTENCE_END.split(answer, maxsplit=1)[0])
     if match := _FORMULA.search(sentence):
         return _with_neighbours([match, *_FORMULA.finditer(sentence, match.end())], 0, sentence)
-    if letter := _LETTER.fullmatch(answer):
+    if letter := _LETTER.fullmatch(answer) or _LETTER.fullmatch(sentence):
         return letter[1]
-    if sentence[:1].isalpha() and len(sentence.split()) > 5:
+    if sentence[:1].isalpha() and (len(sentence.split()) > 5 or _counted(sentence)):
         return _last_number(sentence) or sentence
     return sentence
+
+
+def _counted(sentence: str) -> bool:
+    """Tell whether a sentence is words around one number: "She has 42 apples left"."""
+    words = re.findall("[A-Za-z']+", sentence.lower())
+    return bool(re.fullmatch(r"(?:[A-Za-z']+ ){2,}[^\\={}]*", sentence) and not NOT_UNITS & set(words)
+                and len(_NUMBER.findall(sentence)) == 1)
 
 
 def _last_number(text: str) -> str | None:
@@ -111,9 +124,12 @@ def _last_number(text: str) -> str | None:
     paragraph = text[start:last.end() + MAX_PARAGRAPH].replace("\\$", "  ")
     formulas = list(_FORMULA.finditer(paragraph))
     for i, formula in enumerate(formulas):
-        if formula.start() < last.start() - start < formula.end() and _RELATION.search(_inside(formula)):
-            joined = _with_neighbours(formulas, i, paragraph)
-            return joined if "," in joined else re.split(r"(?<![<>!])=", joined)[-1].strip() or joined
+        if formula.start() <= last.start() - start < formula.end():
+            inside, joined = _inside(formula), _with_neighbours(formulas, i, paragraph)
+            if joined != inside:
+                return joined
+            if _RELATION.search(inside):
+                return re.split(r"(?<![<>!])=", inside)[-1].strip() or inside
     parts, before = [last.group()], text[start:last.start()]
     while earlier := _EARLIER.search(before[-60:]):     # 2 and 3: a list, and no chance to name two
         if len(parts) == 1 and not re.search(r"(?:and|or)\s+(?:[A-Za-z]\s*=\s*)?\Z", before):

@@ -37,7 +37,7 @@ LABEL = re.compile(rf"\s*({NAME})\s*(?<![<>!=\\])=(?!=)\s*")
 _SUM_LABEL = re.compile(r"\s*[A-Za-z](?:\s*[-+/]?\s*[A-Za-z]){1,6}\s*=\s*")
 _GROUPED = re.compile(r"(?<![\d.,])(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d?(?:,\d{2})+,\d{3}|[1-9]\d{0,2}(?: \d{3})+"
                       r"|[1-9]\d{0,2}(?:, ?0\d{2})+)(?![\d,]|\s\d)")
-_DECIMAL_COMMA = re.compile(r"(?<![\d.,])(?:0,(?=\d)|(\d+)\{,\}(?=\d))(\d+)(?![\d,.]|\s\d)")
+_DECIMAL_COMMA = re.compile(r"(?<![\d.,])(?:(?:(?<=^)|(?<=^[-+]))0,|([\d,]+)\{,\})(\d+)(?![\d,.]|\s\d)")
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)(?:\\overline\s*\{(\d{1,20})\}|\((\d{1,20})\)|"
                         r"\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)(?!\d)")
 _E_NOTATION = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d{1,4})(?![\w.])")
@@ -101,6 +101,8 @@ def _one(text: str) -> Number | None:
 
 def _value(text: str) -> tuple[Fraction | None, Fraction | None, int]:
     """Return the value of digits and signs, of a decimal that of its last digit, and how many digits it shows."""
+    if text.startswith("(") and "," in text:
+        return None, None, 0                        # a pair
     text = _GROUPED.sub(lambda match: re.sub("[, ]", "", match[0]), text)
     text = _DECIMAL_COMMA.sub(lambda match: f"{match[1] or 0}.{match[2]}", text)
     text = _E_NOTATION.sub(r"\1*10^(\2)", text)

@@ -287,6 +287,8 @@ def same_objects(a: Parts | RealSet, b: Parts | RealSet, same: Same) -> bool:
         return all(same(item, items[label]) for label, item in zip(a.labels, a.items))
     if kinds <= {"list", "set"} and not a.labels and not b.labels:
         return _matched(a.items, b.items, same)
+    if kinds == {"bracket", "tuple"} and len(a.items) > 2:
+        return len(a.items) == len(b.items) and all(map(same, a.items, b.items))
     if kinds == {"list", "set"} or not any(kinds <= group for group in (
             {"list", "tuple"}, {"tuple", "column"}, {"tuple", "row"}, {"bracket", "row"}, {"bracket", "column"},
             {"bracket", "list"}, kinds if len(kinds) == 1 else set())):
