@@ -5,7 +5,9 @@
 Names are loaded when they are asked for: importing minimath alone imports no torch.
 """
 import importlib
+import logging
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # notes at its import on what no option here uses
 _HOME = {"SFTConfig": "config.schema", "RLAIFConfig": "config.schema", "EvalConfig": "config.schema",
          "sft": "train.sft", "rlaif": "train.rlaif", "evaluate": "eval.evaluate"}
 __all__ = list(_HOME)

@@ -6,6 +6,7 @@ stage (`sft:`, `rlaif:`, `eval:`), then the command line's `key=value` words, th
 Whatever is wrong with a value raises UserError with the place (file:line or the word typed), the reason and the next
 step. Recipes are typed by the schema, not by YAML, which reads 1e-4 as a string, `no` as a boolean and 1:30 as 90.
 """
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,12 @@ def config_of_words(cls, words: list[str], section: str = ""):
 
 def take_recipe(words: list[str]) -> str | None:
     """Take a leading word that is no option from `words`."""
-    return words.pop(0) if words and "=" not in words[0] and not words[0].startswith("--") else None
+    return words.pop(0) if words and not is_option(words[0]) else None
+
+
+def is_option(word: str) -> bool:
+    """Tell key=value and --key from a path, which may hold = itself: runs/lr=1e-4."""
+    return word.startswith("--") or "=" in word and not os.path.exists(word)
 
 
 def read_recipe(recipe: str) -> tuple[dict[str, Setting], dict[str, dict[str, Setting]]]:

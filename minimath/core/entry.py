@@ -18,8 +18,7 @@ def run_command(action: Callable[[], object]) -> int:
     action may return a status, or a summary whose `signal` says that a run was stopped.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries: a user can do nothing about them
-    for name in ("bitsandbytes", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.ERROR)
     try:
         result = action()
     except UserError as error:

@@ -1,5 +1,6 @@
 """Count what each stage needs, the most that a card holds, and what to change."""
 import json
+import os
 from bisect import bisect_left
 
 import torch
@@ -9,6 +10,7 @@ from minimath.config.load import RECIPES
 from minimath.config.options import options_of
 from minimath.config.schema import EvalConfig, RLAIFConfig, SFTConfig
 from minimath.core.errors import UserError
+from minimath.core.hub import without_network
 from minimath.core.text import did_you_mean
 from minimath.kernels.common import WORKSPACE_BYTES
 from minimath.models.load import DTYPES, first_line
@@ -72,13 +74,14 @@ class Planner:
         """Read the config of a folder, hub id or model in shapes.json. Raises UserError."""
         self.device = "cpu" if device == "cpu" else "cuda"
         self.models: dict[tuple, Model] = {}
+        offline = "" if os.path.isdir(name) else without_network()
         try:
             self.config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError, KeyError) as error:
             known = json.loads((RECIPES / "shapes.json").read_text(encoding="utf-8"))
             if name not in known:
-                raise UserError(f"model={name!r}: its config can't be read ({first_line(error)}); give a folder, or "
-                                f"check the name and the network{did_you_mean(name, known)}") from None
+                raise UserError(f"model={name!r}: its config can't be read ({offline or first_line(error)}); give a "
+                                f"folder, or check the name and the network{did_you_mean(name, known)}") from None
             self.config = AutoConfig.for_model(**known[name if isinstance(known[name], dict) else known[name]])
 
     def dtype(self, cfg) -> torch.dtype:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jinja2
 
+from minimath.config.load import is_option
 from minimath.core.errors import UserError
 from minimath.core.files import read_json, write_whole
 from minimath.core.run_folder import ARMS, COMPLETIONS, ENVIRONMENT, EVAL, METRICS, REPORT, SUITE, evaluation_folder
@@ -38,8 +39,8 @@ LONGEST = 3000  # characters of a solution shown
 
 def report(words: list[str]) -> dict:
     """Write the page of the run folders named; returns its path. Raises UserError."""
-    runs = [Path(word) for word in words if "=" not in word]
-    options = dict(word.split("=", 1) for word in words if "=" in word)
+    runs = [Path(word) for word in words if not is_option(word)]
+    options = dict(word.removeprefix("--").partition("=")[::2] for word in words if is_option(word))
     if not runs or options.keys() - {"out"}:
         raise UserError(f"minimath report takes run folders and out=FOLDER, not {' '.join(words) or 'nothing'}: "
                         "minimath report runs/demo-...")

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -112,8 +113,16 @@ def test_a_single_stage_and_a_single_evaluation_are_runs_too(folder, tmp_path):
         assert words in write_page([folder / part], tmp_path / part).read_text(encoding="utf-8")
 
 
+def test_a_folder_with_an_equals_sign_is_a_run(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "lr=1e-4")
+    monkeypatch.chdir(tmp_path)
+    for words in (["lr=1e-4"], [str(tmp_path / "lr=1e-4"), f"out={tmp_path / 'a=b'}"]):
+        assert "lr=1e-4: base" in Path(report([*words, str(folder)])["page"]).read_text(encoding="utf-8")
+    assert (tmp_path / "a=b" / "report.html").is_file()
+
+
 @pytest.mark.parametrize("words, error", [([], "takes run folders"), (["nowhere"], "no evaluation and no training"),
-                                          (["x", "format=pdf"], "format")])
+                                          (["x", "format=pdf"], "format"), (["lr=3"], "lr=3")])
 def test_what_cannot_be_reported_is_said(words, error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=error):
