@@ -78,7 +78,7 @@ class Columns:
     def take(self, what: str) -> tuple[str, object]:
         """Return the first column for `what` that holds something, and its value, or None."""
         for name in COLUMNS[what]:
-            if _filled(self.values.get(name)):
+            if name not in self.read and _filled(self.values.get(name)):
                 self.read.add(name)
                 return name, self.values[name]
         return what, None

@@ -14,6 +14,7 @@ from tiny import tiny_tokenizer
 from minimath.config.schema import DataOptions
 from minimath.data.chat import control_tokens, encode
 from minimath.data.examples import load_examples
+from minimath.data.rows import MISSING
 
 PROBLEM = ("problem", "question", "prompt", "instruction")
 SOLUTION = ("solution", "completion", "response", "output")
@@ -179,7 +180,8 @@ def value_fate(value, name: str, *, number: bool = False) -> str:
 
 
 def nothing(value) -> bool:
-    return value in (None, [], {}) or value != value or isinstance(value, str) and empty(value)
+    text = isinstance(value, str)
+    return value in (None, [], {}) or value != value or text and (empty(value) or value.strip() in MISSING)
 
 
 def empty(text) -> bool:
