@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from minimath.config.load import load_config
 from minimath.config.options import options_of
 from minimath.config.schema import EvalConfig
+from minimath.config.trained import as_trained
 from minimath.core.entry import run_command
 from minimath.core.errors import UserError
 from minimath.core.log import printable
@@ -32,6 +33,7 @@ def solve_command(words: list[str]) -> None:
         raise UserError('minimath solve needs a problem: minimath solve "Tom has 3 apples ..." adapter=runs/... '
                         "(in a terminal it asks for one)")
     keep_freed_memory()
+    cfg = as_trained(cfg)
     policy = load_policy(cfg, train=False)
     print(describe(policy.model, cfg) + (f", adapter {cfg.adapter.path}" if cfg.adapter.path else ""), flush=True)
     with open_engine(cfg.engine, cfg.sampling, policy, seed=cfg.run.seed) as engine:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from minimath.config.load import config_of_words, config_text
 from minimath.config.schema import EvalConfig
+from minimath.config.trained import as_trained
 from minimath.core import dist, interrupt
 from minimath.core.entry import run_command
 from minimath.core.errors import Interrupted, UserError
@@ -51,6 +52,7 @@ def evaluate(cfg: EvalConfig) -> dict:
     decides the completions is not what the evaluation to go on with was begun with."""
     if fault := cfg.check():
         raise UserError(fault)
+    cfg = as_trained(cfg)
     if cfg.suite:
         return evaluate_suite(cfg)
     examples, report = load_examples(cfg.data, need=("answer",))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import AutoConfig
@@ -18,16 +17,14 @@ from transformers import AutoConfig
 from minimath.config.load import load_config
 from minimath.config.options import Stage
 from minimath.config.schema import AdapterPath, Count, EvalConfig
+from minimath.config.trained import PROMPT, base_of, run_options
 from minimath.core.errors import UserError
 from minimath.core.files import flush_to_disk, free_bytes, read_json
-from minimath.core.run_folder import ADAPTER, CONFIG, EVAL, evaluation_folder, find_adapter
+from minimath.core.run_folder import ADAPTER, EVAL, evaluation_folder, find_adapter
 from minimath.export.drift import Drift, compare, completion_logits, drift_texts
 from minimath.export.model_card import card, modelfile
 from minimath.models.load import describe
 from minimath.models.policy import Policy, load_policy
-
-RUN_OPTIONS = {"model": str, "system": str, "prompt_template": str, "data": str, "split": str, "quant": str,
-               "attn": str, "lora_r": int, "steps": int, "lr": float}  # read of a run, which may be someone else's
 
 
 class ExportConfig(Stage):
@@ -78,10 +75,10 @@ def export(words: list[str]) -> dict:
     cfg = load_config(ExportConfig, None, words, "export")
     folder = find_adapter(cfg.adapter.path)
     run, adapter = run_options(folder), read_json(folder / "adapter_config.json")
-    base = cfg.model or run.get("model") or adapter.get("base_model_name_or_path")
+    base = cfg.model or base_of(folder)
     if not base:
         raise UserError(f"{folder} does not say which base it was trained on; add model=FOLDER or a hub id")
-    load = EvalConfig(**{key: run[key] for key in ("system", "prompt_template", "data", "split") if key in run},
+    load = EvalConfig(**{key: run[key] for key in (*PROMPT, "data", "split") if key in run},
                       model=base, adapter=str(folder), device=cfg.device, dtype=cfg.dtype, temperature=0.0,
                       max_new_tokens=cfg.drift_tokens, trust_remote_code=cfg.trust_remote_code,
                       attn="eager" if run.get("attn") == "eager" else "sdpa")  # a GPU's may be missing here
@@ -140,16 +137,6 @@ def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[
     if cfg.to == "safetensors":
         policy.model.to(dtype)
     return policy, drift, measured
-
-
-def run_options(folder: Path) -> dict:
-    """Read RUN_OPTIONS of the run that made the adapter in `folder`; {} when unknown."""
-    for place in (folder, *list(folder.absolute().parents)[:2]):
-        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-            options = yaml.safe_load((place / CONFIG).read_text(encoding="utf-8"))
-            if isinstance(options, dict) and "lora_r" in options:
-                return {key: options[key] for key, kind in RUN_OPTIONS.items() if isinstance(options.get(key), kind)}
-    return {}
 
 
 def evaluation_of(run: Path) -> dict:

@@ -1,10 +1,15 @@
 """The one model in memory with its tokenizer: policy, reference, judge and evaluated model are all this."""
+import os
 from dataclasses import dataclass
 
 import torch
+from transformers import AutoConfig
 
 from minimath.config.schema import ModelOptions, PromptOptions
+from minimath.config.trained import base_of, same_place
 from minimath.core.errors import UserError
+from minimath.core.hub import without_network
+from minimath.core.run_folder import find_adapter, say_once
 from minimath.data.chat import eos_ids, prompt_ids
 from minimath.data.rows import Example
 from minimath.models.load import base_causal_lm, load_model
@@ -55,7 +60,27 @@ class Policy:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def refuse_other_base(trained_on: str, cfg) -> None:
+    """Raise UserError when an adapter's base has other shapes; warn of another name."""
+    given, shapes = cfg.model.name, []
+    if trained_on in ("", given) or same_place(trained_on, given):
+        return
+    for name in (trained_on, given):
+        try:
+            _ = os.path.isdir(name) or without_network()
+            config = AutoConfig.from_pretrained(name).get_text_config()
+            shapes.append(f"hidden size {config.hidden_size}, vocabulary {config.vocab_size}")
+        except (OSError, ValueError, KeyError, AttributeError):  # moved away, or needs the model's own code
+            shapes.append("")
+    if all(shapes) and shapes[0] != shapes[1]:
+        raise UserError(f"adapter={cfg.adapter.path} was trained on {trained_on} ({shapes[0]}) and can't fit "
+                        f"model={given} ({shapes[1]}): leave model= out, or give that base")
+    say_once(f"warning: model={given}, but adapter={cfg.adapter.path} was trained on {trained_on}")
+
+
 def load_policy(cfg, *, train: bool) -> Policy:
     """Load model, adapter and tokenizer of a stage's config. Raises UserError."""
+    if cfg.adapter.path:
+        refuse_other_base(base_of(find_adapter(cfg.adapter.path)), cfg)
     model, tokenizer = load_model(cfg, train=train)
     return Policy(model, tokenizer, cfg.model, cfg.prompt)

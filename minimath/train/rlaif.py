@@ -20,6 +20,7 @@ import torch
 
 from minimath.config.load import config_of_words
 from minimath.config.schema import RLAIFConfig
+from minimath.config.trained import as_trained
 from minimath.core.entry import run_command
 from minimath.data.batch import forward_args
 from minimath.data.chat import IGNORE
@@ -49,6 +50,7 @@ def rlaif(cfg: RLAIFConfig) -> dict:
     Returns a summary: steps, run_dir, adapter, signal. Raises UserError for anything the user can put right; the judge
     is tried before any long work.
     """
+    cfg = as_trained(cfg)
     examples, report = load_examples(cfg.data, need=verifier_columns(cfg.verifier))
     check_verifier(cfg.verifier, examples)
     with Trainer(cfg, "rlaif") as trainer:

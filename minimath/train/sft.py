@@ -12,6 +12,7 @@ import sys
 
 from minimath.config.load import config_of_words
 from minimath.config.schema import SamplingOptions, SFTConfig
+from minimath.config.trained import as_trained
 from minimath.core.entry import run_command
 from minimath.data.batch import forward_args, step_indices
 from minimath.data.chat import Encoded, encode, preflight
@@ -32,6 +33,7 @@ def sft(cfg: SFTConfig) -> dict:
     Returns a summary: steps, run_dir, adapter, signal. Raises UserError for anything the user can put right, before
     any long work where it can be known then.
     """
+    cfg = as_trained(cfg)
     examples, report = load_examples(cfg.data, need=("solution",))
     with Trainer(cfg, "sft") as trainer:
         trainer.log.say(describe_report(report) or f"{len(examples)} examples")
