@@ -18,8 +18,8 @@ class Job(NamedTuple):
     seed: int  # of its random stream
 
 
-class Engine:
-    """Samples completions of prompts with the weights that train. A context manager.
+class Engine(contextlib.AbstractContextManager):
+    """Samples completions of prompts with the weights that train.
 
     While a stream is open the model is set up for decoding: train or judge with it later. A completion depends on
     (seed, key of its prompt, number of the sample) and the weights, not on its batch, up to rounding."""
@@ -63,9 +63,6 @@ class Engine:
 
     def close(self) -> None:
         """Give back what the engine holds."""
-
-    def __enter__(self) -> "Engine":
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()

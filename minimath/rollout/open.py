@@ -1,10 +1,7 @@
 """Which engine samples: minimath's own, which is here, transformers' generate or vLLM.
 
     with open_engine(cfg.engine, cfg.sampling, policy, seed=cfg.run.seed) as engine:
-        groups = engine.generate(prompts, 8)
-
-Ours: a prompt is prefilled once for the completions that start together. Long prompts go first; when a sixteenth of the
-slots is free the next completions move in. Should memory run out, half as many go on from the tokens sampled so far."""
+        groups = engine.generate(prompts, 8)"""
 import contextlib
 from collections.abc import Iterator
 
@@ -17,7 +14,7 @@ from minimath.models.linears import copied_bytes, decoding_linears, is_4bit, pac
 from minimath.models.load import base_causal_lm, compute_dtype, head, inference
 from minimath.models.memory import fitting_slots, free_bytes, is_out_of_memory
 from minimath.models.policy import Policy
-from minimath.models.sharding import is_sharded
+from minimath.models.variants import is_sharded
 from minimath.rollout.decode import Decode, Fast, Row
 from minimath.rollout.engine import Engine
 from minimath.rollout.kv_cache import NoStandardCache, check_model, decoding_attention
@@ -53,7 +50,7 @@ def open_engine(engine: EngineOptions, sampling: SamplingOptions, policy: Policy
 
 
 class OwnEngine(Engine):
-    """Decodes in this process; raises NoStandardCache for models without one."""
+    """Decodes in this process, long prompts first; NoStandardCache for models without one."""
 
     def __init__(self, *options, **more):
         super().__init__(*options, **more)

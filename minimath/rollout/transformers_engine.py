@@ -1,12 +1,9 @@
 """Rollouts by transformers' `generate`, for models that minimath's own decode loop cannot serve.
 
 Mamba, RWKV and the hybrids of attention and a recurrence keep other state than keys and values; `generate` of each
-model knows its own. Slower than open.py: every row is prefilled, and a batch lasts as long as its longest row.
-transformers' continuous batching is no alternative: in 5.23 it serves full and sliding-window attention alone.
-
-The tokens are chosen by a logits processor with our own sampler, which lets one token through. So options, random
-streams and recorded log-probs mean the same in both engines, and of each step only (n,) numbers are kept, not logits.
-"""
+model knows its own (transformers' continuous batching serves full and sliding-window attention alone). Tokens are
+chosen by a logits processor with our own sampler, which lets one token through: options, random streams and recorded
+log-probs mean the same in both engines, and of each step only (n,) numbers are kept, not logits."""
 import contextlib
 import inspect
 import itertools
@@ -20,7 +17,7 @@ from minimath.core.errors import UserError
 from minimath.data.sample import Sample
 from minimath.kernels import linear_logp
 from minimath.models.load import base_causal_lm, compute_dtype, head, hidden_states, inference
-from minimath.models.sharding import in_step, is_sharded
+from minimath.models.variants import in_step, is_sharded
 from minimath.rollout.engine import Engine, Job
 from minimath.rollout.kv_cache import check_model
 from minimath.rollout.sampling import Sampling, sample_tokens, stream_noise
@@ -139,10 +136,8 @@ def check_logp(model, prompt: list[int], sample: Sample, temperature: float) -> 
 
 def logp_difference(model, prompt: list[int], sample: Sample, temperature: float, most: int = 64) -> float:
     """Find the median difference of full log-probs, recorded, from the training forward's."""
-    lm_head, device = head(model), base_causal_lm(model).device
-    ids = torch.tensor([prompt + sample.ids[:most]], device=device)
+    lm_head, ids = head(model), torch.tensor([prompt + sample.ids[:most]], device=base_causal_lm(model).device)
     hidden = hidden_states(model, ids[:, :-1])[0, len(prompt) - 1:]  # (n, D)
     logp = linear_logp(hidden, lm_head.weight, ids[0, len(prompt):], temperature=temperature or 1.0,
                        **lm_head.kernel_args())
-    recorded = torch.tensor((sample.full_logp or sample.logp)[:most], device=device)
-    return float((logp.detach() - recorded).abs().median())
+    return float((logp.detach() - logp.new_tensor((sample.full_logp or sample.logp)[:most])).abs().median())

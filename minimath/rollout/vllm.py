@@ -4,9 +4,8 @@ Before each rollout the adapter as it is now is loaded under a new name: vLLM's 
 completion is a request with the seed that our own engine gives it, so that it does not depend on its batch (up to
 rounding); its tokens are others than ours, for vLLM draws otherwise.
 
-Log-probs: vLLM's processed_logprobs are those of the distribution sampled from (after temperature, min-p, top-k,
-top-p, in vLLM's order); its default, raw_logprobs, leaves temperature out too. What a token had before truncation is
-not told. vLLM serves the base in 16 bits where quant=nf4 trains on 4: the samples are then a little off-policy."""
+Log-probs are vLLM's processed_logprobs, of the distribution sampled from; what a token had before truncation is not
+told. vLLM serves the base in 16 bits where quant=nf4 trains on 4: the samples are then a little off-policy."""
 import contextlib
 import gc
 import os
@@ -23,6 +22,7 @@ from minimath.core.files import discard
 from minimath.core.state import restore_rng, rng_state
 from minimath.models.load import base_causal_lm, first_line, inference
 from minimath.models.policy import Policy
+from minimath.models.variants import CHANGE_THE_BASE
 from minimath.rollout.engine import Engine, Job
 from minimath.rollout.sampling import Sampling
 from minimath.rollout.transformers_engine import logp_difference
@@ -42,12 +42,11 @@ class VLLMEngine(Engine):
 
     def __init__(self, engine, sampling, policy, *, seed=0, run_dir="", say=print):
         super().__init__(engine, sampling, policy, seed=seed, say=say)
-        if isinstance(policy.model, PeftModel):
-            check_adapter_is_servable(policy.model)
+        rank = servable_rank(policy.model)
         longest = max(128, policy.prompt.max_prompt_len + self.max_new_tokens)  # room for the probe, too
         self.probe = Job((0, 0), policy.tokenizer(PROBE, add_special_tokens=False)["input_ids"], 0)
         self.backend = Server(engine.vllm_url, policy.options.name, longest, self.probe, self.how) \
-            if engine.vllm_url else Colocated(policy, longest, seed, engine.vllm_gpu_share)
+            if engine.vllm_url else Colocated(policy, longest, seed, engine.vllm_gpu_share, rank)
         self.tag = f"minimath-{uuid.uuid4().hex[:8]}"  # other runs may share the server and the folder
         self.folder = Path(run_dir or tempfile.gettempdir(), "vllm", self.tag).absolute()
         self.adapter, self.swaps = "", 0  # name of the adapter served, "": the base model; swaps so far
@@ -96,15 +95,19 @@ class VLLMEngine(Engine):
         self.backend.close()
 
 
-def check_adapter_is_servable(model) -> None:
-    """Raise UserError for adapters that vLLM refuses, or of a changed base model."""
+def servable_rank(model) -> int:
+    """Find the rank that vLLM makes room for, 0 without an adapter; UserError if none holds it."""
+    if not isinstance(model, PeftModel):
+        return 0
     lora = model.peft_config["default"]
-    init = str(lora.init_lora_weights).lower()
-    changes_base = init.startswith(("pissa", "olora", "corda", "loftq"))
-    for fault, what in ((lora.use_dora, "dora=true"), (changes_base, f"lora_init={init}, which changes the base model"),
-                        (lora.modules_to_save, "whole trained modules (modules_to_save)")):
+    init, rank = str(lora.init_lora_weights).lower(), max([lora.r, *(lora.rank_pattern or {}).values()])
+    for fault, what in ((lora.use_dora, "dora=true"),
+                        (init.startswith(CHANGE_THE_BASE), f"lora_init={init}, which changes the base model"),
+                        (lora.modules_to_save, "whole trained modules (modules_to_save)"),
+                        (rank > RANKS[-1], f"rank {rank}, above lora_r={RANKS[-1]}")):
         if fault:
             raise UserError(f"rollout=vllm cannot serve an adapter of {what}; use a plain LoRA, or another rollout=")
+    return next(room for room in RANKS if room >= rank)
 
 
 class Colocated:
@@ -112,8 +115,8 @@ class Colocated:
 
     where = "vLLM in this process"
 
-    def __init__(self, policy: Policy, longest: int, seed: int, gpu_share: float):
-        model, name = policy.model, policy.options.name
+    def __init__(self, policy: Policy, longest: int, seed: int, gpu_share: float, rank: int):
+        name = policy.options.name
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no second process on the card
         try:
             import vllm
@@ -123,14 +126,13 @@ class Colocated:
                             "brings its torch), or give the vllm_url= of a server in another environment") from None
         self.vllm, self.request, self.lora, self.swaps, self.asleep = vllm, LoRARequest, None, 0, False
         self.sleeps = torch.cuda.is_available()  # elsewhere vLLM has no sleep mode
-        options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank_of(model)} \
-            if isinstance(model, PeftModel) else {}
+        options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank} if rank else {}
         rng = rng_state()  # vLLM seeds all generators of the process
         try:
             self.llm = vllm.LLM(
                 model=name, trust_remote_code=policy.options.trust_remote_code, seed=seed, max_model_len=longest,
-                dtype=str(base_causal_lm(model).dtype).removeprefix("torch."), gpu_memory_utilization=gpu_share,
-                enable_sleep_mode=self.sleeps, logprobs_mode="processed_logprobs",
+                dtype=str(base_causal_lm(policy.model).dtype).removeprefix("torch."), enable_sleep_mode=self.sleeps,
+                gpu_memory_utilization=gpu_share, logprobs_mode="processed_logprobs",
                 generation_config="vllm", **options)  # not the model's own temperature and top-k
         except Exception as error:  # vLLM has many kinds of its own
             raise UserError(f"vLLM does not start with {name} ({first_line(error)}); try another vllm_gpu_share= "
@@ -186,12 +188,3 @@ class Colocated:
         self.llm = None
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def rank_of(model) -> int:
-    """Find the smallest rank for which vLLM makes room that holds the adapter's."""
-    lora = model.peft_config["default"]
-    rank = max([lora.r, *(lora.rank_pattern or {}).values()])
-    if rank > RANKS[-1]:
-        raise UserError(f"rollout=vllm serves adapters of rank {RANKS[-1]} at most, not {rank}; use a smaller lora_r")
-    return next(r for r in RANKS if r >= rank)

@@ -154,13 +154,12 @@ class Server:
                 said = error.body or ""
                 if isinstance(said, dict):
                     said = said.get("message") or said.get("detail") or said
-                said = " ".join(str(said).split())[:300]
+                status, said = error.status_code, " ".join(str(said).split())[:300]
                 if "already been loaded" in said:  # by a try whose answer was lost
                     return None
-                raise UserError(self._advice(error.status_code, said, path)) from None
             except (self.openai.APIConnectionError, asyncio.TimeoutError, ValueError) as error:  # ValueError: no JSON
-                said = str(error.__cause__ or "") or str(error) or f"no answer in {ANSWER_S:g} s"
-                raise UserError(self._advice(0, said[:200], path)) from None
+                status, said = 0, (str(error.__cause__ or "") or str(error) or f"no answer in {ANSWER_S:g} s")[:200]
+            raise UserError(self._advice(status, said, path))
 
         return asyncio.run_coroutine_threadsafe(ask(), self.loop)
 
@@ -171,11 +170,9 @@ class Server:
         if status in (401, 403):
             return f"{self.where} refuses the key{said}; set the environment variable {KEY}"
         if path.endswith("_lora_adapter"):
-            if status == 404 and "adapter" not in said.lower():
-                return (f"{self.where} loads no adapters at run time{said}; start it with --enable-lora and "
-                        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment")
-            return (f"{self.where} cannot load the adapter{said}; it needs --enable-lora, --max-lora-rank of lora_r or "
-                    "more, and the run folder (out=) under the same path")
+            return (f"{self.where} cannot load the adapter{said}; start it with --enable-lora, a --max-lora-rank of "
+                    "lora_r and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, and let it see the run "
+                    "folder (out=) under the same path")
         if status == 404:
             return f"{self.where} does not know {self.model or path}{said}; was it restarted, is it a vLLM server?"
         return f"{self.where} refuses {path}: HTTP {status}{said}"

@@ -10,7 +10,7 @@ from minimath.data.chat import Encoded
 from minimath.data.sample import Group, Sample
 from minimath.models.policy import Policy
 from minimath.models.prefix import forward_batches, own_rows
-from minimath.models.sharding import in_step
+from minimath.models.variants import in_step
 from minimath.train.losses import PolicyRows, token_weights
 
 

@@ -8,7 +8,7 @@ from minimath.data.examples import Example, describe_report
 from minimath.data.sample import Group, Sample
 from minimath.models.load import base_causal_lm, inference
 from minimath.models.policy import Policy
-from minimath.models.sharding import is_sharded
+from minimath.models.variants import is_sharded
 from minimath.rollout.transformers_engine import LOGP_TOLERANCE, logp_difference
 from minimath.train.curriculum import Problem
 from minimath.train.losses import clip_hint

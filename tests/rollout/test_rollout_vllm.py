@@ -214,7 +214,7 @@ def test_faults_of_vllm_in_this_process_are_one_line(module, opened, trained, mo
         opened(vllm_url="")
     assert "\n" not in str(caught.value)
     trained.model.peft_config["default"].r = 1024
-    with pytest.raises(UserError, match="rank 512 at most, not 1024"):
+    with pytest.raises(UserError, match="rank 1024, above lora_r=512"):
         opened(vllm_url="")
 
 

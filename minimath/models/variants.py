@@ -1,0 +1,139 @@
+"""What options make of a model: 4-bit weights, liger-kernel's layers, shards, adapters of the principal part.
+
+shard=true (FSDP2), for models that no single card holds: each process keeps 1 / world of every decoder layer's frozen
+weights, and a forward or backward gathers one layer at a time. Embeddings, head and adapter stay whole: a step is the
+same as without. A forward is work of all processes: each must do as many, with blank ones where it has less to do.
+
+PiSSA (arXiv 2404.02948) and OLoRA (2406.01775): peft takes the initial product B0 A0 off the base. Then the model
+without its adapter is not the base, which reference, self-judge, drift and export stand on, and a saved adapter fits no
+base but that one. Here the adapter itself takes it off: W + s (B A - B0 A0), one LoRA of twice the rank whose second
+half does not train, a form that peft saves too (path_initial_model_for_weight_conversion)."""
+import re
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import BitsAndBytesConfig
+
+from minimath.core import dist
+from minimath.core.errors import UserError
+from minimath.data.chat import IGNORE
+
+PRINCIPAL = re.compile(r"pissa(_niter_(\d+))?|olora")
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations of peft
+
+
+def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Configure NF4 weights with quantised scales; UserError without bitsandbytes."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError("quant=nf4 needs bitsandbytes: pip install bitsandbytes, or use quant=none") from None
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
+                              bnb_4bit_use_double_quant=True)
+
+
+def patch_with_liger(model) -> None:
+    """Put liger-kernel's RMSNorm, RoPE and SwiGLU into `model`, but not its losses.
+
+    RoPE changes for every model of the family in this process. Raises UserError without a GPU, without the package, for
+    a family that it does not know."""
+    if model.device.type != "cuda":
+        raise UserError(f"liger=true needs a GPU, and the model is on {model.device.type}: use liger=false here")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as families
+    except ImportError:
+        raise UserError("liger=true needs liger-kernel: pip install -e '.[liger]', or use liger=false") from None
+    if model.config.model_type not in families:
+        raise UserError(f"liger=true: liger-kernel has no kernels for {model.config.model_type} models "
+                        f"(it has {', '.join(sorted(families))}); use liger=false")
+    _apply_liger_kernel_to_instance(model=model, rope=True, rms_norm=True, swiglu=True, geglu=True,
+                                    cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def keep_4bit_weights_trainable(model) -> int:
+    """Stop bitsandbytes from repacking 4-bit weights; returns the number of layers.
+
+    On CPUs with avx512_bf16 one no-grad forward in eval mode repacks Linear4bit weights for good; LoRA gradients after
+    that are wrong by 77-99% with a normal-looking loss."""
+    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return len(layers)
+
+
+def shard(model, base, device: torch.device) -> None:
+    """Split the decoder layers of `base`, on the CPU; the rest to `device`. Raises UserError."""
+    if dist.world() < 2:
+        raise UserError("shard=true splits a model over several processes, and this is one: start them with accelerate "
+                        "launch or torchrun, or leave shard away")
+    kinds = set(getattr(base, "_no_split_modules", None) or ())
+    layers = [module for module in base.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise UserError(f"{type(base).__name__} does not say which of its layers can be split: leave shard away")
+    trained = {p for p in model.parameters() if p.requires_grad}
+    mesh = init_device_mesh(device.type, (dist.world(),))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+    model.to(device)
+
+
+def is_sharded(model) -> bool:
+    return dist.world() > 1 and any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def in_step(model, batches: Iterator[tuple[list[int], dict]]) -> Iterator[tuple[list[int], dict]]:
+    """Yield (indices, batch) of batches; of a sharded model as many in every process.
+
+    Blank ones stand behind them: one token, of which nothing is trained; their loss and gradient are 0."""
+    if not is_sharded(model):
+        yield from batches
+        return
+    batches = list(batches)
+    one = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    blank = {"input_ids": one, "position_ids": one, "attention_mask": torch.ones_like(one),
+             "target": torch.full((1,), IGNORE, device=model.device)}
+    for number in range(int(dist.all_reduce_max(len(batches)))):
+        yield batches[number] if number < len(batches) else ([], blank)
+
+
+@torch.no_grad()
+def begin_at_principal(model, init: str, name: str = "default") -> None:
+    """Set the factors of an adapter of rank 2 r by `init`; its product is 0."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and name in module.lora_A:
+            weight = dequantize_module_weight(module.get_base_layer()).float()
+            a, b = module.lora_A[name].weight, module.lora_B[name].weight  # (2 r, D_in), (D_out, 2 r)
+            rank, scale = a.shape[0] // 2, module.scaling[name]
+            left, right = factors(weight.T if module.fan_in_fan_out else weight, init, rank, scale)
+            a.zero_(), b.zero_()
+            for start, sign in ((0, 1), (rank, -1)):
+                a[start:start + len(right)], b[:, start:start + len(right)] = right, sign * left
+            a.register_hook(lambda grad, rank=rank: _first(grad, 0, rank))
+            b.register_hook(lambda grad, rank=rank: _first(grad, 1, rank))
+
+
+def factors(weight: torch.Tensor, init: str, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factors (D_out, r) and (r, D_in) that peft begins with."""
+    rank = min(rank, *weight.shape)
+    if init == "olora":
+        q, r = torch.linalg.qr(weight)
+        return q[:, :rank], r[:rank]
+    if steps := PRINCIPAL.fullmatch(init)[2]:
+        u, s, v = torch.svd_lowrank(weight, rank, niter=int(steps))
+        vh = v.T
+    else:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (s[:rank] / scale).sqrt()
+    return u[:, :rank] * root, root[:, None] * vh[:rank]
+
+
+def _first(grad: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    """Keep the gradient of the first half."""
+    grad = grad.clone()
+    grad.narrow(dim, rank, rank).zero_()
+    return grad
