@@ -69,7 +69,7 @@ class AdapterOptions(AdapterPath):
     dora: bool = False
     """weight-decomposed LoRA (slower, a little better at low rank)"""
     lora_init: str = "default"
-    """adapter initialisation, passed to peft: default, gaussian, pissa, pissa_niter_4, olora, orthogonal"""
+    """adapter initialisation: default, gaussian, orthogonal; pissa, pissa_niter_4, olora (of twice the rank)"""
 
 
 @dataclass
