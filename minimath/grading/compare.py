@@ -16,6 +16,7 @@ from minimath.grading.typeset import key
 from minimath.grading.units import agree, split_unit
 
 MAX_ASKED = 60                # questions to math-verify of one comparison: lists of lists ask many
+MAX_CHARS = 2000              # of two typeset answers: unicode fractions grow
 MAX_DEPTH = 4                 # of parts of parts
 _CONDITION = re.compile(r",?\s+(?:for|where|with) (?:any|all|every|each|some|real|arbitrary|constant)\b.*", re.I)
 _PARAMETER = re.compile(r"(?<![\\A-Za-z])([klmn])(?![A-Za-z])")
@@ -25,6 +26,8 @@ _PROSE = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Za-z]{2,} [A-Za-z]{2,})"
 _LETTERS = re.compile(r"(?:\\(?:angle|triangle|overline|vec|widehat|overrightarrow|parallel|perp)|[A-Za-z{}\s'])+")
 _PRODUCT = re.compile(r"[abcdfghj-npq-z]{2}")       # xy is yx; no is not on
 _INEQUALITY = re.compile(r"[<>]|\\[lg]eq(?![A-Za-z])")
+_LETTER_LIST = re.compile(r"[A-J](?:(?:\s*[,;&]\s*|\s+|,?\s+and\s+)?[A-J]){1,9}")
+_LEFT_SIDE = re.compile(r"([^=<>]*[A-Za-z][^=<>]*)=")
 _EQUATION = re.compile(r"(?<![<>!=\\])=(?!=)")
 
 
@@ -36,7 +39,7 @@ class Comparison:
 
     def same(self, answer: str, gold: str, depth: int = 0) -> bool:
         """Tell whether two texts are the same mathematical object."""
-        if depth > MAX_DEPTH or self.late or not answer or not gold:
+        if depth > MAX_DEPTH or self.late or not answer or not gold or len(answer) + len(gold) > MAX_CHARS:
             return False
         if key(answer) == key(gold):
             return True
@@ -50,7 +53,7 @@ class Comparison:
         if exact.strip() and rounded:
             return self._rounded(exact.strip(), rounded.strip(), gold, depth)
         number, gold_number = read_number(answer), read_number(gold)
-        if number and gold_number:
+        if number and gold_number and not _other_names(answer, gold):
             return same_number(number, gold_number)
         answer, gold = _canonical(answer, gold)
         if key(answer) == key(gold):
@@ -84,7 +87,7 @@ class Comparison:
         if not agree(unit, gold_unit):
             return False
         name, gold_name = LABEL.match(answer), LABEL.match(gold)
-        if name and gold_name and (key(name[1]) == key(gold_name[1]) or len(name[1]) + len(gold_name[1]) > 2):
+        if name and gold_name and not _other_names(answer, gold):
             return self.same(answer[name.end():], gold[gold_name.end():], depth + 1)
         if name and not _EQUATION.search(gold) and not _EQUATION.search(answer[name.end():]):
             return self.same(answer[name.end():], gold, depth + 1)
@@ -102,6 +105,13 @@ class Comparison:
         self.bad_gold |= reply == "bad gold"
         self.late |= reply == "late"
         return reply == "right"
+
+
+def _other_names(answer: str, gold: str) -> bool:
+    """Tell whether both are equations with other left sides, as xy = 1 and x + y = 1; x = 5 may stand for n = 5."""
+    sides = [match and key(match[1]) for match in map(_LEFT_SIDE.match, (answer, gold))]
+    return bool(all(sides) and sides[0] != sides[1] and (len(sides[0]) > 1 or len(sides[1]) > 1) and not any(
+        re.search(r"[A-Za-z]{4,}|\([a-z]\)", side) for side in sides))
 
 
 def _is_words(text: str) -> bool:
@@ -143,6 +153,8 @@ def _canonical(answer: str, gold: str) -> tuple[str, str]:
 # ---- verdicts of the special forms; None where none of the two has it
 
 def _same_choice(answer: str, gold: str) -> bool | None:
+    if _LETTER_LIST.fullmatch(gold) and _LETTER_LIST.fullmatch(answer) and not gold.isalpha():   # A, C and AC
+        return sorted(re.findall("[A-J]", gold)) == sorted(re.findall("[A-J]", answer))
     meant = choice(gold)
     found = choice(answer) if meant else None
     if not found or (meant[1] and not gold.lstrip("(").startswith(meant[0])):

@@ -175,7 +175,7 @@ def _match(pattern: str, text: str) -> str:
 def _equal(gold: str, answer: str) -> str:
     """Compare two expressions, equations or sets that were read from end to end."""
     from math_verify import verify
-    from sympy import Expr
+    from sympy import Eq, Expr
     right, read = _read(gold), _read(answer)
     if right is None:
         return "bad gold"
@@ -183,6 +183,8 @@ def _equal(gold: str, answer: str) -> str:
         return "wrong"
     if isinstance(right, Expr) and isinstance(read, Expr):
         same = _same_expression(right, read, gold, answer)
+    elif isinstance(right, Eq) or isinstance(read, Eq):  # verify takes x - y = 3 for x + y = 3
+        same = isinstance(right, Eq) and isinstance(read, Eq) and _same_equation(right, read)
     else:                                           # not symmetric: wants the gold first
         same = isinstance(right, Expr) == isinstance(read, Expr) and verify(
             right, read, float_rounding=PRECISION, numeric_precision=PRECISION, timeout_seconds=None)
@@ -210,6 +212,16 @@ def _same_expression(right, read, gold: str, answer: str) -> bool:
     parts = value.as_real_imag()
     return bool(value.is_finite is not False and all(
         part.is_Float and part._prec == 1 or part == 0 for part in parts)) and value.is_number
+
+
+def _same_equation(right, read) -> bool:
+    """Tell whether one is the other times a number, denominators cleared."""
+    import sympy
+    first, second = (sympy.numer(sympy.together(each.lhs - each.rhs)) for each in (right, read))
+    if first.free_symbols != second.free_symbols or not first.free_symbols:
+        return False
+    ratio = sympy.simplify(first / second)
+    return bool(ratio.is_number and ratio.is_nonzero and ratio.is_finite)
 
 
 def _same_everywhere(right, read) -> bool:

@@ -12,7 +12,8 @@ _DAY = r"(\d{1,2})(?:st|nd|rd|th)?"
 _DATES = [(re.compile(pattern, re.I), order) for pattern, order in (
     (r"(\d{4})[-/](\d{1,2})[-/](\d{1,2})", "ymd"), (rf"{_MONTH} {_DAY}(?:,? (\d{{4}}))?", "mdy"),
     (rf"{_DAY}(?: of)? {_MONTH}(?:,? (\d{{4}}))?", "dmy"), (r"(\d{1,2})[-/.](\d{1,2})[-/.](\d{4})", "123"))]
-_BASE = re.compile(r"(-?)\(?\s*([0-9A-Za-z.]{1,40})\s*\)?\s*(?:_\s*\{?\s*(\d{1,2})\s*\}?|\(?base (\d{1,2})\)?)", re.I)
+_BASE = re.compile(r"(-?)\(?\s*([0-9A-Za-z.]{1,40})\s*\)?\s*(?:_\s*\{?\s*(\d{1,2}|[A-Za-z]{3,8})\s*\}?|\(?base (\w{1,8})\)?)", re.I)
+_BASES = {name: number for number, name in enumerate("two three four five six seven eight nine ten".split(), start=2)}
 _CHOICE = re.compile(r"(?:(?:option|choice|answer) )?(?:\(\s*([A-J])\s*\)|([A-J])(?=$|\s*[).:]))\s*[).:]?\s*(.*)",
                      re.I | re.S)
 CHOICE_GOLD = re.compile(r"(?:option |choice )?\(?([A-J])[).:]?\)?", re.I)
@@ -54,7 +55,8 @@ def in_base(text: str) -> tuple[str, str] | None:
     if not match:
         return None
     base, digits = match[3] or match[4], match[2].upper()
-    if not 2 <= int(base) <= 36 or not any(sign.isdigit() for sign in digits) and int(base) < 11:
+    base = str(_BASES.get(base.lower(), base))
+    if not base.isdigit() or not 2 <= int(base) <= 36 or not any(sign.isdigit() for sign in digits) and int(base) < 11:
         return None
     if any(sign != "." and int(sign, 36) >= int(base) for sign in digits):
         return None

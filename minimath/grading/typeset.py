@@ -73,7 +73,8 @@ def typeset(answer: str) -> str:
     for _ in range(4):
         text = _WRAPPER.sub(r" \1 ", text)
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).replace("\\%", "%")
-    text = re.sub(r"\\?\$", " $ ", text)
+    text = re.sub(r"\\?\$", " $ ", re.sub(r"(?<=\d)\s+[Rr](?:em\.?)?\s+(?=\d)", " remainder ", text))
+    text = match[1] if (match := re.fullmatch(r"\s*\{([^{},]*)\}\s*", text)) else text
     text = _FRACTION_ARGUMENTS.sub(_braced, text)
     for pattern, replacement in ((_ROOT_ARGUMENT, lambda m: rf"\sqrt{{{m[1] or m[2]}}}"), (_POWER, r"^{\1}"),
                                  (_EXPONENTIAL, lambda m: f"e^{{{m[1] or m[2] or ''}}}")):
