@@ -1,6 +1,6 @@
 """What a run leaves behind while it goes: metrics.jsonl, samples.jsonl, environment.json, and lines for the reader.
 
-On a terminal rich draws tables and a live progress bar; elsewhere the same facts come as plain lines.
+On a terminal rich draws a live progress bar; elsewhere it comes as plain lines. All else is the same text on both.
 """
 import contextlib
 import importlib
@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from minimath.core import dist
 from minimath.core.errors import UserError
@@ -46,9 +48,7 @@ class RunLog(contextlib.AbstractContextManager):
             return
         with contextlib.suppress(AttributeError, ValueError):
             self.stream.reconfigure(errors="replace")  # an ASCII terminal must not stop a run
-        if self.stream.isatty():
-            from rich.console import Console
-            self.console = Console(file=self.stream)
+        self.console = Console(file=self.stream) if self.stream.isatty() else None
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"title": title, **environment()}, indent=1)
@@ -73,12 +73,7 @@ class RunLog(contextlib.AbstractContextManager):
         half, left_out = SHOWN_CHARS // 2, len(text) - SHOWN_CHARS
         if left_out > 0:
             text = f"{text[:half]}\n... {left_out} characters ...\n{text[-half:]}"
-        title, text = printable(title), printable(text)
-        if not self.console:
-            return self.say(f"{title}:\n{textwrap.indent(text, '    ')}")
-        from rich.panel import Panel
-        from rich.text import Text
-        self.console.print(Panel(Text(text), title=Text(title), title_align="left"))
+        self.say(f"{title}:\n{textwrap.indent(text, '    ')}")
 
     def metrics(self, step: int, **numbers) -> None:
         """Append one record to metrics.jsonl and hand its numbers to the trackers."""
@@ -104,20 +99,14 @@ class RunLog(contextlib.AbstractContextManager):
                             "resume=true") from None
 
     def table(self, title: str, columns: list[str], rows: list[list]) -> None:
-        """Print a table; numbers are set right."""
-        cells = [[fmt(value) for value in row] for row in rows]
-        sides = ["right" if all(isinstance(row[i], (int, float)) for row in rows) else "left"
-                 for i in range(len(columns))]
-        if not self.console:
-            return self.say(plain_table(title, columns, cells, sides))
-        from rich.table import Table
-        from rich.text import Text
-        table = Table(title=Text(title), title_justify="left")
-        for name, side in zip(columns, sides):
-            table.add_column(Text(name), justify=side)
-        for row in cells:
-            table.add_row(*map(Text, row))
-        self.console.print(table)
+        """Print a table; columns of numbers are set right."""
+        cells = [[name, *map(fmt, column)] for name, column in zip(columns, zip(*rows))]
+        for column, values in zip(cells, zip(*rows)):
+            width = max(map(len, column))
+            right = all(isinstance(value, (int, float)) for value in values)
+            column[:] = [cell.rjust(width) if right else cell.ljust(width) for cell in column]
+            column.insert(1, "-" * width)
+        self.say("\n".join([title, *("  ".join(line).rstrip() for line in zip(*cells))]))
 
     @contextlib.contextmanager
     def progress(self, total: int, what: str, done: int = 0) -> Iterator:
@@ -128,9 +117,10 @@ class RunLog(contextlib.AbstractContextManager):
         """
         start = said = time.monotonic()
         before, reported, last = done, done, {}
-        bar = live_bar(self.console) if self.console else contextlib.nullcontext()
+        bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                       TextColumn("{task.fields[note]}", markup=False), console=self.console, disable=not self.console)
         with bar:
-            task = bar.add_task(what, total=total, completed=done, note="") if self.console else None
+            task = bar.add_task(what, total=total, completed=done, note="")
 
             def advance(n: int = 1, **shown) -> None:
                 nonlocal done, said, reported
@@ -138,9 +128,8 @@ class RunLog(contextlib.AbstractContextManager):
                 last.update(shown)  # a loop may count every step and measure only some
                 now = time.monotonic()
                 note = progress_note(now - start, done - before, total - before, last)
-                if self.console:
-                    bar.update(task, completed=done, note=note)
-                elif now - said >= PLAIN_SECONDS or (done >= total and reported < done):
+                bar.update(task, completed=done, note=note)
+                if not self.console and (now - said >= PLAIN_SECONDS or reported < done >= total):
                     said, reported = now, done
                     self.say(f"{what} {done}/{total}, {note}")
             yield advance
@@ -157,13 +146,6 @@ class RunLog(contextlib.AbstractContextManager):
         for name, (_, finish) in list(self.trackers.items()):
             self.try_tracker(name, finish)
         self.trackers = {}
-
-
-def live_bar(console):
-    """rich's progress bar; a task has a field `note`."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    return Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-                    TextColumn("{task.fields[note]}", markup=False), console=console)
 
 
 def start_tracker(name: str, run_dir: Path):
@@ -277,10 +259,3 @@ def fmt_duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {min_of_hour:02d} min"
     return f"{minutes} min {s:02d} s" if minutes else f"{s} s"
-
-
-def plain_table(title: str, columns: list[str], cells: list[list[str]], sides: list[str]) -> str:
-    widths = [max(len(row[i]) for row in [columns, *cells]) for i in range(len(columns))]
-    head, *body = ("  ".join(cell.rjust(width) if side == "right" else cell.ljust(width)
-                             for cell, width, side in zip(row, widths, sides)).rstrip() for row in [columns, *cells])
-    return "\n".join([title, head, "  ".join("-" * width for width in widths), *body])
