@@ -1,4 +1,4 @@
-"""Rewards of the samples of one problem.
+"""Rewards of the samples of one problem, and their advantages over the others of its group.
 
 `reward=judge` is RLAIF: correct or not, the share of comparisons won before an AI judge, and brevity among the correct
 ones. `reward=paper` is the paper's stage 2 (arXiv 2507.08267 section 3.2), without a judge. `reward=python:module.fn`,
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+
+import torch
 
 from minimath.config.hooks import as_number, user_function
 from minimath.config.schema import RewardOptions, RLAIFConfig
@@ -242,3 +244,42 @@ def penalised(rewards: list[float], correct: list[bool], penalty: list[float]) -
     share = min(1.0, max(0.0, lowest - max(wrong)) / 2.0) if wrong else 1.0
     return [None if r is None else r + p * (share if ok else 1.0)
             for r, p, ok in zip(rewards, penalty, correct, strict=True)]
+
+
+# ---- relative to the group
+
+def set_advantages(groups: list[Group], scale: str, in_loss) -> None:
+    """Set all advantages; samples that are not in_loss, or without a reward, count in no mean."""
+    for group in groups:
+        rewards = [0.0 if sample.reward is None else sample.reward for sample in group.samples]
+        valid = [sample.reward is not None and in_loss(sample) for sample in group.samples]
+        values = group_advantages([rewards], scale=scale, valid=[valid])[0].tolist()
+        if not all(map(math.isfinite, rewards)):  # it must reach the loss, and be counted there
+            values = [math.nan] * len(rewards)
+        for sample, value in zip(group.samples, values, strict=True):
+            sample.advantage = value
+
+
+def group_advantages(rewards, *, scale: str = "group", valid=None) -> torch.Tensor:
+    """Compute advantages relative to the n valid rewards of a group.
+
+      group: (r_i - mean) / population standard deviation   (GRPO, DeepSeekMath, arXiv 2402.03300)
+      none: r_i - mean   (Dr. GRPO, arXiv 2503.20783)
+      rloo: r_i - mean of the others = n / (n - 1) (r_i - mean)   (leave-one-out baseline, which keeps the gradient
+        unbiased: Kool et al. 2019; Ahmadian et al., arXiv 2402.14740); 0 for a group of one
+
+    rewards (P, G) and valid (P, G) bool, as tensors or nested lists; -> (P, G) fp32. Rows with valid False enter
+    neither mean nor deviation and get 0. Groups whose valid rewards are all equal get exact zeros.
+    """
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)                              # (P, G)
+    valid = torch.ones_like(rewards) if valid is None else torch.as_tensor(valid).to(rewards)
+    count = valid.sum(1, keepdim=True).clamp(min=1)                                      # (P, 1)
+    centred = (rewards - (rewards * valid).sum(1, keepdim=True) / count) * valid
+    deviation = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    if scale == "group":
+        centred = centred / deviation.clamp(min=1e-12)
+    elif scale == "rloo":
+        centred = centred * count / (count - 1).clamp(min=1)
+    elif scale != "none":
+        raise UserError(f"scale_advantage={scale!r}: use group, none or rloo")
+    return torch.where(deviation > 1e-8, centred, 0.0).float()

@@ -3,11 +3,11 @@ r"""Stage 2, efficiency: on-policy RL with an AI judge. Read top to bottom.
     python -m minimath.train.rlaif model=... adapter=runs/my-sft data=problems.jsonl judge=self
 
 Each step: draw P problems (curriculum.py) and sample G completions of each; a verifier says which are correct
-(verifier.py); a judge compares the correct ones in pairs; reward = correct + judge wins + brevity (rewards.py;
-`reward=paper` is the paper's own stage 2, arXiv 2507.08267 section 3.2); advantages relative to the group
-(advantages.py; GRPO, arXiv 2402.03300); one or more policy updates through minimath.kernels.linear_token_loss
-(losses.py). Groups whose rewards are all equal carry no gradient: they are dropped and, up to max_refill times,
-replaced by new problems (DAPO, arXiv 2503.14476).
+(verifier.py); a judge compares the correct ones in pairs; reward = correct + judge wins + brevity (`reward=paper` is
+the paper's own stage 2, arXiv 2507.08267 section 3.2), advantages relative to the group (rewards.py; GRPO, arXiv
+2402.03300); one or more policy updates through minimath.kernels.linear_token_loss (losses.py). Groups whose rewards are
+all equal carry no gradient: they are dropped and, up to max_refill times, replaced by new problems (DAPO, arXiv
+2503.14476).
 
 With one update per rollout the policy that sampled is the policy that trains: the ratio is 1 in value, the clips are
 idle, and `policy/clipped` says so. The recorded sampling log-probs enter as a truncated importance weight.
@@ -31,17 +31,15 @@ from minimath.models.load import adapter_off, head, hidden_states, inference
 from minimath.models.policy import Policy
 from minimath.models.prefix import trained_states
 from minimath.rollout.open import open_engine
-from minimath.train.advantages import set_advantages
 from minimath.train.batches import PolicyBatch, in_loss
 from minimath.train.curriculum import ProblemSampler
 from minimath.train.losses import policy_loss
-from minimath.train.metrics import rollout_metrics, show_group, token_metrics
 from minimath.train.monitor import CanaryWatch, CollapseMonitor
 from minimath.train.optimizer import Optimizer
-from minimath.train.rewards import Reward, make_reward, training_judge
-from minimath.train.rollouts import encode_problems, sample_groups
+from minimath.train.rewards import Reward, make_reward, set_advantages, training_judge
+from minimath.train.rollouts import encode_problems, rollout_metrics, sample_groups, show_group, token_metrics
 from minimath.train.trainer import Trainer
-from minimath.train.verifier import Verifier, check_verifier, verifier_columns
+from minimath.train.verifier import Verifier, verifier_columns
 
 
 def rlaif(cfg: RLAIFConfig) -> dict:
@@ -52,15 +50,15 @@ def rlaif(cfg: RLAIFConfig) -> dict:
     """
     cfg = as_trained(cfg)
     examples, report = load_examples(cfg.data, need=verifier_columns(cfg.verifier))
-    check_verifier(cfg.verifier, examples)
+    verifier = Verifier(cfg.verifier, examples)
     with Trainer(cfg, "rlaif") as trainer:
         policy, say = trainer.policy, trainer.log.say
         judge = training_judge(cfg, policy, say)
         reward, canary, monitor = make_reward(cfg, judge), CanaryWatch(cfg, judge), CollapseMonitor()
         problems = encode_problems(cfg, policy, examples, report, say)
         sampler = ProblemSampler(cfg.curriculum, problems, cfg.group_size, cfg.run.seed)
-        with Verifier(cfg.verifier) as verifier, open_engine(
-                cfg.engine, cfg.sampling, policy, seed=cfg.run.seed, run_dir=trainer.log.run_dir, say=say) as engine:
+        with verifier, open_engine(cfg.engine, cfg.sampling, policy, seed=cfg.run.seed,
+                                   run_dir=trainer.log.run_dir, say=say) as engine:
             trainer.track(sampler=sampler, monitor=monitor, engine=engine)
             for step in trainer.steps(cfg.steps):
                 with step.timed("rollout"):

@@ -25,14 +25,17 @@ class Verifier(contextlib.AbstractContextManager):
       python:module.fn, or a callable: fn(text, example) -> bool, or a score in [0, 1] of which 0.5 and above is
         correct; a completion that was cut has not answered and is wrong
 
-    Raises UserError when the function can't be loaded; `mark` raises it for a bad pattern or result.
+    Raises UserError for a function that can't be loaded, and for an answer of `examples` that is no pattern; `mark`
+    raises it for a bad result.
     """
 
-    def __init__(self, verifier):
+    def __init__(self, verifier, examples: list[Example] = ()):
         self.kind, self.checker = verifier, AnswerChecker()
         self.fn = self.name = None
         if verifier not in (*NEEDS_ANSWER, "none"):
             self.fn, self.name = user_function(verifier, "verifier")
+        for example in examples if verifier == "regex" else ():
+            answer_pattern(example)
 
     def __exit__(self, *error):
         return self.checker.__exit__(*error)
@@ -63,15 +66,6 @@ class Verifier(contextlib.AbstractContextManager):
         if number is None or not 0 <= number <= 1:
             raise UserError(f"verifier={self.name} returned {value!r}; it must return a bool or a number from 0 to 1")
         return number >= 0.5
-
-
-def check_verifier(verifier, examples: list[Example]) -> None:
-    """Raise UserError early for a function or pattern that can't be used."""
-    if verifier == "regex":
-        for example in examples:
-            answer_pattern(example)
-    elif verifier not in (*NEEDS_ANSWER, "none"):
-        user_function(verifier, "verifier")
 
 
 def answer_pattern(example: Example) -> str:

@@ -12,7 +12,7 @@ from minimath.core.log import RunLog
 from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
 from minimath.train.losses import PolicyRows
-from minimath.train.metrics import rollout_metrics, show_group, token_metrics
+from minimath.train.rollouts import rollout_metrics, show_group, token_metrics
 from minimath.train.trainer import beside_bar
 
 PARTS = [{"judge": 0.9, "brevity": -1.0, "format": 1.0}, {"judge": 0.2, "brevity": 1.0, "format": 0.0},

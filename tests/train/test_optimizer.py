@@ -11,8 +11,7 @@ import torch
 
 from minimath.config.schema import OptimizerOptions, RLAIFConfig, SFTConfig
 from minimath.core.errors import UserError
-from minimath.train.oom import MOST_HALVINGS
-from minimath.train.optimizer import Optimizer, check_finite, clip_and_step, lr_at, make_optimizer
+from minimath.train.optimizer import MOST_HALVINGS, Optimizer, check_finite, clip_and_step, lr_at, make_optimizer
 
 NAMES = ["adamw", "adamw8bit", "paged_adamw8bit", "paged_adamw32bit"]
 

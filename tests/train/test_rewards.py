@@ -14,17 +14,18 @@ from minimath.core.errors import UserError
 from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
 from minimath.judges.base import HeuristicJudge
-from minimath.train.advantages import group_advantages, set_advantages
 from minimath.train.rewards import (
     JudgeReward,
     brevity,
     cosine_reward,
     format_score,
+    group_advantages,
     length_reward,
     make_reward,
     overlong_penalty,
     part_metrics,
     penalised,
+    set_advantages,
 )
 
 TOKENS = [120, 40, 300, 80, 80]

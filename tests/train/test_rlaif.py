@@ -18,10 +18,9 @@ from minimath.judges.canary import Canary
 from minimath.models.policy import Policy
 from minimath.rollout.engine import Engine
 from minimath.train import rewards
-from minimath.train.advantages import set_advantages
 from minimath.train.batches import PolicyBatch, in_loss
 from minimath.train.optimizer import Optimizer
-from minimath.train.rewards import make_reward
+from minimath.train.rewards import make_reward, set_advantages
 
 JUDGED = {"judge": "self", "group_size": 8, "overlong": "none", "prompts_per_step": 3}
 LOSSES = ("dapo", "grpo", "dr_grpo", "cispo", "gspo")

@@ -6,7 +6,7 @@ from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
 from minimath.eval.evaluate import grade
 from minimath.grading.answer import AnswerChecker
-from minimath.train.verifier import Verifier, check_verifier, verifier_columns
+from minimath.train.verifier import Verifier, verifier_columns
 
 TEXTS = [r"so \boxed{Granted, in part}", r"so \boxed{denied}", r"\boxed{denied} no, \boxed{granted}", "nothing", ""]
 
@@ -93,9 +93,9 @@ def test_a_callable_is_taken_as_it_is_and_named_when_it_fails():
 def test_bad_patterns_and_missing_functions_are_refused_before_any_work(mine):
     for pattern in "(", "a{9999999999}", "(" * 5000 + ")" * 5000:
         with pytest.raises(UserError, match="f.jsonl:3.*regular expression"):
-            check_verifier("regex", [Example("?", answer="a"), Example("?", answer=pattern, where="f.jsonl:3")])
+            Verifier("regex", [Example("?", answer="a"), Example("?", answer=pattern, where="f.jsonl:3")])
     with pytest.raises(UserError, match="has no function other"):
-        check_verifier(mine + "other", [])
+        Verifier(mine + "other")
 
 
 def test_only_verifiers_that_compare_need_an_answer():
