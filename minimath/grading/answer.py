@@ -23,12 +23,14 @@ _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]{1,60})")
 # GSM8K's form: "#### 17", also "#### 17 pears" in the last line; a Markdown heading has words, or "2. Then"
 _HASHES = re.compile(r"^####[ \t]*((?!\d+[.)][ \t])[^\sA-Za-z][^\sA-Za-z]*[ \t]*$|"
                      r"(?!\d+[.)][ \t])[^\n]{1,400}(?=\s*\Z))", re.M)
-_HEADING = re.compile(r"\s*\**(?:step|final|answer|the |so |conclusion|check|verif|[^\n]*[:=?]\s*\S*\s*[a-z]{4})", re.I)
+_HEADING = re.compile(
+    r"\s*\**(?:step|final|answer|the |so |conclusion|check|verif|[^\n]*[:=?]\s*\S*\s*[a-z]{4})", re.I)
 _THOUGHT, _ANSWER_TAG = "</think>", re.compile(r"<answer>((?:(?!<answer>).){1,2000}?)</answer>", re.S | re.I)
 # a look-ahead, so that of "Final answer: the answer is 5" the last is found too
-_ANSWER_IS = re.compile(r"\b(?:answers?|(?:option|choice)(?= is))\b(?: is| are| was|:|=)[ \t]*:?[ \t]*(?=([^\n]{1,400}))",
-                        re.I)
-_LETTER = re.compile(r"(?:.*\b(?:is|be|option|choice|answer)|(?:(?!not)[a-z]+ ){0,3}[a-z]+)\s+\(?([A-J])\)?\W{0,3}", re.S)
+_ANSWER_IS = re.compile(
+    r"\b(?:answers?|(?:option|choice)(?= is))\b(?: is| are| was|:|=)[ \t]*:?[ \t]*(?=([^\n]{1,400}))", re.I)
+_LETTER = re.compile(
+    r"(?:.*\b(?:is|be|option|choice|answer)|(?:(?!not)[a-z]+ ){0,3}[a-z]+)\s+\(?([A-J])\)?\W{0,3}", re.S)
 _SENTENCE_END = re.compile(r"[.!?;](?:\s|$)|,\s|\s(?:because|since|so|as)\s")
 _NUMBER = re.compile(
     r"(?:(?<![\w)])-)?\\?\$?(?:\d+(?:,\d\d\d?){0,8},\d{3}(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
@@ -38,7 +40,8 @@ _NUMBER = re.compile(
 _FORMULA = re.compile(r"\$\$?([^$]{1,400}?)\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.S)
 _FIRST_FORMULA = re.compile(rf"[\s*:]{{0,9}}(?:{_FORMULA.pattern})", re.S)
 # (3, 4), or 1, 2, 3 up to the end of the sentence: their commas end no sentence
-_TUPLE_OR_LIST = re.compile(r"[\s*:]{0,9}([(\[\]][^()\[\]]{1,100}[)\]\[]|-?\d[\d./]{0,20}(?:, (?:-?\d[\d./]{0,20}|\.{3}|\\[lc]?dots)){1,20}"
+_TUPLE_OR_LIST = re.compile(r"[\s*:]{0,9}([(\[\]][^()\[\]]{1,100}[)\]\[]|"
+                            r"-?\d[\d./]{0,20}(?:, (?:-?\d[\d./]{0,20}|\.{3}|\\[lc]?dots)){1,20}"
                             r"(?=[\s*]{0,9}(?:$|\.(?:\s|$))))")
 _LAST_IS = re.compile(r".*\b(?:is|are|was|were|equals)\s", re.S)
 _EARLIER = re.compile(r"(?:[A-Za-z]\s*=\s*)?(-?\d[\d,./]{0,20})(?:, | ?,? (?:and|or) )(?:[A-Za-z]\s*=\s*)?\Z")

@@ -62,7 +62,7 @@ class Comparison:
         for one, others, text in ((found, meant, gold), (meant, found, answer)):
             single = next((each.items[0] for each in one if isinstance(each, Parts) and len(each.items) == 1
                            and each.kind in ("set", "list")), None)
-            if single and not others:
+            if single and not others and not any(isinstance(each, RealSet) for each in one):
                 return self.same(*((single, text) if one is found else (text, single)), depth + 1)
         if found and meant:
             return any(same_objects(a, b, lambda x, y: self.same(x, y, depth + 1)) for a in found for b in meant)
@@ -115,8 +115,10 @@ def _other_names(answer: str, gold: str) -> bool:
 
 
 def _is_words(text: str) -> bool:
-    """Tell whether a text is prose, or letters that are no product: CAB is not ABC."""
+    """Tell whether a text is prose, letters that are no product (CAB is not ABC), or numbers that are apart."""
     text = re.sub(r"\\(?:begin|end)\{\w+\}", "", text).strip()
+    if re.search(r"(?<![_^\d.])\d[\d.]* \d", text):
+        return True
     return bool(_PROSE.search(text) or _LETTERS.fullmatch(text) and len(text) > 1
                 and not _PRODUCT.fullmatch(text.replace(" ", "")) and not re.fullmatch(r"\\[A-Za-z]+", text))
 

@@ -31,11 +31,12 @@ class Number(NamedTuple):
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
 _SCALE = re.compile(rf"(?<=[\d)}}])\s*({'|'.join(_SCALES)})(?![A-Za-z])", re.I)
 _PERCENT = re.compile(r"\s*(?:%|percent\b(?:age)?(?: points?)?|pct\b|per cent\b)", re.I)
-NAME = (r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?|')?(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?"
-        r"|\\(?:angle|triangle|overline|vec|hat|bar)\s*\{?[A-Za-z ]+\}?|[A-Za-z]\^\{-1\}\([a-z]\)|\\frac\s*\{d ?\w+\}\{d ?\w\}|\|[A-Z]{1,3}\||[A-Za-z]+(?: [A-Za-z]+){1,4})")
+NAME = (r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?|')?(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?"                 # x, a_n, f(x)
+        r"|\\(?:angle|triangle|overline|vec|hat|bar)\s*\{?[A-Za-z ]+\}?|\|[A-Z]{1,3}\|"
+        r"|[A-Za-z]\^\{-1\}\([a-z]\)|\\frac\s*\{d ?\w+\}\{d ?\w\}|[A-Za-z]+(?: [A-Za-z]+){1,4})")
 LABEL = re.compile(rf"\s*({NAME})\s*(?<![<>!=\\])=(?!=)\s*")
 _SUM_LABEL = re.compile(r"\s*[A-Za-z](?:\s*[-+/]?\s*[A-Za-z]){1,6}\s*=\s*")
-_GROUPED = re.compile(r"(?<![\d.,])(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d?(?:,\d{2})+,\d{3}|[1-9]\d{0,2}(?: \d{3})+"
+_GROUPED = re.compile(r"(?<![\d.,])(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d?(?:,\d{2})+,\d{3}|[1-9]\d{0,2}(?: \d{3})+(?!\s?/)"
                       r"|[1-9]\d{0,2}(?:, ?0\d{2})+)(?![\d,]|\s\d)")
 _DECIMAL_COMMA = re.compile(r"(?<![\d.,])(?:(?:(?<=^)|(?<=^[-+]))0,|([\d,]+)\{,\})(\d+)(?![\d,.]|\s\d)")
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)(?:\\overline\s*\{(\d{1,20})\}|\((\d{1,20})\)|"

@@ -146,7 +146,7 @@ def _place(end: str) -> tuple[int, Fraction] | None:
 
 def _ordered(intervals: list[Interval], variable: str) -> RealSet | None:
     """Sort intervals and join those that touch, where their ends are numbers; drop signs of infinity."""
-    intervals = [Interval(*(re.sub(r"^\+\s*|\s", "", end) if end.replace(" ", "") in INFINITE else end for end in each[:2]),
+    intervals = [Interval(*(end.replace(" ", "").lstrip("+") if "infty" in end else end for end in each[:2]),
                           *(closed and "infty" not in end for end, closed in zip(each[:2], each[2:])))
                  for each in intervals]
     if any((_place(each.low), _place(each.high)).count(None) for each in intervals):

@@ -12,7 +12,8 @@ _DAY = r"(\d{1,2})(?:st|nd|rd|th)?"
 _DATES = [(re.compile(pattern, re.I), order) for pattern, order in (
     (r"(\d{4})[-/](\d{1,2})[-/](\d{1,2})", "ymd"), (rf"{_MONTH} {_DAY}(?:,? (\d{{4}}))?", "mdy"),
     (rf"{_DAY}(?: of)? {_MONTH}(?:,? (\d{{4}}))?", "dmy"), (r"(\d{1,2})[-/.](\d{1,2})[-/.](\d{4})", "123"))]
-_BASE = re.compile(r"(-?)\(?\s*([0-9A-Za-z.]{1,40})\s*\)?\s*(?:_\s*\{?\s*(\d{1,2}|[A-Za-z]{3,8})\s*\}?|\(?base (\w{1,8})\)?)", re.I)
+_BASE = re.compile(r"(-?)\(?\s*([0-9A-Za-z.]{1,40})\s*\)?\s*"
+                   r"(?:_\s*\{?\s*(\d{1,2}|[A-Za-z]{3,8})\s*\}?|\(?base (\w{1,8})\)?)", re.I)
 _BASES = {name: number for number, name in enumerate("two three four five six seven eight nine ten".split(), start=2)}
 _CHOICE = re.compile(r"(?:(?:option|choice|answer) )?(?:\(\s*([A-J])\s*\)|([A-J])(?=$|\s*[).:]))\s*[).:]?\s*(.*)",
                      re.I | re.S)

@@ -54,6 +54,7 @@ _FRACTION_ARGUMENTS = re.compile(r"\\frac\s*(\d|\{[^{}]*\})\s*(\d|[a-z](?![a-z])
 _ROOT_ARGUMENT = re.compile(r"\\sqrt\s*(?:(\d|[a-z](?![a-z]))|\(([^()]*)\))")
 _EXPONENTIAL = re.compile(r"\\exp\s*(?:\(([^()]*)\)|\{([^{}]*)\})")
 _POWER = re.compile(r"\^\s*\(([^()]*)\)")
+_BASIS = re.compile(r"\\(?:mathbf|vec|boldsymbol|hat)\s*\{(?:\\mathbf\{)?\\?([ijk])(?:math)?\}+(?=\s*(?:[-+]|$))")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.S)
 _DOLLARS = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)(?<!\\)\$\$?")
 
@@ -68,8 +69,7 @@ def typeset(answer: str) -> str:
     text = _ascii(text)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    text = re.sub(r"\\(?:mathbf|vec|boldsymbol|hat|mathrm|vec\{\\mathbf)\s*\{\\?([ijk])(?:math)?\}+(?=\s*(?:[-+]|$))", r"\\hat{\1}", text) \
-        if re.search(r"\\(?:mathbf|vec|boldsymbol|hat)\s*\{\\?[ijk]", text) else text
+    text = _BASIS.sub(r"\\hat{\1}", text)
     for _ in range(4):
         text = _WRAPPER.sub(r" \1 ", text)
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).replace("\\%", "%")
@@ -86,11 +86,12 @@ def _ascii(text: str) -> str:
     """Translate unicode: powers, roots, fractions, digits and signs of any script."""
     if text.isascii():
         return text
-    text = re.sub(f"[{_SUPERSCRIPT}]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}".translate(_MINUS), text)
-    text = re.sub(f"[{_SUBSCRIPT}]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}".translate(_MINUS), text)
-    text = re.sub("\u221a\\s*(?:([\\d.]+|[A-Za-z\u03c0])|(?=[({]))", lambda m: rf"\sqrt{{{m[1]}}}" if m[1] else r"\sqrt",
-                  text)
-    text = re.sub("\u221b\\s*(?:([\\d.]+|[A-Za-z])|\\(([^()]*)\\))", lambda m: rf"\sqrt[3]{{{m[1] or m[2]}}}", text)
+    for signs, mark in ((_SUPERSCRIPT, "^"), (_SUBSCRIPT, "_")):
+        text = re.sub(f"[{signs}]+", lambda run: f"{mark}{{{unicodedata.normalize('NFKC', run[0])}}}".translate(_MINUS),  # noqa: B023
+                      text)
+    for sign, root in (("\u221a", r"\sqrt"), ("\u221b", r"\sqrt[3]")):
+        text = re.sub(sign + r"\s*(?:([\d.]+|[^\W\d])|\(([^()]*)\))",
+                      lambda m: f"{root}{{{m[1] or m[2]}}}", text).replace(sign, root)  # noqa: B023
     return "".join(map(_character, text))
 
 

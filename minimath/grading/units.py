@@ -24,9 +24,10 @@ _WORD = r"(?:[A-Za-z\u00b5$]+\.?|'s)(?:\s?\^\{?-?\d\}?)?"
 _AFTER = re.compile(rf"(.*?(?:[\d)}}%!]|\\pi))(\s*{_WORD}(?:(?:\s*[/\-]\s*|\s*\\cdot\s*|\s+|,\s)(?:{_WORD})){{0,7}})")
 _ASIDE = re.compile(r"(?<=[\dA-Za-z}%.])\s+\((?:[A-Za-z][A-Za-z\- ]{2,30}|=[^()]{1,40})\)(?=\s[A-Za-z]|$)")
 # "The answer is 27", "approximately 5"
-_LEAD = re.compile(r"(?:(?:[A-Za-z,']+ ){0,8}(?:is|are|was|were|equals|gives|costs|has|have|had|makes|gets|needs)\b\s*:?|"
-                   r"(?:the )?(?:final )?(?:answer|result)\s*:|\\approx|"
-                   r"(?:approximately|about|exactly|roughly|around))\s*(?=\S)", re.I)
+_LEAD = re.compile(
+    r"(?:(?:[A-Za-z,']+ ){0,8}(?:is|are|was|were|equals|gives|costs|has|have|had|makes|gets|needs)\b\s*:?|"
+    r"(?:the )?(?:final )?(?:answer|result)\s*:|\\approx|(?:approximately|about|exactly|roughly|around))\s*(?=\S)",
+    re.I)
 NOT_UNITS = set("pi sqrt sin cos tan log ln exp mod and or to if times plus minus not no none never remainder base "
                 "more less than infty cup cap pm out except else when only least most maybe rem r either neither but "
                 "without half twice squared false wrong false".split())

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from minimath.grading.answer import AnswerChecker, extract_answer, final_answer
-from minimath.grading.sandbox import MEMORY_BYTES
 from minimath.grading.numbers import plain_number
+from minimath.grading.sandbox import MEMORY_BYTES
 from minimath.grading.steps import check_steps
 
 
