@@ -2,9 +2,12 @@
 import ast
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import math
+import os
 import re
+import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterator
@@ -34,15 +37,10 @@ class Bound(NamedTuple):
 
     def fault(self, value: float) -> str:
         """ "must be above 0", or "" for a value within the limits."""
-        if not math.isfinite(value):
-            return "must be a number"
-        if value <= self.above:
-            return f"must be above {self.above:g}"
-        if value < self.least:
-            return "must not be negative" if self.least == 0 else f"must be at least {self.least:g}"
-        if value >= self.below:
-            return f"must be below {self.below:g}"
-        return f"must be at most {self.most:g}" if value > self.most else ""
+        limits = ((math.isfinite(value), "be a number"), (value > self.above, f"be above {self.above:g}"),
+                  (value >= self.least, f"be at least {self.least:g}" if self.least else "not be negative"),
+                  (value < self.below, f"be below {self.below:g}"), (value <= self.most, f"be at most {self.most:g}"))
+        return next((f"must {limit}" for kept, limit in limits if not kept), "")
 
 
 class Option(NamedTuple):
@@ -79,21 +77,18 @@ class Option(NamedTuple):
             raise UserError(f"{where}{self.name} must be of type {self.kind.__name__}, not {type(value).__name__}")
         if self.kind in (int, float) and (fault := self.bound.fault(value)):
             raise UserError(f"{where}{self.name} {fault}, not {value}")
-        if self.choices:
-            for item in comma_list(value) if self.listed else [value]:
-                self.check_choice(item, where)
+        for item in comma_list(value) if self.listed else [value] if self.choices else []:
+            if item in self.choices or (self.hook and HOOK.fullmatch(item)):
+                continue
+            if now := RENAMED_VALUES.get((self.name, item)):
+                raise UserError(f"{where}{self.name}={item} is now called {self.name}={now}")
+            allowed = ", ".join([*self.choices, *(["python:module.function"] if self.hook else [])])
+            near = did_you_mean(item, self.choices)
+            raise UserError(f"{where}{self.name} must be one of {allowed}, not {item!r}{near}")
         if (check := CHECKS.get(self.name)) and (fault := check(value)):
             secret = self.name in KEEPS_SECRETS_OUT
             raise UserError(f"{self.name}: {fault}" if secret else f"{where}{self.name} {fault}")
         return value
-
-    def check_choice(self, item: str, where: str) -> None:
-        if item in self.choices or (self.hook and HOOK.fullmatch(item)):
-            return
-        if now := RENAMED_VALUES.get((self.name, item)):
-            raise UserError(f"{where}{self.name}={item} is now called {self.name}={now}")
-        allowed = ", ".join([*self.choices, *(["python:module.function"] if self.hook else [])])
-        raise UserError(f"{where}{self.name} must be one of {allowed}, not {item!r}{did_you_mean(item, self.choices)}")
 
 
 def parse_int(text: str) -> int:
@@ -112,11 +107,6 @@ PARSERS = {str: str, bool: lambda text: BOOLS[text.strip().lower()], int: parse_
 
 # ---- texts that must have a form
 
-def formed(pattern: str, fault: str) -> Callable[[str], str]:
-    """Make a check of a text against a pattern."""
-    return lambda value: "" if re.fullmatch(pattern, value) else fault
-
-
 def template_fault(value: str) -> str:
     with contextlib.suppress(LookupError, ValueError, AttributeError):
         if "problem-text" in value.format(problem="problem-text"):
@@ -124,11 +114,51 @@ def template_fault(value: str) -> str:
     return "must contain {problem}, and other braces doubled, as in \\boxed{{}}"
 
 
-CHECKS: dict[str, Callable[[str], str]] = {
-    "judge_url": url_fault, "vllm_url": url_fault, "prompt_template": template_fault,
-    "judge_key_env": formed(r"([A-Za-z_][A-Za-z0-9_]*)?", "must be the NAME of an environment variable (what you gave "
-                            "is not shown, it may be the key): export the key under a name of letters, digits and _"),
-    "budgets": formed(r"\s*(\d+\s*(,\s*\d+\s*)*)?", "must be a comma list of token counts (128,256)")}
+def key_env_fault(value: str) -> str:
+    return "" if not value or value.isascii() and value.isidentifier() else (
+        "must be the NAME of an environment variable (what you gave is not shown, it may be the key): export the key "
+        "under a name of letters, digits and _")
+
+
+def budgets_fault(value: str) -> str:
+    whole = all(item.strip().isdecimal() for item in value.split(","))
+    return "" if whole or not value.strip() else "must be a comma list of token counts (128,256)"
+
+
+CHECKS = {"judge_url": url_fault, "vllm_url": url_fault, "prompt_template": template_fault,
+          "judge_key_env": key_env_fault, "budgets": budgets_fault}
+
+
+# ---- the user's own functions: python:module.fn on the command line, a callable in Python
+
+def as_number(value) -> float | None:
+    """Read a bool, number, numpy number or 0-d tensor as a finite float, or None."""
+    try:
+        number = value if isinstance(value, (bool, int, float)) else value.item()
+        return float(number) if abs(number) < float("inf") else None  # a NaN fails the comparison
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None
+
+
+def user_function(value: str | Callable, option: str) -> tuple[Callable, str]:
+    """The function that an option gives or names, and its name.
+
+    Of "python:module.fn" the module is looked for in the current folder too. It is code that runs with all rights of
+    this process, as a recipe that names it says openly. Raises UserError.
+    """
+    if callable(value):
+        return value, getattr(value, "__name__", type(value).__name__)
+    module_name, _, name = value.removeprefix("python:").rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # at the end: it must not shadow an installed package
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserError(f"{option}={value}: importing {module_name} failed ({type(error).__name__}: {error}); start "
+                        "minimath in the folder that holds it, or install it") from error
+    if not callable(fn := getattr(module, name, None)):
+        raise UserError(f"{option}={value}: {module.__file__} has no function {name}")
+    return fn, value
 
 
 # ---- a stage, and its options

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from minimath.config.hooks import as_number, user_function
+from minimath.config.options import as_number, user_function
 from minimath.config.schema import RewardOptions, RLAIFConfig
 from minimath.core import dist
 from minimath.core.errors import UserError

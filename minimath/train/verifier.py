@@ -2,7 +2,7 @@
 import contextlib
 import re
 
-from minimath.config.hooks import as_number, user_function
+from minimath.config.options import as_number, user_function
 from minimath.core.errors import UserError
 from minimath.data.examples import Example
 from minimath.data.sample import Group
