@@ -32,8 +32,7 @@ def load_config(cls, recipe: str | None, words: list[str], section: str = "", *,
 
     section: the recipe section read; default: the one that STAGES gives for `cls`. `other.key=value` words of other
     sections are checked and ignored. allow_other: so are words of other stages (for `run`, which loads several stages
-    from one command line). Raises UserError.
-    """
+    from one command line). Raises UserError."""
     section = section or next((name for name, stage in STAGES.items() if stage is cls), "")
     classes = {**STAGES, **({section: cls} if section else {})}
     shared, sections = read_recipe(recipe) if recipe else ({}, {})

@@ -144,8 +144,7 @@ def user_function(value: str | Callable, option: str) -> tuple[Callable, str]:
     """The function that an option gives or names, and its name.
 
     Of "python:module.fn" the module is looked for in the current folder too. It is code that runs with all rights of
-    this process, as a recipe that names it says openly. Raises UserError.
-    """
+    this process, as a recipe that names it says openly. Raises UserError."""
     if callable(value):
         return value, getattr(value, "__name__", type(value).__name__)
     module_name, _, name = value.removeprefix("python:").rpartition(".")

@@ -36,8 +36,7 @@ def as_trained(cfg):
     """Take over the prompt and the base of cfg's adapter; returns the config to use.
 
     Options at their defaults are taken over, which is said once. Others stay, and a warning shows both values; of the
-    base load_policy warns. Raises UserError for an adapter that can't be read.
-    """
+    base load_policy warns. Raises UserError for an adapter that can't be read."""
     if not cfg.adapter.path:
         return cfg
     folder, taken = find_adapter(cfg.adapter.path), {}

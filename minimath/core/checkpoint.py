@@ -29,8 +29,7 @@ def save_checkpoint(run_dir, step: int, *, model, optimizer, state: dict, keep: 
     """Write a checkpoint; remove all but the `keep` newest and the best one.
 
     state must be json-able; `step` is added to it, and the random states. Process 0 writes. Raises UserError with the
-    path and the bytes needed; earlier checkpoints are intact then.
-    """
+    path and the bytes needed; earlier checkpoints are intact then."""
     target = checkpoint_folder(run_dir, step)
     if not dist.is_main():
         return target
@@ -60,8 +59,7 @@ def load_checkpoint(run_dir, *, model, optimizer=None) -> dict | None:
     """Restore the newest valid checkpoint, bitwise, and return its state.
 
     None without a checkpoint. A damaged one is skipped with a warning. UserError when all are damaged, or when a sound
-    one belongs to another adapter or optimizer; nothing is changed then.
-    """
+    one belongs to another adapter or optimizer; nothing is changed then."""
     if dist.is_main():
         finish_renames(run_dir)
     dist.barrier()

@@ -15,8 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def run_command(action: Callable[[], object]) -> int:
     """Run action and return an exit status, with one line for a UserError.
 
-    action may return a status, or a summary whose `signal` says that a run was stopped.
-    """
+    action may return a status, or a summary whose `signal` says that a run was stopped."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries: a user can do nothing about them
     logging.getLogger("datasets").setLevel(logging.ERROR)
     try:

@@ -21,8 +21,7 @@ def cache_home() -> Path:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file, in process 0: whole, or the old file stays.
 
-    Raises UserError when the disk is full or not writable.
-    """
+    Raises UserError when the disk is full or not writable."""
     if not dist.is_main():
         return
     temp = path.with_name(f".tmp-{path.name}")

@@ -31,8 +31,7 @@ def interruptible(files: tuple[Path, ...], say: Callable[[str], None], kept: str
     """Notice SIGINT, SIGTERM and the stop files inside.
 
     kept: what becomes of the work, said at a signal. Within another one, its files count too, and what was asked inside
-    stays asked for it.
-    """
+    stays asked for it."""
     global _signal
     before = {}
     if not _runs:  # the outermost

@@ -40,8 +40,7 @@ class RunLog(contextlib.AbstractContextManager):
     def __init__(self, run_dir, title: str, trackers: str = "", *, stream=None):
         """Make the run folder, write environment.json and start the trackers.
 
-        stream: where lines go, default standard output. UserError: not writable, tracker missing.
-        """
+        stream: where lines go, default standard output. UserError: not writable, tracker missing."""
         self.run_dir, self.stream, self.trackers, self.console = Path(run_dir), stream or sys.stdout, {}, None
         self.silent = not dist.is_main()  # of several processes the first one writes and prints
         if self.silent:
@@ -113,8 +112,7 @@ class RunLog(contextlib.AbstractContextManager):
         """Yield advance, which counts n more of `total` and shows the time left.
 
         done: what an earlier process did, which says nothing of this one's speed. On a terminal a bar, elsewhere a line
-        every PLAIN_SECONDS.
-        """
+        every PLAIN_SECONDS."""
         start = said = time.monotonic()
         before, reported, last = done, done, {}
         bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
@@ -166,8 +164,7 @@ def start_tracker(name: str, run_dir: Path):
 def truncate_metrics(run_dir, step: int) -> None:
     """Drop the records after `step`, and a line that a kill left unfinished.
 
-    The files of a run that goes on equal those of an unbroken one then. UserError when they can't be written.
-    """
+    The files of a run that goes on equal those of an unbroken one then. UserError when they can't be written."""
     for path in (Path(run_dir) / METRICS, Path(run_dir) / SAMPLES):
         if not dist.is_main() or not path.is_file():
             continue

@@ -16,8 +16,7 @@ from minimath.core.run_folder import CONFIG, lock_run, new_run_folder, refuse_he
 def keep_freed_memory() -> None:
     """Keep freed memory and use huge pages, on Linux: a fifth faster on 2 cores.
 
-    glibc would give activations of megabytes back and fault them in again. For huge pages: before the first tensor.
-    """
+    glibc would give activations of megabytes back and fault them in again. For huge pages: before the first tensor."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another libc
@@ -30,8 +29,7 @@ def keep_freed_memory() -> None:
 def open_run(out: str, command: str, *, config: str, resume: bool, trackers: str = "") -> Iterator[RunLog]:
     """Lock the folder, save the options, start log and signal handlers; yield the log.
 
-    Raises UserError when the folder already holds a run that is not being resumed: nothing is ever overwritten.
-    """
+    Raises UserError when the folder already holds a run that is not being resumed: nothing is ever overwritten."""
     keep_freed_memory()
     if resume and not out:
         raise UserError("resume=true needs the run folder to go on with: out=runs/...")

@@ -119,8 +119,7 @@ def find_adapter(path) -> Path:
     """Find the adapter of a path: an adapter, checkpoint, run or whole recipe.
 
     Of a run its adapter/, else its newest sound checkpoint; of a whole recipe that of the last complete stage, which is
-    said. UserError says what was looked for, or why the adapter found can't be read.
-    """
+    said. UserError says what was looked for, or why the adapter found can't be read."""
     path = Path(path)
     if not os.path.isdir(path):  # unlike is_dir, also for a name that is too long
         near = did_you_mean(path.name, [other.name for other in path.parent.glob("*")])

@@ -27,8 +27,7 @@ def optimizer_params(optimizer) -> list[torch.nn.Parameter]:
 def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], meta: dict, *, where) -> None:
     """Invert optimizer_state; rate, betas and decay stay those of `optimizer`.
 
-    Raises UserError, naming `where`, when the state belongs to another optimizer; nothing is changed then.
-    """
+    Raises UserError, naming `where`, when the state belongs to another optimizer; nothing is changed then."""
     params = optimizer_params(optimizer)
     state = {}
     for key, value in {**meta["numbers"], **tensors}.items():

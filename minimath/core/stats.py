@@ -27,8 +27,7 @@ def paired(records: list[dict], others: list[dict], what: str = "correct") -> tu
     """Compare `what` of records with the others', problem by problem.
 
     what: correct or tokens. Returns the mean gap and its bootstrap 95% interval, narrower than those of the two models.
-    Raises UserError without a common problem.
-    """
+    Raises UserError without a common problem."""
     gaps = [statistics.fmean(float(r[what]) for r in mine) - statistics.fmean(float(r[what]) for r in theirs)
             for _, mine, theirs in in_common(records, others)]
     return statistics.fmean(gaps), *bootstrap(gaps, 0)

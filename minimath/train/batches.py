@@ -35,8 +35,7 @@ class PolicyBatch:
     """Holds the samples of a rollout to train on; a process computes its groups.
 
     A sample of advantage 0 counts in the divisors, the KL and the entropy. Per-token values are lists of (n_i,)
-    tensors, one per row of this process.
-    """
+    tensors, one per row of this process."""
 
     def __init__(self, policy: Policy, cfg: RLAIFConfig, groups: list[Group]):
         self.policy = policy

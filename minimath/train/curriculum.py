@@ -77,8 +77,7 @@ def chance_of_both(correct: float, seen: float, group: int) -> float:
     """Return the chance that a group holds correct and wrong samples.
 
     The solve rate is Beta(1 + correct, 1 + wrong), so that of all correct is the beta-binomial prod_k (1 + correct + k)
-    / (2 + seen + k), k = 0 .. group - 1, that of all wrong likewise.
-    """
+    / (2 + seen + k), k = 0 .. group - 1, that of all wrong likewise."""
     k = np.arange(group)
     every, none = ((1 + n + k) / (2 + seen + k) for n in (correct, seen - correct))
     return float(1 - every.prod() - none.prod())

@@ -32,8 +32,7 @@ def token_weights(loss: str, lengths: list[int], max_new_tokens: int) -> list[fl
 
     lengths: trained tokens of every completion of the step (0: masked out). dapo and cispo: 1 / all trained tokens
     (arXiv 2503.14476 eq. 8; 2506.13585 eq. 4). grpo and gspo: 1 / (completions * own length) (arXiv 2402.03300 eq. 3;
-    2507.18071 eq. 5). dr_grpo: 1 / (completions * max_new_tokens), a constant (arXiv 2503.20783).
-    """
+    2507.18071 eq. 5). dr_grpo: 1 / (completions * max_new_tokens), a constant (arXiv 2503.20783)."""
     tokens, count = max(1, sum(lengths)), max(1, sum(n > 0 for n in lengths))
     if loss in ("dapo", "cispo"):
         return [1 / tokens] * len(lengths)
@@ -54,8 +53,7 @@ def policy_loss(data: PolicyRows, options: LossOptions):
       gspo: the clip on the sequence's ratio s = exp(mean_t(logp - old_logp)), with the token form
         s_t = sg(s) exp(logp - sg(logp))   (arXiv 2507.18071 eq. 7, 13-14; see `clip_hint`)
     Added: kl_coef times `kl_term`, and -entropy_coef H. Policy term and KL are expectations over the sampler's tokens:
-    both are multiplied by `importance_weight`. Returns loss_fn(stats (C,), rows (C,)) -> (C,), times data.weight.
-    """
+    both are multiplied by `importance_weight`. Returns loss_fn(stats (C,), rows (C,)) -> (C,), times data.weight."""
     low, high = options.clip_low, options.clip_high
 
     def loss_fn(stats: TokenStats, rows: torch.Tensor) -> torch.Tensor:
@@ -95,8 +93,7 @@ def importance_weight(log_ratio: torch.Tensor, cap: float) -> torch.Tensor:
     """Weigh tokens that another distribution drew, without gradient.
 
     min(exp(log_ratio), cap) with log_ratio = old_logp - sampled_logp (C,): other rounding, another engine, top-p, older
-    weights. cap 0: every weight is 1. Truncated importance sampling: Ionides 2008; for two engines, Yao et al. 2025.
-    """
+    weights. cap 0: every weight is 1. Truncated importance sampling: Ionides 2008; for two engines, Yao et al. 2025."""
     weight = torch.exp(log_ratio.detach())
     return weight.clamp(max=cap) if cap else torch.ones_like(weight)
 
@@ -107,7 +104,6 @@ def kl_term(logp: torch.Tensor, ref_logp: torch.Tensor, ratio: torch.Tensor) -> 
     ratio * (exp(d) - d - 1) with d = ref_logp - logp, all (C,). ratio = exp(logp - old_logp) has its gradient: the
     expectation over the old policy's tokens is the KL for every policy, so its gradient is the KL's (DeepSeek-V3.2,
     arXiv 2512.02556 eq. 7). k3 without the ratio, as GRPO was published, has the gradient of KL(reference || policy)
-    (Tang and Munos 2025, arXiv 2506.09477).
-    """
+    (Tang and Munos 2025, arXiv 2506.09477)."""
     distance = ref_logp - logp
     return ratio * (torch.exp(distance) - distance - 1)

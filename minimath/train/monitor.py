@@ -50,8 +50,7 @@ class CollapseMonitor:
         """Take in the metrics of a step and return new warnings, each kind once a run.
 
         Cut completions are said after one window of steps, the canary gap after CANARY_PAIRS pairs, the rest after two
-        windows.
-        """
+        windows."""
         metrics = metrics | {"problems": metrics["rollout/groups"] + metrics["rollout/dropped_groups"]}
         for name, metric in WATCHED.items():
             value = metrics.get(metric)

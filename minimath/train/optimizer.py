@@ -46,8 +46,7 @@ class Optimizer:
         batch: has `lengths`, the tokens of this process's rows, and `micro_batches(most)`, which yields (indices,
         tensors) of at most `most` tokens. loss_of_micro_batch(indices, tensors) -> (loss (), metrics): sums over the
         rows, already divided by what the whole step is divided by. A step whose loss or gradient is not finite changes
-        no weight; UserError after BAD_STEPS of them in a row.
-        """
+        no weight; UserError after BAD_STEPS of them in a row."""
         def forward_backward(micro_batch_tokens: int) -> dict:
             totals: dict[str, float] = {}
             for indices, tensors in batch.micro_batches(micro_batch_tokens):
@@ -115,8 +114,7 @@ class Optimizer:
 def make_optimizer(params: Iterable[torch.nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
     """Make AdamW over what requires a gradient; vectors get no weight decay.
 
-    Raises UserError when nothing is trainable or bitsandbytes is needed and missing.
-    """
+    Raises UserError when nothing is trainable or bitsandbytes is needed and missing."""
     trained = [p for p in params if p.requires_grad]
     if not trained:
         raise UserError("no parameter requires a gradient: nothing to train; check lora_targets")
@@ -138,8 +136,7 @@ def lr_at(step: int, total_steps: int, *, lr: float, schedule: str, warmup: floa
     """Return the learning rate of step 0 .. total_steps - 1.
 
     warmup below 1 is a share of the steps, from 1 on a number of them. No step is spent at rate 0: warm-up starts at
-    lr / steps, and the decay reaches 0 one step after the last.
-    """
+    lr / steps, and the decay reaches 0 one step after the last."""
     warmup_steps = min(total_steps, math.ceil(warmup * total_steps - 1e-9) if warmup < 1 else round(warmup))
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
@@ -157,8 +154,7 @@ def clip_and_step(optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Pa
     scale: what the loss was multiplied by (LossScale); the gradients are divided by it first. loss: its value, since
     one that is not finite can have a finite gradient, which means nothing. Returns (fp32 gradient norm before clipping,
     NaN when the loss is not finite; whether a step was taken): with a non-finite norm, or no gradient, weights and
-    optimiser state stay bitwise as they were. Raises UserError when memory is too small for the optimiser's state.
-    """
+    optimiser state stay bitwise as they were. Raises UserError when memory is too small for the optimiser's state."""
     params = list(params)
     grads = [p.grad for p in params if p.grad is not None]
     if scale != 1.0 and grads:
@@ -193,8 +189,7 @@ class MicroBatchBudget:
 
         The gradient is cleared and the random generators are set back: the result is that of a step which
         began with fewer tokens. lengths: tokens of each row. Raises UserError, with the settings to try, after
-        MOST_HALVINGS in a run, or when a single row does not fit.
-        """
+        MOST_HALVINGS in a run, or when a single row does not fit."""
         generators = rng_state()
         while True:
             try:
@@ -248,8 +243,7 @@ class LossScale:
     """Scales the loss for fp16, dynamically; by 1 for every other dtype.
 
     Activation gradients below 6e-8 vanish in fp16, so the loss is multiplied by `value` before backward. A step that
-    overflows halves it; 500 good steps in a row double it. Micikevicius et al. 2017, arXiv 1710.03740.
-    """
+    overflows halves it; 500 good steps in a row double it. Micikevicius et al. 2017, arXiv 1710.03740."""
 
     def __init__(self, model: torch.nn.Module):
         fp16 = any(p.dtype == torch.float16 for p in model.parameters())

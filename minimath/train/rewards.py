@@ -66,8 +66,7 @@ class JudgeReward(Reward):
 
     R_i = c_i (1 + judge_weight (2 w_i - 1) + brevity_weight l_i) + format_weight f_i. c_i in {0, 1}: correct; w_i in
     [0, 1]: mean win probability over the other correct samples, 1/2 without a vote; l_i in [-1, 1]: `brevity`; f_i in
-    {0, 1}: `format_score`. The bounds of the weights keep every correct sample above every wrong one.
-    """
+    {0, 1}: `format_score`. The bounds of the weights keep every correct sample above every wrong one."""
 
     def __init__(self, options: RewardOptions, max_new_tokens: int, judge: Judge | None):
         super().__init__(options, max_new_tokens)
@@ -113,8 +112,7 @@ class JudgeReward(Reward):
 class PaperReward(Reward):
     """R_i = format_i + cosine_i + length_i: the paper's stage 2, without a judge.
 
-    As published, a long correct sample (0.1 - 0.5) can get less than a well-formed wrong one (1 - 0.1).
-    """
+    As published, a long correct sample (0.1 - 0.5) can get less than a well-formed wrong one (1 - 0.1)."""
 
     def rewards(self, group: Group) -> list[float]:
         tokens, correct = [s.tokens for s in group.samples], [s.correct for s in group.samples]
@@ -185,8 +183,7 @@ def format_score(text: str) -> float:
 def brevity(samples: list[Sample]) -> list[float]:
     """Score correct samples by length: the shortest +1, the longest -1.
 
-    l_i = 1 - 2 (n_i - min) / (max - min), 0.0 for wrong ones and when all are equally long.
-    """
+    l_i = 1 - 2 (n_i - min) / (max - min), 0.0 for wrong ones and when all are equally long."""
     lengths = [s.tokens for s in samples if s.correct]
     low, high = min(lengths, default=0), max(lengths, default=0)
     if low == high:
@@ -200,8 +197,7 @@ def cosine_reward(tokens: list[int], correct: list[bool], *, max_tokens: int, co
 
     With t = min(1, n / max_tokens), a correct sample gets low + (high - low) (1 + cos(pi t)) / 2 over correct_range, a
     wrong one high + (low - high) (1 + cos(pi t)) / 2 over wrong_range: giving up early must not pay. The ranges are the
-    paper's, whose max_tokens was 30,000, counted in characters.
-    """
+    paper's, whose max_tokens was 30,000, counted in characters."""
     rewards = []
     for n, ok in zip(tokens, correct, strict=True):
         at_end, at_zero = correct_range if ok else reversed(wrong_range)
@@ -214,8 +210,7 @@ def length_reward(tokens: list[int], correct: list[bool]) -> list[float]:
     """Score length as Kimi k1.5 does; arXiv 2501.12599.
 
     lambda_i = 1/2 - (n_i - min) / (max - min) over the whole group; a correct sample gets lambda_i, a wrong one
-    min(0, lambda_i). 0.0 when all are equally long.
-    """
+    min(0, lambda_i). 0.0 when all are equally long."""
     low, high = min(tokens, default=0), max(tokens, default=0)
     if low == high:
         return [0.0] * len(tokens)
@@ -236,8 +231,7 @@ def penalised(rewards: list[float], correct: list[bool], penalty: list[float]) -
     """Add penalties so that correct still beats wrong, unlike DAPO's.
 
     R_i + p_i for wrong samples; R_i + p_i min(1, gap / 2) for correct ones, where gap >= 0 is the least correct reward
-    less the greatest wrong one. Without a wrong one in the group the penalty is whole.
-    """
+    less the greatest wrong one. Without a wrong one in the group the penalty is whole."""
     known = [(r, ok) for r, ok in zip(rewards, correct, strict=True) if r is not None]
     wrong = [r for r, ok in known if not ok]
     lowest = min((r for r, ok in known if ok), default=0.0)
@@ -269,8 +263,7 @@ def group_advantages(rewards, *, scale: str = "group", valid=None) -> torch.Tens
         unbiased: Kool et al. 2019; Ahmadian et al., arXiv 2402.14740); 0 for a group of one
 
     rewards (P, G) and valid (P, G) bool, as tensors or nested lists; -> (P, G) fp32. Rows with valid False enter
-    neither mean nor deviation and get 0. Groups whose valid rewards are all equal get exact zeros.
-    """
+    neither mean nor deviation and get 0. Groups whose valid rewards are all equal get exact zeros."""
     rewards = torch.as_tensor(rewards, dtype=torch.float64)                              # (P, G)
     valid = torch.ones_like(rewards) if valid is None else torch.as_tensor(valid).to(rewards)
     count = valid.sum(1, keepdim=True).clamp(min=1)                                      # (P, 1)

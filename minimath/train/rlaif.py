@@ -46,8 +46,7 @@ def rlaif(cfg: RLAIFConfig) -> dict:
     """Train; leave adapter, checkpoints and metrics in the run folder.
 
     Returns a summary: steps, run_dir, adapter, signal. Raises UserError for anything the user can put right; the judge
-    is tried before any long work.
-    """
+    is tried before any long work."""
     cfg = as_trained(cfg)
     examples, report = load_examples(cfg.data, need=verifier_columns(cfg.verifier))
     verifier = Verifier(cfg.verifier, examples)

@@ -45,8 +45,7 @@ def encode_problems(cfg: RLAIFConfig, policy: Policy, examples: list[Example], r
 def check_logp(engine, prompt: list[int], sample: Sample) -> None:
     """Raise UserError when the rollout's log-probs are not the training forward's.
 
-    vLLM's engine looks by itself, at a probe; a forward of a sharded model is work of all processes.
-    """
+    vLLM's engine looks by itself, at a probe; a forward of a sharded model is work of all processes."""
     model = engine.policy.model
     if engine.options.rollout == "vllm" or is_sharded(model):
         return
@@ -91,8 +90,7 @@ def token_metrics(options: LossOptions, rows: PolicyRows, stats, full_logp: torc
     """Sum figures over the trained tokens of a micro-batch.
 
     stats, full_logp (N,), trained (N,) bool. policy/off_policy: tokens whose probability is beyond [0.9, 1.1] of that
-    in the rollout, both before top-p and the like. policy/reweighted: tokens whose weight was cut to the cap.
-    """
+    in the rollout, both before top-p and the like. policy/reweighted: tokens whose weight was cut to the cap."""
     logp, sampled = stats.logp[trained], rows.sampled_logp[trained]
     old = logp if rows.old_logp is None else rows.old_logp[trained]
     ratio = torch.exp(logp - old if rows.seq_log_ratio is None else rows.seq_log_ratio[trained])

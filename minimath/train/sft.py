@@ -31,8 +31,7 @@ def sft(cfg: SFTConfig) -> dict:
     """Fine-tune; leaves adapter/, checkpoints/ and metrics.jsonl in the run folder.
 
     Returns a summary: steps, run_dir, adapter, signal. Raises UserError for anything the user can put right, before
-    any long work where it can be known then.
-    """
+    any long work where it can be known then."""
     cfg = as_trained(cfg)
     examples, report = load_examples(cfg.data, need=("solution",))
     with Trainer(cfg, "sft") as trainer:

@@ -26,8 +26,7 @@ class Verifier(contextlib.AbstractContextManager):
         correct; a completion that was cut has not answered and is wrong
 
     Raises UserError for a function that can't be loaded, and for an answer of `examples` that is no pattern; `mark`
-    raises it for a bad result.
-    """
+    raises it for a bad result."""
 
     def __init__(self, verifier, examples: list[Example] = ()):
         self.kind, self.checker = verifier, AnswerChecker()
