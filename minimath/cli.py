@@ -1,10 +1,13 @@
 """The command line: minimath COMMAND ...; with --help it lists its options."""
+import ast
 import importlib.metadata
 import inspect
 import sys
+import textwrap
+from pathlib import Path
 
-from minimath.commands.help import docstring_of, options_help
 from minimath.config.load import config_of_words, take_recipe
+from minimath.config.options import Option, options_of
 from minimath.config.schema import STAGES
 from minimath.core.entry import run_command, started_together
 from minimath.core.errors import UserError
@@ -80,20 +83,43 @@ def load(path: str):
 
 def config_class(command: str):
     """The class of the options of a command, None for one that takes words."""
-    own = {"sample": "eval.sample.SampleConfig", "export": "export.merge.ExportConfig"}
+    own = {"sample": "eval.sample.SampleConfig", "export": "export.merge.ExportConfig",
+           "judge check": "commands.judge_check.JudgeCheckConfig",
+           "judge compare": "commands.judge_compare.JudgeCompareConfig"}
     return load(own[command]) if command in own else {**STAGES, "solve": STAGES["eval"]}.get(command)
 
 
 def help_text(command: str) -> str:
     """Say what a command is for, and all the options that it takes."""
-    module = COMMANDS[command].rpartition(".")[0]
-    if command.startswith("judge"):
-        return load(f"{module}.help_text")()
-    cls = config_class(command)
-    if cls is None:
-        return docstring_of(f"minimath.{module}")
+    file, cls = COMMANDS[command].rpartition(".")[0].replace(".", "/"), config_class(command)
+    if cls is None or command.startswith("judge"):  # read, not imported: it comes at once
+        text = ast.get_docstring(ast.parse(Path(__file__).parent.joinpath(f"{file}.py").read_text(encoding="utf-8")))
+        names = load("commands.judge_check.option_names")(cls) if cls else ()
+        return f"{text}\n\n{options_help(cls, command, names)}" if cls else text
     takes = {"solve": '["PROBLEM"] ', "export": ""}.get(command, "[RECIPE.yaml] ")
     return f"minimath {command} {takes}key=value ...\n{inspect.getdoc(cls)}\n\n{options_help(cls, command)}"
+
+
+def options_help(cls, title: str, names=None) -> str:
+    """Describe every option of a config, or those of `names`, by group: default, meaning, choices.
+
+    title: heads the options that belong to no group."""
+    groups: dict[str, list[str]] = {}
+    for name, option in options_of(cls).items():
+        if names is None or name in names:
+            groups.setdefault(option.group, []).append(option_help(option))
+    order = sorted(groups, key=bool)  # the stage's own first
+    return "\n\n".join("\n".join([f"{group or title}:", *groups[group]]) for group in order)
+
+
+def option_help(option: Option) -> str:
+    """Word one option."""
+    default = str(option.default).lower() if option.kind is bool else str(option.default).replace("\n", "\\n")
+    choices = [*option.choices, *(["python:module.fn"] if option.hook else [])]
+    meaning = option.doc + (f" [{' | '.join(choices)}]" if choices else "")
+    head = f"  {option.name}={default}".ljust(33)
+    return textwrap.fill(f"{head} {' '.join(meaning.split())}", 116, subsequent_indent=" " * 34,
+                         break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

@@ -54,21 +54,16 @@ def doctor(words: list[str]) -> int:
     return 1 if failed else 0
 
 
-# ---- what there is
-
 def machine_findings(device: torch.device, dtype: torch.dtype, why: str) -> list[Finding]:
     """Describe system, device, dtype, kernels and memory, with the reasons for the choices."""
     free = free_bytes(device)
     kernels = "Triton" if runs_triton(torch.empty(0, device=device)) else \
         "chunked torch: Triton serves CUDA and ROCm" if device.type != "cuda" else \
         "chunked torch: triton is not installed (pip install triton), which is slower"
-    system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    if platform.system() == "Windows":
-        system += ": not tried, no Triton, and two runs in one folder are not told apart; install it in WSL instead " \
-                  "(wsl --install), which reaches the card"
-    elif "microsoft" in platform.release().lower():
-        system += " (WSL)"
-    return [Finding("system", "note" if platform.system() == "Windows" else "ok", system),
+    windows, wsl = platform.system() == "Windows", "microsoft" in platform.release().lower()
+    more = ": not tried; install it in WSL instead (wsl --install), which reaches the card" * windows + " (WSL)" * wsl
+    system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}{more}"
+    return [Finding("system", "note" if windows else "ok", system),
             Finding("device", "note" if device.type == "cpu" else "ok", device_words(device)),
             Finding("dtype", "ok", f"{str(dtype).removeprefix('torch.')}: {why}" +
                     (", with a loss scale" if dtype == torch.float16 else "")),
@@ -91,20 +86,18 @@ def device_words(device: torch.device) -> str:
 
 def package_findings() -> list[Finding]:
     """Compare versions with the ranges of the installed minimath."""
-    lines = importlib.metadata.requires("minimath") if version_of("minimath") else []
-    wanted = [need for need in map(Requirement, lines) if not need.marker or need.marker.evaluate({"extra": ""})]
-    needs = {need.name: need for need in wanted}
-    out = []
+    lines, out = importlib.metadata.requires("minimath") if version_of("minimath") else [], []
+    needs = {need.name: need for need in map(Requirement, lines)
+             if not need.marker or need.marker.evaluate({"extra": ""})}
     for name in dict.fromkeys([*needs, *USES]):
         version, need, use = version_of(name), needs.get(name), USES.get(name)
-        if version and need and not need.specifier.contains(version.partition("+")[0], prereleases=True):
+        if not version:
+            how = (f": pip install '{name}{need.specifier}'" if need else "") + (f", for {use}" if use else "")
+            out.append(Finding(name, "-" if not need else "note" if use else "FAIL", f"not installed{how}"))
+        elif need and not need.specifier.contains(version.partition("+")[0], prereleases=True):
             out.append(Finding(name, "note", f"{version} is outside {need.specifier}, which is what was tried"))
-        elif version:
-            out.append(Finding(name, "ok", version))
         else:
-            how = f": pip install '{name}{need.specifier}'" if need else ""
-            out.append(Finding(name, "-" if not need else "note" if use else "FAIL",
-                               f"not installed{how}" + (f", for {use}" if use else "")))
+            out.append(Finding(name, "ok", version))
     return out
 
 
@@ -113,8 +106,6 @@ def version_of(name: str) -> str | None:
         return importlib.metadata.version(name)
     return None
 
-
-# ---- whether it works
 
 KERNELS = {
     "linear_logp": lambda x, weight, target: -linear_logp(x, weight, target).mean(),
@@ -135,12 +126,10 @@ def kernel_test(kernel, device: torch.device, dtype: torch.dtype) -> str:
     head = (torch.randn(v, d, generator=generator) / d ** 0.5).to(device, dtype)
     target = torch.randint(0, v, (n,), generator=generator).to(device)
     loss = kernel(x, head, target)
-    loss.backward()
     exact_x = x.detach().cpu().double().requires_grad_()  # the rounded inputs: their rounding is not the kernel's fault
     exact = -reference.linear_logp(exact_x, head.cpu().double(), target.cpu()).mean()
-    exact.backward()
-    want = exact_x.grad
-    off = float((x.grad.cpu().double() - want).norm() / want.norm())
+    [got], [want] = torch.autograd.grad(loss, x), torch.autograd.grad(exact, exact_x)
+    off = float((got.cpu().double() - want).norm() / want.norm())
     bound = max(1e-5, 4 * float((want.to(dtype).double() - want).norm() / want.norm()))
     loss_off = abs(loss.item() - exact.item()) / abs(exact.item())
     if off > bound or loss_off > max(1e-5, torch.finfo(dtype).eps):

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-from minimath.commands.help import options_help
 from minimath.config.load import load_config, take_recipe
 from minimath.config.options import options_of
 from minimath.config.schema import Count, RLAIFConfig
@@ -60,11 +59,6 @@ def judge_check(words: list[str]) -> dict:
             result["attacks"] = probe_attacks(judge, attacks, cfg, log)
             lines += attack_advice(result["attacks"])
         return save_result(log, "judge-check", cfg, result | {"advice": lines}, lines)
-
-
-def help_text() -> str:
-    """List every option of `minimath judge check` with default and meaning."""
-    return f"{__doc__}\n{options_help(JudgeCheckConfig, 'check', option_names(JudgeCheckConfig))}"
 
 
 def load_options(cls: type[RLAIFConfig], recipe: str | None, words: list[str]):

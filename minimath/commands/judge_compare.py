@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
 
-from minimath.commands.help import options_help
-from minimath.commands.judge_check import load_options, open_judge, option_names, result_folder, save_result
+from minimath.commands.judge_check import load_options, open_judge, result_folder, save_result
 from minimath.config.load import take_recipe
 from minimath.config.schema import JudgeOptions, RLAIFConfig
 from minimath.core.errors import UserError
@@ -55,11 +54,6 @@ def judge_compare(words: list[str]) -> dict:
         lines = findings(f)
         result = {"a": folders[0], "b": folders[1], "judge": judge.name, **f, "findings": lines}
         return save_result(log, "judge-compare", cfg, result, lines)
-
-
-def help_text() -> str:
-    """List every option of `minimath judge compare` with its meaning."""
-    return f"{__doc__}\n{options_help(JudgeCompareConfig, 'compare', option_names(JudgeCompareConfig))}"
 
 
 def records_of(folder: str | Path) -> list[dict]:

@@ -2,17 +2,13 @@
 
     minimath eval data=problems.jsonl model=... [adapter=...] [samples=8 temperature=0.6]
 
-Completions are kept as they finish: after an interrupt, a crash or kill -9 the same command with resume=true goes on.
-
-    out/eval.json           the summary (metrics.py): where it is, the evaluation is complete
-    out/completions.jsonl   one record per completion
-
 Several sets of problems (suite.py) share the model, which is loaded once:
 
     minimath eval suite=gsm8k,math500,mine=my.jsonl model=... [data=FOLDER] out=FOLDER
 
-    out/NAME/               what a lone evaluation of that set leaves
-    out/suite.json          {"model", "adapter", "sets": {NAME: summary}, "mean"}: where it is, all sets are complete"""
+Completions are kept as they finish: after an interrupt, a crash or kill -9 the same command with resume=true goes on.
+A set is complete where eval.json (metrics.py) stands in its folder beside completions.jsonl, a suite where suite.json
+does: {"model", "adapter", "sets": {NAME: summary}, "mean"}, with the folder of each set below it."""
 import contextlib
 import functools
 import itertools
@@ -226,14 +222,12 @@ def grade(number: int, s: int, example: Example, sample: Sample, checker: Answer
 
 def worded_given_up(timeouts: int, unreadable: list[Example]) -> str:
     """Say what was not compared in time, and which gold answers no one can read."""
-    parts = []
-    if timeouts:
-        parts.append(f"{timeouts} comparison{'s' * (timeouts > 1)} of answers took too long and counted as wrong")
+    parts = [f"{timeouts} comparison{'s' * (timeouts > 1)} of answers took too long and counted as wrong"]
+    parts = parts if timeouts else []
     if unreadable:
-        shown = [f"{e.answer[:40]!r} ({e.id or e.where or e.problem[:40]})" for e in unreadable[:3]]
-        shown += ["..."] * (len(unreadable) > 3)
+        shown = ", ".join(f"{e.answer[:40]!r} ({e.id or e.where or e.problem[:40]})" for e in unreadable[:3])
         parts.append(f"no one can read the gold answer of {len(unreadable)} problem{'s' * (len(unreadable) > 1)}, so "
-                     f"that no answer is correct; mend it in the data: {', '.join(shown)}")
+                     f"that no answer is correct; mend it in the data: {shown}{', ...' * (len(unreadable) > 3)}")
     return "the answer checker gave up: " + "; ".join(parts)
 
 

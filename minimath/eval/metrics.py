@@ -78,7 +78,7 @@ def majority_correct(group: list[dict], checker: AnswerChecker) -> bool:
 def table_row(name: str, summary: dict) -> list[str]:
     """Word one row of the table whose columns are COLUMNS."""
     low, high = summary["interval"]
-    per_correct = summary["tokens_per_correct"]
+    per_correct = summary.get("tokens_per_correct")
     return [name, f"{100 * summary['accuracy']:.1f}%", f"{100 * low:.1f} to {100 * high:.1f}",
             f"{summary['mean_tokens']:.1f}", f"{per_correct:.1f}" if per_correct else "-",
             f"{100 * summary['correct_steps']:.1f}%", f"{100 * summary['finished']:.1f}%"]

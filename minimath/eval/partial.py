@@ -1,12 +1,11 @@
 """Keep the completions of an evaluation as they finish, so that it can go on.
 
-    run/fingerprint.json         what decides the completions: options; hashes of problems, adapter, model
-    run/completions.part.jsonl   {"number", "sample", "ids", "finished"} of each completion; gone with the last one
-
-A completion's random stream is seeded by (seed, problem, sample), so it does not depend on which others are done."""
+completions.part.jsonl has {"number", "sample", "ids", "finished"} of each, and fingerprint.json what decides them:
+options; hashes of problems, adapter, model. A completion's random stream is seeded by (seed, problem, sample), so it
+does not depend on which others are done."""
+import contextlib
 import hashlib
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from minimath.config.load import plain_values
@@ -30,21 +29,19 @@ NOT_DECISIVE = {"model", "adapter", "dtype", "data", "split", "limit", "strict",
                 "trust_remote_code", "out", "resume", "shard", "suite"}
 
 
-@dataclass
 class PartFile:
-    """The completions that are done, and the file that keeps them."""
-    path: Path | None = None
-    """None: they are not kept"""
-    done: dict[Job, Sample] = field(default_factory=dict)
+    """The completions that are done, and the file that keeps them; None: nowhere."""
+
+    def __init__(self, path: Path | None = None, done: dict[Job, Sample] | None = None):
+        self.path, self.done = path, done or {}
 
     def add(self, number: int, sample: int, completion: Sample) -> None:
         """Append one completion. Raises UserError when the disk is full: a resume drops the torn line."""
         self.done[number, sample] = completion
-        if self.path is None or not dist.is_main():  # what other processes sample is sampled again after an interrupt
-            return
         try:
-            with open(self.path, "a", encoding="ascii") as file:
-                file.write(part_line(number, sample, completion))
+            if self.path and dist.is_main():  # what other processes sample is sampled again after an interrupt
+                with open(self.path, "a", encoding="ascii") as file:
+                    file.write(part_line(number, sample, completion))
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; free some space, then go on with "
                             "resume=true") from None
@@ -82,10 +79,9 @@ def read_part(path: Path, problems: int, samples: int) -> tuple[dict[Job, Sample
     done, dropped = {}, 0
     *lines, rest = path.read_bytes().split(b"\n")  # rest: behind the last line end, so a line that was cut
     for line in lines:
-        try:
+        row = None
+        with contextlib.suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            row = None
         match row:
             case {"number": int(number), "sample": int(sample), "ids": [_, *_] as ids, "finished": bool(finished)} if (
                     0 <= number < problems and 0 <= sample < samples and all(type(i) is int and i >= 0 for i in ids)):

@@ -67,8 +67,7 @@ def sample(cfg: SampleConfig) -> dict:
 def kept_rows(records: list[dict], cfg: SampleConfig) -> tuple[list[dict], dict]:
     """Choose training rows from records; returns them, by problem, and counts."""
     problems = by_problem(records)
-    counts = {"problems": len(problems), "never_correct": 0, "outside_rates": 0, "unsound": 0, "cut": 0}
-    rows = []
+    counts, rows = {"problems": len(problems), "never_correct": 0, "outside_rates": 0, "unsound": 0, "cut": 0}, []
     for number, group in sorted(problems.items()):
         rate = statistics.fmean(r["correct"] for r in group)
         if rate == 0 or not cfg.min_solve_rate <= rate <= cfg.max_solve_rate:
@@ -83,18 +82,12 @@ def kept_rows(records: list[dict], cfg: SampleConfig) -> tuple[list[dict], dict]
         for r in sorted(sound, key=lambda r: (r["tokens"], r["sample"])):
             different.setdefault(r["text"].strip(), r)
         for r in list(different.values())[:cfg.keep]:
-            rows.append({"id": f"{r['id'] or number}" + (f"-{r['sample']}" if cfg.keep > 1 else ""),
-                         **_shape(r), "answer": r["gold"],
-                         "tokens": r["tokens"], "solve_rate": round(rate, 4)})
+            text = r["text"].strip()
+            asked = {"messages": [*r["messages"], {"role": "assistant", "content": text}]} if "messages" in r else \
+                {"problem": r["problem"], "solution": text}
+            rows.append({"id": f"{r['id'] or number}" + (f"-{r['sample']}" if cfg.keep > 1 else ""), **asked,
+                         "answer": r["gold"], "tokens": r["tokens"], "solve_rate": round(rate, 4)})
     return rows, counts
-
-
-def _shape(record: dict) -> dict:
-    """Return problem and solution, or the messages where the prompt was several."""
-    text = record["text"].strip()
-    if "messages" in record:
-        return {"messages": [*record["messages"], {"role": "assistant", "content": text}]}
-    return {"problem": record["problem"], "solution": text}
 
 
 def worded(counts: dict) -> str:

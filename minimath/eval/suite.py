@@ -13,6 +13,7 @@ from minimath.core.errors import UserError
 from minimath.core.text import comma_list, did_you_mean
 from minimath.data.examples import Example, describe_report, load_examples
 from minimath.data.readers import SUFFIXES, rows_of
+from minimath.eval.metrics import COLUMNS, table_row
 
 
 class KnownSet(NamedTuple):
@@ -60,19 +61,18 @@ def read_sets(cfg: EvalConfig) -> dict[str, Problems]:
 
 def chosen_sets(text: str) -> dict[str, str]:
     """Parse "gsm8k,mine=my.jsonl" to {"gsm8k": "", "mine": "my.jsonl"}, or UserError."""
-    chosen: dict[str, str] = {}
+    chosen, known = {}, f"use {', '.join(SETS)}, or NAME=FILE for your own problems"
     for item in comma_list(text):
         name, equals, file = (part.strip() for part in item.partition("="))
         if not equals and name not in SETS:
-            raise UserError(f"suite={text}: unknown set {name!r}{did_you_mean(name.lower(), SETS)}; use "
-                            f"{', '.join(SETS)}, or NAME=FILE for your own problems")
+            raise UserError(f"suite={text}: unknown set {name!r}{did_you_mean(name.lower(), SETS)}; {known}")
         if equals and not (file and OWN_NAME.fullmatch(name)):
             raise UserError(f"suite={text}: {item!r} must be NAME=FILE, with a name of letters, digits, _, . and -")
         if name in chosen:
             raise UserError(f"suite={text}: {name!r} occurs twice; leave one out, or give it another name")
         chosen[name] = file
     if not chosen:
-        raise UserError(f"suite={text} names no set; use {', '.join(SETS)}, or NAME=FILE for your own problems")
+        raise UserError(f"suite={text} names no set; {known}")
     return chosen
 
 
@@ -124,17 +124,8 @@ def mean_of(summaries: dict[str, dict]) -> dict:
 
 def suite_table(result: dict) -> tuple[list[str], list[list[str]]]:
     """Word what suite.json holds as columns and rows: the sets, then the mean."""
-    summaries, budgets = result["sets"], [key for key in result["mean"] if key.startswith("accuracy@")]
-    k = max(summary["samples"] for summary in summaries.values())
-    first, *more = ["accuracy"] if k == 1 else [f"avg@{k}", f"pass@{k}", f"maj@{k}"]
-
-    def percent(value) -> str:
-        return "-" if value is None else f"{100 * value:.1f}%"
-
-    rows = []
-    for name, summary in (*summaries.items(), ("mean", result["mean"])):
-        interval = " to ".join(f"{100 * end:.1f}" for end in summary["interval"])
-        rows.append([name, str(summary["problems"]), percent(summary.get(first)), interval,
-                     *(percent(summary.get(key)) for key in more), f"{summary['mean_tokens']:.1f}",
-                     *(percent(summary.get(key)) for key in ("finished", *budgets))])
-    return ["set", "problems", first, "95% interval", *more, "mean tokens", "finished", *budgets], rows
+    k = max(summary["samples"] for summary in result["sets"].values())
+    more = [key for key in result["mean"] if key in (f"pass@{k}", f"maj@{k}") or key.startswith("accuracy@")]
+    rows = [[name, str(one["problems"]), *table_row(name, one)[1:], *(f"{100 * one[key]:.1f}%" for key in more)]
+            for name, one in (*result["sets"].items(), ("mean", result["mean"]))]
+    return ["set", "problems", *COLUMNS[1:], *more], rows

@@ -1,11 +1,9 @@
 """Linear layers as decoding runs them: those with the same input in one product, the adapter behind it.
 
-y = x W^T + x A^T (s B)^T, for q, k, v or gate, up together. What stands in the model is never changed:
-- where memory allows (always asked for on a CPU, and for NF4 weights), a copy [W; A] made once per rollout: NF4 weights
-  are dequantised once instead of in every step, and a CPU gets its weights in oneDNN's own layout, 1.3 to 1.9 times as
-  fast for 64 rows of bf16 as a plain product; in fp32 the copy is W + s B A, exact up to fp32 rounding. In 16 bits that
-  sum would lose what the adapter learnt below 1/256 of a weight, so there the adapter stays apart;
-- else W as it is, and the adapters of a group in one small product."""
+y = x W^T + x A^T (s B)^T, for q, k, v or gate, up together. What stands in the model is never changed: either W is
+used as it is, with the adapters of a group in one small product, or, where memory allows (asked for on a CPU and for
+NF4), a copy [W; A] made once per rollout: dequantised once, and on a CPU in oneDNN's layout, 1.3 to 1.9 times as fast
+for 64 rows of bf16. In fp32 the copy is W + s B A; 16 bits would round off what the adapter learnt below 1/256."""
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

@@ -63,11 +63,10 @@ def plan(recipe: str | None, words: list[str]) -> dict:
     if any(cfg.model.shard for cfg in stages.values()):
         console.print("shard=true is not counted: of N processes each holds 1/N of the layers' weights", soft_wrap=True)
     if path and changes is not None:
-        text = find_recipe(recipe).read_text(encoding="utf-8")
+        made = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8")) or {}
         for section, options in changes.items():
-            for key, value in options.items():
-                text = set_value(text, section, key, value)
-        write_whole(path, text)
+            made[section] = (made.get(section) or {}) | {key: yaml.safe_load(value) for key, value in options.items()}
+        write_whole(path, f"# {recipe}, changed to fit {gib(card)} GiB\n{yaml.safe_dump(made, sort_keys=False)}")
         console.print(f"written: {path}", soft_wrap=True, highlight=False)
     return {"stages": needs, "cards": cards}
 
@@ -94,19 +93,3 @@ def parse(recipe: str | None, words: list[str]) -> tuple[int, Path | None, list[
         if target.exists():
             raise UserError(f"{target} is there already and is not overwritten; remove it, or --apply ANOTHER_FILE")
     return int(float(card) * GIB), target, rest
-
-
-def set_value(text: str, section: str, key: str, value: str) -> str:
-    """The text of a recipe with key: value in a section; comments and order stay."""
-    root = yaml.compose(text, Loader=yaml.BaseLoader)
-    node = next((node for name, node in (root.value if root else ()) if name.value == section), None)
-    if node is None:
-        return f"{text.rstrip()}\n\n{section}:\n  {key}: {value}\n"
-    if not node.value:
-        return f"{text[:node.start_mark.index]}\n  {key}: {value}{text[node.end_mark.index:]}"
-    for name, old in node.value:
-        if name.value == key:
-            return text[:old.start_mark.index] + value + text[old.end_mark.index:]
-    first = node.value[0][0].start_mark
-    between = ", " if node.flow_style else "\n" + " " * first.column
-    return f"{text[:first.index]}{key}: {value}{between}{text[first.index:]}"

@@ -20,9 +20,6 @@ STYLE = {"font.size": 10, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.to
          **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color",
                           "grid.color"), INK)}
 
-# arXiv 2507.08267 and its tables by stage: accuracy in %, mean tokens; original, + SFT, + SFT and RL
-PAPER = {"MATH-500 (paper, 14B)": [(86.4, 2556), (88.1, 2969), (91.2, 2084)],
-         "AIME24 (paper, 14B)": [(63.3, 9590), (65.2, 10268), (66.0, 7932)]}
 # of the judge's canary pairs: prefix of the metrics, colour, legend
 CANARIES = [("canary/", COLOURS[3], "judged wins of worse solutions, fixed pairs, down is good"),
             ("canary/rollout_", COLOURS[2], "judged wins of wrong over correct completions, down is good")]
@@ -52,8 +49,6 @@ def save_png(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150, facecolor="white")
 
 
-# ---- evaluations
-
 @rc_context(STYLE)
 def tradeoff(rows: dict[str, dict]) -> Figure:
     """Draw accuracy against mean tokens, one point per evaluation: name -> summary."""
@@ -73,24 +68,6 @@ def tradeoff(rows: dict[str, dict]) -> Figure:
 
 
 @rc_context(STYLE)
-def beside_paper(rows: dict[str, dict]) -> Figure:
-    """Draw the two stages beside the paper's, relative to the model before them."""
-    figure, axis = new_figure(height=3.4)
-    ours = [(100 * summary["accuracy"], summary["mean_tokens"]) for summary in rows.values()][:3]
-    for (name, points), colour, style in zip({"this run": ours, **PAPER}.items(), (COLOURS[i] for i in (2, 0, 1)),
-                                             ("o-", "s--", "s--")):
-        accuracy, tokens = np.array(points).T
-        x, y = 100 * tokens / max(tokens[0], 1e-9), accuracy - accuracy[0]
-        axis.plot(x, y, style, ms=5, color=colour, label=name)
-        for stage, *at in zip(("before", "SFT", "SFT + RL"), x, y) if name == "this run" else ():
-            axis.annotate(stage, at, textcoords="offset points", xytext=(6, 4), fontsize=8)  # the paper's: same order
-    axis.axhline(0, lw=0.8, color=INK, alpha=0.4)
-    axis.set(xlabel="mean tokens, % of those before (fewer is better)", ylabel="accuracy gained, points")
-    axis.legend()
-    return figure
-
-
-@rc_context(STYLE)
 def lengths(completions: dict[str, list[dict]]) -> Figure:
     """Draw histograms of completion lengths, correct ones filled: name -> records."""
     figure, axes = new_figure(height=0.9 + 1.15 * len(completions), nrows=len(completions), sharex=True, squeeze=False)
@@ -104,8 +81,6 @@ def lengths(completions: dict[str, list[dict]]) -> Figure:
     axes[-1, 0].set_xlabel("tokens")
     return figure
 
-
-# ---- training
 
 @rc_context(STYLE)
 def curves(metrics: list[dict], panels: dict[str, list[str]]) -> Figure:
@@ -132,8 +107,6 @@ def draw_curve(axis, points: list[tuple], colour: str, label: str, half: int = 2
         axis.plot(steps, mean, color=colour, lw=1.8, label=label)
     return list(zip(steps, mean))
 
-
-# ---- what the judge of an RL run is made to believe
 
 @rc_context(STYLE)
 def judged(rows: list[dict]) -> Figure | None:

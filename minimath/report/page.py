@@ -99,15 +99,11 @@ def write_judge_plot(run: Path) -> Path | None:
     return run / JUDGE_PLOT
 
 
-# ---- parts of the page
-
 def evaluation_part(evaluations: dict[str, Path], out: Path, of_set: str) -> dict:
     """Gather what there is of evaluations on the same problems. of_set: of a suite."""
     rows = {name: read_json(at / EVAL) for name, at in evaluations.items()}
     records = {name: read_records(at) for name, at in evaluations.items() if (at / COMPLETIONS).is_file()}
     drawn = {"tradeoff": figures.tradeoff(rows)}
-    if len(rows) >= 3 and not of_set:
-        drawn["beside-paper"] = figures.beside_paper(rows)
     if records:
         drawn["lengths"] = figures.lengths(records)
     return {"title": of_set or "Evaluation", "summaries": list(rows.values()), "differences": differences(records),
@@ -147,8 +143,6 @@ def picture(figure: figures.Figure, name: str, out: Path) -> str:
     figures.save_png(figure, out / PICTURES / f"{name}.png")
     return figures.svg(figure, name)
 
-
-# ---- problems side by side
 
 def side_by_side(records: dict[str, list[dict]]) -> list[dict]:
     """Choose a few problems with each model's first solution, those first that differ."""

@@ -59,9 +59,9 @@ def test_the_page_holds_evaluations_curves_solutions_judge_settings_and_the_comm
     for words in ("SFT + RLAIF", "75.0%", "Training: SFT", "Training: RLAIF", "position bias", "0.25", "case 0?",
                   "lr: 0.001", "minimath run mine.yaml", "Accuracy 25.0% to 75.0%"):
         assert words in page, words
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 5
     pictures = sorted(p.name for p in (folder / "plots").iterdir())
-    assert pictures == ["beside-paper.png", "judge-rlaif.png", "lengths.png", "tradeoff.png", "training-rlaif.png",
+    assert pictures == ["judge-rlaif.png", "lengths.png", "tradeoff.png", "training-rlaif.png",
                         "training-sft.png"]
     assert all((folder / "plots" / name).stat().st_size > 5000 for name in pictures)
 
