@@ -3,6 +3,7 @@
 Long RL runs of small models usually end in a collapse (steps 60 to 600), and its signs show before the accuracy falls:
 entropy dwindles, completions run long, the solve rate leaves its best.
 """
+import itertools
 import math
 import statistics
 
@@ -92,8 +93,8 @@ class CollapseMonitor:
 
 def enough_pairs(canaries: list[dict]) -> list[dict]:
     """Return the shortest head that holds CANARY_PAIRS pairs, or []."""
-    sizes = range(1, len(canaries) + 1)
-    return next((canaries[:n] for n in sizes if pairs_of(canaries[:n]) >= CANARY_PAIRS), [])
+    sums = itertools.accumulate(canary["pairs"] for canary in canaries)
+    return next((canaries[:n] for n, pairs in enumerate(sums, 1) if pairs >= CANARY_PAIRS), [])
 
 
 def signs_of_collapse(start: dict, now: dict, best: float, problems: int) -> dict[str, str]:
@@ -122,18 +123,15 @@ def signs_of_collapse(start: dict, now: dict, best: float, problems: int) -> dic
     return found
 
 
-def pairs_of(canaries: list[dict]) -> int:
-    return sum(canary["pairs"] for canary in canaries)
-
-
-def mean_wins(canaries: list[dict]) -> float:
-    return sum(canary["wins"] * canary["pairs"] for canary in canaries) / pairs_of(canaries)
+def pairs_and_wins(canaries: list[dict]) -> tuple[int, float]:
+    pairs = sum(canary["pairs"] for canary in canaries)
+    return pairs, sum(canary["wins"] * canary["pairs"] for canary in canaries) / pairs
 
 
 def gap_warning(first: list[dict], newest: list[dict]) -> str:
     """first, newest: windows of canaries; the same one while there is no other."""
-    n, before, wins = pairs_of(newest), mean_wins(first), mean_wins(newest)
-    pairs = n * pairs_of(first) / (n + pairs_of(first))
+    (n_first, before), (n, wins) = pairs_and_wins(first), pairs_and_wins(newest)
+    pairs = n * n_first / (n + n_first)
     correct, correct_before = (statistics.fmean(c["correct"] for c in window) for window in (newest, first))
     mean = (wins + before) / 2
     risen = wins - before > max(CANARY_RISE, CANARY_SIGMAS * (mean * (1 - mean) / pairs) ** 0.5)
@@ -144,7 +142,7 @@ def gap_warning(first: list[dict], newest: list[dict]) -> str:
     rising = risen and correct - correct_before <= max(MORE_CORRECT, noise)
     if not (fooled or rising):
         return ""
-    change, then = f" ({100 * before:.0f}% of the first {pairs_of(first)})", f" ({100 * correct_before:.0f}% then)"
+    change, then = f" ({100 * before:.0f}% of the first {n_first})", f" ({100 * correct_before:.0f}% then)"
     if newest is first:
         change = then = ""
     meaning = ("the policy is learning to please the judge rather than to be correct" if rising else

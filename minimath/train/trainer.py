@@ -77,7 +77,7 @@ class Trainer:
         self.best = -1.0  # score of the best evaluation
         self.owed = False  # an evaluation was interrupted: the run that goes on begins with it
         self.interrupted_by = 0
-        self._rng = None  # random generators at the last commit
+        self._state = self._rng = None  # states of what is tracked, and random generators, at the last commit
         self._trainable: set[str] = set()  # names
 
     def __enter__(self) -> "Trainer":

@@ -5,7 +5,7 @@ import re
 from minimath.config.options import as_number, user_function
 from minimath.core.errors import UserError
 from minimath.data.examples import Example
-from minimath.data.sample import Group
+from minimath.data.sample import Group, Sample
 from minimath.grading.answer import AnswerChecker
 
 NEEDS_ANSWER = ("exact", "regex")
@@ -42,18 +42,15 @@ class Verifier(contextlib.AbstractContextManager):
     def mark(self, groups: list[Group]) -> None:
         """Set `correct` of every sample."""
         for group in groups:
-            for sample, correct in zip(group.samples, self.verdicts(group), strict=True):
-                sample.correct = correct
+            for sample in group.samples:
+                sample.correct = self.verdict(sample, group.example)
 
-    def verdicts(self, group: Group) -> list[bool]:
-        samples, example = group.samples, group.example
+    def verdict(self, sample: Sample, example: Example) -> bool:
         if self.kind == "exact":
-            return [self.checker.check(s.text, example.answer, s.finished) for s in samples]
+            return self.checker.check(sample.text, example.answer, sample.finished)
         if self.kind == "regex":
-            return [self.checker.matches(s.text, answer_pattern(example), s.finished) for s in samples]
-        if self.kind == "none":
-            return [s.finished for s in samples]
-        return [s.finished and self.asked(s.text, example) for s in samples]
+            return self.checker.matches(sample.text, answer_pattern(example), sample.finished)
+        return sample.finished and (self.kind == "none" or self.asked(sample.text, example))
 
     def asked(self, text: str, example: Example) -> bool:
         """Ask the user's function about one completion, or UserError that names it."""
