@@ -43,6 +43,7 @@ _FIRST_FORMULA = re.compile(rf"[\s*:]{{0,9}}(?:{_FORMULA.pattern})", re.S)
 _TUPLE_OR_LIST = re.compile(r"[\s*:]{0,9}([(\[\]][^()\[\]]{1,100}[)\]\[]|"
                             r"-?\d[\d./]{0,20}(?:, (?:-?\d[\d./]{0,20}|\.{3}|\\[lc]?dots)){1,20}"
                             r"(?=[\s*]{0,9}(?:$|\.(?:\s|$))))")
+_BOLD = re.compile(r"(?<![\w)}])\*\*|\*\*(?![\w(\\])")   # 2**3 is a power
 _LAST_IS = re.compile(r".*\b(?:is|are|was|were|equals)\s", re.S)
 _EARLIER = re.compile(r"(?:[A-Za-z]\s*=\s*)?(-?\d[\d,./]{0,20})(?:, | ?,? (?:and|or) )(?:[A-Za-z]\s*=\s*)?\Z")
 _RELATION = re.compile(r"[\\<>=^(\[]")
@@ -68,7 +69,7 @@ def extract_answer(text: str, *, strict: bool = False) -> str | None:
     hashes = [found for found in _HASHES.findall(text) if not _HEADING.match(found)]
     for found, read in ((hashes, _of_line), (_ANSWER_IS.findall(text), _said)):
         if found:
-            answer = read(found[-1].strip()).replace("**", "").strip().strip("*").rstrip(".").strip()
+            answer = _BOLD.sub("", read(found[-1].strip())).strip().strip("*").rstrip(".").strip()
             if answer:
                 return answer
     return _last_number(text)
@@ -143,7 +144,7 @@ def _last_number(text: str) -> str | None:
 
 
 def _with_neighbours(formulas: list[re.Match], at: int, text: str) -> str:
-    """Return a formula with those beside it that "and", "or" or a comma joins to it: one list."""
+    """Return a formula and those that "and", "or" or commas join to it: one list."""
     first = last = at
     while first and _joins(text[formulas[first - 1].end():formulas[first].start()]):
         first -= 1

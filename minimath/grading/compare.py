@@ -82,7 +82,7 @@ class Comparison:
         return False
 
     def _expressions(self, answer: str, gold: str, depth: int) -> bool:
-        """Compare what is left without units and names; by math-verify unless one is words."""
+        """Compare without units and names; by math-verify unless one is words."""
         (answer, unit), (gold, gold_unit) = _without_unit(answer), _without_unit(gold)
         if not agree(unit, gold_unit):
             return False
@@ -108,14 +108,17 @@ class Comparison:
 
 
 def _other_names(answer: str, gold: str) -> bool:
-    """Tell whether both are equations with other left sides, as xy = 1 and x + y = 1; x = 5 may stand for n = 5."""
+    """Tell of equations whether their left sides differ: xy = 1, x + y = 1.
+
+    x = 5 may stand for n = 5.
+    """
     sides = [match and key(match[1]) for match in map(_LEFT_SIDE.match, (answer, gold))]
     return bool(all(sides) and sides[0] != sides[1] and (len(sides[0]) > 1 or len(sides[1]) > 1) and not any(
         re.search(r"[A-Za-z]{4,}|\([a-z]\)", side) for side in sides))
 
 
 def _is_words(text: str) -> bool:
-    """Tell whether a text is prose, letters that are no product (CAB is not ABC), or numbers that are apart."""
+    """Tell whether a text is prose, numbers apart, or letters: CAB is not ABC."""
     text = re.sub(r"\\(?:begin|end)\{\w+\}", "", text).strip()
     if re.search(r"(?<![_^\d.])\d[\d.]* \d", text):
         return True
@@ -136,7 +139,7 @@ def _without_unit(text: str):
 
 
 def _canonical(answer: str, gold: str) -> tuple[str, str]:
-    """Drop "for any a" that one side lacks; give a free integer the same name on both sides."""
+    """Drop "for any a" that one side lacks; give a free integer one name on both."""
     conditions = [_CONDITION.search(text) for text in (answer, gold)]
     if any(conditions) and not all(conditions):
         answer, gold = (_CONDITION.sub("", text) for text in (answer, gold))

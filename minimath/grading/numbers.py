@@ -101,7 +101,7 @@ def _one(text: str) -> Number | None:
 
 
 def _value(text: str) -> tuple[Fraction | None, Fraction | None, int]:
-    """Return the value of digits and signs, of a decimal that of its last digit, and how many digits it shows."""
+    """Return a value, of a decimal that of its last digit, and the digits it shows."""
     if text.startswith("(") and "," in text:
         return None, None, 0                        # a pair
     text = _GROUPED.sub(lambda match: re.sub("[, ]", "", match[0]), text)
@@ -135,7 +135,7 @@ def _mixed(match: re.Match) -> str:
 
 
 def rounds_to(exact: Fraction, decimal: Number) -> bool:
-    """Tell whether a decimal is an exact value, or it rounded to the digits shown: 6 at least; 0 is 0 alone."""
+    """Tell whether a decimal is a value, or it rounded to the six or more digits shown."""
     if exact == decimal.value:
         return True
     return bool(decimal.step and decimal.digits >= MIN_DIGITS and decimal.value and exact.denominator != 1
@@ -143,7 +143,7 @@ def rounds_to(exact: Fraction, decimal: Number) -> bool:
 
 
 def same_number(a: Number, b: Number) -> bool:
-    """Compare exactly, or to the digits shown where one is a decimal; 50% equals 50 and 0.5."""
+    """Compare exactly, or to the digits of a decimal; 50% equals 50 and 0.5."""
     if not agree(a.unit, b.unit):
         return False
     return any(_near(one, other) for first, second in itertools.product(_readings(a, b), _readings(b, a))

@@ -54,7 +54,7 @@ _DIFFERENT = re.compile(rf"({_VARIABLE})\s*\\neq(?![A-Za-z])\s*")
 
 
 def split(text: str, marks: str = ",;") -> list[str] | None:
-    """Cut at marks outside of brackets; None where brackets do not match, or with an empty part."""
+    """Cut at marks outside of brackets; None for an empty part or a lone bracket."""
     parts, depth, start = [], 0, 0
     for i, sign in enumerate(text):
         depth += (sign in _OPEN) - (sign in _CLOSE)
@@ -68,7 +68,7 @@ def split(text: str, marks: str = ",;") -> list[str] | None:
 
 
 def read_objects(text: str) -> list[Parts | RealSet]:
-    """Return what a typeset text can be; nothing for a number, an expression, or prose."""
+    """Return what a text can be; nothing for a number, an expression, prose."""
     found = [_real_set(text), _matrix(text), _basis(text), *_enclosed(text), _list(text)]
     return [each for each in found if each is not None]
 
@@ -136,7 +136,7 @@ def _one_set(text: str) -> RealSet | None:
 
 
 def _place(end: str) -> tuple[int, Fraction] | None:
-    """Return where an end lies among all numbers; None where it is none that is read here."""
+    """Return where an end lies among all numbers; None where it is not read."""
     end = end.replace(" ", "")
     if end in INFINITE:
         return (INFINITE[end], Fraction(0))
@@ -145,7 +145,7 @@ def _place(end: str) -> tuple[int, Fraction] | None:
 
 
 def _ordered(intervals: list[Interval], variable: str) -> RealSet | None:
-    """Sort intervals and join those that touch, where their ends are numbers; drop signs of infinity."""
+    """Sort intervals and join those that touch, where their ends are numbers."""
     intervals = [Interval(*(end.replace(" ", "").lstrip("+") if "infty" in end else end for end in each[:2]),
                           *(closed and "infty" not in end for end, closed in zip(each[:2], each[2:])))
                  for each in intervals]

@@ -225,7 +225,10 @@ def _same_equation(right, read) -> bool:
 
 
 def _same_everywhere(right, read) -> bool:
-    """Compare at points of both signs where both are real, and nowhere one alone: sqrt(4/k) is 2/sqrt(k)."""
+    """Compare at points of both signs: real at the same ones, and equal there.
+
+    So sqrt(4/k) is 2/sqrt(k), and |x| is not x.
+    """
     import sympy
     symbols, points = sorted(right.free_symbols | read.free_symbols, key=str), 0
     for k in range(POINTS):
@@ -244,7 +247,7 @@ def _same_everywhere(right, read) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _read(answer: str):
-    """Return what math-verify's parser reads, or None unless that is the whole answer; decimals are exact."""
+    """Return what math-verify's parser reads of a whole answer, else None."""
     import sympy
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
     from math_verify.grader import should_treat_as_complex

@@ -21,7 +21,7 @@ CHOICE_GOLD = re.compile(r"(?:option |choice )?\(?([A-J])[).:]?\)?", re.I)
 
 
 def clock(text: str) -> tuple | None:
-    """Return (hour, minute, second, half of the day or ""), of "10:05 a.m.", "15:30", "5 pm"."""
+    """Return hour, minute, second and half of the day of "10:05 a.m.", "15:30"."""
     match = _CLOCK.fullmatch(text)
     if not match:
         return None
@@ -40,7 +40,7 @@ def same_clock(a: tuple, b: tuple) -> bool:
 
 
 def date(text: str) -> tuple | None:
-    """Return (year, month, day) of a date with a month's name or a year in front; the digits of 5/1/2023."""
+    """Return year, month and day of a date; of 5/1/2023 what is written."""
     for pattern, order in _DATES:
         if match := pattern.fullmatch(text):
             values = [_MONTHS.get(part[:3].lower()) or int(part) if part else 0 for part in match.groups()]
@@ -51,7 +51,7 @@ def date(text: str) -> tuple | None:
 
 
 def in_base(text: str) -> tuple[str, str] | None:
-    """Return (digits, base) of 64_7, (64)_{7}, 2A_{16}."""
+    """Return digits and base of 64_7, 2A_{16}."""
     match = _BASE.fullmatch(text)
     if not match:
         return None
@@ -65,6 +65,6 @@ def in_base(text: str) -> tuple[str, str] | None:
 
 
 def choice(text: str) -> tuple[str, str] | None:
-    """Return (letter, text behind it) of "B", "(C)", "E: the second law", "B) 12"."""
+    """Return letter and text behind it of "B", "E: the second law", "B) 12"."""
     match = _CHOICE.fullmatch(text)
     return ((match[1] or match[2]).upper(), match[3].strip()) if match else None

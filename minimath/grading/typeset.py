@@ -60,7 +60,7 @@ _DOLLARS = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)(?<!\\)\$\$?")
 
 
 def typeset(answer: str) -> str:
-    """Return an answer as LaTeX in one typography: signs, spaces, names, wrappers, dollars."""
+    """Return an answer as LaTeX in one typography."""
     text = answer.strip()
     for _ in range(3):                              # $\boxed{5}$
         text = _DOLLARS.sub(lambda match: f" {match[1]} ", text).strip() if "$" in text else text
@@ -119,7 +119,7 @@ _BETWEEN = re.compile(r"(?<=[\d.]) (?=\d)| ")
 
 
 def key(text: str) -> str:
-    """Return a typeset text as it is compared: no spaces but between digits, words in small letters."""
+    """Return a text as it is compared: spaces between digits only, small letters."""
     text = _BETWEEN.sub(lambda match: " " if text[match.start() - 1:match.start()].isdigit()
                         and text[match.end():match.end() + 1].isdigit() else "", text)
     text = re.sub(r"([_^])\{([A-Za-z0-9])\}", r"\1\2", text)

@@ -30,7 +30,7 @@ _LEAD = re.compile(
     re.I)
 NOT_UNITS = set("pi sqrt sin cos tan log ln exp mod and or to if times plus minus not no none never remainder base "
                 "more less than infty cup cap pm out except else when only least most maybe rem r either neither but "
-                "without half twice squared false wrong false".split())
+                "without half twice squared false wrong below under negative too short".split())
 
 
 class Unit(NamedTuple):
@@ -47,7 +47,7 @@ def without_lead(text: str) -> str:
 
 
 def split_unit(text: str) -> tuple[str, Unit] | None:
-    """Return a text without its unit, and the unit; None where other words are in the way."""
+    """Return a text without its unit, and the unit; None where other words are."""
     text = _ASIDE.sub("", without_lead(text))
     before = _BEFORE.match(text)
     money = ""
