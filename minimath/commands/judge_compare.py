@@ -80,9 +80,8 @@ def compare_solutions(judge: Judge, pairs: list[Pair], seed: int = 0,
                       advance: Callable[[int], None] = lambda n: None) -> dict:
     """Compare A's solutions with B's.
 
-    preferred: mean over problems of the share of pairs in which A's solution is preferred with both orders together,
-    1/2 for a tie; interval: its bootstrap 95% over problems; both None where no vote came. cost: growth of the judge's
-    counts. The others as in poll.tally."""
+    preferred: mean over problems of the share of pairs in which A's is preferred with both orders together, 1/2 for a
+    tie; interval: its bootstrap 95%; both None without votes. cost: growth of the judge's counts. Rest: poll.tally."""
     before, start = judge.counts.copy(), time.monotonic()
     votes, error = ask(judge, in_both_orders(pairs), advance, chunk=32)
     problems: dict[str, list[float]] = {}

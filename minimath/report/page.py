@@ -3,10 +3,8 @@
     minimath report runs/demo-... [runs/other ...] [out=FOLDER]
 
 A run folder is one of `minimath run` or `minimath demo`, of a single stage, of an evaluation or of a suite of them;
-suites beside each other are compared set by set. The page holds the two stages (accuracy against tokens), training
-curves, lengths, problems solved by each model with every step marked, the judge's health, all settings and the command.
-Pictures are inline SVG in the page's own colours, and PNG files beside it. Texts of models and data are escaped by the
-template page.html, and the page's policy allows no script and no address at all."""
+suites beside each other are compared set by set. Pictures are inline SVG in the page's own colours, and PNG files
+beside it. Texts of models and data are escaped by the template page.html; the page allows no script and no address."""
 import contextlib
 import json
 import re
