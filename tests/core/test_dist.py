@@ -100,7 +100,7 @@ def test_each_process_keeps_its_part_of_a_sharded_layer(tiny_dir, tmp_path):
         from minimath.config.schema import SFTConfig
         from minimath.core import dist
         from minimath.models.load import hidden_states
-        from minimath.models.sharding import in_step
+        from minimath.models.variants import in_step
         dist.state()
         whole, _ = load({tiny_dir!r}, SFTConfig, train=True)
         split, _ = load({tiny_dir!r}, SFTConfig, train=True, shard=True)

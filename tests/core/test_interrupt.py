@@ -124,15 +124,16 @@ def test_an_error_inside_leaves_nothing_behind():
 @pytest.mark.parametrize("first, second", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT"), ("stop file", "SIGTERM")])
 def test_a_second_signal_ends_the_process_at_once_with_its_status(tmp_path, first, second):
     code = textwrap.dedent("""
-        import pathlib, sys
+        import pathlib, time
         from minimath.core import interrupt
+        end = time.monotonic() + 60  # of a process whose test is gone
         with interrupt.interruptible((pathlib.Path("stop"),), lambda text: print(text, flush=True)):
             print("begun", flush=True)
-            while not interrupt.requested():
-                pass
+            while not interrupt.requested() and time.monotonic() < end:
+                time.sleep(0.01)
             print("asked", flush=True)
-            while True:
-                pass
+            while time.monotonic() < end:
+                time.sleep(0.01)
     """)
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "begun\n"

@@ -5,10 +5,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minimath.data.chat import prompt_ids
-from minimath.core.checkpoint import save_adapter
 from minimath.config.load import save_config
 from minimath.config.schema import SFTConfig
+from minimath.core.checkpoint import save_adapter
+from minimath.data.chat import prompt_ids
 from minimath.models.load import load_model
 
 SMALL = ["device=cpu", "drift_problems=2", "drift_tokens=6"]
