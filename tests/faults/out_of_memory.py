@@ -249,7 +249,7 @@ def judge_halved(full: bool, train) -> Tally:
     own = {"judge": "self", "verifier": "none", "micro_batch_tokens": 8000, "lr": 1e-4, "steps": 2}
     names = ("judge/comparisons", "judge/no_votes", "judge/position_bias", "reward/mean")
     whole = train(rlaif, Memory(), **own)
-    for kind, room in itertools.product(KINDS, (1500, 900)) if full else (("CUDA", 1500),):
+    for kind, room in itertools.product(KINDS, (1500, 1100)) if full else (("CUDA", 1500),):
         short = train(rlaif, Memory(room, kind=kind, where="judge", spare=False), **own)
         figures = [[r[name] for r in metrics(m.folder) for name in names] for m in (short, whole)]
         same = all(abs(a - b) < 1e-5 for a, b in zip(*figures, strict=True)) and any(figures[0])
