@@ -23,7 +23,8 @@ _PARAMETER = re.compile(r"(?<![\\A-Za-z])([klmn])(?![A-Za-z])")
 _INTEGER = re.compile(r"[,;]?\s*(?:(?:where|for|with) )?\(?\s*([klmn])\s*"
                       r"(?:\\in\s*\\mathbb\{Z\}|is an(?:y)? integer)\s*\)?")
 _PROSE = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Za-z]{2,} [A-Za-z]{2,})")
-_LETTERS = re.compile(r"(?=.*[A-Za-z])(?:\\(?:angle|triangle|overline|vec|widehat|overrightarrow|parallel|perp)|[A-Za-z{}\s'])+")
+_LETTERS = re.compile(r"(?=.*[A-Za-z])"             # brackets alone are no words
+                      r"(?:\\(?:angle|triangle|overline|vec|widehat|overrightarrow|parallel|perp)|[A-Za-z{}\s'])+")
 _PRODUCT = re.compile(r"[abcdfghj-npq-z]{2}")       # xy is yx; no is not on
 _INEQUALITY = re.compile(r"[<>]|\\[lg]eq(?![A-Za-z])")
 _LETTER_LIST = re.compile(r"[A-J](?:(?:\s*[,;&]\s*|\s+|,?\s+and\s+)?[A-J]){1,9}")
