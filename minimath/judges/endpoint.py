@@ -256,7 +256,7 @@ def whole_of_stream(text: str) -> dict:
 
 def error_code(text: str) -> int:
     """Find the HTTP status that an error inside a 200 names; 502: asked for again."""
-    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         body = json.loads(text)
         choice = (body.get("choices") or [{}])[0]
         error = next((e for e in (body.get("error"), choice.get("error"), body) if isinstance(e, dict)), {})
