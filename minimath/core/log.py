@@ -116,7 +116,8 @@ class RunLog(contextlib.AbstractContextManager):
         start = said = time.monotonic()
         before, reported, last = done, done, {}
         bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-                       TextColumn("{task.fields[note]}", markup=False), console=self.console, disable=not self.console)
+                       TextColumn("{task.fields[note]}", markup=False), console=self.console, disable=not self.console,
+                       speed_estimate_period=0)  # of which rich would keep up to 1,000 samples; the note has our own
         with bar:
             task = bar.add_task(what, total=total, completed=done, note="")
 
