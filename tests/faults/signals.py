@@ -27,7 +27,7 @@ OPTIONS = {  # the kinds of runs: their command, options
     "sft": ("sft", TRAIN | {"steps": 6, "batch_size": 4}),
     "rlaif": ("rlaif", TRAIN | {"steps": 4, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 16,
                                 "judge": "heuristic", "verifier": "python:killing.even"}),
-    "eval": ("eval", {"max_new_tokens": 8, "limit": 6}),
+    "eval": ("eval", {"max_new_tokens": 8, "limit": 12, "max_num_seqs": 1}),  # one by one: longer than LATEST_S
     "sft that evaluates": ("sft", TRAIN | {"steps": 4, "batch_size": 4, "eval_every": 1, "eval_limit": 3,
                                            "eval_max_new_tokens": 8}),
 }
