@@ -20,7 +20,8 @@ from minimath.models.load import base_causal_lm
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 # imported, but named by no line of setup.py: which dependency brings it
-BROUGHT_BY = {"latex2sympy2_extended": "math-verify", "packaging": "transformers", "huggingface_hub": "transformers", "pyarrow": "datasets"}
+BROUGHT_BY = {"packaging": "transformers", "huggingface_hub": "transformers", "pyarrow": "datasets",
+              "latex2sympy2_extended": "math_verify"}
 IMPORT_NAMES = {"pyyaml": "yaml", "math-verify": "math_verify", "liger-kernel": "liger_kernel"}
 NOT_OURS_TO_INSTALL = {"vllm"}  # rollout=vllm says how; it pins its own torch
 
