@@ -62,7 +62,7 @@ class EndpointJudge(Judge):
         try:
             import openai
         except ImportError:
-            raise UserError("judge=openai needs the openai package: pip install 'minimath[judge]'") from None
+            raise UserError("judge=openai needs the openai package: pip install -e '.[judge]'") from None
         self._sdk = openai
         self.name = f"openai:{options.model}"
         self.options, self.prompt, self.cache, self.rubric = options, judge_prompt, cache, load_rubric(options.rubric)

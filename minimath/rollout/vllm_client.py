@@ -44,7 +44,7 @@ class Server:
         try:
             import openai
         except ImportError:
-            raise UserError("vllm_url= needs the openai package: pip install 'minimath[judge]'") from None
+            raise UserError("vllm_url= needs the openai package: pip install -e '.[judge]'") from None
         self.model, self.openai = "", openai
         self.where, self.key = f"the server at vllm_url={url}", os.environ.get(KEY, "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
