@@ -258,5 +258,5 @@ def test_judge_rubric_picks_by_name_or_path(tiny_dir, tmp_path):
 
 def test_a_missing_sdk_is_said_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UserError, match=r"pip install 'minimath\[judge\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[judge\]'"):
         make_judge(JudgeOptions(name="openai", url="http://127.0.0.1:9/v1", model="m"))

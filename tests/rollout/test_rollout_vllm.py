@@ -219,7 +219,7 @@ def test_faults_of_vllm_in_this_process_are_one_line(module, opened, trained, mo
 
 
 @pytest.mark.parametrize("package, options, says", [
-    ("vllm", {"vllm_url": ""}, "pip install vllm .*vllm_url="), ("openai", {}, r"pip install 'minimath\[judge\]'")])
+    ("vllm", {"vllm_url": ""}, "pip install vllm .*vllm_url="), ("openai", {}, r"pip install -e '.\[judge\]'")])
 def test_a_missing_package_is_said_with_what_to_install(opened, monkeypatch, package, options, says):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
