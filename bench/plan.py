@@ -26,7 +26,7 @@ from minimath.config.schema import RLAIFConfig, SFTConfig
 from minimath.data.chat import Encoded
 from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
-from minimath.models.load import base_causal_lm
+from minimath.models.forward import base_causal_lm
 from minimath.models.policy import Policy, load_policy
 from minimath.plan.footprint import Live
 from minimath.plan.needs import Planner

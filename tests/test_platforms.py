@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from toy import load
 
 from minimath.config.schema import SFTConfig
-from minimath.models.load import base_causal_lm
+from minimath.models.forward import base_causal_lm
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")

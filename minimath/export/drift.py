@@ -11,7 +11,7 @@ from minimath.core.errors import UserError
 from minimath.data.examples import load_examples
 from minimath.data.problems import make_problems
 from minimath.export.model_card import shown
-from minimath.models.load import base_causal_lm, compute_dtype, inference
+from minimath.models.forward import base_causal_lm, compute_dtype, inference
 from minimath.models.policy import Policy
 from minimath.rollout.open import open_engine
 

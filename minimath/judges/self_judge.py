@@ -15,7 +15,7 @@ from minimath.data.batch import like_lengths
 from minimath.judges.base import Judge, Pair
 from minimath.judges.rubrics import judge_prompt, load_rubric
 from minimath.kernels import linear_logp
-from minimath.models.load import adapter_off, base_causal_lm, head, hidden_states, inference
+from minimath.models.forward import adapter_off, base_causal_lm, head, hidden_states, inference
 from minimath.models.memory import is_out_of_memory
 from minimath.models.policy import Policy
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED

@@ -1,48 +1,35 @@
-"""Linear layers as decoding runs them: those with the same input in one product, the adapter behind it.
+"""Linear layers with one input as one product, with the LoRA adapters behind it, in training and in decoding.
 
-y = x W^T + x A^T (s B)^T, for q, k, v or gate, up together. What stands in the model is never changed: either W is
-used as it is, with the adapters of a group in one small product, or, where memory allows (asked for on a CPU and for
-NF4), a copy [W; A] made once per rollout: dequantised once, and on a CPU in oneDNN's layout, 1.3 to 1.9 times as fast
-for 64 rows of bf16. In fp32 the copy is W + s B A; 16 bits would round off what the adapter learnt below 1/256."""
-import contextlib
-from collections.abc import Callable, Iterator
+    Y = x W^T + b + (x A^T) (s B)^T      dL = dY (s B),  dX = dY W + dL A,  dA = dL^T x,  dB = s dY^T (x A^T)
+
+for q, k, v or gate, up together: W (width, in) is one buffer, whose parts are the layers' own weights from then on; A
+(R, in) stands for all their adapters, B for its blocks. For the backward pass only x and x A^T (N, R) are kept. 4-bit
+weights are dequantised into one scratch that all layers share. peft's parameters train as they are: fp32, by name.
+
+Decoding can ask for a copy of [W; A] that is made once per rollout: dequantised once, and on a CPU in oneDNN's layout,
+1.3 to 1.9 times as fast for 64 rows of bf16. In fp32 the copy is W + s B A; 16 bits would round off what the adapter
+learnt below 1/256."""
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from minimath.models.load import base_causal_lm, compute_dtype
+
+class Adapter(NamedTuple):
+    """Hold one active adapter of one layer of a group."""
+    a: nn.Parameter  # (r, in)
+    b: nn.Parameter  # (out, r)
+    scale: float
+    dropout: nn.Module
+    rank: slice  # its place among the R
+    out: slice  # the layer's place in the width
 
 
-class Parts(NamedTuple):
-    """Hold what a linear layer computes: x W^T + bias + x A^T B^T."""
-    base: nn.Module  # holds W (out, in), maybe quantised, and the bias
-    a: torch.Tensor  # (R, in) fp32, of all active adapters; R is 0 without
-    b: torch.Tensor  # (out, R) fp32, times their scales
-
-
-def parts_of(module: nn.Module) -> Parts | None:
-    """Take a linear layer apart, plain or 4-bit, with or without LoRA.
-
-    None for one that is something else or more: DoRA and other variants, fan_in_fan_out, other quantisation, a patched
-    forward."""
-    base, active = module, []
-    if isinstance(module, LoraLayer):
-        base = module.base_layer
-        active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
-        if module.merged or getattr(module, "fan_in_fan_out", False):
-            return None
-    if any(name in getattr(module, "lora_variant", {}) or getattr(module.lora_B[name], "bias", None) is not None
-           for name in active):
-        return None
-    if not is_linear(base) or "forward" in vars(module):
-        return None
-    none = torch.zeros(0, dtype=torch.float32, device=base.weight.device)
-    a = [module.lora_A[name].weight.float() for name in active]
-    b = [module.lora_B[name].weight.float() * module.scaling[name] for name in active]
-    return Parts(base, torch.cat([none.view(0, base.in_features), *a]),
-                 torch.cat([none.view(base.out_features, 0), *b], 1))
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer that holds W (out, in), maybe quantised, and the bias."""
+    return module.base_layer if isinstance(module, LoraLayer) else module
 
 
 def is_4bit(module: nn.Module) -> bool:
@@ -53,60 +40,175 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_4bit(module)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Tell whether a layer is x W^T + b + s x A^T B^T, plain or 4-bit, and no more.
+
+    Not so: DoRA and other variants, fan_in_fan_out, other quantisation, a patched forward."""
+    if isinstance(module, LoraLayer) and (
+            getattr(module, "fan_in_fan_out", False) or getattr(module, "lora_variant", {})
+            or len(module.lora_embedding_A) or any(getattr(b, "bias", None) is not None for b in module.lora_B.values())):
+        return False
+    return is_linear(base_of(module)) and not {"forward"} & (vars(module).keys() | vars(base_of(module)).keys())
+
+
+class LinearGroup:
+    """Linear layers with one input, computed together."""
+
+    def __init__(self, modules: list[nn.Module], dtype: torch.dtype):
+        self.modules, self.dtype = modules, dtype
+        self.bases = [base_of(module) for module in modules]
+        self.widths = [base.out_features for base in self.bases]
+        self.width, self.product = sum(self.widths), None
+        self.quantised = any(map(is_4bit, self.bases))
+        self.weight = None if self.quantised else join(self.bases)  # (width, in)
+        self.bias = None
+        if any(base.bias is not None for base in self.bases):
+            self.bias = torch.cat([base.weight.new_zeros(base.out_features, dtype=dtype) if base.bias is None
+                                   else base.bias.detach().to(dtype) for base in self.bases])
+        self.adapters, self.a, self.b = [], None, None
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the adapters that are active now, in the compute type."""
+        adapters, start, rank = [], 0, 0
+        for module, width in zip(self.modules, self.widths, strict=True):
+            active = isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged
+            names = module.active_adapters if active else ()
+            for name in names:
+                if name in module.lora_A:
+                    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+                    adapters.append(Adapter(a, b, module.scaling[name], module.lora_dropout[name],
+                                            slice(rank, rank + len(a)), slice(start, start + width)))
+                    rank += len(a)
+            start += width
+        if [a.rank for a in adapters] != [a.rank for a in self.adapters] or self.a is None:
+            device = self.bases[0].weight.device
+            self.a = torch.zeros(rank, self.bases[0].in_features, dtype=self.dtype, device=device)
+            self.b = torch.zeros(rank, self.width, dtype=self.dtype, device=device)  # (s B)^T
+        self.adapters = adapters
+        if adapters:
+            torch._foreach_copy_([self.a[each.rank] for each in adapters], [each.a for each in adapters])
+            torch._foreach_copy_([self.b[each.rank, each.out].T for each in adapters],
+                                 torch._foreach_mul([each.b for each in adapters], [each.scale for each in adapters]))
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        return [p for each in self.adapters for p in (each.a, each.b)]
+
+    def matrix(self) -> torch.Tensor:
+        """W (width, in) in the compute type; of 4-bit layers until the next call only."""
+        if not self.quantised:
+            return self.weight
+        out, rows = scratch(self.dtype, self.width, self.bases[0]), 0
+        for base in self.bases:
+            out[rows:rows + base.out_features] = weight_of(base, self.dtype)
+            rows += base.out_features
+        return out
+
+    def masks(self, x: torch.Tensor) -> list[torch.Tensor] | None:
+        """Draw the places [N, in] that dropout keeps, by adapter, as peft would."""
+        if not any(each.dropout.training and getattr(each.dropout, "p", 0) for each in self.adapters):
+            return None
+        return [each.dropout(torch.ones_like(x)) != 0 for each in self.adapters]
+
+    def dropped(self, x: torch.Tensor, mask: torch.Tensor, each: Adapter) -> torch.Tensor:
+        return (x * mask).mul_(1 / (1 - getattr(each.dropout, "p", 0.0)))
+
+    def forward(self, x: torch.Tensor, masks=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute Y (N, width) and x A^T (N, R) from x (N, in)."""
+        if self.product is not None:
+            y = self.product(x)
+            y, low = y[:, :self.width], y[:, self.width:]
+            return (torch.addmm(y, low, self.b) if low.shape[1] else y), low
+        weight = self.matrix().T
+        y = x @ weight if self.bias is None else torch.addmm(self.bias, x, weight)
+        if masks is None:
+            low = x @ self.a.T
+        else:
+            low = torch.cat([self.dropped(x, mask, each) @ self.a[each.rank].T
+                             for mask, each in zip(masks, self.adapters, strict=True)], -1)
+        return (y.addmm_(low, self.b) if self.adapters else y), low
+
+    def input_grad(self, dy: torch.Tensor, masks=None, *, need_x: bool = True) -> tuple:
+        """Compute dX (N, in), or None, and dL (N, R) from dY (N, width)."""
+        dx, dlow = dy @ self.matrix() if need_x else None, dy @ self.b.T
+        if need_x and self.adapters:
+            if masks is None:
+                dx.addmm_(dlow, self.a)
+            for mask, each in zip(masks or (), self.adapters):
+                dx += self.dropped(dlow[:, each.rank] @ self.a[each.rank], mask, each)
+        return dx, dlow
+
+    def param_grads(self, dy: torch.Tensor, dlow: torch.Tensor, x: torch.Tensor, low: torch.Tensor, masks=None) -> list:
+        """Compute the gradients of `params`."""
+        grads, da = [], dlow.T @ x if masks is None else None
+        for index, each in enumerate(self.adapters):
+            grad_a = da[each.rank] if masks is None else \
+                dlow[:, each.rank].T @ self.dropped(x, masks[index], each)
+            grad_b = dy[:, each.out].T @ low[:, each.rank]
+            grads += [grad_a.to(each.a.dtype), grad_b.to(each.b.dtype).mul_(each.scale)]
+        return grads
+
+    @torch.no_grad()
+    def copy(self, rows: int) -> None:
+        """Copy [W; A] for the forward passes of a rollout of about `rows` rows."""
+        merged, weight = self.dtype == torch.float32, self.matrix()
+        weight = torch.addmm(weight, self.b.T, self.a) if merged else torch.cat([weight, self.a])
+        bias = self.bias
+        if bias is not None and not merged:
+            bias = torch.cat([bias, bias.new_zeros(len(self.a))])
+        self.product = packed_product(weight, bias, rows) or (lambda x: nn.functional.linear(x, weight, bias))
+
+    def patched(self, index: int) -> Callable:
+        """Make a forward of the layer `index` by which the first one computes for all."""
+        start, stop = sum(self.widths[:index]), sum(self.widths[:index + 1])
+
+        def forward(x):
+            kept = self.__dict__
+            if kept.get("x") is not x:  # the first, or a layer that is not called as it was when the groups were found
+                y, _ = self.forward(x.reshape(-1, x.shape[-1]))
+                kept.update(x=x, y=y.view(*x.shape[:-1], self.width))
+            y = kept["y"][..., start:stop]
+            if stop == self.width:
+                kept.update(x=None, y=None)
+            return y
+        return forward
+
+
+def join(bases: list[nn.Module]) -> torch.Tensor:
+    """Give the weights of layers as one tensor (width, in), of which they become parts."""
+    weights = [base.weight.data for base in bases]
+    first, rows, joined = weights[0], 0, True
+    for weight in weights:  # whether they are parts of one already
+        joined &= (weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+                   and weight.storage_offset() == first.storage_offset() + rows * first.shape[1])
+        rows += len(weight)
+    if joined:
+        return first.as_strided((rows, first.shape[1]), first.stride())
+    whole = torch.cat(weights)
+    for base, part in zip(bases, whole.split([len(weight) for weight in weights]), strict=True):
+        base.weight.data = part
+    return whole
+
+
+_SCRATCH: dict[tuple, torch.Tensor] = {}
+
+
+def scratch(dtype: torch.dtype, width: int, base: nn.Module) -> torch.Tensor:
+    """Give room (width, in) for dequantised weights, the same for all layers."""
+    key, size = (dtype, base.weight.device), width * base.in_features
+    if key not in _SCRATCH or _SCRATCH[key].numel() < size:
+        _SCRATCH[key] = torch.empty(size, dtype=dtype, device=base.weight.device)
+    return _SCRATCH[key][:size].view(width, base.in_features)
+
+
 def weight_of(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """Give the W of a layer in dtype, dequantised: shape [out, in]."""
     if not is_4bit(base):
         return base.weight.detach().to(dtype)
     from bitsandbytes.functional import dequantize_4bit
     return dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
-
-
-class Group:
-    """Linear layers with one input, computed together at the first one's call."""
-
-    def __init__(self, parts: list[Parts], dtype: torch.dtype, *, copy: bool, rows: int):
-        self.bases, self.product = [p.base for p in parts], None
-        self.widths = [base.out_features for base in self.bases]
-        self.width, self.x, self.y = sum(self.widths), None, None
-        self.a = torch.cat([p.a for p in parts]).to(dtype)  # (R, in)
-        self.b = torch.block_diag(*(p.b.T for p in parts)).to(dtype)  # (R, width)
-        if copy:
-            merged = self.a[:0] if dtype == torch.float32 else self.a
-            weight = torch.cat([*(weight_of(base, dtype) for base in self.bases), merged])
-            if len(merged) < len(self.a):
-                weight += self.b.T @ self.a
-            self.a, bias = merged, None
-            if any(base.bias is not None for base in self.bases):
-                biases = [weight.new_zeros(base.out_features) if base.bias is None else base.bias.detach().to(dtype)
-                          for base in self.bases]
-                bias = torch.cat([*biases, weight.new_zeros(len(self.a))])
-            self.product = packed_product(weight, bias, rows) or (lambda x: nn.functional.linear(x, weight, bias))
-
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute all layers of the group: from x [..., in] to [..., width]."""
-        flat = x.reshape(-1, x.shape[-1])
-        if self.product:
-            y = self.product(flat)
-            y, low = y[:, :self.width], y[:, self.width:]
-        else:
-            y = [type(base).forward(base, flat) for base in self.bases]  # the layer's own, whatever stands in its place
-            y, low = y[0] if len(y) == 1 else torch.cat(y, -1), flat @ self.a.T
-        if len(self.a):
-            y = torch.addmm(y, low, self.b)
-        return y.view(*x.shape[:-1], self.width)
-
-    def forward_of(self, index: int) -> Callable:
-        """Make the forward of the layer `index`: the first one computes for all."""
-        start = sum(self.widths[:index])
-
-        def forward(x):
-            if self.x is not x:  # the first, or a layer that is not called as it was when the groups were found
-                self.x, self.y = x, self.compute(x)
-            y = self.y[..., start:start + self.widths[index]]
-            if index == len(self.widths) - 1:
-                self.x = self.y = None
-            return y
-        return forward if len(self.widths) > 1 else self.compute
 
 
 def packed_product(weight: torch.Tensor, bias, rows: int) -> Callable | None:
@@ -125,51 +227,3 @@ def packed_product(weight: torch.Tensor, bias, rows: int) -> Callable | None:
 def copied_bytes(model, dtype: torch.dtype) -> int:
     """Count the bytes of a copy in dtype of all linear layers, the head included."""
     return sum(m.in_features * m.out_features for m in model.modules() if is_linear(m)) * dtype.itemsize
-
-
-def called_together(model) -> list[list[nn.Module]]:
-    """List the decoder's linear layers as called; those with one input together."""
-    decoder, groups, hooks, last = base_causal_lm(model).base_model, [], {}, None
-    inner = {part for m in model.modules() if isinstance(m, LoraLayer) for part in m.modules() if part is not m}
-
-    def note(module, args):
-        nonlocal last
-        if args[0] is last:
-            groups[-1].append(module)
-        else:
-            groups.append([module])
-        last = args[0]
-        hooks.pop(module).remove()  # a layer that is called twice is listed once
-
-    for module in decoder.modules():
-        if (isinstance(module, LoraLayer) or is_linear(module)) and module not in inner:
-            hooks[module] = module.register_forward_pre_hook(note)
-    try:
-        with torch.no_grad(), compute_dtype(model):
-            decoder(input_ids=torch.zeros(1, 2, dtype=torch.long, device=decoder.device), use_cache=False)
-    finally:
-        for hook in hooks.values():
-            hook.remove()
-    return groups
-
-
-@contextlib.contextmanager
-def decoding_linears(model, *, copy: bool, rows: int) -> Iterator[bool]:
-    """Run the decoder's linear layers in groups inside. Weights must not change there.
-
-    rows: how many are decoded side by side, for the layout. Yields whether every adapted layer is in a group, so that
-    nothing needs autocast."""
-    apart, patched = {m for m in model.modules() if isinstance(m, LoraLayer)}, []  # apart: adapted, in no group
-    try:
-        for modules in called_together(model):
-            known = {m: parts for m in modules if (parts := parts_of(m)) is not None}
-            apart -= known.keys()
-            if known and (copy or any(len(parts.a) for parts in known.values())):  # else nothing is gained
-                group = Group(list(known.values()), base_causal_lm(model).dtype, copy=copy, rows=rows)
-                for index, module in enumerate(known):
-                    patched.append(module)
-                    module.forward = group.forward_of(index)
-        yield not apart
-    finally:
-        for module in patched:
-            del module.forward

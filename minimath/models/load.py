@@ -1,12 +1,8 @@
-"""Load a causal LM for training or inference and reach its parts: adapter, final hidden states, LM head.
-
-The reference policy and the self-judge are this model under `adapter_off`; rollouts and updates use the same weights.
-The LM head is never called: losses and log-probs go through `minimath.kernels`."""
+"""Load a causal LM for training or inference, with its adapter, on its device."""
 import contextlib
 import sys
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import transformers
@@ -19,7 +15,9 @@ from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.core.files import read_json
 from minimath.core.hub import without_network
-from minimath.core.run_folder import find_adapter
+from minimath.core.run_folder import find_adapter, say_once
+from minimath.models.forward import base_causal_lm, head_module
+from minimath.models.fused import fuse
 from minimath.models.variants import (
     CHANGE_THE_BASE,
     PRINCIPAL,
@@ -31,18 +29,6 @@ from minimath.models.variants import (
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Head(NamedTuple):
-    """Hold the LM head: softcap * tanh(s / softcap) of s = scale * (hidden @ W.T + b)."""
-    weight: torch.Tensor  # (V, D)
-    bias: torch.Tensor | None  # (V,)
-    softcap: float  # 0.0: none
-    logit_scale: float
-
-    def kernel_args(self) -> dict:
-        """Give the arguments of the kernels beside hidden, weight and target."""
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
 
 def pick_device(name: str) -> torch.device:
@@ -118,6 +104,8 @@ def load_model(cfg, *, train: bool):
     if train and cfg.optimizer.gradient_checkpointing:
         checkpoint_activations(model)
     cast_adapters_down(model)
+    if why := "its weights are split between processes" if options.shard else fuse(base_causal_lm(model)):
+        say_once(f"{options.name}: its decoder layers run as transformers and peft have them, which is slower ({why})")
     model.train(train)
     return model, tokenizer
 
@@ -240,30 +228,6 @@ def _load_errors(name: str, what: str):
         raise UserError(f"cannot load the {what} of model={name!r}: {kind}{first_line(error)} ({hint})") from None
 
 
-@contextlib.contextmanager
-def adapter_off(model):
-    """Make the model its frozen base inside; nothing changes without an adapter."""
-    trains = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
-            yield
-    finally:
-        for p, before in trains:  # peft makes frozen adapters trainable on leaving: peft #3447
-            p.requires_grad_(before)
-
-
-@contextlib.contextmanager
-def inference(model):
-    """Turn dropout and autograd off inside, and restore the former mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
 def cast_adapters_down(model) -> None:
     """Stop peft from casting activations up to the adapter's fp32.
 
@@ -272,67 +236,6 @@ def cast_adapters_down(model) -> None:
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False
-
-
-def compute_dtype(model):
-    """Autocast to the base's dtype, so that fp32 adapters join 16-bit products."""
-    base = base_causal_lm(model)
-    wanted = isinstance(model, PeftModel) and base.dtype != torch.float32
-    return torch.autocast(base.device.type, base.dtype) if wanted else contextlib.nullcontext()
-
-
-def base_causal_lm(model):
-    """The transformers model inside a peft wrapper, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def hidden_states(model, input_ids: torch.Tensor, *, attention_mask=None, position_ids=None, **kwargs) -> torch.Tensor:
-    """Compute the final hidden states, after the last norm, without the LM head.
-
-    input_ids (B, T) -> (B, T, D). With B = 1, no attention_mask and position_ids that restart at 0, transformers
-    masks attention between the packed examples itself (sliding windows included)."""
-    with compute_dtype(model):
-        return base_causal_lm(model).base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            use_cache=kwargs.get("past_key_values") is not None, **kwargs).last_hidden_state
-
-
-def additive_mask(model, age: torch.Tensor, seen: torch.Tensor):
-    """Make the additive mask of what each query sees, as the model takes it.
-
-    age, seen (B, 1, Q, K): positions from key to query; whether the query may see the key, windows left aside. A window
-    w holds a token and the w - 1 positions before it. Returns a dict by layer type if layers differ."""
-    config, dtype = base_causal_lm(model).config.get_text_config(), base_causal_lm(model).dtype
-
-    def additive(seen):
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
-
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or {"sliding_attention"})
-    if not window or getattr(config, "use_sliding_window", True) is False or "sliding_attention" not in kinds:
-        return additive(seen)
-    sliding = additive(seen & (age < window))
-    return {"full_attention": additive(seen), "sliding_attention": sliding} if len(kinds) > 1 else sliding
-
-
-def head_module(model) -> torch.nn.Module:
-    """Find the output embedding of the model, tied or not."""
-    module = base_causal_lm(model).get_output_embeddings()
-    if module is None:
-        raise UserError(f"{type(base_causal_lm(model)).__name__} has no LM head; use a causal LM")
-    return module
-
-
-def head(model) -> Head:
-    """Read the LM head off the model, as the kernels take it."""
-    config, module = base_causal_lm(model).config.get_text_config(), head_module(model)
-
-    def number(name: str, default: float) -> float:
-        return float(getattr(config, name, None) or default)
-
-    scale = number("logit_scale", 1.0) * number("lm_head_multiplier", 1.0) / number("logits_scaling", 1.0)
-    softcap = number("final_logit_softcapping", 0.0) or number("logits_soft_cap", 0.0)
-    return Head(module.weight, getattr(module, "bias", None), softcap, scale)
 
 
 def describe(model, cfg) -> str:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from minimath.models.load import base_causal_lm, head_module
+from minimath.models.forward import base_causal_lm, head_module
 
 MOST_SLOTS = {"cpu": 128, "cuda": 512}  # beyond, a step takes longer in proportion: nothing is gained
 SHARE = {"cpu": 0.5, "cuda": 0.85}  # of the free memory that a rollout may take

@@ -12,7 +12,8 @@ from minimath.core.hub import without_network
 from minimath.core.run_folder import find_adapter, say_once
 from minimath.data.chat import eos_ids, prompt_ids
 from minimath.data.rows import Example
-from minimath.models.load import base_causal_lm, load_model
+from minimath.models.forward import base_causal_lm
+from minimath.models.load import load_model
 
 
 @dataclass(eq=False)

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from minimath.core import dist
-from minimath.data.batch import micro_batches
+from minimath.data.batch import micro_batches, rounded
 from minimath.data.chat import Encoded
-from minimath.models.load import additive_mask, base_causal_lm
+from minimath.models.attention import Segment
+from minimath.models.forward import base_causal_lm, takes_rows
 from minimath.models.policy import Policy
 
 LEAST_SAVED = 0.15  # share of the tokens; below, the longer attention of shared sequences outweighs it
@@ -51,40 +52,35 @@ def share_saved(rows: list[Encoded], packs: list[list[int]]) -> float:
 def shared_batch(model, rows: list[Encoded]) -> dict:
     """Lay rows with a common prompt out as one sequence, for hidden_states.
 
-    input_ids, position_ids (1, T), attention_mask as the model takes it, source (N,): the places whose hidden states
-    predict the N trained tokens, target (N,): those tokens, in the order of rows."""
+    input_ids, position_ids (1, T), rows as hidden_states takes them, source (N,): the places whose hidden states predict
+    the N trained tokens, target (N,): those tokens, in the order of `rows` that are given."""
     start = prompt_length(rows[0])
-    ids, position, segment = list(rows[0].ids[:start]), list(range(start)), [0] * start
+    ids, position, segments = list(rows[0].ids[:start]), list(range(start)), [Segment(0, start)]
     source, target = [], []
-    for number, row in enumerate(rows, 1):
+    for row in rows:
         completion = row.ids[start:]
         source += [start - 1, *range(len(ids), len(ids) + len(completion) - 1)]
         target += completion
-        ids += completion[:-1]  # nothing is predicted from the last token
+        if len(completion) > 1:  # nothing is predicted from the last token
+            segments.append(Segment(len(ids), len(completion) - 1, 0, start))
+        ids += completion[:-1]
         position += range(start, start + len(completion) - 1)
-        segment += [number] * (len(completion) - 1)
-    device = base_causal_lm(model).device
-    position, segment = (torch.tensor(each, device=device) for each in (position, segment))
-    return {"input_ids": torch.tensor([ids], device=device), "position_ids": position[None],
-            "attention_mask": shared_mask(model, position, segment),
-            "source": torch.tensor(source, device=device), "target": torch.tensor(target, device=device)}
-
-
-def shared_mask(model, position: torch.Tensor, segment: torch.Tensor):
-    """Make the mask of a shared sequence: [1, 1, T, T], or a dict by layer type.
-
-    position, segment (T,). A token sees the prompt (segment 0) and its own segment, both up to itself."""
-    age = position[:, None] - position
-    seen = (age >= 0) & ((segment[:, None] == segment) | (segment == 0))
-    return additive_mask(model, age[None, None], seen[None, None])
+    device, tail = base_causal_lm(model).device, rounded(len(ids)) - len(ids)
+    if tail:
+        segments.append(Segment(len(ids), tail))
+    ids, position = ids + tail * [0], position + list(range(tail))
+    return {"input_ids": torch.tensor([ids], device=device), "position_ids": torch.tensor([position], device=device),
+            "rows": segments, "source": torch.tensor(source, device=device),
+            "target": torch.tensor(target, device=device)}
 
 
 def forward_batches(policy: Policy, rows: list[Encoded], groups: list[int],
                     micro_batch_tokens: int) -> Iterator[tuple[list[int], dict]]:
     """Yield indices into rows and their batch, behind shared prompts where that saves.
 
-    Else rows of like length, padded. groups: as in shared_packs. Every batch has input_ids, position_ids,
-    attention_mask and target; `trained_states` finds the hidden states that belong to the targets."""
+    Else rows behind one another, where attention between them costs nothing, or of like length and padded. groups: as
+    in shared_packs. Every batch has input_ids, position_ids and target, and attention_mask or rows where needed;
+    `trained_states` finds the hidden states that belong to the targets."""
     attn, most = policy.options.attn, micro_batch_tokens
     if attn == "eager":
         most = min(most, EAGER_TOKENS)
@@ -93,7 +89,7 @@ def forward_batches(policy: Policy, rows: list[Encoded], groups: list[int],
         for pack in packs:
             yield pack, shared_batch(policy.model, [rows[i] for i in pack])
     else:
-        yield from micro_batches(rows, packing=False, micro_batch_tokens=micro_batch_tokens,
+        yield from micro_batches(rows, packing=takes_rows(policy.model), micro_batch_tokens=micro_batch_tokens,
                                  pad_id=policy.tokenizer.pad_token_id, device=policy.device)
 
 

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minimath.core.errors import UserError
 from minimath.models import load
-from minimath.models.prefix import shared_mask
+from minimath.models.forward import base_causal_lm, head_module, hidden_states, inference, shared_mask
 
 LENGTHS = (512, 2048, 8192)  # at which passes are followed
 NO_MASK = "minimath_plan_no_mask"  # sdpa without a mask keeps what flash attention does
@@ -98,8 +98,8 @@ class Model:
 
     def __init__(self, config, cfg, dtype: torch.dtype):
         self.empty, self.fake, few = empty_model(config, cfg, dtype), FakeTensorMode(), pattern(config)
-        self.head = load.head_module(self.empty).weight
-        self.linears = [m.weight for m in load.base_causal_lm(self.empty).modules() if isinstance(m, torch.nn.Linear)
+        self.head = head_module(self.empty).weight
+        self.linears = [m.weight for m in base_causal_lm(self.empty).modules() if isinstance(m, torch.nn.Linear)
                         and m.weight is not self.head and not m.weight.requires_grad]
         self.layers = config.get_text_config().num_hidden_layers
         counts = (self.layers,) if self.layers <= 3 * few else (2 * few, 3 * few)  # the first layer is unlike others
@@ -130,12 +130,12 @@ class Model:
         with self.fake, Live() as live:
             ids, places, mask = (torch.empty(1, length, dtype=torch.long) for _ in range(3))
             if kind == "prefill":
-                with load.inference(model):
-                    load.hidden_states(model, ids, attention_mask=mask, past_key_values=DynamicCache())
+                with inference(model):
+                    hidden_states(model, ids, attention_mask=mask, past_key_values=DynamicCache())
                 return 0, live.peak, 0
             mask = shared_mask(model, places[0], places[0]) if kind == "shared" else None
             masks = live.now  # in the loop, the batch before lives until the next is made
-            hidden = load.hidden_states(model, ids, attention_mask=mask, position_ids=places)
+            hidden = hidden_states(model, ids, attention_mask=mask, position_ids=places)
             kept, forward, live.peak = live.now, live.peak, live.now
             hidden.sum().backward()
         return kept, forward + masks, live.peak

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from minimath.core.errors import UserError
 from minimath.grading.answer import box_closed
-from minimath.models.load import additive_mask, base_causal_lm, head
+from minimath.models.forward import additive_mask, base_causal_lm, head
 from minimath.rollout.engine import Engine, Job
 from minimath.rollout.kv_cache import SlotCache
 from minimath.rollout.sampling import sample_tokens, stream_noise

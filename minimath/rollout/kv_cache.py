@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from minimath.core.errors import UserError
-from minimath.models.load import base_causal_lm, compute_dtype, inference
+from minimath.models.forward import base_causal_lm, compute_dtype, inference
 
 ALIGN = 64  # places are a multiple of this, which keeps the rows of a mask aligned for CUDA's sdpa kernels
 ATTENTION = "minimath_slots"

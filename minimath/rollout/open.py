@@ -10,8 +10,9 @@ import torch
 from minimath.config.schema import EngineOptions, SamplingOptions
 from minimath.core import dist
 from minimath.core.errors import UserError
-from minimath.models.linears import copied_bytes, decoding_linears, is_4bit, packed_product
-from minimath.models.load import base_causal_lm, compute_dtype, head, inference
+from minimath.models.decoding import decoding_linears
+from minimath.models.forward import base_causal_lm, compute_dtype, head, inference
+from minimath.models.linears import copied_bytes, is_4bit, packed_product
 from minimath.models.memory import fitting_slots, free_bytes, is_out_of_memory
 from minimath.models.policy import Policy
 from minimath.models.variants import is_sharded

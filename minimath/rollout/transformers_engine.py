@@ -16,7 +16,7 @@ from minimath.core import interrupt
 from minimath.core.errors import UserError
 from minimath.data.sample import Sample
 from minimath.kernels import linear_logp
-from minimath.models.load import base_causal_lm, compute_dtype, head, hidden_states, inference
+from minimath.models.forward import base_causal_lm, compute_dtype, head, hidden_states, inference
 from minimath.models.variants import in_step, is_sharded
 from minimath.rollout.engine import Engine, Job
 from minimath.rollout.kv_cache import check_model

@@ -20,7 +20,8 @@ from minimath.core.checkpoint import save_adapter
 from minimath.core.errors import UserError
 from minimath.core.files import discard
 from minimath.core.state import restore_rng, rng_state
-from minimath.models.load import base_causal_lm, first_line, inference
+from minimath.models.forward import base_causal_lm, inference
+from minimath.models.load import first_line
 from minimath.models.policy import Policy
 from minimath.models.variants import CHANGE_THE_BASE
 from minimath.rollout.engine import Engine, Job

@@ -27,7 +27,7 @@ from minimath.data.chat import IGNORE
 from minimath.data.examples import load_examples
 from minimath.data.sample import Group
 from minimath.kernels import linear_logp, linear_token_loss
-from minimath.models.load import adapter_off, head, hidden_states, inference
+from minimath.models.forward import adapter_off, head, hidden_states, inference
 from minimath.models.policy import Policy
 from minimath.models.prefix import trained_states
 from minimath.rollout.open import open_engine

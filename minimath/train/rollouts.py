@@ -9,7 +9,7 @@ from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.data.examples import Example, describe_report
 from minimath.data.sample import Group, Sample
-from minimath.models.load import base_causal_lm, inference
+from minimath.models.forward import base_causal_lm, inference
 from minimath.models.policy import Policy
 from minimath.models.variants import is_sharded
 from minimath.rollout.transformers_engine import LOGP_TOLERANCE, logp_difference

@@ -18,7 +18,7 @@ from minimath.data.batch import forward_args, step_indices
 from minimath.data.chat import Encoded, encode, preflight
 from minimath.data.examples import describe_report, load_examples
 from minimath.kernels import linear_token_loss
-from minimath.models.load import head, hidden_states
+from minimath.models.forward import head, hidden_states
 from minimath.models.policy import Policy
 from minimath.rollout.open import open_engine
 from minimath.train.batches import SolutionBatch

@@ -15,7 +15,7 @@ from minimath.core.checkpoint import save_adapter
 from minimath.core.errors import UserError
 from minimath.data.examples import Example
 from minimath.eval.evaluate import evaluate
-from minimath.models.load import adapter_off, hidden_states, inference
+from minimath.models.forward import adapter_off, hidden_states, inference
 from minimath.models.variants import factors
 from minimath.rollout.open import OwnEngine
 from minimath.rollout.transformers_engine import TransformersEngine, logp_difference

@@ -16,17 +16,8 @@ from minimath.config.schema import EvalConfig
 from minimath.core.checkpoint import save_adapter
 from minimath.core.errors import UserError
 from minimath.kernels.reference import full_logits
-from minimath.models.load import (
-    adapter_off,
-    describe,
-    head,
-    hidden_states,
-    inference,
-    keep_4bit_weights_trainable,
-    load_model,
-    pick_device,
-    pick_dtype,
-)
+from minimath.models.forward import adapter_off, head, hidden_states, inference
+from minimath.models.load import describe, keep_4bit_weights_trainable, load_model, pick_device, pick_dtype
 
 IDS = torch.arange(10, 26)[None]  # (1, 16)
 

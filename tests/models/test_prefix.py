@@ -8,7 +8,7 @@ from toy import policy_of, wake_adapter
 from minimath.data.batch import forward_args, micro_batches
 from minimath.data.chat import IGNORE, Encoded
 from minimath.kernels import linear_token_loss
-from minimath.models.load import head, hidden_states
+from minimath.models.forward import head, hidden_states
 from minimath.models.prefix import LEAST_SAVED, forward_batches, own_rows, share_saved, shared_packs, trained_states
 
 PROMPTS = [list(range(20, 31)), list(range(40, 45))]

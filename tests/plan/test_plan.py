@@ -85,7 +85,7 @@ def test_three_lengths_foretell_others(config_dir):
 def test_rows_add_up_as_padded_ones_do(config_dir, options):
     """A padded batch that is followed as it is, masks included, against the same number of single rows."""
     model = Planner(config_dir, "cpu").model(SFTConfig(dtype="fp32", device="cpu", **options))
-    whole, hidden = next(iter(model.models.values())), footprint.load.hidden_states
+    whole, hidden = next(iter(model.models.values())), footprint.hidden_states
     with model.fake, footprint.Live() as live:
         ids, mask = (torch.empty(3, 2000, dtype=torch.long) for _ in range(2))
         states = hidden(whole, ids, attention_mask=mask, position_ids=ids)

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from minimath.config.schema import EngineOptions, SamplingOptions
 from minimath.core import interrupt
 from minimath.core.errors import Interrupted, UserError
+from minimath.models.forward import base_causal_lm
+from minimath.models.fused import fused_layers
 from minimath.rollout.open import OWN_ENGINE_ONLY, OwnEngine, open_engine
 from minimath.rollout.transformers_engine import TransformersEngine
 
@@ -107,7 +109,8 @@ def test_a_caller_stops_by_asking_for_no_more(llama):
         for finished in engine.stream(prompts_of(), 2):
             if finished:
                 break
-    assert not any("forward" in module.__dict__ for module in llama.model.modules())
+    layers = fused_layers(base_causal_lm(llama.model)).layers
+    assert all(group.product is None for layer in layers for group in layer.groups)
 
 
 def test_evaluation_takes_the_same_door(llama):

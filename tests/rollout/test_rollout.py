@@ -12,7 +12,8 @@ from toy import load, wake_adapter
 from minimath.data.batch import forward_args, micro_batches
 from minimath.data.chat import IGNORE, Encoded
 from minimath.kernels import linear_logp
-from minimath.models.load import head, hidden_states
+from minimath.models.forward import head, hidden_states
+from minimath.models.fused import fused_layers
 from minimath.rollout.sampling import Sampling, sample_tokens
 
 LENGTHS = (5, 41, 23, 12)  # of prompts: unsorted, and of no nice number
@@ -299,7 +300,7 @@ def test_a_stream_leaves_the_callers_grad_mode_alone_and_the_model_as_it_was(lla
     stream.close()
     assert torch.is_grad_enabled() and model.training
     assert model.get_base_model().config._attn_implementation == attention
-    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert all(group.product is None for layer in fused_layers(model.get_base_model()).layers for group in layer.groups)
 
 
 def test_running_tells_how_far_each_completion_is(llama):

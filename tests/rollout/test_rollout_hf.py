@@ -12,7 +12,7 @@ from minimath.core.errors import UserError
 from minimath.data.batch import forward_args, micro_batches
 from minimath.data.chat import IGNORE, Encoded
 from minimath.kernels import linear_logp
-from minimath.models.load import adapter_off, head, hidden_states, inference
+from minimath.models.forward import adapter_off, head, hidden_states, inference
 from minimath.rollout.transformers_engine import TransformersEngine, own_generation_config, padding_is_harmless
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}

@@ -1,0 +1,82 @@
+"""The linear layers of a decoder as decoding runs them: in groups, and from a copy that is made once per rollout."""
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from minimath.models.forward import base_causal_lm, compute_dtype
+from minimath.models.fused import fused_layers
+from minimath.models.linears import LinearGroup, is_linear, is_plain
+
+
+@contextlib.contextmanager
+def decoding_linears(model, *, copy: bool, rows: int) -> Iterator[bool]:
+    """Run the decoder's linear layers in groups inside. Weights must not change there.
+
+    rows: how many are decoded side by side, for the layout of the copy. Yields whether every adapted layer is in a
+    group, so that nothing needs autocast."""
+    fused = fused_layers(base_causal_lm(model))
+    if fused is None:
+        with _patched(model, copy, rows) as every:
+            yield every
+        return
+    groups = [group for layer in fused.layers for group in layer.groups]
+    try:
+        fused.refresh()
+        fused.frozen = True
+        for group in groups if copy else ():
+            group.copy(rows)
+        yield True
+    finally:
+        fused.frozen = False
+        for group in groups:
+            group.product = None
+
+
+@contextlib.contextmanager
+def _patched(model, copy: bool, rows: int) -> Iterator[bool]:
+    """Do so for layers of transformers: those that are called with the same input."""
+    apart, patched = {m for m in model.modules() if isinstance(m, LoraLayer)}, []  # apart: adapted, in no group
+    try:
+        for modules in called_together(model):
+            known = [m for m in modules if is_plain(m)]
+            apart -= set(known)
+            if known and (copy or any(isinstance(m, LoraLayer) for m in known)):  # else nothing is gained
+                group = LinearGroup(known, base_causal_lm(model).dtype)
+                if copy:
+                    group.copy(rows)
+                for index, module in enumerate(known):
+                    patched.append(module)
+                    module.forward = group.patched(index)
+        yield not apart
+    finally:
+        for module in patched:
+            del module.forward
+
+
+def called_together(model) -> list[list[nn.Module]]:
+    """List the decoder's linear layers as called; those with one input together."""
+    decoder, groups, hooks, last = base_causal_lm(model).base_model, [], {}, None
+    inner = {part for m in model.modules() if isinstance(m, LoraLayer) for part in m.modules() if part is not m}
+
+    def note(module, args):
+        nonlocal last
+        if args[0] is last:
+            groups[-1].append(module)
+        else:
+            groups.append([module])
+        last = args[0]
+        hooks.pop(module).remove()  # a layer that is called twice is listed once
+
+    for module in decoder.modules():
+        if (isinstance(module, LoraLayer) or is_linear(module)) and module not in inner:
+            hooks[module] = module.register_forward_pre_hook(note)
+    try:
+        with torch.no_grad(), compute_dtype(model):
+            decoder(input_ids=torch.zeros(1, 2, dtype=torch.long, device=decoder.device), use_cache=False)
+    finally:
+        for hook in hooks.values():
+            hook.remove()
+    return groups
