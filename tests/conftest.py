@@ -4,8 +4,10 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no network in tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # torch would take all processors for each of them
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+# torch would take all processors for each worker of xdist; and a number that is set does not follow what else the
+# machine does (core/threads.py), so that runs can be compared bit by bit
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1)
+                                                 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
 
 import tempfile
 

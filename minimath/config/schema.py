@@ -119,7 +119,7 @@ class TrainRunOptions(RunOptions):
     save_every: int = 50
     """checkpoint every N steps; 0: only at the end. The three newest and the best one are kept"""
     max_minutes: float = 0.0
-    """stop cleanly, with a checkpoint, after this many minutes; 0: no limit"""
+    """stop cleanly, with a checkpoint, after this many minutes; lr decays by the clock if it is short; 0: no limit"""
     sample_every: int = 0
     """print a sampled solution every N steps; 0: never"""
     trackers: Annotated[str, Literal["wandb", "tensorboard", "trackio"]] = ""

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
 from minimath.core.errors import UserError
+from minimath.core.threads import follow_load
 from minimath.grading.answer import box_closed
 from minimath.models.forward import additive_mask, base_causal_lm, head
 from minimath.rollout.engine import Engine, Job
@@ -85,6 +86,7 @@ class Decode:
 
     def advance(self) -> list[Row]:
         """Take a few steps for all rows, or refill; returns the rows that ended."""
+        follow_load(self.device, self.engine.say)
         if self.queue and self.max_num_seqs - len(self.rows) >= max(1, self.max_num_seqs // 16 if self.rows else 1):
             self.admit()
         else:

@@ -12,6 +12,7 @@ from minimath.config.schema import OptimizerOptions
 from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.core.state import optimizer_state, restore_optimizer, restore_rng, rng_state
+from minimath.core.threads import follow_load
 from minimath.models.memory import is_out_of_memory
 from minimath.models.policy import Policy
 
@@ -50,6 +51,7 @@ class Optimizer:
         def forward_backward(micro_batch_tokens: int) -> dict:
             totals: dict[str, float] = {}
             for indices, tensors in batch.micro_batches(micro_batch_tokens):
+                follow_load(self.params[0].device, self.say)
                 loss, metrics = loss_of_micro_batch(indices, tensors)
                 (loss * self.scale.value).backward()
                 for name, value in {"loss": float(loss.detach()), **metrics}.items():
@@ -130,20 +132,6 @@ def make_optimizer(params: Iterable[torch.nn.Parameter], options: OptimizerOptio
         raise UserError(f"optimizer={options.name} needs bitsandbytes, which can't be imported ({error}); use "
                         "optimizer=adamw, or: pip install bitsandbytes") from None
     return getattr(optim, BITSANDBYTES[options.name])(groups, **adam)
-
-
-def lr_at(step: int, total_steps: int, *, lr: float, schedule: str, warmup: float) -> float:
-    """Return the learning rate of step 0 .. total_steps - 1.
-
-    warmup below 1 is a share of the steps, from 1 on a number of them. No step is spent at rate 0: warm-up starts at
-    lr / steps, and the decay reaches 0 one step after the last."""
-    warmup_steps = min(total_steps, math.ceil(warmup * total_steps - 1e-9) if warmup < 1 else round(warmup))
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    if schedule == "constant":
-        return lr
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))  # 0 .. 1
-    return lr * (1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 @torch.no_grad()

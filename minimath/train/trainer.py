@@ -13,6 +13,7 @@ no checkpoint has it, and goes on; Interrupted ends the block as its own end wou
 """
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Iterator
 
@@ -32,7 +33,8 @@ from minimath.data.examples import load_examples
 from minimath.eval.evaluate import evaluate_policy
 from minimath.models.load import describe
 from minimath.models.policy import load_policy
-from minimath.train.optimizer import Optimizer, check_finite, lr_at
+from minimath.train.optimizer import Optimizer, check_finite
+from minimath.train.schedule import Schedule, lr_at
 
 KEPT = 3  # newest checkpoints; the best one is kept besides
 BAR = {"loss": "loss", "time/tokens_per_s": "tok_s", "reward/mean": "reward", "rollout/correct": "correct",
@@ -118,22 +120,25 @@ class Trainer:
     def steps(self, total: int) -> Iterator[Step]:
         """Yield steps until `total` are done, a signal comes or the time is up."""
         cfg, self.total = self.cfg, total
+        schedule = Schedule(cfg.optimizer, total, self.log.say)
+        self.track(schedule=schedule)
         if cfg.run.resume:
             self._resume()
         self._commit_state()
-        deadline = self.started + 60 * cfg.run.max_minutes if cfg.run.max_minutes else float("inf")
         with self.log.progress(total, self.stage, done=self.done) as advance:
             if self.owed and self.held_out:
                 self._save(best=self._evaluate())  # also when it is not the best: it is owed no longer
-            while self.done < total and not self._ends(deadline):
+            schedule.begin(self._left())
+            while self.done < total and not self._ends():
                 step = Step(self.done + 1, self.log)
                 # by the step, so that dropout after a resume is what it would have been
                 torch.manual_seed(stream_seed(cfg.run.seed, self.done) + dist.rank())
-                self.optimizer.lr = lr_at(self.done, total, lr=cfg.optimizer.lr, schedule=cfg.optimizer.lr_schedule,
-                                          warmup=cfg.optimizer.warmup)
+                self.optimizer.lr = lr_at(schedule.place(self.done), total, lr=cfg.optimizer.lr,
+                                          schedule=cfg.optimizer.lr_schedule, warmup=cfg.optimizer.warmup)
                 yield step
                 self._check_trainable()
                 self.done += 1
+                schedule.commit(self.done, self._left())
                 self._commit_state()
                 self.log.metrics(self.done, **step.metrics)
                 advance(1, **beside_bar(step.metrics))
@@ -146,9 +151,14 @@ class Trainer:
             raise RuntimeError(f"step {self.done + 1} changed which tensors train ({', '.join(sorted(other)[:3])}): "
                                "leaving disable_adapter or set_adapter does so, see peft #3447")
 
-    def _ends(self, deadline: float) -> bool:
+    def _ends(self) -> bool:
         self.interrupted_by = interrupt.requested()
-        return bool(self.interrupted_by) or dist.all_reduce_max(time.monotonic() - deadline) > 0
+        return bool(self.interrupted_by) or self._left() < 0
+
+    def _left(self) -> float:
+        """Seconds until max_minutes are over; the same on all processes."""
+        minutes = self.cfg.run.max_minutes
+        return -dist.all_reduce_max(time.monotonic() - self.started - 60 * minutes) if minutes else math.inf
 
     # ---- evaluation within training
 

@@ -11,7 +11,7 @@ import torch
 
 from minimath.config.schema import OptimizerOptions, RLAIFConfig, SFTConfig
 from minimath.core.errors import UserError
-from minimath.train.optimizer import MOST_HALVINGS, Optimizer, check_finite, clip_and_step, lr_at, make_optimizer
+from minimath.train.optimizer import MOST_HALVINGS, Optimizer, check_finite, clip_and_step, make_optimizer
 
 NAMES = ["adamw", "adamw8bit", "paged_adamw8bit", "paged_adamw32bit"]
 
@@ -128,31 +128,6 @@ def test_missing_bitsandbytes_names_the_optimizer_to_use(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match="optimizer=adamw, or: pip install bitsandbytes"):
         make_optimizer(make_params(), OptimizerOptions(name))
-
-
-def schedule(name, steps, **changes):
-    options = {"lr": 1.0, "schedule": name, "warmup": 0.0} | changes
-    return [lr_at(step, steps, **options) for step in range(steps)]
-
-
-def test_schedules_have_the_stated_shapes():
-    assert schedule("constant", 4) == [1.0] * 4
-    assert schedule("linear", 4) == [1.0, 0.75, 0.5, 0.25]
-    assert schedule("cosine", 4)[::2] == pytest.approx([1.0, 0.5])
-    assert lr_at(400, 4, lr=1.0, schedule="cosine", warmup=0) == pytest.approx(0.0)
-
-
-def test_warmup_is_a_share_below_one_and_a_count_from_one():
-    assert schedule("constant", 10, warmup=0.2) == schedule("constant", 10, warmup=2) == [0.5] + [1.0] * 9
-    assert schedule("constant", 100, warmup=0.07)[5:8] == pytest.approx([6 / 7, 1.0, 1.0])
-    assert schedule("cosine", 3, warmup=50) == pytest.approx([1 / 3, 2 / 3, 1.0])
-    assert schedule("cosine", 1, warmup=0.03) == [1.0]
-
-
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
-def test_no_step_runs_at_rate_zero(name):
-    for steps in (1, 2, 7, 100):
-        assert min(schedule(name, steps, warmup=0.1)) > 0
 
 
 # ---- a step with a closure

@@ -174,6 +174,29 @@ def test_a_run_that_is_asked_to_end_finishes_its_step_and_keeps_it(go, tmp_path,
     assert again.done == 4 and [r["step"] for r in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+def test_a_rate_that_follows_the_clock_is_the_same_after_a_resume_at_the_same_time(go, capsys, monkeypatch):
+    """20 steps of 15 s in 2 minutes: 8 of them; the broken run goes on at 60 s with a minute."""
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+
+    def tick(place, step):
+        clock[0] += 15.0 * (place == "after")
+
+    def break_at_5(place, step):
+        tick(place, step)
+        at(5, fail)(place, step)
+    options = {"total": 20, "lr_schedule": "linear", "warmup": 0.0, "hook": tick}
+    unbroken = go("unbroken", max_minutes=2.0, **options)
+    said = capsys.readouterr().out
+    assert "max_minutes ends near step 8 of 20: the learning rate follows the clock" in said
+    assert said.count("follows the clock") == 1 and "max_minutes reached: stopped after step 9 of 20" in said
+    rates = [record["optim/lr"] for record in metrics(unbroken.log.run_dir)]
+    assert rates[:3] == [1e-2, 1e-2 * 0.95, 1e-2 * 0.9] and rates[-2] < 0.2e-2 and rates == sorted(rates, reverse=True)
+    with pytest.raises(OSError):
+        go("broken", max_minutes=2.0, **options | {"hook": break_at_5})
+    assert_same(go("broken", resume=True, max_minutes=1.0, **options), unbroken)
+
+
 def test_what_is_no_exception_ends_the_process_without_a_save(go, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         go(hook=at(3, ctrl_c_outside_of_the_handlers))
