@@ -5,6 +5,7 @@ decoding is bound by the keys and values that it reads."""
 import contextlib
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -84,15 +85,19 @@ def check_model(model) -> None:
         raise NoStandardCache(f"{type(base).__name__} has no standard KV cache")
 
 
-def slot_attention(module, query, key, value, attention_mask, *, spans=None, **kwargs):
-    """Attend by transformers' sdpa, a block of rows at a time.
+def slot_attention(module, query, key, value, attention_mask, *, spans=None, scaling=None, **kwargs):
+    """Attend by torch's sdpa; when decoding, a block of rows at a time.
 
-    query (n, Hq, 1, Dh), key (n, H, T, Dh). spans: (first row, end row, places) of blocks; None: all as one."""
-    if spans is None or len(spans) == 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    parts = [sdpa_attention_forward(module, query[a:b], key[a:b, :, :length], value[a:b, :, :length],
-                                    attention_mask[a:b, ..., :length], **kwargs)[0] for a, b, length in spans]
-    return torch.cat(parts), None
+    query (n, Hq, Q, Dh), key (n, H, T, Dh). spans: (first row, end row, places) of blocks; None: all as one. Heads that
+    share keys are rows of one query: to copy the keys for each took four to six times as long."""
+    n, heads, rows, dim = query.shape
+    if rows > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    query = query.reshape(n, key.shape[1], -1, dim)
+    parts = [scaled_dot_product_attention(query[a:b], key[a:b, :, :length], value[a:b, :, :length],
+                                          attention_mask[a:b, ..., :length], scale=scaling)
+             for a, b, length in spans or [(0, n, key.shape[2])]]
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(n, 1, heads, dim), None
 
 
 AttentionInterface.register(ATTENTION, slot_attention)
