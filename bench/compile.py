@@ -24,18 +24,24 @@ from rich.console import Console
 from rich.table import Table
 
 from . import measure
-from .disassembly import amd_resources, hot_code, moved_wide, nvidia_resources
+from .disassembly import amd_resources, count, hot_code, moved_wide, nvidia_resources
 from .occupancy import PROCESSORS, SHARED_LIMIT, occupancy
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 TYPES = {"target": "*i64"}
-TYPES |= dict.fromkeys(("raw_target", "out", "sums", "factor", "numbers", "coefs", "pulled"), "*fp32")
-TYPES |= dict.fromkeys(("inner", "outer", "chain", "slack", "lift"), "fp32")
+TYPES |= dict.fromkeys(("raw_target", "out", "sums", "factor", "numbers", "coefs", "pulled", "r"), "*fp32")
+TYPES |= dict.fromkeys(("inner", "outer", "chain", "slack", "lift", "eps"), "fp32")
+# Pointers to numbers of the model's type.
+OPERANDS = ("hidden", "weight", "bias", "logits", "part", "x", "y", "dy", "dx", "residual", "cos", "sin", "gate_up",
+            "dh", "grad", "h")
 # Integer arguments that are multiples of 16 at run time where the operands are aligned. The vocabulary is not
 # among them: 50,257 has to be read as wide as 151,936.
 ROUND = ("width", "hidden_stride", "weight_stride", "vocab_per_split", "row_stride", "whole")
-ROUND += ("pulled_stride", "part_stride")
-MODULES = ("linear_logp", "tile_triton")  # of minimath.kernels, where the Triton functions live
+ROUND += ("pulled_stride", "part_stride", "x_stride", "dy_stride", "residual_stride", "head_stride", "table_stride")
+ROUND += ("half", "gate_up_stride", "dh_stride")
+# Arrays that a block of a layer's kernels loads and stores, each as long as its tile.
+MOVED = {"norm_kernel": (2, 1), "norm_backward_kernel": (4, 1), "rotate_kernel": (4, 2), "gated_kernel": (3, 3)}
+MODULES = ("linear_logp", "tile_triton", "elementwise_triton")  # of minimath.kernels, where the Triton functions live
 
 
 class Case(NamedTuple):
@@ -69,7 +75,7 @@ def split_config(config: dict) -> tuple[dict, dict]:
 
 def logp_case(arch: str, dtype, config: dict, bias: bool, cap: bool, precision: str, even: bool, aligned: bool):
     constants, options = split_config(config)
-    types = dict.fromkeys(("hidden", "weight", "bias"), POINTER[dtype]) | TYPES
+    types = dict.fromkeys(OPERANDS, POINTER[dtype]) | TYPES
     fixed = {"HAS_BIAS": bias, "HAS_CAP": cap, "PRECISION": precision, "UPCAST": False, "EVEN_D": even}
     variant = f"bias={bias:d} cap={cap:d} even={even:d} {precision}" + ("" if aligned else " unaligned")
     name = str(dtype).split(".")[1]
@@ -78,8 +84,8 @@ def logp_case(arch: str, dtype, config: dict, bias: bool, cap: bool, precision: 
 
 def row_case(kernel: str, arch: str, dtype, config: dict, flags: dict, aligned: bool) -> Case:
     constants, options = split_config(config)
-    words = [f"{name.removeprefix('HAS_').lower()}={value:d}" for name, value in flags.items()]
-    types = dict.fromkeys(("logits", "part"), POINTER[dtype]) | TYPES
+    words = [f"{name.removeprefix('HAS_').lower()}={value or 0:d}" for name, value in flags.items()]
+    types = dict.fromkeys(OPERANDS, POINTER[dtype]) | TYPES
     variant = " ".join([*words, *([] if aligned else ["unaligned"])])
     name = str(dtype).split(".")[1]
     return Case(kernel, arch, name, variant, types, constants | flags, options, aligned)
@@ -117,6 +123,21 @@ def logp_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
     return [found[0], found[-1]] if quick and aligned else found[-1:] if quick else found
 
 
+def layer_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
+    """List the cases of a decoder layer's kernels: rows of heads, of a hidden size, and of the longest."""
+    layer = import_module("minimath.kernels.elementwise_triton")
+    forward = {"dh": None, "grad": None}
+    gates = [{"GELU": True}, {"GELU": False}, {"GELU": True} | forward][:1 if quick else 3]
+    wanted = [("gated_kernel", layer.gated_config(arch), flags) for flags in gates]
+    halves = (32,) if quick else (32, 64)
+    wanted += [("rotate_kernel", layer.row_config(half, arch), {"BACK": half == 32}) for half in halves]
+    for width, again in product((64, 8192) if quick else (64, 896, 8192), (False,) if quick else (False, True)):
+        config, flags = layer.row_config(width, arch), {"OFFSET": int(again)}
+        wanted += [("norm_kernel", config, flags | {"AGAIN": again}),
+                   ("norm_backward_kernel", config, flags | ({"residual": None} if again else {}))]
+    return [row_case(kernel, arch, dtype, config, flags, aligned) for kernel, config, flags in wanted]
+
+
 def cases(arch: str, *, quick: bool) -> list[Case]:
     """List every specialisation that a run on this chip can ask for.
 
@@ -127,7 +148,7 @@ def cases(arch: str, *, quick: bool) -> list[Case]:
     for dtype, aligned in product((half, torch.float32) if quick else tuple(POINTER), (True, False)):
         found += logp_cases(arch, dtype, aligned, quick=quick)
         if aligned or not quick:
-            found += row_cases(arch, dtype, aligned, quick=quick)
+            found += row_cases(arch, dtype, aligned, quick=quick) + layer_cases(arch, dtype, aligned, quick=quick)
     return found
 
 
@@ -148,7 +169,11 @@ def tile_bytes(case: Case) -> tuple[int, int]:
         return (constants["BLOCK_N"] + constants["BLOCK_V"]) * constants["BLOCK_D"] * size, 0
     if case.kernel == "pull_kernel":
         return constants["BLOCK"] * (size + 4), constants["BLOCK"] * 4
-    row = constants["BLOCK"] * size
+    row = constants["BLOCK"] * constants.get("ROWS", 1) * size
+    if case.kernel in MOVED:
+        absent = [name in constants for name in ("residual", "dh", "grad", "grad")]
+        loaded, stored = MOVED[case.kernel]
+        return (loaded - sum(absent[:2])) * row, (stored - sum(absent[2:])) * row
     return row, row if constants.get("KEEP", True) else 0
 
 
@@ -178,7 +203,8 @@ def compile_case(case: Case) -> dict:
     found, code = nvidia_resources(built.asm["cubin"]) if nvidia else amd_resources(built.asm["amdgcn"])
     threads = case.options["num_warps"] * PROCESSORS[case.arch].warp_size
     shared, columns = built.metadata.shared, getattr(built.metadata, "tmem_size", 0) or 0
-    loops = hot_code(code)
+    # a layer's kernels have no loop; on AMD a masked load that is placed behind the end would look like one
+    loops = [count(code)] if case.kernel in MOVED else hot_code(code)
     row = {key: getattr(case, key) for key in ("kernel", "arch", "dtype", "variant")}
     row |= {"config": config_text(case), **found, "shared": shared, "shared_limit": SHARED_LIMIT[case.arch]}
     row["occupancy"] = round(occupancy(case.arch, threads, found["registers"], shared, columns), 3)
@@ -198,7 +224,7 @@ def is_wide(case: Case, loops, threads: int) -> bool:
 
 def config_text(case: Case) -> str:
     """Write the tile, warps and stages as "128x64x32 w8 s2"."""
-    tile = "x".join(str(case.constants[key]) for key in case.constants if key.startswith("BLOCK"))
+    tile = "x".join(str(case.constants[key]) for key in case.constants if key.startswith(("ROWS", "BLOCK")))
     stages = f" s{case.options['num_stages']}" if "num_stages" in case.options else ""
     return f"{tile} w{case.options['num_warps']}{stages}"
 

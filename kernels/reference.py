@@ -74,3 +74,26 @@ def linear_token_loss(
     rows = (target != ignore_index).nonzero().squeeze(1)
     loss = loss_fn(TokenStats(*(each[rows] for each in stats)), rows).sum()
     return loss, TokenStats(*(each.detach() for each in stats))
+
+
+def rms_norm(x, weight, eps: float, offset: int) -> torch.Tensor:
+    """See kernels.elementwise; differentiable by autograd, as the two below."""
+    x = x.to(wide(x.dtype))
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (weight.to(x.dtype) + offset)
+
+
+def rotated(x, cos, sin) -> torch.Tensor:
+    """x (N, H, Dh), cos and sin (N, R)."""
+    size = cos.shape[-1]
+    x, rest = x.to(wide(x.dtype)).split([size, x.shape[-1] - size], -1)
+    x1, x2 = x.chunk(2, -1)
+    turned = x * cos[:, None].to(x.dtype) + torch.cat((-x2, x1), -1) * sin[:, None].to(x.dtype)
+    return torch.cat((turned, rest), -1)
+
+
+def gated(gate_up, act: str) -> torch.Tensor:
+    """gate_up (N, 2 I); act: silu or gelu_tanh."""
+    a, u = gate_up.to(wide(gate_up.dtype)).chunk(2, -1)
+    if act == "silu":
+        return a / (1 + torch.exp(-a)) * u
+    return a / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (a + 0.044715 * a**3))) * u

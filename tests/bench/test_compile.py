@@ -94,7 +94,8 @@ def test_the_gate_sees_narrow_loads(logp_case):
     row = compile_case(ragged)
     assert row["wide"] is False and not row["ok"] and row["spills"] == 0
     assert not any(key.endswith(".128") for loop in row["loops"] for key in loop["loads"])
-    for kernel in ("tile_kernel", "gradient_kernel"):
+    layer = ("norm_kernel", "norm_backward_kernel", "rotate_kernel", "gated_kernel")
+    for kernel in ("tile_kernel", "gradient_kernel", *layer):
         case = next(each for each in cases("sm_86", quick=True) if each.kernel == kernel)
         assert (
             compile_case(case._replace(round=("row_stride",)))["wide"] is False
