@@ -12,11 +12,12 @@ import torch
 from torch.nn import functional
 
 from . import elementwise_triton as fused
+from .common import runs_triton
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise x [..., D] by weight (D,) -> (y [..., D], r [..., 1] fp32)."""
-    if x.is_cuda:
+    if runs_triton(x):
         return fused.rms_norm(x, weight, eps, offset)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=widened(x))
     r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -25,7 +26,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: int) -> 
 
 def apply_norm(x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, offset: int) -> torch.Tensor:
     """Repeat the norm of x [..., D] from its factor r [..., 1]."""
-    if x.is_cuda:
+    if runs_triton(x):
         return fused.apply_norm(x, weight, r, offset)
     y = x * r
     return y.mul_(weight.to(y.dtype) + 1).to(x.dtype) if offset else y.to(x.dtype).mul_(weight)
@@ -34,7 +35,7 @@ def apply_norm(x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, offset: i
 def rms_norm_backward(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, offset: int,
                       residual: torch.Tensor | None = None) -> torch.Tensor:
     """Compute dx [..., D] from dy; residual: a gradient of x that is added."""
-    if x.is_cuda:
+    if runs_triton(x):
         return fused.rms_norm_backward(dy, x, weight, r, offset, residual)
     g = dy.to(r.dtype) * (weight.to(r.dtype) + offset)
     mean = torch.linalg.vecdot(g, x.to(r.dtype)).unsqueeze(-1).mul_(r.square()).div_(x.shape[-1])
@@ -44,7 +45,7 @@ def rms_norm_backward(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool = False) -> None:
     """Rotate x (N, H, Dh) in place by cos, sin (N, R): its first R places of each head; back: transposed."""
-    if x.is_cuda:
+    if runs_triton(x):
         return fused.rotate(x, cos, sin, back)
     half = cos.shape[-1] // 2
     c, s = cos[:, None, :half], sin[:, None, :half]  # both halves of the tables are the same
@@ -56,7 +57,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool 
 
 def gated(gate_up: torch.Tensor, act: str) -> torch.Tensor:
     """Compute act(a) u of gate_up (N, 2 I) = [a, u]; act: silu or gelu_tanh."""
-    if gate_up.is_cuda:
+    if runs_triton(gate_up):
         return fused.gated(gate_up, act)
     a, u = gate_up.chunk(2, -1)
     return (functional.silu(a) if act == "silu" else functional.gelu(a, approximate="tanh")).mul_(u)
@@ -64,7 +65,7 @@ def gated(gate_up: torch.Tensor, act: str) -> torch.Tensor:
 
 def gated_backward(dh: torch.Tensor, gate_up: torch.Tensor, act: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute (gradient of gate_up (N, 2 I), h (N, I) again) from dh (N, I)."""
-    if gate_up.is_cuda:
+    if runs_triton(gate_up):
         return fused.gated_backward(dh, gate_up, act)
     a, u = gate_up.chunk(2, -1)
     grad = torch.empty_like(gate_up)

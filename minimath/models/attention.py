@@ -1,6 +1,7 @@
 """Attention of training passes on a CPU: every row by itself, in plain batched products.
 
-    P = softmax(c Q K^T + mask),  O = P V      dV = P^T dO,  dS = P (dO V^T - rowsum(dO O)),  dQ = c dS K,  dK = c dS^T Q
+    P = softmax(c Q K^T + mask),  O = P V
+    dV = P^T dO,  dS = P (dO V^T - rowsum(dO O)),  dQ = c dS K,  dK = c dS^T Q
 
 A pass holds many rows behind one another, some of them behind a common prompt. Rows do not see each other, so no score
 between them is computed. Queries are taken 256 at a time, with the keys up to them: most scores above the diagonal are

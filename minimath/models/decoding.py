@@ -32,7 +32,7 @@ def decoding_linears(model, *, copy: bool, rows: int) -> Iterator[bool]:
     finally:
         fused.frozen = False
         for group in groups:
-            group.product = None
+            group.forget()
 
 
 @contextlib.contextmanager

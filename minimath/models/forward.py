@@ -111,7 +111,7 @@ def shared_mask(model, position: torch.Tensor, rows: list[Segment]):
     for number, row in enumerate(rows):
         segment[row.start:row.start + row.length] = number
         if row.shared:
-            prompt[row.start:row.start + row.length] = next(i for i, each in enumerate(rows) if each.start == row.prompt)
+            prompt[row.start:row.start + row.length] = [each.start for each in rows].index(row.prompt)
     age = position[:, None] - position
     seen = (age >= 0) & ((segment[:, None] == segment) | (prompt[:, None] == segment))
     return additive_mask(model, age[None, None], seen[None, None])

@@ -22,9 +22,9 @@ from minimath.models.variants import (
     CHANGE_THE_BASE,
     PRINCIPAL,
     begin_at_principal,
+    compile_layers,
     keep_4bit_weights_trainable,
     nf4_config,
-    patch_with_liger,
     shard,
 )
 
@@ -86,9 +86,9 @@ def load_model(cfg, *, train: bool):
     train=True: a trainable LoRA adapter (new, or the one in cfg.adapter.path) in fp32 over frozen weights; needs the
     groups AdapterOptions and OptimizerOptions. train=False: cfg.adapter.path if given, everything frozen."""
     options = cfg.model
-    if options.shard and (options.quant == "nf4" or options.liger):
+    if options.shard and options.quant == "nf4":
         raise UserError("shard=true splits plain 16- and 32-bit layers: leave shard away, or quant=nf4 (a quarter of "
-                        "the size on every card) and liger=true")
+                        "the size on every card)")
     tokenizer, device = load_tokenizer(cfg), pick_device(options.device)
     model = _load_base(options, device)
     if len(tokenizer) > (rows := len(model.get_input_embeddings().weight)) and dist.is_main():
@@ -104,7 +104,9 @@ def load_model(cfg, *, train: bool):
     if train and cfg.optimizer.gradient_checkpointing:
         checkpoint_activations(model)
     cast_adapters_down(model)
-    if why := "its weights are split between processes" if options.shard else fuse(base_causal_lm(model)):
+    if options.compile and train:
+        compile_layers(base_causal_lm(model))
+    elif why := "its weights are split between processes" if options.shard else fuse(base_causal_lm(model)):
         say_once(f"{options.name}: its decoder layers run as transformers and peft have them, which is slower ({why})")
     model.train(train)
     return model, tokenizer
@@ -126,8 +128,6 @@ def _load_base(options: ModelOptions, device: torch.device):
     if not place and not options.shard:
         model.to(device)
     keep_4bit_weights_trainable(model)
-    if options.liger:
-        patch_with_liger(model)
     model.config.use_cache = False
     return model.requires_grad_(False)
 

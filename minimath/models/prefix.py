@@ -52,8 +52,8 @@ def share_saved(rows: list[Encoded], packs: list[list[int]]) -> float:
 def shared_batch(model, rows: list[Encoded]) -> dict:
     """Lay rows with a common prompt out as one sequence, for hidden_states.
 
-    input_ids, position_ids (1, T), rows as hidden_states takes them, source (N,): the places whose hidden states predict
-    the N trained tokens, target (N,): those tokens, in the order of `rows` that are given."""
+    input_ids, position_ids (1, T), rows as hidden_states takes them, source (N,): the places whose hidden states
+    predict the N trained tokens, target (N,): those tokens, in the order of the argument."""
     start = prompt_length(rows[0])
     ids, position, segments = list(rows[0].ids[:start]), list(range(start)), [Segment(0, start)]
     source, target = [], []

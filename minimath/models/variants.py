@@ -1,4 +1,4 @@
-"""What options make of a model: 4-bit weights, liger-kernel's layers, shards, adapters of the principal part.
+"""What options make of a model: 4-bit weights, compiled layers, shards, adapters of the principal part.
 
 shard=true (FSDP2), for models that no single card holds: each process keeps 1 / world of every decoder layer's frozen
 weights, and a forward or backward gathers one layer at a time. Embeddings, head and adapter stay whole: a step is the
@@ -36,23 +36,33 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
                               bnb_4bit_use_double_quant=True)
 
 
-def patch_with_liger(model) -> None:
-    """Put liger-kernel's RMSNorm, RoPE and SwiGLU into `model`, but not its losses.
+def compile_layers(base, backend: str = "inductor") -> None:
+    """Compile the decoder layers of `base` for passes with gradients.
 
-    RoPE changes for every model of the family in this process. Raises UserError without a GPU, without the package, for
-    a family that it does not know."""
-    if model.device.type != "cuda":
-        raise UserError(f"liger=true needs a GPU, and the model is on {model.device.type}: use liger=false here")
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as families
-    except ImportError:
-        raise UserError("liger=true needs liger-kernel: pip install -e '.[liger]', or use liger=false") from None
-    if model.config.model_type not in families:
-        raise UserError(f"liger=true: liger-kernel has no kernels for {model.config.model_type} models "
-                        f"(it has {', '.join(sorted(families))}); use liger=false")
-    _apply_liger_kernel_to_instance(model=model, rope=True, rms_norm=True, swiglu=True, geglu=True,
-                                    cross_entropy=False, fused_linear_cross_entropy=False)
+    Other passes run the layers as they are: decoding puts functions of its own in place of their linear layers, which
+    compiled code would not see. Layers of a kind share a graph, and so do passes of all sizes. Raises UserError, in a
+    pass too: compilation begins there."""
+    import torch._dynamo  # a second, for this option alone
+    import torch._functorch.config
+    if not (layers := getattr(base.base_model, "layers", None)):
+        raise UserError(f"compile=true: {type(base).__name__} has no list of decoder layers; use compile=false")
+    torch._dynamo.config.specialize_float = True  # a norm's epsilon never changes; as a variable it is compiled twice
+    torch._dynamo.config.recompile_limit = 64  # of all layers: kinds, with and without mask, one row or several
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # so that it fails in the forward pass, if it does
+
+    def switch(plain, compiled):
+        def forward(*args, **kwargs):
+            if not torch.is_grad_enabled():
+                return plain(*args, **kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                raise UserError("compile=true: torch.compile fails here (it needs a C++ compiler on a CPU, Triton on a "
+                                f"GPU); use compile=false. {str(error).strip()}") from None
+        return forward
+
+    for layer in layers:
+        layer.forward = switch(layer.forward, torch.compile(layer.forward, dynamic=True, backend=backend))
 
 
 def keep_4bit_weights_trainable(model) -> int:
