@@ -17,9 +17,9 @@ from minimath.core.errors import UserError
 PAUSE_S = 0.3  # between steps: OpenMP threads of the process that just ran spin for 0.2 s
 
 
-def start_worker(module: str, spec: dict, log) -> subprocess.Popen:
+def start_worker(module: str, spec: dict, log, env: dict | None = None) -> subprocess.Popen:
     """Start `python -m module` for one spec; log: the file that takes its stderr."""
-    return subprocess.Popen([sys.executable, "-m", module, json.dumps(spec)], cwd=ROOT, text=True,
+    return subprocess.Popen([sys.executable, "-m", module, json.dumps(spec)], cwd=ROOT, text=True, env=env,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
 
 
