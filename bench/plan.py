@@ -1,6 +1,6 @@
 """Compare what minimath plan predicts with what training and sampling really hold.
 
-    python -m bench.plan                  # all settings, five minutes of a core
+    python -m bench.plan                  # all settings, two minutes of a core
     python -m bench.plan --only nf4       # those with the word in their name; of the others the last result stays
 
 Small random models of four families go through minimath's own code (an optimizer step of two micro-batches, or a whole
@@ -27,6 +27,7 @@ from minimath.data.chat import Encoded
 from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
 from minimath.models.forward import base_causal_lm
+from minimath.models.fused import fused_layers
 from minimath.models.policy import Policy, load_policy
 from minimath.plan.footprint import Live
 from minimath.plan.needs import Planner
@@ -60,7 +61,8 @@ SETTINGS = {  # name: (family, stage, options)
     "qwen2 packed fp32 dropout": ("qwen2", "sft", PACKED | {"lora_dropout": 0.1}),
     "qwen2 update, shared prompts, checkpointing": ("qwen2", "rlaif", GROUPS | {
         "gradient_checkpointing": True, "group_size": 12, "micro_batch_tokens": 1800}),
-    "qwen3 update, padded fp32": ("qwen3", "rlaif", GROUPS | {"max_prompt_len": 24, "max_new_tokens": 346}),
+    "qwen3 update, short prompts fp32": ("qwen3", "rlaif", GROUPS | {
+        "max_prompt_len": 24, "max_new_tokens": 346, "micro_batch_tokens": 1110}),
     "gemma2 padded fp32 eager": ("gemma2", "sft", PADDED | {"attn": "eager"}),
     "qwen3 rollout fp32 top-p": ("qwen3", "rollout", SAMPLING | {"top_p": 0.9}),
     "qwen3 packed fp32 checkpointing": ("qwen3", "sft", LONG),
@@ -98,8 +100,10 @@ def write_model(folder: Path, family: str) -> None:
 
 
 def model_bytes(model) -> int:
-    """Bytes of the storages of a loaded model, NF4's scales and code books included."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """Bytes of the storages of a loaded model, NF4's scales and cast adapters included."""
+    tensors, fused = [*model.parameters(), *model.buffers()], fused_layers(base_causal_lm(model))
+    for group in [group for layer in fused.layers for group in layer.groups] if fused else ():
+        tensors += [t for t in (group.a, group.b, group.bias) if t is not None]
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         for each in (state, getattr(state, "state2", None)):

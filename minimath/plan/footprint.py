@@ -1,11 +1,14 @@
 """Bytes of a model and of its passes, counted before anything is loaded.
 
 The model's own code runs on tensors that have shapes and no data (torch's FakeTensorMode) while storages are counted:
-for two and three times the pattern of its layers, as each further one adds the same, and for three lengths, as a row
-costs a constant, its length and its square. Rows need masks, and gradients are there from the micro-batch before."""
+for two and three times the pattern of its layers, as each further one adds the same. On a card a pass costs a constant,
+its length and its square: three lengths tell. Fused layers on a CPU attend row by row: few rows tell what more cost.
+Rows need masks, and gradients are there from the micro-batch before."""
 import copy
 import functools
+import warnings
 import weakref
+from unittest import mock
 
 import numpy as np
 import torch
@@ -17,10 +20,21 @@ from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minimath.core.errors import UserError
+from minimath.kernels import elementwise
 from minimath.models import load
-from minimath.models.forward import base_causal_lm, head_module, hidden_states, inference, shared_mask
+from minimath.models.attention import Segment
+from minimath.models.forward import base_causal_lm, compute_dtype, head_module, hidden_states, inference, shared_mask
+from minimath.models.fused import fused_layers
 
 LENGTHS = (512, 2048, 8192)  # at which passes are followed
+ROWS = 4  # and twice as many in a pass foretell more of them
+ONE_PASS = {  # what the kernels of a card allocate: their results
+    "rms_norm": lambda x, *_: (torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)),
+    "apply_norm": lambda x, *_: torch.empty_like(x),
+    "rms_norm_backward": lambda dy, x, *_: torch.empty_like(x),
+    "rotate": lambda x, cos, sin, *, back=False: None,
+    "gated": lambda gate_up, act: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2),
+    "gated_backward": lambda dh, gate_up, act: (torch.empty_like(gate_up), torch.empty_like(dh))}
 NO_MASK = "minimath_plan_no_mask"  # sdpa without a mask keeps what flash attention does
 AttentionInterface.register(NO_MASK, sdpa_attention_forward)
 AttentionMaskInterface.register(NO_MASK, lambda **kwargs: None)
@@ -65,6 +79,14 @@ def empty_model(config, cfg, dtype: torch.dtype):
     return load._new_adapter(model.requires_grad_(False), cfg.replace(lora_init="default"))  # PiSSA makes no others
 
 
+def fuse(model, cfg):
+    """Fuse the layers as load_model does; return them, None if they stay as they are."""
+    base = base_causal_lm(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fake weights are all at address 0, and torch warns of it
+        return None if cfg.model.shard or load.fuse(base) else fused_layers(base)
+
+
 def pattern(config) -> int:
     """Find the number of layers after which their kinds repeat."""
     kinds = list(getattr(config.get_text_config(), "layer_types", None) or [None])
@@ -90,52 +112,83 @@ def traceable(config, cfg, dtype: torch.dtype, layers: int, fake: FakeTensorMode
                     held[name] = type(old)(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
         for param in [p for p in model.parameters() if p.requires_grad]:
             param.grad = torch.empty_like(param)
+        fuse(model, cfg)
     return model
 
 
 class Model:
     """Count on a model with its adapter; linears: the weights that nf4 quantises."""
 
-    def __init__(self, config, cfg, dtype: torch.dtype):
+    def __init__(self, config, cfg, dtype: torch.dtype, device: str):
         self.empty, self.fake, few = empty_model(config, cfg, dtype), FakeTensorMode(), pattern(config)
         self.head = head_module(self.empty).weight
         self.linears = [m.weight for m in base_causal_lm(self.empty).modules() if isinstance(m, torch.nn.Linear)
                         and m.weight is not self.head and not m.weight.requires_grad]
+        fused = fuse(self.empty, cfg)
+        self.groups = [group for layer in fused.layers for group in layer.groups] if fused else []
+        self.scratch = max((group.width * group.bases[0].in_features for group in self.groups), default=0)
+        self.by_rows, self.one_pass = bool(fused) and device == "cpu", ONE_PASS if device != "cpu" else {}
         self.layers = config.get_text_config().num_hidden_layers
         counts = (self.layers,) if self.layers <= 3 * few else (2 * few, 3 * few)  # the first layer is unlike others
         self.models = {n: traceable(config, cfg, dtype, n, self.fake) for n in counts}
         self.followed = functools.cache(self.followed)
 
-    def passes(self, kind: str, rows: int, length: int) -> tuple[int, ...]:
+    def passes(self, rows: float, length: int, prompt: int = 0, together: bool = False) -> tuple[int, ...]:
         """Count bytes above what stays: kept for backward, most in forward, in backward.
 
-        kind: row (masked as packed or padded), shared (completions behind their prompt) or prefill (fills a cache).
+        Rows of `length` tokens, padded, or together behind one another (a part of a row, too), maybe behind a common
+        prompt. Raises UserError."""
+        if self.by_rows:
+            if (whole := max(1, int(rows))) < ROWS:
+                return self.followed(length, whole, prompt, max(0, round((rows - whole) * length)))
+            few, more = (self.followed(length, n, prompt) for n in (ROWS, 2 * ROWS))
+            return tuple(int(a + (b - a) * (rows / ROWS - 1)) for a, b in zip(few, more))
+        if together:
+            rows, length = 1, int(prompt + rows * length)
+        square, slope, fixed = np.polyfit(LENGTHS, [self.followed(n, 1, -(prompt > 0)) for n in LENGTHS], 2)
+        return tuple(map(int, fixed + rows * length * (slope + square * length)))
+
+    def prefill(self, rows: int, length: int) -> int:
+        """Count bytes of a pass over prompts that fills a cache. Raises UserError."""
+        return rows * self.followed(length, 0)[1]
+
+    def followed(self, *what: int) -> tuple[int, ...]:
+        """Extend what follow counts of a few layers to all.
+
         Raises UserError where code looks at its numbers, as that of mixtures of experts does."""
         try:
-            if kind == "prefill":  # its length is always the same
-                return tuple(rows * size for size in self.followed(kind, length))
-            square, slope, fixed = np.polyfit(LENGTHS, [self.followed(kind, n) for n in LENGTHS], 2)
-            return tuple(map(int, fixed + rows * length * (slope + square * length)))
+            (least, few), *more = ((n, self.follow(model, *what)) for n, model in self.models.items())
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             raise UserError(f"this model's passes can't be followed without its numbers ({load.first_line(error)}); "
                             "try another attn=, or plan with a model of like size") from None
-
-    def followed(self, kind: str, length: int) -> tuple[int, ...]:
-        """Extend what follow counts of a few layers to all."""
-        (least, few), *more = ((n, self.follow(model, kind, length)) for n, model in self.models.items())
         return tuple(a + (b - a) * (self.layers - least) // (n - least)
                      for n, other in more for a, b in zip(few, other)) or few
 
-    def follow(self, model, kind: str, length: int) -> tuple[int, int, int]:
-        with self.fake, Live() as live:
-            ids, places, mask = (torch.empty(1, length, dtype=torch.long) for _ in range(3))
-            if kind == "prefill":
+    def follow(self, model, length: int, rows: int, prompt: int = 0, rest: int = 0) -> tuple[int, int, int]:
+        """Follow a pass over `rows` rows; none: over a prompt, for a cache.
+
+        prompt: before the rows, all with one mask of ours if below 0. rest: tokens of a further row."""
+        tokens = max(0, prompt) + max(1, rows) * length + rest
+        with self.fake, Live() as live, mock.patch.dict(vars(elementwise), self.one_pass):
+            ids, places = (torch.empty(1, tokens, dtype=torch.long) for _ in range(2))
+            if not rows:
                 with inference(model):
-                    hidden_states(model, ids, attention_mask=mask, past_key_values=DynamicCache())
+                    hidden_states(model, ids, attention_mask=places, past_key_values=DynamicCache())
                 return 0, live.peak, 0
-            mask = shared_mask(model, places[0], places[0]) if kind == "shared" else None
-            masks = live.now  # in the loop, the batch before lives until the next is made
-            hidden = hidden_states(model, ids, attention_mask=mask, position_ids=places)
+            if self.by_rows:
+                segments = [Segment(at, min(length, tokens - at), 0, prompt) for at in range(prompt, tokens, length)]
+                segments += [Segment(0, prompt)] if prompt else []
+                hidden = hidden_states(model, ids, position_ids=places, rows=segments)
+            else:
+                mask = shared_mask(model, places[0], [Segment(0, tokens)]) if prompt else None
+                with compute_dtype(model):
+                    hidden = base_causal_lm(model).base_model(input_ids=ids, position_ids=places, attention_mask=mask,
+                                                              use_cache=False).last_hidden_state
+                del mask
             kept, forward, live.peak = live.now, live.peak, live.now
-            hidden.sum().backward()
-        return kept, forward + masks, live.peak
+            (loss := hidden.sum()).backward()
+            backward = live.peak
+            del hidden
+            before = live.now  # what hangs on a loss until the next is there: masks of rows
+        del loss
+        return kept + before, forward + before, backward

@@ -12,7 +12,8 @@ from minimath.config.schema import EvalConfig, RLAIFConfig, SFTConfig
 from minimath.core.errors import UserError
 from minimath.core.hub import without_network
 from minimath.core.text import did_you_mean
-from minimath.kernels.common import WORKSPACE_BYTES
+from minimath.data.batch import rounded
+from minimath.kernels.common import tile_shape
 from minimath.models.load import DTYPES, first_line
 from minimath.models.memory import cache_bytes_per_token
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
@@ -23,7 +24,7 @@ CONTEXT = GIB // 2  # CUDA's context, cuBLAS's workspace and kernels, outside to
 FRAGMENTATION = 0.06  # of what torch allocates, lost between its blocks or held inside kernels: an assumption
 UNIT, MOST_TOKENS = 256, 1 << 17  # micro_batch_tokens that are proposed: multiples of UNIT, up to MOST_TOKENS
 PREFILL_TOKENS, PLACES, MOST_SEQS = 4096, 64, {"cpu": 128, "cuda": 512}  # of the engine: a prefill, a length, a batch
-COUNTED_BY = ("dtype", "attn", "gradient_checkpointing", "lora_r", "lora_targets", "lora_dropout", "dora")
+COUNTED_BY = ("dtype", "attn", "gradient_checkpointing", "lora_r", "lora_targets", "lora_dropout", "dora", "shard")
 REMEDIES = (("attn", "eager", "sdpa"), ("gradient_checkpointing", False, True), ("optimizer", "adamw", "adamw8bit"),
             ("quant", "none", "nf4"))  # option, its value, what takes less memory; what costs least comes first
 
@@ -45,18 +46,26 @@ def longest_row(cfg) -> int:
     return cfg.max_len if isinstance(cfg, SFTConfig) else cfg.prompt.max_prompt_len + cfg.sampling.max_new_tokens
 
 
-def shapes(cfg) -> list[tuple[str, int, int]]:
-    """List kind, rows and length of the largest forward passes."""
+def shapes(cfg, by_rows: bool) -> list[tuple[float, int, int, bool]]:
+    """List the largest passes: rows, length, common prompt, whether behind one another.
+
+    by_rows: rows do not see each other, so that an update packs them."""
     budget, longest = cfg.optimizer.micro_batch_tokens, longest_row(cfg)
-    if isinstance(cfg, SFTConfig):
-        return [("row", 1, min(max(budget, longest), cfg.batch_size * longest)) if cfg.packing else
-                ("row", max(1, min(budget // longest, cfg.batch_size)), longest)]
-    rows = max(1, min(budget // longest, cfg.prompts_per_step * cfg.group_size))
-    budget, prompt = min(budget, EAGER_TOKENS) if cfg.model.attn == "eager" else budget, cfg.prompt.max_prompt_len
-    new = int(prompt * ((1 - 1 / cfg.group_size) / LEAST_SAVED - 1))  # behind longer completions they go padded
-    new = min(new, cfg.sampling.max_new_tokens)
-    shared = [("shared", 1, min(max(budget, prompt + new), prompt + cfg.group_size * new))]
-    return [("row", rows, longest), *(shared if new > 0 and cfg.model.attn != "flash_attention_2" else [])]
+    sft, prompt = isinstance(cfg, SFTConfig), cfg.prompt.max_prompt_len
+    every = cfg.batch_size if sft else cfg.prompts_per_step * cfg.group_size
+    packed = cfg.packing if sft else by_rows
+    rows = rounded(min(max(budget, longest), every * longest)) / longest if packed else \
+        max(1, min(budget // longest, every))
+    found = [(rows, longest, 0, packed)]
+    if not sft and cfg.model.attn != "flash_attention_2":
+        new = int(prompt * ((1 - 1 / cfg.group_size) / LEAST_SAVED - 1))  # behind longer completions they go apart
+        new = min(new, cfg.sampling.max_new_tokens)
+        budget = min(budget, EAGER_TOKENS) if cfg.model.attn == "eager" else budget
+        if new > 0:  # nothing is predicted from a row's last token
+            many = min((max(budget, prompt + new) - prompt) / new, cfg.group_size)
+            total = rounded(int(prompt + many * (new - 1)))
+            found.append(((total - prompt) / new, new, prompt, True))
+    return found
 
 
 def with_tokens(cfg, tokens: int):
@@ -90,33 +99,42 @@ class Planner:
     def model(self, cfg) -> Model:
         """The model to count on, made once for each set of options that bear on it."""
         key = tuple(map(cfg.value, COUNTED_BY))
-        return self.models.get(key) or self.models.setdefault(key, Model(self.config, cfg, self.dtype(cfg)))
+        return self.models.get(key) or self.models.setdefault(
+            key, Model(self.config, cfg, self.dtype(cfg), self.device))
 
     def stays(self, cfg, *, optimizer: bool) -> dict[str, int]:
         model, nf4 = self.model(cfg), cfg.model.quant == "nf4"
         frozen = [t for t in (*model.empty.parameters(), *model.empty.buffers()) if not t.requires_grad]
         trained = [p for p in model.empty.parameters() if p.requires_grad]
         state = sum(adam_bytes(p.numel(), cfg.optimizer.name) for p in trained)
-        return {"embeddings, head, norms": sum(t.nbytes for t in frozen) - sum(w.nbytes for w in model.linears),
+        cast = sum(t.nbytes for group in model.groups for t in (group.a, group.b, group.bias) if t is not None)
+        rows = {"embeddings, head, norms": sum(t.nbytes for t in frozen) - sum(w.nbytes for w in model.linears),
                 "linear layers": sum(nf4_bytes(w.numel()) if nf4 else w.nbytes for w in model.linears),
-                "adapter": sum(p.nbytes for p in trained)} | ({"optimizer state": state} if optimizer else {})
+                "adapter": sum(p.nbytes for p in trained)}
+        return rows | ({"adapter, cast": cast} if cast else {}) | ({"optimizer state": state} if optimizer else {})
 
     def on_card(self, rows: dict[str, int]) -> dict[str, int]:
         assumed = CONTEXT + int(FRAGMENTATION * sum(rows.values()))
         return rows | ({"context and fragmentation (assumed)": assumed} if self.device != "cpu" else {})
 
     def training(self, cfg) -> dict[str, int]:
-        rows, peak = self.stays(cfg, optimizer=True), 0
+        rows, peak, model = self.stays(cfg, optimizer=True), 0, self.model(cfg)
         text, size = self.config.get_text_config(), self.dtype(cfg).itemsize
-        for kind, count, length in shapes(cfg):
-            kept, forward, backward = self.model(cfg).passes(kind, count, length)
-            # linear_token_loss: scratch; a tile's logits; sums and gradient of the hidden states with their copies
-            loss = (6 << 20) + min(WORKSPACE_BYTES[self.device], count * length * text.vocab_size * size)
-            loss += count * length * (text.hidden_size * (4 + 3 * size) + 32)
+        for many, length, prompt, together in shapes(cfg, model.by_rows):
+            kept, forward, backward = model.passes(many, length, prompt, together)
+            tokens = int(prompt + many * length)
+            # linear_token_loss: scratch; gradient of the hidden states, twice; a chunk's logits, hidden states, sums
+            chunks, columns = tile_shape(tokens, text.vocab_size, size, device=self.device)
+            loss = (6 << 20) + tokens * (2 * text.hidden_size * size + 32)
+            loss += max(chunks) * (columns * size + text.hidden_size * (4 + size))
             peak = max(peak, forward, backward, kept + loss)
-        if cfg.model.quant == "nf4":  # a matrix is made anew for each of its products
-            peak += max(w.numel() for w in self.model(cfg).linears) * size
-        return self.on_card(rows | {"gradients": rows["adapter"], "activations": peak})
+        return self.on_card(rows | {"gradients": rows["adapter"], "activations": peak + self.dequantised(cfg)})
+
+    def dequantised(self, cfg) -> int:
+        """Count a matrix that is made anew for each of its products, and its group's."""
+        model = self.model(cfg)
+        one = max(w.numel() for w in model.linears) + model.scratch
+        return one * self.dtype(cfg).itemsize if cfg.model.quant == "nf4" else 0
 
     def rollout(self, base, cfg, seqs: int, card: int) -> dict[str, int]:
         """Count what sampling `seqs` sequences takes. base: options of what was trained."""
@@ -130,7 +148,7 @@ class Planner:
         logits = seqs * model.head.shape[0] * (28 if cfg.sampling.top_p < 1 else 12)  # top-p sorts them
         keys = -(-(prompt + new) // PLACES) * PLACES * cache_bytes_per_token(model.empty)
         rows["keys and values"] = seqs * (keys + 20 * new + 8 * prompt)
-        rows["prefill, or a step's logits"] = max(logits, *model.passes("prefill", together, prompt))
+        rows["prefill, or a step's logits"] = max(logits, model.prefill(together, prompt)) + self.dequantised(base)
         return self.on_card(rows)
 
     def most_tokens(self, cfg, card: int, limit: int = MOST_TOKENS) -> int:
