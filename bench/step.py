@@ -94,10 +94,9 @@ class Launches(TorchDispatchMode):
     def dequantise(self, weights: int) -> None:
         self.note("dequantise", (BYTES_4BIT + 2) * weights)
 
-    def weight_of(self, base, dtype: torch.dtype) -> torch.Tensor:
-        """Stand for linears.weight_of of a 4-bit layer."""
+    def into(self, base, out: torch.Tensor) -> None:
+        """Stand for linears.dequantise."""
         self.dequantise(base.weight.numel())
-        return torch.empty(base.weight.shape, dtype=dtype)
 
     def one_pass(self, name: str):
         """Stand for a function of elementwise: what it reads and writes, at once."""
@@ -119,7 +118,7 @@ def trace(model: Model, layers: int, tokens: int, nf4: bool) -> Counter:
         group.quantised = nf4
     counted = Launches(frozen)
     with model.fake, counted, compute_dtype(traced), \
-            mock.patch.multiple(linears, weight_of=counted.weight_of, _SCRATCH={}), \
+            mock.patch.multiple(linears, dequantise=counted.into, _SCRATCH={}), \
             mock.patch.dict(vars(elementwise), {name: counted.one_pass(name) for name in ONE_PASS}):
         ids = torch.empty(tokens // row, row, dtype=torch.long)
         hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state

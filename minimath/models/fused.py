@@ -9,12 +9,14 @@ model has those; a family with norms behind o and down has them before the sums.
 layers (linears.py) comes from minimath.kernels.elementwise.
 
 Only families whose layers are known to be this are fused; others run as transformers has them."""
+import functools
 import sys
 from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch.autograd.function import once_differentiable
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minimath.kernels import elementwise
@@ -22,6 +24,8 @@ from minimath.models.attention import Heads, SegmentAttention, Segments
 from minimath.models.linears import LinearGroup, base_of, is_plain
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3")
+# For gradient checkpointing, transformers 5.23 wraps the layers' forward, and older ones their __call__
+CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -222,6 +226,13 @@ def fusable(layer, dtype: torch.dtype) -> str:
     return ""
 
 
+def checkpointed(layer, fused: FusedLayer, hidden_states, *args, **kwargs):
+    """Compute a fused layer, again in backward if the layer is to, as its class's own forward would be."""
+    if layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(functools.partial(fused.forward, **kwargs), hidden_states, *args)
+    return fused.forward(hidden_states, *args, **kwargs)
+
+
 class FusedLayers:
     """The fused layers of a decoder, and what they share."""
 
@@ -233,7 +244,7 @@ class FusedLayers:
     def build(self) -> None:
         self.layers = [FusedLayer(layer, self.decoder.dtype) for layer in self.decoder.layers]
         for layer, fused in zip(self.decoder.layers, self.layers, strict=True):
-            layer.forward = fused.forward
+            layer.forward = functools.partial(checkpointed, layer, fused) if CHECKPOINTS_FORWARD else fused.forward
         self.built_of = self.weights()
 
     def weights(self) -> list[tuple[int, int]]:

@@ -101,10 +101,9 @@ class LinearGroup:
         """W (width, in) in the compute type; of 4-bit layers until the next call only."""
         if not self.quantised:
             return self.weight
-        out, rows = scratch(self.dtype, self.width, self.bases[0]), 0
-        for base in self.bases:
-            out[rows:rows + base.out_features] = weight_of(base, self.dtype)
-            rows += base.out_features
+        out = scratch(self.dtype, self.width, self.bases[0])
+        for base, part in zip(self.bases, out.split(self.widths), strict=True):
+            dequantise(base, part)
         return out
 
     def masks(self, x: torch.Tensor) -> list[torch.Tensor] | None:
@@ -203,12 +202,13 @@ def scratch(dtype: torch.dtype, width: int, base: nn.Module) -> torch.Tensor:
     return _SCRATCH[key][:size].view(width, base.in_features)
 
 
-def weight_of(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """Give the W of a layer in dtype, dequantised: shape [out, in]."""
-    if not is_4bit(base):
-        return base.weight.detach().to(dtype)
+def dequantise(base: nn.Module, out: torch.Tensor) -> None:
+    """Write the W of a 4-bit layer to out (out, in)."""
     from bitsandbytes.functional import dequantize_4bit
-    return dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
+    if out.is_cuda and out.dtype == base.weight.quant_state.dtype:  # bitsandbytes has no such operator for a CPU
+        dequantize_4bit(base.weight.data, base.weight.quant_state, out=out)
+    else:
+        out.copy_(dequantize_4bit(base.weight.data, base.weight.quant_state))
 
 
 def packed_product(weight: torch.Tensor, bias, rows: int) -> Callable | None:
