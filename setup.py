@@ -64,7 +64,6 @@ setup(
         "test": ["pytest>=8", "pytest-xdist>=3.6,<4", "hypothesis>=6.100", "openai>=2,<4", "gguf>=0.17,<1",
                  "sentencepiece>=0.2,<1",
                  "xllamacpp>=2026.10; platform_system == 'Linux' and platform_machine == 'x86_64'"],
-        "liger": ["liger-kernel>=0.8,<1"],
         "judge": ["openai>=2,<4"],
         "bench": ["trl>=1.16,<2", "liger-kernel>=0.8,<1", "cut-cross-entropy>=25.1"],
     },

@@ -23,7 +23,7 @@ from minimath.models.memory import free_bytes
 
 # a machine may lack these: an option asks for them, or something slower stands in
 USES = {"triton": "the kernels on CUDA and ROCm", "bitsandbytes": "quant=nf4 and 8-bit optimizers",
-        "datasets": "hub data sets and parquet", "liger-kernel": "liger=true", "vllm": "rollout=vllm",
+        "datasets": "hub data sets and parquet", "vllm": "rollout=vllm",
         "flash-attn": "attn=flash_attention_2", "openai": "judge=openai", "gguf": "the demo's model",
         "wandb": "trackers=wandb", "tensorboard": "trackers=tensorboard", "trackio": "trackers=trackio"}
 

@@ -9,6 +9,7 @@ RENAMED_VALUES = {("judge", "rules"): "heuristic", ("judge_fallback", "rules"): 
                   ("reward", "rules"): "paper"}
 REMOVED = {
     "double_quant": "nf4 scales are always quantised too",
+    "liger": "norms, rotations and gated activations of the layers are minimath's own kernels now",
     "beta1": "Adam's decay is 0.9", "beta2": "Adam's decay is 0.999",
     "min_lr_ratio": "the schedule ends at 0; lr_schedule=constant holds the rate",
     "label_smoothing": "minimath.kernels.linear_cross_entropy has it for a loop of your own",

@@ -32,8 +32,8 @@ class ModelOptions:
     """attention"""
     trust_remote_code: bool = False
     """run Python code that ships with the model; only for models you trust"""
-    liger: bool = False
-    """RMSNorm, RoPE and SwiGLU by liger-kernel's Triton kernels; a GPU, and pip install -e '.[liger]'"""
+    compile: bool = False
+    """train through transformers' decoder layers, compiled by torch.compile (a minute at the start), not minimath's"""
     shard: bool = False
     """split the frozen base over the processes that were started (FSDP2), for models that no single card holds"""
 

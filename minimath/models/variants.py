@@ -48,7 +48,8 @@ def compile_layers(base, backend: str = "inductor") -> None:
         raise UserError(f"compile=true: {type(base).__name__} has no list of decoder layers; use compile=false")
     torch._dynamo.config.specialize_float = True  # a norm's epsilon never changes; as a variable it is compiled twice
     torch._dynamo.config.recompile_limit = 64  # of all layers: kinds, with and without mask, one row or several
-    torch._functorch.config.force_non_lazy_backward_lowering = True  # so that it fails in the forward pass, if it does
+    if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):  # so that it fails in forward, if it does
+        torch._functorch.config.force_non_lazy_backward_lowering = True
 
     def switch(plain, compiled):
         def forward(*args, **kwargs):
@@ -57,8 +58,9 @@ def compile_layers(base, backend: str = "inductor") -> None:
             try:
                 return compiled(*args, **kwargs)
             except torch._dynamo.exc.TorchDynamoException as error:
-                raise UserError("compile=true: torch.compile fails here (it needs a C++ compiler on a CPU, Triton on a "
-                                f"GPU); use compile=false. {str(error).strip()}") from None
+                why = " ".join(str(error).split("\n\n")[0].split())[:200]
+                raise UserError(f"compile=true: torch.compile fails here ({why}); it needs a C++ compiler, on a GPU "
+                                "Triton as well. Use compile=false") from None
         return forward
 
     for layer in layers:

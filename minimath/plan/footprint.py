@@ -84,7 +84,7 @@ def fuse(model, cfg):
     base = base_causal_lm(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fake weights are all at address 0, and torch warns of it
-        return None if cfg.model.shard or load.fuse(base) else fused_layers(base)
+        return None if cfg.model.shard or cfg.model.compile or load.fuse(base) else fused_layers(base)
 
 
 def pattern(config) -> int:

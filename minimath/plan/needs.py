@@ -24,7 +24,8 @@ CONTEXT = GIB // 2  # CUDA's context, cuBLAS's workspace and kernels, outside to
 FRAGMENTATION = 0.06  # of what torch allocates, lost between its blocks or held inside kernels: an assumption
 UNIT, MOST_TOKENS = 256, 1 << 17  # micro_batch_tokens that are proposed: multiples of UNIT, up to MOST_TOKENS
 PREFILL_TOKENS, PLACES, MOST_SEQS = 4096, 64, {"cpu": 128, "cuda": 512}  # of the engine: a prefill, a length, a batch
-COUNTED_BY = ("dtype", "attn", "gradient_checkpointing", "lora_r", "lora_targets", "lora_dropout", "dora", "shard")
+COUNTED_BY = ("dtype", "attn", "gradient_checkpointing", "lora_r", "lora_targets", "lora_dropout", "dora", "shard",
+              "compile")
 REMEDIES = (("attn", "eager", "sdpa"), ("gradient_checkpointing", False, True), ("optimizer", "adamw", "adamw8bit"),
             ("quant", "none", "nf4"))  # option, its value, what takes less memory; what costs least comes first
 

@@ -19,7 +19,7 @@ from minimath.models.policy import Policy
 BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit", "paged_adamw32bit": "PagedAdamW32bit"}
 BAD_STEPS = 3  # non-finite steps in a row that end a run
 MOST_HALVINGS = 3  # of micro_batch_tokens in a run: what does not fit in an eighth needs other settings
-BEAR_ON_MEMORY = ("micro_batch_tokens", "model", "device", "dtype", "quant", "attn", "liger", "optimizer", "lora_r",
+BEAR_ON_MEMORY = ("micro_batch_tokens", "model", "device", "dtype", "quant", "attn", "compile", "optimizer", "lora_r",
                   "gradient_checkpointing", "packing", "max_len", "max_new_tokens", "shard")
 
 Closure = Callable[[list[int], dict], tuple[torch.Tensor, dict[str, float]]]

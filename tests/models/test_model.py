@@ -1,8 +1,6 @@
 """Loading: adapters, 4-bit weights that stay trainable, what the config says of the head, errors in one line."""
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from minimath.core.checkpoint import save_adapter
 from minimath.core.errors import UserError
 from minimath.kernels.reference import full_logits
 from minimath.models.forward import adapter_off, head, hidden_states, inference
-from minimath.models.load import describe, keep_4bit_weights_trainable, load_model, pick_device, pick_dtype
+from minimath.models.load import describe, keep_4bit_weights_trainable, pick_device, pick_dtype
 
 IDS = torch.arange(10, 26)[None]  # (1, 16)
 
@@ -291,45 +289,6 @@ def test_describe_names_device_dtype_and_quantisation(nf4_dir):
     text = describe(model, cfg)
     assert all(part in text for part in (str(nf4_dir), "cpu", "bfloat16", "NF4", "double", "0.00 M trained"))
     assert "\n" not in text
-
-
-def test_liger_without_a_gpu_is_refused_in_one_line(tiny_dir):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(UserError, match="liger=true needs a GPU"):
-        load_model(EvalConfig(model=str(tiny_dir), device="cpu", liger=True), train=False)
-
-
-LIGER = """
-import sys
-from types import SimpleNamespace
-from transformers import AutoModelForCausalLM
-from minimath.core.errors import UserError
-from minimath.models.load import patch_with_liger
-
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-forward = type(model).forward
-on_gpu = SimpleNamespace(type="cuda")
-type(model).device = property(lambda self: on_gpu)
-patch_with_liger(model)
-layer = model.model.layers[0]
-for module in (model.model.norm, layer.input_layernorm, layer.mlp):
-    assert "liger" in module.forward.__func__.__module__, module
-assert type(model).forward is forward and "forward" not in vars(model), "the loss was patched"
-model.config.model_type = "martian"
-try:
-    patch_with_liger(model)
-except UserError as error:
-    assert "no kernels for martian models" in str(error), error
-    print("refused")
-"""
-
-
-def test_liger_patches_norm_and_mlp_of_the_model_but_no_loss(tiny_dir):
-    """In a process of its own, since RoPE is patched for the whole family; the kernels need a GPU to run."""
-    pytest.importorskip("liger_kernel")
-    done = subprocess.run([sys.executable, "-c", LIGER, str(tiny_dir)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "refused" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
