@@ -46,6 +46,8 @@ def compile_layers(base, backend: str = "inductor") -> None:
     import torch._functorch.config
     if not (layers := getattr(base.base_model, "layers", None)):
         raise UserError(f"compile=true: {type(base).__name__} has no list of decoder layers; use compile=false")
+    if any(getattr(module, "lora_variant", None) for module in base.modules()):  # 14 pieces a layer
+        raise UserError("compile=true: torch.compile breaks off in adapters with dora=true; use one of the two")
     torch._dynamo.config.specialize_float = True  # a norm's epsilon never changes; as a variable it is compiled twice
     torch._dynamo.config.recompile_limit = 64  # of all layers: kinds, with and without mask, one row or several
     if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):  # so that it fails in forward, if it does

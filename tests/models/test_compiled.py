@@ -119,3 +119,8 @@ def test_a_compiler_that_fails_is_said_with_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no working C.. compiler.* Use compile=false") as error:
         hidden_states(model, torch.tensor([[5, 6]]))
     assert "\n" not in str(error.value)
+
+
+def test_adapters_that_cannot_be_traced_are_refused(tmp_path):
+    with pytest.raises(UserError, match="dora=true; use one of the two"):
+        load(tiny_model(tmp_path), SFTConfig, train=True, compile=True, dora=True)
