@@ -11,6 +11,8 @@ from minimath.core.errors import Interrupted, UserError
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if "OMP_WAIT_POLICY" not in os.environ:  # some 20 us and not 7 ms: as fast alone, faster beside others
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# oneDNN keeps compiled products, one per shape, of half a MiB each: by default 1,024, and a step needs some 100
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
