@@ -42,8 +42,8 @@ class Schedule:
         """Note the seconds left before the first step of this process."""
         self.left = self.limit = left
         if self.progress is not None:
-            self.say(f"the learning rate had followed max_minutes: what is left of its schedule is "
-                     f"{1 - self.progress:.0%}; a new run with adapter= has a new one")
+            self.say(f"the learning rate had followed max_minutes: it goes on with the last {1 - self.progress:.0%} of "
+                     "its schedule; a new run with adapter= begins another")
 
     def place(self, done: int) -> float:
         """Find the place of the next step, as lr_at takes it: in steps."""
@@ -52,6 +52,8 @@ class Schedule:
     def commit(self, done: int, left: float) -> None:
         """Take in that the done-th step is done, with so many seconds left."""
         before, self.left = self.left, left
+        if done == self.total:  # a run that goes on has more steps: not all of them at rate 0
+            return
         if self.progress is not None:
             share = 1 - left / before if 0 < left < before else 0.0  # at the limit the rest is for a run that goes on
             self.progress += (1 - self.progress) * max(share, 1 / (self.total - done + 1))

@@ -102,8 +102,14 @@ def test_a_run_that_goes_on_never_raises_the_rate_and_spreads_the_rest():
     bound = Clock(150, 60.0, lambda n: 2.0, state, first.done)
     for again in (unbound, bound):
         assert falls([first.rates[-1], *again.rates]) and again.rates[-1] > 0
-        assert "what is left of its schedule is" in again.said[0] and len(again.said) == 1
+        assert "it goes on with the last" in again.said[0] and len(again.said) == 1
     assert unbound.done == 150 and bound.done < 110 and bound.rates[20] < unbound.rates[20]
+
+
+def test_more_steps_after_a_run_that_followed_the_clock_to_its_last_have_a_rate():
+    first = Clock(150, 160.0, lambda n: 4.0 if n < 10 else 1.0)
+    again = Clock(200, 1e4, lambda n: 1.0, first.schedule.state_dict(), 150)
+    assert first.done == 150 and len(first.said) == 1 and 0 < again.rates[0] < 0.01 and falls(again.rates)
 
 
 def test_a_run_that_goes_on_before_the_clock_was_followed_begins_by_steps():
