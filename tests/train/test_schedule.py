@@ -107,7 +107,7 @@ def test_a_run_that_goes_on_never_raises_the_rate_and_spreads_the_rest():
 
 
 def test_more_steps_after_a_run_that_followed_the_clock_to_its_last_have_a_rate():
-    first = Clock(150, 160.0, lambda n: 4.0 if n < 10 else 1.0)
+    first = Clock(150, 180.0, lambda n: 4.0 if n < 10 else 1.0)
     again = Clock(200, 1e4, lambda n: 1.0, first.schedule.state_dict(), 150)
     assert first.done == 150 and len(first.said) == 1 and 0 < again.rates[0] < 0.01 and falls(again.rates)
 
