@@ -38,7 +38,7 @@ def micro_batches(rows: list[Encoded], *, packing: bool, micro_batch_tokens: int
     lengths = [len(row.ids) for row in rows]
     for indices in (pack(lengths, micro_batch_tokens) if packing else like_lengths(lengths, micro_batch_tokens)):
         chosen = [rows[i] for i in indices]
-        batch = collate_packed(chosen) if packing else collate_padded(chosen, pad_id)
+        batch = collate_packed(chosen, micro_batch_tokens) if packing else collate_padded(chosen, pad_id)
         yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -79,15 +79,15 @@ def _targets(row: Encoded) -> list[int]:
     return [i if trained else IGNORE for i, trained in zip(row.ids[1:], row.loss_mask[1:])] + [IGNORE]
 
 
-def collate_packed(rows: list[Encoded]) -> dict[str, torch.Tensor]:
+def collate_packed(rows: list[Encoded], most: int = 0) -> dict[str, torch.Tensor]:
     """Put all examples one after the other in one row, with position_ids from 0 for each.
 
     Without a mask and with use_cache=False, transformers (5.23) finds the borders by position_ids; with its default
     use_cache=True, or a mask of ones, examples silently attend to each other. A last example of zeros, of which nothing
-    is trained, rounds the length up.
+    is trained, rounds the length up, to at most `most`.
     """
-    total = sum(len(row.ids) for row in rows)
-    rows = [*rows, Encoded([0] * tail, [False] * tail, False)] if (tail := rounded(total) - total) else rows
+    tail = tail_length(sum(len(row.ids) for row in rows), most)
+    rows = [*rows, Encoded([0] * tail, [False] * tail, False)] if tail else rows
     return {
         "input_ids": torch.tensor([[i for row in rows for i in row.ids]]),
         "position_ids": torch.tensor([[p for row in rows for p in range(len(row.ids))]]),
@@ -101,6 +101,11 @@ def rounded(tokens: int) -> int:
     Every new size costs: oneDNN compiles and keeps its products, cuDNN plans its attention."""
     step = 64 << max(0, (tokens - 1).bit_length() - 10)
     return -(-tokens // step) * step
+
+
+def tail_length(tokens: int, most: int) -> int:
+    """Count the tokens that round a pass up, within the budget of a pass."""
+    return max(0, min(rounded(tokens), most) - tokens)
 
 
 def collate_padded(rows: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:

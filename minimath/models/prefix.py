@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from minimath.core import dist
-from minimath.data.batch import micro_batches, rounded
+from minimath.data.batch import micro_batches, tail_length
 from minimath.data.chat import Encoded
 from minimath.models.attention import Segment
 from minimath.models.forward import base_causal_lm, takes_rows
@@ -49,11 +49,12 @@ def share_saved(rows: list[Encoded], packs: list[list[int]]) -> float:
     return saved / max(1, sum(len(row.ids) for row in rows))
 
 
-def shared_batch(model, rows: list[Encoded]) -> dict:
+def shared_batch(model, rows: list[Encoded], most: int = 0) -> dict:
     """Lay rows with a common prompt out as one sequence, for hidden_states.
 
     input_ids, position_ids (1, T), rows as hidden_states takes them, source (N,): the places whose hidden states
-    predict the N trained tokens, target (N,): those tokens, in the order of the argument."""
+    predict the N trained tokens, target (N,): those tokens, in the order of the argument. T is rounded up, to at most
+    `most`."""
     start = prompt_length(rows[0])
     ids, position, segments = list(rows[0].ids[:start]), list(range(start)), [Segment(0, start)]
     source, target = [], []
@@ -65,7 +66,7 @@ def shared_batch(model, rows: list[Encoded]) -> dict:
             segments.append(Segment(len(ids), len(completion) - 1, 0, start))
         ids += completion[:-1]
         position += range(start, start + len(completion) - 1)
-    device, tail = base_causal_lm(model).device, rounded(len(ids)) - len(ids)
+    device, tail = base_causal_lm(model).device, tail_length(len(ids), most)
     if tail:
         segments.append(Segment(len(ids), tail))
     ids, position = ids + tail * [0], position + list(range(tail))
@@ -87,7 +88,7 @@ def forward_batches(policy: Policy, rows: list[Encoded], groups: list[int],
     packs = shared_packs(rows, groups, most) if attn != "flash_attention_2" else []  # which takes no mask of ours
     if packs and share_saved(rows, packs) >= LEAST_SAVED:
         for pack in packs:
-            yield pack, shared_batch(policy.model, [rows[i] for i in pack])
+            yield pack, shared_batch(policy.model, [rows[i] for i in pack], most)
     else:
         yield from micro_batches(rows, packing=takes_rows(policy.model), micro_batch_tokens=micro_batch_tokens,
                                  pad_id=policy.tokenizer.pad_token_id, device=policy.device)

@@ -12,7 +12,7 @@ from minimath.config.schema import EvalConfig, RLAIFConfig, SFTConfig
 from minimath.core.errors import UserError
 from minimath.core.hub import without_network
 from minimath.core.text import did_you_mean
-from minimath.data.batch import rounded
+from minimath.data.batch import tail_length
 from minimath.kernels.common import tile_shape
 from minimath.models.load import DTYPES, first_line
 from minimath.models.memory import cache_bytes_per_token
@@ -55,8 +55,8 @@ def shapes(cfg, by_rows: bool) -> list[tuple[float, int, int, bool]]:
     sft, prompt = isinstance(cfg, SFTConfig), cfg.prompt.max_prompt_len
     every = cfg.batch_size if sft else cfg.prompts_per_step * cfg.group_size
     packed = cfg.packing if sft else by_rows
-    rows = rounded(min(max(budget, longest), every * longest)) / longest if packed else \
-        max(1, min(budget // longest, every))
+    tokens = min(max(budget, longest), every * longest)
+    rows = (tokens + tail_length(tokens, budget)) / longest if packed else max(1, min(budget // longest, every))
     found = [(rows, longest, 0, packed)]
     if not sft and cfg.model.attn != "flash_attention_2":
         new = int(prompt * ((1 - 1 / cfg.group_size) / LEAST_SAVED - 1))  # behind longer completions they go apart
@@ -64,7 +64,8 @@ def shapes(cfg, by_rows: bool) -> list[tuple[float, int, int, bool]]:
         budget = min(budget, EAGER_TOKENS) if cfg.model.attn == "eager" else budget
         if new > 0:  # nothing is predicted from a row's last token
             many = min((max(budget, prompt + new) - prompt) / new, cfg.group_size)
-            total = rounded(int(prompt + many * (new - 1)))
+            total = int(prompt + many * (new - 1))
+            total += tail_length(total, budget)
             found.append(((total - prompt) / new, new, prompt, True))
     return found
 
