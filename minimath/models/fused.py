@@ -52,6 +52,19 @@ def norm_of(module) -> Norm | None:
     return Norm(module.weight, eps, int(type(module).__name__.startswith("Gemma")))
 
 
+def keep(ctx, layer: "FusedLayer", *groups: LinearGroup) -> None:
+    """Note with which adapters a pass was computed: others may be active at its backward pass."""
+    ctx.layer, ctx.active = layer, [group.active for group in groups]
+    ctx.versions = [active.version() for active in ctx.active]
+
+
+def kept(ctx) -> tuple:
+    """Return the layer and the active adapters of each group; RuntimeError if those changed."""
+    if ctx.versions != [active.version() for active in ctx.active]:
+        raise RuntimeError("adapter weights were changed between a forward pass and its backward pass")
+    return ctx.layer, *ctx.active
+
+
 class Projection(torch.autograd.Function):
     """x (N, D) -> qkv (N, width): normed before the products, rotated behind."""
 
@@ -68,23 +81,23 @@ class Projection(torch.autograd.Function):
                 into.copy_(normed)
                 factors.append(factor)
         elementwise.rotate(layer.turned(y), cos, sin)
-        ctx.layer = layer
+        keep(ctx, layer, layer.qkv)
         ctx.save_for_backward(x, r, low, cos, sin, raw, *factors, *(masks or ()))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        layer, (x, r, low, cos, sin, raw, *rest) = ctx.layer, ctx.saved_tensors
+        (layer, active), (x, r, low, cos, sin, raw, *rest) = kept(ctx), ctx.saved_tensors
         factors, masks = rest[:len(layer.head_norms)], rest[len(layer.head_norms):] or None
         elementwise.rotate(layer.turned(dy), cos, sin, back=True)  # in place: nothing else reads this gradient
         for index, norm in enumerate(layer.head_norms):
             part = layer.parts(layer.turned(dy))[index]
             part.copy_(norm.backward(part, layer.parts(raw)[index], factors[index]))
         need_x, grads = ctx.needs_input_grad[0], [None] * (len(ctx.needs_input_grad) - 4)
-        dn, dlow = layer.qkv.input_grad(dy, masks, need_x=need_x)
+        dn, dlow = layer.qkv.input_grad(dy, active, masks, need_x=need_x)
         if any(ctx.needs_input_grad[4:]):
-            grads = layer.qkv.param_grads(dy, dlow, layer.norm.again(x, r), low, masks)
+            grads = layer.qkv.param_grads(dy, dlow, layer.norm.again(x, r), low, active, masks)
         return (layer.norm.backward(dn, x, r) if need_x else None), None, None, None, *grads
 
 
@@ -96,19 +109,19 @@ class OutputSum(torch.autograd.Function):
         masks = layer.o.masks(out)
         y, low = layer.o.forward(out, masks)
         y, *kept = normed(layer.norm_after, y)
-        ctx.layer = layer
+        keep(ctx, layer, layer.o)
         ctx.save_for_backward(out, low, *kept, *(masks or ()))
         return y.add_(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        layer, (out, low, before, r, *masks) = ctx.layer, ctx.saved_tensors
+        (layer, active), (out, low, before, r, *masks) = kept(ctx), ctx.saved_tensors
         dy = grad if r is None else layer.norm_after.backward(grad, before, r)
-        dout, dlow = layer.o.input_grad(dy, masks or None)
+        dout, dlow = layer.o.input_grad(dy, active, masks or None)
         grads = [None] * (len(ctx.needs_input_grad) - 3)
         if any(ctx.needs_input_grad[3:]):
-            grads = layer.o.param_grads(dy, dlow, out, low, masks or None)
+            grads = layer.o.param_grads(dy, dlow, out, low, active, masks or None)
         return dout, grad, None, *grads
 
 
@@ -124,23 +137,25 @@ class GatedMLP(torch.autograd.Function):
         down_masks = layer.down.masks(h)
         y, down_low = layer.down.forward(h, down_masks)
         y, *kept = normed(layer.mlp_norm_after, y)
-        ctx.layer, ctx.of_gate_up = layer, len(masks or ())
+        keep(ctx, layer, layer.gate_up, layer.down)
+        ctx.of_gate_up = len(masks or ())
         ctx.save_for_backward(x, r, low, gate_up, down_low, *kept, *(masks or ()), *(down_masks or ()))
         return y.add_(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        layer, (x, r, low, gate_up, down_low, before, r_after, *masks) = ctx.layer, ctx.saved_tensors
+        (layer, active, of_down), saved = kept(ctx), ctx.saved_tensors
+        x, r, low, gate_up, down_low, before, r_after, *masks = saved
         masks, down_masks = masks[:ctx.of_gate_up] or None, masks[ctx.of_gate_up:] or None
         dy = grad if r_after is None else layer.mlp_norm_after.backward(grad, before, r_after)
-        dh, down_dlow = layer.down.input_grad(dy, down_masks)
+        dh, down_dlow = layer.down.input_grad(dy, of_down, down_masks)
         dgate_up, h = elementwise.gated_backward(dh, gate_up, layer.act)
-        dn, dlow = layer.gate_up.input_grad(dgate_up, masks)
+        dn, dlow = layer.gate_up.input_grad(dgate_up, active, masks)
         grads = [None] * (len(ctx.needs_input_grad) - 2)
         if any(ctx.needs_input_grad[2:]):
-            grads = [*layer.gate_up.param_grads(dgate_up, dlow, layer.mlp_norm.again(x, r), low, masks),
-                     *layer.down.param_grads(dy, down_dlow, h, down_low, down_masks)]
+            grads = [*layer.gate_up.param_grads(dgate_up, dlow, layer.mlp_norm.again(x, r), low, active, masks),
+                     *layer.down.param_grads(dy, down_dlow, h, down_low, of_down, down_masks)]
         return layer.mlp_norm.backward(dn, x, r, grad), None, *grads
 
 

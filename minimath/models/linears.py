@@ -27,6 +27,17 @@ class Adapter(NamedTuple):
     out: slice  # the layer's place in the width
 
 
+class Active(NamedTuple):
+    """Hold the active adapters of a group, which a backward pass needs as they were in its forward pass."""
+    adapters: list[Adapter]
+    a: torch.Tensor  # (R, in), compute type
+    b: torch.Tensor  # (R, width): s B, transposed
+
+    def version(self) -> int:
+        """Tell whether the weights changed in place, as torch counts it."""
+        return sum(each.a._version + each.b._version for each in self.adapters)
+
+
 def base_of(module: nn.Module) -> nn.Module:
     """The layer that holds W (out, in), maybe quantised, and the bias."""
     return module.base_layer if isinstance(module, LoraLayer) else module
@@ -66,7 +77,7 @@ class LinearGroup:
         if any(base.bias is not None for base in self.bases):
             self.bias = torch.cat([base.weight.new_zeros(base.out_features, dtype=dtype) if base.bias is None
                                    else base.bias.detach().to(dtype) for base in self.bases])
-        self.adapters, self.a, self.b = [], None, None
+        self.active: Active | None = None
         self.refresh()
 
     @torch.no_grad()
@@ -83,19 +94,19 @@ class LinearGroup:
                                             slice(rank, rank + len(a)), slice(start, start + width)))
                     rank += len(a)
             start += width
-        if [a.rank for a in adapters] != [a.rank for a in self.adapters] or self.a is None:
-            device = self.bases[0].weight.device
-            self.a = torch.zeros(rank, self.bases[0].in_features, dtype=self.dtype, device=device)
-            self.b = torch.zeros(rank, self.width, dtype=self.dtype, device=device)  # (s B)^T
-        self.adapters = adapters
+        if self.active is None or [id(each.a) for each in adapters] != [id(each.a) for each in self.active.adapters]:
+            new = {"dtype": self.dtype, "device": self.bases[0].weight.device}  # others may wait for a backward pass
+            self.active = Active(adapters, torch.zeros(rank, self.bases[0].in_features, **new),
+                                 torch.zeros(rank, self.width, **new))
+        self.active = active = self.active._replace(adapters=adapters)
         if adapters:
-            torch._foreach_copy_([self.a[each.rank] for each in adapters], [each.a for each in adapters])
-            torch._foreach_copy_([self.b[each.rank, each.out].T for each in adapters],
+            torch._foreach_copy_([active.a[each.rank] for each in adapters], [each.a for each in adapters])
+            torch._foreach_copy_([active.b[each.rank, each.out].T for each in adapters],
                                  torch._foreach_mul([each.b for each in adapters], [each.scale for each in adapters]))
 
     @property
     def params(self) -> list[nn.Parameter]:
-        return [p for each in self.adapters for p in (each.a, each.b)]
+        return [p for each in self.active.adapters for p in (each.a, each.b)]
 
     def matrix(self) -> torch.Tensor:
         """W (width, in) in the compute type; of 4-bit layers until the next call only."""
@@ -108,9 +119,9 @@ class LinearGroup:
 
     def masks(self, x: torch.Tensor) -> list[torch.Tensor] | None:
         """Draw the places [N, in] that dropout keeps, by adapter, as peft would."""
-        if not any(each.dropout.training and getattr(each.dropout, "p", 0) for each in self.adapters):
+        if not any(each.dropout.training and getattr(each.dropout, "p", 0) for each in self.active.adapters):
             return None
-        return [each.dropout(torch.ones_like(x)) != 0 for each in self.adapters]
+        return [each.dropout(torch.ones_like(x)) != 0 for each in self.active.adapters]
 
     def dropped(self, x: torch.Tensor, mask: torch.Tensor, each: Adapter) -> torch.Tensor:
         return (x * mask).mul_(1 / (1 - getattr(each.dropout, "p", 0.0)))
@@ -122,28 +133,27 @@ class LinearGroup:
         if self.merged:
             return y, x.new_empty(len(x), 0)
         if masks is None:
-            low = x @ self.a.T
+            low = x @ self.active.a.T
         else:
-            low = torch.cat([self.dropped(x, mask, each) @ self.a[each.rank].T
-                             for mask, each in zip(masks, self.adapters, strict=True)], -1)
-        return (y.addmm_(low, self.b) if self.adapters else y), low
+            low = torch.cat([self.dropped(x, mask, each) @ self.active.a[each.rank].T
+                             for mask, each in zip(masks, self.active.adapters, strict=True)], -1)
+        return (y.addmm_(low, self.active.b) if self.active.adapters else y), low
 
-    def input_grad(self, dy: torch.Tensor, masks=None, *, need_x: bool = True) -> tuple:
+    def input_grad(self, dy: torch.Tensor, active: Active, masks=None, *, need_x: bool = True) -> tuple:
         """Compute dX (N, in), or None, and dL (N, R) from dY (N, width)."""
-        dx, dlow = dy @ self.matrix() if need_x else None, dy @ self.b.T
-        if need_x and self.adapters:
+        dx, dlow = dy @ self.matrix() if need_x else None, dy @ active.b.T
+        if need_x and active.adapters:
             if masks is None:
-                dx.addmm_(dlow, self.a)
-            for mask, each in zip(masks or (), self.adapters):
-                dx += self.dropped(dlow[:, each.rank] @ self.a[each.rank], mask, each)
+                dx.addmm_(dlow, active.a)
+            for mask, each in zip(masks or (), active.adapters):
+                dx += self.dropped(dlow[:, each.rank] @ active.a[each.rank], mask, each)
         return dx, dlow
 
-    def param_grads(self, dy: torch.Tensor, dlow: torch.Tensor, x: torch.Tensor, low: torch.Tensor, masks=None) -> list:
-        """Compute the gradients of `params`."""
+    def param_grads(self, dy, dlow, x, low, active: Active, masks=None) -> list[torch.Tensor]:
+        """Compute the gradients of `params` from dY (N, width), dL (N, R), x (N, in) and x A^T (N, R)."""
         grads, da = [], dlow.T @ x if masks is None else None
-        for index, each in enumerate(self.adapters):
-            grad_a = da[each.rank] if masks is None else \
-                dlow[:, each.rank].T @ self.dropped(x, masks[index], each)
+        for index, each in enumerate(active.adapters):
+            grad_a = da[each.rank] if masks is None else dlow[:, each.rank].T @ self.dropped(x, masks[index], each)
             grad_b = dy[:, each.out].T @ low[:, each.rank]
             grads += [grad_a.to(each.a.dtype), grad_b.to(each.b.dtype).mul_(each.scale)]
         return grads
@@ -151,8 +161,11 @@ class LinearGroup:
     @torch.no_grad()
     def copy(self, rows: int) -> None:
         """Copy W for the forward passes of a rollout of about `rows` rows."""
-        weight, self.merged = self.matrix(), self.dtype == torch.float32 and bool(self.adapters)
-        weight = torch.addmm(weight, self.b.T, self.a) if self.merged else weight.clone() if self.quantised else weight
+        weight, self.merged = self.matrix(), self.dtype == torch.float32 and bool(self.active.adapters)
+        if self.merged:
+            weight = torch.addmm(weight, self.active.b.T, self.active.a)
+        elif self.quantised:
+            weight = weight.clone()
         self.product = packed_product(weight, self.bias, rows) or (lambda x: nn.functional.linear(x, weight, self.bias))
 
     def forget(self) -> None:

@@ -109,7 +109,7 @@ class Planner:
         frozen = [t for t in (*model.empty.parameters(), *model.empty.buffers()) if not t.requires_grad]
         trained = [p for p in model.empty.parameters() if p.requires_grad]
         state = sum(adam_bytes(p.numel(), cfg.optimizer.name) for p in trained)
-        cast = sum(t.nbytes for group in model.groups for t in (group.a, group.b, group.bias) if t is not None)
+        cast = sum(t.nbytes for g in model.groups for t in (g.active.a, g.active.b, g.bias) if t is not None)
         rows = {"embeddings, head, norms": sum(t.nbytes for t in frozen) - sum(w.nbytes for w in model.linears),
                 "linear layers": sum(nf4_bytes(w.numel()) if nf4 else w.nbytes for w in model.linears),
                 "adapter": sum(p.nbytes for p in trained)}

@@ -159,6 +159,27 @@ def test_a_changed_model_is_followed(tmp_path, monkeypatch):
         torch.testing.assert_close(hidden_states(merged, **forward_args(batch)), want, atol=1e-4, rtol=1e-5)
 
 
+def test_a_backward_pass_has_the_adapters_of_its_forward_pass(tmp_path, monkeypatch):
+    """A reference under adapter_off between the two changes nothing; an optimizer step there is refused."""
+    model, _ = pair(tiny_model(tmp_path), monkeypatch)
+    batch = batch_of(packing=True)
+    want = step(model, batch)
+    model.zero_grad()
+    hidden = hidden_states(model, **forward_args(batch)).flatten(0, 1)[batch["target"] != -100]
+    with inference(model), adapter_off(model):
+        hidden_states(model, **forward_args(batch))
+    weight = torch.sin(torch.arange(hidden.numel(), dtype=torch.float64)).to(hidden.dtype).view_as(hidden)
+    (hidden * weight).sum().backward()
+    for name, grad in want[1].items():
+        assert torch.equal(dict(model.named_parameters())[name].grad.double(), grad), name
+    hidden = hidden_states(model, **forward_args(batch))
+    with torch.no_grad():
+        for param in [p for p in model.parameters() if p.requires_grad]:
+            param.mul_(0.9)
+    with pytest.raises(RuntimeError, match="changed between"):
+        hidden.sum().backward()
+
+
 def kept_bytes(model, batch) -> int:
     """Bytes saved for the backward pass, without those of parameters."""
     own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
