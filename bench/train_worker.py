@@ -282,7 +282,7 @@ def trl_grpo(spec, cfg, folder, facts: dict, **trainer):
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids]
         facts["tokens"] = facts.get("tokens", 0) + sum(map(len, completion_ids))
         facts["completions"] = facts.get("completions", 0) + len(texts)
-        return completion_rewards(list(map(checker.correct, texts, answer)), completion_ids)
+        return completion_rewards(list(map(checker.check, texts, answer)), completion_ids)
 
     limit = cfg.sampling.max_new_tokens
     args = GRPOConfig(
