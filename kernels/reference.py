@@ -97,3 +97,17 @@ def gated(gate_up, act: str) -> torch.Tensor:
     if act == "silu":
         return a / (1 + torch.exp(-a)) * u
     return a / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (a + 0.044715 * a**3))) * u
+
+
+def decode_attention(query, keys, values, length, *, scale: float, window: int = 0, softcap: float = 0.0):
+    """See kernels.decode_attention.decode_attention; row by row, each over its own places."""
+    dtype = wide(query.dtype)
+    out = torch.zeros(query.shape, dtype=dtype, device=query.device)
+    for row, end in enumerate(length.tolist()):
+        first = max(0, end - window) if window else 0
+        k, v = (each[row, :, first:end].to(dtype) for each in (keys, values))  # (H, places, Dh)
+        scores = scale * query[row].to(dtype) @ k.transpose(1, 2)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        out[row] = torch.softmax(scores, -1) @ v
+    return out
