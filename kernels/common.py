@@ -14,6 +14,7 @@ so any loss of them is known to the kernel by four numbers a row (`Coefficients`
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import NamedTuple
@@ -96,13 +97,26 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     return triton is not None and (tensor.is_cuda or INTERPRET) and tensor.dtype != torch.float64
 
 
+def on_device(tensor: torch.Tensor):
+    """Context manager for launches: Triton takes the current device, not the tensor's. No-op off CUDA and ROCm."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.lru_cache
 def architecture(device: torch.device) -> str:
-    """Name of the chip that a kernel would be compiled for: "sm_86", "gfx1100"; "interpreter" without one."""
+    """Name of the chip that a kernel would be compiled for: "sm_86", "gfx1100"; "interpreter" without one. device: of
+    a tensor, so with its index."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a tensor's device; 2 without a card."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

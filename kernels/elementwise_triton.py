@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .common import architecture, jit, tl, triton
+from .common import architecture, jit, on_device, tl, triton
 
 TILE = 1024  # numbers a program has at least: 128 threads
 
@@ -122,7 +122,7 @@ def placed(x: torch.Tensor) -> torch.Tensor:
 def launch(kernel, x: torch.Tensor, width: int, *arguments, **constants) -> None:
     """Run a kernel on all rows of x [N, ..., D], `width` numbers in a block of each."""
     rows, config = x.shape[:-1].numel(), row_config(width, architecture(x.device))
-    with torch.cuda.device_of(x):
+    with on_device(x):
         kernel[(triton.cdiv(rows, config["ROWS"]),)](*arguments, rows, x.shape[1:-1].numel(), width, **constants,
                                                      **config)
 
@@ -162,7 +162,7 @@ def launch_gated(gate_up, dh, grad, act: str) -> torch.Tensor:
     rows, width = len(gate_up), gate_up.shape[1] // 2
     h = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     blocks = triton.cdiv(width, TILE)
-    with torch.cuda.device_of(h):
+    with on_device(h):
         gated_kernel[(rows * blocks,)](gate_up, dh, grad, h, width, blocks, gate_up.stride(0),
                                        0 if dh is None else dh.stride(0), GELU=act == "gelu_tanh",
                                        **gated_config(architecture(h.device)))

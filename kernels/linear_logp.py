@@ -22,6 +22,8 @@ from .common import (
     jit,
     kept_rows,
     kernel_factors,
+    on_device,
+    processors,
     runs_as_it_is,
     runs_triton,
     tl,
@@ -151,34 +153,34 @@ def triton_forward(x, weight, bias, target, scaling: Scaling) -> torch.Tensor:
     row_blocks, columns = triton.cdiv(rows, config["BLOCK_N"]), triton.cdiv(vocab, config["BLOCK_V"])
     # few rows would leave most of the chip idle: cut the vocabulary until there are two programs per
     # processor
-    units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    splits = max(1, min(columns, -(-2 * units // row_blocks)))
+    splits = max(1, min(columns, -(-2 * processors(x.device) // row_blocks)))
     per_split = triton.cdiv(columns, splits) * config["BLOCK_V"]
     splits = triton.cdiv(vocab, per_split)
     out = torch.empty((splits, PARTIALS, rows), dtype=torch.float32, device=x.device)
     inner, outer = kernel_factors(scaling)
-    logp_kernel[(row_blocks * splits,)](
-        x,
-        weight,
-        x if bias is None else bias,
-        target,
-        out,
-        rows,
-        vocab,
-        width,
-        per_split,
-        x.stride(0),
-        weight.stride(0),
-        out.stride(1),
-        inner,
-        outer,
-        HAS_BIAS=bias is not None,
-        HAS_CAP=scaling.softcap > 0,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        UPCAST=INTERPRET,
-        EVEN_D=width % config["BLOCK_D"] == 0,
-        **config,
-    )
+    with on_device(x):
+        logp_kernel[(row_blocks * splits,)](
+            x,
+            weight,
+            x if bias is None else bias,
+            target,
+            out,
+            rows,
+            vocab,
+            width,
+            per_split,
+            x.stride(0),
+            weight.stride(0),
+            out.stride(1),
+            inner,
+            outer,
+            HAS_BIAS=bias is not None,
+            HAS_CAP=scaling.softcap > 0,
+            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            UPCAST=INTERPRET,
+            EVEN_D=width % config["BLOCK_D"] == 0,
+            **config,
+        )
     return merge(out, vocab)
 
 

@@ -10,6 +10,7 @@ from .common import (
     architecture,
     jit,
     kernel_factors,
+    on_device,
     padded,
     slack_and_lift,
     tl,
@@ -162,11 +163,12 @@ def triton_tile(chunk: Chunk, logits, first: int, sums, factor, scaling: Scaling
     target, raw_target = chunk.target, chunk.raw_target
     assert logits.stride(1) == 1 and target.is_contiguous() and raw_target.is_contiguous() and sums.stride(1) == 1
     inner, outer = kernel_factors(scaling)
-    tile_kernel[(len(logits),)](
-        logits, target, raw_target, sums, factor, logits.stride(0), sums.stride(0), first, logits.shape[1],
-        touchable(logits), inner, outer, *slack_and_lift(logits.dtype), HAS_CAP=scaling.softcap > 0, KEEP=keep,
-        **row_config(chunk.columns, architecture(logits.device)),
-    )  # fmt: skip
+    with on_device(logits):
+        tile_kernel[(len(logits),)](
+            logits, target, raw_target, sums, factor, logits.stride(0), sums.stride(0), first, logits.shape[1],
+            touchable(logits), inner, outer, *slack_and_lift(logits.dtype), HAS_CAP=scaling.softcap > 0, KEEP=keep,
+            **row_config(chunk.columns, architecture(logits.device)),
+        )  # fmt: skip
 
 
 def triton_pull(pulled, part, factor) -> None:
@@ -174,9 +176,10 @@ def triton_pull(pulled, part, factor) -> None:
     assert pulled.stride(1) == part.stride(1) == 1
     config = pull_config(pulled.shape[1])
     blocks = triton.cdiv(pulled.shape[1], config["BLOCK"])
-    pull_kernel[(len(pulled) * blocks,)](
-        pulled, part, factor, pulled.stride(0), part.stride(0), pulled.shape[1], blocks, **config
-    )
+    with on_device(pulled):
+        pull_kernel[(len(pulled) * blocks,)](
+            pulled, part, factor, pulled.stride(0), part.stride(0), pulled.shape[1], blocks, **config
+        )
 
 
 def triton_gradient(chunk: Chunk, logits, first: int, numbers, coefs, scaling: Scaling) -> None:
@@ -185,8 +188,9 @@ def triton_gradient(chunk: Chunk, logits, first: int, numbers, coefs, scaling: S
     assert logits.stride(1) == 1 and target.is_contiguous() and raw_target.is_contiguous()
     assert numbers.is_contiguous() and coefs.is_contiguous()
     inner, outer = kernel_factors(scaling)
-    gradient_kernel[(len(logits),)](
-        logits, target, raw_target, numbers, coefs, logits.stride(0), numbers.stride(0), first, logits.shape[1],
-        touchable(logits), chunk.weight.shape[0], inner, outer, scaling.logit_scale / scaling.temperature,
-        HAS_CAP=scaling.softcap > 0, **row_config(chunk.columns, architecture(logits.device)),
-    )  # fmt: skip
+    with on_device(logits):
+        gradient_kernel[(len(logits),)](
+            logits, target, raw_target, numbers, coefs, logits.stride(0), numbers.stride(0), first, logits.shape[1],
+            touchable(logits), chunk.weight.shape[0], inner, outer, scaling.logit_scale / scaling.temperature,
+            HAS_CAP=scaling.softcap > 0, **row_config(chunk.columns, architecture(logits.device)),
+        )  # fmt: skip
