@@ -158,9 +158,15 @@ def cast_operands(hidden, weight, bias):
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def kept_rows(target: torch.Tensor, ignore_index: int, vocab: int) -> torch.Tensor:
-    """Rows whose target counts, (M,) int64. One read-back of the device. ValueError for a target outside the
-    vocabulary, which would otherwise read someone else's memory."""
+def kept_rows(target: torch.Tensor, ignore_index: int, vocab: int, rows: torch.Tensor | None) -> torch.Tensor:
+    """Rows whose target counts, (M,) int64: `rows` where the caller knows them, else found by two read-backs of the
+    device. ValueError for a target outside the vocabulary, which would otherwise read someone else's memory."""
+    if rows is not None:
+        if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != target.device:
+            raise ValueError(
+                f"rows must be (M,) int64 on {target.device}, got {tuple(rows.shape)} {rows.dtype} on {rows.device}"
+            )
+        return rows
     rows = (target != ignore_index).nonzero().squeeze(1)
     if len(rows):
         low, high = torch.stack(target.index_select(0, rows).aminmax()).tolist()

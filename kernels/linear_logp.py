@@ -232,29 +232,20 @@ class _LinearLogp(torch.autograd.Function):
 
 @runs_as_it_is
 def linear_logp(
-    hidden,
-    weight,
-    target,
-    *,
-    bias=None,
-    temperature=1.0,
-    softcap=0.0,
-    logit_scale=1.0,
-    ignore_index=-100,
-    return_stats=False,
-    workspace_bytes=None,
+    hidden, weight, target, *, bias=None, temperature=1.0, softcap=0.0, logit_scale=1.0,
+    ignore_index=-100, rows=None, return_stats=False, workspace_bytes=None
 ):
     """Per-token log-prob of target under the model's head, without the (N, V) logits.
 
     hidden (N, D) and weight (V, D) floating point, bias (V,) or None, target (N,) int64. Returns logp (N,),
     or TokenStats of four (N,) with return_stats; fp32 (fp64 for fp64 input), 0 at rows whose target is
-    ignore_index. Differentiable in hidden, weight and bias where they require grad. Raises ValueError on bad
-    arguments.
+    ignore_index. rows (M,) int64: the rows that count, as in linear_token_loss; without it a GPU is waited for twice.
+    Differentiable in hidden, weight and bias where they require grad. Raises ValueError on bad arguments.
     """
     scaling = Scaling(float(temperature), float(softcap), float(logit_scale))
     check_arguments(hidden, weight, target, bias, scaling)
     hidden, weight, bias = cast_operands(hidden, weight, bias)
-    rows = kept_rows(target, ignore_index, weight.shape[0])
+    rows = kept_rows(target, ignore_index, weight.shape[0], rows)
     arguments = hidden, weight, bias, target, scaling, rows, workspace_bytes
     differentiable = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad for each in (hidden, weight, bias)

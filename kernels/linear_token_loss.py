@@ -49,24 +49,14 @@ def loss_and_coefficients(loss_fn: LossFn, stats: TokenStats, rows, *, need_grad
 
 
 def sweep(
-    hidden,
-    weight,
-    bias,
-    target,
-    loss_fn,
-    scaling: Scaling,
-    ignore_index,
-    workspace_bytes,
-    all_stats: bool,
-    grads: Gradients,
+    hidden, weight, bias, target, loss_fn, scaling: Scaling, rows, workspace_bytes, all_stats: bool, grads: Gradients
 ):
-    """One pass over the rows that count. Returns (loss scalar, TokenStats of (N,)), and fills `grads`."""
+    """One pass over the rows that count, (M,) int64. Returns (loss scalar, TokenStats of (N,)), and fills `grads`."""
     dtype, device = wide(hidden.dtype), hidden.device
     # what a head that trains needs, or a loss that uses the entropy, takes the logits a second time
     pull = grads.hidden is not None and grads.weight is None and grads.bias is None
     out = torch.zeros((4, hidden.shape[0]), dtype=dtype, device=device)
     loss = torch.zeros((), dtype=dtype, device=device)
-    rows = kept_rows(target, ignore_index, weight.shape[0])
     for index, chunk in chunks(hidden, weight, bias, target, rows, workspace_bytes):
         stats, end, pulled = forward_tiles(chunk, scaling, pull=pull, all_four=all_stats)
         part, coefs = loss_and_coefficients(loss_fn, stats, index, need_grad=True)
@@ -87,12 +77,10 @@ def sweep(
 
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, loss_fn, scaling, ignore_index, workspace_bytes, all_stats):
+    def forward(ctx, hidden, weight, bias, target, loss_fn, scaling, rows, workspace_bytes, all_stats):
         needs = tuple(ctx.needs_input_grad[:3])
         grads = empty_gradients(hidden, weight, bias, needs)
-        loss, stats = sweep(
-            hidden, weight, bias, target, loss_fn, scaling, ignore_index, workspace_bytes, all_stats, grads
-        )
+        loss, stats = sweep(hidden, weight, bias, target, loss_fn, scaling, rows, workspace_bytes, all_stats, grads)
         ctx.save_for_backward(*grads)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(*stats)
@@ -110,23 +98,15 @@ class _LinearTokenLoss(torch.autograd.Function):
 
 @runs_as_it_is
 def linear_token_loss(
-    hidden,
-    weight,
-    target,
-    loss_fn: LossFn,
-    *,
-    bias=None,
-    temperature=1.0,
-    softcap=0.0,
-    logit_scale=1.0,
-    ignore_index=-100,
-    all_stats=True,
-    workspace_bytes=None,
+    hidden, weight, target, loss_fn: LossFn, *, bias=None, temperature=1.0, softcap=0.0, logit_scale=1.0,
+    ignore_index=-100, rows=None, all_stats=True, workspace_bytes=None
 ):
     """Sum over rows of loss_fn(statistics of the target), with its gradient, without the (N, V) logits.
 
     hidden (N, D) and weight (V, D) floating point, bias (V,) or None, target (N,) int64; rows whose target is
-    ignore_index are dropped before any work. loss_fn(stats: TokenStats of (C,), rows (C,) int64) -> (C,) is called
+    ignore_index are dropped before any work. rows (M,) int64: the rows that count, distinct, for a caller that knows
+    them and has checked their targets; ignore_index is then not looked at, and nothing is read back from the device,
+    which waits for a GPU twice without it. loss_fn(stats: TokenStats of (C,), rows (C,) int64) -> (C,) is called
     once per chunk under autograd; rows are indices into the N given rows. It must not mix rows of a chunk and must
     apply the caller's normaliser itself. A loss whose gradient uses the entropy, and a weight or bias that requires
     grad, cost a second making of the logits. all_stats=False leaves entropy and mean_logp at 0 for a loss that uses
@@ -139,16 +119,16 @@ def linear_token_loss(
     """
     scaling = Scaling(float(temperature), float(softcap), float(logit_scale))
     check_arguments(hidden, weight, target, bias, scaling)
+    rows = kept_rows(target, ignore_index, weight.shape[0], rows)
     hidden, weight, bias = cast_operands(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         if torch.is_grad_enabled() and any(
             each is not None and each.requires_grad for each in (hidden, weight, bias)
         ):
             loss, *stats = _LinearTokenLoss.apply(
-                hidden, weight, bias, target, loss_fn, scaling, ignore_index, workspace_bytes, all_stats
+                hidden, weight, bias, target, loss_fn, scaling, rows, workspace_bytes, all_stats
             )
             return loss, TokenStats(*stats)
-        rows = kept_rows(target, ignore_index, weight.shape[0])
         with torch.no_grad():
             out = forward_stats(hidden, weight, bias, target, scaling, rows, workspace_bytes, all_four=all_stats)
         loss = out.new_zeros(())

@@ -205,6 +205,28 @@ def test_ignored_rows_get_zero_and_are_dropped_before_the_product():
     assert (hidden.grad[5:30] == 0).all() and (stats.logp[5:30] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_the_caller_knows_give_the_same_bits(dtype):
+    hidden, weight, bias, target = problem(dtype, bias=True)
+    rows, runs = (target != -100).nonzero().squeeze(1), []
+    target[17] = V  # not looked at
+    for known in ({"rows": rows}, {"ignore_index": target[17].item()}):
+        target[3] = known.get("ignore_index", -100)
+        loss, stats = linear_token_loss(hidden, weight, target, grpo, bias=bias, workspace_bytes=V * 4 * 5, **known)
+        with torch.no_grad():
+            plain = linear_token_loss(hidden, weight, target, grpo, bias=bias, **known)[0]
+        logp = linear_logp(hidden, weight, target, bias=bias, **known)
+        runs.append((loss, *stats, plain, logp, *gradients(loss + logp.sum(), (hidden, weight, bias))))
+    assert all(torch.equal(first, second) for first, second in zip(*runs))
+
+
+@pytest.mark.parametrize("rows", [torch.ones(N, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.int64)])
+def test_rows_of_another_kind_are_refused(rows):
+    for function in (linear_logp, lambda *a, **k: linear_token_loss(*a, nll, **k)):
+        with pytest.raises(ValueError, match="rows must be"):
+            function(torch.zeros(N, D), torch.zeros(V, D), torch.zeros(N, dtype=torch.int64), rows=rows)
+
+
 def test_incoming_gradient_scales_and_accumulates():
     hidden, weight, _, target = problem(bias=False)
     loss, _ = linear_token_loss(hidden, weight, target, nll)
