@@ -52,6 +52,8 @@ class Work(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return torch.device("cpu")
         leaves, goal = tree_leaves((args, kwargs)), kwargs.get("device")
+        if goal and torch._C._current_graph_task_id() >= 0:  # made by autograd, which believes that all is on the CPU
+            goal = kwargs["device"] = CARD
         if not any(map(on_card, leaves)) and (goal is None or goal.type != "cuda"):
             return self.on_cpu(func, name, args, kwargs)
         if name == "_local_scalar_dense":
@@ -68,9 +70,6 @@ class Work(TorchDispatchMode):
         source = args[0] if name == "_to_copy" else args[1] if name == "copy_" else None
         if source is not None and not on_card(source):
             self.copied(source, kwargs.get("non_blocking", False) or name == "copy_" and args[2:3] == (True,))
-        elif name == "_to_copy" and kwargs.get("device"):  # by autograd, which believes that all is on the CPU
-            kwargs["device"] = CARD
-            self.launches[name] += 1
         elif name == "copy_" and not on_card(args[0]):
             self.reads.append(f"copy_() {place()}")
             return args[0].fill_(1)
@@ -98,6 +97,7 @@ class Work(TorchDispatchMode):
                 self.copied(index, False)
         if rest and not on_card(rest[0]):
             self.copied(rest[0], False)
+            rest = (torch.empty_like(rest[0], device=CARD), *rest[1:])
         if name == "index":
             indices = [torch.empty(i.numel(), dtype=torch.long, device=CARD) if i is not None and i.dtype == torch.bool
                        else i for i in indices]
@@ -142,9 +142,13 @@ def on_a_card(capability: tuple[int, int] = (9, 0)):
     work = Work()
 
     def to(self, *args, **kwargs):
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is None or device.type != "cpu" or not on_card(self):
-            return self if dtype is None else torch.Tensor.to(self, dtype, copy=kwargs.get("copy", False))
+        if isinstance(args[0] if args else None, torch.Tensor):
+            return to(self, args[0].device, args[0].dtype, **kwargs)
+        if not on_card(self):
+            return plain_to(self, *args, **kwargs)
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is None or device.type != "cpu":
+            return self if dtype is None else plain_to(self, dtype, copy=kwargs.get("copy", False))
         work.reads.append(f"to(cpu) {place()}")
         with _disable_current_modes():
             return torch.ones(self.shape, dtype=dtype or self.dtype)
@@ -154,8 +158,8 @@ def on_a_card(capability: tuple[int, int] = (9, 0)):
         card = any(map(on_card, tensors[0]))
         return {(CARD if card else device, dtype): each for (device, dtype), each in groups.items()}
 
-    group, nothing = torch._C._group_tensors_by_device_and_dtype, lambda *args, **kwargs: contextlib.nullcontext()
-    methods = {"to": to, "cpu": lambda self: to(self, "cpu"), "tolist": lambda self: to(self, "cpu").tolist(),
+    plain_to, group, nothing = torch.Tensor.to, torch._C._group_tensors_by_device_and_dtype, contextlib.nullcontext
+    methods = {"cpu": lambda self: to(self, "cpu"), "tolist": lambda self: to(self, "cpu").tolist(),
                "new_tensor": lambda self, data, dtype=None: torch.tensor(data, dtype=dtype or self.dtype, device=CARD),
                "is_cuda": property(on_card)}
     cards = {"get_device_properties": lambda *_: CHIP, "get_device_capability": lambda *_: capability,
@@ -163,6 +167,7 @@ def on_a_card(capability: tuple[int, int] = (9, 0)):
     with contextlib.ExitStack() as stack:
         for name, method in methods.items():
             stack.enter_context(mock.patch.object(FakeTensor, name, method, create=True))
+        stack.enter_context(mock.patch.object(torch.Tensor, "to", to))
         for name, stub in cards.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stub))
         stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped))
