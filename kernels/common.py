@@ -119,6 +119,50 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def dot_precision(dtype: torch.dtype, arch: str) -> str:
+    """input_precision of tl.dot: "tf32" for fp32 operands where torch's own products may use it and the chip has it,
+    else "ieee".
+
+    By the new name of the switch first (torch 2.9): once a trainer has set that, reading the old one raises.
+    """
+    if dtype != torch.float32 or arch.startswith("gfx") and arch != "gfx942":
+        return "ieee"
+    new = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    tf32 = torch.backends.cuda.matmul.allow_tf32 if new is None else new == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+@functools.lru_cache
+def multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch.mm(out_dtype=torch.float32) works for 16-bit operands on a card: on CUDA it does; on ROCm it
+    raises or rounds in some versions (pytorch pull 162600), so it is tried once, which waits for the device."""
+    if torch.version.hip is None:
+        return True
+    ones = torch.ones(16, 2049, dtype=dtype, device=device)  # neither 16-bit type holds 2,049
+    try:
+        return bool((torch.mm(ones, ones.t(), out_dtype=torch.float32) == 2049).all())
+    except RuntimeError:
+        return False
+
+
+def mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a (N, D) @ b (D, V) in fp32; on a GPU 16-bit operands are summed in fp32 and not rounded after it."""
+    if not a.is_cuda or a.dtype.itemsize != 2:
+        return (a @ b).float()
+    if multiplies_into_fp32(a.device, a.dtype):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return mm_widened(a, b)
+
+
+def mm_widened(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a (N, D) @ b (D, V) of fp32 copies, of b so many columns at a time as fit WORKSPACE_BYTES."""
+    out, wide_a = torch.empty((len(a), b.shape[1]), dtype=torch.float32, device=a.device), a.float()
+    step = max(1, WORKSPACE_BYTES["cuda"] // (4 * len(b)))
+    for some, part in zip(out.split(step, 1), b.split(step, 1)):
+        torch.mm(wide_a, part.float(), out=some)
+    return out
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums and statistics use: fp32, or fp64 for fp64 input."""
     return torch.promote_types(dtype, torch.float32)
@@ -127,15 +171,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def check_arguments(hidden, weight, target, bias, scaling: Scaling) -> None:
     """Raise ValueError naming the argument that does not fit: shapes, dtypes, devices, ranges."""
     if hidden.dim() != 2 or weight.dim() != 2 or target.dim() != 1:
-        raise ValueError(
-            "expected hidden (N, D), weight (V, D), target (N,), got "
-            f"{tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(target.shape)}"
-        )
+        shapes = f"{tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(target.shape)}"
+        raise ValueError(f"expected hidden (N, D), weight (V, D), target (N,), got {shapes}")
     if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != target.shape[0]:
-        raise ValueError(
-            f"sizes differ: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
-            f"target {tuple(target.shape)}"
-        )
+        shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, target {tuple(target.shape)}"
+        raise ValueError(f"sizes differ: {shapes}")
     if not hidden.dtype.is_floating_point or not weight.dtype.is_floating_point:
         raise ValueError(f"hidden and weight must be floating point, got {hidden.dtype} and {weight.dtype}")
     if target.dtype != torch.int64:
@@ -163,18 +203,15 @@ def kept_rows(target: torch.Tensor, ignore_index: int, vocab: int, rows: torch.T
     device. ValueError for a target outside the vocabulary, which would otherwise read someone else's memory."""
     if rows is not None:
         if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != target.device:
-            raise ValueError(
-                f"rows must be (M,) int64 on {target.device}, got {tuple(rows.shape)} {rows.dtype} on {rows.device}"
-            )
+            got = f"{tuple(rows.shape)} {rows.dtype} on {rows.device}"
+            raise ValueError(f"rows must be (M,) int64 on {target.device}, got {got}")
         return rows
     rows = (target != ignore_index).nonzero().squeeze(1)
     if len(rows):
         low, high = torch.stack(target.index_select(0, rows).aminmax()).tolist()
         if low < 0 or high >= vocab:
-            raise ValueError(
-                f"targets must be ignore_index={ignore_index} or in [0, {vocab}), "
-                f"got values from {low} to {high}"
-            )
+            wanted = f"ignore_index={ignore_index} or in [0, {vocab})"
+            raise ValueError(f"targets must be {wanted}, got values from {low} to {high}")
     return rows
 
 
@@ -191,9 +228,7 @@ def equal_parts(count: int, most: int) -> list[int]:
     return sizes
 
 
-def tile_shape(
-    rows: int, vocab: int, itemsize: int, workspace_bytes: int | None = None, device: str = "cpu"
-) -> tuple[list[int], int]:
+def tile_shape(rows: int, vocab: int, itemsize: int, workspace_bytes=None, device="cpu") -> tuple[list[int], int]:
     """(rows of each chunk, K columns of a tile) whose logits fit the budget (None: WORKSPACE_BYTES of the device); at
     least one row of PAD columns."""
     if workspace_bytes is None:

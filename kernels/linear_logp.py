@@ -18,6 +18,7 @@ from .common import (
     architecture,
     cast_operands,
     check_arguments,
+    dot_precision,
     empty_gradients,
     jit,
     kept_rows,
@@ -149,7 +150,8 @@ def triton_forward(x, weight, bias, target, scaling: Scaling) -> torch.Tensor:
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     assert x.stride(1) == 1 and target.is_contiguous() and (bias is None or bias.is_contiguous())
     aligned = all(number % 16 == 0 for number in (width, x.stride(0), weight.stride(0)))
-    config = logp_config(architecture(x.device), x.dtype, aligned)
+    arch = architecture(x.device)
+    config = logp_config(arch, x.dtype, aligned)
     row_blocks, columns = triton.cdiv(rows, config["BLOCK_N"]), triton.cdiv(vocab, config["BLOCK_V"])
     # few rows would leave most of the chip idle: cut the vocabulary until there are two programs per
     # processor
@@ -176,7 +178,7 @@ def triton_forward(x, weight, bias, target, scaling: Scaling) -> torch.Tensor:
             outer,
             HAS_BIAS=bias is not None,
             HAS_CAP=scaling.softcap > 0,
-            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            PRECISION=dot_precision(x.dtype, arch),
             UPCAST=INTERPRET,
             EVEN_D=width % config["BLOCK_D"] == 0,
             **config,
