@@ -16,6 +16,7 @@ from minimath.core.errors import UserError
 from minimath.core.files import read_json
 from minimath.core.hub import without_network
 from minimath.core.run_folder import find_adapter, say_once
+from minimath.models.block_attention import without_cudnn
 from minimath.models.forward import base_causal_lm, head_module
 from minimath.models.fused import fuse
 from minimath.models.variants import (
@@ -34,7 +35,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_device(name: str) -> torch.device:
     """Find the device that an option names. Raises UserError for one that is not there.
 
-    auto: cuda (also ROCm), else mps, else cpu; of several processes each its own."""
+    auto: cuda (also ROCm), else mps, else cpu; of several processes each its own. A card has its index, and becomes the
+    current one, on which CUDA graphs and whatever names no card run."""
     if name == "auto":
         name = dist.local_card() or ("cuda" if torch.cuda.is_available() else
                                      "mps" if torch.backends.mps.is_available() else "cpu")
@@ -46,6 +48,9 @@ def pick_device(name: str) -> torch.device:
                         "use device=auto or device=cpu") from None
     if device.type != "cuda" and dist.local_card():
         raise UserError(f"device={name} with several processes on a machine with cards: set ACCELERATE_USE_CPU=1")
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
     return device
 
 
@@ -90,6 +95,7 @@ def load_model(cfg, *, train: bool):
         raise UserError("shard=true splits plain 16- and 32-bit layers: leave shard away, or quant=nf4 (a quarter of "
                         "the size on every card)")
     tokenizer, device = load_tokenizer(cfg), pick_device(options.device)
+    without_cudnn(device)
     model = _load_base(options, device)
     if len(tokenizer) > (rows := len(model.get_input_embeddings().weight)) and dist.is_main():
         names = [token for token, i in tokenizer.get_vocab().items() if i >= rows]

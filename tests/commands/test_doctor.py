@@ -93,7 +93,7 @@ def test_device_dtype_and_kernels_follow_what_the_machine_has_and_say_why(monkey
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: card == "mps")
     for name, value in {"is_available": bool(props), "device_count": int(bool(props)), "current_device": 0,
                         "get_device_properties": props, "mem_get_info": (12 << 30, 16 << 30), "memory_reserved": 0,
-                        "memory_allocated": 0,
+                        "memory_allocated": 0, "set_device": None,
                         "_check_bf16_tensor_supported": True}.items():  # the emulation, which must not count
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     # instead of a tensor on a device that is not here

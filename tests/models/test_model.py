@@ -272,6 +272,18 @@ def test_device_choices():
             pick_device(name)
 
 
+@pytest.mark.parametrize("name, current, card", [("cuda", 0, 0), ("cuda", 1, 1), ("cuda:1", 0, 1), ("auto", 1, 1)])
+def test_a_card_is_named_by_its_index_and_becomes_the_current_one(monkeypatch, name, current, card):
+    """Triton and CUDA graphs take the current card, whatever their tensors'."""
+    chosen = []
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert pick_device(name) == torch.device("cuda", card)
+    assert chosen == [torch.device("cuda", card)]
+
+
 def test_dtype_choices():
     cpu = torch.device("cpu")
     assert [pick_dtype(name, cpu)[0] for name in ("fp32", "bf16", "fp16")] == [
