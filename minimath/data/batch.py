@@ -3,6 +3,7 @@
 The order of the data is a function of (seed, step), so a resumed run needs no cursor but its step. Cutting a step
 into micro-batches is a decision about memory alone: losses are divided by the trained tokens of the whole step.
 """
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -28,18 +29,18 @@ def stream_indices(start: int, count: int, size: int, seed: int) -> list[int]:
 
 
 def micro_batches(rows: list[Encoded], *, packing: bool, micro_batch_tokens: int, pad_id: int,
-                  device) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+                  device) -> Iterator[tuple[list[int], dict]]:
     """Yield batches of at most micro_batch_tokens, each after its indices into rows.
 
     A longer row goes alone. packing: several rows behind one another in one sequence, without attention between them.
     Otherwise rows of like length are padded to the longest. The batch has input_ids (B, T), position_ids (B, T), target
-    (B*T,) and, when padded, attention_mask (B, T), all int64.
+    (B*T,) and, when padded, attention_mask (B, T), all int64, and rows: (start, length) of each among the B*T tokens.
     """
     lengths = [len(row.ids) for row in rows]
     for indices in (pack(lengths, micro_batch_tokens) if packing else like_lengths(lengths, micro_batch_tokens)):
         chosen = [rows[i] for i in indices]
         batch = collate_packed(chosen, micro_batch_tokens) if packing else collate_padded(chosen, pad_id)
-        yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
+        yield indices, {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
 def _longest_first(lengths: list[int]) -> list[int]:
@@ -79,7 +80,7 @@ def _targets(row: Encoded) -> list[int]:
     return [i if trained else IGNORE for i, trained in zip(row.ids[1:], row.loss_mask[1:])] + [IGNORE]
 
 
-def collate_packed(rows: list[Encoded], most: int = 0) -> dict[str, torch.Tensor]:
+def collate_packed(rows: list[Encoded], most: int = 0) -> dict:
     """Put all examples one after the other in one row, with position_ids from 0 for each.
 
     Without a mask and with use_cache=False, transformers (5.23) finds the borders by position_ids; with its default
@@ -88,10 +89,12 @@ def collate_packed(rows: list[Encoded], most: int = 0) -> dict[str, torch.Tensor
     """
     tail = tail_length(sum(len(row.ids) for row in rows), most)
     rows = [*rows, Encoded([0] * tail, [False] * tail, False)] if tail else rows
+    ends = list(itertools.accumulate(len(row.ids) for row in rows))
     return {
         "input_ids": torch.tensor([[i for row in rows for i in row.ids]]),
         "position_ids": torch.tensor([[p for row in rows for p in range(len(row.ids))]]),
         "target": torch.tensor([t for row in rows for t in _targets(row)]),
+        "rows": [(end - len(row.ids), len(row.ids)) for end, row in zip(ends, rows)],
     }
 
 
@@ -108,7 +111,7 @@ def tail_length(tokens: int, most: int) -> int:
     return max(0, min(rounded(tokens), most) - tokens)
 
 
-def collate_padded(rows: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+def collate_padded(rows: list[Encoded], pad_id: int) -> dict:
     """Pad examples at the right."""
     width = max(len(row.ids) for row in rows)
     gaps = [width - len(row.ids) for row in rows]
@@ -117,10 +120,11 @@ def collate_padded(rows: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
         "attention_mask": torch.tensor([[1] * len(row.ids) + [0] * gap for row, gap in zip(rows, gaps)]),
         "position_ids": torch.arange(width).repeat(len(rows), 1),
         "target": torch.tensor([t for row, gap in zip(rows, gaps) for t in _targets(row) + [IGNORE] * gap]),
+        "rows": [(number * width, len(row.ids)) for number, row in enumerate(rows)],
     }
 
 
-def forward_args(batch: dict[str, torch.Tensor]) -> dict:
+def forward_args(batch: dict) -> dict:
     """Return the arguments of model.hidden_states for a batch of micro_batches."""
     return {name: batch.get(name) for name in ("input_ids", "position_ids", "attention_mask", "rows")}
 

@@ -11,11 +11,20 @@ import torch
 from minimath.config.schema import JudgeOptions
 from minimath.core import interrupt
 from minimath.core.errors import UserError
-from minimath.data.batch import like_lengths
+from minimath.data.batch import like_lengths, tail_length
 from minimath.judges.base import Judge, Pair
 from minimath.judges.rubrics import judge_prompt, load_rubric
 from minimath.kernels import linear_logp
-from minimath.models.forward import adapter_off, base_causal_lm, head, hidden_states, inference
+from minimath.models.block_attention import Branch
+from minimath.models.forward import (
+    adapter_off,
+    base_causal_lm,
+    head,
+    hidden_states,
+    inference,
+    sliding_window,
+    takes_mask,
+)
 from minimath.models.memory import is_out_of_memory
 from minimath.models.policy import Policy
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
@@ -102,20 +111,16 @@ def plan_passes(model, prompts: list[list[int]], micro_batch_tokens: int) -> tup
     eager = base_causal_lm(model).config.get_text_config()._attn_implementation == "eager"
     packs = tree_packs(prompts, min(micro_batch_tokens, EAGER_TOKENS if eager else TREE_TOKENS))
     computed = sum(size for _, size in packs)
-    if computed <= (1 - LEAST_SAVED) * whole and takes_block_mask(model, max(map(len, prompts), default=0)):
+    if computed <= (1 - LEAST_SAVED) * whole and takes_trees(model, max(map(len, prompts), default=0)):
         return packs, True, computed
     rows = like_lengths([len(ids) for ids in prompts], micro_batch_tokens)
     return [(batch, len(batch) * len(prompts[batch[0]])) for batch in rows], False, whole
 
 
-def takes_block_mask(model, longest: int) -> bool:
-    """Say whether a mask tells what a token sees: no recurrence, no short window."""
-    config = base_causal_lm(model).config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    windowed = window and getattr(config, "use_sliding_window", True) is not False and kinds != {"full_attention"}
-    return (config._attn_implementation in ("sdpa", "eager") and not kinds - {"full_attention", "sliding_attention"}
-            and not getattr(base_causal_lm(model), "_is_stateful", False) and not (windowed and window < longest))
+def takes_trees(model, longest: int) -> bool:
+    """Tell whether attention takes what a tree's tokens see: no short window, either."""
+    window = sliding_window(model)
+    return takes_mask(model) and not (window and window < longest)
 
 
 def tree_packs(prompts: list[list[int]], limit: int) -> list[tuple[list[int], int]]:
@@ -149,35 +154,30 @@ def verdict_logps(model, prompts: list[list[int]], verdicts: list[int], passes: 
 
 def last_states(model, prompts: list[list[int]]) -> torch.Tensor:
     """Compute the final hidden states of the last tokens, rows right-padded: B, D."""
-    lengths = torch.tensor([len(ids) for ids in prompts])
-    input_ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)  # (B, T)
+    lengths, device = torch.tensor([len(ids) for ids in prompts]), base_causal_lm(model).device
+    input_ids = torch.zeros(len(prompts), width := int(lengths.max()), dtype=torch.long)  # (B, T)
     for row, ids in enumerate(prompts):
         input_ids[row, :len(ids)] = torch.tensor(ids)
-    mask = (torch.arange(input_ids.shape[1])[None] < lengths[:, None]).long()  # (B, T)
-    device = base_causal_lm(model).device
-    hidden = hidden_states(model, input_ids.to(device), attention_mask=mask.to(device))  # (B, T, D)
-    return hidden[torch.arange(len(prompts), device=device), lengths.to(device) - 1]
+    mask = (torch.arange(width)[None] < lengths[:, None]).long()  # (B, T)
+    rows, last = [(row * width, len(ids)) for row, ids in enumerate(prompts)], torch.arange(len(prompts)) * width
+    hidden = hidden_states(model, input_ids.to(device), attention_mask=mask.to(device), rows=rows)  # (B, T, D)
+    return hidden.flatten(0, 1)[(last + lengths - 1).to(device)]
 
 
 def tree_states(model, prompts: list[list[int]]) -> torch.Tensor:
     """Compute the final hidden states of the prompts' last tokens in one tree.
 
     prompts: sorted by their tokens. Returns (B, D)."""
-    ids, position, ends, path, spans = [], [], [], [], []
+    ids, position, ends, path, branches = [], [], [], [], []
     for last, prompt in zip([[], *prompts], prompts):
         common = common_length(last, prompt)
-        spans.append((len(ids), path[:common]))
+        branches.append(Branch(len(ids), len(prompt) - common, path[:common]))
         path = path[:common] + list(range(len(ids), len(ids) + len(prompt) - common))
         ids += prompt[common:]
         position += range(common, len(prompt))
         ends.append(path[-1])
-    seen = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()  # (T, T)
-    for (start, before), (end, _) in zip(spans, [*spans[1:], (len(ids), [])]):
-        seen[start:end, :start] = False
-        seen[start:end, torch.tensor(before, dtype=torch.long)] = True
-    base = base_causal_lm(model)
-    mask = torch.zeros(seen.shape, dtype=base.dtype).masked_fill_(~seen, torch.finfo(base.dtype).min)
-    tensors = [torch.tensor(values, device=base.device) for values in (ids, position, ends)]
-    hidden = hidden_states(model, tensors[0][None], position_ids=tensors[1][None],
-                           attention_mask=mask[None, None].to(base.device))  # (1, T, D)
-    return hidden[0, tensors[2]]
+    device = base_causal_lm(model).device
+    tail = tail_length(len(ids), TREE_TOKENS) if device.type == "cuda" else 0
+    ids, position = ids + [0] * tail, position + list(range(tail))
+    ids, position, ends = (torch.tensor(values, device=device) for values in (ids, position, ends))
+    return hidden_states(model, ids[None], position_ids=position[None], rows=branches)[0, ends]  # (1, T, D) -> (B, D)

@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from minimath.core.errors import UserError
 from minimath.models.attention import Segment, Segments
+from minimath.models.block_attention import Branch, PackedRows, before, on_device, takes_flash
 from minimath.models.fused import fused_layers
 
 
@@ -67,72 +68,118 @@ def hidden_states(model, input_ids: torch.Tensor, *, attention_mask=None, positi
                   **kwargs) -> torch.Tensor:
     """Compute the final hidden states, after the last norm, without the LM head.
 
-    input_ids (B, T) -> (B, T, D). rows: where the rows of a pass with B = 1 stand, maybe behind a common prompt
-    (attention.Segment). Without rows and attention_mask, position_ids that restart at 0 tell packed examples apart."""
-    base = base_causal_lm(model)
-    if kwargs.get("past_key_values") is None and takes_rows(model):
-        rows = rows_of(input_ids.shape, attention_mask, position_ids) if rows is None else rows
-        if rows:
-            kwargs["segments"] = Segments(rows, input_ids.numel())
-            none = torch.zeros(1, 1, 1, 1, device=base.device)
-            attention_mask = additive_mask(model, none, none == 0)  # is not looked at
-    elif rows is not None and any(row.shared for row in rows):
-        attention_mask = shared_mask(model, position_ids[0], rows)
+    input_ids (B, T) -> (B, T, D). rows: where the rows of a pass stand among its B T tokens, a list of (start, length),
+    Segment (behind a common prompt) or Branch; attention_mask is not needed beside it, and on a card nothing is read
+    back. Without rows and attention_mask, position_ids that restart at 0 tell packed examples apart."""
+    base, shape = base_causal_lm(model), input_ids.shape
+    if kwargs.get("past_key_values") is None:
+        by_rows = takes_rows(model)
+        if rows is None and attention_mask is None and by_rows:
+            rows = rows_of(shape, position_ids)
+        rows = [row if isinstance(row, Branch) else Segment(*row) for row in rows or ()]
+        apart = base.device.type == "cpu" and any(isinstance(row, Branch) for row in rows)  # Segments takes no branches
+        if rows and by_rows and not apart:
+            tokens, attention_mask = shape.numel(), not_looked_at(model)
+            kwargs["segments"] = (Segments(rows, tokens) if base.device.type == "cpu" else
+                                  PackedRows(rows, tokens, base.device))
+            if position_ids is None:
+                position_ids = torch.arange(shape[1], device=base.device).expand(shape)
+            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        elif is_masked(model, rows, shape):
+            attention_mask = rows_mask(model, rows, shape, position_ids)
     with compute_dtype(model):
         return base.base_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                               use_cache=kwargs.get("past_key_values") is not None, **kwargs).last_hidden_state
+                               use_cache=kwargs.get("past_key_values") is not None,
+                               **kwargs).last_hidden_state.view(*shape, -1)
 
 
 def takes_rows(model) -> bool:
     """Tell whether attention costs nothing between the rows of a pass."""
     base = base_causal_lm(model)
-    return base.device.type == "cpu" and fused_layers(base) is not None
+    if (fused := fused_layers(base)) is None or base.device.type == "cpu":
+        return fused is not None
+    heads = fused.layers[0].heads
+    return (base.config.get_text_config()._attn_implementation != "eager" and not heads.softcap
+            and takes_flash(base.device, base.dtype, heads.dim))
 
 
-def rows_of(shape, attention_mask, position_ids) -> list[Segment]:
-    """Find the rows of a pass (B, T): right-padded, or packed if B is 1; [] if unknown."""
+def takes_mask(model) -> bool:
+    """Tell whether a mask of ours says what a token sees: no recurrence, no chunks."""
+    config = base_causal_lm(model).config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return (config._attn_implementation in ("sdpa", "eager") and not kinds - {"full_attention", "sliding_attention"}
+            and not getattr(base_causal_lm(model), "_is_stateful", False))
+
+
+def is_masked(model, rows: list[Segment | Branch], shape) -> bool:
+    """Tell whether rows need a mask of ours: those behind others, on a card all but whole ones.
+
+    transformers would read there what it makes of positions or padding, and sdpa make numbers of it in every layer."""
+    if any(len(before(row)) for row in rows):
+        return True
+    whole = len(rows) == shape[0] and all(row.length == shape[1] for row in rows)
+    return bool(rows) and not whole and base_causal_lm(model).device.type == "cuda" and takes_mask(model)
+
+
+def rows_of(shape, position_ids) -> list[Segment]:
+    """Find the rows of a pass (B, T) without a mask: packed if B is 1."""
     many, width = shape
-    if attention_mask is None:
-        restarts = (position_ids[0] == 0).nonzero().flatten().tolist() if many == 1 and position_ids is not None else []
-        starts = restarts if restarts[:1] == [0] else range(0, many * width, width)
-        return [Segment(start, end - start) for start, end in zip(starts, [*starts[1:], many * width], strict=True)]
-    if torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
-        lengths = attention_mask.sum(1)
-        if torch.equal(torch.arange(width) < lengths[:, None], attention_mask.bool()):
-            return [Segment(row * width, length) for row, length in enumerate(lengths.tolist())]
-    return []
+    restarts = (position_ids[0] == 0).nonzero().flatten().tolist() if many == 1 and position_ids is not None else []
+    starts = restarts if restarts[:1] == [0] else range(0, many * width, width)
+    return [Segment(start, end - start) for start, end in zip(starts, [*starts[1:], many * width], strict=True)]
 
 
-def shared_mask(model, position: torch.Tensor, rows: list[Segment]):
-    """Make the mask of rows behind a prompt: [1, 1, T, T], or a dict by layer type.
+def rows_mask(model, rows: list[Segment | Branch], shape, position_ids) -> torch.Tensor | dict:
+    """Make the mask of a pass (B, T): [B, 1, T, T], or a dict by layer type.
 
-    position (T,). A token sees its own row and that row's prompt, both up to itself."""
-    segment, prompt = torch.full((2, len(position)), -1, device=position.device)
-    for number, row in enumerate(rows):
-        segment[row.start:row.start + row.length] = number
-        if row.shared:
-            prompt[row.start:row.start + row.length] = [each.start for each in rows].index(row.prompt)
-    age = position[:, None] - position
-    seen = (age >= 0) & ((segment[:, None] == segment) | (prompt[:, None] == segment))
-    return additive_mask(model, age[None, None], seen[None, None])
+    A token sees those up to itself in its row and in what the row stands behind: to be seen is to stand before the end
+    of all that a token is seen by. So a row follows what it sees, with no other row between that does not see it."""
+    (many, width), device = shape, base_causal_lm(model).device
+    first = torch.arange(0, many * width, width)[:, None]  # (B, 1)
+    end = (first + width).repeat(1, width).flatten()  # padding is seen by padding
+    for row in sorted(rows, key=lambda row: row.start):
+        end[before(row)] = end[row.start:row.start + row.length] = row.start + row.length
+    end, place = on_device(end.view(many, width) - first, device), torch.arange(width, device=device)
+    seen = (place[:, None] >= place) & (place[:, None] < end[:, None])  # (B, T, T)
+    age = None
+    if sliding_window(model):
+        position = place[None] if position_ids is None else position_ids
+        age = (position[:, :, None] - position[:, None])[:, None]
+    return additive_mask(model, age, seen[:, None])
 
 
-def additive_mask(model, age: torch.Tensor, seen: torch.Tensor):
+def not_looked_at(model):
+    """Give a mask that keeps transformers from making one; on the CPU, by no launch."""
+    none = torch.zeros(1, 1, 1, 1)
+    return additive_mask(model, none, none == 0)
+
+
+def sliding_window(model) -> int | None:
+    """Give the window of the layers that have one: a token and those before it."""
+    config = base_causal_lm(model).config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or {"sliding_attention"})
+    slides = getattr(config, "use_sliding_window", True) is not False and "sliding_attention" in kinds
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+def additive_mask(model, age: torch.Tensor | None, seen: torch.Tensor):
     """Make the additive mask of what each query sees, as the model takes it.
 
-    age, seen (B, 1, Q, K): positions from key to query; whether the query may see the key, windows left aside. A window
-    w holds a token and the w - 1 positions before it. Returns a dict by layer type if layers differ."""
+    age, seen (B, 1, Q, K): positions from key to query, needed where there is a window; whether the query may see the
+    key, windows left aside. A window w holds a token and the w - 1 positions before it. Returns a dict by layer type if
+    layers differ. On a card its rows begin at multiples of 16 bytes: sdpa would copy any other in every layer."""
     config, dtype = base_causal_lm(model).config.get_text_config(), base_causal_lm(model).dtype
 
     def additive(seen):
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        *outer, keys = seen.shape
+        mask = torch.zeros(*outer, -(-keys // 8) * 8 if seen.is_cuda else keys, dtype=dtype, device=seen.device)
+        return mask[..., :keys].masked_fill_(~seen, torch.finfo(dtype).min)
 
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or {"sliding_attention"})
-    if not window or getattr(config, "use_sliding_window", True) is False or "sliding_attention" not in kinds:
+    if not (window := sliding_window(model)):
         return additive(seen)
     sliding = additive(seen & (age < window))
-    return {"full_attention": additive(seen), "sliding_attention": sliding} if len(kinds) > 1 else sliding
+    several = len(set(getattr(config, "layer_types", None) or ())) > 1
+    return {"full_attention": additive(seen), "sliding_attention": sliding} if several else sliding
 
 
 def head_module(model) -> torch.nn.Module:

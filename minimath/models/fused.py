@@ -20,7 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minimath.kernels import elementwise
-from minimath.models.attention import Heads, SegmentAttention, Segments
+from minimath.models.attention import Heads, Segments
+from minimath.models.block_attention import PackedRows, attend_rows
 from minimath.models.linears import LinearGroup, base_of, is_plain
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3")
@@ -197,14 +198,14 @@ class FusedLayer:
         return turned.split([self.heads.queries, self.heads.keys], 1)
 
     def forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
-                position_embeddings=None, *, segments: Segments | None = None, **kwargs):
+                position_embeddings=None, *, segments: Segments | PackedRows | None = None, **kwargs):
         """Compute the layer as transformers calls it; segments: of hidden_states."""
         x, shape = hidden_states.flatten(0, 1), hidden_states.shape
         cos, sin = (each.expand(shape[0], -1, -1).flatten(0, 1) for each in position_embeddings)
         window = getattr(self.attn, "sliding_window", getattr(self.attn.config, "sliding_window", None))
         qkv = Projection.apply(x, self, cos, sin, *self.qkv.params)
         if segments is not None and past_key_values is None:
-            out = SegmentAttention.apply(qkv, self.heads, segments, window)
+            out = attend_rows(qkv, self.heads, segments, window)
         else:
             q, k, v = (each.unflatten(-1, (-1, self.heads.dim)).unflatten(0, shape[:2]).transpose(1, 2)
                        for each in qkv.split([self.heads.queries * self.heads.dim] + 2 * [

@@ -23,7 +23,7 @@ from minimath.core.errors import UserError
 from minimath.kernels import elementwise
 from minimath.models import load
 from minimath.models.attention import Segment
-from minimath.models.forward import base_causal_lm, compute_dtype, head_module, hidden_states, inference, shared_mask
+from minimath.models.forward import base_causal_lm, compute_dtype, head_module, hidden_states, inference, rows_mask
 from minimath.models.fused import fused_layers
 
 LENGTHS = (512, 2048, 8192)  # at which passes are followed
@@ -180,7 +180,7 @@ class Model:
                 segments += [Segment(0, prompt)] if prompt else []
                 hidden = hidden_states(model, ids, position_ids=places, rows=segments)
             else:
-                mask = shared_mask(model, places[0], [Segment(0, tokens)]) if prompt else None
+                mask = rows_mask(model, [Segment(0, tokens)], ids.shape, places) if prompt else None
                 with compute_dtype(model):
                     hidden = base_causal_lm(model).base_model(input_ids=ids, position_ids=places, attention_mask=mask,
                                                               use_cache=False).last_hidden_state

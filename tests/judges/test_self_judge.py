@@ -107,9 +107,9 @@ def test_models_that_a_block_mask_cannot_describe_get_rows(tmp_path):
     assert computed == sum(map(len, prompts))
     torch.testing.assert_close(got, torch.cat(alone), atol=1e-4, rtol=0)
     model, tokenizer = load(tiny_models.tiny_model(tmp_path / "llama", "llama"))
-    assert self_judge_file.takes_block_mask(model, 4096)
+    assert self_judge_file.takes_trees(model, 4096)
     model.config.layer_types = ["linear_attention", "full_attention"]
-    assert not self_judge_file.takes_block_mask(model, 10)
+    assert not self_judge_file.takes_trees(model, 10)
 
 
 def test_trees_hold_every_prompt_once_and_keep_the_token_budget():
