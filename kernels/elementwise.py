@@ -6,7 +6,7 @@
 
 o is 0, or 1 where a model stores w - 1 (Gemma). Arithmetic is fp32 on a GPU, in one pass over memory; on a CPU it is
 the fewest torch operations, 16-bit values rounded in between where transformers rounds them too: a compiled pass saved
-5% of a step there and took 14 s to compile. Rows may be strided, their last dimension not.
+less than a run waited for the compiler. Rows may be strided, their last dimension not.
 """
 import torch
 from torch.nn import functional

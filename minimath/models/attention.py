@@ -6,8 +6,8 @@
 A pass holds many rows behind one another, some of them behind a common prompt. Rows do not see each other, so no score
 between them is computed. Queries are taken 256 at a time, with the keys up to them: most scores above the diagonal are
 never computed either. Heads that share keys are rows of one query. Rows of like length, rounded up to a multiple of 32,
-go together; what is beyond a row's end is dropped, and few shapes keep oneDNN's cache small. Two to six times as fast
-as torch's fused attention for a CPU with rows of 64 to 500 tokens, most of all in backward."""
+go together; what is beyond a row's end is dropped, and few shapes keep oneDNN's cache small. bench.parts tells what
+share of a step it takes."""
 from typing import NamedTuple
 
 import torch
