@@ -29,8 +29,8 @@ def test_a_long_run_keeps_its_speed_and_its_memory(tmp_path):
     write_problems(load_config(DemoConfig, "demo", [], "demo", allow_other=True), tmp_path, 1.0)
     words = [f"model={demo_model()}", f"data={tmp_path}/train.jsonl", "device=cpu", "dtype=bf16", f"steps={STEPS}"]
     needed = sum(Planner(str(demo_model()), "cpu").training(load_config(SFTConfig, "demo", words, "sft")).values())
-    libraries = subprocess.run([sys.executable, "-c", "import minimath.train.sft; print(open('/proc/self/statm').read())"],
-                               capture_output=True, text=True, check=True)
+    imports = "import minimath.train.sft; print(open('/proc/self/statm').read())"
+    libraries = subprocess.run([sys.executable, "-c", imports], capture_output=True, text=True, check=True)
     needed += int(libraries.stdout.split()[1]) * os.sysconf("SC_PAGE_SIZE")
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # conftest's
     with subprocess.Popen([sys.executable, "-m", "minimath", "sft", "demo", *words, f"out={tmp_path}/run"],
