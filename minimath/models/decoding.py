@@ -1,5 +1,7 @@
 """The linear layers of a decoder as decoding runs them: in groups, and from a copy that is made once per rollout."""
 import contextlib
+import math
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -12,22 +14,25 @@ from minimath.models.linears import LinearGroup, is_linear, is_plain
 
 
 @contextlib.contextmanager
-def decoding_linears(model, *, copy: bool, rows: int) -> Iterator[bool]:
+def decoding_linears(model, *, copy: bool | int, rows: int) -> Iterator[bool]:
     """Run the decoder's linear layers in groups inside. Weights must not change there.
 
-    rows: how many are decoded side by side, for the layout of the copy. Yields whether every adapted layer is in a
-    group, so that nothing needs autocast."""
-    fused = fused_layers(base_causal_lm(model))
+    copy: whether to copy weights, or up to how many bytes, layer by layer. rows: how many are decoded side by side. The
+    Counter `linear_ways` of the causal LM tells how often W was read in which way (linears.COPIED and the others).
+    Yields whether every adapted layer is in a group, so that nothing needs autocast."""
+    base = base_causal_lm(model)
+    room, ran = math.inf if copy is True else copy, Counter()
+    base.linear_ways, fused = ran, fused_layers(base)
     if fused is None:
-        with _patched(model, copy, rows) as every:
+        with _patched(model, room, rows, ran) as every:
             yield every
         return
     groups = [group for layer in fused.layers for group in layer.groups]
     try:
         fused.refresh()
         fused.frozen = True
-        for group in groups if copy else ():
-            group.copy(rows)
+        for group in groups:
+            room -= group.freeze(rows, room, ran)
         yield True
     finally:
         fused.frozen = False
@@ -36,17 +41,16 @@ def decoding_linears(model, *, copy: bool, rows: int) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _patched(model, copy: bool, rows: int) -> Iterator[bool]:
+def _patched(model, room: float, rows: int, ran: Counter) -> Iterator[bool]:
     """Do so for layers of transformers: those that are called with the same input."""
     apart, patched = {m for m in model.modules() if isinstance(m, LoraLayer)}, []  # apart: adapted, in no group
     try:
         for modules in called_together(model):
             known = [m for m in modules if is_plain(m)]
             apart -= set(known)
-            if known and (copy or any(isinstance(m, LoraLayer) for m in known)):  # else nothing is gained
+            if known and (room or any(isinstance(m, LoraLayer) for m in known)):  # else nothing is gained
                 group = LinearGroup(known, base_causal_lm(model).dtype)
-                if copy:
-                    group.copy(rows)
+                room -= group.freeze(rows, room, ran)
                 for index, module in enumerate(known):
                     patched.append(module)
                     module.forward = group.patched(index)

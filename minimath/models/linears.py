@@ -6,15 +6,20 @@ for q, k, v or gate, up together: W (width, in) is one buffer, whose parts are t
 (R, in) stands for all their adapters, B for its blocks. For the backward pass only x and x A^T (N, R) are kept. 4-bit
 weights are dequantised into one scratch that all layers share. peft's parameters train as they are: fp32, by name.
 
-Decoding can ask for a copy of W that is made once per rollout: dequantised once, and on a CPU in oneDNN's layout, 1.3
-to 1.9 times as fast for 64 rows of bf16. In fp32 the copy is W + s B A; 16 bits would round off what the adapter learnt
-below 1/256."""
+Decoding reads W in the way that moves the fewest bytes (`LinearGroup.choose`): from a copy that is made once per
+rollout, dequantised, and on a CPU in oneDNN's layout, 1.3 to 1.9 times as fast for 64 rows of bf16; for few rows on a
+card from the 4-bit weights themselves; else dequantised by every step. In fp32 the copy is W + s B A; 16 bits would
+round off what the adapter learnt below 1/256."""
+import math
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+
+COPIED, FUSED, DEQUANTISED, IN_PLACE = "copied once", "4-bit product", "dequantised", "in place"  # how W is read
 
 
 class Adapter(NamedTuple):
@@ -72,6 +77,7 @@ class LinearGroup:
         self.width = sum(self.widths)
         self.forget()
         self.quantised = any(map(is_4bit, self.bases))
+        self.way = DEQUANTISED if self.quantised else IN_PLACE  # without a copy
         self.weight = None if self.quantised else join(self.bases)  # (width, in)
         self.bias = None
         if any(base.bias is not None for base in self.bases):
@@ -128,10 +134,18 @@ class LinearGroup:
 
     def forward(self, x: torch.Tensor, masks=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute Y (N, width) and x A^T (N, R) from x (N, in)."""
-        weight = None if self.product else self.matrix().T
-        y = self.product(x) if self.product else x @ weight if self.bias is None else torch.addmm(self.bias, x, weight)
-        if self.merged:
-            return y, x.new_empty(len(x), 0)
+        way = FUSED if len(x) <= self.few else COPIED if self.product else self.way
+        if self.ran is not None:
+            self.ran[way] += 1
+        if way == COPIED:
+            y = self.product(x)
+            if self.merged:
+                return y, x.new_empty(len(x), 0)
+        elif way == FUSED:
+            y = self.product_of_4bit(x)
+        else:
+            weight = self.matrix().T
+            y = x @ weight if self.bias is None else torch.addmm(self.bias, x, weight)
         if masks is None:
             low = x @ self.active.a.T
         else:
@@ -158,19 +172,47 @@ class LinearGroup:
             grads += [grad_a.to(each.a.dtype), grad_b.to(each.b.dtype).mul_(each.scale)]
         return grads
 
+    def product_of_4bit(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute x W^T + b by bitsandbytes' kernel, which reads the 4 bits; without gradients."""
+        from bitsandbytes import matmul_4bit
+        biases = [None] * len(self.bases) if self.bias is None else self.bias.split(self.widths)
+        parts = [matmul_4bit(x, base.weight.data.t(), quant_state=base.weight.quant_state, bias=bias)
+                 for base, bias in zip(self.bases, biases, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def choose(self, rows: int, room: float) -> str:
+        """Choose how steps of `rows` rows read W; room: bytes that a copy may take.
+
+        By the bytes that a step moves: a copy is read, 4 bits are read, or read, written as the compute type and read
+        again. A layer of fewer rows may still be FUSED in a rollout of more."""
+        size = self.width * self.bases[0].in_features
+        moved = {COPIED: size * self.dtype.itemsize} if size * self.dtype.itemsize <= room else {}
+        moved[self.way] = size // 2 + 2 * size * self.dtype.itemsize if self.quantised else size * self.dtype.itemsize
+        if rows <= most_fused_rows(self.bases, self.dtype):
+            moved[FUSED] = size // 2
+        return min(moved, key=moved.get)  # the first of equals
+
     @torch.no_grad()
-    def copy(self, rows: int) -> None:
-        """Copy W for the forward passes of a rollout of about `rows` rows."""
+    def freeze(self, rows: int, room: float = math.inf, ran: Counter | None = None) -> int:
+        """Prepare forward passes of a rollout of at most `rows` rows; return the bytes of a new copy.
+
+        ran: counts the ways in which W is read; a replayed CUDA graph counts once. Weights must not change until
+        `forget`."""
+        self.few, self.ran = most_fused_rows(self.bases, self.dtype), ran
+        if self.choose(rows, room) != COPIED:
+            return 0
         weight, self.merged = self.matrix(), self.dtype == torch.float32 and bool(self.active.adapters)
         if self.merged:
             weight = torch.addmm(weight, self.active.b.T, self.active.a)
         elif self.quantised:
             weight = weight.clone()
-        self.product = packed_product(weight, self.bias, rows) or (lambda x: nn.functional.linear(x, weight, self.bias))
+        packed = packed_product(weight, self.bias, rows)
+        self.product = packed or (lambda x: nn.functional.linear(x, weight, self.bias))
+        return weight.nbytes if packed or weight is not self.weight else 0
 
     def forget(self) -> None:
-        """Drop the copy."""
-        self.product, self.merged = None, False
+        """Drop the copy, and compute as in training again."""
+        self.product, self.merged, self.few, self.ran = None, False, 0, None
 
     def patched(self, index: int) -> Callable:
         """Make a forward of the layer `index` by which the first one computes for all."""
@@ -222,6 +264,19 @@ def dequantise(base: nn.Module, out: torch.Tensor) -> None:
         dequantize_4bit(base.weight.data, base.weight.quant_state, out=out)
     else:
         out.copy_(dequantize_4bit(base.weight.data, base.weight.quant_state))
+
+
+def most_fused_rows(bases: list[nn.Module], dtype: torch.dtype) -> int:
+    """Tell up to how many rows bitsandbytes multiplies by the 4 bits themselves on any card; 0: never.
+
+    Source: bitsandbytes' matmul_4bit takes one row (0.48, 0.49), from 0.50 on its operator gemm_4bit up to four, beyond
+    by tables of cards. Its ROCm kernel has no such floor in fp32. Blocks must not cross rows of W."""
+    if not all(is_4bit(base) and base.weight.is_cuda and base.in_features % base.weight.quant_state.blocksize == 0
+               for base in bases):
+        return 0
+    if torch.version.hip and dtype == torch.float32:
+        return 1
+    return 4 if hasattr(torch.ops.bitsandbytes, "gemm_4bit") else 1
 
 
 def packed_product(weight: torch.Tensor, bias, rows: int) -> Callable | None:
