@@ -15,7 +15,7 @@ from minimath.data.batch import like_lengths, tail_length
 from minimath.judges.base import Judge, Pair
 from minimath.judges.rubrics import judge_prompt, load_rubric
 from minimath.kernels import linear_logp
-from minimath.models.block_attention import Branch
+from minimath.models.block_attention import Branch, on_device
 from minimath.models.forward import (
     adapter_off,
     base_causal_lm,
@@ -143,25 +143,29 @@ def common_length(a: list[int], b: list[int]) -> int:
 def verdict_logps(model, prompts: list[list[int]], verdicts: list[int], passes: list, tree: bool) -> torch.Tensor:
     """Compute the log-prob of each verdict after each prompt, float64 on the CPU."""
     lm_head, out = head(model), torch.zeros(len(prompts), len(verdicts), dtype=torch.float64)
+    logps, places = [], [i for rows, _ in passes for i in rows]
     for rows, _ in passes:
         interrupt.check()
         states = (tree_states if tree else last_states)(model, [prompts[i] for i in rows])  # (b, D)
-        targets = torch.tensor(verdicts, device=states.device).repeat(len(states))  # (b * len(verdicts),)
-        logp = linear_logp(states.repeat_interleave(len(verdicts), 0), lm_head.weight, targets, **lm_head.kernel_args())
-        out[rows] = logp.view(len(states), -1).double().cpu()
+        targets = on_device(torch.tensor(verdicts).repeat(len(states)), states.device)  # (b * len(verdicts),)
+        logps.append(linear_logp(states.repeat_interleave(len(verdicts), 0), lm_head.weight, targets,
+                                 rows=torch.arange(len(targets), device=states.device), **lm_head.kernel_args()))
+    if logps:  # one read
+        out[places] = torch.cat(logps).view(len(places), -1).cpu().double()
     return out
 
 
 def last_states(model, prompts: list[list[int]]) -> torch.Tensor:
     """Compute the final hidden states of the last tokens, rows right-padded: B, D."""
     lengths, device = torch.tensor([len(ids) for ids in prompts]), base_causal_lm(model).device
-    input_ids = torch.zeros(len(prompts), width := int(lengths.max()), dtype=torch.long)  # (B, T)
+    first = torch.arange(len(prompts)) * (width := int(lengths.max()))
+    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (B, T)
     for row, ids in enumerate(prompts):
         input_ids[row, :len(ids)] = torch.tensor(ids)
     mask = (torch.arange(width)[None] < lengths[:, None]).long()  # (B, T)
-    rows, last = [(row * width, len(ids)) for row, ids in enumerate(prompts)], torch.arange(len(prompts)) * width
-    hidden = hidden_states(model, input_ids.to(device), attention_mask=mask.to(device), rows=rows)  # (B, T, D)
-    return hidden.flatten(0, 1)[(last + lengths - 1).to(device)]
+    input_ids, mask, last = (on_device(each, device) for each in (input_ids, mask, first + lengths - 1))
+    rows = list(zip(first.tolist(), lengths.tolist()))
+    return hidden_states(model, input_ids, attention_mask=mask, rows=rows).flatten(0, 1).index_select(0, last)
 
 
 def tree_states(model, prompts: list[list[int]]) -> torch.Tensor:
@@ -179,5 +183,5 @@ def tree_states(model, prompts: list[list[int]]) -> torch.Tensor:
     device = base_causal_lm(model).device
     tail = tail_length(len(ids), TREE_TOKENS) if device.type == "cuda" else 0
     ids, position = ids + [0] * tail, position + list(range(tail))
-    ids, position, ends = (torch.tensor(values, device=device) for values in (ids, position, ends))
-    return hidden_states(model, ids[None], position_ids=position[None], rows=branches)[0, ends]  # (1, T, D) -> (B, D)
+    ids, position, ends = (on_device(torch.tensor(values), device) for values in (ids, position, ends))
+    return hidden_states(model, ids[None], position_ids=position[None], rows=branches)[0].index_select(0, ends)

@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from minimath.core.errors import UserError
 from minimath.models.attention import Segment, Segments
-from minimath.models.block_attention import Branch, PackedRows, before, on_device, takes_flash
+from minimath.models.block_attention import Branch, PackedRows, before, on_device, takes_flash, with_gaps
 from minimath.models.fused import fused_layers
 
 
@@ -136,8 +136,8 @@ def rows_mask(model, rows: list[Segment | Branch], shape, position_ids) -> torch
     of all that a token is seen by. So a row follows what it sees, with no other row between that does not see it."""
     (many, width), device = shape, base_causal_lm(model).device
     first = torch.arange(0, many * width, width)[:, None]  # (B, 1)
-    end = (first + width).repeat(1, width).flatten()  # padding is seen by padding
-    for row in sorted(rows, key=lambda row: row.start):
+    end = torch.zeros(many * width, dtype=torch.long)
+    for row in with_gaps(rows, len(end)):  # padding is seen by padding
         end[before(row)] = end[row.start:row.start + row.length] = row.start + row.length
     end, place = on_device(end.view(many, width) - first, device), torch.arange(width, device=device)
     seen = (place[:, None] >= place) & (place[:, None] < end[:, None])  # (B, T, T)
