@@ -28,9 +28,9 @@ def stream_indices(start: int, count: int, size: int, seed: int) -> list[int]:
     return order[start % size:start % size + count]
 
 
-def micro_batches(rows: list[Encoded], *, packing: bool, micro_batch_tokens: int, pad_id: int,
-                  device) -> Iterator[tuple[list[int], dict]]:
-    """Yield batches of at most micro_batch_tokens, each after its indices into rows.
+def micro_batches(rows: list[Encoded], *, packing: bool, micro_batch_tokens: int,
+                  pad_id: int) -> Iterator[tuple[list[int], dict]]:
+    """Yield batches of at most micro_batch_tokens, on the CPU, each after its indices into rows.
 
     A longer row goes alone. packing: several rows behind one another in one sequence, without attention between them.
     Otherwise rows of like length are padded to the longest. The batch has input_ids (B, T), position_ids (B, T), target
@@ -39,8 +39,7 @@ def micro_batches(rows: list[Encoded], *, packing: bool, micro_batch_tokens: int
     lengths = [len(row.ids) for row in rows]
     for indices in (pack(lengths, micro_batch_tokens) if packing else like_lengths(lengths, micro_batch_tokens)):
         chosen = [rows[i] for i in indices]
-        batch = collate_packed(chosen, micro_batch_tokens) if packing else collate_padded(chosen, pad_id)
-        yield indices, {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        yield indices, collate_packed(chosen, micro_batch_tokens) if packing else collate_padded(chosen, pad_id)
 
 
 def _longest_first(lengths: list[int]) -> list[int]:
@@ -127,15 +126,3 @@ def collate_padded(rows: list[Encoded], pad_id: int) -> dict:
 def forward_args(batch: dict) -> dict:
     """Return the arguments of model.hidden_states for a batch of micro_batches."""
     return {name: batch.get(name) for name in ("input_ids", "position_ids", "attention_mask", "rows")}
-
-
-def at_targets(values: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
-    """Lay per-token values of the trained tokens out over the rows of the kernel.
-
-    values: one (n_i,) tensor per example, in the order of the batch; target (N,), IGNORE at untrained rows (0 there).
-    Returns (N,) fp32.
-    """
-    out = torch.zeros(target.shape, dtype=torch.float32, device=target.device)
-    if values:
-        out[target != IGNORE] = torch.cat(values).to(out)
-    return out

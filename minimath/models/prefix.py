@@ -10,7 +10,7 @@ from minimath.core import dist
 from minimath.data.batch import micro_batches, tail_length
 from minimath.data.chat import Encoded
 from minimath.models.attention import Segment
-from minimath.models.forward import base_causal_lm, takes_rows
+from minimath.models.forward import takes_rows
 from minimath.models.policy import Policy
 
 LEAST_SAVED = 0.15  # share of the tokens; below, the longer attention of shared sequences outweighs it
@@ -49,7 +49,7 @@ def share_saved(rows: list[Encoded], packs: list[list[int]]) -> float:
     return saved / max(1, sum(len(row.ids) for row in rows))
 
 
-def shared_batch(model, rows: list[Encoded], most: int = 0) -> dict:
+def shared_batch(rows: list[Encoded], most: int = 0) -> dict:
     """Lay rows with a common prompt out as one sequence, for hidden_states.
 
     input_ids, position_ids (1, T), rows as hidden_states takes them, source (N,): the places whose hidden states
@@ -66,18 +66,16 @@ def shared_batch(model, rows: list[Encoded], most: int = 0) -> dict:
             segments.append(Segment(len(ids), len(completion) - 1, 0, start))
         ids += completion[:-1]
         position += range(start, start + len(completion) - 1)
-    device, tail = base_causal_lm(model).device, tail_length(len(ids), most)
-    if tail:
+    if tail := tail_length(len(ids), most):
         segments.append(Segment(len(ids), tail))
     ids, position = ids + tail * [0], position + list(range(tail))
-    return {"input_ids": torch.tensor([ids], device=device), "position_ids": torch.tensor([position], device=device),
-            "rows": segments, "source": torch.tensor(source, device=device),
-            "target": torch.tensor(target, device=device)}
+    return {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([position]), "rows": segments,
+            "source": torch.tensor(source), "target": torch.tensor(target)}
 
 
 def forward_batches(policy: Policy, rows: list[Encoded], groups: list[int],
                     micro_batch_tokens: int) -> Iterator[tuple[list[int], dict]]:
-    """Yield indices into rows and their batch, behind shared prompts where that saves.
+    """Yield indices into rows and their batch, on the CPU, behind shared prompts where that saves.
 
     Else rows behind one another, where attention between them costs nothing, or of like length and padded. groups: as
     in shared_packs. Every batch has input_ids, position_ids and target, and attention_mask or rows where needed;
@@ -88,10 +86,10 @@ def forward_batches(policy: Policy, rows: list[Encoded], groups: list[int],
     packs = shared_packs(rows, groups, most) if attn != "flash_attention_2" else []  # which takes no mask of ours
     if packs and share_saved(rows, packs) >= LEAST_SAVED:
         for pack in packs:
-            yield pack, shared_batch(policy.model, [rows[i] for i in pack], most)
+            yield pack, shared_batch([rows[i] for i in pack], most)
     else:
         yield from micro_batches(rows, packing=takes_rows(policy.model), micro_batch_tokens=micro_batch_tokens,
-                                 pad_id=policy.tokenizer.pad_token_id, device=policy.device)
+                                 pad_id=policy.tokenizer.pad_token_id)
 
 
 def trained_states(hidden: torch.Tensor, batch: dict) -> torch.Tensor:

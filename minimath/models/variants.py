@@ -108,9 +108,9 @@ def in_step(model, batches: Iterator[tuple[list[int], dict]]) -> Iterator[tuple[
         yield from batches
         return
     batches = list(batches)
-    one = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    one = torch.zeros((1, 1), dtype=torch.long)
     blank = {"input_ids": one, "position_ids": one, "attention_mask": torch.ones_like(one),
-             "target": torch.full((1,), IGNORE, device=model.device)}
+             "target": torch.full((1,), IGNORE)}
     for number in range(int(dist.all_reduce_max(len(batches)))):
         yield batches[number] if number < len(batches) else ([], blank)
 

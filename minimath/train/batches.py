@@ -5,9 +5,10 @@ import torch
 
 from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
-from minimath.data.batch import at_targets, micro_batches
-from minimath.data.chat import Encoded
+from minimath.data.batch import micro_batches
+from minimath.data.chat import IGNORE, Encoded
 from minimath.data.sample import Group, Sample
+from minimath.models.block_attention import on_device
 from minimath.models.policy import Policy
 from minimath.models.prefix import forward_batches, own_rows
 from minimath.models.variants import in_step
@@ -27,15 +28,15 @@ class SolutionBatch:
 
     def micro_batches(self, most: int) -> Iterator[tuple[list[int], dict]]:
         batches = micro_batches(self.mine, packing=self.packing, micro_batch_tokens=most,
-                                pad_id=self.policy.tokenizer.pad_token_id, device=self.policy.device)
-        return in_step(self.policy.model, batches)
+                                pad_id=self.policy.tokenizer.pad_token_id)
+        return placed(in_step(self.policy.model, batches), self.policy.device)
 
 
 class PolicyBatch:
     """Holds the samples of a rollout to train on; a process computes its groups.
 
-    A sample of advantage 0 counts in the divisors, the KL and the entropy. Per-token values are lists of (n_i,)
-    tensors, one per row of this process."""
+    A sample of advantage 0 counts in the divisors, the KL and the entropy. Per-token values are lists of (n_i,) fp32
+    tensors on the CPU, one per row of this process."""
 
     def __init__(self, policy: Policy, cfg: RLAIFConfig, groups: list[Group]):
         self.policy = policy
@@ -56,15 +57,40 @@ class PolicyBatch:
         self.old_logp = self.ref_logp = self.seq_log_ratio = None  # or lists of tensors, as the loss needs them
 
     def micro_batches(self, most: int) -> Iterator[tuple[list[int], dict]]:
-        return in_step(self.policy.model, forward_batches(self.policy, self.rows, self.group_of, most))
+        batches = forward_batches(self.policy, self.rows, self.group_of, most)
+        return placed(in_step(self.policy.model, batches), self.policy.device)
 
-    def at_rows(self, indices: list[int], target: torch.Tensor) -> tuple[PolicyRows, torch.Tensor]:
+    def at_rows(self, indices: list[int], micro: dict) -> tuple[PolicyRows, torch.Tensor]:
         """Lay out what the loss knows of each kernel row, and full_logp."""
-        def lay_out(values):
-            return None if values is None else at_targets([values[i] for i in indices], target)
-        rows = PolicyRows(*map(lay_out, (self.advantage, self.weight, self.sampled_logp, self.old_logp, self.ref_logp,
-                                         self.seq_log_ratio)))
-        return rows, lay_out(self.full_logp)
+        fields = (self.advantage, self.weight, self.sampled_logp, self.old_logp, self.ref_logp, self.seq_log_ratio,
+                  self.full_logp)
+        known = [torch.cat([torch.empty(0), *(values[i] for i in indices)]) for values in fields if values is not None]
+        target = micro["target"]  # (N,)
+        table = torch.zeros(len(known), len(target), device=target.device)
+        table.index_copy_(1, micro["trained"], on_device(torch.stack(known), target.device))
+        laid_out = iter(table)
+        *rows, full_logp = (None if values is None else next(laid_out) for values in fields)
+        return PolicyRows(*rows), full_logp
+
+    def by_row(self, indices: list[int], values: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Read the values of trained tokens back, in one copy; `indices`: their rows, in this order."""
+        lengths = [self.samples[i].tokens for i in indices]
+        parts = torch.cat(values).cpu().split(lengths) if values else []
+        return [part for _, part in sorted(zip(indices, parts, strict=True), key=lambda each: each[0])]
+
+
+def placed(batches: Iterator[tuple[list[int], dict]], device: torch.device) -> Iterator[tuple[list[int], dict]]:
+    """Yield batches with their tensors, int64, on the device, each in one copy.
+
+    They have `trained` (M,), too: the rows of `target` that count, known here, so that no one has to ask a card."""
+    for indices, batch in batches:
+        tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+        tensors["trained"] = (batch["target"] != IGNORE).nonzero().flatten()
+        if device.type != "cpu":
+            parts = on_device(torch.cat([each.flatten() for each in tensors.values()]), device)
+            parts = parts.split([each.numel() for each in tensors.values()])
+            tensors = {name: part.view_as(tensors[name]) for name, part in zip(tensors, parts, strict=True)}
+        yield indices, batch | tensors
 
 
 def in_loss(sample: Sample, cfg: RLAIFConfig) -> bool:

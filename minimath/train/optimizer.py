@@ -22,7 +22,7 @@ MOST_HALVINGS = 3  # of micro_batch_tokens in a run: what does not fit in an eig
 BEAR_ON_MEMORY = ("micro_batch_tokens", "model", "device", "dtype", "quant", "attn", "compile", "optimizer", "lora_r",
                   "gradient_checkpointing", "packing", "max_len", "max_new_tokens", "shard")
 
-Closure = Callable[[list[int], dict], tuple[torch.Tensor, dict[str, float]]]
+Closure = Callable[[list[int], dict], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 class Optimizer:
@@ -44,26 +44,26 @@ class Optimizer:
     def step(self, batch, loss_of_micro_batch: Closure) -> dict:
         """Take one step of the loss summed over micro-batches; return the metrics.
 
-        batch: has `lengths`, the tokens of this process's rows, and `micro_batches(most)`, which yields (indices,
-        tensors) of at most `most` tokens. loss_of_micro_batch(indices, tensors) -> (loss (), metrics): sums over the
-        rows, already divided by what the whole step is divided by. A step whose loss or gradient is not finite changes
-        no weight; UserError after BAD_STEPS of them in a row."""
-        def forward_backward(micro_batch_tokens: int) -> dict:
-            totals: dict[str, float] = {}
+        batch: has `lengths`, the tokens of this process's rows, `trained_tokens` of the whole step, and
+        `micro_batches(most)`, which yields (indices, tensors) of at most `most` tokens. loss_of_micro_batch(indices,
+        tensors) -> (loss (), already divided by what the whole step is divided by, and figures () by name: sums over
+        the trained tokens, whose means are the metrics). Nothing is read from the device before all is launched. A step
+        whose loss or gradient is not finite changes no weight; UserError after BAD_STEPS of them in a row."""
+        def forward_backward(micro_batch_tokens: int) -> Sums:
+            sums = Sums(batch.trained_tokens)
             for indices, tensors in batch.micro_batches(micro_batch_tokens):
                 follow_load(self.params[0].device, self.say)
-                loss, metrics = loss_of_micro_batch(indices, tensors)
+                loss, figures = loss_of_micro_batch(indices, tensors)
                 (loss * self.scale.value).backward()
-                for name, value in {"loss": float(loss.detach()), **metrics}.items():
-                    totals[name] = totals.get(name, 0.0) + value
-            return totals
+                sums.add(loss.detach(), figures)
+            return sums
 
-        totals = dist.all_reduce_sum(self.retry_on_oom(forward_backward, batch.lengths))
+        sums = self.retry_on_oom(forward_backward, batch.lengths)
         dist.all_reduce_gradients(self.params)
         norm, stepped = clip_and_step(self.inner, self.params, self.options.max_grad_norm, self.lr,
-                                      scale=self.scale.value, loss=totals["loss"])
+                                      scale=self.scale.value, sums=sums)
         self.taken += 1
-        return totals | self._count(norm, stepped, totals["loss"])
+        return sums.totals | self._count(norm, stepped, sums.totals["loss"])
 
     def skip_step(self, *, finite: bool) -> dict:
         """Count a step without a batch: not finite if samples come from NaN logits."""
@@ -113,6 +113,32 @@ class Optimizer:
         self.budget.load_state_dict(state["budget"])
 
 
+class Sums:
+    """The loss and figures of a step's micro-batches, on their device until the step needs them.
+
+    Sums are fp64, in the order of the micro-batches, as Python would add them up."""
+
+    def __init__(self, count: int = 1):
+        self.count, self.names, self.values = count, (), None
+        self.totals: dict[str, float] = {}  # after `read`: of all processes
+
+    def add(self, loss: torch.Tensor, figures: dict[str, torch.Tensor]) -> None:
+        """Add a micro-batch: its loss as it is, its figures divided by the count."""
+        wide = torch.float32 if loss.device.type == "mps" else torch.float64  # which has no fp64
+        new = torch.stack([loss, *figures.values()]).to(wide)
+        new[1:] /= self.count
+        self.values = new + (torch.zeros_like(new) if self.values is None else self.values)
+        self.names = ("loss", *figures)
+
+    def read(self, norm: torch.Tensor) -> float:
+        """Take over the totals; return the norm of the gradient, NaN where the loss is not finite."""
+        if self.values is not None:
+            *values, norm = torch.cat([self.values, norm.to(self.values)[None]]).tolist()  # all in one copy
+            self.totals = dict(zip(self.names, values, strict=True))
+        self.totals = dist.all_reduce_sum(self.totals)
+        return float(norm) if math.isfinite(self.totals.get("loss", 0.0)) else math.nan
+
+
 def make_optimizer(params: Iterable[torch.nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
     """Make AdamW over what requires a gradient; vectors get no weight decay.
 
@@ -135,20 +161,21 @@ def make_optimizer(params: Iterable[torch.nn.Parameter], options: OptimizerOptio
 
 
 @torch.no_grad()
-def clip_and_step(optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Parameter],
-                  max_grad_norm: float, lr: float, scale: float = 1.0, loss: float = 0.0) -> tuple[float, bool]:
+def clip_and_step(optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Parameter], max_grad_norm: float,
+                  lr: float, scale: float = 1.0, sums: Sums | None = None) -> tuple[float, bool]:
     """Clip the gradients to max_grad_norm > 0, step with lr, and clear them.
 
-    scale: what the loss was multiplied by (LossScale); the gradients are divided by it first. loss: its value, since
-    one that is not finite can have a finite gradient, which means nothing. Returns (fp32 gradient norm before clipping,
-    NaN when the loss is not finite; whether a step was taken): with a non-finite norm, or no gradient, weights and
-    optimiser state stay bitwise as they were. Raises UserError when memory is too small for the optimiser's state."""
+    scale: what the loss was multiplied by (LossScale); the gradients are divided by it first. sums: read with the norm,
+    the one read of a step, since a loss that is not finite can have a finite gradient, which means nothing. Returns
+    (fp32 gradient norm before clipping, NaN when the loss is not finite; whether a step was taken): with a non-finite
+    norm, or no gradient, weights and optimiser state stay bitwise as they were. Raises UserError when memory is too
+    small for the optimiser's state."""
     params = list(params)
     grads = [p.grad for p in params if p.grad is not None]
     if scale != 1.0 and grads:
         torch._foreach_div_(grads, scale)
     norm = torch.nn.utils.get_total_norm([g.float() for g in grads])  # () fp32; no copy if fp32
-    grad_norm = float(norm) if math.isfinite(loss) else math.nan
+    grad_norm = (sums or Sums()).read(norm)
     stepped = bool(grads) and math.isfinite(grad_norm)
     if stepped:
         if max_grad_norm > 0:
@@ -157,7 +184,9 @@ def clip_and_step(optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Pa
             group["lr"] = lr
         try:
             optimizer.step()
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise UserError("memory is too small for the optimiser's state; try optimizer=paged_adamw8bit, a lower "
                             "lora_r or fewer lora_targets") from error
     for p in params:

@@ -23,7 +23,6 @@ from minimath.config.schema import RLAIFConfig
 from minimath.config.trained import as_trained
 from minimath.core.entry import run_command
 from minimath.data.batch import forward_args
-from minimath.data.chat import IGNORE
 from minimath.data.examples import load_examples
 from minimath.data.sample import Group
 from minimath.kernels import linear_logp, linear_token_loss
@@ -120,15 +119,14 @@ def policy_loss_of_micro_batch(cfg: RLAIFConfig, policy: Policy, batch: PolicyBa
     lm_head = head(policy.model)
 
     def loss_of_micro_batch(indices, micro):
-        target = micro["target"]  # (N,)
-        rows, full_logp = batch.at_rows(indices, target)
+        target, trained = micro["target"], micro["trained"]  # (N,), and the rows of it that count
+        rows, full_logp = batch.at_rows(indices, micro)
         hidden = trained_states(hidden_states(policy.model, **forward_args(micro)), micro)  # (N, D)
-        loss, stats = linear_token_loss(hidden, lm_head.weight, target, policy_loss(rows, cfg.loss),
+        loss, stats = linear_token_loss(hidden, lm_head.weight, target, policy_loss(rows, cfg.loss), rows=trained,
                                         temperature=cfg.sampling.temperature, **lm_head.kernel_args())
         sound = torch.stack([values.sum() for values in rows if values is not None]).isfinite().all()
         loss = torch.where(sound, loss, math.nan)  # a clip could hide an infinite log-prob
-        sums = token_metrics(cfg.loss, rows, stats, full_logp, target != IGNORE)
-        return loss, {name: value / batch.trained_tokens for name, value in sums.items()}
+        return loss, token_metrics(cfg.loss, rows, stats, full_logp, trained)
 
     return loss_of_micro_batch
 
@@ -138,16 +136,15 @@ def logps(cfg: RLAIFConfig, policy: Policy, optimizer: Optimizer, batch: PolicyB
     lm_head = head(policy.model)
 
     def forward(micro_batch_tokens: int) -> list[torch.Tensor]:
-        out: list = [None] * len(batch.rows)
+        order, parts = [], []
         with inference(policy.model):
             for indices, micro in batch.micro_batches(micro_batch_tokens):
                 hidden = trained_states(hidden_states(policy.model, **forward_args(micro)), micro)
-                logp = linear_logp(hidden, lm_head.weight, micro["target"], temperature=cfg.sampling.temperature,
-                                   **lm_head.kernel_args())
-                parts = logp[micro["target"] != IGNORE].split([batch.samples[i].tokens for i in indices])
-                for i, part in zip(indices, parts, strict=True):
-                    out[i] = part
-        return out
+                logp = linear_logp(hidden, lm_head.weight, micro["target"], rows=micro["trained"],
+                                   temperature=cfg.sampling.temperature, **lm_head.kernel_args())
+                order += indices
+                parts.append(logp[micro["trained"]])
+        return batch.by_row(order, parts)
 
     return optimizer.retry_on_oom(forward, batch.lengths)
 

@@ -86,11 +86,12 @@ def rollout_metrics(kept: list[Group], seen: list[Group], engine) -> dict:
 
 
 def token_metrics(options: LossOptions, rows: PolicyRows, stats, full_logp: torch.Tensor,
-                  trained: torch.Tensor) -> dict[str, float]:
-    """Sum figures over the trained tokens of a micro-batch.
+                  trained: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sum figures over the trained tokens of a micro-batch, on their device.
 
-    stats, full_logp (N,), trained (N,) bool. policy/off_policy: tokens whose probability is beyond [0.9, 1.1] of that
-    in the rollout, both before top-p and the like. policy/reweighted: tokens whose weight was cut to the cap."""
+    stats, full_logp (N,), trained (M,) int64: their rows. policy/off_policy: tokens whose probability is beyond [0.9,
+    1.1] of that in the rollout, both before top-p and the like. policy/reweighted: tokens whose weight was cut to the
+    cap."""
     logp, sampled = stats.logp[trained], rows.sampled_logp[trained]
     old = logp if rows.old_logp is None else rows.old_logp[trained]
     ratio = torch.exp(logp - old if rows.seq_log_ratio is None else rows.seq_log_ratio[trained])
@@ -104,7 +105,7 @@ def token_metrics(options: LossOptions, rows: PolicyRows, stats, full_logp: torc
     if rows.ref_logp is not None:
         d = rows.ref_logp[trained] - logp
         sums["policy/kl"] = (torch.exp(d) - d - 1).sum()
-    return {name: float(value) for name, value in sums.items()}
+    return sums
 
 
 def show_group(group: Group, step: int, log) -> None:

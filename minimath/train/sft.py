@@ -67,7 +67,7 @@ def update(cfg: SFTConfig, policy: Policy, optimizer: Optimizer, rows: list[Enco
     def loss_of_micro_batch(indices, micro):
         hidden = hidden_states(policy.model, **forward_args(micro))  # (B, T, D)
         loss, _ = linear_token_loss(hidden.flatten(0, 1), lm_head.weight, micro["target"], loss_fn,
-                                    **lm_head.kernel_args())
+                                    rows=micro["trained"], **lm_head.kernel_args())
         return loss, {}
 
     return optimizer.step(batch, loss_of_micro_batch) | {"data/tokens": batch.tokens}

@@ -11,6 +11,7 @@ CPU knows no cards (autograd would end the process), is told that the tensors ar
 of an operator's implementation, see a card."""
 import contextlib
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,6 +195,7 @@ def policy_on_card(cfg, *, train: bool = True):
                     new = torch.empty(old.shape, dtype=old.dtype, device=CARD)
                     held[name] = torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) \
                         else new
-    if not (cfg.model.compile or cfg.model.shard):
-        load.fuse(base_causal_lm(policy.model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fake weights are all at address 0, and torch warns of it
+        _ = cfg.model.compile or cfg.model.shard or load.fuse(base_causal_lm(policy.model))
     return policy

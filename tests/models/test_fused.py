@@ -37,7 +37,7 @@ def rows_of(lengths=LENGTHS):
 
 
 def batch_of(*, packing: bool, lengths=LENGTHS) -> dict:
-    [(_, batch)] = micro_batches(rows_of(lengths), packing=packing, micro_batch_tokens=10**6, pad_id=0, device="cpu")
+    [(_, batch)] = micro_batches(rows_of(lengths), packing=packing, micro_batch_tokens=10**6, pad_id=0)
     return batch
 
 
@@ -80,7 +80,7 @@ def test_a_shared_prompt_and_the_model_without_its_adapter(tmp_path, monkeypatch
     fused, plain = pair(tiny_model(tmp_path, family), monkeypatch)
     prompt = list(range(5, 25))
     rows = [Encoded(prompt + list(range(30, 30 + n)), [False] * 20 + [True] * n, False) for n in (9, 40, 1, 2)]
-    assert_same(step(fused, shared_batch(fused, rows)), step(plain, shared_batch(plain, rows)))
+    assert_same(step(fused, shared_batch(rows)), step(plain, shared_batch(rows)))
     batch = batch_of(packing=True)
     with inference(fused), inference(plain), adapter_off(fused), adapter_off(plain):
         got, want = (hidden_states(model, **forward_args(batch)) for model in (fused, plain))
@@ -96,7 +96,7 @@ def test_rows_of_several_blocks_of_queries(tmp_path, monkeypatch, family):
     assert_same(step(fused, batch), step(plain, batch))
     prompt = [i % 300 for i in range(45)]
     rows = [Encoded(prompt + [i % 290 for i in range(n)], [False] * 45 + [True] * n, False) for n in (QUERIES + 40, 20)]
-    assert_same(step(fused, shared_batch(fused, rows)), step(plain, shared_batch(plain, rows)))
+    assert_same(step(fused, shared_batch(rows)), step(plain, shared_batch(rows)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -56,7 +56,7 @@ def test_loss_and_gradient_equal_those_of_rows_computed_apart(tmp_path, family, 
     rows = rows_of()
     shared = list(forward_batches(policy, rows, GROUPS, 200))
     assert len(shared) == 2 and all("source" in batch for _, batch in shared)
-    apart = micro_batches(rows, packing=False, micro_batch_tokens=200, pad_id=0, device="cpu")
+    apart = micro_batches(rows, packing=False, micro_batch_tokens=200, pad_id=0)
     want_logp, want = gradients(model, rows, apart)
     logp, got = gradients(model, rows, shared)
     torch.testing.assert_close(logp, want_logp, rtol=1e-6, atol=1e-6)
@@ -77,7 +77,7 @@ def test_a_sliding_window_counts_positions_not_places(tmp_path, family):
             module.sliding_window = 6
     rows = rows_of()
     shared = forward_batches(policy, rows, GROUPS, 200)
-    apart = micro_batches(rows, packing=False, micro_batch_tokens=1, pad_id=0, device="cpu")  # unpadded, each alone
+    apart = micro_batches(rows, packing=False, micro_batch_tokens=1, pad_id=0)  # unpadded, each alone
     want_logp, want = gradients(model, rows, apart)
     logp, got = gradients(model, rows, shared)
     torch.testing.assert_close(logp, want_logp, rtol=1e-6, atol=1e-6)

@@ -135,7 +135,7 @@ def test_recorded_logp_equals_linear_logp_of_the_training_forward(family_dir, fa
     ]
     recorded = [torch.tensor(c.logp) for group in groups for c in group]
     lm_head = head(model)
-    for indices, batch in micro_batches(rows, packing=False, micro_batch_tokens=150, pad_id=3, device="cpu"):
+    for indices, batch in micro_batches(rows, packing=False, micro_batch_tokens=150, pad_id=3):
         hidden = hidden_states(model, **forward_args(batch)).flatten(0, 1)
         logp = linear_logp(
             hidden, lm_head.weight, batch["target"], temperature=temperature, **lm_head.kernel_args()

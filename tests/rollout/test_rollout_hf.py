@@ -194,7 +194,7 @@ def test_recorded_logp_equals_linear_logp_of_the_training_forward(llama, tempera
             rows.append(Encoded(prompt + completion.ids, mask, False))
             recorded.append(completion.full_logp)
     lm_head, seen = head(model), 0
-    for indices, batch in micro_batches(rows, packing=False, micro_batch_tokens=150, pad_id=3, device="cpu"):
+    for indices, batch in micro_batches(rows, packing=False, micro_batch_tokens=150, pad_id=3):
         with torch.no_grad():
             hidden = hidden_states(model, **forward_args(batch)).flatten(0, 1)
             logp = linear_logp(hidden, lm_head.weight, batch["target"], temperature=temperature,

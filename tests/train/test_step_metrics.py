@@ -66,7 +66,7 @@ def test_token_metrics_count_clipped_moved_and_reweighted_tokens_of_the_trained_
     old = logp - torch.tensor([0.0, 0.3, -0.3, 0.1, 5.0])  # ratios 1, 1.35, 0.74, 1.11, and an untrained one
     sampled = old - torch.tensor([0.0, 0.0, 0.0, 2.0, 9.0])
     full = logp - torch.tensor([0.0, 0.05, 0.2, 0.0, 9.0])
-    trained = torch.tensor([True, True, True, True, False])
+    trained = torch.tensor([0, 1, 2, 3])
     rows = PolicyRows(torch.zeros(5), torch.zeros(5), sampled, old, logp + math.log(2))
     stats = SimpleNamespace(logp=logp, entropy=torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0]))
     seen = token_metrics(LossOptions(), rows, stats, full, trained)

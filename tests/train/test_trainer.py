@@ -33,7 +33,7 @@ class Counter:
         self.seen = state["seen"]
 
 
-BATCH = SimpleNamespace(lengths=[1], micro_batches=lambda most: [([0], {})])
+BATCH = SimpleNamespace(lengths=[1], trained_tokens=1, micro_batches=lambda most: [([0], {})])
 
 
 @pytest.fixture
