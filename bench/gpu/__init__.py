@@ -1,0 +1,1 @@
+"""The proof on a card: python -m bench.gpu, see __main__.py."""
