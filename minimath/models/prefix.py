@@ -80,15 +80,16 @@ def forward_batches(policy: Policy, rows: list[Encoded], groups: list[int],
     Else rows behind one another, where attention between them costs nothing, or of like length and padded. groups: as
     in shared_packs. Every batch has input_ids, position_ids and target, and attention_mask or rows where needed;
     `trained_states` finds the hidden states that belong to the targets."""
-    attn, most = policy.options.attn, micro_batch_tokens
+    attn, most, by_rows = policy.options.attn, micro_batch_tokens, takes_rows(policy.model)
     if attn == "eager":
         most = min(most, EAGER_TOKENS)
-    packs = shared_packs(rows, groups, most) if attn != "flash_attention_2" else []  # which takes no mask of ours
+    # else flash_attention_2 takes no mask of ours
+    packs = shared_packs(rows, groups, most) if by_rows or attn != "flash_attention_2" else []
     if packs and share_saved(rows, packs) >= LEAST_SAVED:
         for pack in packs:
             yield pack, shared_batch([rows[i] for i in pack], most)
     else:
-        yield from micro_batches(rows, packing=takes_rows(policy.model), micro_batch_tokens=micro_batch_tokens,
+        yield from micro_batches(rows, packing=by_rows, micro_batch_tokens=micro_batch_tokens,
                                  pad_id=policy.tokenizer.pad_token_id)
 
 

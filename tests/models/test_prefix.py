@@ -8,6 +8,7 @@ from toy import policy_of, wake_adapter
 from minimath.data.batch import forward_args, micro_batches
 from minimath.data.chat import IGNORE, Encoded
 from minimath.kernels import linear_token_loss
+from minimath.models import prefix
 from minimath.models.forward import head, hidden_states
 from minimath.models.prefix import LEAST_SAVED, forward_batches, own_rows, share_saved, shared_packs, trained_states
 
@@ -104,10 +105,12 @@ def test_every_process_has_whole_groups_and_every_row_one_process(monkeypatch):
     assert told == [[0, 1, 5, 6, 7], [2, 3, 4]]
 
 
-def test_long_completions_and_flash_attention_are_not_shared(tiny_dir):
+def test_long_completions_and_flash_attention_without_rows_are_not_shared(tiny_dir, monkeypatch):
     policy, groups = policy_of(tiny_dir), [0, 0, 1, 1]
     long = rows_of(((300, 300), (300, 300)))
     assert share_saved(long, shared_packs(long, groups, 4096)) < LEAST_SAVED
     assert all("source" not in batch for _, batch in forward_batches(policy, long, groups, 4096))
     policy.options.attn = "flash_attention_2"
-    assert all("source" not in batch for _, batch in forward_batches(policy, rows_of(), GROUPS, 4096))
+    for by_rows in (True, False):
+        monkeypatch.setattr(prefix, "takes_rows", lambda model, by_rows=by_rows: by_rows)
+        assert all(("source" in batch) == by_rows for _, batch in forward_batches(policy, rows_of(), GROUPS, 4096))
