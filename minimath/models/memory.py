@@ -6,8 +6,10 @@ import torch
 from minimath.models.forward import base_causal_lm, head_module
 
 MOST_SLOTS = {"cpu": 128, "cuda": 512}  # beyond, a step takes longer in proportion: nothing is gained
+KEEP = 0.8  # of the free memory that may be needed where a rollout's buffers stay
 SHARE = {"cpu": 0.5, "cuda": 0.85}  # of the free memory that a rollout may take
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
+             "CUBLAS_STATUS_NOT_INITIALIZED", "cudaErrorMemoryAllocation")  # a handle's workspace does not fit
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -43,15 +45,37 @@ def cache_bytes_per_token(model) -> int:
     return 2 * config.num_hidden_layers * heads * dim * base_causal_lm(model).dtype.itemsize
 
 
-def slot_bytes(model, length: int) -> int:
-    """Count the bytes of one sequence: keys and values, and three fp32 rows of logits."""
-    return length * cache_bytes_per_token(model) + 12 * head_module(model).weight.shape[0]
+def sampling_bytes(model, how) -> int:
+    """Count the bytes that choosing a token takes of one row: fp32 rows of the vocabulary.
+
+    how: rollout.sampling.Sampling. A whole softmax takes 3: logits, probabilities, padding; to cut it by top-k or
+    min-p 5, as the logits are kept; by top-p 10, for it sorts: values, int64 places, and as much again on a card."""
+    rows = 10 if how.top_p < 1 else 3 if how.full() else 5
+    return 4 * rows * head_module(model).weight.shape[0]
 
 
-def fitting_slots(model, length: int, wanted: int, free: int | None = None) -> int:
-    """Find how many sequences of `length` tokens decode side by side: from 1 to `wanted`."""
+def slot_bytes(model, length: int, how) -> int:
+    """Count the bytes of one sequence: keys and values, and what choosing a token takes."""
+    return length * cache_bytes_per_token(model) + sampling_bytes(model, how)
+
+
+def fitting_slots(model, length: int, wanted: int, how, *, free: int | None = None, held: int = 0) -> int:
+    """Find how many sequences of `length` tokens decode side by side: from 1 to `wanted`.
+
+    free: bytes, else what the device has. held: bytes that the last rollout's cache holds, for this one."""
     device = base_causal_lm(model).device
     free = free_bytes(device) if free is None else free
     most = min(wanted, MOST_SLOTS.get(device.type, 64))
-    fits = int(free * SHARE.get(device.type, 0.5)) // slot_bytes(model, length) if free else most
+    fits = int((free + held) * SHARE.get(device.type, 0.5)) // slot_bytes(model, length, how) if free else most
     return max(1, min(most, fits))
+
+
+def has_room_beside(device: torch.device, held: int, recorded: int) -> bool:
+    """Tell whether a rollout's `held` bytes can stay while the model trains; on a CPU they are given back.
+
+    So if the most that the process ever had allocated beyond what it has now without them fits into what is free now,
+    with a fifth to spare. recorded: bytes in the memory of CUDA graphs, which is free to nobody else."""
+    if device.type != "cuda":
+        return False
+    needed = torch.cuda.max_memory_allocated(device) - (torch.cuda.memory_allocated(device) - held)
+    return needed <= KEEP * (free_bytes(device) - recorded)

@@ -1,7 +1,4 @@
 """The running batch of a rollout: rows in slots, the decode step on the device, rows that come and go."""
-import collections
-import functools
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,26 +8,26 @@ from transformers.cache_utils import DynamicCache
 
 from minimath.core.errors import UserError
 from minimath.core.threads import follow_load
-from minimath.grading.answer import box_closed
 from minimath.models.forward import additive_mask, base_causal_lm, head
+from minimath.models.linears import IN_PLACE
+from minimath.rollout import kv_cache
+from minimath.rollout.ends import BoxWatch, Flight, in_loop
 from minimath.rollout.engine import Engine, Job
-from minimath.rollout.kv_cache import SlotCache
-from minimath.rollout.sampling import sample_tokens, stream_noise
+from minimath.rollout.graphs import StepGraphs, addresses
+from minimath.rollout.kv_cache import Seen, SlotCache, softcap_of, windows_of
+from minimath.rollout.sampling import logits_of, sample_tokens, stream_noise
 
 BLOCK = 16  # rows that attention treats alike on a CPU
-SYNC = {"cuda": 4}  # steps between looks at which rows have ended; a look makes the host wait for the device
-FIXED_SHAPES = ("cuda",)  # devices whose steps have few shapes, as recording needs them: rounded up
-WINDOW = 256  # to a multiple of this, for lengths
+SYNC = {"cuda": 4}  # steps between looks at which rows have ended; elsewhere 1
 PREFILL_TOKENS = 4096  # of prompts in one forward
-WARM_UP = 2  # calls before capture: lazy set-up of libraries must not be recorded
-MOST = 24  # graphs kept; a batch that shrinks needs a new one for every size
+PREFILL_ROUND = 64  # places on a card: few shapes, whose kernels are chosen once
+PREFILL_STEPS = 8  # a prefill takes about as long as so many recorded steps
 
 
 class Fast(NamedTuple):
     """How the model computes while it decodes, see open.fast_decoding."""
-    blocks: bool  # attention can be over blocks of rows
+    attends: bool  # by kv_cache.slot_attention
     head: Callable | None  # multiplies by the head's weight; None: a plain product
-    copied: bool  # weights are copied once
 
 
 class Row:
@@ -39,153 +36,227 @@ class Row:
     def __init__(self, job: Job):
         self.job = job
         self.ids, self.logp, self.full_logp = [], [], []  # filled in when it ends, or is put back
-        self.boxed, self.length, self.seen = False, 0, 0  # closed its box; tokens in the cache; ids that end_early saw
+        self.boxed, self.length, self.known = False, 0, []  # closed its box; tokens in the cache; ids end_early saw
 
 
 class Decode:
     """The running batch: slot i belongs to rows[i].
 
     Its state lives on the device, in tensors (S, ...): token: sampled last, not yet in the cache; pos: its place;
-    count: tokens sampled; alive: goes on; ids, logp and full_logp of the tokens sampled."""
+    count: tokens sampled; alive: goes on; ids, logp and full_logp of the tokens sampled; and the noise to come.
+    A rollout begins with `start` and ends with `stop`; state, cache and recorded steps can serve the next one."""
 
-    def __init__(self, engine: Engine, queue: list[Row], max_num_seqs: int, fast: Fast):
-        model, tokenizer, options = engine.policy.model, engine.policy.tokenizer, engine.options
-        self.engine, self.model, self.pad, self.queue, self.fast = engine, model, tokenizer.pad_token_id, queue, fast
-        self.max_num_seqs, self.max_new_tokens = max_num_seqs, engine.max_new_tokens
-        self.loop_guard, self.box = options.loop_guard, BoxWatch(tokenizer) if options.stop_boxed else None
+    def __init__(self, engine: Engine):
+        model, tokenizer = engine.policy.model, engine.policy.tokenizer
+        self.engine, self.model, self.pad, self.max_new_tokens = engine, model, tokenizer.pad_token_id, \
+            engine.max_new_tokens
+        self.loop_guard = engine.options.loop_guard
+        self.box = BoxWatch(tokenizer) if engine.options.stop_boxed else None
         base = base_causal_lm(model)
         self.decoder, self.head, self.device = base.base_model, head(model), base.device
-        self.ends = torch.tensor(sorted(set(engine.eos)), device=self.device, dtype=torch.long)
-        self.fixed, self.sync = self.device.type in FIXED_SHAPES, SYNC.get(self.device.type, 1)
+        self.sync = SYNC.get(self.device.type, 1)
+        self.ends = self.put(torch.tensor(sorted(set(engine.eos)), dtype=torch.long))
+        self.back = self.put(torch.arange(4 * self.sync, 0, -1))
+        self.windows, self.graphs = windows_of(model), StepGraphs(model)
+        self.slots, self.cache, self.where, self.rows = 0, None, None, []
+
+    def start(self, queue: list[Row], max_num_seqs: int, fast: Fast) -> None:
+        """Begin a rollout of the rows in queue, max_num_seqs of them at a time."""
+        self.queue, self.max_num_seqs, self.fast = queue, max_num_seqs, fast
+        self.fixed = fast.attends and self.device.type in kv_cache.FIXED_SHAPES
         self.longest = max(len(row.job.prompt) for row in queue) + self.max_new_tokens
-        self.steps = self.used = self.halved = 0
-        self.graphs = StepGraphs(self.device)
-        self.reset()
+        self.steps = self.used = self.idle = self.halved = self.graphs.replays = 0
+        if self.cache is None or self.slots < max_num_seqs or self.cache.places < self.longest:
+            self.reset()
+        self.ways = base_causal_lm(self.model).linear_ways  # in which W is read, by how often
+        where, self.where = self.where, addresses(self.model)
+        if self.where != where:
+            self.graphs.forget()
+
+    def stop(self) -> None:
+        """End the rollout; the rows that have not ended are dropped."""
+        self.rows, self.queue, self.fast, self.flight = [], [], None, None
+        self.alive[:] = False
+        if self.where is None:
+            self.graphs.forget()
 
     def reset(self) -> None:
-        """Start with no rows and an empty cache for self.max_num_seqs slots."""
-        slots, here = self.max_num_seqs, {"device": self.device}
-        self.rows: list[Row] = []
-        self.cache = None
+        """Make state for self.max_num_seqs slots, without rows; the cache comes with the first prefill."""
+        self.rows, self.slots, self.cache, self.flight = [], self.max_num_seqs, None, None
+        self.graphs.forget()
+        slots, here = self.slots, {"device": self.device}
         self.token, self.pos, self.count = (torch.zeros(slots, dtype=torch.long, **here) for _ in range(3))
         self.alive = torch.zeros(slots, dtype=torch.bool, **here)
         self.ids = torch.zeros(slots, self.max_new_tokens, dtype=torch.long, **here)
         self.noise, self.logp, self.full_logp = (torch.zeros(slots, self.max_new_tokens, **here) for _ in range(3))
-        self.graphs.forget()
+        none = torch.zeros(1, 1, 1, 1, **here)
+        self.no_mask = additive_mask(self.model, none, none == 0) if self.fixed else None  # is not looked at
+
+    @property
+    def state(self) -> tuple[torch.Tensor, ...]:
+        return self.token, self.pos, self.count, self.alive, self.noise, self.ids, self.logp, self.full_logp
+
+    def held_bytes(self) -> int:
+        """Count the bytes of state and cache, which a next rollout may use; 0 before the first."""
+        layers = self.cache.layers if self.cache else ()
+        return sum(each.nbytes for each in [*(self.state if layers else ()),
+                                            *(part for layer in layers for part in (layer.keys, layer.values))])
 
     def metrics(self) -> dict:
         """Tell how it went: seq_fill is the share of slots in use, over all steps."""
         return {"max_num_seqs": self.max_num_seqs, "seq_fill": self.used / max(1, self.steps * self.max_num_seqs),
-                "weights": "copied once" if self.fast.copied else "in place", "halved": self.halved,
-                "graphs": self.graphs.used}
+                "weights": " and ".join(way for way, _ in self.ways.most_common()) or IN_PLACE, "halved": self.halved,
+                "graph_replays": self.graphs.replays, "plain_steps": self.steps - self.graphs.replays}
 
     def running(self) -> list[tuple[int, int, list[int]]]:
         """List (prompt, sample, ids so far) of the rows that decode."""
         return [(*row.job.place, self.ids[i, :count].tolist())
                 for i, (row, count) in enumerate(zip(self.rows, self.count.tolist()))]
 
+    def put(self, values: torch.Tensor) -> torch.Tensor:
+        """Copy to the device without waiting for it."""
+        return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
+
     def advance(self) -> list[Row]:
         """Take a few steps for all rows, or refill; returns the rows that ended."""
         follow_load(self.device, self.engine.say)
-        if self.queue and self.max_num_seqs - len(self.rows) >= max(1, self.max_num_seqs // 16 if self.rows else 1):
+        if self.refills():
             self.admit()
         else:
             for _ in range(self.sync):
                 self.step()
+            self.idle += self.sync * (self.max_num_seqs - len(self.rows))
         return self.collect()
+
+    def refills(self) -> bool:
+        """Tell whether to prefill now.
+
+        On a card a prefill makes the n rows that run wait: it costs n PREFILL_STEPS tokens, however few rows it brings.
+        Slots that stand empty cost a token per step. When they have cost as much, or are a quarter, waiting ends."""
+        free = self.max_num_seqs - len(self.rows)
+        if not self.queue or not self.rows:
+            return bool(self.queue)
+        if self.fixed:
+            return free > 0 and (4 * free >= self.max_num_seqs or self.idle >= PREFILL_STEPS * len(self.rows))
+        return free >= max(1, self.max_num_seqs // 16)
 
     def step(self) -> None:
         """Sample one more token for every row."""
-        n = width = len(self.rows)
+        n = len(self.rows)
         for row in self.rows:
             row.length += 1
-        length, spans = max(row.length for row in self.rows), None
-        if self.fixed:  # the slots beyond n are dead
-            length, width = min(-(-length // WINDOW) * WINDOW, self.cache.places), self.max_num_seqs
+        if self.fixed:
+            width = self.slots  # the slots beyond n are dead
             while width // 2 >= n:
                 width //= 2
-        elif self.fast.blocks:
+            self.graphs.run(self.run_step, width)
+        else:
             spans = [(a, min(a + BLOCK, n), max(row.length for row in self.rows[a:a + BLOCK]))
-                     for a in range(0, n, BLOCK)]
-        self.graphs.run(self.run_step, width, length, spans)
+                     for a in range(0, n, BLOCK)] if self.fast.attends else None
+            self.run_step(n, max(row.length for row in self.rows), spans)
         self.steps += 1
         self.used += n
 
-    def run_step(self, n: int, length: int, spans) -> None:
-        """Forward the n newest tokens and choose the next ones, without a read-back."""
-        pos = self.pos[:n]
-        self.cache.at(pos, length)
-        age = pos[:, None, None, None] - torch.arange(length, device=self.device)  # (n, 1, 1, T)
-        mask = additive_mask(self.model, age, age >= 0)
-        more = {"spans": spans} if spans else {}
+    def run_step(self, n: int, length: int = 0, spans=None) -> None:
+        """Forward the n newest tokens and choose the next ones, without a read-back.
+
+        length: of the longest row, spans: see slot_attention; both where shapes are not fixed."""
+        pos, alive = self.pos[:n], self.alive[:n]
+        if self.fixed:
+            self.cache.at(pos, self.cache.places)
+            mask, more = self.no_mask, {"seen": Seen(pos * alive + 1, self.windows)}  # a dead row reads one place
+        else:
+            self.cache.at(pos, length)
+            age = pos[:, None, None, None] - torch.arange(length, device=self.device)  # (n, 1, 1, T)
+            mask, more = additive_mask(self.model, age, age >= 0), {"spans": spans} if spans else {}
         hidden = self.decoder(input_ids=self.token[:n, None], position_ids=pos[:, None], attention_mask=mask,
                               past_key_values=self.cache, use_cache=True, **more).last_hidden_state[:, 0]
-        self.pos[:n] += self.alive[:n]
-        self.choose(hidden, torch.arange(n, device=self.device))
+        pos += alive
+        self.choose(hidden, slice(0, n))
 
-    def choose(self, hidden: torch.Tensor, slots: torch.Tensor) -> None:
+    def choose(self, hidden: torch.Tensor, slots: slice) -> None:
         """Sample the next tokens of k slots from their last hidden states [k, D]."""
         count, alive = self.count[slots], self.alive[slots]
-        place = count.clamp(max=self.max_new_tokens - 1)
+        place = count.clamp(max=self.max_new_tokens - 1)[:, None]
         logits = logits_of(hidden, self.head, self.fast.head)
-        token, logp, full = sample_tokens(logits, self.noise[slots, place], self.engine.how)
+        token, logp, full = sample_tokens(logits, self.noise[slots].gather(1, place)[:, 0], self.engine.how)
         self.token[slots] = token = torch.where(alive, token, self.token[slots])
-        for kept, new in ((self.ids, token), (self.logp, logp), (self.full_logp, full)):
-            kept[slots, place] = torch.where(alive, new, kept[slots, place])  # a row that is over keeps what it has
-        self.count[slots] = count + alive
-        self.alive[slots] = alive & ~(token[:, None] == self.ends).any(-1) & (count + 1 < self.max_new_tokens)
+        for kept, new in ((self.ids[slots], token), (self.logp[slots], logp), (self.full_logp[slots], full)):
+            # a row that is over keeps what it has
+            kept.scatter_(1, place, torch.where(alive[:, None], new[:, None], kept.gather(1, place)))
+        count += alive
+        alive &= ~(token[:, None] == self.ends).any(-1) & (count < self.max_new_tokens)
 
     def collect(self) -> list[Row]:
         """Take out the rows that are over; sort the others into blocks of like length."""
-        if self.box or self.loop_guard:
-            self.end_early()
-        alive = self.alive[:len(self.rows)].tolist()
-        if all(alive):
+        table = self.look()
+        self.end_early(table)
+        over = {i for i, (alive, *_) in enumerate(table) if not alive}
+        if not over:
             return []
-        over = [self.read(i) for i, goes_on in enumerate(alive) if not goes_on]
-        self.arrange([i for i, goes_on in enumerate(alive) if goes_on])
-        return over
+        rows = self.read(sorted(over))
+        self.arrange([i for i in range(len(self.rows)) if i not in over])
+        return rows
 
-    def end_early(self) -> None:
-        """End rows that have closed their box, or go round in circles.
+    def table(self) -> torch.Tensor:
+        """Tell whether each row goes on, and where rows end early also its count and newest ids, newest last."""
+        n = len(self.rows)
+        alive, count = self.alive[:n, None], self.count[:n, None]
+        if not self.box and not self.loop_guard:
+            return alive
+        return torch.cat([alive, count, self.ids[:n].gather(1, (count - self.back).clamp(min=0))], 1)
+
+    def look(self) -> list[list[int]]:
+        """Read the table; on a card that of the look before, if no row has moved since.
+
+        So the host does not wait for the steps that it has just asked for; rows that are over run on without effect."""
+        if not self.fixed:
+            return self.table().tolist()
+        before, self.flight = self.flight, Flight(self.table())
+        return before.land() if before else []
+
+    def end_early(self, table: list[list[int]]) -> None:
+        """End rows that have closed their box, or go round in circles; marks them in the table.
 
         Looks at every new token, for loops at every 16th: where a row ends does not depend on when the host looks."""
-        n, guard = len(self.rows), self.loop_guard
-        back = torch.arange(2 * self.sync, 0, -1, device=self.device)  # after an out-of-memory more are new
-        slots = torch.arange(n, device=self.device)[:, None]
-        recent = self.ids[slots, (self.count[:n, None] - back).clamp(min=0)].tolist()  # (n, 2 sync), newest last
-        for i, (row, count) in enumerate(zip(self.rows, self.count[:n].tolist(), strict=True)):
-            for place in range(row.seen + 1, count + 1):
-                closes = self.box is not None and self.box.may_close(recent[i][place - count - 1])
-                turns = guard and place >= guard and place % 16 == 0
-                if not closes and not turns:
-                    continue
-                ids = self.ids[i, :place].tolist()
-                row.boxed = closes and self.box.closed(ids)
-                if row.boxed or turns and in_loop(ids[-guard:]):
-                    self.count[i], self.alive[i] = place, False
+        guard = self.loop_guard
+        for i, (row, (_, count, *recent)) in enumerate(zip(self.rows, table) if guard or self.box else ()):
+            new = count - len(row.known)
+            for token in recent[len(recent) - new:] if new <= len(recent) else self.ids[i, count - new:count].tolist():
+                row.known.append(token)
+                place = len(row.known)
+                row.boxed = (self.box is not None and self.box.may_close(token) and self.box.closed(row.known))
+                if row.boxed or guard and place >= guard and place % 16 == 0 and in_loop(row.known[-guard:]):
+                    self.count[i], self.alive[i], table[i][0] = place, False, 0
                     break
-            row.seen = count
 
-    def read(self, i: int) -> Row:
-        """Copy what slot i has sampled to its row."""
-        row, count = self.rows[i], int(self.count[i])
-        row.ids, row.logp, row.full_logp = (kept[i, :count].tolist() for kept in (self.ids, self.logp, self.full_logp))
-        return row
+    def read(self, slots: list[int]) -> list[Row]:
+        """Copy what slots have sampled to their rows, all at once."""
+        at = self.put(torch.tensor(slots))
+        kept = [self.count[at, None].int(), self.ids[at].int(),
+                *(each[at].view(torch.int32) for each in (self.logp, self.full_logp))]
+        count, ids, *logps = torch.cat(kept, 1).cpu().split([1, *3 * [self.max_new_tokens]], 1)
+        rows = [self.rows[i] for i in slots]
+        for i, (row, [n]) in enumerate(zip(rows, count.tolist(), strict=True)):
+            row.ids = ids[i, :n].tolist()
+            row.logp, row.full_logp = (each[i, :n].view(torch.float32).tolist() for each in logps)
+        return rows
 
     def arrange(self, keep: list[int]) -> None:
         """Make the rows of slots `keep` the rows 0..n-1, in blocks from long to short."""
         ranked = sorted(keep, key=lambda i: -self.rows[i].length)
-        n = len(ranked)
+        n, in_blocks = len(ranked), self.fast.attends and not self.fixed
         # a row that is in its block already stays where it is
-        staying = {i for place, i in enumerate(ranked)
-                   if i < n and (i // BLOCK == place // BLOCK or not self.fast.blocks)}
+        staying = {i for place, i in enumerate(ranked) if i < n and (i // BLOCK == place // BLOCK or not in_blocks)}
         moved, places = [i for i in ranked if i not in staying], sorted(set(range(n)) - staying)
         if moved:
-            self.cache.move(moved, places, max(self.rows[i].length for i in moved))
-            for each in (self.token, self.pos, self.count, self.alive, self.noise, self.ids, self.logp, self.full_logp):
-                each[places] = each[moved]
+            sources, targets = self.put(torch.tensor([moved, places]))
+            self.cache.move(sources, targets, max(self.rows[i].length for i in moved))
+            moving = [each[sources] for each in self.state]  # all, before memory can run out between two of them
+            for each, rows in zip(self.state, moving, strict=True):
+                each[targets] = rows
         self.alive[n:] = False
+        self.flight = None  # tells of rows where they were
         at = dict(zip(places, moved, strict=True))
         self.rows = [self.rows[at.get(place, place)] for place in range(n)]
 
@@ -195,50 +266,72 @@ class Decode:
         by_tokens: dict[tuple, list[Row]] = {}
         for row in new:
             by_tokens.setdefault((*row.job.prompt, *row.ids), []).append(row)
-        batch: list[tuple] = []
-        for tokens in sorted(by_tokens, key=len):  # prompts of like length in a forward: little padding
-            if batch and (len(batch) + 1) * len(tokens) > PREFILL_TOKENS:
-                self.prefill(batch, by_tokens)
-                batch = []
-            batch.append(tokens)
-        self.prefill(batch, by_tokens)
+        batches: list[list[tuple]] = [[]]
+        ranked = sorted(by_tokens, key=len)  # prompts of like length in a forward: little padding
+        for tokens in ranked:
+            if batches[-1] and (len(batches[-1]) + 1) * len(tokens) > PREFILL_TOKENS:
+                batches.append([])
+            batches[-1].append(tokens)
+        self.seat([row for tokens in ranked for row in by_tokens[tokens]])
+        for batch in batches:
+            self.prefill(batch, [by_tokens[tokens] for tokens in batch])
         del self.queue[:len(new)]
+        self.idle = 0
 
-    def prefill(self, batch: list[tuple], by_tokens: dict[tuple, list[Row]]) -> None:
-        """Fill the next slots with the rows of a batch of prompts, and choose their tokens."""
-        lengths = torch.tensor([len(tokens) for tokens in batch])
-        ids = pad_sequence([torch.tensor(tokens) for tokens in batch], batch_first=True, padding_value=self.pad)
-        mask = torch.arange(ids.shape[1])[None] < lengths[:, None]  # (B, T)
-        prefilled = DynamicCache()  # without a config: full length in every layer, whatever its window
-        hidden = self.decoder(input_ids=ids.to(self.device), attention_mask=mask.long().to(self.device),
+    def seat(self, rows: list[Row]) -> None:
+        """Give the next slots the noise of rows, and the tokens that they have."""
+        slots = slice(len(self.rows), len(self.rows) + len(rows))
+        self.noise[slots] = self.put(torch.stack([stream_noise(row.job.seed, self.max_new_tokens) for row in rows]))
+        if any(row.ids for row in rows):
+            for kept, had in ((self.ids, "ids"), (self.logp, "logp"), (self.full_logp, "full_logp")):
+                values = pad_sequence([torch.tensor(getattr(row, had), dtype=kept.dtype) for row in rows], True)
+                kept[slots, :values.shape[1]] = self.put(values)
+
+    def prefill(self, batch: list[tuple], groups: list[list[Row]]) -> None:
+        """Fill the next slots with the rows that begin with each prompt of a batch, and choose their tokens."""
+        lengths, width = torch.tensor([len(tokens) for tokens in batch]), max(map(len, batch))
+        if self.fixed:
+            width = max(width, min(-(-width // PREFILL_ROUND) * PREFILL_ROUND, self.longest))
+        ids = torch.full((len(batch), width), self.pad)
+        for row, tokens in zip(ids, batch, strict=True):
+            row[:len(tokens)] = torch.tensor(tokens)
+        rows = [row for group in groups for row in group]
+        source = torch.arange(len(batch)).repeat_interleave(torch.tensor([len(group) for group in groups]))
+        numbers = torch.stack([source, lengths[source], torch.tensor([len(row.ids) for row in rows])])
+        ids, numbers = self.put(torch.cat([ids.flatten(), numbers.flatten()])).split([ids.numel(), numbers.numel()])
+        (source, pos, count), prefilled = numbers.view(3, -1), DynamicCache()  # without a config: full length in every
+        hidden = self.decoder(input_ids=ids.view(-1, width), attention_mask=self.prefill_mask(lengths, width),  # layer
                               past_key_values=prefilled, use_cache=True).last_hidden_state
         if self.cache is None:
-            self.cache = SlotCache(prefilled, self.max_num_seqs, self.longest)
-        first, source = len(self.rows), []
-        for i, tokens in enumerate(batch):
-            rows = by_tokens[tokens]
-            slots = range(len(self.rows), len(self.rows) + len(rows))
-            self.cache.fill(list(slots), prefilled, i, len(tokens))
-            for slot, row in zip(slots, rows, strict=True):
-                self.seat(slot, row, len(tokens))
-            self.rows += rows
-            source += [i] * len(rows)
-        last = hidden[torch.arange(len(batch)), lengths.to(self.device) - 1]  # (B, D)
-        self.choose(last[source], torch.arange(first, len(self.rows), device=self.device))
+            self.cache = SlotCache(prefilled, self.slots, self.longest)
+        slots = slice(len(self.rows), len(self.rows) + len(rows))
+        self.cache.fill(slots.start, prefilled, source)
+        self.pos[slots], self.count[slots], self.alive[slots] = pos, count, True
+        for row, tokens in zip(rows, [tokens for tokens, group in zip(batch, groups) for _ in group], strict=True):
+            row.length = len(tokens)
+        self.rows += rows
+        self.choose(hidden.flatten(0, 1)[source * width + pos - 1], slots)
 
-    def seat(self, slot: int, row: Row, length: int) -> None:
-        """Set the state of a slot: a row starts, or goes on with the tokens it has."""
-        count, row.length = len(row.ids), length
-        self.noise[slot] = stream_noise(row.job.seed, self.max_new_tokens).to(self.device)
-        self.pos[slot], self.count[slot], self.alive[slot] = length, count, True
-        for kept, had in ((self.ids, row.ids), (self.logp, row.logp), (self.full_logp, row.full_logp)):
-            kept[slot, :count] = torch.tensor(had, dtype=kept.dtype, device=self.device)
+    def prefill_mask(self, lengths: torch.Tensor, width: int):
+        """Make the mask of a right-padded batch; on a card none, as no token sees what is to its right."""
+        if not self.fixed:
+            return (torch.arange(width)[None] < lengths[:, None]).long().to(self.device)
+        if not softcap_of(self.model):
+            return None
+        age = torch.arange(width, device=self.device)
+        age = (age[:, None] - age)[None, None]
+        return additive_mask(self.model, age, age >= 0)
 
     def halve(self) -> list[Row]:
         """Go on with half the slots, from the tokens sampled; returns the rows that ended.
 
         Raises UserError if there was one slot, and rows are left to sample."""
-        rows = [self.read(i) for i in range(len(self.rows))]
+        self.cache = None
+        self.graphs.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.end_early(self.table().tolist())  # those of the steps since the last look
+        rows = self.read(list(range(len(self.rows))))
         over = [row for row, goes_on in zip(rows, self.alive.tolist()) if not goes_on]
         self.queue = [row for row in rows if row not in over] + [row for row in self.queue if row not in rows]
         before, self.max_num_seqs = self.max_num_seqs, max(1, self.max_num_seqs // 2)
@@ -249,89 +342,4 @@ class Decode:
             self.engine.say(f"out of memory with {before} sequences side by side: going on with {self.max_num_seqs}")
         self.halved += 1
         self.reset()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         return over
-
-
-def logits_of(hidden: torch.Tensor, lm_head, product) -> torch.Tensor:
-    """Compute next-token logits [n, V] in fp32 of hidden [n, D]; product: Fast.head."""
-    weight, bias, hidden = lm_head.weight, lm_head.bias, hidden.to(lm_head.weight.dtype)
-    if product is not None:
-        logits = product(hidden).float()
-    elif weight.is_cuda and weight.dtype != torch.float32:  # not rounded to 16 bits, like linear_logp's
-        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        logits = logits if bias is None else logits + bias
-    else:
-        logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    if lm_head.logit_scale != 1.0:
-        logits *= lm_head.logit_scale
-    if lm_head.softcap:
-        logits = lm_head.softcap * torch.tanh(logits / lm_head.softcap)
-    return logits
-
-
-class StepGraphs:
-    """Runs a step from CUDA graphs, one launch for a thousand kernels; `forget` them when tensors move.
-
-    Elsewhere, or where capture fails, plain calls."""
-
-    def __init__(self, device: torch.device):
-        self.usable = device.type == "cuda" and torch.version.hip is None
-        self.used, self.pool = False, None
-        self.forget()
-
-    def forget(self) -> None:
-        self.recorded, self.calls = {}, collections.Counter()
-
-    def run(self, step, n: int, length: int, spans) -> None:
-        """Run step(n, length, spans), as Decode.run_step takes them."""
-        key = (n, length)
-        if self.usable and self.calls[key] >= WARM_UP and key not in self.recorded and len(self.recorded) < MOST:
-            self.record(step, n, length)
-        self.calls[key] += 1
-        if key in self.recorded:
-            self.recorded[key].replay()
-            self.used = True
-        else:
-            step(n, length, spans)
-
-    def record(self, step, n: int, length: int) -> None:
-        """Record one step without running it; say once if it cannot be recorded."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool):
-                step(n, length, None)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self.usable = False
-            warnings.warn("rollouts run without CUDA graphs, which is slower: the step could not be recorded "
-                          f"({str(error).splitlines()[0]})", stacklevel=2)
-        else:
-            self.recorded[n, length], self.pool = graph, graph.pool()
-
-
-@functools.lru_cache(maxsize=4)
-def closing_ids(tokenizer) -> frozenset[int]:
-    """Find the ids whose text has a closing brace."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return frozenset(i for i, text in enumerate(texts) if "}" in text)
-
-
-class BoxWatch:
-    """Tells when a completion has closed a \\boxed{...}; decodes only when it can have."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.closing = tokenizer, closing_ids(tokenizer)
-
-    def may_close(self, token: int) -> bool:
-        return token in self.closing
-
-    def closed(self, ids: list[int]) -> bool:
-        return box_closed(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def in_loop(ids: list[int]) -> bool:
-    """Tell whether all of ids repeats a piece of at most a quarter of its length."""
-    return any(ids[period:] == ids[:-period] for period in range(1, len(ids) // 4 + 1))

@@ -1,8 +1,10 @@
 """The KV cache of a running batch: S slots whose rows stand at different positions, and attention over them.
 
-Attention, by transformers' own sdpa, reads a block of rows of like length only as far as its longest row: on a CPU
-decoding is bound by the keys and values that it reads."""
+Decoding is bound by the keys and values that it reads. On a CPU torch's sdpa reads a block of rows of like length as
+far as its longest row; on CUDA a kernel reads each row to its own end, which it finds on the device."""
 import contextlib
+import sys
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -12,9 +14,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from minimath.core.errors import UserError
+from minimath.kernels.decode_attention import decode_attention
 from minimath.models.forward import base_causal_lm, compute_dtype, inference
 
-ALIGN = 64  # places are a multiple of this, which keeps the rows of a mask aligned for CUDA's sdpa kernels
+ALIGN = 64  # places are a multiple of this, which keeps the rows of a mask aligned
+FIXED_SHAPES = ("cuda",)  # devices whose steps have one shape for each number of rows, as recording needs it
 ATTENTION = "minimath_slots"
 
 
@@ -49,13 +53,14 @@ class SlotCache(Cache):
         self.places = -(-length // ALIGN) * ALIGN
         super().__init__(layers=[SlotLayer(layer, slots, self.places) for layer in prefilled.layers])
 
-    def fill(self, slots: list[int], prefilled: DynamicCache, row: int, length: int) -> None:
-        """Copy a prefilled prompt, a row of a right-padded batch, into several slots."""
+    def fill(self, first: int, prefilled: DynamicCache, source: torch.Tensor) -> None:
+        """Copy rows `source` [k] of a right-padded batch into the slots from `first` on; what is padding is unseen."""
+        slots, places = slice(first, first + len(source)), prefilled.layers[0].keys.shape[2]
         for mine, theirs in zip(self.layers, prefilled.layers, strict=True):
-            mine.keys[slots, :, :length] = theirs.keys[row, :, :length]
-            mine.values[slots, :, :length] = theirs.values[row, :, :length]
+            mine.keys[slots, :, :places] = theirs.keys.index_select(0, source)
+            mine.values[slots, :, :places] = theirs.values.index_select(0, source)
 
-    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+    def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Move rows `sources`, their first `length` places, to `targets` all at once."""
         for layer in self.layers:
             for buffer in (layer.keys, layer.values):
@@ -85,15 +90,37 @@ def check_model(model) -> None:
         raise NoStandardCache(f"{type(base).__name__} has no standard KV cache")
 
 
-def slot_attention(module, query, key, value, attention_mask, *, spans=None, scaling=None, **kwargs):
-    """Attend by torch's sdpa; when decoding, a block of rows at a time.
+class Seen(NamedTuple):
+    """What the rows of a step see of their slots: their last places."""
+    length: torch.Tensor  # (n,) places in use, the new token's included
+    windows: list[int]  # of each layer; 0: none
+
+
+def windows_of(model) -> list[int]:
+    """List how many places each layer sees, by the rule of additive_mask; 0 is all."""
+    config = base_causal_lm(model).config.get_text_config()
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [(window or 0) if kind == "sliding_attention" else 0 for kind in kinds]
+
+
+def slot_attention(module, query, key, value, attention_mask, *, spans=None, seen: Seen | None = None, scaling=None,
+                   softcap=None, **kwargs):
+    """Attend in prefill by torch's sdpa; in a step by the kernel (seen), or by sdpa for blocks of rows.
 
     query (n, Hq, Q, Dh), key (n, H, T, Dh). spans: (first row, end row, places) of blocks; None: all as one. Heads that
     share keys are rows of one query: to copy the keys for each took four to six times as long."""
     n, heads, rows, dim = query.shape
-    if rows > 1:
+    if seen is None and softcap:
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        return eager(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **kwargs)
+    if seen is None and (rows > 1 or attention_mask is None):  # None: a prompt of one token
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     query = query.reshape(n, key.shape[1], -1, dim)
+    if seen is not None:
+        out = decode_attention(query, key, value, seen.length, scale=scaling, window=seen.windows[module.layer_idx],
+                               softcap=softcap or 0.0)
+        return out.reshape(n, 1, heads, dim), None
     parts = [scaled_dot_product_attention(query[a:b], key[a:b, :, :length], value[a:b, :, :length],
                                           attention_mask[a:b, ..., :length], scale=scaling)
              for a, b, length in spans or [(0, n, key.shape[2])]]
@@ -108,15 +135,20 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 def decoding_attention(model):
     """Let the model attend by `slot_attention` inside; yields whether it does.
 
-    Not so with a softcap on scores (Gemma-2), which sdpa lacks: those keep their eager attention. That copies the keys
-    of every group of heads per token, and flash_attention_2 takes no mask of ours."""
+    Not so on a CPU with a softcap on scores (Gemma-2), which sdpa lacks: those keep their eager attention, which copies
+    the keys of every group of heads per token."""
     base = base_causal_lm(model)
     config = base.config.get_text_config()
     before = config._attn_implementation
-    serves = (base._supports_sdpa and getattr(base, "_supports_attention_backend", False)
-              and not getattr(config, "attn_logit_softcapping", None))
+    kernel = base.device.type in FIXED_SHAPES
+    serves = getattr(base, "_supports_attention_backend", False) and (kernel if softcap_of(model) else
+                                                                      base._supports_sdpa)
     config._attn_implementation = ATTENTION if serves else before
     try:
         yield serves
     finally:
         config._attn_implementation = before
+
+
+def softcap_of(model) -> float | None:
+    return getattr(base_causal_lm(model).config.get_text_config(), "attn_logit_softcapping", None)

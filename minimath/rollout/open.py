@@ -12,8 +12,9 @@ from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.models.decoding import decoding_linears
 from minimath.models.forward import base_causal_lm, compute_dtype, head, inference
+from minimath.models.fused import fused_layers
 from minimath.models.linears import copied_bytes, is_4bit, packed_product
-from minimath.models.memory import fitting_slots, free_bytes, is_out_of_memory
+from minimath.models.memory import fitting_slots, free_bytes, has_room_beside, is_out_of_memory, sampling_bytes
 from minimath.models.policy import Policy
 from minimath.models.variants import is_sharded
 from minimath.rollout.decode import Decode, Fast, Row
@@ -58,6 +59,7 @@ class OwnEngine(Engine):
         check_model(self.policy.model)
         self.max_num_seqs = self.options.max_num_seqs  # 0: as many as memory allows; less once it ran out
         self._batch, self._metrics = None, {}
+        self._kept, self._version, self._trained = None, None, False
 
     @torch.no_grad()  # between two yields, too, the caller has its own grad mode
     def stream(self, prompts, n=1, *, keys=None, skip=()):
@@ -65,16 +67,35 @@ class OwnEngine(Engine):
         if not jobs:
             return
         model = self.policy.model
-        most = min(self.max_num_seqs, len(jobs)) or \
-            fitting_slots(model, len(jobs[0].prompt) + self.max_new_tokens, len(jobs))
-        with inference(model), fast_decoding(model, most) as fast:
-            self._batch = Decode(self, [Row(job) for job in jobs], most, fast)
+        batch, self._kept = self._kept or Decode(self), None
+        longest, (copy, copied) = len(jobs[0].prompt) + self.max_new_tokens, room_for_copies(model)
+        most = min(self.max_num_seqs, len(jobs)) or fitting_slots(model, longest, len(jobs), self.how,
+                                                                  held=batch.held_bytes() - copied)
+        with inference(model), fast_decoding(model, most, copy) as fast:
+            batch.start([Row(job) for job in jobs], most, fast)
+            self._batch = batch
             try:
-                while self._batch.queue or self._batch.rows:
+                while batch.queue or batch.rows:
                     yield [(*row.job.place, self.sample(row.ids, row.logp, row.boxed or row.ids[-1] in self.eos,
                                                         row.full_logp)) for row in self._advance()]
             finally:
-                self._metrics, self._batch = self._batch.metrics(), None
+                self._metrics, self._batch = batch.metrics(), None
+                batch.stop()
+                self._keep(batch)
+
+    def _keep(self, batch: Decode) -> None:
+        """Keep state, cache and recorded steps for the next rollout where an update has room beside them.
+
+        What an update takes is known once there was one: before, they are given back, as they always are on a CPU."""
+        version = sum(p._version for p in self.policy.model.parameters() if p.requires_grad)
+        self._trained |= self._version not in (None, version)
+        self._version = version
+        recorded = batch.slots * sampling_bytes(self.policy.model, self.how)  # in the graphs' own memory
+        if self._trained and has_room_beside(batch.device, batch.held_bytes(), recorded):
+            self._kept = batch
+
+    def close(self):
+        self._kept = None
 
     def _advance(self) -> list[Row]:
         try:
@@ -104,14 +125,37 @@ class OwnEngine(Engine):
         return [self.options.max_num_seqs, self.max_new_tokens, *vars(self.policy.options).values()]
 
 
+def room_for_copies(model) -> tuple[bool | int, int]:
+    """Tell decoding_linears' copy=, and how many bytes copies take of a card's memory."""
+    base = base_causal_lm(model)
+    size, room = copied_bytes(model, base.dtype), free_bytes(base.device) // 3
+    if base.device.type == "cpu":
+        return size < room, 0
+    room = min(size, room) if any(is_4bit(m) for m in base.modules()) else 0  # others gain nothing
+    return room, room
+
+
 @contextlib.contextmanager
-def fast_decoding(model, rows: int) -> Iterator[Fast]:
+def fast_decoding(model, rows: int, copy: bool | int) -> Iterator[Fast]:
     """Set the model up for decoding about `rows` rows; weights must not change inside."""
     base = base_causal_lm(model)
-    wanted = base.device.type == "cpu" or any(is_4bit(m) for m in base.modules())
-    copy = wanted and 3 * copied_bytes(model, base.dtype) < free_bytes(base.device)
-    with decoding_attention(model) as blocks, decoding_linears(model, copy=copy, rows=rows) as every:
+    with decoding_attention(model) as attends, same_adapters(base), \
+            decoding_linears(model, copy=copy, rows=rows) as every:
         lm_head = head(model)
-        product = packed_product(lm_head.weight, lm_head.bias, rows) if copy else None
+        product = packed_product(lm_head.weight, lm_head.bias, rows) if copy is True else None
         with contextlib.nullcontext() if every else compute_dtype(model):
-            yield Fast(blocks and base.device.type == "cpu", product, copy)
+            yield Fast(attends, product)
+
+
+@contextlib.contextmanager
+def same_adapters(base) -> Iterator[None]:
+    """Let the fused layers have the adapters of each rollout in the same tensors, which recorded steps read.
+
+    Between rollouts there may be passes with others, or none: a judge's."""
+    fused = fused_layers(base)
+    groups = [group for layer in fused.layers for group in layer.groups] if fused else []
+    for group in groups:
+        group.active = getattr(group, "decoded", group.active)  # refresh makes new ones if these are of other adapters
+    yield
+    for group in groups:
+        group.decoded = group.active

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from minimath.kernels.common import mm_fp32
+
 BLOCK = 256  # tokens of the vocabulary that the cumulative distribution is first looked up in
 
 
@@ -26,6 +28,25 @@ class Sampling(NamedTuple):
 def stream_noise(seed: int, count: int) -> torch.Tensor:
     """Draw a completion's random numbers in [0, 1); the first ones for every count."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+
+
+def logits_of(hidden: torch.Tensor, lm_head, product) -> torch.Tensor:
+    """Compute next-token logits [n, V] in fp32 of hidden [n, D].
+
+    product: multiplies by the weight; None: a plain product."""
+    weight, bias, hidden = lm_head.weight, lm_head.bias, hidden.to(lm_head.weight.dtype)
+    if product is not None:
+        logits = product(hidden).float()
+    elif weight.is_cuda:  # not rounded to 16 bits, like linear_logp's
+        logits = mm_fp32(hidden, weight.T)
+        logits = logits if bias is None else logits + bias
+    else:
+        logits = F.linear(hidden, weight, bias).float()
+    if lm_head.logit_scale != 1.0:
+        logits *= lm_head.logit_scale
+    if lm_head.softcap:
+        logits = lm_head.softcap * torch.tanh(logits / lm_head.softcap)
+    return logits
 
 
 def sample_tokens(logits: torch.Tensor, noise: torch.Tensor, how: Sampling) -> tuple[torch.Tensor, ...]:

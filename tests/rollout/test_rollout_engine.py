@@ -19,8 +19,9 @@ from minimath.models.forward import adapter_off, base_causal_lm, hidden_states, 
 from minimath.models.fused import fused_layers
 from minimath.models.linears import is_plain
 from minimath.rollout import decode as decoding
+from minimath.rollout import kv_cache
 from minimath.rollout import open as own_engine
-from minimath.rollout.decode import BoxWatch, in_loop
+from minimath.rollout.ends import BoxWatch, in_loop
 from minimath.rollout.sampling import Sampling, sample_tokens
 
 
@@ -276,12 +277,13 @@ def test_slots_follow_from_the_memory(llama):
     token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, kv heads, head dim, bytes
     assert memory.cache_bytes_per_token(model) == token
     vocab = base_causal_lm(model).config.vocab_size
-    each = 100 * token + 12 * vocab
-    assert memory.slot_bytes(model, 100) == each
-    assert memory.fitting_slots(model, 100, 1000, free=20 * each) == 10  # half of it, on a CPU
-    assert memory.fitting_slots(model, 100, 3, free=20 * each) == 3
-    assert memory.fitting_slots(model, 100, 1000, free=each) == 1
-    assert memory.fitting_slots(model, 100, 1000, free=10**12) == memory.MOST_SLOTS["cpu"]
+    how, each = Sampling(), 100 * token + 12 * vocab
+    assert memory.slot_bytes(model, 100, how) == each
+    assert memory.fitting_slots(model, 100, 1000, how, free=20 * each) == 10  # half of it, on a CPU
+    assert memory.fitting_slots(model, 100, 1000, how, free=8 * each, held=12 * each) == 10
+    assert memory.fitting_slots(model, 100, 3, how, free=20 * each) == 3
+    assert memory.fitting_slots(model, 100, 1000, how, free=each) == 1
+    assert memory.fitting_slots(model, 100, 1000, how, free=10**12) == memory.MOST_SLOTS["cpu"]
 
 
 def test_free_memory_is_read_from_this_machine():
@@ -370,7 +372,8 @@ def test_rollouts_without_a_copy_of_the_weights_are_the_same(folder, monkeypatch
     assert metrics["weights"] == "copied once"
     monkeypatch.setattr(own_engine, "free_bytes", lambda device: 0)
     in_place, metrics, _ = sampled_with_metrics((model, tokenizer))
-    assert metrics["weights"] == "in place" and ids_of(in_place) == ids_of(copied)
+    assert metrics["weights"] == {"none": "in place", "nf4": "dequantised"}[quant]
+    assert ids_of(in_place) == ids_of(copied)
 
 
 @pytest.mark.parametrize("copy", [True, False])
@@ -437,21 +440,25 @@ def test_training_goes_on_unchanged_after_a_rollout(folder, quant):
 # ---- the step as a recording needs it
 
 
-def test_a_decode_step_never_waits_for_the_device(folder):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_decode_step_never_waits_for_the_device(folder, monkeypatch, device):
     """Under fake tensors anything that reads a value back raises: what a CUDA graph cannot hold."""
     model, tokenizer = load(folder)
-    steps = []
-    run_step = decoding.Decode.run_step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding.Decode, "run_step",
-                      lambda self, *args: (steps.append((self, args)), run_step(self, *args)))
-        how = {"top_p": 0.9, "top_k": 20, "min_p": 0.01, "temperature": 0.8}
-        generate(model, tokenizer, prompts_of(), max_new_tokens=4, eos=[1, 2], **how)
-    state, (n, length, _) = steps[0]
-    with FakeTensorMode(allow_non_fake_inputs=True), inference(model):
-        run_step(state, 2, length, None)
-        with pytest.raises(DataDependentOutputException):  # the check itself can fail
-            torch.zeros(1).item()
+    monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",) if device == "cuda" else ())
+    run_step, steps = decoding.Decode.run_step, []
+
+    def both(self, *args):
+        steps.append(args)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            run_step(self, *args)
+            with pytest.raises(DataDependentOutputException):  # the check itself can fail
+                torch.zeros(1).item()
+        run_step(self, *args)
+
+    monkeypatch.setattr(decoding.Decode, "run_step", both)
+    how = {"top_p": 0.9, "top_k": 20, "min_p": 0.01, "temperature": 0.8}
+    generate(model, tokenizer, prompts_of(), max_new_tokens=4, eos=[1, 2], **how)
+    assert steps
 
 
 def test_one_block_attends_as_many_do(llama, monkeypatch):
@@ -466,20 +473,38 @@ def test_one_block_attends_as_many_do(llama, monkeypatch):
 
 @pytest.mark.parametrize("slots", [16, 5, 1])
 def test_steps_of_fixed_shapes_sample_the_same(llama, monkeypatch, slots):
-    """What a CUDA device gets, on a CPU: whole halves of the slots, rounded lengths, looks at every fourth step."""
-    whole, shapes = sampled(llama, samples=8, max_num_seqs=slots), set()
-    monkeypatch.setattr(decoding, "FIXED_SHAPES", ("cpu",))
-    monkeypatch.setattr(decoding, "WINDOW", 32)
+    """What a CUDA device gets, on a CPU: whole halves of the slots, its kernel, its late looks, its refills."""
+    whole, widths = sampled(llama, samples=8, max_num_seqs=slots), set()
+    monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",))
     monkeypatch.setitem(decoding.SYNC, "cpu", 4)
     run_step = decoding.Decode.run_step
     monkeypatch.setattr(decoding.Decode, "run_step",
-                        lambda self, *args: (shapes.add(args), run_step(self, *args)))
+                        lambda self, *args: (widths.add(args), run_step(self, *args)))
     fixed = sampled(llama, samples=8, max_num_seqs=slots)
     assert ids_of(fixed) == ids_of(whole)
     for one, two in zip(sum(whole, []), sum(fixed, []), strict=True):
         assert two.logp == pytest.approx(one.logp, abs=1e-5) and two.finished == one.finished
-    assert {n for n, _, _ in shapes} <= {slots >> i for i in range(5)}
-    assert len({length for _, length, _ in shapes}) <= 3 and all(spans is None for *_, spans in shapes)
+    assert widths <= {(slots >> i,) for i in range(5)}
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen2-window", "granite"])
+def test_the_kernel_of_a_card_gives_the_greedy_tokens_of_generate(tmp_path, monkeypatch, family):
+    """Windows, which differ by layer, softcapped scores and layers that are not fused."""
+    model, tokenizer = load(tiny.tiny_model(tmp_path, family), attn="eager" if family == "gemma2" else "sdpa")
+    options = {"max_new_tokens": 60, "temperature": 0, "eos": [tokenizer.eos_token_id]}
+    plain = generate(model, tokenizer, prompts_of(), **options)
+    calls, attend = [], kv_cache.decode_attention
+    monkeypatch.setattr(kv_cache, "decode_attention",
+                        lambda *args, **more: (calls.append(more), attend(*args, **more))[1])
+    monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",))
+    fixed = generate(model, tokenizer, prompts_of(), max_num_seqs=3, **options)
+    for prompt, [one], [two] in zip(prompts_of(), plain, fixed, strict=True):
+        theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60, use_cache=True)
+        assert two.ids == one.ids == theirs[0, len(prompt):].tolist()
+        assert two.logp == pytest.approx(one.logp, abs=1e-4)
+    windows = {"gemma2": {64, 0}, "gemma3_text": {16, 0}, "qwen2-window": {16, 0}, "granite": {0}}[family]
+    assert {more["window"] for more in calls} == windows
+    assert {more["softcap"] for more in calls} == ({50.0} if family == "gemma2" else {0.0})
 
 
 def test_rows_that_ended_between_looks_keep_what_they_had(llama, monkeypatch):

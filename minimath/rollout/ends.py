@@ -1,0 +1,46 @@
+"""Which rows are over: closed boxes, circles, and how the host comes to know."""
+import functools
+
+import torch
+
+from minimath.grading.answer import box_closed
+
+
+class Flight:
+    """A table on its way to the host, where `land` waits for it."""
+
+    def __init__(self, table: torch.Tensor):
+        self.table = table.to("cpu", non_blocking=True, copy=True)  # pinned, if it comes from a card
+        self.event = torch.cuda.Event() if table.is_cuda else None
+        if self.event:
+            self.event.record()
+
+    def land(self) -> list:
+        if self.event:
+            self.event.synchronize()
+        return self.table.tolist()
+
+
+@functools.lru_cache(maxsize=4)
+def closing_ids(tokenizer) -> frozenset[int]:
+    """Find the ids whose text has a closing brace."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return frozenset(i for i, text in enumerate(texts) if "}" in text)
+
+
+class BoxWatch:
+    """Tells when a completion has closed a \\boxed{...}; decodes only when it can have."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.closing = tokenizer, closing_ids(tokenizer)
+
+    def may_close(self, token: int) -> bool:
+        return token in self.closing
+
+    def closed(self, ids: list[int]) -> bool:
+        return box_closed(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def in_loop(ids: list[int]) -> bool:
+    """Tell whether all of ids repeats a piece of at most a quarter of its length."""
+    return any(ids[period:] == ids[:-period] for period in range(1, len(ids) // 4 + 1))
