@@ -1,4 +1,6 @@
 """Attention of rows on a card, whose flash attention a loop over rows stands for; and what a pass asks of a card."""
+import os
+
 import pytest
 import torch
 from device_work import on_a_card, policy_on_card
@@ -36,7 +38,8 @@ def loop(q, k, v, rows, scale, window):
         many = q.shape[1] // k.shape[1]
         keys, values = (each[c:d].repeat_interleave(many, 1) for each in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale
-        age = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
+        place = torch.arange(d - c, device=q.device)
+        age = place[d - c - (b - a):, None] - place
         unseen = (age < 0) | (age > left if left >= 0 else age < 0)
         out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), values))
     return torch.cat(out)
@@ -152,6 +155,25 @@ def test_cudnn_is_turned_off_for_a_card_and_that_is_said_once(monkeypatch, capsy
     for _ in range(2):
         block_attention.without_cudnn(torch.device("cuda:0"))
     assert on == [False] and capsys.readouterr().err.count("cuDNN") == 1
+
+
+@pytest.mark.skipif(not (os.environ.get("MINIMATH_TEST_CUDA") and torch.cuda.is_available()), reason="needs a card")
+@pytest.mark.parametrize("window", [None, 16, 1])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "tree"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_on_a_card_flash_attention_is_the_loop(monkeypatch, layout, window, dim):
+    rows, heads, card = LAYOUTS.get(layout, TREE), HEADS._replace(dim=dim, scale=dim ** -0.5), torch.device("cuda:0")
+    if not block_attention.takes_flash(card, torch.bfloat16, dim):
+        pytest.skip("this card or torch has no flash attention")
+    qkv = torch.randn(TOKENS, 8 * dim, generator=torch.Generator().manual_seed(0)).to(card, torch.bfloat16)
+    mine, exact = (qkv.to(dtype).requires_grad_() for dtype in (torch.bfloat16, torch.float32))
+    packed = PackedRows(rows, TOKENS, card)
+    got = RowAttention.apply(mine, heads, packed, window)
+    want = loop(*packed.operands(exact, heads), packed, heads.scale, window).flatten(1)
+    for out in (got, want):
+        (out * torch.sin(torch.arange(out.numel(), device=card)).view_as(out)).sum().backward()
+    for one, other in ((got, want), (mine.grad, exact.grad)):
+        assert (one - other).norm() <= 0.01 * other.norm()
 
 
 # ---- what is asked of a card
