@@ -186,9 +186,5 @@ class Model:
                                                               use_cache=False).last_hidden_state
                 del mask
             kept, forward, live.peak = live.now, live.peak, live.now
-            (loss := hidden.sum()).backward()
-            backward = live.peak
-            del hidden
-            before = live.now  # what hangs on a loss until the next is there: masks of rows
-        del loss
-        return kept + before, forward + before, backward
+            hidden.sum().backward()
+        return kept, forward, live.peak

@@ -56,6 +56,7 @@ class Optimizer:
                 loss, figures = loss_of_micro_batch(indices, tensors)
                 (loss * self.scale.value).backward()
                 sums.add(loss.detach(), figures)
+                del loss  # and with it masks and whatever else hangs on its graph, before the next forward pass
             return sums
 
         sums = self.retry_on_oom(forward_backward, batch.lengths)

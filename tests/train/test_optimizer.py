@@ -3,6 +3,7 @@ finite and change nothing."""
 import math
 import random
 import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -184,6 +185,31 @@ def test_a_step_adds_up_losses_and_metrics_of_its_micro_batches_and_moves_the_we
     now = snapshot(optimizer.params, optimizer.inner)[:3]
     optimizer.step(batch, loss_on(optimizer))
     assert all(torch.equal(p, q) for p, q in zip(optimizer.params, now))
+
+
+class Masked(torch.autograd.Function):
+    """A sum whose graph holds on to an object, as attention does to its masks."""
+
+    @staticmethod
+    def forward(ctx, values, mask):
+        ctx.mask = mask
+        return values.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.expand(9), None
+
+
+def test_what_hangs_on_a_loss_is_gone_before_the_next_micro_batch():
+    optimizer, masks = optimizer_of(), []
+
+    def loss_of_micro_batch(indices, micro):
+        assert all(mask() is None for mask in masks)
+        mask = SimpleNamespace()
+        masks.append(weakref.ref(mask))
+        return Masked.apply(optimizer.params[2], mask), {}
+    optimizer.step(Rows(), loss_of_micro_batch)
+    assert len(masks) == 2
 
 
 def failing(times, kind=torch.OutOfMemoryError):
