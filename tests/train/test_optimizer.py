@@ -3,6 +3,7 @@ finite and change nothing."""
 import math
 import random
 import sys
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -205,7 +206,7 @@ def test_what_hangs_on_a_loss_is_gone_before_the_next_micro_batch():
 
     def loss_of_micro_batch(indices, micro):
         assert all(mask() is None for mask in masks)
-        mask = SimpleNamespace()
+        mask = threading.Event()  # any object with weak references
         masks.append(weakref.ref(mask))
         return Masked.apply(optimizer.params[2], mask), {}
     optimizer.step(Rows(), loss_of_micro_batch)
