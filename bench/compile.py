@@ -28,12 +28,15 @@ from .disassembly import amd_resources, count, hot_code, moved_wide, nvidia_reso
 from .occupancy import PROCESSORS, SHARED_LIMIT, occupancy
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-TYPES = {"target": "*i64"}
-TYPES |= dict.fromkeys(("raw_target", "out", "sums", "factor", "numbers", "coefs", "pulled", "r"), "*fp32")
+TYPES = dict.fromkeys(("target", "length"), "*i64")
+TYPES |= dict.fromkeys("raw_target out sums factor numbers coefs pulled r means lse".split(), "*fp32")
 TYPES |= dict.fromkeys(("inner", "outer", "chain", "slack", "lift", "eps"), "fp32")
 # Pointers to numbers of the model's type.
 OPERANDS = ("hidden", "weight", "bias", "logits", "part", "x", "y", "dy", "dx", "residual", "cos", "sin", "gate_up",
-            "dh", "grad", "h")
+            "dh", "grad", "h", "query", "keys", "values", "result")
+# Of them, what alone can take more than 2 GiB; no entry: all of them. On AMD the compiler is told of each tensor below
+# that size, and addresses it in 32 bits (buffer loads).
+LARGE = {"logp_kernel": ("weight",), "attend_kernel": ("keys", "values")}
 # Integer arguments that are multiples of 16 at run time where the operands are aligned. The vocabulary is not
 # among them: 50,257 has to be read as wide as 151,936.
 ROUND = ("width", "hidden_stride", "weight_stride", "vocab_per_split", "row_stride", "whole")
@@ -41,7 +44,8 @@ ROUND += ("pulled_stride", "part_stride", "x_stride", "dy_stride", "residual_str
 ROUND += ("half", "gate_up_stride", "dh_stride")
 # Arrays that a block of a layer's kernels loads and stores, each as long as its tile.
 MOVED = {"norm_kernel": (2, 1), "norm_backward_kernel": (4, 1), "rotate_kernel": (4, 2), "gated_kernel": (3, 3)}
-MODULES = ("linear_logp", "tile_triton", "elementwise_triton")  # of minimath.kernels, where the Triton functions live
+# Of minimath.kernels, where the Triton functions live.
+MODULES = ("linear_logp", "tile_triton", "elementwise_triton", "decode_attention_triton")
 
 
 class Case(NamedTuple):
@@ -56,6 +60,7 @@ class Case(NamedTuple):
     aligned: bool
     round: tuple = ROUND  # integer arguments known to be multiples of 16
     module: str = ""  # of a peer; ours are looked up by name
+    large: tuple = ()  # tensors of more than 2 GiB
 
 
 def kernel_function(name: str, module: str = ""):
@@ -138,18 +143,40 @@ def layer_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
     return [row_case(kernel, arch, dtype, config, flags, aligned) for kernel, config, flags in wanted]
 
 
+def decode_cases(arch: str, dtype, *, quick: bool) -> list[Case]:
+    """List the cases of decode attention: by head size, query heads of a key head, and softcap."""
+    decode, found = import_module("minimath.kernels.decode_attention_triton"), {}
+    sizes = (64, 80, 128, 256) if not quick else (128,) if dtype == torch.float32 else (80,)
+    for size, group, cap in product(sizes, (8,) if quick else (1, 8), (True,) if quick else (False, True)):
+        config, fixed = decode.attend_config(arch, dtype, group, size), {"SPLIT": decode.SPLIT, "UPCAST": False}
+        flags = {"HAS_CAP": cap, "DIM": size}
+        case = found[size, cap, config["ROWS"]] = row_case("attend_kernel", arch, dtype, config | fixed, flags, True)
+        if arch.startswith("gfx") and decode.takes(arch, dtype, size, True):
+            found[size, cap, config["ROWS"], "large"] = over_2_gib(case)
+        if not quick or dtype != torch.float32:  # which differs in the last store
+            config = decode.merge_config(arch, size) | fixed
+            found[size] = row_case("merge_kernel", arch, dtype, config, {"DIM": size}, True)
+    return [case for case in found.values() if decode.takes(arch, dtype, case.constants["DIM"], False)]
+
+
+def over_2_gib(case: Case) -> Case:
+    return case._replace(large=LARGE.get(case.kernel, OPERANDS), variant=f"{case.variant} large".strip())
+
+
 def cases(arch: str, *, quick: bool) -> list[Case]:
     """List every specialisation that a run on this chip can ask for.
 
     With quick, the extremes of each choice for every kernel.
     """
     half = torch.float16 if arch == "sm_75" else torch.bfloat16  # Turing has no bf16 arithmetic
-    found = []
-    for dtype, aligned in product((half, torch.float32) if quick else tuple(POINTER), (True, False)):
+    found, dtypes = [], (half, torch.float32) if quick else tuple(POINTER)
+    for dtype, aligned in product(dtypes, (True, False)):
         found += logp_cases(arch, dtype, aligned, quick=quick)
         if aligned or not quick:
             found += row_cases(arch, dtype, aligned, quick=quick) + layer_cases(arch, dtype, aligned, quick=quick)
-    return found
+    if arch.startswith("gfx") and not quick:
+        found += [over_2_gib(case) for case in found]
+    return found + [case for dtype in dtypes for case in decode_cases(arch, dtype, quick=quick)]
 
 
 def gpu_target(arch: str):
@@ -167,6 +194,10 @@ def tile_bytes(case: Case) -> tuple[int, int]:
     size, constants = getattr(torch, case.dtype).itemsize, case.constants
     if case.kernel == "logp_kernel":
         return (constants["BLOCK_N"] + constants["BLOCK_V"]) * constants["BLOCK_D"] * size, 0
+    if case.kernel == "attend_kernel":
+        return 2 * constants["BLOCK_T"] * constants["BLOCK_D"] * size, 0
+    if case.kernel == "merge_kernel":
+        return constants["BLOCK_S"] * constants["BLOCK_D"] * 4, 0
     if case.kernel == "pull_kernel":
         return constants["BLOCK"] * (size + 4), constants["BLOCK"] * 4
     row = constants["BLOCK"] * constants.get("ROWS", 1) * size
@@ -178,18 +209,24 @@ def tile_bytes(case: Case) -> tuple[int, int]:
 
 
 def build(case: Case):
-    """Compile with Triton. Needs no GPU."""
+    """Compile with Triton, as its launcher would for tensors at multiples of 16 bytes. Needs no GPU."""
     import triton
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
+    target = gpu_target(case.arch)
+    backend = make_backend(target)
     function = kernel_function(case.kernel, case.module)
     signature = {name: "constexpr" if name in case.constants else case.types.get(name, "i32")
                  for name in function.arg_names}
     general = {each.name for each in function.params if each.do_not_specialize}
-    divisible = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(function.arg_names)
-                 if signature[name].startswith("*") or (case.aligned and name in case.round and name not in general)}
+    known = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(function.arg_names)
+             if case.aligned and name in case.round and name not in general}
+    for index, name in enumerate(function.arg_names):
+        if signature[name].startswith("*"):
+            tensor = torch.empty(1 << (32 if name in case.large else 20), dtype=torch.uint8, device="meta")
+            known[index,] = backend.parse_attr(backend.get_tensor_specialization(tensor, align=True))
     constants = {name: value for name, value in case.constants.items() if name in signature}
-    source = ASTSource(function, signature=signature, constexprs=constants, attrs=divisible)
-    return triton.compile(source, target=gpu_target(case.arch), options=case.options)
+    source = ASTSource(function, signature=signature, constexprs=constants, attrs=known)
+    return triton.compile(source, target=target, options=case.options)
 
 
 def compile_case(case: Case) -> dict:

@@ -39,7 +39,7 @@ SASS_TENSOR = re.compile(r"^(H|I|D|B|Q|O)(G?)MMA\b|^UTC\w*MMA\b")
 GCN_TENSOR = re.compile(r"^v_(wmma|swmmac|mfma|smfmac)_")
 SASS_MEMORY = re.compile(r"^(LDG|LDGSTS|STG|LD|ST)\.(.*)$")
 SASS_BULK = re.compile(r"^(UBLKCP|UTMALDG|UTMASTG)\b")
-GCN_MEMORY = re.compile(r"^(?:global|buffer|flat)_(load|store)_(lds_)?(\w+)$")
+GCN_MEMORY = re.compile(r"^(global|buffer|flat)_(load|store)_(lds_)?(\w+)$")
 GCN_BITS = {"byte": 8, "ubyte": 8, "sbyte": 8, "short": 16, "ushort": 16, "sshort": 16, "dword": 32}
 
 
@@ -84,14 +84,14 @@ def memory_access(name: str) -> tuple[str, str, int] | None:
     if found := SASS_BULK.match(name):
         return ("store" if found.group(1) == "UTMASTG" else "load"), found.group(1), 128
     if found := GCN_MEMORY.match(name):
-        way, to_lds, width = found.groups()
+        space, way, to_lds, width = found.groups()
         if size := re.fullmatch(r"(?:d16_)?(?:hi_)?[buif](\d+)", width):
             bits = int(size.group(1))
         elif size := re.fullmatch(r"dwordx(\d)", width):
             bits = 32 * int(size.group(1))
         else:
             bits = GCN_BITS.get(width.split("_")[0], 32)
-        return way, ("load_lds" if to_lds else way), bits
+        return way, ("buffer_" if space == "buffer" else "") + way + ("_lds" if to_lds else ""), bits
     return None
 
 

@@ -9,7 +9,8 @@ the buffer change a bit of its result.
 """
 import torch
 
-from .common import runs_as_it_is
+from . import decode_attention_triton as fused
+from .common import architecture, runs_as_it_is, runs_triton
 
 
 @runs_as_it_is
@@ -30,6 +31,9 @@ def decode_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tens
                          f"{tuple(query.shape)}, {tuple(keys.shape)}, {tuple(values.shape)}, {tuple(length.shape)}")
     if not query.dtype == keys.dtype == values.dtype:
         raise ValueError(f"expected one dtype, got {query.dtype}, {keys.dtype} and {values.dtype}")
+    large = keys.untyped_storage().nbytes() >= 1 << 31
+    if runs_triton(query) and fused.takes(architecture(query.device), query.dtype, size, large):
+        return fused.decode_attention(query, keys, values, length, scale, window, softcap)
     return in_torch(query, keys[:rows], values[:rows], length, scale, window, softcap)
 
 

@@ -35,6 +35,10 @@ def test_no_kernel_spills_or_exceeds_shared_memory_or_loads_narrowly_on_any_chip
     assert {row["kernel"] for row in rows if row["wide"]} == kernels_in_the_package()  # each is held to it
     bad = [row for row in rows if not row["ok"]]
     assert not bad, "\n".join(map(str, bad))
+    for row in rows:  # what a launch on AMD runs: buffer loads from a tensor of less than 2 GiB
+        if row["arch"].startswith("gfx") and row["kernel"] in ("logp_kernel", "attend_kernel"):
+            buffered = {key.startswith("buffer_") for loop in row["loops"] for key in loop["loads"]}
+            assert buffered == {"large" not in row["variant"]}, row
 
 
 def kernels_in_the_package() -> set[str]:
@@ -80,6 +84,24 @@ def test_the_gate_sees_spills_and_too_much_shared_memory(logp_case):
     )
     row = compile_case(large)
     assert row["shared"] > row["shared_limit"] and not row["ok"] and row["occupancy"] == 0
+
+
+@compiles
+def test_a_launch_is_told_what_triton_finds_out_of_its_tensors(monkeypatch):
+    import triton
+
+    from bench.compile import build, cases, over_2_gib
+
+    case = next(each for each in cases("gfx942", quick=True) if each.kernel == "attend_kernel")
+    told = []
+    monkeypatch.setattr(triton, "compile", lambda source, **options: told.append(source))
+    build(case)
+    build(over_2_gib(case))
+    small, large = ({source.fn.arg_names[index]: sorted(name for name, _ in attributes)
+                     for (index,), attributes in source.attrs.items()} for source in told)
+    assert small == dict.fromkeys(("query", "keys", "values", "length", "means", "lse"),
+                                  ["tt.divisibility", "tt.pointer_range"])
+    assert large == small | dict.fromkeys(("keys", "values"), ["tt.divisibility"])
 
 
 @compiles
@@ -206,7 +228,7 @@ def test_the_inner_loop_of_sass_is_found_and_counted():
 
 def test_the_inner_loop_of_amd_assembly_is_found_though_its_end_comes_first():
     (found,) = hot_code(read_gcn(GCN))
-    assert found == (1, {"load.128": 1, "load.16": 1, "load.64": 1}, {})
+    assert found == (1, {"load.128": 1, "load.16": 1, "buffer_load.64": 1}, {})
 
 
 def test_without_tensor_instructions_the_loop_is_the_one_that_loads_and_without_loops_all_counts():
@@ -234,7 +256,8 @@ def test_without_tensor_instructions_the_loop_is_the_one_that_loads_and_without_
         ("global_load_short_d16_hi", ("load", "load", 16)),
         ("global_load_u8", ("load", "load", 8)),
         ("global_load_lds_dwordx4", ("load", "load_lds", 128)),
-        ("buffer_store_b64", ("store", "store", 64)),
+        ("buffer_store_b64", ("store", "buffer_store", 64)),
+        ("buffer_load_dwordx4", ("load", "buffer_load", 128)),
         ("buffer_gl0_inv", None),
         ("ds_load_b128", None),
     ],
@@ -245,6 +268,7 @@ def test_the_width_of_a_memory_instruction_is_read(name, access):
 
 def test_wide_bytes_and_spilled_bytes_are_added_up():
     assert moved_wide({"LDGSTS.128": 6, "LDG.256": 1, "LDG.64": 9}, threads=256) == (6 * 16 + 32) * 256
+    assert moved_wide({"buffer_load.128": 2, "buffer_load.32": 5}, threads=64) == 2 * 16 * 64
     spilled = "\n".join(
         f"        /*00{index}0*/    {name} R1, [R2] ;"
         for index, name in enumerate(("STL", "STL.64", "LDL.LU", "LDL.LU.128", "LDL.U8", "LDG.E"))
