@@ -1,5 +1,6 @@
 """What every measurement here says of itself and of this process."""
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -26,7 +27,10 @@ def machine(device: str, packages: tuple[str, ...] = PACKAGES) -> dict:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    commit = ""
+    with contextlib.suppress(OSError):  # a machine without git
+        asked = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout
     return {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "threads": torch.get_num_threads(),
             "load before": os.getloadavg()[0], "versions": versions, "commit": commit.strip(),
             "date": date.today().isoformat(), **({"driver": driver()} if device == "cuda" else {})}

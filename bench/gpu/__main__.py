@@ -164,6 +164,7 @@ def main(words: list[str] | None = None) -> int:
             path.with_suffix(".new").write_text(json.dumps(results, indent=1) + "\n")
             path.with_suffix(".new").replace(path)
 
+    write({})  # a folder that can't be written is told now
     with tempfile.TemporaryDirectory() as work:
         results = run_parts(options, Path(work), write)
     show(results)

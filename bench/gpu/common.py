@@ -17,6 +17,7 @@ PACKAGES = ("triton", "transformers", "peft", "accelerate", "bitsandbytes", "lig
 SHAPE = "Qwen/Qwen2.5-0.5B"  # in minimath/recipes/shapes.json
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 512}
+OF_THE_CARD = ("CUDA error", "HIP error", "Triton Error")  # after these a process can use the card no more
 STD = 1.0  # of random weights, over the root of the hidden size: logits and attention are neither flat nor sharp
 
 if importlib.util.find_spec("minimath.kernels") is None:  # not installed: the folder beside minimath/ is that package
@@ -73,7 +74,7 @@ class Found:
         except Exception as error:
             traceback.print_exc()
             self.check(what, False, f"{type(error).__name__}: {error}"[:400])
-            if "CUDA error" in str(error) or "HIP error" in str(error):
+            if any(words in str(error) for words in OF_THE_CARD):
                 raise
 
     def end(self) -> None:

@@ -8,12 +8,11 @@ from unittest import mock
 import torch
 
 from bench.gpu.common import Found, config_of, drawn_ids, peak_into, policy_of, sync
-from bench.gpu.steps import ASSUMED, Taker, gradients_agree, planned, rows_of
+from bench.gpu.steps import ASSUMED, Taker, gradients_agree, planned, planner, rows_of
 from minimath.config.schema import EngineOptions, RLAIFConfig, SamplingOptions, SFTConfig
 from minimath.data.sample import Sample
 from minimath.kernels import linear_logp
 from minimath.models.forward import compute_dtype, head, hidden_states, inference
-from minimath.plan.needs import Planner
 from minimath.rollout import transformers_engine
 from minimath.rollout.open import open_engine
 from minimath.rollout.transformers_engine import LOGP_TOLERANCE, logp_difference
@@ -103,13 +102,14 @@ def rollout(found: Found) -> None:
                     prompts_per_step=rows, group_size=2)
     policy, seen = policy_of(cfg), {}
     for temperature, graphs in ((0.0, False), (1.0, False), (0.0, True), (1.0, True)):
-        name, row = f"{'recorded' if graphs else 'launched'}, temperature {temperature:g}", {}
+        name, row = f"graphs {'on' if graphs else 'off'}, temperature {temperature:g}", {}
         roll(found, policy, prompts, min(new, 40), temperature=temperature, graphs=graphs)
         with peak_into(found.device, row):
             seen[temperature, graphs] = it = roll(found, policy, prompts, new, temperature=temperature, graphs=graphs)
         found.row("rollout", how=name, rows=rows, new=new, seconds=it.seconds, rate=it.rate(), **row, **it.metrics)
         peak = "" if row["peak bytes"] is None else f", {row['peak bytes'] / 1e6:,.0f} MB at most"
-        found.figure(f"{rows} rows x {new}, steps {name}: {it.rate():,.0f} tokens/s{peak}")
+        found.figure(f"{rows} rows x {new}, {name}: {it.rate():,.0f} tokens/s, {it.metrics['graph_replays']} steps "
+                     f"replayed, {it.metrics['plain_steps']} launched{peak}")
     found.check("graphs", seen[0.0, True].ids == seen[0.0, False].ids, "other greedy tokens than by launched steps")
     if found.device == "cuda" and torch.version.hip is None:
         metrics = seen[0.0, True].metrics
@@ -117,23 +117,28 @@ def rollout(found: Found) -> None:
         launched = seen[1.0, False].metrics
         found.check("graphs off", launched["graph_replays"] == 0, f"steps were replayed: {launched}")
     check_logp(found, "sampled", policy, prompts, seen[1.0, True])
-    counted = Planner(cfg.model.name, found.device).rollout(cfg, cfg, rows, 1 << 40)
+    counted = planner(cfg.model.name, found.device).rollout(cfg, cfg, rows, 1 << 40)
     found.row("planned", **counted)
     counted = sum(size for name, size in counted.items() if name not in (ASSUMED, "optimizer state"))
     found.figure(f"the planner counts {counted / 1e6:,.0f} MB for it")
-    stock = policy_of(cfg, fused=False)
+    with found.guard("generate"):
+        against_generate(found, cfg, policy, prompts, new, seen[0.0, True])
+
+
+def against_generate(found: Found, cfg, policy, prompts, new: int, ours: Rollout) -> None:
+    """Compare a greedy rollout with that of transformers' and peft's layers by transformers' loop."""
+    stock, row = policy_of(cfg, fused=False), {}
     by_generate(found, stock, prompts, 2)
-    with peak_into(found.device, row := {}):
+    with peak_into(found.device, row):
         seconds, theirs = by_generate(found, stock, prompts, new)
-    rate = rows * new / seconds
-    apart = [tie(policy, *each) for each in zip(prompts, seen[0.0, True].ids, theirs)]
-    equal = sum(a == b for a, b in zip(seen[0.0, True].ids, theirs))
+    rate, equal = len(prompts) * new / seconds, sum(a == b for a, b in zip(ours.ids, theirs))
+    apart = [tie(policy, *each) for each in zip(prompts, ours.ids, theirs)]
     found.row("generate", seconds=seconds, rate=rate, equal=equal, nats_where_they_part=apart, **row)
-    allowed = TIE.get(policy.model.dtype, 0.3)
-    found.check("generate", max(apart) <= allowed, f"other greedy tokens, {max(apart):.2g} nats apart where they part")
-    found.figure(f"transformers' generate: {rate:,.0f} tokens/s, ours {seen[0.0, True].rate() / rate:.2f} times; "
-                 f"{equal} of {rows} rows the same greedy tokens"
-                 + (f", the others part at ties of up to {max(apart):.1e} nats" if equal < rows else ""))
+    found.check("generate", max(apart) <= TIE.get(policy.model.dtype, 0.3),
+                f"other greedy tokens, {max(apart):.2g} nats apart where they part")
+    found.figure(f"transformers' generate: {rate:,.0f} tokens/s, ours {ours.rate() / rate:.2f} times; "
+                 f"{equal} of {len(prompts)} rows the same greedy tokens"
+                 + (f", the others part at ties of up to {max(apart):.1e} nats" if equal < len(prompts) else ""))
 
 
 def nf4(found: Found) -> None:

@@ -267,7 +267,7 @@ def attention_cases(device, dtype, tiny: bool):
 
         def ours(query=query, keys=keys, values=values, length=length, options=options):
             found = {"result": decode_attention(query, keys, values, length, **options)}
-            if runs_triton(query):  # alone in a batch, in a buffer of its own: the same bits, so the same error
+            if runs_triton(query) and query.shape[-1] <= 128:  # larger heads go through torch on some chips
                 alone = [decode_attention(query[i:i + 1], keys[i:i + 1], values[i:i + 1], length[i:i + 1], **options)
                          for i in range(len(query))]
                 if not torch.equal(torch.cat(alone), found["result"]):

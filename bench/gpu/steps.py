@@ -1,4 +1,5 @@
 """Training on the card: gradients of fused and other layers, steps of both stages, a run that was resumed."""
+import functools
 import json
 import statistics
 import time
@@ -134,9 +135,12 @@ def sft_steps(found: Found, packing: bool) -> None:
                  f"{taken[0]:.1f} s; {memory_words(row, found.all['rows'][-1]['planned'])}")
 
 
+planner = functools.cache(Planner)  # of a model's folder and a kind of device
+
+
 def planned(found: Found, cfg) -> dict[str, int]:
     """What the planner counts for training."""
-    return Planner(cfg.model.name, found.device).training(cfg)
+    return planner(cfg.model.name, found.device).training(cfg)
 
 
 def memory_words(row: dict, rows: dict[str, int]) -> str:
