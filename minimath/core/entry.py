@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Callable
 
 from minimath.core.errors import Interrupted, UserError
+from minimath.core.segments import grow_segments
 
 # All are read when a library is loaded; see core.run.keep_freed_memory, core.threads
+grow_segments()
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if "OMP_WAIT_POLICY" not in os.environ:  # some 20 us and not 7 ms: as fast alone, faster beside others
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

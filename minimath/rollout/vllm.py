@@ -19,6 +19,7 @@ from peft import PeftModel
 from minimath.core.checkpoint import save_adapter
 from minimath.core.errors import UserError
 from minimath.core.files import discard
+from minimath.core.segments import fix_segments
 from minimath.core.state import restore_rng, rng_state
 from minimath.models.forward import base_causal_lm, inference
 from minimath.models.load import first_line
@@ -119,6 +120,7 @@ class Colocated:
     def __init__(self, policy: Policy, longest: int, seed: int, gpu_share: float, rank: int):
         name = policy.options.name
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no second process on the card
+        fix_segments()
         try:
             import vllm
             from vllm.lora.request import LoRARequest
