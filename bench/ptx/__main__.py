@@ -1,11 +1,11 @@
-"""Run the PTX of every kernel on a CPU, for each chip from sm_75 to sm_90, and compare it with float64.
+"""Run the compiled code of every kernel on a CPU, for sm_75 to sm_90 and gfx942, and compare it with float64.
 
     python -m bench.ptx            # every shape, dtype and chip; minutes on 2 cores
     python -m bench.ptx --quick    # a cross-section of the shapes
 
 Prints, per operation, chip and dtype, how many results were compared, the worst error as a share of the largest number,
 and torch's own in that dtype; writes bench/results/ptx.json. Exits 1 if a result is wrong, or if a program does what a
-card would answer with an error: see the package's docstring.
+card would answer with an error: see the docstrings of bench.ptx and bench.gcn.
 """
 import argparse
 import os
@@ -21,7 +21,7 @@ from .compare import CHIPS, dtypes, run_chip
 
 
 def show(rows: list[dict]) -> None:
-    table = Table(title="PTX executed on a CPU, error over the largest number")
+    table = Table(title="PTX, and gfx942's machine code, executed on a CPU: error over the largest number")
     for name in ("operation", "chip", "dtype", "results", "worst error", "torch's own", "", "kernels"):
         table.add_column(name, justify="right" if name in ("results", "worst error", "torch's own") else "left")
     for row in rows:

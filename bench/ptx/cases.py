@@ -100,7 +100,7 @@ def head_inputs(dtype, n, d, v, bias):
     """Hidden states with rows apart, weight, bias or None, targets of which one in five is ignored."""
     hidden, weight = drawn(n, d, dtype=dtype, apart=16), drawn(v, d, dtype=dtype, seed=1, scale=2 * d**-0.5)
     target = torch.randint(v, (n,), generator=torch.Generator().manual_seed(2))
-    target[::5] = -100
+    target[1::5] = -100
     return hidden, weight, drawn(1, v, dtype=dtype, seed=3)[0] if bias else None, target
 
 

@@ -43,8 +43,8 @@ class Machine:
             self.registers[f"%tid.{name}"] = (0 * self.lane if axis else self.lane % threads).astype(np.uint32)
             self.registers[f"%ntid.{name}"] = np.full(self.n, 1 if axis else threads, np.uint32)
         self.registers["%laneid"] = (self.lane % 32).astype(np.uint32)
-        self.parameters = {}
-        for (name, bits), value in zip(program.parameters, launch.values, strict=True):
+        self.parameters = {name: bytes(8) for name, _ in program.parameters}  # Triton's own scratch comes last: none
+        for (name, bits), value in zip(program.parameters, launch.values):
             packed = struct.pack("<f", value) if isinstance(value, float) else struct.pack("<q", value)
             self.parameters[name] = packed[:bits // 8].ljust(8, b"\0")
         self.copies, self.products = [[]], [[]]  # groups of cp.async and of wgmma, the last one open

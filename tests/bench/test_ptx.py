@@ -120,7 +120,7 @@ def run(body: str, numbers, threads: int = 32, shared: int = 0):
     """Each thread loads its number into %r1, executes the body and stores %r2; returns what is there then."""
     data = np.array(numbers, copy=True)
     memory = GlobalMemory([(data.ctypes.data, data.nbytes)])
-    Program(PROGRAM.replace("BODY", body)).run(Launch([data.ctypes.data, 0], (1, 1, 1), threads, shared, memory))
+    Program(PROGRAM.replace("BODY", body)).run(Launch([data.ctypes.data], (1, 1, 1), threads, shared, memory))
     return data
 
 
