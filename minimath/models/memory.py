@@ -48,9 +48,9 @@ def cache_bytes_per_token(model) -> int:
 def sampling_bytes(model, how) -> int:
     """Count the bytes that choosing a token takes of one row: fp32 rows of the vocabulary.
 
-    how: rollout.sampling.Sampling. A whole softmax takes 3: logits, probabilities, padding; to cut it by top-k or
-    min-p 5, as the logits are kept; by top-p 10, for it sorts: values, int64 places, and as much again on a card."""
-    rows = 10 if how.top_p < 1 else 3 if how.full() else 5
+    how: rollout.sampling.Sampling. A whole softmax takes 3: logits, their padding, probabilities; to cut it by top-k or
+    min-p 4, as the logits are kept; by top-p 7, for it sorts values and int64 places, and 3 more to sort on a card."""
+    rows = 10 if how.top_p < 1 else 3 if how.full() else 4
     return 4 * rows * head_module(model).weight.shape[0]
 
 

@@ -10,7 +10,7 @@ class Flight:
     """A table on its way to the host, where `land` waits for it."""
 
     def __init__(self, table: torch.Tensor):
-        self.table = table.to("cpu", non_blocking=True, copy=True)  # pinned, if it comes from a card
+        self.table = table.clone().to("cpu", non_blocking=True)  # pinned, if it comes from a card
         self.event = torch.cuda.Event() if table.is_cuda else None
         if self.event:
             self.event.record()

@@ -17,6 +17,7 @@ from minimath.core.errors import UserError
 from minimath.data.sample import Sample
 from minimath.kernels import linear_logp
 from minimath.models.forward import base_causal_lm, compute_dtype, head, hidden_states, inference
+from minimath.models.memory import is_out_of_memory
 from minimath.models.variants import in_step, is_sharded
 from minimath.rollout.engine import Engine, Job
 from minimath.rollout.kv_cache import check_model
@@ -33,6 +34,7 @@ class TransformersEngine(Engine):
     Prompts of unlike length share a batch, left-padded, only if padding does not change what this model computes.
     stream yields a batch when it ends, and raises Interrupted within one, UserError if the log-probs are not those of
     the training forward (looked at once a call), and what the model's `generate` raises."""
+    rows = 0  # of a batch, once memory ran out
 
     @torch.no_grad()
     def stream(self, prompts, n=1, *, keys=None, skip=()):
@@ -42,7 +44,7 @@ class TransformersEngine(Engine):
             for number, (batch, _) in enumerate(in_step(model, ((batch, {}) for batch in self.batches(jobs)))):
                 # a blank one, where other processes have more to do
                 rows = batch or [Job((0, 0), [self.policy.tokenizer.pad_token_id], 0)]
-                samples = self._generate(rows)
+                samples = self._in_memory(rows)
                 if number == 0:
                     check_logp(model, rows[0].prompt, samples[0], self.how.temperature)
                 yield [(*job.place, sample) for job, sample in zip(batch, samples)]
@@ -58,7 +60,27 @@ class TransformersEngine(Engine):
                 model, self.policy.tokenizer.pad_token_id, jobs[0].prompt, len(jobs[-1].prompt))
         for _, alike in itertools.groupby(jobs, lambda job: 0 if mixed else len(job.prompt)):
             alike = list(alike)
-            yield from (alike[start:start + most] for start in range(0, len(alike), most))
+            while alike:
+                count = self.rows or most
+                yield alike[:count]
+                alike = alike[count:]
+
+    def _in_memory(self, jobs: list[Job]) -> list[Sample]:
+        """Decode a batch, half of it at a time when memory runs out."""
+        try:
+            return self._generate(jobs)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # only here, where the exception no longer holds the tensors of the step
+        if len(jobs) == 1 or is_sharded(self.policy.model):  # the others wait in a pass for this process's weights
+            raise UserError(f"memory is too small for {len(jobs)} sequences side by side; lower max_num_seqs or "
+                            "max_new_tokens, use quant=nf4, or a smaller model")
+        self.rows = half = -(-len(jobs) // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.say(f"out of memory with {len(jobs)} sequences side by side: going on with {half}")
+        return self._in_memory(jobs[:half]) + self._in_memory(jobs[half:])
 
     def _generate(self, jobs: list[Job]) -> list[Sample]:
         """One batch of `generate`, cut at the end tokens."""

@@ -147,10 +147,11 @@ def on_a_card(capability: tuple[int, int] = (9, 0)):
             return to(self, args[0].device, args[0].dtype, **kwargs)
         if not on_card(self):
             return plain_to(self, *args, **kwargs)
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, later, _ = torch._C._nn._parse_to(*args, **kwargs)
         if device is None or device.type != "cpu":
             return self if dtype is None else plain_to(self, dtype, copy=kwargs.get("copy", False))
-        work.reads.append(f"to(cpu) {place()}")
+        if not later:  # non_blocking: who reads it waits for an event
+            work.reads.append(f"to(cpu) {place()}")
         with _disable_current_modes():
             return torch.ones(self.shape, dtype=dtype or self.dtype)
 

@@ -154,13 +154,15 @@ def test_the_loop_guard_cuts_a_completion_and_marks_it_as_not_finished(llama):
     assert shorter > 0
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("options", [{"loop_guard": 32, "temperature": 0.2}, {"stop_boxed": True}])
-def test_early_ends_do_not_depend_on_the_batch_or_on_when_the_host_looks(llama, monkeypatch, options):
+def test_early_ends_do_not_depend_on_the_batch_or_on_when_the_host_looks(llama, monkeypatch, options, fixed):
     monkeypatch.setattr(BoxWatch, "may_close", lambda self, token: token == 60)
     monkeypatch.setattr(BoxWatch, "closed", lambda self, ids: 60 in ids)
     told = []
     for slots, sync in ((16, 1), (3, 1), (16, 4), (5, 4)):
         monkeypatch.setitem(decoding.SYNC, "cpu", sync)
+        monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",) if fixed and sync > 1 else ())
         groups = sampled(llama, samples=4, max_num_seqs=slots, eos=[], max_new_tokens=120, **options)
         told.append([[(c.ids, c.finished) for c in group] for group in groups])
     assert told[0] == told[1] == told[2] == told[3]
@@ -249,6 +251,22 @@ def test_out_of_memory_between_looks_loses_no_end(llama, monkeypatch, call):
     assert [c.finished for c in sum(again, [])] == [c.finished for c in sum(whole, [])]
 
 
+@pytest.mark.parametrize("call", range(8, 24, 3))
+def test_out_of_memory_where_looks_come_late_loses_no_end(llama, monkeypatch, call):
+    """A row that closed its box, and went on to its end token before anyone looked, ends with its box."""
+    monkeypatch.setattr(BoxWatch, "may_close", lambda self, token: token % 7 == 0)
+    monkeypatch.setattr(BoxWatch, "closed", lambda self, ids: ids[-1] % 7 == 0)
+    options = {"samples": 4, "max_num_seqs": 16, "stop_boxed": True, "eos": list(range(20, 120))}
+    whole = sampled(llama, **options)
+    monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",))
+    monkeypatch.setitem(decoding.SYNC, "cpu", 4)
+    failing = Failing(decoding.Decode.run_step, {call})
+    monkeypatch.setattr(decoding.Decode, "run_step", lambda *args: failing(*args))
+    again = sampled(llama, say=lambda text: None, **options)
+    assert ids_of(again) == ids_of(whole)
+    assert [c.finished for c in sum(again, [])] == [c.finished for c in sum(whole, [])]
+
+
 @pytest.mark.parametrize("most", [12, 1])
 @pytest.mark.parametrize("call", [1, 2])
 def test_out_of_memory_when_every_row_has_ended_is_no_error(llama, monkeypatch, most, call):
@@ -298,6 +316,32 @@ def test_the_batch_stays_full_while_completions_wait(llama, monkeypatch):
     waiting = [rows for rows, queue in counts if queue]
     assert metrics["max_num_seqs"] == 16 and sum(waiting) / (16 * len(waiting)) >= 0.9
     assert metrics["seq_fill"] == sum(rows for rows, _ in counts) / (16 * len(counts))
+
+
+def test_a_card_refills_at_a_quarter_or_when_idle_slots_have_cost_a_prefill(llama, monkeypatch):
+    """Many rows wait for a prefill, few do not; in between, slots that stand empty add up."""
+    monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",))
+    refills, seen = decoding.Decode.refills, set()
+
+    def spy(self):
+        goes, free = refills(self), self.max_num_seqs - len(self.rows)
+        paid = self.idle >= decoding.PREFILL_STEPS * len(self.rows)
+        assert goes == bool(self.queue and (not self.rows or free and (free >= self.max_num_seqs / 4 or paid)))
+        seen.add((bool(self.queue), free > 0, goes, paid and 0 < free < self.max_num_seqs / 4))
+        return goes
+
+    monkeypatch.setattr(decoding.Decode, "refills", spy)
+    monkeypatch.setattr(decoding, "PREFILL_STEPS", 0.3)
+    sampled(llama, samples=32, max_num_seqs=16, max_new_tokens=40)
+    assert {(True, True, False, False), (True, True, True, False), (True, True, True, True)} <= seen
+
+
+def test_a_prompt_of_one_token_decodes(llama):
+    """It has no mask in its prefill."""
+    model, tokenizer = llama
+    [[ours]] = generate(model, tokenizer, [[7]], max_new_tokens=20, temperature=0, eos=[tokenizer.eos_token_id])
+    theirs = model.generate(input_ids=torch.tensor([[7]]), do_sample=False, max_new_tokens=20)
+    assert ours.ids == theirs[0, 1:].tolist()
 
 
 def test_long_prompts_start_first(llama):

@@ -261,3 +261,31 @@ def test_batches_hold_at_most_max_num_seqs(llama, monkeypatch):
     assert sizes == [3, 3, 2]
     generate_hf(model, tokenizer, prompts_of((9,) * 4), samples=2, max_new_tokens=2, eos=[])
     assert sizes[3:] == [8]
+
+
+@pytest.mark.parametrize("slots", [0, 5])
+def test_out_of_memory_halves_the_batches_and_changes_no_completion(recurrent, tiny_tokenizer, monkeypatch, slots):
+    options = {"samples": 3, "max_new_tokens": 8, "eos": [], "seed": 5, "max_num_seqs": slots}
+    model, said, sizes = recurrent("mamba"), [], []
+    whole = generate_hf(model, tiny_tokenizer, prompts_of(), **options)
+    decode = TransformersEngine._generate
+
+    def small(self, jobs):
+        sizes.append(len(jobs))
+        if len(jobs) > 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return decode(self, jobs)
+
+    monkeypatch.setattr(TransformersEngine, "_generate", small)
+    again = generate_hf(model, tiny_tokenizer, prompts_of(), say=said.append, **options)
+    assert [[c.ids for c in group] for group in again] == [[c.ids for c in group] for group in whole]
+    assert "going on with 2" in said[-1] and len([size for size in sizes if size > 2]) == len(said)
+
+
+def test_memory_too_small_for_one_sequence_is_an_error_that_says_what_to_do(recurrent, tiny_tokenizer, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(TransformersEngine, "_generate", full)
+    with pytest.raises(UserError, match="lower max_num_seqs"):
+        generate_hf(recurrent("mamba"), tiny_tokenizer, prompts_of(), max_new_tokens=4, say=lambda text: None)
