@@ -112,6 +112,8 @@ class RunOptions:
     """run folder; empty: runs/<command>-<timestamp>"""
     resume: bool = False
     """go on with the run in the folder `out`"""
+    deterministic: bool = False
+    """the same bits again on a card, at some speed; a CPU gives them anyway, with the same number of threads"""
 
 
 @dataclass

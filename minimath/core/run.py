@@ -11,6 +11,7 @@ from minimath.core.files import write_whole
 from minimath.core.interrupt import interruptible
 from minimath.core.log import RunLog
 from minimath.core.run_folder import CONFIG, lock_run, new_run_folder, refuse_held, refuse_links, stop_files
+from minimath.core.same_bits import SAID, same_bits
 
 
 def keep_freed_memory() -> None:
@@ -26,10 +27,12 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def open_run(out: str, command: str, *, config: str, resume: bool, trackers: str = "") -> Iterator[RunLog]:
+def open_run(out: str, command: str, *, config: str, resume: bool, trackers: str = "",
+             deterministic: bool = False) -> Iterator[RunLog]:
     """Lock the folder, save the options, start log and signal handlers; yield the log.
 
-    Raises UserError when the folder already holds a run that is not being resumed: nothing is ever overwritten."""
+    deterministic: as same_bits has it, until the run ends. Raises UserError when the folder already holds a run that is
+    not being resumed: nothing is ever overwritten."""
     keep_freed_memory()
     if resume and not out:
         raise UserError("resume=true needs the run folder to go on with: out=runs/...")
@@ -38,10 +41,12 @@ def open_run(out: str, command: str, *, config: str, resume: bool, trackers: str
     if dist.is_main():
         refuse_links(run_dir)
         refuse_held(run_dir, evaluation=evaluation, resume=resume)
-    with lock_run(run_dir), RunLog(run_dir, f"minimath {command}", trackers) as log:
+    with same_bits(deterministic), lock_run(run_dir), RunLog(run_dir, f"minimath {command}", trackers) as log:
         write_whole(run_dir / CONFIG, config)
         if dist.world() > 1:
             log.say(f"{dist.world()} processes share every step")
+        if deterministic:
+            log.say(SAID)
         dist.barrier()
         files = stop_files(run_dir)
         log.say(f"to stop it cleanly: Ctrl-C, or touch {files[0]}")

@@ -73,7 +73,8 @@ def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str,
         refuse_changes(out, decides)  # now, not after a large model has loaded
         if (out / EVAL).exists():
             return complete(out, cfg)
-    with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume) as log:
+    with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume,
+                  deterministic=cfg.run.deterministic) as log:
         log.say(note or f"{len(examples)} problems")
         policy = load() if load else load_and_say(cfg, log)
         part = open_part(log, decides | {"model files": model_hash(policy)}, len(examples), cfg, policy)
@@ -117,7 +118,8 @@ def evaluate_suite(cfg: EvalConfig) -> dict:
     sets = read_sets(cfg)
     if cfg.run.out:
         refuse_folder(Path(cfg.run.out), sets, cfg.run.resume)
-    with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume) as log:
+    with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume,
+                  deterministic=cfg.run.deterministic) as log:
         load = functools.cache(lambda: load_and_say(cfg, log))  # called by the first set that is not complete
         summaries: dict[str, dict] = {}
         for name, problems in sets.items():

@@ -26,7 +26,7 @@ Job = tuple[int, int]  # the problem's place in the data, and the sample
 # Every other option decides the completions. Model, adapter, dtype and data are told apart by what they lead to; device
 # and max_num_seqs change rounding only, and may have to change (another card, less memory); budgets come afterwards.
 NOT_DECISIVE = {"model", "adapter", "dtype", "data", "split", "limit", "strict", "device", "max_num_seqs", "budgets",
-                "trust_remote_code", "out", "resume", "shard", "suite"}
+                "trust_remote_code", "out", "resume", "deterministic", "shard", "suite"}
 
 
 class PartFile:

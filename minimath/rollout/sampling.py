@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from minimath.core.same_bits import in_any_order
 from minimath.kernels.common import mm_fp32
 
 BLOCK = 256  # tokens of the vocabulary that the cumulative distribution is first looked up in
@@ -49,6 +50,7 @@ def logits_of(hidden: torch.Tensor, lm_head, product) -> torch.Tensor:
     return logits
 
 
+@in_any_order()
 def sample_tokens(logits: torch.Tensor, noise: torch.Tensor, how: Sampling) -> tuple[torch.Tensor, ...]:
     """Choose one token per row.
 

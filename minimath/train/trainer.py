@@ -86,7 +86,8 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             run = self.cfg.run
             self.log = stack.enter_context(open_run(run.out, self.stage, config=config_text(self.cfg),
-                                                    resume=run.resume, trackers=run.trackers))
+                                                    resume=run.resume, trackers=run.trackers,
+                                                    deterministic=run.deterministic))
             self.started = time.monotonic()
             seed_rng(run.seed)  # adapter initialisation, and whatever a user's function draws
             self.policy = load_policy(self.cfg, train=True)
