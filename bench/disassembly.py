@@ -115,8 +115,13 @@ def inner_loops(code: list[Instruction]) -> list[list[Instruction]]:
     counted = {(first, last): count(code[first : last + 1]) for first, last in ends.items()}
     working = ([span for span, found in counted.items() if found.tensor]
                or [span for span, found in counted.items() if found.loads])
-    inner = [(first, last) for first, last in sorted(working)
-             if not any(a >= first and b <= last and (a, b) != (first, last) for a, b in working)]
+    inner: list[tuple[int, int]] = []
+    for first, last in sorted(working):
+        if any(a >= first and b <= last and (a, b) != (first, last) for a, b in working):
+            continue
+        if inner and first <= inner[-1][1]:  # one loop that is entered in two places
+            first, last = inner.pop()[0], last
+        inner.append((first, last))
     return [code[first : last + 1] for first, last in inner]
 
 

@@ -231,6 +231,13 @@ def test_the_inner_loop_of_amd_assembly_is_found_though_its_end_comes_first():
     assert found == (1, {"load.128": 1, "load.16": 1, "buffer_load.64": 1}, {})
 
 
+def test_a_loop_that_is_entered_in_two_places_is_one():
+    entry = "\tglobal_load_b128 v[1:4], v[83:84], off\n.LBB0_4:\n\tv_wmma"
+    text = GCN.replace("\tv_wmma", entry).replace("\ts_branch .LBB0_1\n", "\ts_branch .LBB0_4\n")
+    (found,) = hot_code(read_gcn(text))
+    assert found == (1, {"load.128": 2, "load.16": 1, "buffer_load.64": 1}, {})
+
+
 def test_without_tensor_instructions_the_loop_is_the_one_that_loads_and_without_loops_all_counts():
     no_tensor = SASS.replace("HMMA.16816.F32.BF16", "FFMA")
     assert hot_code(read_sass(no_tensor)) == [(0, {"LDGSTS.128": 1, "LDG.16": 1}, {})]
