@@ -1,8 +1,8 @@
 """The PTX that Triton makes of our kernels, run on a CPU and compared with float64: `python -m bench.ptx`.
 
-Written from the text of the PTX ISA, for sm_75 to sm_90; `bench.gcn` runs gfx942's machine code behind the same door.
-numpy works over all threads of a few blocks at once; what our kernels do not contain raises NotImplementedError.
-Stricter than a card, so that a run is also a proof of absence:
+Written from the text of the PTX ISA, for sm_75 to sm_90 and sm_120; `bench.gcn` runs gfx942's machine code behind the
+same door. numpy works over all threads of a few blocks at once; what our kernels do not contain raises
+NotImplementedError. Stricter than a card, so that a run is also a proof of absence:
 
 - a global access outside the storages of the arguments, or not aligned to its own width, raises Fault;
 - so does a shared access outside the block's allocation; shared memory and registers start as NaN patterns, not 0;

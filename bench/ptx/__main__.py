@@ -1,4 +1,4 @@
-"""Run the compiled code of every kernel on a CPU, for sm_75 to sm_90 and gfx942, and compare it with float64.
+"""Run the compiled code of every kernel on a CPU and compare it with float64: sm_75 to sm_90, sm_120, gfx942.
 
     python -m bench.ptx            # every shape, dtype and chip; minutes on 2 cores
     python -m bench.ptx --quick    # a cross-section of the shapes

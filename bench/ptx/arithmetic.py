@@ -1,4 +1,6 @@
 """Moves, conversions, comparisons and arithmetic of single threads."""
+from functools import reduce
+
 import numpy as np
 
 from .access import words
@@ -133,15 +135,41 @@ def widening(machine, opcode, operands):
 
 
 def elementwise(machine, opcode, operands):
-    """Everything whose operands and result have one type."""
+    """Everything whose operands and result have one type, and its forms for pairs and for sums with halves."""
+    if opcode.endswith((".f32.f16", ".f32.bf16")):
+        return with_halves(machine, opcode, operands)
+    if opcode.endswith(".f32x2"):
+        return paired(machine, opcode, operands)
     head, *flags, kind = opcode.split(".")
     dtype, put = numpy_type(kind), machine.sink(operands[0])
     function = (of_reals if is_real(dtype) else of_integers)(head, flags, dtype, machine.noise)
     check(function is not None, opcode)
     reads = [machine.source(each, dtype) for each in operands[1:]]
+    check(not isinstance(function, np.ufunc) or len(reads) == function.nin, opcode)  # one more would be written to
     if "ftz" in flags:
         return lambda active: put(flushed(function(*(flushed(read()) for read in reads))), active)
     return lambda active: put(function(*(read() for read in reads)), active)
+
+
+def paired(machine, opcode, operands):
+    """add, mul and fma of two fp32 numbers in each register of 64 bits."""
+    head, *flags, _ = opcode.split(".")
+    function, put = of_reals(head, flags, np.float32, machine.noise), machine.sink(operands[0])
+    check(function is not None and "ftz" not in flags, opcode)
+    reads = [machine.source(each, np.uint64) for each in operands[1:]]
+    return lambda active: put(function(*(np.ascontiguousarray(read()).view(np.float32) for read in reads))
+                              .view(np.uint64), active)
+
+
+def with_halves(machine, opcode, operands):
+    """add, sub and fma of fp32 whose operands are 16-bit numbers, but for the last."""
+    head, *flags, _, kind = opcode.split(".")
+    function, put = of_reals(head, flags, np.float32, machine.noise), machine.sink(operands[0])
+    check(function is not None and "ftz" not in flags, opcode)
+    halves = [machine.source(each, np.uint16 if kind == "bf16" else np.float16) for each in operands[1:-1]]
+    last = machine.source(operands[-1], np.float32)
+    widened = from_bf16 if kind == "bf16" else lambda x: x.astype(np.float32)
+    return lambda active: put(function(*(widened(read()) for read in halves), last()), active)
 
 
 def of_reals(head, flags, dtype, noise: float):
@@ -152,8 +180,8 @@ def of_reals(head, flags, dtype, noise: float):
     if head in SIMPLE or head == "mul":
         return SIMPLE.get(head, np.multiply)
     if head in ("max", "min"):
-        both = "NaN" in flags
-        return (np.maximum if both else np.fmax) if head == "max" else (np.minimum if both else np.fmin)
+        names = {"max": (np.fmax, np.maximum), "min": (np.fmin, np.minimum)}[head]
+        return lambda *sources: reduce(names["NaN" in flags], sources)
     if dtype is not np.float32:
         return None
     return {"fma": lambda a, b, c: (a.astype(wide) * b + c).astype(dtype),

@@ -7,7 +7,7 @@ from .cases import BF16, FLOAT, HALF, chosen_cases
 from .device import installed
 from .formats import Fault
 
-CHIPS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "gfx942")
+CHIPS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "gfx942")
 
 
 def dtypes(chip: str):

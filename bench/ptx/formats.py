@@ -12,7 +12,11 @@ class Fault(Exception):
 
 def numpy_type(name: str):
     """Find the type of "f32", "b16", "pred"."""
-    return np.bool_ if name == "pred" else {"b": U, "u": U, "s": S, "f": F}[name[0]][int(name[1:])]
+    if name == "pred":
+        return np.bool_
+    if not name[1:].isdigit() or name[0] not in "busf":
+        raise NotImplementedError(name)
+    return {"b": U, "u": U, "s": S, "f": F}[name[0]][int(name[1:])]
 
 
 def is_real(dtype) -> bool:

@@ -3,6 +3,7 @@ kernel agrees with float64 is in test_ptx.py."""
 import importlib.util
 import os
 import re
+from collections import Counter
 
 import pytest
 
@@ -16,7 +17,7 @@ from bench.gcn import Program
 from bench.gcn.program import split_line
 from bench.gcn.wave import LANES, Wave
 from bench.ptx import Fault, GlobalMemory, Launch
-from bench.ptx.cases import FLOAT, HALF, log_prob, norm
+from bench.ptx.cases import BF16, FLOAT, HALF, log_prob, norm
 from bench.ptx.compare import run_operation
 
 TWO_ROWS = (norm, {"shape": (2, 1536)})
@@ -52,6 +53,19 @@ def test_fp16_log_probs_with_a_bias_aligned_rows_and_a_ragged_last_tile(softcap,
     assert not row["wrong"] and row["error"] < 1e-6
     loads = re.findall(r"(\w+)_load_ushort", texts[0])
     assert set(loads) == {"buffer" if buffers else "global"} and len(loads) == texts[0].count("v_cvt_f32_f16") == 16
+
+
+def test_fp16_and_bf16_with_a_bias_are_one_program_but_for_widening_and_the_type_of_the_product():
+    def counted(dtype):
+        texts, case = [], (log_prob, {"n": 7, "d": 64, "v": 203, "bias": True})
+        run_operation("", "gfx942", dtype, [case], change=lambda text: texts.append(text) or text)
+        text = re.sub(r"v_lshlrev_b32_e32 (v\d+), 16, \1$|v_cvt_f32_f16_e32 .*", "widen", texts[0], flags=re.M)
+        body = text[text.index("\nlogp_kernel:"):text.index("\n.Lfunc_end0")]
+        return Counter(re.sub("b?f16", "half", each) for each in re.findall(r"^\t([a-z]\w+)", body, re.M)
+                       if each != "s_waitcnt")
+
+    half, bf16 = counted(HALF), counted(BF16)
+    assert half == bf16 and half["widen"] == 16 and half["v_mfma_f32_32x32x8_half"] > 0
 
 
 # The interpreter alone

@@ -140,6 +140,10 @@ def bits(number: float) -> int:
     ("setp.neu.f32 %p1, %r1, %r1;\nselp.b32 %r2, 7, 9, %p1;", 0x7FC00000, 7),
     ("setp.lt.f32 %p1, %r1, 0f3F800000;\nselp.b32 %r2, 7, 9, %p1;", 0x7FC00000, 9),
     ("max.f32 %r2, %r1, 0f3F800000;", 0x7FC00000, bits(1.0)),
+    ("max.f32 %r2, %r1, 0f3F800000, 0f40000000;", bits(3.0), bits(3.0)),
+    ("mov.b32 {%rs1, %rs2}, %r1;\nadd.rn.f32.f16 %r2, %rs2, 0f3F800000;", 0x40000000, bits(3.0)),
+    ("mov.b32 {%rs1, %rs2}, %r1;\nfma.rn.f32.bf16 %r2, %rs2, %rs2, 0f3F800000;", 0x40000000, bits(5.0)),
+    ("mov.b64 %rd4, {%r1, %r1};\nadd.rn.f32x2 %rd5, %rd4, %rd4;\nmov.b64 {%r3, %r2}, %rd5;", bits(2.0), bits(4.0)),
     ("ex2.approx.f32 %r2, %r1;", bits(3.0), bits(8.0)), ("rsqrt.approx.ftz.f32 %r2, %r1;", bits(0.25), bits(2.0)),
     ("rsqrt.approx.ftz.f32 %r2, %r1;", 1, bits(float("inf"))),  # the least of all numbers is flushed to 0
     ("fma.rn.f32 %r2, %r1, %r1, 0fBF800000;", bits(1 + 2**-12), bits(2**-11 + 2**-24)),
@@ -176,5 +180,6 @@ def test_what_is_undefined_on_a_card_raises(body, message):
 
 
 def test_an_unknown_instruction_raises_and_is_not_skipped():
-    with pytest.raises(NotImplementedError, match="sin"):
-        run("sin.approx.f32 %r2, %r1;", np.zeros(32, np.uint32))
+    for line in ("sin.approx.f32 %r2, %r1;", "add.f32 %r2, %r1, %r1, %r1;", "add.rn.e4m3 %r2, %r1, %r1;"):
+        with pytest.raises(NotImplementedError, match="sin|add|e4m3"):
+            run(line, np.zeros(32, np.uint32))
