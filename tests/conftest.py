@@ -4,6 +4,8 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no network in tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if os.environ.get("MINIMATH_TEST_CUDA") != "1":  # before torch is imported: numbers are those of a CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # torch would take all processors for each worker of xdist; and a number that is set does not follow what else the
 # machine does (core/threads.py), so that runs can be compared bit by bit
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1)
