@@ -1,6 +1,7 @@
 """CUDA graphs of the decode step: one launch in place of some thousand."""
 import collections
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -42,8 +43,8 @@ class StepGraphs:
 
     def record(self, step, width: int) -> None:
         """Record a step without running it; say once if it cannot be recorded."""
-        graph, stream, self.pool = torch.cuda.CUDAGraph(), torch.cuda.Stream(), \
-            self.pool or torch.cuda.graph_pool_handle()
+        graph, stream = torch.cuda.CUDAGraph(), capture_stream(torch.cuda.current_device())
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
             # the outer context: torch.cuda.graph does not leave its stream if the capture cannot be ended
             with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=self.pool, stream=stream,
@@ -59,6 +60,12 @@ class StepGraphs:
                           f"({str(error).splitlines()[0]})", stacklevel=2)
         else:
             self.recorded[width] = graph
+
+
+@functools.cache
+def capture_stream(index: int) -> torch.cuda.Stream:
+    """Give the stream of all captures on a card: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(index)
 
 
 def end_capture(graph, pool) -> None:

@@ -118,8 +118,8 @@ def slot_attention(module, query, key, value, attention_mask, *, spans=None, see
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     query = query.reshape(n, key.shape[1], -1, dim)
     if seen is not None:
-        out = decode_attention(query, key, value, seen.length, scale=scaling, window=seen.windows[module.layer_idx],
-                               softcap=softcap or 0.0)
+        out = decode_attention(query, key, value, seen.length, scale=dim ** -0.5 if scaling is None else scaling,
+                               window=seen.windows[module.layer_idx], softcap=softcap or 0.0)
         return out.reshape(n, 1, heads, dim), None
     parts = [scaled_dot_product_attention(query[a:b], key[a:b, :, :length], value[a:b, :, :length],
                                           attention_mask[a:b, ..., :length], scale=scaling)

@@ -85,7 +85,8 @@ class TransformersEngine(Engine):
     def _generate(self, jobs: list[Job]) -> list[Sample]:
         """One batch of `generate`, cut at the end tokens."""
         model, pad = self.policy.model, self.policy.tokenizer.pad_token_id
-        sampler = _Sampler(torch.stack([stream_noise(job.seed, self.max_new_tokens) for job in jobs]), self.how)
+        noise = torch.stack([stream_noise(job.seed, self.max_new_tokens) for job in jobs])
+        sampler = _Sampler(noise.to(base_causal_lm(model).device), self.how)
         greedy(model, [job.prompt for job in jobs], max(len(job.prompt) for job in jobs), pad,
                sampler, max_new_tokens=self.max_new_tokens, eos_token_id=list(self.eos) or None)
         samples = []
@@ -104,8 +105,7 @@ class _Sampler(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         interrupt.check()  # a signal waits for one token, not for a batch
-        noise = self.noise[:, len(self.steps)].to(scores.device)
-        self.steps.append(sample_tokens(scores.clone(), noise, self.how))
+        self.steps.append(sample_tokens(scores.clone(), self.noise[:, len(self.steps)], self.how))
         token = self.steps[-1][0]
         return torch.full_like(scores, -torch.inf).scatter_(-1, token[:, None], 0.0)
 

@@ -163,7 +163,7 @@ def on_a_card(capability: tuple[int, int] = (9, 0)):
     plain_to, group, nothing = torch.Tensor.to, torch._C._group_tensors_by_device_and_dtype, contextlib.nullcontext
     methods = {"cpu": lambda self: to(self, "cpu"), "tolist": lambda self: to(self, "cpu").tolist(),
                "new_tensor": lambda self, data, dtype=None: torch.tensor(data, dtype=dtype or self.dtype, device=CARD),
-               "is_cuda": property(on_card)}
+               "type_as": lambda self, other: to(self, other.dtype), "is_cuda": property(on_card)}
     cards = {"get_device_properties": lambda *_: CHIP, "get_device_capability": lambda *_: capability,
              "device_of": nothing, "device": nothing, "set_device": nothing, "current_device": lambda: 0}
     with contextlib.ExitStack() as stack:

@@ -72,10 +72,11 @@ class Card:
             def graphsafe_set_state(self, state):
                 card.undone.append(f"generator {state}")
 
-        for name, stub in {"CUDAGraph": Graph, "graph": graph, "stream": stream, "Stream": object,
+        for name, stub in {"CUDAGraph": Graph, "graph": graph, "stream": stream, "Stream": lambda index: object(),
                            "graph_pool_handle": lambda: "pool", "current_device": lambda: 0,
                            "default_generators": (Generator(),)}.items():
             monkeypatch.setattr(torch.cuda, name, stub)
+        recording.capture_stream.cache_clear()
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
             monkeypatch.setattr(torch._C, name, lambda *args, name=name: self.undone.append((name, *args)),
                                 raising=False)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import tiny
 import torch
 from device_work import on_a_card, policy_on_card
 from toy import make_config
@@ -103,6 +104,17 @@ def test_launches_of_a_step_do_not_creep_up(done):
     """Two layers and a choice from the whole softmax; it was 123."""
     assert 60 < done["step"].launches <= 116
     assert done["look"].launches == 1
+
+
+@pytest.mark.parametrize("family", ["qwen2-window", "qwen3", "gemma3_text", "phi3", "granite", "cohere"])
+def test_no_family_waits_in_a_step_or_a_refill(tmp_path, family):
+    """Windows by layer, norms of heads, layers that are not fused. Gemma-2's eager prefill the stand-in cannot run."""
+    with rollout_on_card(tiny.tiny_model(tmp_path, family)) as (work, batch):
+        batch.admit()
+        assert not waits(work) and len(copies(work)) == 2
+        work.clear()
+        batch.step()
+        assert batch.fixed and not waits(work) and not copies(work)
 
 
 def test_early_ends_cost_no_wait(tiny_dir):

@@ -485,9 +485,10 @@ def test_training_goes_on_unchanged_after_a_rollout(folder, quant):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_decode_step_never_waits_for_the_device(folder, monkeypatch, device):
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_decode_step_never_waits_for_the_device(tmp_path, monkeypatch, family, device):
     """Under fake tensors anything that reads a value back raises: what a CUDA graph cannot hold."""
-    model, tokenizer = load(folder)
+    model, tokenizer = load(tiny.tiny_model(tmp_path, family), attn="eager" if family == "gemma2" else "sdpa")
     monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",) if device == "cuda" else ())
     run_step, steps = decoding.Decode.run_step, []
 
