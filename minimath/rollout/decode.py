@@ -17,7 +17,7 @@ from minimath.rollout.graphs import StepGraphs, addresses
 from minimath.rollout.kv_cache import Seen, SlotCache, softcap_of, windows_of
 from minimath.rollout.sampling import logits_of, sample_tokens, stream_noise
 
-BLOCK = 16  # rows that attention treats alike on a CPU
+BLOCK, ROUND = 32, 32  # rows that attention treats alike on a CPU; places that it reads are a multiple of this
 SYNC = {"cuda": 4}  # steps between looks at which rows have ended; elsewhere 1
 PREFILL_TOKENS = 4096  # of prompts in one forward
 PREFILL_ROUND = 64  # places on a card: few shapes, whose kernels are chosen once
@@ -58,6 +58,7 @@ class Decode:
         self.ends = self.put(torch.tensor(sorted(set(engine.eos)), dtype=torch.long))
         self.back = self.put(torch.arange(4 * self.sync, 0, -1))
         self.windows, self.graphs = windows_of(model), StepGraphs(model)
+        self.graphs.usable &= engine.records
         self.slots, self.cache, self.where, self.rows = 0, None, None, []
 
     def start(self, queue: list[Row], max_num_seqs: int, fast: Fast) -> None:
@@ -151,9 +152,10 @@ class Decode:
                 width //= 2
             self.graphs.run(self.run_step, width)
         else:
-            spans = [(a, min(a + BLOCK, n), max(row.length for row in self.rows[a:a + BLOCK]))
+            lengths = [row.length for row in self.rows]
+            spans = [(a, min(a + BLOCK, n), -(-max(lengths[a:a + BLOCK]) // ROUND) * ROUND)
                      for a in range(0, n, BLOCK)] if self.fast.attends else None
-            self.run_step(n, max(row.length for row in self.rows), spans)
+            self.run_step(n, max(places for *_, places in spans) if spans else max(lengths), spans)
         self.steps += 1
         self.used += n
 
@@ -314,10 +316,8 @@ class Decode:
 
     def prefill_mask(self, lengths: torch.Tensor, width: int):
         """Make the mask of a right-padded batch; on a card none, as no token sees what is to its right."""
-        if not self.fixed:
-            return (torch.arange(width)[None] < lengths[:, None]).long().to(self.device)
-        if not softcap_of(self.model):
-            return None
+        if not (self.fast.attends and softcap_of(self.model)):
+            return None if self.fixed else (torch.arange(width)[None] < lengths[:, None]).long().to(self.device)
         age = torch.arange(width, device=self.device)
         age = (age[:, None] - age)[None, None]
         return additive_mask(self.model, age, age >= 0)

@@ -1,13 +1,12 @@
 """The KV cache of a running batch: S slots whose rows stand at different positions, and attention over them.
 
-Decoding is bound by the keys and values that it reads. On a CPU torch's sdpa reads a block of rows of like length as
-far as its longest row; on CUDA a kernel reads each row to its own end, which it finds on the device."""
+Decoding is bound by the keys and values that it reads. On a CPU two batched products read a block of rows of like
+length as far as its longest row; on CUDA a kernel reads each row to its own end, which it finds on the device."""
 import contextlib
 import sys
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -23,12 +22,14 @@ ATTENTION = "minimath_slots"
 
 
 class SlotLayer(DynamicLayer):
-    """Keys and values of one layer, [S, H, T, Dh]."""
+    """Keys and values of one layer, [S, H, T, Dh]; of the keys T is innermost where products read them."""
 
     def __init__(self, prefilled, slots: int, places: int):
         super().__init__()
         self.keys, self.values = (old.new_zeros(slots, old.shape[1], places, old.shape[3])
                                   for old in (prefilled.keys, prefilled.values))
+        if self.keys.device.type not in FIXED_SHAPES:
+            self.keys = self.keys.view(*self.keys.shape[:2], -1, places).transpose(2, 3)
         self.is_initialized = True
         self.rows = self.pos = self.length = None  # set by SlotCache.at for the coming forward
 
@@ -106,25 +107,30 @@ def windows_of(model) -> list[int]:
 
 def slot_attention(module, query, key, value, attention_mask, *, spans=None, seen: Seen | None = None, scaling=None,
                    softcap=None, **kwargs):
-    """Attend in prefill by torch's sdpa; in a step by the kernel (seen), or by sdpa for blocks of rows.
+    """Attend to a prompt as transformers does; in a step by the kernel (seen), or by products for blocks of rows.
 
-    query (n, Hq, Q, Dh), key (n, H, T, Dh). spans: (first row, end row, places) of blocks; None: all as one. Heads that
-    share keys are rows of one query: to copy the keys for each took four to six times as long."""
-    n, heads, rows, dim = query.shape
-    if seen is None and softcap:
+    query (n, Hq, Q, Dh), key (n, H, T, Dh). spans: (first row, end row, places) of blocks. Heads that share keys are
+    rows of one query."""
+    n, heads, _, dim = query.shape
+    if seen is None and spans is None:
         eager = sys.modules[type(module).__module__].eager_attention_forward
-        return eager(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **kwargs)
-    if seen is None and (rows > 1 or attention_mask is None):  # None: a prompt of one token
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    query = query.reshape(n, key.shape[1], -1, dim)
+        attend, more = (eager, {"softcap": softcap}) if softcap else (sdpa_attention_forward, {})
+        return attend(module, query, key, value, attention_mask, scaling=scaling, **more, **kwargs)
+    query, scale = query.reshape(n, key.shape[1], -1, dim), dim ** -0.5 if scaling is None else scaling
     if seen is not None:
-        out = decode_attention(query, key, value, seen.length, scale=dim ** -0.5 if scaling is None else scaling,
-                               window=seen.windows[module.layer_idx], softcap=softcap or 0.0)
+        out = decode_attention(query, key, value, seen.length, scale=scale, window=seen.windows[module.layer_idx],
+                               softcap=softcap or 0.0)
         return out.reshape(n, 1, heads, dim), None
-    parts = [scaled_dot_product_attention(query[a:b], key[a:b, :, :length], value[a:b, :, :length],
-                                          attention_mask[a:b, ..., :length], scale=scaling)
-             for a, b, length in spans or [(0, n, key.shape[2])]]
-    return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(n, 1, heads, dim), None
+    out = torch.empty_like(query)
+    for a, b, length in spans:
+        q, k, v = (each.flatten(0, 1) for each in (query[a:b], key[a:b, :, :length], value[a:b, :, :length]))
+        mask, k = attention_mask[a:b, ..., :length].expand(-1, key.shape[1], -1, -1).flatten(0, 1), k.transpose(1, 2)
+        if softcap:
+            scores = torch.tanh(torch.bmm(q, k).mul_(scale / softcap)).mul_(softcap).add_(mask)
+        else:
+            scores = torch.baddbmm(mask, q, k, alpha=scale)
+        torch.bmm(torch.softmax(scores, -1), v, out=out[a:b].flatten(0, 1))
+    return out.reshape(n, 1, heads, dim), None
 
 
 AttentionInterface.register(ATTENTION, slot_attention)
@@ -133,19 +139,14 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @contextlib.contextmanager
 def decoding_attention(model):
-    """Let the model attend by `slot_attention` inside; yields whether it does.
-
-    Not so on a CPU with a softcap on scores (Gemma-2), which sdpa lacks: those keep their eager attention, which copies
-    the keys of every group of heads per token."""
+    """Let the model attend by `slot_attention` inside; yields whether it does."""
     base = base_causal_lm(model)
     config = base.config.get_text_config()
     before = config._attn_implementation
-    kernel = base.device.type in FIXED_SHAPES
-    serves = getattr(base, "_supports_attention_backend", False) and (kernel if softcap_of(model) else
-                                                                      base._supports_sdpa)
+    serves = getattr(base, "_supports_attention_backend", False) and (base._supports_sdpa or softcap_of(model))
     config._attn_implementation = ATTENTION if serves else before
     try:
-        yield serves
+        yield bool(serves)
     finally:
         config._attn_implementation = before
 
