@@ -29,6 +29,13 @@ def run_command(action: Callable[[], object]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:  # torch's is a RuntimeError; training has its own care and words
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error):
+            raise
+        where = str(error).split(". ")[0] or "of the CPU"
+        print(f"error: out of memory ({where}): try quant=nf4, a lower max_num_seqs or max_new_tokens, or a smaller "
+              "model; resume=true goes on with what was saved", file=sys.stderr)
+        return 2
     except Interrupted as stopped:
         return 128 + stopped.args[0]
     except KeyboardInterrupt:

@@ -215,9 +215,9 @@ class MicroBatchBudget:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.cfg.model.shard:  # the others are in the midst of a pass that needs this process's weights
-                    raise UserError(f"out of memory: try {settings_to_try(self.cfg)}, then resume=true") from error
             # only here, where the exception no longer holds the activations of the failed pass
+            if self.cfg.model.shard:  # the others are in the midst of a pass that needs this process's weights
+                raise UserError(f"out of memory: try {settings_to_try(self.cfg)}, then resume=true")
             for param in self.params:
                 param.grad = None
             restore_rng(*generators)

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import math
 import time
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -31,9 +32,10 @@ from minimath.core.run_folder import ADAPTER
 from minimath.core.state import restore_rng, rng_state, seed_rng, stream_seed
 from minimath.data.examples import load_examples
 from minimath.eval.evaluate import evaluate_policy
-from minimath.models.load import describe
+from minimath.models.load import describe, first_line
+from minimath.models.memory import is_out_of_memory
 from minimath.models.policy import load_policy
-from minimath.train.optimizer import Optimizer, check_finite
+from minimath.train.optimizer import Optimizer, check_finite, settings_to_try
 from minimath.train.schedule import Schedule, lr_at
 
 KEPT = 3  # newest checkpoints; the best one is kept besides
@@ -101,6 +103,8 @@ class Trainer:
 
     def __exit__(self, kind, error, trace) -> bool:
         ends_well = error is None or isinstance(error, Interrupted)
+        if no_memory := error is not None and is_out_of_memory(error):  # where no pass can be made smaller
+            traceback.clear_frames(trace)  # they hold the failed pass, beside which saving might fail as well
         with self._stack:
             if isinstance(error, Exception):
                 self._roll_back()
@@ -110,6 +114,9 @@ class Trainer:
                     self._rescue()
             if ends_well:
                 self._finish()
+            if no_memory:
+                raise UserError(f"out of memory ({first_line(error)}): try {settings_to_try(self.cfg)}, then "
+                                "resume=true") from None
         return ends_well
 
     def track(self, **objects) -> None:

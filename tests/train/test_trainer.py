@@ -3,6 +3,7 @@ import json
 import os
 import random
 import signal
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -128,6 +129,22 @@ def test_an_exception_gives_up_its_step_alone_and_saves_the_last_commit(go, tmp_
     assert not (tmp_path / "broken" / "adapter").exists()
     assert_same(go("broken", cls=cls, resume=True, **options), unbroken)
     assert "resumed after step 2" in capsys.readouterr().out
+
+
+def test_memory_that_runs_out_where_no_pass_can_be_smaller_says_what_to_try_and_is_free_when_the_steps_are_saved(
+        go, tmp_path, monkeypatch):
+    held = []
+
+    def fail_holding_memory():
+        activations = torch.ones(3)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    rescue = Trainer._rescue
+    monkeypatch.setattr(Trainer, "_rescue", lambda trainer: (held.append(held[0]()), rescue(trainer)))
+    with pytest.raises(UserError, match=r"out of memory \(CUDA out.*gradient_checkpointing=true.*resume=true"):
+        go(hook=at(3, fail_holding_memory))
+    assert held[1:] == [None] and names(tmp_path / "run") == ["step-000002"]
 
 
 def test_an_exception_behind_the_only_update_of_a_step_leaves_the_checkpoint_before(go, tmp_path):

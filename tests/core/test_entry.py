@@ -1,0 +1,24 @@
+"""What becomes of errors at the end of a command."""
+import pytest
+import torch
+
+from minimath.core.entry import run_command
+from minimath.core.errors import UserError
+
+
+@pytest.mark.parametrize("error, said", [
+    (UserError("no such file"), "error: no such file"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+     "error: out of memory (CUDA out of memory): try quant=nf4, a lower max_num_seqs"),
+    (MemoryError(), "error: out of memory (of the CPU): try quant=nf4")])
+def test_what_a_user_can_put_right_is_one_line_and_a_status(capsys, error, said):
+    def action():
+        raise error
+    assert run_command(action) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_command(lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access was encountered")))
