@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from .common import INTERPRET, architecture, jit, tl, triton
+from .common import INTERPRET, architecture, jit, on_device, tl, triton
 from .linear_logp import keeps_registers
 
 SPLIT = 256  # places of a part: what it leaves, written and read once, is r / 128 of the 16-bit bytes that it reads
@@ -141,7 +141,7 @@ def decode_attention(query, keys, values, length, scale: float, window: int, sof
     inner, outer = (scale / softcap, softcap * LOG2_E) if softcap else (scale * LOG2_E, 1.0)
     config = attend_config(arch, query.dtype, group, size)
     grid = n * heads * triton.cdiv(group, config["ROWS"]), splits
-    with torch.cuda.device_of(query):
+    with on_device(query):
         attend_kernel[grid](query, keys, values, length, means, lse, query.stride(0), heads, group, places, window,
                             inner, outer, HAS_CAP=softcap > 0, UPCAST=INTERPRET, SPLIT=SPLIT, DIM=size, **config)
         merge_kernel[(n * heads * group,)](means, lse, length, result, heads, group, places, window, splits,
