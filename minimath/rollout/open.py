@@ -60,6 +60,7 @@ class OwnEngine(Engine):
         self.max_num_seqs = self.options.max_num_seqs  # 0: as many as memory allows; less once it ran out
         self._batch, self._metrics = None, {}
         self._kept, self._version, self._trained = None, None, False
+        self.records = True  # steps; no more once it failed
 
     @torch.no_grad()  # between two yields, too, the caller has its own grad mode
     def stream(self, prompts, n=1, *, keys=None, skip=()):
@@ -81,6 +82,7 @@ class OwnEngine(Engine):
             finally:
                 self._metrics, self._batch = batch.metrics(), None
                 batch.stop()
+                self.records = batch.graphs.usable
                 self._keep(batch)
 
     def _keep(self, batch: Decode) -> None:
