@@ -54,5 +54,5 @@ def here(monkeypatch, capsys, tmp_path):
 def pytest_collection_modifyitems(items):
     """Files with tests of a minute and more first: at the end one process would work while the others wait."""
     long = ("test_triton.py", "test_kernel_limits.py", "test_compile.py", "test_faults.py", "test_dist.py",
-            "test_ablate.py")
+            "test_ablate.py", "test_gpu.py")
     items.sort(key=lambda item: item.path.name not in long)  # stable: the order within a file stays

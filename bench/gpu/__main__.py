@@ -40,7 +40,7 @@ KILL_S = 10.0  # a process that waits for a card that hangs may not even be kill
 
 
 class Part(NamedTuple):
-    """One part: its function, and the seconds that it may need on a card of H100 class."""
+    """One part: its function, and seconds it may need on a card of H100 class."""
     target: str
     seconds: float
 
@@ -91,7 +91,7 @@ def run_part(part: Part, limit: float, spec: dict) -> dict:
 
 
 def fault_of(status: int) -> str:
-    """Say how a process died; "" where it ended by itself: what is wrong is in its findings."""
+    """Say how a process died; "" where it ended by itself."""
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     return f"ended with status {status}" if status else ""
@@ -107,7 +107,7 @@ def stop(child: subprocess.Popen) -> None:
 
 
 def run_parts(options: argparse.Namespace, work: Path, write) -> dict[str, dict]:
-    """Run the parts one by one; write(results) after each."""
+    """Run the parts one by one, and write the results after each."""
     results, end = {}, time.monotonic() + 60 * options.minutes
     for name in (name for name in PARTS if name in options.only):
         part, left = PARTS[name], end - time.monotonic()

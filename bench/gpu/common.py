@@ -1,4 +1,4 @@
-"""What the parts of the proof share: findings on disk, clocks, memory, and a model made on the card."""
+"""What all parts share: findings on disk, clocks, memory, a model made there."""
 import contextlib
 import gc
 import importlib.util
@@ -28,7 +28,7 @@ if importlib.util.find_spec("minimath.kernels") is None:  # not installed: the f
 
 
 class Found:
-    """What a part finds, on disk after every line: a part that dies leaves what it has."""
+    """What a part finds, on disk after every line, lest it dies."""
 
     def __init__(self, spec: dict):
         self.device, self.tiny, self.path = spec["device"], spec["tiny"], Path(spec["found"])
@@ -68,7 +68,7 @@ class Found:
 
     @contextlib.contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """Take an exception inside for a failed check; after an error of the card itself nothing more can run."""
+        """Take an exception inside for a failed check, but not an error of the card."""
         try:
             yield
         except Exception as error:
@@ -123,7 +123,7 @@ def sync(device: str) -> None:
 
 
 def seconds(function: Callable, device: str, *, rounds: int = 5, calls: int = 1) -> float:
-    """Median seconds of a call, of `calls` between two looks at the clock; the first one warms up."""
+    """Measure a call: median seconds of rounds of `calls`, after one that warms up."""
     taken = []
     function()
     for _ in range(rounds):
@@ -138,7 +138,9 @@ def seconds(function: Callable, device: str, *, rounds: int = 5, calls: int = 1)
 
 @contextlib.contextmanager
 def peak_into(device: str, row: dict) -> Iterator[None]:
-    """Put into row the bytes allocated at most inside, all and above what was held before; on a CPU None."""
+    """Put the most bytes allocated inside into row; None on a CPU.
+
+    All of them, and those above what was held before."""
     row |= {"peak bytes": None, "peak bytes above": None, "reserved bytes": None}
     if device != "cuda":
         yield
@@ -196,9 +198,9 @@ def config_of(found: Found, kind, **options):
 
 
 def policy_of(cfg, *, fused: bool = True):
-    """Load a policy whose adapter does something, the same for each; fused=False: with transformers' and peft's layers.
+    """Load a policy with an adapter that does something, the same each time.
 
-    Raises RuntimeError where layers that should be are not fused."""
+    fused=False: with transformers' and peft's layers. Raises RuntimeError where layers that should be are not fused."""
     from unittest import mock
 
     import torch

@@ -1,4 +1,4 @@
-"""Rollouts on the card: the same tokens in every way, the training forward's log-probs, tokens/s; 4-bit weights."""
+"""Rollouts on the card: tokens, log-probs and tokens/s; 4-bit weights."""
 import contextlib
 import importlib
 import time
@@ -60,7 +60,9 @@ def roll(found: Found, policy, prompts, new: int, *, temperature: float = 0.0, g
 
 
 def by_generate(found: Found, policy, prompts, new: int) -> tuple[float, list[list[int]]]:
-    """Let transformers' own `generate` decode greedily, from left-padded prompts -> (seconds, ids)."""
+    """Decode greedily by transformers' `generate`, prompts left-padded.
+
+    Returns seconds and ids."""
     width, model = max(map(len, prompts)), policy.model
     with inference(model), compute_dtype(model), transformers_engine.own_generation_config(model):
         sync(found.device)
@@ -71,7 +73,9 @@ def by_generate(found: Found, policy, prompts, new: int) -> tuple[float, list[li
 
 
 def tie(policy, prompt: list[int], one: list[int], other: list[int]) -> float:
-    """How far apart in nats the training forward sees two greedy completions where they part; 0: they do not."""
+    """Find how far apart in nats two greedy completions are where they part.
+
+    By the training forward; 0 where they don't part."""
     place = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), None)
     if place is None:
         return 0.0
@@ -84,7 +88,7 @@ def tie(policy, prompt: list[int], one: list[int], other: list[int]) -> float:
 
 
 def check_logp(found: Found, what: str, policy, prompts, rollout: Rollout, temperature: float = 1.0) -> None:
-    """Check recorded log-probs against the training forward, by the bound that a run stops at."""
+    """Check recorded log-probs by the bound at which a run stops."""
     with inference(policy.model):
         off = [logp_difference(policy.model, prompt, sample, temperature)
                for prompt, sample in list(zip(prompts, rollout.samples))[:8]]
@@ -126,7 +130,7 @@ def rollout(found: Found) -> None:
 
 
 def against_generate(found: Found, cfg, policy, prompts, new: int, ours: Rollout) -> None:
-    """Compare a greedy rollout with that of transformers' and peft's layers by transformers' loop."""
+    """Compare a greedy rollout with transformers' loop over transformers' layers."""
     stock, row = policy_of(cfg, fused=False), {}
     by_generate(found, stock, prompts, 2)
     with peak_into(found.device, row):
@@ -142,7 +146,7 @@ def against_generate(found: Found, cfg, policy, prompts, new: int, ours: Rollout
 
 
 def nf4(found: Found) -> None:
-    """Train and sample with 4-bit weights in turns: neither may change what the other computes."""
+    """Train and sample with 4-bit weights in turns; neither may change the other."""
     try:
         import bitsandbytes  # noqa: F401
     except Exception as error:  # a build without this card's library raises what it likes

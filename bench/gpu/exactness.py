@@ -1,4 +1,4 @@
-"""Every kernel against float64, element by element, beside what torch alone makes of the same inputs in the same dtype.
+"""Every kernel against float64, beside torch's own error in the same dtype.
 
 A number may be as far from float64 as the worst of torch's own in its row, and two roundings of the row's largest
 number (in fp32 1e-5 of it) farther. The tests hold each number to torch's own error in that place; of as many as here
@@ -67,7 +67,7 @@ def kernels(found: Found) -> None:
 
 def compare(found: Found, dtype: torch.dtype, kernel: str, given: dict, ours: Callable, exact: Callable,
             theirs: Callable) -> None:
-    """Check one case; each function returns tensors by name, of which only ours may leave some out."""
+    """Check one case; each function returns tensors by name."""
     words = f"{kernel} {str(dtype)[6:]} {given}"
     with found.guard(words):
         got, again, want, other = ours(), ours(), exact(), theirs()
@@ -86,7 +86,7 @@ def compare(found: Found, dtype: torch.dtype, kernel: str, given: dict, ours: Ca
 
 
 def share(got, want, other, dtype) -> float:
-    """The worst element's distance from float64 as a share of what is allowed."""
+    """Find the worst distance from float64, as a share of what is allowed."""
     got, other, kind = got.double(), other.double(), torch.finfo(dtype)
 
     def largest(x):  # of the row; of numbers one a row, of all
@@ -98,7 +98,7 @@ def share(got, want, other, dtype) -> float:
 # ---- linear heads
 
 def head_cases(tiny: bool) -> list[Head]:
-    """All shapes with a plain head; one odd shape with every head and loss, and with a head that trains."""
+    """List the cases: all shapes, plain; an odd one with every head and loss."""
     odd = SMALL if tiny else ODD
     return [Head(shape, "plain", "nll") for shape in (TINY_SHAPES if tiny else SHAPES)] + [
         Head(odd, head, loss) for head in HEADS for loss in LOSSES if (head, loss) != ("plain", "nll")] + [
@@ -106,7 +106,7 @@ def head_cases(tiny: bool) -> list[Head]:
 
 
 def drawn(device, dtype, case: Head):
-    """Draw hidden, weight, bias or None, target, a number for each row; options of the head."""
+    """Draw hidden, weight, bias or None, target, row numbers; then head options."""
     n, d, v = case.shape
     draw = torch.Generator(device).manual_seed(n + v)
 
@@ -122,13 +122,13 @@ def drawn(device, dtype, case: Head):
 
 
 def own_logits(hidden, weight, *, bias=None, temperature=1.0, softcap=0.0, logit_scale=1.0):
-    """Logits as torch makes them in the dtype of the inputs, then in fp32; stands for reference.full_logits."""
+    """Make logits in the dtype of the inputs; stands for reference.full_logits."""
     logits = logit_scale * functional.linear(hidden, weight, bias).float()
     return (softcap * torch.tanh(logits / softcap) if softcap else logits) / temperature
 
 
 def token_loss(device, dtype, case: Head):
-    """Loss, statistics and gradients of linear_token_loss: by the kernel, in float64, by torch in dtype."""
+    """Make the three functions of linear_token_loss: all that it returns, gradients."""
     hidden, weight, bias, target, draw, options = drawn(device, dtype, case)
     counted = int((target != -100).sum())
 
@@ -147,7 +147,7 @@ def token_loss(device, dtype, case: Head):
 
 
 def log_prob(device, dtype, case: Head):
-    """Statistics of linear_logp without a gradient, and the gradient of the log-probs' sum."""
+    """Make those of linear_logp: statistics without gradient; that of log-probs."""
     hidden, weight, bias, target, draw, options = drawn(device, dtype, case)
 
     def run(function, kind):
@@ -176,7 +176,7 @@ def cross_entropy(device, dtype, case: Head, reduction: str):
 
 
 def three(kernel, formula, run, dtype):
-    """The kernel in dtype, the formula in float64, and in dtype with torch's own logits."""
+    """Pair kernel, formula in float64, and formula over torch's logits in dtype."""
     def theirs():
         with mock.patch.object(reference, "full_logits", own_logits):
             return run(formula, dtype)
@@ -253,7 +253,7 @@ def elementwise_cases(device, dtype, tiny: bool):
 # ---- decode attention
 
 def attention_cases(device, dtype, tiny: bool):
-    """Yield sizes and the three functions: rows of unlike length, windows, softcaps, and a row by itself."""
+    """Yield sizes and the three functions, over rows of unlike length."""
     sizes = ((2, 3, 16, 96),) if tiny else ((2, 7, 64, 1024), (4, 7, 128, 8192), (3, 3, 80, 448), (8, 1, 256, 512))
     kinds = [(sizes[0], window, softcap) for window in (0, 50) for softcap in (0.0, 30.0)]
     for (heads, shared, dim, places), window, softcap in kinds + [(size, 0, 0.0) for size in sizes[1:]]:

@@ -29,7 +29,7 @@ def speed(found: Found) -> None:
 
 
 def heads(found: Found, shape, card) -> None:
-    """Take bench.kernels' turns, with inputs drawn on the card and no fresh processes: those take ten minutes."""
+    """Take bench.kernels' turns, but no fresh processes: those take ten minutes."""
     def inputs(shape, dtype, device):
         draw = torch.Generator(device).manual_seed(0)
         hidden, weight = (torch.randn(n, shape.d, generator=draw, device=device) for n in (shape.n, shape.v))
@@ -53,7 +53,7 @@ def heads(found: Found, shape, card) -> None:
 
 
 def attention(found: Found, name: str, sizes: tuple[int, int, int], card) -> None:
-    """Time one layer's decode attention over rows of 100 to all places, beside torch's with a mask."""
+    """Time decode attention over rows of 100 to all places, beside torch's."""
     heads, shared, dim = sizes
     rows, places, calls = (3, 128, 1) if found.tiny else (64, 2048, 20)
     draw = torch.Generator(found.device).manual_seed(0)

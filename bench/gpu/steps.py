@@ -1,4 +1,4 @@
-"""Training on the card: gradients of fused and other layers, steps of both stages, a run that was resumed."""
+"""Training on the card: gradients, steps of both stages, a resumed run."""
 import functools
 import json
 import statistics
@@ -40,7 +40,7 @@ class Gradient(NamedTuple):
 
 
 class Taker:
-    """Stands for the optimizer of a stage's `update`: takes loss and gradient, changes no weight."""
+    """Stands for an optimizer: takes loss and gradient, changes no weight."""
     skipped = 0
 
     def __init__(self, policy, most: int):
@@ -80,7 +80,7 @@ def floor_of(found: Found) -> float:
 
 
 def gradients_agree(found: Found, **options) -> None:
-    """Check loss and gradient of our layers, in several ways, against fp32 and beside transformers' and peft's."""
+    """Check loss and gradient against fp32, beside transformers' and peft's layers."""
     rows = rows_of(*((3, 6, 20) if found.tiny else (8, 60, 400)))
     options |= {"micro_batch_tokens": 40 if found.tiny else 2048}
     plain = {"fused": False, "packing": False} | options
@@ -144,7 +144,7 @@ def planned(found: Found, cfg) -> dict[str, int]:
 
 
 def memory_words(row: dict, rows: dict[str, int]) -> str:
-    """Write the peak beside the planner's number, what it assumes for outside of torch left aside."""
+    """Write the peak beside the planner's number, without what that assumes."""
     counted = sum(size for name, size in rows.items() if name != ASSUMED)
     if row["peak bytes"] is None:
         return f"planned {counted / 1e6:,.1f} MB"
@@ -152,7 +152,7 @@ def memory_words(row: dict, rows: dict[str, int]) -> str:
 
 
 def rlaif_steps(found: Found) -> None:
-    """Take a rollout and its update, prompts shared and apart: one gradient; then steps."""
+    """Check a rollout and the gradient of its update; then take steps."""
     prompts, group, new, length = (2, 3, 8, 20) if found.tiny else (8, 8, 256, 120)
     cfg = config_of(found, RLAIFConfig, micro_batch_tokens=64 if found.tiny else 4096, max_new_tokens=new,
                     prompts_per_step=prompts, group_size=group, lr=1e-4, overlong="none")
@@ -193,7 +193,7 @@ def rlaif_steps(found: Found) -> None:
 
 
 def rlaif_gradient(cfg, policy, groups: list[Group], *, shared: bool) -> Gradient:
-    """Loss and gradient of the update, prompts computed once or with each row; policy None: a new one."""
+    """Take the gradient of an update, prompts shared or not; policy None: a new one."""
     policy = policy or policy_of(cfg)
     taker = Taker(policy, cfg.optimizer.micro_batch_tokens)
     with mock.patch.object(prefix, "LEAST_SAVED", 0.0 if shared else 2.0):
@@ -204,7 +204,7 @@ def rlaif_gradient(cfg, policy, groups: list[Group], *, shared: bool) -> Gradien
 # ---- resume
 
 def resume(found: Found) -> None:
-    """Train twice unbroken, and once with a stop: no farther from the first than the second.
+    """Train twice unbroken, and once with a stop between.
 
     The same bits where a run promises them: on a CPU, and with deterministic=true."""
     from safetensors.torch import load_file
