@@ -39,22 +39,22 @@ setup(
     package_data={"minimath": ["recipes/*.yaml", "recipes/*.json", "judges/*.txt", "data/*.json", "report/*.html",
                                "report/*.css"]},
     # Bounded below the next major, where names may go; triton has broken in minor releases, and each torch wants its
-    # own. .ci/constraints.txt has the versions that were tried together.
+    # own. .ci/constraints.txt has the versions that were tried together, .ci/oldest the lower bounds, tried so too.
     install_requires=[
         "torch>=2.8,<3",
         "triton>=3.4,<3.9; platform_system == 'Linux'",
         "numpy>=2.0,<3",
-        "transformers>=5.0,<6",
-        "peft>=0.19,<1",
-        "bitsandbytes>=0.48,<1; platform_system != 'Darwin'",
+        "transformers>=5.15,<6",
+        "peft>=0.21,<1",
+        "bitsandbytes>=0.50,<1; platform_system != 'Darwin'",
         "datasets>=4.0,<6",
         "accelerate>=1.10,<2",
-        "safetensors>=0.5,<1",
+        "safetensors>=0.8,<1",
         "math-verify>=0.8,<1",
-        "sympy>=1.12,<2",
+        "sympy>=1.13.3,<2",
         "pyyaml>=6,<7",
         "rich>=14.1,<16",  # from 14.1 on a progress bar may stand within another: evaluations in a run
-        "matplotlib>=3.8,<4",
+        "matplotlib>=3.9,<4",
         "jinja2>=3.1,<4",
     ],
     extras_require={

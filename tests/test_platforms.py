@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from toy import load
 
 from minimath.config.schema import SFTConfig
@@ -82,9 +84,9 @@ def wanted(metadata) -> list[Requirement]:
     return [Requirement(line) for line in metadata.requires]
 
 
-def pins(python: str) -> dict[str, str]:
-    """Version of each package in .ci/constraints.txt under that Python."""
-    lines = (line.partition("#")[0].strip() for line in (ROOT / ".ci/constraints.txt").read_text().splitlines())
+def pins(python: str, file: str = "constraints.txt") -> dict[str, str]:
+    """Version of each package in a file of .ci under that Python."""
+    lines = (line.partition("#")[0].strip() for line in (ROOT / ".ci" / file).read_text().splitlines())
     rows = [Requirement(line) for line in lines if line]
     where = {"python_version": python, "platform_system": "Linux", "platform_machine": "x86_64"}
     return {canonicalize_name(row.name): str(row.specifier).removeprefix("==") for row in rows
@@ -114,6 +116,41 @@ def test_every_dependency_has_one_pin_and_it_lies_in_the_range(metadata, python)
         name = canonicalize_name(need.name)
         assert name in pinned, f"{name}: no pin in .ci/constraints.txt for Python {python}"
         assert need.specifier.contains(pinned[name], prereleases=True), f"{name}=={pinned[name]} is not {need}"
+
+
+def test_the_lower_bounds_are_the_versions_of_ci_oldest(metadata):
+    """`bash .ci/run oldest` shows that they work; tests and comparisons may want newer packages."""
+    bounds = {canonicalize_name(need.name): Version(part.version) for need in wanted(metadata)
+              if not (need.marker and re.search(r'extra == "(test|bench)"', str(need.marker)))
+              for part in need.specifier if part.operator == ">="}
+    assert bounds == {name: Version(version) for name, version in pins("3.11", "oldest").items()}
+
+
+def test_the_versions_of_the_first_card_lie_in_the_ranges(metadata):
+    pinned = pins("3.11", "card")
+    allowed = {canonicalize_name(need.name): need.specifier for need in wanted(metadata)}
+    assert all(allowed[name].contains(version) for name, version in pinned.items())
+
+
+def test_ci_runs_with_another_file_of_versions_and_refuses_one_that_is_not_there():
+    done = subprocess.run(["bash", ROOT / ".ci/run", "newest"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "no such file of versions: .ci/newest" in done.stderr
+
+
+@pytest.mark.parametrize("asked, seen", [("", ""), ("cpu", ""), ("1", "0,1")])
+def test_tests_see_a_card_only_where_that_was_asked_for(asked, seen):
+    code = "import conftest, os, sys; print(repr(os.environ['CUDA_VISIBLE_DEVICES']), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"MINIMATH_TEST_CUDA": asked, "CUDA_VISIBLE_DEVICES": "0,1"})
+    assert done.stdout == f"{seen!r} False\n", done.stderr
+
+
+@pytest.mark.slow
+def test_the_tests_of_a_card_run_on_a_cpu():
+    """Nothing else runs them where there is no card."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/cuda"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=900, env=os.environ | {"MINIMATH_TEST_CUDA": "cpu"})
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
 
 
 def test_a_library_that_may_break_us_with_its_next_major_has_an_upper_bound(metadata):

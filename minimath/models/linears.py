@@ -269,14 +269,12 @@ def dequantise(base: nn.Module, out: torch.Tensor) -> None:
 def most_fused_rows(bases: list[nn.Module], dtype: torch.dtype) -> int:
     """Tell up to how many rows bitsandbytes multiplies by the 4 bits themselves on any card; 0: never.
 
-    Source: bitsandbytes' matmul_4bit takes one row (0.48, 0.49), from 0.50 on its operator gemm_4bit up to four, beyond
-    by tables of cards. Its ROCm kernel has no such floor in fp32. Blocks must not cross rows of W."""
+    Source: bitsandbytes 0.50's operator gemm_4bit, which matmul_4bit calls: up to four rows on any card, in fp32 under
+    ROCm two, beyond that by tables of cards. Blocks must not cross rows of W."""
     if not all(is_4bit(base) and base.weight.is_cuda and base.in_features % base.weight.quant_state.blocksize == 0
                for base in bases):
         return 0
-    if torch.version.hip and dtype == torch.float32:
-        return 1
-    return 4 if hasattr(torch.ops.bitsandbytes, "gemm_4bit") else 1
+    return 2 if torch.version.hip and dtype == torch.float32 else 4
 
 
 def packed_product(weight: torch.Tensor, bias, rows: int) -> Callable | None:

@@ -89,7 +89,7 @@ def test_device_dtype_and_kernels_follow_what_the_machine_has_and_say_why(monkey
     card, device, *words = MACHINES[machine]
     props = SimpleNamespace(total_memory=16 << 30, **card) if isinstance(card, dict) else None
     monkeypatch.setattr(torch.version, "hip", "7.1" if machine == "ROCm" else None)
-    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "cuda", "12.8" if machine in ("Turing", "Ampere") else None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: card == "mps")
     for name, value in {"is_available": bool(props), "device_count": int(bool(props)), "current_device": 0,
                         "get_device_properties": props, "mem_get_info": (12 << 30, 16 << 30), "memory_reserved": 0,
