@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _foreach_utils
@@ -140,6 +141,8 @@ def place() -> str:
 @contextlib.contextmanager
 def on_a_card(capability: tuple[int, int] = (9, 0)):
     """Yield a Work that counts; inside, device "cuda:0" can be used, for shapes."""
+    if torch.backends.cuda.is_built() and not torch.cuda.is_available():
+        pytest.skip("this build of torch looks for a real card: one for a CPU is needed, or a card")
     work = Work()
 
     def to(self, *args, **kwargs):
