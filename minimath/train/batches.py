@@ -35,7 +35,7 @@ class SolutionBatch:
 class PolicyBatch:
     """Holds the samples of a rollout to train on; a process computes its groups.
 
-    A sample of advantage 0 counts in the divisors, the KL and the entropy. Per-token values are lists of (n_i,) fp32
+    A sample of advantage 0 counts in the divisors, the KL and the entropy. Per-token values are lists of (n_i,)
     tensors on the CPU, one per row of this process."""
 
     def __init__(self, policy: Policy, cfg: RLAIFConfig, groups: list[Group]):
@@ -67,7 +67,7 @@ class PolicyBatch:
         known = [torch.cat([torch.empty(0), *(values[i] for i in indices)]) for values in fields if values is not None]
         target = micro["target"]  # (N,)
         table = torch.zeros(len(known), len(target), device=target.device)
-        table.index_copy_(1, micro["trained"], on_device(torch.stack(known), target.device))
+        table.index_copy_(1, micro["trained"], on_device(torch.stack(known).float(), target.device))
         laid_out = iter(table)
         *rows, full_logp = (None if values is None else next(laid_out) for values in fields)
         return PolicyRows(*rows), full_logp

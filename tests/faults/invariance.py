@@ -246,6 +246,6 @@ def trajectories(folder, full: bool) -> Tally:
     return tally
 
 
-def eager_loss(hidden, weight, target, loss_fn, *, all_stats=False, **options):
+def eager_loss(hidden, weight, target, loss_fn, *, all_stats=False, rows=None, **options):
     """linear_token_loss on full logits, whose reference computes all statistics anyway."""
     return reference.linear_token_loss(hidden, weight, target, loss_fn, **options)
