@@ -25,7 +25,7 @@ from minimath.models.forward import (
     sliding_window,
     takes_mask,
 )
-from minimath.models.memory import is_out_of_memory
+from minimath.models.memory import give_back, is_out_of_memory
 from minimath.models.policy import Policy
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
 
@@ -76,8 +76,7 @@ class SelfJudge(Judge):
                 raise
         # only here, where the exception no longer holds the activations of the failed pass
         self.micro_batch_tokens = max(shared) // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
         self.say_once("memory", "the judge self ran out of memory: from now on its passes are smaller, which gives the "
                       "same votes")
         return self._in_memory(prompts)

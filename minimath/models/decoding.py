@@ -27,9 +27,9 @@ def decoding_linears(model, *, copy: bool | int, rows: int) -> Iterator[bool]:
         with _patched(model, room, rows, ran) as every:
             yield every
         return
+    fused.refresh()  # which may build the layers anew
     groups = [group for layer in fused.layers for group in layer.groups]
     try:
-        fused.refresh()
         fused.frozen = True
         for group in groups:
             room -= group.freeze(rows, room, ran)

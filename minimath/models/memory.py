@@ -1,4 +1,5 @@
 """What fits into memory: sequences side by side, from the bytes of their keys and values against what is free."""
+import weakref
 from pathlib import Path
 
 import torch
@@ -10,12 +11,21 @@ KEEP = 0.8  # of the free memory that may be needed where a rollout's buffers st
 SHARE = {"cpu": 0.5, "cuda": 0.85}  # of the free memory that a rollout may take
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
              "CUBLAS_STATUS_NOT_INITIALIZED", "cudaErrorMemoryAllocation")  # a handle's workspace does not fit
+KEEPERS = weakref.WeakSet()  # what holds memory for its next use, and gives it back by close()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether memory ran out; a CPU's allocator says so in a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
+
+
+def give_back() -> None:
+    """Free what is held for later; call it when memory ran out and the traceback is gone."""
+    for keeper in list(KEEPERS):
+        keeper.close()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int:
@@ -45,18 +55,19 @@ def cache_bytes_per_token(model) -> int:
     return 2 * config.num_hidden_layers * heads * dim * base_causal_lm(model).dtype.itemsize
 
 
-def sampling_bytes(model, how) -> int:
+def sampling_bytes(vocab: int, how, device: str) -> int:
     """Count the bytes that choosing a token takes of one row: fp32 rows of the vocabulary.
 
     how: rollout.sampling.Sampling. A whole softmax takes 3: logits, their padding, probabilities; to cut it by top-k or
     min-p 4, as the logits are kept; by top-p 7, for it sorts values and int64 places, and 3 more to sort on a card."""
-    rows = 10 if how.top_p < 1 else 3 if how.full() else 4
-    return 4 * rows * head_module(model).weight.shape[0]
+    rows = (10 if device == "cuda" else 7) if how.top_p < 1 else 3 if how.full() else 4
+    return 4 * rows * vocab
 
 
 def slot_bytes(model, length: int, how) -> int:
     """Count the bytes of one sequence: keys and values, and what choosing a token takes."""
-    return length * cache_bytes_per_token(model) + sampling_bytes(model, how)
+    vocab, device = head_module(model).weight.shape[0], base_causal_lm(model).device.type
+    return length * cache_bytes_per_token(model) + sampling_bytes(vocab, how, device)
 
 
 def fitting_slots(model, length: int, wanted: int, how, *, free: int | None = None, held: int = 0) -> int:

@@ -15,9 +15,10 @@ from minimath.core.text import did_you_mean
 from minimath.data.batch import tail_length
 from minimath.kernels.common import tile_shape
 from minimath.models.load import DTYPES, first_line
-from minimath.models.memory import cache_bytes_per_token
+from minimath.models.memory import cache_bytes_per_token, sampling_bytes
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
 from minimath.plan.footprint import Model
+from minimath.rollout.sampling import Sampling
 
 GIB = 1 << 30
 CONTEXT = GIB // 2  # CUDA's context, cuBLAS's workspace and kernels, outside torch's allocator: an assumption
@@ -147,7 +148,8 @@ class Planner:
             rows["weights copied for decoding"] = copies
         prompt, new = cfg.prompt.max_prompt_len, cfg.sampling.max_new_tokens
         together = max(1, min(PREFILL_TOKENS // prompt, seqs, cfg.prompts_per_step if train else seqs))
-        logits = seqs * model.head.shape[0] * (28 if cfg.sampling.top_p < 1 else 12)  # top-p sorts them
+        how = Sampling(cfg.sampling.temperature, cfg.sampling.top_p, cfg.sampling.min_p, cfg.sampling.top_k)
+        logits = seqs * sampling_bytes(model.head.shape[0], how, self.device)
         keys = -(-(prompt + new) // PLACES) * PLACES * cache_bytes_per_token(model.empty)
         rows["keys and values"] = seqs * (keys + 20 * new + 8 * prompt)
         rows["prefill, or a step's logits"] = max(logits, model.prefill(together, prompt)) + self.dequantised(base)

@@ -10,6 +10,7 @@ from minimath.core.errors import UserError
 from minimath.core.threads import follow_load
 from minimath.models.forward import additive_mask, base_causal_lm, head
 from minimath.models.linears import IN_PLACE
+from minimath.models.memory import give_back
 from minimath.rollout import kv_cache
 from minimath.rollout.ends import BoxWatch, Flight, in_loop
 from minimath.rollout.engine import Engine, Job
@@ -328,8 +329,7 @@ class Decode:
         Raises UserError if there was one slot, and rows are left to sample."""
         self.cache = None
         self.graphs.forget()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back()
         self.end_early(self.table().tolist())  # those of the steps since the last look
         rows = self.read(list(range(len(self.rows))))
         over = [row for row, goes_on in zip(rows, self.alive.tolist()) if not goes_on]

@@ -14,7 +14,14 @@ from minimath.models.decoding import decoding_linears
 from minimath.models.forward import base_causal_lm, compute_dtype, head, inference
 from minimath.models.fused import fused_layers
 from minimath.models.linears import copied_bytes, is_4bit, packed_product
-from minimath.models.memory import fitting_slots, free_bytes, has_room_beside, is_out_of_memory, sampling_bytes
+from minimath.models.memory import (
+    KEEPERS,
+    fitting_slots,
+    free_bytes,
+    has_room_beside,
+    is_out_of_memory,
+    sampling_bytes,
+)
 from minimath.models.policy import Policy
 from minimath.models.variants import is_sharded
 from minimath.rollout.decode import Decode, Fast, Row
@@ -61,6 +68,7 @@ class OwnEngine(Engine):
         self._batch, self._metrics = None, {}
         self._kept, self._version, self._trained = None, None, False
         self.records = True  # steps; no more once it failed
+        KEEPERS.add(self)
 
     @torch.no_grad()  # between two yields, too, the caller has its own grad mode
     def stream(self, prompts, n=1, *, keys=None, skip=()):
@@ -92,7 +100,8 @@ class OwnEngine(Engine):
         version = sum(p._version for p in self.policy.model.parameters() if p.requires_grad)
         self._trained |= self._version not in (None, version)
         self._version = version
-        recorded = batch.slots * sampling_bytes(self.policy.model, self.how)  # in the graphs' own memory
+        vocab = batch.head.weight.shape[0]
+        recorded = batch.slots * sampling_bytes(vocab, self.how, batch.device.type)  # in the graphs' own memory
         if self._trained and has_room_beside(batch.device, batch.held_bytes(), recorded):
             self._kept = batch
 

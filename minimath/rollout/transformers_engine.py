@@ -17,7 +17,7 @@ from minimath.core.errors import UserError
 from minimath.data.sample import Sample
 from minimath.kernels import linear_logp
 from minimath.models.forward import base_causal_lm, compute_dtype, head, hidden_states, inference
-from minimath.models.memory import is_out_of_memory
+from minimath.models.memory import give_back, is_out_of_memory
 from minimath.models.variants import in_step, is_sharded
 from minimath.rollout.engine import Engine, Job
 from minimath.rollout.kv_cache import check_model
@@ -77,8 +77,7 @@ class TransformersEngine(Engine):
             raise UserError(f"memory is too small for {len(jobs)} sequences side by side; lower max_num_seqs or "
                             "max_new_tokens, use quant=nf4, or a smaller model")
         self.rows = half = -(-len(jobs) // 2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
         self.say(f"out of memory with {len(jobs)} sequences side by side: going on with {half}")
         return self._in_memory(jobs[:half]) + self._in_memory(jobs[half:])
 

@@ -13,7 +13,7 @@ from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.core.state import optimizer_state, restore_optimizer, restore_rng, rng_state
 from minimath.core.threads import follow_load
-from minimath.models.memory import is_out_of_memory
+from minimath.models.memory import give_back, is_out_of_memory
 from minimath.models.policy import Policy
 
 BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit", "paged_adamw32bit": "PagedAdamW32bit"}
@@ -221,8 +221,7 @@ class MicroBatchBudget:
             for param in self.params:
                 param.grad = None
             restore_rng(*generators)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_back()
             self._halve(lengths)
 
     def _halve(self, lengths: list[int]) -> None:

@@ -18,7 +18,7 @@ from minimath.train.losses import PolicyRows, clip_hint, importance_weight
 from minimath.train.rewards import part_metrics
 from minimath.train.verifier import Verifier
 
-ENGINE_METRICS = ("max_num_seqs", "seq_fill", "weights")
+ENGINE_METRICS = ("max_num_seqs", "seq_fill", "weights", "graph_replays", "plain_steps")
 
 
 def encode_problems(cfg: RLAIFConfig, policy: Policy, examples: list[Example], report,
