@@ -19,7 +19,8 @@ SMALL = ["device=cpu", "dtype=fp32", "prompt_template={problem}", "lora_r=4", "l
 HOOK = "def fn(samples, example):\n    return [sum(map(ord, s.text)) % 7 / 7 for s in samples]\n"
 RL = ["reward=python:hook.fn", "verifier=none", "overlong=none", "kl_coef=0.05", "updates_per_rollout=2",
       "prompts_per_step=3", "group_size=4", "max_new_tokens=10", "max_refill=1"]
-LOCAL = {"rollout/max_num_seqs", "rollout/seq_fill", "rollout/weights"}  # of each process's own share
+LOCAL = {"rollout/max_num_seqs", "rollout/seq_fill", "rollout/weights", "rollout/graph_replays",
+         "rollout/plain_steps"}  # of each process's own share
 
 
 def launch(processes: int, *words: str, cwd, script: str = "", timeout: float = 300):
