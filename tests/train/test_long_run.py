@@ -16,7 +16,7 @@ from minimath.config.schema import SFTConfig
 from minimath.plan.needs import Planner
 
 STEPS = 300
-MOST = 2.6  # times what the plan counts and libraries take; glibc's heap and oneDNN's products have the rest
+MOST = 2.6  # times what the plan counts and libraries take; glibc's heap has the rest, in pieces that fit nothing
 
 
 def resident(pid: int) -> int:
