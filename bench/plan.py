@@ -102,7 +102,7 @@ def write_model(folder: Path, family: str) -> None:
 def model_bytes(model) -> int:
     """Bytes of the storages of a loaded model, NF4's scales and cast adapters included."""
     tensors, fused = [*model.parameters(), *model.buffers()], fused_layers(base_causal_lm(model))
-    for group in [group for layer in fused.layers for group in layer.groups] if fused else ():
+    for group in fused.groups if fused else ():
         tensors += [t for t in (group.active.a, group.active.b, group.bias) if t is not None]
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)

@@ -114,7 +114,7 @@ def trace(model: Model, layers: int, tokens: int, nf4: bool) -> Counter:
     fused = fused_layers(base)
     frozen = {m.weight.untyped_storage()._cdata: m.weight.numel() for m in base.base_model.modules()
               if isinstance(m, torch.nn.Linear) and not m.weight.requires_grad} if nf4 and not fused else {}
-    for group in [group for layer in fused.layers for group in layer.groups] if fused else ():
+    for group in fused.groups if fused else ():
         group.quantised = nf4
     counted = Launches(frozen)
     with model.fake, counted, compute_dtype(traced), \

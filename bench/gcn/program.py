@@ -6,6 +6,7 @@ import numpy as np
 
 from ..ptx.formats import Fault
 from ..ptx.memory import GlobalMemory, SharedMemory
+from ..ptx.program import split_operands
 from . import access, matrix, scalar, vector
 from .wave import Operand, Wave
 
@@ -17,15 +18,9 @@ BUILDERS = {"buffer_": access.build_buffer, "global_": access.build_global, "s_l
 def split_line(line: str) -> tuple[str, list[str], str]:
     """Split into (name, operands, modifiers); modifiers follow the last operand, behind a space."""
     name, _, rest = line.partition(" ")
-    operands, depth = [""], 0
-    for c in rest:
-        depth += (c in "[(") - (c in "])")
-        if c == "," and not depth:
-            operands.append("")
-        else:
-            operands[-1] += c
-    operands[-1], _, modifiers = operands[-1].strip().partition(" ")
-    return name, [each.strip() for each in operands if each.strip()], modifiers
+    *operands, last = split_operands(rest, "[(", "])") or [""]
+    last, _, modifiers = last.partition(" ")
+    return name, operands + [last] * bool(last), modifiers
 
 
 class Program:

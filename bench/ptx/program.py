@@ -14,11 +14,11 @@ class Instruction(NamedTuple):
     text: str
 
 
-def split_operands(text: str) -> list[str]:
+def split_operands(text: str, opening: str = "{[", closing: str = "}]") -> list[str]:
     """Split at the commas that are in no bracket."""
     found, depth = [""], 0
     for c in text:
-        depth += (c in "{[") - (c in "}]")
+        depth += (c in opening) - (c in closing)
         if c == "," and not depth:
             found.append("")
         else:

@@ -95,7 +95,7 @@ class SegmentAttention(torch.autograd.Function):
         into = out.view(len(qkv), heads.keys, -1, heads.dim)
         for block in segments.blocks:
             q, k, v = operands(qkv, heads, segments, block)
-            p, _ = probabilities(q, k, heads, segments.mask(block, window, q))
+            p, _ = probabilities(q, k, heads.scale, heads.softcap, segments.mask(block, window, q))
             o = torch.bmm(p, v).view(len(block.starts), heads.keys, -1, block.queries, heads.dim)
             for row, start, count in zip(o, block.starts, block.lengths):
                 into[start + block.first:start + block.first + count] = row[:, :, :count].permute(2, 0, 1, 3)
@@ -118,7 +118,7 @@ class SegmentAttention(torch.autograd.Function):
             q, k, v = operands(qkv, heads, segments, block)
             slope = None
             if p is None:
-                p, slope = probabilities(q, k, heads, segments.mask(block, window, q))
+                p, slope = probabilities(q, k, heads.scale, heads.softcap, segments.mask(block, window, q))
             do = torch.stack([rows(grad, start + block.first, block.queries, count)
                               for start, count in zip(block.starts, block.lengths)]).view_as(q)
             dv = torch.bmm(p.transpose(1, 2), do)
@@ -164,11 +164,11 @@ def operands(qkv, heads: Heads, segments: Segments, block: Block):
     return q.view(q.shape[0] * heads.keys, -1, heads.dim), k.flatten(0, 1), v.flatten(0, 1)
 
 
-def probabilities(q, k, heads: Heads, mask: torch.Tensor):
+def probabilities(q, k, scale: float, softcap: float | None, mask: torch.Tensor):
     """Compute P (S H, r queries, keys), and dS / d(raw scores) where a softcap bends them."""
     mask = mask.expand(len(q), -1, -1)
-    if not heads.softcap:
-        return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=heads.scale), -1), None
-    bent = torch.tanh(torch.bmm(q, k.transpose(1, 2)).mul_(heads.scale / heads.softcap))
-    slope = (1 - bent * bent).mul_(heads.scale)
-    return torch.softmax(bent.mul_(heads.softcap).add_(mask), -1), slope
+    if not softcap:
+        return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1), None
+    bent = torch.tanh(torch.bmm(q, k.transpose(1, 2)).mul_(scale / softcap))
+    slope = (1 - bent * bent).mul_(scale)
+    return torch.softmax(bent.mul_(softcap).add_(mask), -1), slope

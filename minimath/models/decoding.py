@@ -28,7 +28,7 @@ def decoding_linears(model, *, copy: bool | int, rows: int) -> Iterator[bool]:
             yield every
         return
     fused.refresh()  # which may build the layers anew
-    groups = [group for layer in fused.layers for group in layer.groups]
+    groups = fused.groups
     try:
         fused.frozen = True
         for group in groups:

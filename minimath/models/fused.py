@@ -263,6 +263,10 @@ class FusedLayers:
             layer.forward = functools.partial(checkpointed, layer, fused) if CHECKPOINTS_FORWARD else fused.forward
         self.built_of = self.weights()
 
+    @property
+    def groups(self) -> list[LinearGroup]:
+        return [group for layer in self.layers for group in layer.groups]
+
     def weights(self) -> list[tuple[int, int]]:
         """Identify the linear layers and where their weights are."""
         return [(id(module), base_of(module).weight.data_ptr()) for layer in self.decoder.layers
@@ -275,9 +279,8 @@ class FusedLayers:
             return
         if self.weights() != self.built_of:
             self.build()
-        for layer in self.layers:
-            for group in layer.groups:
-                group.refresh()
+        for group in self.groups:
+            group.refresh()
 
 
 def fuse(model) -> str:

@@ -7,9 +7,9 @@ for q, k, v or gate, up together: W (width, in) is one buffer, whose parts are t
 weights are dequantised into one scratch that all layers share. peft's parameters train as they are: fp32, by name.
 
 Decoding reads W in the way that moves the fewest bytes (`LinearGroup.choose`): from a copy that is made once per
-rollout, dequantised, and on a CPU in oneDNN's layout, 1.3 to 1.9 times as fast for 64 rows of bf16; for few rows on a
-card from the 4-bit weights themselves; else dequantised by every step. In fp32 the copy is W + s B A; 16 bits would
-round off what the adapter learnt below 1/256."""
+rollout, dequantised, and on a CPU in oneDNN's layout; for few rows on a card from the 4-bit weights themselves; else
+dequantised by every step. In fp32 the copy is W + s B A: 16 bits would round off what the adapter learnt below 1/256.
+"""
 import math
 from collections import Counter
 from collections.abc import Callable

@@ -125,7 +125,7 @@ class Model:
         self.linears = [m.weight for m in base_causal_lm(self.empty).modules() if isinstance(m, torch.nn.Linear)
                         and m.weight is not self.head and not m.weight.requires_grad]
         fused = fuse(self.empty, cfg)
-        self.groups = [group for layer in fused.layers for group in layer.groups] if fused else []
+        self.groups = fused.groups if fused else []
         self.scratch = max((group.width * group.bases[0].in_features for group in self.groups), default=0)
         self.by_rows, self.one_pass = bool(fused) and device == "cpu", ONE_PASS if device != "cpu" else {}
         self.layers = config.get_text_config().num_hidden_layers

@@ -148,8 +148,7 @@ class Planner:
             rows["weights copied for decoding"] = copies
         prompt, new = cfg.prompt.max_prompt_len, cfg.sampling.max_new_tokens
         together = max(1, min(PREFILL_TOKENS // prompt, seqs, cfg.prompts_per_step if train else seqs))
-        how = Sampling(cfg.sampling.temperature, cfg.sampling.top_p, cfg.sampling.min_p, cfg.sampling.top_k)
-        logits = seqs * sampling_bytes(model.head.shape[0], how, self.device)
+        logits = seqs * sampling_bytes(model.head.shape[0], Sampling.of(cfg.sampling), self.device)
         keys = -(-(prompt + new) // PLACES) * PLACES * cache_bytes_per_token(model.empty)
         rows["keys and values"] = seqs * (keys + 20 * new + 8 * prompt)
         rows["prefill, or a step's logits"] = max(logits, model.prefill(together, prompt)) + self.dequantised(base)

@@ -8,7 +8,8 @@ from transformers.cache_utils import DynamicCache
 
 from minimath.core.errors import UserError
 from minimath.core.threads import follow_load
-from minimath.models.forward import additive_mask, base_causal_lm, head
+from minimath.models.block_attention import on_device
+from minimath.models.forward import additive_mask, base_causal_lm, head, not_looked_at
 from minimath.models.linears import IN_PLACE
 from minimath.models.memory import give_back
 from minimath.rollout import kv_cache
@@ -22,7 +23,7 @@ BLOCK, ROUND = 32, 32  # rows that attention treats alike on a CPU; places that 
 SYNC = {"cuda": 4}  # steps between looks at which rows have ended; elsewhere 1
 PREFILL_TOKENS = 4096  # of prompts in one forward
 PREFILL_ROUND = 64  # places on a card: few shapes, whose kernels are chosen once
-PREFILL_STEPS = 8  # a prefill takes about as long as so many recorded steps
+PREFILL_STEPS = 8  # a prefill takes about as long as so many recorded steps: an assumption
 
 
 class Fast(NamedTuple):
@@ -91,8 +92,7 @@ class Decode:
         self.alive = torch.zeros(slots, dtype=torch.bool, **here)
         self.ids = torch.zeros(slots, self.max_new_tokens, dtype=torch.long, **here)
         self.noise, self.logp, self.full_logp = (torch.zeros(slots, self.max_new_tokens, **here) for _ in range(3))
-        none = torch.zeros(1, 1, 1, 1, **here)
-        self.no_mask = additive_mask(self.model, none, none == 0) if self.fixed else None  # is not looked at
+        self.no_mask = not_looked_at(self.model) if self.fixed else None
 
     @property
     def state(self) -> tuple[torch.Tensor, ...]:
@@ -117,7 +117,7 @@ class Decode:
 
     def put(self, values: torch.Tensor) -> torch.Tensor:
         """Copy to the device without waiting for it."""
-        return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values
+        return on_device(values, self.device)
 
     def advance(self) -> list[Row]:
         """Take a few steps for all rows, or refill; returns the rows that ended."""

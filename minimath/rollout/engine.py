@@ -26,7 +26,7 @@ class Engine(contextlib.AbstractContextManager):
 
     def __init__(self, engine: EngineOptions, sampling: SamplingOptions, policy: Policy, *, seed: int = 0, say=print):
         self.options, self.policy, self.seed, self.say = engine, policy, seed, say
-        self.how = Sampling(sampling.temperature, sampling.top_p, sampling.min_p, sampling.top_k)
+        self.how = Sampling.of(sampling)
         self.max_new_tokens, self.eos = sampling.max_new_tokens, policy.eos
 
     def stream(self, prompts: list[list[int]], n: int = 1, *, keys: list[int] | None = None,

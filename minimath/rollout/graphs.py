@@ -96,7 +96,7 @@ def addresses(model) -> list[int] | None:
 
     To be called as the model decodes. Elsewhere: copies of weights, and layers that are not fused."""
     fused = fused_layers(base_causal_lm(model))
-    groups = [group for layer in fused.layers for group in layer.groups] if fused else []
+    groups = fused.groups if fused else []
     if not groups or any(group.product for group in groups):
         return None
     read = [*model.parameters(), *model.buffers(), *linears._SCRATCH.values()]

@@ -14,7 +14,8 @@ from transformers.masking_utils import sdpa_mask
 
 from minimath.core.errors import UserError
 from minimath.kernels.decode_attention import decode_attention
-from minimath.models.forward import base_causal_lm, compute_dtype, inference
+from minimath.models.attention import probabilities
+from minimath.models.forward import base_causal_lm, compute_dtype, inference, sliding_window
 
 ALIGN = 64  # places are a multiple of this, which keeps the rows of a mask aligned
 FIXED_SHAPES = ("cuda",)  # devices whose steps have one shape for each number of rows, as recording needs it
@@ -100,9 +101,9 @@ class Seen(NamedTuple):
 def windows_of(model) -> list[int]:
     """List how many places each layer sees, by the rule of additive_mask; 0 is all."""
     config = base_causal_lm(model).config.get_text_config()
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return [(window or 0) if kind == "sliding_attention" else 0 for kind in kinds]
+    kinds, window = getattr(config, "layer_types", None), sliding_window(model) or 0
+    kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else 0 for kind in kinds]
 
 
 def slot_attention(module, query, key, value, attention_mask, *, spans=None, seen: Seen | None = None, scaling=None,
@@ -124,12 +125,8 @@ def slot_attention(module, query, key, value, attention_mask, *, spans=None, see
     out = torch.empty_like(query)
     for a, b, length in spans:
         q, k, v = (each.flatten(0, 1) for each in (query[a:b], key[a:b, :, :length], value[a:b, :, :length]))
-        mask, k = attention_mask[a:b, ..., :length].expand(-1, key.shape[1], -1, -1).flatten(0, 1), k.transpose(1, 2)
-        if softcap:
-            scores = torch.tanh(torch.bmm(q, k).mul_(scale / softcap)).mul_(softcap).add_(mask)
-        else:
-            scores = torch.baddbmm(mask, q, k, alpha=scale)
-        torch.bmm(torch.softmax(scores, -1), v, out=out[a:b].flatten(0, 1))
+        mask = attention_mask[a:b, ..., :length].expand(-1, key.shape[1], -1, -1).flatten(0, 1)
+        torch.bmm(probabilities(q, k, scale, softcap, mask)[0], v, out=out[a:b].flatten(0, 1))
     return out.reshape(n, 1, heads, dim), None
 
 

@@ -164,7 +164,7 @@ def same_adapters(base) -> Iterator[None]:
 
     Between rollouts there may be passes with others, or none: a judge's."""
     fused = fused_layers(base)
-    groups = [group for layer in fused.layers for group in layer.groups] if fused else []
+    groups = fused.groups if fused else []
     for group in groups:
         group.active = getattr(group, "decoded", group.active)  # refresh makes new ones if these are of other adapters
     yield

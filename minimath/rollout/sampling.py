@@ -21,6 +21,11 @@ class Sampling(NamedTuple):
     min_p: float = 0.0
     top_k: int = 0
 
+    @classmethod
+    def of(cls, options) -> "Sampling":
+        """Take what bears on a token from config's SamplingOptions."""
+        return cls(options.temperature, options.top_p, options.min_p, options.top_k)
+
     def full(self) -> bool:
         """Tell whether tokens come from the whole softmax, so that one log-prob is all."""
         return self.top_p >= 1 and self.min_p <= 0 and self.top_k <= 0

@@ -1,14 +1,12 @@
 """Decode attention against the float64 reference: in torch, and in Triton under its interpreter, for which this file
 runs itself again in a process of its own."""
 import contextlib
-import os
-import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreter import assert_passes_under_interpreter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minimath.kernels import decode_attention_triton as fused
@@ -201,9 +199,4 @@ def test_what_does_not_fit_is_refused():
 
 @torch_alone
 def test_the_same_in_triton_under_its_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and passed and int(passed.group(1)) >= 20, done.stdout[-8000:] + done.stderr[-2000:]
+    assert_passes_under_interpreter(__file__, 20)

@@ -4,13 +4,10 @@ its interpreter, for which this file runs itself again in a process of its own.
 Sizes are odd on purpose, and rows lie apart in wider buffers. In 16 bits the yardstick is what transformers' own layers
 lose against float64 in that dtype.
 """
-import os
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreter import assert_passes_under_interpreter
 
 from minimath.kernels import elementwise, elementwise_triton, reference
 from minimath.kernels.common import INTERPRET
@@ -203,9 +200,4 @@ def test_bf16_gate_loses_no_more_than_transformers(act):
 
 @torch_alone
 def test_the_same_in_triton_under_its_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and passed and int(passed.group(1)) >= 40, done.stdout[-8000:] + done.stderr[-2000:]
+    assert_passes_under_interpreter(__file__, 40)
