@@ -42,11 +42,14 @@ class Sample:
 
 @dataclass(eq=False)
 class Group:
-    """The samples of one problem, with its prompt."""
+    """The samples of one problem, with its prompt.
+
+    decided: False when the verifier could not tell which samples are correct; no reward makes a signal of that."""
     example: Example
     prompt: list[int]
     samples: list[Sample]
+    decided: bool = True
 
     def has_signal(self) -> bool:
-        """Whether any sample has an advantage."""
-        return any(sample.advantage for sample in self.samples)
+        """Whether the group is decided, and any sample has an advantage."""
+        return self.decided and any(sample.advantage for sample in self.samples)

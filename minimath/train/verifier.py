@@ -1,14 +1,25 @@
-"""What decides correct or wrong: the reference answer, a pattern, nothing, or the user's own function."""
+"""What decides correct or wrong: an answer of the data, the group, a judge, nothing, or the user's own function."""
 import contextlib
+import math
 import re
+import time
+from collections import Counter
 
 from minimath.config.options import as_number, user_function
+from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
-from minimath.grading.answer import AnswerChecker
+from minimath.grading.answer import MAX_ANSWER_CHARS, AnswerChecker, final_answer
+from minimath.grading.typeset import key, typeset
+from minimath.judges.base import Judge, asked
+from minimath.judges.poll import ask
 
-NEEDS_ANSWER = ("exact", "regex")
+NEEDS_ANSWER, GRADED = ("exact", "regex"), ("judge", "majority+judge")
+LABEL_FREE = ("majority", *GRADED)
+# Of a group with 64 answers of different wording: with all others, that were 2,016 comparisons of up to 2 s each
+MOST_COMPARED = 8  # answers, those with most votes first, that one of another wording is compared with
+MOST_LATE = 4      # comparisons of a group that run out of time; after them only the wording counts
 
 
 def verifier_columns(verifier) -> tuple[str, ...]:
@@ -21,26 +32,46 @@ class Verifier(contextlib.AbstractContextManager):
 
       exact: the final answer equals the reference answer; of a completion that was cut only a closed box is one
       regex: the final answer matches the reference answer, a regular expression, from end to end, within a time limit
+      majority: the final answer is that of most samples of the group, of at least majority_share of all of them and
+        the only largest one (TTRL, arXiv 2504.16084)
+      judge: it finished, has an answer, and the judge's grade is at least 1/2
+      majority+judge: as majority, with the grades as votes, 1/2 for one that is missing; a sample without an answer
+        adds to all votes alone
       none: every completion that finished is correct, and judge and brevity alone speak
       python:module.fn, or a callable: fn(text, example) -> bool, or a score in [0, 1] of which 0.5 and above is
         correct; a completion that was cut has not answered and is wrong
 
-    Raises UserError for a function that can't be loaded, and for an answer of `examples` that is no pattern; `mark`
-    raises it for a bad result."""
+    Where no answer wins, or a grade that verifier=judge needs is missing, the group is not `decided`: none of its
+    samples is correct, and nothing is learnt from it. Each process marks its own groups, with its own judge.
 
-    def __init__(self, verifier, examples: list[Example] = ()):
-        self.kind, self.checker = verifier, AnswerChecker()
+    Raises UserError for a function that can't be loaded, and for an answer of `examples` that is no pattern; on
+    entering, for a judge that is missing or grades nothing; `mark` raises it for a bad result, and for a judge that is
+    down under judge_fallback=stop."""
+
+    def __init__(self, verifier, examples: list[Example] = (), *, judge: Judge | None = None,
+                 majority_share: float = 0.5):
+        self.kind, self.checker, self.judge, self.majority_share = verifier, AnswerChecker(), judge, majority_share
+        self.sums = Counter()  # since the last metrics()
         self.fn = self.name = None
-        if verifier not in (*NEEDS_ANSWER, "none"):
+        if verifier not in (*NEEDS_ANSWER, *LABEL_FREE, "none"):
             self.fn, self.name = user_function(verifier, "verifier")
         for example in examples if verifier == "regex" else ():
             answer_pattern(example)
+
+    def __enter__(self):
+        if self.kind in GRADED and (self.judge is None or self.judge.form not in ("single", "steps")):
+            has = f"judge={self.judge.name} compares pairs" if self.judge else "there is none"
+            raise UserError(f"verifier={self.kind} needs a judge that grades single solutions, but {has}: train one by "
+                            "`minimath judge train`, and set judge=self judge_adapter=RUN judge_form=single")
+        return self
 
     def __exit__(self, *error):
         return self.checker.__exit__(*error)
 
     def mark(self, groups: list[Group]) -> None:
-        """Set `correct` of every sample."""
+        """Set `correct` of every sample, and `decided` of every group."""
+        if self.kind in LABEL_FREE:
+            return self.mark_without_labels(groups)
         for group in groups:
             for sample in group.samples:
                 sample.correct = self.verdict(sample, group.example)
@@ -52,6 +83,90 @@ class Verifier(contextlib.AbstractContextManager):
             return self.checker.matches(sample.text, answer_pattern(example), sample.finished)
         return sample.finished and (self.kind == "none" or self.asked(sample.text, example))
 
+    def mark_without_labels(self, groups: list[Group]) -> None:
+        answers = [[answer_of(sample) for sample in group.samples] for group in groups]
+        grades = self.grades(groups, answers)
+        for group, own, of_group in zip(groups, answers, grades, strict=True):
+            if self.kind == "judge":
+                correct = by_grade(group.samples, own, of_group)
+            else:
+                weights = [1.0 if self.kind == "majority" else 0.5 if grade is None else grade for grade in of_group]
+                winner, share = self.vote(own, weights)
+                self.sums["share"] += share
+                correct = [i in winner for i in range(len(own))] if winner else None
+            group.decided = correct is not None
+            for sample, is_correct in zip(group.samples, correct or [False] * len(own), strict=True):
+                sample.correct = is_correct
+            self.count(group, own)
+
+    def grades(self, groups: list[Group], answers: list[list[str]]) -> list[list[float | None]]:
+        """Ask the judge once about each text of a problem; None where nothing is asked or told."""
+        due = {(g, i): asked(group.example.problem, sample.text) for g, group in enumerate(groups)
+               for i, sample in enumerate(group.samples)
+               if self.kind == "majority+judge" or self.kind == "judge" and sample.finished and answers[g][i]}
+        questions, started = list(dict.fromkeys(due.values())), time.monotonic()
+        told, error = ask(self.judge, questions, put=self.judge.grade) if questions else ([], "")
+        grade = {q: None if p is None or not 0 <= p <= 1 else float(p) for q, p in zip(questions, told, strict=True)}
+        lost = sum(p is None for p in grade.values())
+        self.sums.update(seconds=time.monotonic() - started, no_grades=lost)
+        if lost and self.judge.fallback == "stop" and (error or lost == len(questions)):
+            raise UserError(f"the judge {self.judge.name} is down: {lost} of {len(questions)} solutions have no grade "
+                            f"({error or 'it gave none'}); see to it, or go on with judge_fallback=none")
+        if 2 * lost > len(questions):
+            self.judge.say_once("lost grades", f"the judge {self.judge.name} gave no grade on {lost} of "
+                                f"{len(questions)} solutions ({error or 'too long, or not a number'}): " + (
+                                    "nothing is learnt from their groups" if self.kind == "judge" else
+                                    "each of them votes with 1/2"))
+        return [[grade.get(due.get((g, i))) for i in range(len(own))] for g, own in enumerate(answers)]
+
+    def vote(self, answers: list[str], weights: list[float]) -> tuple[list[int], float]:
+        """Find the samples with the winning answer, [] for none; and the share of the largest."""
+        def votes(places: list[int]) -> float:  # the same in any order: a tie stays one
+            return math.fsum(weights[i] for i in places)
+
+        wordings, late, classes = {}, self.checker.timeouts, []
+        for i, answer in enumerate(answers):
+            if answer:
+                wordings.setdefault(key(typeset(answer)), []).append(i)
+        for places in sorted(wordings.values(), key=votes, reverse=True):
+            largest = sorted(classes, key=votes, reverse=True)[:MOST_COMPARED]
+            same = next((own for own in largest if self.checker.timeouts - late < MOST_LATE
+                         and self.checker.equal(answers[places[0]], answers[own[0]])), None)
+            if same is None:
+                classes.append(places)
+            else:
+                same += places
+        first, second = (sorted(classes, key=votes, reverse=True) + [[], []])[:2]
+        share = votes(first) / (math.fsum(weights) or 1.0)
+        return first if share >= self.majority_share and votes(first) > votes(second) else [], share
+
+    def count(self, group: Group, answers: list[str]) -> None:
+        """Take in a marked group; of a decided one with a gold answer how many labels are right."""
+        self.sums.update(groups=1, decided=group.decided)
+        if group.decided and (gold := group.example.answer.strip()):
+            right = {answer: bool(answer) and self.checker.equal(answer, gold) for answer in dict.fromkeys(answers)}
+            self.sums.update(samples=len(answers), agrees=sum(
+                sample.correct == right[answer] for sample, answer in zip(group.samples, answers, strict=True)))
+
+    def metrics(self) -> dict:
+        """Figures of labels that no answer gave, since the last call, of all processes.
+
+        verifier/decided: share of the groups. share: of the largest answer's votes, mean over groups. agrees: share of
+        the samples of decided groups whose label is that of verifier=exact, where the data has answers. no_grades:
+        solutions that the judge did not grade. seconds: of grading, all processes together."""
+        if self.kind not in LABEL_FREE:
+            return {}
+        sums, self.sums = dist.all_reduce_sum(dict(self.sums)), Counter()
+        groups = sums.get("groups") or 1
+        metrics = {"decided": sums.get("decided", 0) / groups}
+        if self.kind != "judge":
+            metrics["share"] = sums.get("share", 0.0) / groups
+        if sums.get("samples"):
+            metrics["agrees"] = sums["agrees"] / sums["samples"]
+        if self.kind in GRADED:
+            metrics |= {name: sums.get(name, 0) for name in ("no_grades", "seconds")}
+        return {f"verifier/{name}": value for name, value in metrics.items()}
+
     def asked(self, text: str, example: Example) -> bool:
         """Ask the user's function about one completion, or UserError that names it."""
         try:
@@ -62,6 +177,20 @@ class Verifier(contextlib.AbstractContextManager):
         if number is None or not 0 <= number <= 1:
             raise UserError(f"verifier={self.name} returned {value!r}; it must return a bool or a number from 0 to 1")
         return number >= 0.5
+
+
+def answer_of(sample: Sample) -> str:
+    """Return the final answer, or "" for none that can be compared."""
+    answer = final_answer(sample.text, sample.finished) or ""
+    return answer if len(answer) <= MAX_ANSWER_CHARS and key(typeset(answer)) else ""
+
+
+def by_grade(samples: list[Sample], answers: list[str], grades: list[float | None]) -> list[bool] | None:
+    """Tell which samples the judge holds for correct; None when one that may be has no grade."""
+    answered = [sample.finished and bool(answer) for sample, answer in zip(samples, answers, strict=True)]
+    if any(ok and grade is None for ok, grade in zip(answered, grades, strict=True)):
+        return None
+    return [ok and grade >= 0.5 for ok, grade in zip(answered, grades, strict=True)]
 
 
 def answer_pattern(example: Example) -> str:
