@@ -8,8 +8,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from minimath.models.forward import base_causal_lm, compute_dtype
-from minimath.models.fused import fused_layers
+from minimath.models.forward import active_adapters, base_causal_lm, compute_dtype
+from minimath.models.fused import FusedLayers, fused_layers
 from minimath.models.linears import LinearGroup, is_linear, is_plain
 
 
@@ -17,16 +17,40 @@ from minimath.models.linears import LinearGroup, is_linear, is_plain
 def decoding_linears(model, *, copy: bool | int, rows: int) -> Iterator[bool]:
     """Run the decoder's linear layers in groups inside. Weights must not change there.
 
+    A pass with other adapters than on entry raises RuntimeError: copies and groups hold those.
     copy: whether to copy weights, or up to how many bytes, layer by layer. rows: how many are decoded side by side. The
     Counter `linear_ways` of the causal LM tells how often W was read in which way (linears.COPIED and the others).
     Yields whether every adapted layer is in a group, so that nothing needs autocast."""
     base = base_causal_lm(model)
     room, ran = math.inf if copy is True else copy, Counter()
     base.linear_ways, fused = ran, fused_layers(base)
-    if fused is None:
-        with _patched(model, room, rows, ran) as every:
-            yield every
+    with _same_adapters(base), _patched(model, room, rows, ran) if fused is None else _frozen(
+            fused, room, rows, ran) as every:
+        yield every
+
+
+@contextlib.contextmanager
+def _same_adapters(base) -> Iterator[None]:
+    """Refuse passes of the decoder with other adapters than those of now."""
+    before = active_adapters(base)
+    if not before[0]:
+        yield
         return
+
+    def check(*_):
+        if (now := active_adapters(base)) != before:
+            raise RuntimeError(f"the model is set up to decode with the adapters {before}, and a pass has {now}: judge "
+                               "and train when the rollout has ended")
+    hook = base.base_model.register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _frozen(fused: FusedLayers, room: float, rows: int, ran: Counter) -> Iterator[bool]:
+    """Do so for fused layers."""
     fused.refresh()  # which may build the layers anew
     groups = fused.groups
     try:

@@ -1,12 +1,14 @@
 """The forward pass of a causal LM: hidden states, masks, the LM head, the model without its adapter.
 
-The reference policy and the self-judge are the model under `adapter_off`; rollouts and updates use the same weights.
+The reference policy is the model under `adapter_off`, the judge under `adapter_named`; rollouts and updates use the
+same weights.
 The LM head is never called: losses and log-probs go through `minimath.kernels`."""
 import contextlib
 from typing import NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from minimath.core.errors import UserError
 from minimath.models.attention import Segment, Segments
@@ -27,15 +29,42 @@ class Head(NamedTuple):
 
 
 @contextlib.contextmanager
+def adapter_named(model, name: str | None):
+    """Make an adapter the active one inside; None: no adapter, the frozen base.
+
+    What trains stays what trains, inside too. With gradient checkpointing the backward pass belongs inside: layers that
+    are not fused are computed again with what is active then. Raises ValueError if the model has no such adapter."""
+    if name is not None and name not in getattr(model, "peft_config", {}):
+        raise ValueError(f"the model has no adapter {name!r}")
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    active, off = active_adapters(model)
+    try:
+        _activate(model, None if name is None else [name], name is None)
+        yield
+    finally:
+        _activate(model, None if name is None else active, off)
+
+
 def adapter_off(model):
     """Make the model its frozen base inside; nothing changes without an adapter."""
+    return adapter_named(model, None)
+
+
+def active_adapters(model) -> tuple[list[str], bool]:
+    """Name the adapters that peft has chosen in all layers, and tell whether they are switched off."""
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    return ([], True) if layer is None else (list(layer.active_adapters), bool(layer.disable_adapters))
+
+
+def _activate(model, names: list[str] | None, off: bool) -> None:
     trains = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
-            yield
-    finally:
-        for p, before in trains:  # peft makes frozen adapters trainable on leaving: peft #3447
-            p.requires_grad_(before)
+    if names is not None:
+        model.base_model.set_adapter(names)
+    (model.base_model.disable_adapter_layers if off else model.base_model.enable_adapter_layers)()
+    for p, does in trains:  # peft makes frozen adapters trainable, and others frozen: peft #3447, #3487, #3580
+        p.requires_grad_(does)
 
 
 @contextlib.contextmanager
@@ -53,9 +82,10 @@ def inference(model):
 def compute_dtype(model):
     """Autocast to the base's dtype, so that fp32 adapters join 16-bit products.
 
-    Fused layers cast the adapters themselves."""
+    Fused layers cast the adapters themselves. A plain model with a judge's adapter stays plain while that is off."""
     base = base_causal_lm(model)
-    wanted = isinstance(model, PeftModel) and base.dtype != torch.float32 and not fused_layers(base)
+    wanted = (isinstance(model, PeftModel) and base.dtype != torch.float32 and not fused_layers(base)
+              and ("default" in model.peft_config or not active_adapters(base)[1]))
     return torch.autocast(base.device.type, base.dtype) if wanted else contextlib.nullcontext()
 
 

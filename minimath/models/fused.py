@@ -244,9 +244,15 @@ def fusable(layer, dtype: torch.dtype) -> str:
 
 def checkpointed(layer, fused: FusedLayer, hidden_states, *args, **kwargs):
     """Compute a fused layer, again in backward if the layer is to, as its class's own forward would be."""
-    if layer.gradient_checkpointing and layer.training:
-        return layer._gradient_checkpointing_func(functools.partial(fused.forward, **kwargs), hidden_states, *args)
-    return fused.forward(hidden_states, *args, **kwargs)
+    if not (layer.gradient_checkpointing and layer.training):
+        return fused.forward(hidden_states, *args, **kwargs)
+    actives = [group.active for group in fused.groups]
+
+    def forward(*args):
+        for group, active in zip(fused.groups, actives, strict=True):  # others may be active in backward
+            group.active = active
+        return fused.forward(*args, **kwargs)
+    return layer._gradient_checkpointing_func(forward, hidden_states, *args)
 
 
 class FusedLayers:
@@ -285,16 +291,21 @@ class FusedLayers:
 
 def fuse(model) -> str:
     """Fuse the decoder layers of a causal LM; return why not, or ""."""
-    decoder = model.base_model
-    if not (layers := getattr(decoder, "layers", None)):
-        return f"{type(decoder).__name__} has no list of decoder layers"
+    if not (why := unfusable(model)):
+        model.fused_layers = FusedLayers(model.base_model)
+    return why
+
+
+def unfusable(model) -> str:
+    """Say why the decoder layers of a causal LM can't be fused, or ""."""
+    if not (layers := getattr(model.base_model, "layers", None)):
+        return f"{type(model.base_model).__name__} has no list of decoder layers"
     inside = {module for layer in layers for module in layer.modules()}
     if any(isinstance(module, LoraLayer) and module not in inside for module in model.modules()):
         return "an adapter stands outside of them"
     for layer in layers:
         if why := fusable(layer, model.dtype):
             return why
-    model.fused_layers = FusedLayers(decoder)
     return ""
 
 

@@ -83,12 +83,14 @@ class LinearGroup:
         if any(base.bias is not None for base in self.bases):
             self.bias = torch.cat([base.weight.new_zeros(base.out_features, dtype=dtype) if base.bias is None
                                    else base.bias.detach().to(dtype) for base in self.bases])
-        self.active: Active | None = None
+        self.kept: dict[tuple[int, ...], Active] = {}  # by which A they hold
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the adapters that are active now, in the compute type."""
+        """Take over the adapters that are active now, in the compute type.
+
+        Those that come back find the tensors that they had, at the same addresses."""
         adapters, start, rank = [], 0, 0
         for module, width in zip(self.modules, self.widths, strict=True):
             active = isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged
@@ -100,11 +102,15 @@ class LinearGroup:
                                             slice(rank, rank + len(a)), slice(start, start + width)))
                     rank += len(a)
             start += width
-        if self.active is None or [id(each.a) for each in adapters] != [id(each.a) for each in self.active.adapters]:
-            new = {"dtype": self.dtype, "device": self.bases[0].weight.device}  # others may wait for a backward pass
-            self.active = Active(adapters, torch.zeros(rank, self.bases[0].in_features, **new),
-                                 torch.zeros(rank, self.width, **new))
-        self.active = active = self.active._replace(adapters=adapters)
+        which = tuple(id(each.a) for each in adapters)
+        if which not in self.kept:  # each set has its own tensors: a backward pass may wait for them, a graph read them
+            own = {id(each.weight) for module in self.modules if isinstance(module, LoraLayer)
+                   for each in module.lora_A.values()}
+            self.kept = {ids: active for ids, active in self.kept.items() if own.issuperset(ids)}
+            new = {"dtype": self.dtype, "device": self.bases[0].weight.device}
+            self.kept[which] = Active(adapters, torch.zeros(rank, self.bases[0].in_features, **new),
+                                      torch.zeros(rank, self.width, **new))
+        self.active = self.kept[which] = active = self.kept[which]._replace(adapters=adapters)
         if adapters:
             torch._foreach_copy_([active.a[each.rank] for each in adapters], [each.a for each in adapters])
             torch._foreach_copy_([active.b[each.rank, each.out].T for each in adapters],

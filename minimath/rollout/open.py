@@ -12,7 +12,6 @@ from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.models.decoding import decoding_linears
 from minimath.models.forward import base_causal_lm, compute_dtype, head, inference
-from minimath.models.fused import fused_layers
 from minimath.models.linears import copied_bytes, is_4bit, packed_product
 from minimath.models.memory import (
     KEEPERS,
@@ -149,24 +148,8 @@ def room_for_copies(model) -> tuple[bool | int, int]:
 @contextlib.contextmanager
 def fast_decoding(model, rows: int, copy: bool | int) -> Iterator[Fast]:
     """Set the model up for decoding about `rows` rows; weights must not change inside."""
-    base = base_causal_lm(model)
-    with decoding_attention(model) as attends, same_adapters(base), \
-            decoding_linears(model, copy=copy, rows=rows) as every:
+    with decoding_attention(model) as attends, decoding_linears(model, copy=copy, rows=rows) as every:
         lm_head = head(model)
         product = packed_product(lm_head.weight, lm_head.bias, rows) if copy is True else None
         with contextlib.nullcontext() if every else compute_dtype(model):
             yield Fast(attends, product)
-
-
-@contextlib.contextmanager
-def same_adapters(base) -> Iterator[None]:
-    """Let the fused layers have the adapters of each rollout in the same tensors, which recorded steps read.
-
-    Between rollouts there may be passes with others, or none: a judge's."""
-    fused = fused_layers(base)
-    groups = fused.groups if fused else []
-    for group in groups:
-        group.active = getattr(group, "decoded", group.active)  # refresh makes new ones if these are of other adapters
-    yield
-    for group in groups:
-        group.decoded = group.active

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from toy import load, wake_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minimath.models.forward import adapter_off, base_causal_lm, hidden_states
+from minimath.models.forward import adapter_named, base_causal_lm, hidden_states
 from minimath.models.fused import fused_layers
 from minimath.rollout import decode as decoding
 from minimath.rollout import graphs as recording
@@ -209,6 +209,16 @@ def train(model, seed: int = 2) -> None:
     wake_adapter(model, seed=seed)
 
 
+def judge(model) -> None:
+    """Read with the judge's adapter, which was made as the policy's, and with none."""
+    if "judge" not in model.peft_config:
+        model.add_adapter("judge", model.peft_config["default"])
+        wake_adapter(model, 0.4, seed=9)
+    for name in ("judge", None):
+        with adapter_named(model, name), torch.no_grad():
+            hidden_states(model, torch.tensor([[5, 6, 7]]))
+
+
 def test_a_rollout_records_each_width_once_and_samples_the_same(llama, monkeypatch):
     wanted, metrics = rollout(engine_of(*llama, **OPTIONS))
     assert metrics["graph_replays"] == 0 and metrics["plain_steps"] > 0
@@ -248,8 +258,7 @@ def test_the_next_rollouts_replay_what_an_earlier_one_recorded_with_the_weights_
     engine, recorded, kept = engine_of(*llama, **OPTIONS), [], []
     for seed in range(2, 6):
         train(model, seed)
-        with adapter_off(model), torch.no_grad():  # a judge's pass: other adapters are active
-            hidden_states(model, torch.tensor([[5, 6, 7]]))
+        judge(model)
         wanted, _ = rollout(engine_of(*llama, **OPTIONS))
         card.calls.clear()
         ids, _ = rollout(engine)
@@ -267,8 +276,7 @@ def test_the_adapters_of_each_rollout_stand_in_the_same_tensors(llama, monkeypat
     found, group = [], fused_layers(base_causal_lm(model)).layers[0].qkv
     for seed in (2, 3):
         train(model, seed)
-        with adapter_off(model), torch.no_grad():
-            hidden_states(model, torch.tensor([[5, 6, 7]]))
+        judge(model)
         with own_engine.fast_decoding(model, 4, False):
             found.append((addresses(model), group.active.b.clone()))
     assert found[0][0] == found[1][0] and not torch.equal(found[0][1], found[1][1])
