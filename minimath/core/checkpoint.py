@@ -5,6 +5,7 @@
         optimizer.safetensors  optimizer.json              "<param index>.<name>" -> tensor, or number
         rng.safetensors  rng.json                          torch and CUDA; Python and numpy
         state.json                                         what the loop wants back (step, data cursor, ...)
+        tracked.safetensors                                "<name>.<key>": the "tensors" of tracked states, if any
         manifest.json                                      bytes and sha256 of each file; whether it was the best so far
 """
 import contextlib
@@ -28,24 +29,28 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 def save_checkpoint(run_dir, step: int, *, model, optimizer, state: dict, keep: int, best: bool = False) -> Path:
     """Write a checkpoint; remove all but the `keep` newest and the best one.
 
-    state must be json-able; `step` is added to it, and the random states. Process 0 writes. Raises UserError with the
-    path and the bytes needed; earlier checkpoints are intact then."""
+    state must be json-able, but for the dict "tensors" of each of state["tracked"]; `step` is added to it, and the
+    random states. Process 0 writes. Raises UserError with the path and the bytes needed; earlier checkpoints are intact
+    then."""
     target = checkpoint_folder(run_dir, step)
     if not dist.is_main():
         return target
     tensors, numbers = optimizer_state(optimizer)
     rng_tensors, rng_numbers = rng_state()
+    state, tracked = split_tensors(state)
     numbers_of = {"optimizer": numbers, "rng": rng_numbers, "state": state | {"step": step}}
 
     def write(folder: Path) -> None:
         write_adapter(model, folder)
         save_file(tensors, folder / "optimizer.safetensors")
         save_file(rng_tensors, folder / "rng.safetensors")
+        if tracked:
+            save_file(tracked, folder / "tracked.safetensors")
         for name, content in numbers_of.items():
             (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
     finish_renames(run_dir)
-    size = bytes_of(adapter_tensors(model), tensors)
+    size = bytes_of(adapter_tensors(model), tensors, tracked)
     write_atomically(target, write, {"step": step, "best": best}, bytes_needed=size)
     # newer ones are damaged (load_checkpoint went past them): they don't count, and their steps come again
     folders = [folder for folder in list_checkpoints(run_dir) if step_of(folder) <= step]
@@ -69,8 +74,9 @@ def load_checkpoint(run_dir, *, model, optimizer=None) -> dict | None:
             warnings.warn(f"checkpoint {folder} is damaged ({problems[0]}); trying the one before", stacklevel=2)
             continue
         try:
+            state = join_tensors(folder)
             restore(folder, model, optimizer)
-            return read_json(folder / "state.json")
+            return state
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder} is whole, but not what minimath writes ({type(error).__name__}: "
                             f"{str(error)[:100]}). Start again with another out=") from None
@@ -134,23 +140,46 @@ def best_checkpoint(run_dir) -> Path | None:
     return None
 
 
-def save_adapter(model, path) -> Path:
-    """Write the adapter alone, atomically, as a folder that peft reads."""
+def split_tensors(state: dict) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Take the tensors out of state["tracked"]: (state for json, what tracked.safetensors holds)."""
+    having = {name: each for name, each in state.get("tracked", {}).items() if "tensors" in each}
+    tensors = {f"{name}.{key}": tensor.detach().to("cpu", copy=True).contiguous()
+               for name, each in having.items() for key, tensor in each["tensors"].items()}
+    if having:
+        state = state | {"tracked": state["tracked"] | {name: each | {"tensors": {}} for name, each in having.items()}}
+    return state, tensors
+
+
+def join_tensors(folder: Path) -> dict:
+    """Read the state of a checkpoint, with the tensors that split_tensors took out."""
+    state, path = read_json(folder / "state.json"), folder / "tracked.safetensors"
+    for full_name, tensor in (load_file(path) if path.is_file() else {}).items():
+        name, key = full_name.split(".", 1)
+        state["tracked"][name]["tensors"][key] = tensor
+    return state
+
+
+def save_adapter(model, path, name: str = "default") -> Path:
+    """Write an adapter alone, atomically, as a folder that peft reads."""
     if dist.is_main():
-        size = bytes_of(adapter_tensors(model))
-        write_atomically(Path(path), lambda folder: write_adapter(model, folder), {}, bytes_needed=size)
+        size = bytes_of(adapter_tensors(model, name))
+        write_atomically(Path(path), lambda folder: write_adapter(model, folder, name), {}, bytes_needed=size)
     return Path(path)
 
 
-def write_adapter(model, folder: Path) -> None:
+def write_adapter(model, folder: Path, name: str = "default") -> None:
     """Adapter files as peft writes them, without its empty model card."""
     # "auto" would ask the hub whether the vocabulary was resized; trained embeddings are in modules_to_save anyway
-    model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"], save_embedding_layers=False)
+    model.save_pretrained(folder, safe_serialization=True, selected_adapters=[name], save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
+    if (inner := folder / name).is_dir():  # peft's place for all but "default"
+        for path in inner.iterdir():
+            path.rename(folder / path.name)
+        inner.rmdir()
 
 
-def adapter_tensors(model) -> dict[str, torch.Tensor]:
-    return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+def adapter_tensors(model, name: str = "default") -> dict[str, torch.Tensor]:
+    return peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
 def bytes_of(*groups: dict[str, torch.Tensor]) -> int:

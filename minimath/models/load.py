@@ -18,17 +18,19 @@ from minimath.core.hub import without_network
 from minimath.core.run_folder import find_adapter, say_once
 from minimath.models.block_attention import without_cudnn
 from minimath.models.forward import base_causal_lm, head_module
-from minimath.models.fused import fuse
+from minimath.models.fused import fuse, fused_layers, unfusable
 from minimath.models.variants import (
     CHANGE_THE_BASE,
     PRINCIPAL,
     begin_at_principal,
     compile_layers,
+    is_sharded,
     keep_4bit_weights_trainable,
     nf4_config,
     shard,
 )
 
+MORE_THAN_LORA = ("bias", "modules_to_save", "trainable_token_indices", "layer_replication")  # in an adapter's config
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -102,7 +104,7 @@ def load_model(cfg, *, train: bool):
         print(f"{options.name}: the embedding has no row for {len(names)} tokens of the tokenizer ({names[0]}, ...): "
               "texts with them are refused", file=sys.stderr)
     if cfg.adapter.path:
-        model = _load_adapter(model, find_adapter(cfg.adapter.path), train)
+        model = _load_adapter(model, find_adapter(cfg.adapter.path), train=train)
     elif train:
         model = _new_adapter(model, cfg)
     if options.shard:
@@ -181,34 +183,68 @@ def _new_adapter(model, cfg):
     return model
 
 
-def _refuse_head(model, what: str) -> None:
-    """Raise UserError when the LM head trains, or the embedding that is also the head."""
+def _refuse_head(model, what: str, name: str = "default") -> None:
+    """Raise UserError when an adapter is on the LM head, or the embedding that is also the head."""
     base = base_causal_lm(model)
     parts = [("LM head, which the fused kernels keep frozen", head_module(model))]
     if base.config.get_text_config().tie_word_embeddings:
         parts.append(("embedding, which is tied to the head: no merged model can hold it", base.get_input_embeddings()))
     for part, module in parts:
-        if any(p.requires_grad for p in module.parameters()):
+        if any(p.requires_grad or f".{name}." in f".{path}." for path, p in module.named_parameters()):
             raise UserError(f"{what} includes the {part}; leave it out, or use all-linear")
 
 
 @_quiet()
-def _load_adapter(model, folder: Path, train: bool):
+def _load_adapter(model, folder: Path, name: str = "default", *, train: bool):
+    """Load a saved adapter into a model that has others or none; return the peft model."""
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: no adapter_model.safetensors (pickled adapters are never loaded); "
                         "give a run folder, a checkpoint or a peft adapter folder")
     try:
-        init = read_json(folder / "adapter_config.json").get("init_lora_weights")
+        config = read_json(folder / "adapter_config.json")
+        more = [f"{key}={config[key]!r}" for key in MORE_THAN_LORA if config.get(key) not in (None, "none", [], {})]
+        if name != "default" and more:
+            raise UserError(f"{folder}: its {more[0]} is more than LoRA layers, which alone can stand beside another "
+                            "adapter; train it again without")
+        init = config.get("init_lora_weights")
         if isinstance(init, str) and init.startswith(CHANGE_THE_BASE):
             raise UserError(f"{folder}: its init_lora_weights={init!r} changed the base model, which is reference and "
                             "judge here; save it again by peft with path_initial_model_for_weight_conversion")
-        model = PeftModel.from_pretrained(model, str(folder), is_trainable=train, torch_device=str(model.device))
+        how = {"adapter_name": name, "is_trainable": train, "torch_device": str(base_causal_lm(model).device)}
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), **how)
+        else:
+            model = PeftModel.from_pretrained(model, str(folder), **how)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{folder}: the adapter cannot be loaded into this model ({first_line(error)}); was it "
                         "trained on another base model?") from None
-    if train:
-        _refuse_head(model, f"the adapter in {folder}")
+    if train or name != "default":
+        _refuse_head(model, f"the adapter in {folder}", name)
     return model
+
+
+def add_adapter(model, folder: Path, name: str):
+    """Load a saved LoRA adapter, frozen, beside what a model has; return the model.
+
+    Nothing else changes: neither what is active (of a plain model, the base stays) and what trains, nor random numbers.
+    Raises UserError where it can't stand there; the model is of no use then."""
+    if any(name in other or other in name for other in getattr(model, "peft_config", {})):  # peft looks for parts
+        raise ValueError(f"the model has an adapter with a name like {name!r}")
+    if is_sharded(model):
+        raise UserError(f"{folder}: a second adapter does not go with shard=true; leave shard away, or use quant=nf4")
+    was_training, trains = model.training, [(p, p.requires_grad) for p in model.parameters()]
+    device = base_causal_lm(model).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # peft draws initial values
+        loaded = _load_adapter(model, folder, name, train=False)
+    if loaded is not model:
+        loaded.base_model.disable_adapter_layers()
+    for p, does in trains:
+        p.requires_grad_(does)
+    cast_adapters_down(loaded)
+    if fused_layers(base := base_causal_lm(loaded)) and (why := unfusable(base)):
+        raise UserError(f"{folder}: beside this adapter the layers of the model could not stay fused ({why}); train it "
+                        "again as a plain LoRA, dora=false, on linear layers of the decoder")
+    return loaded.train(was_training)  # peft leaves eval mode behind
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """The one model in memory with its tokenizer: policy, reference, judge and evaluated model are all this."""
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig
@@ -13,7 +14,7 @@ from minimath.core.run_folder import find_adapter, say_once
 from minimath.data.chat import eos_ids, prompt_ids
 from minimath.data.rows import Example
 from minimath.models.forward import base_causal_lm
-from minimath.models.load import load_model
+from minimath.models.load import add_adapter, load_model
 
 
 @dataclass(eq=False)
@@ -60,10 +61,15 @@ class Policy:
         ids = ids[:-1] if ids and ids[-1] in self.eos else ids  # not every token that ends a turn is called special
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def add_adapter(self, folder: Path, name: str) -> None:
+        """Load a saved LoRA adapter, frozen and not active, beside the policy's. Raises UserError."""
+        refuse_other_base(base_of(folder), self.options.name, f"the adapter in {folder}")
+        self.model = add_adapter(self.model, folder, name)
 
-def refuse_other_base(trained_on: str, cfg) -> None:
+
+def refuse_other_base(trained_on: str, given: str, adapter: str) -> None:
     """Raise UserError when an adapter's base has other shapes; warn of another name."""
-    given, shapes = cfg.model.name, []
+    shapes = []
     if trained_on in ("", given) or same_place(trained_on, given):
         return
     for name in (trained_on, given):
@@ -74,14 +80,14 @@ def refuse_other_base(trained_on: str, cfg) -> None:
         except (OSError, ValueError, KeyError, AttributeError):  # moved away, or needs the model's own code
             shapes.append("")
     if all(shapes) and shapes[0] != shapes[1]:
-        raise UserError(f"adapter={cfg.adapter.path} was trained on {trained_on} ({shapes[0]}) and can't fit "
+        raise UserError(f"{adapter} was trained on {trained_on} ({shapes[0]}) and can't fit "
                         f"model={given} ({shapes[1]}): leave model= out, or give that base")
-    say_once(f"warning: model={given}, but adapter={cfg.adapter.path} was trained on {trained_on}")
+    say_once(f"warning: model={given}, but {adapter} was trained on {trained_on}")
 
 
 def load_policy(cfg, *, train: bool) -> Policy:
     """Load model, adapter and tokenizer of a stage's config. Raises UserError."""
     if cfg.adapter.path:
-        refuse_other_base(base_of(find_adapter(cfg.adapter.path)), cfg)
+        refuse_other_base(base_of(find_adapter(cfg.adapter.path)), cfg.model.name, f"adapter={cfg.adapter.path}")
     model, tokenizer = load_model(cfg, train=train)
     return Policy(model, tokenizer, cfg.model, cfg.prompt)

@@ -14,7 +14,6 @@ import uuid
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 
 from minimath.core.checkpoint import save_adapter
 from minimath.core.errors import UserError
@@ -72,7 +71,7 @@ class VLLMEngine(Engine):
 
         Raises UserError if vLLM's log-probs of a few tokens are not those of the training forward."""
         model = self.policy.model
-        if isinstance(model, PeftModel):
+        if has_adapter(model):
             self.swaps += 1
             old, name = self.adapter, f"{self.tag}-{self.swaps}"
             self.backend.load(name, save_adapter(model, self.folder / name))
@@ -97,9 +96,14 @@ class VLLMEngine(Engine):
         self.backend.close()
 
 
+def has_adapter(model) -> bool:
+    """Tell whether the policy is more than its base; a judge's adapter is not served."""
+    return "default" in getattr(model, "peft_config", {})
+
+
 def servable_rank(model) -> int:
     """Find the rank that vLLM makes room for, 0 without an adapter; UserError if none holds it."""
-    if not isinstance(model, PeftModel):
+    if not has_adapter(model):
         return 0
     lora = model.peft_config["default"]
     init, rank = str(lora.init_lora_weights).lower(), max([lora.r, *(lora.rank_pattern or {}).values()])
