@@ -90,8 +90,7 @@ class Verifier(contextlib.AbstractContextManager):
             if self.kind == "judge":
                 correct = by_grade(group.samples, own, of_group)
             else:
-                weights = [1.0 if self.kind == "majority" else 0.5 if grade is None else grade for grade in of_group]
-                winner, share = self.vote(own, weights)
+                winner, share = self.vote(own, [0.5 if grade is None else grade for grade in of_group])
                 self.sums["share"] += share
                 correct = [i in winner for i in range(len(own))] if winner else None
             group.decided = correct is not None

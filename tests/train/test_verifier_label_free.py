@@ -74,7 +74,8 @@ def test_a_tie_is_not_decided():
 
 def test_a_group_without_any_answer_is_not_decided():
     assert voted([""] * 4) == ([0] * 4, False) and voted([""] * 4, share=0.0) == ([0] * 4, False)
-    assert marked("majority", group_of(["", r"\boxed{$ $}", r"\boxed{" + "1" * 500 + "}"]))[:2] == ([0] * 3, False)
+    for none in "$ $", "1" * 500:  # nothing is equal to these
+        assert voted(["", none, none]) == ([0] * 3, False)
 
 
 def test_a_cut_sample_votes_by_a_closed_box_alone():
@@ -94,7 +95,7 @@ def test_wordings_are_compared_with_the_largest_answers_alone(monkeypatch):
     compared = []
     with Verifier("majority") as marks:
         monkeypatch.setattr(marks.checker, "equal", lambda *pair: compared.append(pair))
-        marks.mark([group_of(boxes([str(n) for n in range(64)] + ["0"] * 64))])
+        marks.mark([group_of(boxes([str(n) for n in range(1, 65)] + ["0"] * 64))])
     assert len(compared) < 64 * module.MOST_COMPARED and compared[0] == ("1", "0")
 
 
@@ -104,7 +105,7 @@ def test_after_some_that_run_out_of_time_only_the_wording_counts(monkeypatch):
 
     with Verifier("majority") as marks:
         monkeypatch.setattr(marks.checker, "equal", late)
-        groups = [group_of(boxes(["1", "2", "3", "4", "5", "5 ", "5", "5", "5", "5"])) for _ in range(2)]
+        groups = [group_of(boxes(["1", "2", "3", "4", "6", "$5$", "5", "5", "5", "5"])) for _ in range(2)]
         marks.mark(groups)
         assert marks.checker.timeouts == 2 * module.MOST_LATE and all(group.decided for group in groups)
 
