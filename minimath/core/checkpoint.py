@@ -145,17 +145,19 @@ def split_tensors(state: dict) -> tuple[dict, dict[str, torch.Tensor]]:
     having = {name: each for name, each in state.get("tracked", {}).items() if "tensors" in each}
     tensors = {f"{name}.{key}": tensor.detach().to("cpu", copy=True).contiguous()
                for name, each in having.items() for key, tensor in each["tensors"].items()}
-    if having:
-        state = state | {"tracked": state["tracked"] | {name: each | {"tensors": {}} for name, each in having.items()}}
+    if having:  # names in their place: safetensors keeps no order
+        named = {name: each | {"tensors": list(each["tensors"])} for name, each in having.items()}
+        state = state | {"tracked": state["tracked"] | named}
     return state, tensors
 
 
 def join_tensors(folder: Path) -> dict:
     """Read the state of a checkpoint, with the tensors that split_tensors took out."""
     state, path = read_json(folder / "state.json"), folder / "tracked.safetensors"
-    for full_name, tensor in (load_file(path) if path.is_file() else {}).items():
-        name, key = full_name.split(".", 1)
-        state["tracked"][name]["tensors"][key] = tensor
+    tensors = load_file(path) if path.is_file() else {}
+    for name, each in state.get("tracked", {}).items():
+        if "tensors" in each:
+            each["tensors"] = {key: tensors[f"{name}.{key}"] for key in each["tensors"]}
     return state
 
 

@@ -120,7 +120,10 @@ class Trainer:
         return ends_well
 
     def track(self, **objects) -> None:
-        """Keep the state of objects with state_dict / load_state_dict in the checkpoints."""
+        """Keep the state of objects with state_dict / load_state_dict in the checkpoints.
+
+        A state is a dict for json, and may have a dict of tensors by name under "tensors". Those are not copied: the
+        object must never change a tensor in place that it has handed out, but make another."""
         self.tracked |= objects
 
     # ---- the steps
@@ -198,7 +201,9 @@ class Trainer:
     def _commit_state(self) -> None:
         """Take the states as they are: to save, and to go back to."""
         self.optimizer.commit()
-        self._state = copy.deepcopy({name: each.state_dict() for name, each in self.tracked.items()})
+        states = {name: each.state_dict() for name, each in self.tracked.items()}
+        big = [tensor for state in states.values() for tensor in state.get("tensors", {}).values()]
+        self._state = copy.deepcopy(states, {id(tensor): tensor for tensor in big})  # see track
         self._rng = rng_state()
 
     def _roll_back(self) -> None:
@@ -287,7 +292,9 @@ def beside_bar(metrics: dict) -> dict:
 
 def load_held_out(cfg) -> list:
     """Load the problems evaluated during training, or []; or UserError."""
-    own = cfg.evaluation
+    own = getattr(cfg, "evaluation", None)
+    if own is None:
+        return []
     if not own.eval_data:
         if own.eval_every:
             raise UserError("eval_every needs held-out problems: set eval_data=, or eval_every=0")

@@ -1,4 +1,8 @@
 """Runs of both stages on a tiny random model."""
+import random
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from toy import ending_model, even, make_config, write_problems
@@ -6,6 +10,7 @@ from toy import ending_model, even, make_config, write_problems
 from minimath.config.schema import RLAIFConfig, SFTConfig
 from minimath.train.rlaif import rlaif
 from minimath.train.sft import sft
+from minimath.train.trainer import Trainer
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +57,49 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+class Counter:
+    """Something with memory."""
+
+    def __init__(self):
+        self.seen = []
+
+    def state_dict(self):
+        return {"seen": self.seen}  # the live list: the trainer takes a copy
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+BATCH = SimpleNamespace(lengths=[1], trained_tokens=1, micro_batches=lambda most: [([0], {})])
+
+
+@pytest.fixture
+def go(tiny_dir, data, tmp_path):
+    """go(name, total, hook, **options) -> the trainer of a run whose loss and counter throw dice of all kinds.
+
+    hook(place, step): called "before" the update, "between" two updates of a step, and "after". begin(trainer): before.
+    """
+    def run(name="run", total=4, hook=lambda place, step: None, cls=SFTConfig, begin=lambda trainer: None, **options):
+        options = {"data": data, "lora_r": 2, "lr": 1e-2, "save_every": 0} | options
+        cfg = make_config(cls, tiny_dir, out=str(tmp_path / name), **options)
+        with Trainer(cfg, "rlaif" if cls is RLAIFConfig else "sft") as trainer:
+            counter = Counter()
+            trainer.track(counter=counter)
+            begin(trainer)
+
+            def closure(indices, micro):
+                dice = torch.rand(()) + random.random() + np.random.rand()
+                return dice * sum(p.sum() for p in trainer.policy.params), {}
+            for step in trainer.steps(total):
+                counter.seen.append(random.random())
+                hook("before", step)
+                for update in range(getattr(cfg, "updates_per_rollout", 1)):
+                    if update:
+                        hook("between", step)
+                    step.log(trainer.optimizer.step(BATCH, closure))
+                hook("after", step)
+        trainer.counter = counter
+        return trainer
+    return run

@@ -4,9 +4,7 @@ import os
 import random
 import signal
 import weakref
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,51 +17,6 @@ from minimath.core.checkpoint import best_checkpoint, list_checkpoints, verify
 from minimath.core.errors import UserError
 from minimath.eval import evaluate
 from minimath.train.trainer import Trainer
-
-
-class Counter:
-    """Something with memory."""
-
-    def __init__(self):
-        self.seen = []
-
-    def state_dict(self):
-        return {"seen": self.seen}  # the live list: the trainer takes a copy
-
-    def load_state_dict(self, state):
-        self.seen = state["seen"]
-
-
-BATCH = SimpleNamespace(lengths=[1], trained_tokens=1, micro_batches=lambda most: [([0], {})])
-
-
-@pytest.fixture
-def go(tiny_dir, data, tmp_path):
-    """go(name, total, hook, **options) -> the trainer of a run whose loss and counter throw dice of all kinds.
-
-    hook(place, step): called "before" the update, "between" two updates of a step, and "after".
-    """
-    def run(name="run", total=4, hook=lambda place, step: None, cls=SFTConfig, **options):
-        options = {"data": data, "lora_r": 2, "lr": 1e-2, "save_every": 0, "eval_limit": 2} | options
-        cfg = make_config(cls, tiny_dir, out=str(tmp_path / name), **options)
-        with Trainer(cfg, "sft" if cls is SFTConfig else "rlaif") as trainer:
-            counter = Counter()
-            trainer.track(counter=counter)
-
-            def closure(indices, micro):
-                dice = torch.rand(()) + random.random() + np.random.rand()
-                return dice * sum(p.sum() for p in trainer.policy.params), {}
-            for step in trainer.steps(total):
-                counter.seen.append(random.random())
-                hook("before", step)
-                for update in range(getattr(cfg, "updates_per_rollout", 1)):
-                    if update:
-                        hook("between", step)
-                    step.log(trainer.optimizer.step(BATCH, closure))
-                hook("after", step)
-        trainer.counter = counter
-        return trainer
-    return run
 
 
 def at(number, what, place="before"):
