@@ -25,6 +25,14 @@ class DataReport:
     notes: Counter = field(default_factory=Counter)      # what was kept but is worth knowing
     unread: Counter = field(default_factory=Counter)     # columns that hold something, in rows that were kept
 
+    def refuse(self, where: str, bad: BadRow, strict: bool) -> None:
+        """Count a row that is skipped, or under strict raise UserError."""
+        line = f"{where}: {_shown(f'{bad.reason}; {bad.fix}')}"
+        if strict:
+            raise UserError(f"{line} (strict=true: a bad row stops the run)")
+        self.skipped[bad.reason] += 1
+        self.rows = [*self.rows, line][:REPORTED_ROWS]
+
 
 def load_examples(options: DataOptions | str | Path | list, *,
                   need: Iterable[str] = ()) -> tuple[list[Example], DataReport]:
@@ -41,11 +49,7 @@ def load_examples(options: DataOptions | str | Path | list, *,
     for where, row in rows_of(options.source, options.split):
         made = row if isinstance(row, BadRow) else to_example(columns := Columns(row), where, need)
         if isinstance(made, BadRow):
-            line = f"{where}: {_shown(f'{made.reason}; {made.fix}')}"
-            if options.strict:
-                raise UserError(f"{line} (strict=true: a bad row stops the run)")
-            report.skipped[made.reason] += 1
-            report.rows = [*report.rows, line][:REPORTED_ROWS]
+            report.refuse(where, made, options.strict)
             continue
         for key in ("id", made.id), ("problem", made.problem):
             if key[1] and key in seen:

@@ -150,7 +150,7 @@ def hashes_answer(solution: str) -> str:
     return "" if "\n" in final else final
 
 
-def _text(value, name: str, *, number: bool = False) -> str:
+def plain_text(value, name: str, *, number: bool = False) -> str:
     """Strip a text; None is empty. number: numbers become text. Raises BadRow for anything else."""
     if value is None:
         return ""
@@ -173,12 +173,12 @@ def _from_columns(row: Columns, where: str) -> Example:
     if not any(c in row.values for c in COLUMNS["problem"]):
         raise _unknown_columns(row.row)
     name, value = row.take("problem")
-    problem = _text(value, name)
+    problem = plain_text(value, name)
     if not problem:
         raise BadRow("empty problem", "fill it in or delete the row")
     if name == "instruction" and _filled(more := row.values.get("input")):
         row.read.add("input")
-        problem += "\n\n" + _text(more, "input")
+        problem += "\n\n" + plain_text(more, "input")
     return Example(problem, *_solution_answer(row), _identity(row), where=where)
 
 
@@ -186,10 +186,10 @@ def _solution_answer(row: Columns, solution: str = "") -> tuple[str, str]:
     """Read solution, unless it is known, and answer off the columns."""
     if not solution:
         name, value = row.take("solution")
-        solution = _text(value, name)
+        solution = plain_text(value, name)
     name, value = row.take("answer")
     answers = [value] if value is not None else row.nested_answers()
-    texts = [_text(v[0] if isinstance(v, list) and len(v) == 1 else v, name, number=True) for v in answers]
+    texts = [plain_text(v[0] if isinstance(v, list) and len(v) == 1 else v, name, number=True) for v in answers]
     worked = next((text for text in texts if is_worked(text)), "")
     if not solution and worked:
         solution, texts = worked, [text for text in texts if not is_worked(text)]
@@ -262,14 +262,14 @@ def _message(message, number: int, last: str) -> dict:
                      f"{', '.join(ROLES)}")
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(p["text"] for p in content)  # the form with parts that hub data sets use
-    text = _text(content, f"content of message {number}")
+    text = plain_text(content, f"content of message {number}")
     if not text:
         raise BadRow(bad, f"message {number} is empty")
     if role not in {"start": ("system", "user"), "user": ("assistant",)}.get(last, ("user",)):
         raise BadRow(bad, f"message {number} is from {role} after {last}; system may come first, then user and "
                      "assistant take turns")
     thoughts = next((message[k] for k in THOUGHTS if _filled(message.get(k))), None) if role == "assistant" else None
-    more = {} if thoughts is None else {"reasoning_content": _text(thoughts, f"thoughts of message {number}")}
+    more = {} if thoughts is None else {"reasoning_content": plain_text(thoughts, f"thoughts of message {number}")}
     return {"role": role, "content": text, **more}
 
 
