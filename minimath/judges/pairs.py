@@ -16,13 +16,15 @@ from minimath.data.examples import Example
 from minimath.data.problems import INVERSE, VERBS, make_problems
 from minimath.data.sample import Sample
 from minimath.grading.answer import extract_answer
+from minimath.grading.steps import check_steps
 from minimath.judges.base import Judge, Pair, Solution
+from minimath.judges.faults import SIZES
 from minimath.judges.poll import ask, in_both_orders, tally
+from minimath.judges.rewrite import carry, number_of, put, read, result_edit, shown
 
 KINDS = ("wrong", "wrong_long", "unsound", "long")
 BEHIND_THE_VERIFIER = ("unsound", "long")  # both solutions correct: what a judge decides in training
 _EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
-_SIZES = (-10, -5, -3, -2, -1, 1, 2, 3, 5, 10)  # of a mistake
 
 
 class KnownPair(NamedTuple):
@@ -33,20 +35,6 @@ class KnownPair(NamedTuple):
     worse: Sample | Solution
 
 
-class Step(NamedTuple):
-    """One equation a op b = value of a solution, true or not."""
-    a: int
-    op: str
-    b: int
-    value: int
-
-
-def compute(a: int, op: str, b: int) -> int | None:
-    """Compute a op b; None unless it is a whole number above 0."""
-    value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else 0}[op]
-    return int(value) if value > 0 and value == int(value) else None
-
-
 def make_pairs(problems: int, seed: int, kinds: tuple[str, ...] = KINDS) -> list[KnownPair]:
     """Make a pair of each kind for each of some problems, problem by problem."""
     return [KnownPair(kind, example.problem, *(solution(texts[name], example.answer) for name in ("right", kind)))
@@ -55,7 +43,12 @@ def make_pairs(problems: int, seed: int, kinds: tuple[str, ...] = KINDS) -> list
 
 def solution(text: str, answer: str) -> Solution:
     """Make a text what a judge gets; its length is in words and signs."""
-    return Solution(text, extract_answer(text) == answer, len(re.findall(r"\w+|[^\w\s]", text)))
+    return Solution(text, extract_answer(text) == answer, length(text))
+
+
+def length(text: str) -> int:
+    """Count words and signs."""
+    return len(re.findall(r"\w+|[^\w\s]", text))
 
 
 def judge_known(judge: Judge, pairs: list[KnownPair],
@@ -82,52 +75,31 @@ def faulty_solutions(count: int, seed: int) -> list[tuple[Example, dict[str, str
 
 def solutions_of(example: Example, rng: random.Random) -> dict[str, str] | None:
     """Make the solutions by kind of fault; None where no fault is unambiguous."""
-    steps = [Step(int(a), op, int(b), int(c)) for a, op, b, c in _EQUATION.findall(example.solution)]
-    faults = [(k, size) for k in range(len(steps) - 1) for size in _SIZES]
+    reading = read(example.problem, example.solution)
+    results = [number_of(line.result.text) for line in reading.lines]
+    faults = [(k, size) for k in range(len(results) - 1) for size in SIZES]
     rng.shuffle(faults)
     for k, size in faults:
-        if wrong := carried_on(example.problem, steps, k, size):
-            unsound = [*steps[:k], wrong[k], *steps[k + 1:]]
-            return {"right": example.solution, "wrong": with_steps(example.solution, wrong),
-                    "unsound": with_steps(example.solution, unsound), "long": padded(example, steps),
-                    "wrong_long": padded(example, wrong)}
+        line = reading.lines[k]
+        word = shown(line.result.text, results[k] + size)
+        plain = all(r not in reading.given and results.count(r) == 1 for r in results[k:-1])
+        later = reading._replace(numbers=[n for n in reading.numbers if n.start >= line.start])
+        wrong = carry(later, k, word, {}) if word and plain else None
+        if wrong and reading.lines[-1].result.start in wrong:
+            texts = {"right": example.solution, "wrong": put(reading.text, wrong),
+                     "unsound": put(reading.text, result_edit(line, word))}
+            return texts | {"long": padded(example, texts["right"]), "wrong_long": padded(example, texts["wrong"])}
     return None
 
 
-def carried_on(problem: str, steps: list[Step], k: int, size: int) -> list[Step] | None:
-    """Set the result of step k off by `size`, and compute every later one from it.
-
-    None without whole numbers above 0 and a wrong answer, or when it is not plain which later number is the result."""
-    given = set(map(int, re.findall(r"\d+", problem)))
-    results = [step.value for step in steps]
-    if any(r in given or results.count(r) > 1 for r in results[k:-1]) or steps[k].value + size <= 0:
-        return None
-    changed, out = {steps[k].value: steps[k].value + size}, [*steps[:k], steps[k]._replace(value=steps[k].value + size)]
-    for step in steps[k + 1:]:
-        a, b = changed.get(step.a, step.a), changed.get(step.b, step.b)
-        value = compute(a, step.op, b)
-        if value is None:
-            return None
-        if value != step.value:
-            changed[step.value] = value
-        out.append(Step(a, step.op, b, value))
-    return out if out[-1].value != steps[-1].value else None
-
-
-def with_steps(solution: str, steps: list[Step]) -> str:
-    """Replace the equations and the final answer of a solution."""
-    equations = iter(steps)
-    text = _EQUATION.sub(lambda _: "{} {} {} = {}".format(*next(equations)), solution)
-    return re.sub(r"\\boxed\{\d+\}", lambda _: f"\\boxed{{{steps[-1].value}}}", text)
-
-
-def padded(example: Example, steps: list[Step]) -> str:
+def padded(example: Example, solution: str) -> str:
     """Pad a solution: repeat the problem, announce every step, check each that holds."""
-    *lines, last = re.split(r"(?<=\.)\s+", with_steps(example.solution, steps))
+    *lines, last = re.split(r"(?<=\.)\s+", solution)
     text = [f"Let us solve this problem step by step. We read it carefully once more: {example.problem} We have to "
             "find the number that the question asks for."]
-    for number, (line, step) in enumerate(zip(lines, steps, strict=True), 1):
-        text.append(f"Step {number}: In this step we need to {VERBS[step.op].format(a=step.a, b=step.b)}. {line}")
-        if compute(*step[:3]) == step.value:
-            text.append(f"Let us check this step: {step.value} {INVERSE[step.op]} {step.b} = {step.a}, which matches.")
+    for number, line in enumerate(lines, 1):
+        a, op, b, value = _EQUATION.search(line).groups()
+        text.append(f"Step {number}: In this step we need to {VERBS[op].format(a=a, b=b)}. {line}")
+        if check_steps(line).right:
+            text.append(f"Let us check this step: {value} {INVERSE[op]} {b} = {a}, which matches.")
     return " ".join([*text, "We have now done all the steps that the problem needs.", last])

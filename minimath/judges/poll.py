@@ -9,19 +9,19 @@ from minimath.judges.compare import both_orders, won
 MOST_FAILURES = 20  # of one call: enough to find the one question of a thousand that fails
 
 
-def ask(judge: Judge, questions: list, advance: Callable[[int], None] = lambda n: None,
-        chunk: int = 0, put: Callable | None = None) -> tuple[list[float | None], str]:
+def ask(judge: Judge, questions: list[Pair] | list[Asked], advance: Callable[[int], None] = lambda n: None,
+        chunk: int = 0, put: Callable | None = None) -> tuple[list, str]:
     """Ask a judge, and return its votes and its last exception in words, or "".
 
     A judge that raises is said once for each kind of exception; the questions are then asked again in halves, so that
     one that it can't take costs its own vote alone. chunk: questions per call, 0: all; advance(n) follows every n.
-    put: judge.grade for single solutions, else pairs go to judge.compare."""
+    put: judge.grade or judge.grade_steps for single solutions, else pairs go to judge.compare."""
     votes, error, failures, size, put = [], "", 0, chunk or max(1, len(questions)), put or judge.compare
     due = [questions[start:start + size] for start in range(0, len(questions), size)][::-1]
     while due:
         part = due.pop()
         try:
-            got = list((put or judge.compare)(part)) if failures < MOST_FAILURES else [None] * len(part)
+            got = list(put(part)) if failures < MOST_FAILURES else [None] * len(part)
             if len(got) != len(part):
                 raise ValueError(f"{len(got)} votes for {len(part)} questions")
         except Interrupted:

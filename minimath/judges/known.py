@@ -1,0 +1,223 @@
+"""Solutions whose faults people have marked: pairs, and solutions step by step.
+
+Rows of three shapes, told apart by their columns:
+
+    problem, better, worse         also chosen and rejected, texts or chats; kind: what the fault is
+    problem, steps, label          ProcessBench (arXiv 2412.06559): label is the index of the first wrong step, or -1;
+                                   final_answer_correct: true or false
+    problem, original, modified    PRMBench (arXiv 2501.03124): lists of steps; error_steps, from 1; class: of the fault
+"""
+import hashlib
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from minimath.config.schema import DataOptions
+from minimath.core.errors import UserError
+from minimath.core.text import comma_list, did_you_mean
+from minimath.data.examples import DataReport, describe_report
+from minimath.data.problems import canonical
+from minimath.data.readers import BadRow, rows_of
+from minimath.data.rows import Columns, plain_text
+from minimath.grading.answer import extract_answer
+from minimath.judges.base import Asked, Solution, split_steps
+from minimath.judges.pairs import length
+
+SOUND, WRONG, HIDDEN, NEEDLESS = "sound", "wrong answer", "right answer, wrong step", "needless"
+UNREAD = "wrong step, answer not known"
+PAIR = "pair"  # of the user's, without a kind
+SHAPES = {"better": "worse", "chosen": "rejected", "steps": "label", "original": "modified",
+          "original_process": "modified_process"}
+
+
+def problem_hash(problem: str) -> str:
+    """Hash a problem's words and numbers, names apart: 16 hex digits of a sha256."""
+    return hashlib.sha256((canonical(problem) or problem).encode()).hexdigest()[:16]
+
+
+# ---- rows
+
+@dataclass(frozen=True)
+class Known:
+    """A solution; wrong_step: the index of its first wrong one, -1: none, None: not said."""
+    problem: str
+    steps: tuple[str, ...]
+    kind: str
+    wrong_step: int | None = None
+    source: str = ""
+
+    @cached_property
+    def solution(self) -> Solution:
+        """What a judge compares, which is not told whether the answer is right."""
+        text = "".join(self.steps)
+        return Solution(text, True, length(text))
+
+    @property
+    def question(self) -> Asked:
+        return Asked(self.problem, self.steps)
+
+
+@dataclass
+class KnownRows:
+    """What a check asks about.
+
+    pairs: (kind, index of the better solution, of the worse one). rows, problems: how many were read; left_out: rows
+    whose problem the judge was trained on; drawn: rows that are used."""
+    solutions: list[Known] = field(default_factory=list)
+    pairs: list[tuple[str, int, int]] = field(default_factory=list)
+    report: DataReport = field(default_factory=DataReport)
+    rows: int = 0
+    problems: int = 0
+    left_out: int = 0
+    drawn: int = 0
+
+    def kinds(self) -> Counter:
+        """Count the solutions of each kind, pairs of the user's apart."""
+        return Counter(known.kind for known in self.solutions if known.kind)
+
+    def tokens(self, index: int) -> int:
+        return self.solutions[index].solution.tokens
+
+
+def read_known(data: DataOptions, seed: int = 0, trained_on: set[str] = frozenset()) -> KnownRows:
+    """Read files, a comma list of them; at most data.limit rows, drawn by the seed.
+
+    trained_on: hashes of problems whose rows are left out. Raises UserError as load_examples does, and when no row is
+    left."""
+    found, rows = KnownRows(), []
+    listed = isinstance(data.source, list) or os.path.exists(data.source)
+    for source in [data.source] if listed else comma_list(data.source) or [""]:
+        name = "rows" if isinstance(source, list) else Path(source).stem
+        for where, row in rows_of(source, data.split):
+            try:
+                rows.append(solutions_of(Columns(refused(row)), name))
+            except BadRow as bad:
+                found.report.refuse(where, bad, data.strict)
+    found.report.kept = found.rows = len(rows)
+    if not rows:
+        raise UserError(f"data={data.source}: no usable row. {describe_report(found.report) or 'It is empty'}")
+    found.problems = len({row[0].problem for row in rows})
+    kept = [row for row in rows if not trained_on or problem_hash(row[0].problem) not in trained_on]
+    if not kept:
+        raise UserError(f"data={data.source}: the judge was trained on the problems of all {len(rows)} rows; check it "
+                        "on others")
+    found.left_out, found.drawn = len(rows) - len(kept), min(data.limit or len(kept), len(kept))
+    chosen = random.Random(f"minimath judge check {seed}").sample(range(len(kept)), found.drawn)
+    place: dict[Known, int] = {}
+    found.pairs = list(dict.fromkeys(pairs_of([kept[i] for i in sorted(chosen)], place)))
+    found.solutions = list(place)
+    return found
+
+
+def refused(row: dict | BadRow) -> dict:
+    """Return a row, or raise the BadRow that stands for one."""
+    if isinstance(row, BadRow):
+        raise row
+    return row
+
+
+def pairs_of(rows: list[list[Known]], place: dict[Known, int]) -> Iterator[tuple[str, int, int]]:
+    """Pair the solutions of a row, or sound with faulty ones of a problem; fill `place`."""
+    single: dict[tuple[str, str], list[Known]] = {}
+    for row in rows:
+        for known in row:
+            place.setdefault(known, len(place))
+        if len(row) == 1:
+            single.setdefault((row[0].source, row[0].problem), []).append(row[0])
+        elif row[1].kind != SOUND:
+            yield row[1].kind or row[1].source, place[row[0]], place[row[1]]
+    for of_one in single.values():
+        for good in (known for known in of_one if known.kind == SOUND):
+            yield from ((bad.kind, place[good], place[bad]) for bad in of_one if bad.kind != SOUND)
+
+
+def solutions_of(row: Columns, source: str) -> list[Known]:
+    """Read one row: a labelled solution, or a better and a worse one. Raises BadRow."""
+    values = row.values
+    first = next((name for name, second in SHAPES.items() if values.get(name) is not None
+                  and values.get(second) is not None), "")
+    if not first:
+        near = "; ".join(f"{name[:60]}{said}" for name in list(values)[:12]
+                         if (said := did_you_mean(name[:60], [*SHAPES, *SHAPES.values()])))
+        raise BadRow("no solutions to judge", "give problem with better and worse, with steps and label, or with "
+                     f"original, modified and error_steps{near and '; '}{near}")
+    name, value = row.take("problem")
+    if value is None and isinstance(values[first], list):  # a chat that holds the question
+        value = values[first][:-1]
+    problem = written(value, name)
+    if first == "steps":
+        return [labelled(problem, steps_of(values, first), values, source)]
+    if SHAPES[first].startswith("modified"):
+        return original_and_modified(problem, *(steps_of(values, name) for name in (first, SHAPES[first])), values,
+                                     source)
+    texts = [written(values[name], name) for name in (first, SHAPES[first])]
+    if texts[0] == texts[1]:
+        raise BadRow("both solutions are the same", f"{first} and {SHAPES[first]} must differ")
+    kind = plain_text(values.get("kind"), "kind") or PAIR
+    good, bad = (Known(problem, split_steps(text), "", source=kind) for text in texts)
+    return [good, bad]
+
+
+def written(value, name: str) -> str:
+    """Read a text, or the last message of a chat. Raises BadRow."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content")
+    if not (text := plain_text(value, name)):
+        raise BadRow(f"empty {name}", "fill it in or delete the row")
+    return text
+
+
+def steps_of(values: dict, name: str) -> tuple[str, ...]:
+    """Read a list of steps, a line each. Raises BadRow."""
+    steps = values[name]
+    if not isinstance(steps, list) or not steps:
+        raise BadRow(f"{name} is no list of steps", 'write ["first step", "second step"]')
+    texts = [plain_text(step, f"a step of {name}") for step in steps]
+    if "" in texts:
+        raise BadRow(f"an empty step in {name}", f"step {texts.index('') + 1} of {len(texts)}: fill it in or leave it "
+                     "out, and count the label again")
+    return *(text + "\n" for text in texts[:-1]), texts[-1]
+
+
+def place_of(value, name: str, least: int, most: int) -> int:
+    """Read a step's number. Raises BadRow."""
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    if type(value) is not int:
+        raise BadRow(f"{name} is no whole number", f"{type(value).__name__} instead of {least} to {most}")
+    if not least <= value <= most:
+        raise BadRow(f"{name} out of range", f"{str(value)[:20]}, and the steps go from {least} to {most}")
+    return value
+
+
+def labelled(problem: str, steps: tuple[str, ...], values: dict, source: str) -> Known:
+    """Make a solution of ProcessBench's columns. Raises BadRow."""
+    label, right = place_of(values["label"], "label", -1, len(steps) - 1), values.get("final_answer_correct")
+    if right is not None and not isinstance(right, bool):
+        raise BadRow("final_answer_correct has the wrong type", f"{type(right).__name__} instead of true or false")
+    if label == -1 and right is False:
+        raise BadRow("label -1 with a wrong answer", "a wrong answer comes of a wrong step: give its index")
+    kind = SOUND if label == -1 else {True: HIDDEN, False: WRONG, None: UNREAD}[right]
+    return Known(problem, steps, kind, label, source)
+
+
+def original_and_modified(problem: str, original: tuple[str, ...], modified: tuple[str, ...], values: dict,
+                          source: str) -> list[Known]:
+    """Make two solutions of PRMBench's columns. Raises BadRow.
+
+    Without error_steps both are sound, as in its class of multiple solutions."""
+    marks = values.get("error_steps")
+    if not isinstance(marks, list):
+        raise BadRow("error_steps is no list", "give the numbers of the wrong steps of modified, from 1")
+    marks = [place_of(mark, "error_steps", 1, len(modified)) for mark in marks]
+    if original == modified:
+        raise BadRow("both solutions are the same", "original and modified must differ")
+    fault = plain_text(values.get("class") or values.get("classification"), "class")
+    answers = [extract_answer("".join(steps)) for steps in (original, modified)]
+    kind = SOUND if not marks else NEEDLESS if fault.startswith("redund") else UNREAD if None in answers else \
+        HIDDEN if answers[0] == answers[1] else WRONG
+    wrong_step = {SOUND: -1, NEEDLESS: None}.get(kind, min(marks, default=0) - 1)
+    return [Known(problem, original, SOUND, -1, source), Known(problem, modified, kind, wrong_step, source)]
