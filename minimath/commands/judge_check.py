@@ -1,20 +1,26 @@
 """How far to trust a judge, before a run does.
 
-    minimath judge check [RECIPE.yaml] [judge=...] [pairs=25]
+    minimath judge check [RECIPE.yaml] [judge=...] [pairs=25] [data=FILE,FILE]
 
-Two probes ask the judge of the recipe's rlaif section in both orders, as a run does; judge-check.json has all figures:
+Three probes ask the judge of the recipe's rlaif section, as a run does; judge-check.json has all figures:
 
     pairs      of known order: a correct solution against one with a wrong answer, with a wrong answer and padding, with
                an unsound step, with padding alone. Behind the verifier, the last two are what a judge is there for
+    data       solutions of yours with known faults, beside length alone, judge=heuristic and the model without
+               judge_adapter. Rows are {problem, better, worse}, also chosen and rejected; ProcessBench's {problem,
+               steps, label, final_answer_correct}; PRMBench's {problem, original, modified, error_steps, class}. Rows
+               whose problems were in the judge's training are left out. A judge is recommended only where it surely
+               beats length alone on right answers with a wrong step
     attacks    strings that ask for the verdict, in worse solutions, with the judge's defences on and off"""
+import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Annotated, Literal
 
+from minimath.commands.judge_data import certificate, open_known, priced, probe_data
 from minimath.config.load import load_config, take_recipe
-from minimath.config.options import options_of
-from minimath.config.schema import Count, RLAIFConfig
+from minimath.config.options import Main, options_of
+from minimath.config.schema import Count, DataOptions, RLAIFConfig
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
 from minimath.core.log import RunLog, clean
@@ -27,16 +33,27 @@ from minimath.judges.pairs import BEHIND_THE_VERIFIER, faulty_solutions, judge_k
 from minimath.judges.poll import percent, span
 from minimath.judges.rubrics import judge_prompt
 from minimath.models.load import describe
-from minimath.models.policy import load_policy
+from minimath.models.policy import Policy, load_policy
 
 ENOUGH_PAIRS = 20  # with fewer, an interval that holds 1/2 says nothing about the judge
 UNUSED = {"judge_pairs", "judge_fallback", "judge_canary_every"}  # no question of ours depends on them
 
 
+@dataclasses.dataclass
+class KnownData(DataOptions):
+    source: Annotated[str | list, Main] = ""
+    """solutions with known faults, for the probe data: files or folders, a comma list; a recipe's data are not meant"""
+    limit: int = 0
+    """use N of its rows, drawn by the seed; 0: all"""
+
+
 class JudgeCheckConfig(RLAIFConfig):
     """Options of `minimath judge check`: those of the judge, and its own."""
-    probes: Annotated[str, Literal["pairs", "attacks"]] = "pairs,attacks"
-    """comma list of pairs and attacks"""
+    data: KnownData
+    probes: Annotated[str, Literal["pairs", "attacks", "data"]] = "pairs,attacks,data"
+    """comma list of pairs, attacks and data (where data= is given)"""
+    baselines: Annotated[str, Literal["heuristic", "untrained"]] = "heuristic,untrained"
+    """what the probe data asks too, beside length alone: a comma list of heuristic and untrained"""
     pairs: Count = 25
     """pairs of each kind of fault"""
     problems: Count = 25
@@ -48,13 +65,23 @@ class JudgeCheckConfig(RLAIFConfig):
 def judge_check(words: list[str]) -> dict:
     """Run the command, and return what judge-check.json holds. Raises UserError."""
     cfg = load_options(JudgeCheckConfig, take_recipe(words := list(words)), words)
+    given = set(map(option_named, words))
+    cfg.data = KnownData(**{field.name: getattr(cfg.data, field.name) for field in dataclasses.fields(KnownData)
+                            if {"source": "data"}.get(field.name, field.name) in given})  # a recipe's are a run's
     probes, attacks = comma_list(cfg.probes), load_attacks(cfg.attacks or ATTACKS)
+    if not cfg.data.source and (given & {"limit", "baselines"} or probes == ["data"]):
+        raise UserError("the probe data needs data=FILE: pairs, or solutions whose wrong steps are marked; see --help")
     with RunLog(result_folder(cfg.run.out, "judge-check"), "minimath judge check") as log:
-        judge = open_judge(cfg, log)
+        policy = load_judging(cfg, log)
+        judge = open_judge(cfg, log, policy)
         result, lines = {"judge": judge.name}, []
+        known = open_known(judge, cfg, log) if cfg.data.source and "data" in probes else None
         if "pairs" in probes:
             result["pairs"] = probe_pairs(judge, cfg, log)
             lines += advice(cfg.judge.name, result["pairs"])
+        if known:
+            result["data"] = probe_data(judge, known, policy, cfg, log)
+            lines += certificate(cfg.judge.name, result["data"])
         if "attacks" in probes:
             result["attacks"] = probe_attacks(judge, attacks, cfg, log)
             lines += attack_advice(result["attacks"])
@@ -65,27 +92,36 @@ def load_options(cls: type[RLAIFConfig], recipe: str | None, words: list[str]):
     """Read a command's options. Raises UserError for words that would do nothing."""
     known = option_names(cls)
     for word in words:
-        name = word.removeprefix("--").partition("=")[0].removeprefix("rlaif.").replace("-", "_")
-        if name not in known:
+        if (name := option_named(word)) not in known:
             raise UserError(f"{word!r}: no option of this command{did_you_mean(name, known)}; see --help")
     return load_config(cls, recipe, words, "rlaif")
 
 
+def option_named(word: str) -> str:
+    return word.removeprefix("--").partition("=")[0].removeprefix("rlaif.").replace("-", "_")
+
+
 def option_names(cls: type[RLAIFConfig]) -> list[str]:
     """List a command's own options, and those that decide what a judge is."""
-    known = options_of(cls)
-    judge = [name for name, option in known.items() if option.group in ("judge", "model") and name not in UNUSED]
+    known, groups = options_of(cls), ("judge", "model", *(["data"] if cls is JudgeCheckConfig else []))
+    judge = [name for name, option in known.items() if option.group in groups and name not in UNUSED]
     return [*(known.keys() - options_of(RLAIFConfig)), *judge, "micro_batch_tokens", "seed", "out"]
 
 
-def open_judge(cfg: RLAIFConfig, log: RunLog) -> Judge:
+def load_judging(cfg: RLAIFConfig, log: RunLog) -> Policy | None:
+    """Load the model behind judge=self, None for another judge. Raises UserError."""
+    if cfg.judge.name != "self":
+        return None
+    cfg = cfg.replace(adapter="")  # it judges with its adapter off
+    policy = load_policy(cfg, train=False)
+    log.say(describe(policy.model, cfg))
+    return policy
+
+
+def open_judge(cfg: RLAIFConfig, log: RunLog, policy: Policy | None = None) -> Judge:
     """Make the judge and try it; with the model behind judge=self. Raises UserError."""
-    policy = None
-    if cfg.judge.name == "self":
-        cfg = cfg.replace(adapter="")  # it judges with its adapter off
-        policy = load_policy(cfg, train=False)
-        log.say(describe(policy.model, cfg))
-    judge = make_judge(cfg.judge, policy, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, say=log.say)
+    judge = make_judge(cfg.judge, policy or load_judging(cfg, log), say=log.say,
+                       micro_batch_tokens=cfg.optimizer.micro_batch_tokens)
     judge.ping()
     return judge
 
@@ -109,15 +145,13 @@ def save_result(log: RunLog, name: str, cfg: RLAIFConfig, result: dict, lines: l
 
 def probe_pairs(judge: Judge, cfg: JudgeCheckConfig, log: RunLog) -> dict:
     """Ask about pairs of each kind, show how it went, and return pairs.judge_known."""
-    pairs, before, start = make_pairs(cfg.pairs, cfg.run.seed), judge.counts.copy(), time.monotonic()
-    with log.progress(2 * len(pairs), "judging pairs") as advance:
+    pairs = make_pairs(cfg.pairs, cfg.run.seed)
+    with log.progress(2 * len(pairs), "judging pairs") as advance, priced(judge, 2 * len(pairs), log):
         report = judge_known(judge, pairs, advance)
     columns = ["fault", "pairs", "agreement", "95% interval", "position bias", "order conflicts", "no votes", "finding"]
     log.table(f"{judge.name}: pairs of a correct solution and one with a fault", columns, [
         [kind, f["pairs"], percent(f["agreement"]), span(f["interval"]), percent(f["position_bias"]),
          percent(f["order_conflicts"]), f["no_votes"], finding(f)] for kind, f in report.items()])
-    spent = {"s": time.monotonic() - start} | dict(judge.counts - before)
-    log.say("cost per comparison: " + ", ".join(f"{n / (2 * len(pairs)):.3g} {name}" for name, n in spent.items()))
     return report
 
 

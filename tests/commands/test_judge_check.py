@@ -161,8 +161,8 @@ def test_the_command_asks_an_endpoint_counts_its_cost_and_switches_its_defences_
 
 
 @pytest.mark.parametrize("words, said", [
-    (["judge"], "judge check"), (["judge", "chek"], "did you mean 'judge check'?"),
-    (["judge", "attack"], "judge check"),
+    (["judge"], "did you mean 'judge "), (["judge", "chek"], "did you mean 'judge check'?"),
+    (["judge", "attack"], "did you mean 'judge "),
     (["judge", "check", "pears=3"], "did you mean 'pairs'?"), (["judge", "check", "judge_weight=0.1"], "judge_weight"),
     (["judge", "check", "pairs=0", "judge=heuristic"], "pairs must be above 0"),
     (["judge", "check", "probes=pears"], "probes must be one of pairs, attacks"),
