@@ -232,14 +232,11 @@ def add_adapter(model, folder: Path, name: str):
         raise ValueError(f"the model has an adapter with a name like {name!r}")
     if is_sharded(model):
         raise UserError(f"{folder}: a second adapter does not go with shard=true; leave shard away, or use quant=nf4")
-    was_training, trains = model.training, [(p, p.requires_grad) for p in model.parameters()]
-    device = base_causal_lm(model).device
+    was_training, device = model.training, base_causal_lm(model).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # peft draws initial values
         loaded = _load_adapter(model, folder, name, train=False)
     if loaded is not model:
         loaded.base_model.disable_adapter_layers()
-    for p, does in trains:
-        p.requires_grad_(does)
     cast_adapters_down(loaded)
     if fused_layers(base := base_causal_lm(loaded)) and (why := unfusable(base)):
         raise UserError(f"{folder}: beside this adapter the layers of the model could not stay fused ({why}); train it "

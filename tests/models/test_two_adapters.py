@@ -7,7 +7,7 @@ import torch
 from engines import engine_of
 from safetensors.torch import load_file
 from tiny import tiny_model
-from toy import load, policy_of, wake_adapter
+from toy import load, policy_of, same_tensors, wake_adapter
 
 from minimath.config.schema import SFTConfig
 from minimath.core.checkpoint import adapter_tensors, save_adapter, save_checkpoint
@@ -117,6 +117,8 @@ def test_a_plain_model_with_a_judge_is_the_base_but_inside(tmp_path, family, dty
     want, alone = states(policy.model), states(load(base, adapter=str(folder), dtype=dtype)[0])
     policy.add_adapter(folder, "judge")
     model = policy.model
+    casts = {m.cast_input_dtype_enabled for m in model.modules() if hasattr(m, "cast_input_dtype_enabled")}
+    assert casts == {dtype == "fp32"}
     for _ in range(2):
         assert torch.equal(states(model), want) and not any(flags(model).values()) and not model.training
         assert isinstance(compute_dtype(model), contextlib.nullcontext)  # on a card autocast changes bits of a base
@@ -333,9 +335,10 @@ def test_neither_adapter_is_in_the_files_of_the_other(both, tiny_dir, tmp_path):
             again = save_adapter(model, tmp_path / "again", "judge")
         for where, want in ((path, policy), (own, policy), (again, judge)):
             got = load_file(where / "adapter_model.safetensors")
-            assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+            assert same_tensors(got, want)
             assert not [each.name for each in where.iterdir() if each.is_dir()]
         assert json.loads((own / "adapter_config.json").read_text())["r"] == 4
+        assert same_tensors(adapter_tensors(model, "judge"), judge)
         assert json.loads((again / "adapter_config.json").read_text())["r"] == JUDGE["lora_r"]
     assert torch.equal(states(load(tiny_dir, adapter=str(again))[0]), states(load(tiny_dir, adapter=str(folder))[0]))
 
