@@ -29,8 +29,15 @@ class StepCount(NamedTuple):
 class Token(NamedTuple):
     kind: str      # "num", "op", "eq", "open", "close", "word", "break"
     text: str
-    start: int     # character offsets in the normalised text
+    start: int     # character offsets in the normalised text; in an Equation, in the text itself
     end: int
+
+
+class Equation(NamedTuple):
+    """Two neighbouring sides of a chain, and whether they agree."""
+    left: list[Token]
+    right: list[Token]
+    holds: bool
 
 
 _SIGNS = str.maketrans({
@@ -60,12 +67,36 @@ _LEAD_IN = {"so", "then", "thus", "is", "hence", "therefore", "and", "get", "hav
 _SCALES = {"half", "twice", "double", "triple", "thrice", "quarter", "third", "tenth", "mod", "sqrt", "log"}
 
 
-def _tokens(text: str) -> list[Token]:
-    """Cut arithmetic text into tokens; "x" and "of" between two numbers are products."""
+def _normal(text: str) -> str:
+    """Write signs and LaTeX as plain arithmetic."""
     text = text.translate(_SIGNS)
     if "\\" in text or "{" in text or "&" in text:
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
+    return text
+
+
+def _normal_with_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """Do as _normal; with the span in `text` that each character stands for."""
+    spans = [(i, i + 1) for i, char in enumerate(text) for _ in char.translate(_SIGNS)]
+    text = text.translate(_SIGNS)
+    for pattern, replacement in _LATEX:
+        parts = re.split(r"\\(\d)", replacement)       # literal, group, literal, ...
+        words, places, end = [], [], 0
+        for match in pattern.finditer(text):
+            words.append(text[end:match.start()])
+            places += spans[end:match.start()]
+            end = match.end()
+            for i, part in enumerate(parts):
+                words.append(match[int(part)] if i % 2 else part)
+                places += (spans[slice(*match.span(int(part)))] if i % 2
+                           else [(spans[match.start()][0], spans[end - 1][1])] * len(part))
+        text, spans = "".join([*words, text[end:]]), places + spans[end:]
+    return text, spans
+
+
+def _tokens(text: str) -> list[Token]:
+    """Cut normal text into tokens; "x" and "of" between two numbers are products."""
     out: list[Token] = []
     for match in _TOKEN.finditer(text):
         if match.lastgroup != "skip":
@@ -212,22 +243,32 @@ def _agree(a: list[Token], b: list[Token], sign: str) -> bool | None:
     return left == right
 
 
+def _equations(tokens: list[Token]) -> Iterator[Equation]:
+    for sides, signs in _chains(tokens):
+        sides = [_trim(side, first=i == 0, last=i == len(signs)) for i, side in enumerate(sides)]
+        for (a, b), sign in zip(itertools.pairwise(sides), signs):
+            verdict = _agree(a, b, sign)
+            if verdict is not None:
+                yield Equation(a, b, verdict)
+
+
 def check_steps(text: str) -> StepCount:
     """Count the arithmetic equations of a solution and how many hold.
 
     `a + b = c = d` is one equation per "=" with an operator on a side of it. Decimals may be rounded to the digits
     shown. Sides with variables, units in the middle, or anything else that is not arithmetic are left out.
     """
-    right = total = 0
-    for sides, signs in _chains(_tokens(text[-MAX_TEXT_CHARS:])):
-        sides = [_trim(side, first=i == 0, last=i == len(signs)) for i, side in enumerate(sides)]
-        for (a, b), sign in zip(itertools.pairwise(sides), signs):
-            verdict = _agree(a, b, sign)
-            if verdict is not None:
-                right, total = right + verdict, total + 1
-    return StepCount(right, total)
+    verdicts = [equation.holds for equation in _equations(_tokens(_normal(text[-MAX_TEXT_CHARS:])))]
+    return StepCount(sum(verdicts), len(verdicts))
+
+
+def equations(text: str) -> list[Equation]:
+    """List what check_steps counts; the tokens have offsets in the text, of at most MAX_TEXT_CHARS."""
+    normal, spans = _normal_with_spans(text[:MAX_TEXT_CHARS])
+    return [Equation(*([t._replace(start=spans[t.start][0], end=spans[t.end - 1][1]) for t in side]
+                       for side in equation[:2]), equation.holds) for equation in _equations(_tokens(normal))]
 
 
 def arithmetic(text: str) -> Fraction | None:
     """Return the value of a text of digits, signs and brackets; None for anything else."""
-    return _value(_tokens(text))
+    return _value(_tokens(_normal(text)))
