@@ -64,9 +64,10 @@ class Faulty(NamedTuple):
 def make_faults(problem: str, text: str, answer: str, rng: random.Random, kinds: Iterable[str] = ()) -> list[Faulty]:
     """Make a copy with each kind of fault that can be made of a right solution; kinds: () for all.
 
-    None of a text with faults of its own: an equation that fails, or a number as answer that is not `answer`."""
-    (right, total), own = check_steps(text[:MAX_CHARS]), extract_answer(text)
-    if right < total or (plain_number(own or "") and plain_number(answer) and not same(own, answer)):
+    None of a text with faults of its own: an equation that fails, or another answer than `answer`, if that is a number.
+    """
+    right, total = check_steps(text[:MAX_CHARS])
+    if right < total or (plain_number(answer) and not same(extract_answer(text), answer)):
         return []
     return [made for kind in kinds or FAULTS if (made := FAULTS[kind](problem, text, rng))]
 
@@ -148,8 +149,8 @@ def wrong(reading: Reading, rng: random.Random) -> Faulty | None:
     for number in numbers_in(answer)[:1]:
         word = shown(answer[number.start:number.end], number.value + rng.choice(SIZES[5:])) or ""
         spots = [m.start() for m in re.finditer(rf"(?<![\w.]){re.escape(answer)}(?!\w|\.\d)", text)]
-        edits = {at + number.start: (at + number.end, word)
-                 for at in (spots[-1:] if number.value in reading.given else spots)}
+        spots = [at for at in spots if at > text.rfind("=") and number.value not in reading.given] or spots[-1:]
+        edits = {at + number.start: (at + number.end, word) for at in spots}
     return first(copy(reading, some, failing=n, answer=False) for some in (edits, opposite) for n in (1, 0))
 
 
@@ -157,15 +158,16 @@ def operation(reading: Reading, rng: random.Random) -> Faulty | None:
     """Turn a - b = c into a + b = c', rightly computed and carried on to a wrong answer."""
     text = reading.text
 
-    def choices(line: Line) -> list[tuple[Token, str]]:
-        return [(t, op) for before, t in zip(line.expression, line.expression[1:]) if before.kind in ("num", "close")
-                and t.text in INVERSE and re.fullmatch(r"\\?[a-z]+|\W", text[t.start:t.end])
-                for op in INVERSE if op != t.text]
+    def choices(line: Line) -> list[tuple[bool, Token, str, str]]:
+        old, tokens = number_of(line.result.text), line.expression
+        made = [(t, op, computed(line, {t.start: (t.end, op)})) for before, t in zip(tokens, tokens[1:])
+                if before.kind in ("num", "close") and re.fullmatch(r"\\?[a-z]+|\W", text[t.start:t.end])
+                for op in INVERSE if t.text in INVERSE and op != t.text]
+        return [(not old / 8 < number_of(word) < old * 8, t, op, word) for t, op, word in made
+                if word and number_of(word) != old]
 
-    for k, (old, op) in drawn(reading, rng, choices):
-        line, word = reading.lines[k], computed(reading.lines[k], {old.start: (old.end, op)})
-        if not word or number_of(word) == number_of(line.result.text):
-            continue
+    for k, (_, old, op, word) in sorted(drawn(reading, rng, choices), key=lambda one: one[1][0]):  # no giants first
+        line = reading.lines[k]
         sign = r"\times" if op == "*" and r"\times" in text else op
         edits = {old.start: (old.end, sign)}
         if text[:line.start].endswith("<<"):      # GSM8K: 48/2 = $<<48/2=24>>24
@@ -287,7 +289,7 @@ def circular(reading: Reading, rng: random.Random) -> Faulty | None:
                     steps.append((earlier[part], f"{back} = {part}"))
                 elif not earlier:
                     steps.append((line.piece, f"{back} = {part}, and so {reading.text[line.start:line.end]}"))
-    if not steps and len(answer or "") < 80 and len(pieces) > 1:
+    if not steps and len(answer or "") < 80 and "=" not in (answer or "") and len(pieces) > 1:
         steps = [(rng.randrange(len(pieces) - 1), "this is what we must have here")]
     for piece, words in rng.sample(steps, len(steps)):
         start = reading.starts[piece] + (LABEL.match(pieces[piece]) or re.match(r"\s*", pieces[piece])).end()
