@@ -19,13 +19,13 @@ ENOUGH_ROWS = 20  # right answers with a wrong step: with fewer a judge is neith
 
 
 @contextlib.contextmanager
-def priced(judge: Judge, questions: int, log: RunLog, what: str = "comparison") -> Iterator[dict]:
+def priced(judge: Judge, questions: int, log: RunLog, what: str = "cost per comparison") -> Iterator[dict]:
     """Say what each of some questions cost; the dict that it yields then holds it."""
     before, start, cost = judge.counts.copy(), time.monotonic(), {}
     yield cost
     spent = {"s": time.monotonic() - start} | dict(judge.counts - before)
     cost.update((name, n / max(1, questions)) for name, n in spent.items())
-    log.say(f"cost per {what}: " + ", ".join(f"{n:.3g} {name}" for name, n in cost.items()))
+    log.say(f"{what}: " + ", ".join(f"{n:.3g} {name}" for name, n in cost.items()))
 
 
 def open_known(judge: Judge, cfg: RLAIFConfig, log: RunLog) -> KnownRows:
@@ -62,7 +62,8 @@ def probe_data(judge: Judge, known: KnownRows, policy: Policy | None, cfg: RLAIF
         if one.name == "heuristic":  # which the data tell no answers
             return heuristic(known), {}
         count = questions_of(one, known)
-        with log.progress(count, f"{name}: data") as advance, priced(one, count, log, f"{name}: question") as cost:
+        with (log.progress(count, f"{name}: data") as advance,
+              priced(one, count, log, f"{name}: cost per question") as cost):
             return ask_known(one, known, name, advance), cost
 
     judges = [ask(judge, judge.name), (length_alone(known), {})]

@@ -67,7 +67,7 @@ def test_a_perfect_judge_is_recommended_with_its_figures(check):
     assert [sum(name in line for line in lines) for name in result["data"]["judges"]] == [2] * 4  # in both tables
     assert "none of the 25 problems was in the judge's training (by hashes)" in out
     assert result["data"]["held_out"].startswith("none of the 25")
-    assert "cost per self: question: " in out and "25 prompt_tokens" in out  # 50 for a grade, none here for its steps
+    assert "self: cost per question: " in out and "25 prompt_tokens" in out  # 50 for a grade, none here for its steps
     assert result["data"]["judges"]["self"]["cost"]["prompt_tokens"] == 25
     assert "Brier score 0.010, 0.250 for always saying 0.50" in out
     assert result["data"]["judges"]["self"]["process"]["rows"]["f1"] == 1.0
@@ -116,6 +116,13 @@ def test_a_judge_that_fails_is_named(check):
 def test_few_rows_are_called_too_few_and_a_lack_of_pairs_is_no_error():
     figures = {"judges": {"self": {"error": "", "pairs": {}}}}
     assert "not enough rows to recommend judge=self: 0 of" in certificate("self", figures)[0]
+
+
+@pytest.mark.parametrize("low, said", [(0.001, "judge=self is recommended"), (0.0, "is not recommended"),
+                                       (-0.01, "is not recommended")])
+def test_a_gain_that_may_be_none_recommends_nobody(low, said):
+    auc = {HIDDEN: {"sound": 99, "faulty": 50, "auc": 0.7, "length": 0.6, "gain": [0.1, low, 0.2]}}
+    assert said in certificate("self", {"judges": {"self": {"error": "", "pairs": {}, "auc": auc}}})[0]
 
 
 # ---- the command itself
