@@ -72,6 +72,7 @@ def probe_data(judge: Judge, known: KnownRows, policy: Policy | None, cfg: RLAIF
     if "untrained" in comma_list(cfg.baselines) and cfg.judge.adapter:
         options = dataclasses.replace(cfg.judge, adapter="", form=judge.form)
         plain = make_judge(options, policy, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, say=log.say)
+        plain.reader = judge.reader  # the same prompts
         judges.append(ask(plain, "untrained"))
     report = {one.name: figures_of(one, judges[1][0], known, cfg.run.seed) | {"cost": cost} for one, cost in judges}
     show(report, log)

@@ -27,7 +27,7 @@ class Trained(FakeJudge):
 
     def __init__(self, grade, problems=()):
         super().__init__(lambda pairs: 1 / 0)
-        self.of, self.card = grade, SimpleNamespace(problems=list(problems))
+        self.of, self.card, self.reader = grade, SimpleNamespace(problems=list(problems)), None
 
     def grade(self, questions):
         self.counts.update(prompts=len(questions), prompt_tokens=50 * len(questions))
@@ -51,9 +51,11 @@ def check(here, tmp_path, monkeypatch):
         monkeypatch.setattr(command, "load_judging", lambda cfg, log: None)
         monkeypatch.setattr(command, "make_judge", lambda *args, **kwargs: judge)
         monkeypatch.setattr(judge_data, "make_judge", lambda options, *args, **kwargs: plain)
+        judge.reader = object()
         status, out, err = here("judge", "check", "judge=self", "judge_adapter=x", "data=rows.jsonl", "probes=data",
                                 "out=check", *words)
         assert status == 0, out + err
+        assert (plain.reader is judge.reader) == ("untrained" in out)  # asked with the same prompts
         return out, json.loads((tmp_path / "check" / "judge-check.json").read_text())
 
     return run
