@@ -143,8 +143,7 @@ def test_the_data_of_a_recipe_are_not_those_of_a_check(here, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["pair", "single", "steps"])
-def test_a_model_judges_the_data_in_each_form(here, tiny_dir, tmp_path, monkeypatch, form):
-    monkeypatch.setattr("minimath.judges.self_judge.YES_NO", ("Y", "N"))  # the tiny vocabulary lacks the words
+def test_a_model_judges_the_data_in_each_form(here, tiny_dir, tmp_path, form):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))
     status, out, err = here("judge", "check", f"model={tiny_dir}", "judge=self", f"judge_form={form}", "dtype=fp32",
                             "device=cpu", "probes=data", "data=rows.jsonl", "out=check")
