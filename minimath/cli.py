@@ -22,6 +22,7 @@ USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GP
   minimath eval  [RECIPE.yaml] [key=value ...]       accuracy, tokens, steps, with intervals
   minimath solve ["PROBLEM"] [key=value ...]         solutions as they are written, their steps checked
   minimath sample [RECIPE.yaml] [key=value ...]      training data: the shortest correct of k solutions per problem
+  minimath judge train [RECIPE.yaml] [key=value ...] a judge: an adapter beside the policy's, of its own solutions
   minimath judge check [RECIPE.yaml] [key=value ...] whether a judge can be trusted, and how easily it is fooled
   minimath judge compare EVAL_A EVAL_B [key=value ...] whose solutions it finds easier to read
   minimath plan RECIPE.yaml [key=value ...] [card=24] [--apply [FILE]]   what it needs, which cards hold it
@@ -36,9 +37,10 @@ or in a section (sft:, rlaif:, eval:); key=value words win. With `run`, `sft.lr=
 COMMANDS = {"sft": "train.sft.sft", "rlaif": "commands.run.rlaif", "eval": "eval.evaluate.evaluate",
             "sample": "eval.sample.sample", "run": "commands.run.run", "plan": "plan.plan.plan",
             "demo": "commands.demo.demo", "solve": "commands.solve.solve_command", "report": "report.page.report",
+            "judge train": "train.judge.judge_train",
             "judge check": "commands.judge_check.judge_check", "judge compare": "commands.judge_compare.judge_compare",
             "export": "export.merge.export", "doctor": "commands.doctor.doctor"}
-OF_OPTIONS = ("sft", "rlaif", "eval", "sample")  # take a config
+OF_OPTIONS = ("sft", "rlaif", "eval", "sample", "judge train")  # take a config
 OF_RECIPE = ("run", "plan")  # take a recipe and words; the others take words
 SHARED = ("sft", "rlaif", "eval", "run")  # commands that several processes can share; see core/dist.py
 
@@ -71,7 +73,7 @@ def dispatch(command: str, words: list[str]):
                         f"{', '.join(SHARED)}")
     function = load(COMMANDS[command])
     if command in OF_OPTIONS:
-        return function(config_of_words(config_class(command), words, command))
+        return function(config_of_words(config_class(command), words, command.replace(" ", "_")))
     return function(take_recipe(words), words) if command in OF_RECIPE else function(words)
 
 
@@ -84,7 +86,7 @@ def load(path: str):
 def config_class(command: str):
     """The class of the options of a command, None for one that takes words."""
     own = {"sample": "eval.sample.SampleConfig", "export": "export.merge.ExportConfig",
-           "judge check": "commands.judge_check.JudgeCheckConfig",
+           "judge train": "train.judge.JudgeConfig", "judge check": "commands.judge_check.JudgeCheckConfig",
            "judge compare": "commands.judge_compare.JudgeCompareConfig"}
     return load(own[command]) if command in own else {**STAGES, "solve": STAGES["eval"]}.get(command)
 
@@ -92,7 +94,7 @@ def config_class(command: str):
 def help_text(command: str) -> str:
     """Say what a command is for, and all the options that it takes."""
     file, cls = COMMANDS[command].rpartition(".")[0].replace(".", "/"), config_class(command)
-    if cls is None or command.startswith("judge"):  # read, not imported: it comes at once
+    if cls is None or command in ("judge check", "judge compare"):  # read, not imported: it comes at once
         text = ast.get_docstring(ast.parse(Path(__file__).parent.joinpath(f"{file}.py").read_text(encoding="utf-8")))
         names = load("commands.judge_check.option_names")(cls) if cls else ()
         return f"{text}\n\n{options_help(cls, command, names)}" if cls else text

@@ -18,7 +18,7 @@ from minimath.core.errors import UserError
 from minimath.core.text import KEEPS_SECRETS_OUT, did_you_mean, mask
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-SECTIONS = (*STAGES, "demo", "sample")  # the classes of the last two come from their commands
+SECTIONS = (*STAGES, "demo", "sample", "judge_train")  # the classes of the last three come from their commands
 
 
 class Setting(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from minimath.config.options import Bound, Hook, Main, Stage
 
+BY_JUDGE = ("judge", "majority+judge")  # verifiers
 Positive = Annotated[float, Bound(above=0)]
 Count = Annotated[int, Bound(above=0)]
 Share = Annotated[float, Bound(most=1)]
@@ -174,7 +175,11 @@ class SamplingOptions:
 class JudgeOptions:
     prefix = "judge_"
     name: Annotated[Literal["self", "openai", "heuristic"], Main] = "self"
-    """self (this model, adapter off), openai (an endpoint) or heuristic (right steps, then shorter; no model)"""
+    """self (this model, adapter off or judge_adapter), openai (an endpoint) or heuristic (right steps, then shorter)"""
+    adapter: str = ""
+    """run folder of `minimath judge train`: the adapter that judges, beside the policy's on the same base"""
+    form: Literal["auto", "pair", "single", "steps"] = "auto"
+    """pair (the better of two), single (is one right and sound), steps (its worst step); auto: as trained, or pair"""
     url: str = ""
     """base URL of an OpenAI-compatible server, for judge=openai"""
     model: str = ""
@@ -195,6 +200,12 @@ class JudgeOptions:
     """what judges self and openai go by: maths, code, law, medicine, readability, or a file of yours"""
     canary_every: int = 0
     """judge pairs of known order every N steps, to see whether the judge is being fooled; 0: never"""
+    refresh: int = 0
+    """train judge_adapter on the newest rollouts every N steps, as the verifier marks them; 0: never"""
+    refresh_steps: Count = 4
+    """optimizer steps of a refresh"""
+    refresh_lr: Positive = 1e-4
+    """learning rate of a refresh"""
 
 
 @dataclass
@@ -265,8 +276,10 @@ class RLAIFConfig(Stage):
     judge: JudgeOptions
     reward: RewardOptions
     loss: LossOptions
-    verifier: Literal["exact", "regex", "none"] | Hook = "exact"
-    """correct or wrong: equal answers, the answer is a pattern, all correct, or python:module.fn"""
+    verifier: Literal["exact", "regex", "none", "majority", "judge", "majority+judge"] | Hook = "exact"
+    """what is correct: equal answers, the answer as a pattern, all; without answers: most of a group, judge, both"""
+    majority_share: Share = 0.5
+    """least share of a group's votes that the winning answer needs, for verifier=majority and majority+judge"""
     steps: Count = 100
     """rollout steps"""
     prompts_per_step: Count = 8
@@ -286,18 +299,24 @@ class RLAIFConfig(Stage):
         if self.sampling.temperature <= 0:
             return "temperature must be above 0 in rlaif: a group of greedy completions is one text"
         if reward.judge_weight + reward.brevity_weight > 0.5 or reward.format_weight >= 0.5:
-            return (f"judge_weight={reward.judge_weight:g}, brevity_weight={reward.brevity_weight:g}, "
-                    f"format_weight={reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5 and "
-                    "format_weight < 0.5, so that a correct answer always beats a wrong one")
+            return (f"judge_weight={reward.judge_weight:g}, brevity_weight={reward.brevity_weight:g}, format_weight="
+                    f"{reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5 and format_weight < 0.5, so "
+                    "that a correct answer always beats a wrong one")
         if self.uses_judge() and judge.name == "openai" and not (judge.url and judge.model):
             return "judge=openai needs judge_url=http://.../v1 and judge_model=NAME"
         if self.uses_judge() and judge.name == "self" and self.model.shard:
-            return ("judge=self asks in one process, and with shard=true a forward is work of all processes: use "
-                    "judge=openai or judge=heuristic")
+            return "judge=self can't ask a model of shard=true: use judge=openai or judge=heuristic"
+        if (judge.adapter or judge.form in ("single", "steps")) and judge.name != "self":
+            return f"judge_adapter and judge_form are for judge=self, not for judge={judge.name}"
+        if judge.refresh and not (judge.adapter and self.uses_judge()) or judge.refresh and self.verifier in BY_JUDGE:
+            return "judge_refresh trains a judge_adapter= in use by a verifier= that marks without it"
         return ""
 
     def uses_judge(self) -> bool:
-        """Tell whether the reward depends on a judge: else none needs to be there."""
+        """Tell whether reward or verifier depend on a judge: else none needs to be there."""
+        return self.judges_rewards() or self.verifier in BY_JUDGE
+
+    def judges_rewards(self) -> bool:
         return self.reward.name == "judge" and self.reward.judge_weight > 0
 
     def on_policy(self) -> bool:
@@ -324,8 +343,7 @@ class EvalConfig(Stage):
     def check(self) -> str:
         """What is wrong with options together, or ""."""
         if self.samples > 1 and self.sampling.temperature == 0:
-            return (f"samples={self.samples} with temperature=0 would repeat one greedy completion; set "
-                    "temperature=0.6, or samples=1")
+            return f"samples={self.samples} with temperature=0 would repeat one text; set temperature=0.6, or samples=1"
         return ""
 
 

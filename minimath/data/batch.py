@@ -74,11 +74,6 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
     return [sorted(indices) for indices in bins]
 
 
-def _targets(row: Encoded) -> list[int]:
-    """Return the token that follows each one, IGNORE where that is not trained and at the end."""
-    return [i if trained else IGNORE for i, trained in zip(row.ids[1:], row.loss_mask[1:])] + [IGNORE]
-
-
 def collate_packed(rows: list[Encoded], most: int = 0) -> dict:
     """Put all examples one after the other in one row, with position_ids from 0 for each.
 
@@ -92,7 +87,7 @@ def collate_packed(rows: list[Encoded], most: int = 0) -> dict:
     return {
         "input_ids": torch.tensor([[i for row in rows for i in row.ids]]),
         "position_ids": torch.tensor([[p for row in rows for p in range(len(row.ids))]]),
-        "target": torch.tensor([t for row in rows for t in _targets(row)]),
+        "target": torch.tensor([t for row in rows for t in row.targets()]),
         "rows": [(end - len(row.ids), len(row.ids)) for end, row in zip(ends, rows)],
     }
 
@@ -118,7 +113,7 @@ def collate_padded(rows: list[Encoded], pad_id: int) -> dict:
         "input_ids": torch.tensor([row.ids + [pad_id] * gap for row, gap in zip(rows, gaps)]),
         "attention_mask": torch.tensor([[1] * len(row.ids) + [0] * gap for row, gap in zip(rows, gaps)]),
         "position_ids": torch.arange(width).repeat(len(rows), 1),
-        "target": torch.tensor([t for row, gap in zip(rows, gaps) for t in _targets(row) + [IGNORE] * gap]),
+        "target": torch.tensor([t for row, gap in zip(rows, gaps) for t in row.targets() + [IGNORE] * gap]),
         "rows": [(number * width, len(row.ids)) for number, row in enumerate(rows)],
     }
 

@@ -19,10 +19,20 @@ SHOWN_CHARS = 1600
 
 
 class Encoded(NamedTuple):
-    """An example as tokens: those with a true loss_mask are trained. truncated: cut."""
+    """An example as tokens: those with a true loss_mask are trained. truncated: cut.
+
+    verdicts: what is predicted at each place, IGNORE for nothing, in place of the tokens that follow; the loss_mask
+    then tells the solution from its prompt."""
     ids: list[int]
     loss_mask: list[bool]
     truncated: bool
+    verdicts: list[int] | None = None
+
+    def targets(self) -> list[int]:
+        """The token that follows each one, or its verdict; IGNORE where none is trained."""
+        if self.verdicts is not None:
+            return self.verdicts
+        return [i if trained else IGNORE for i, trained in zip(self.ids[1:], self.loss_mask[1:])] + [IGNORE]
 
 
 def has_template(tokenizer) -> bool:

@@ -4,6 +4,7 @@ A judge is asked "is the first one better?" and answers with a probability, or w
 both orders of a pair (compare.both_orders), so that a judge that likes what stands first is worth nothing.
 """
 import functools
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,12 +36,46 @@ class Pair(NamedTuple):
     nonce: str = ""
 
 
-class Judge:
-    """Compares pairs of solutions.
+class Asked(NamedTuple):
+    """Is this solution right and sound? "".join(steps) is its text."""
+    problem: str
+    steps: tuple[str, ...]
 
-    soft: votes are probabilities of a model, not verdicts. pairs, fallback: as the options say. counts: what it did so
-    far, by name."""
-    name, soft = "", False
+
+def asked(problem: str, text: str) -> Asked:
+    """Ask about a text, cut into steps."""
+    return Asked(problem, split_steps(text))
+
+
+_ENDS = re.compile(r"(?<=[.;!?])(?=\s)|(?=\n)")
+MOST_STEPS = 64
+
+
+def split_steps(text: str) -> tuple[str, ...]:
+    """Cut a text at the ends of sentences and lines, at most MOST_STEPS pieces.
+
+    Nothing is lost: joined, they are the text. A piece without two letters or digits, and the number of a list, belong
+    to the piece that follows."""
+    steps, held, signs = [], "", 0
+    for piece in _ENDS.split(text):
+        held += piece  # alone on its line: so Python appends in place
+        signs += sum(c.isalnum() for c in piece)
+        if len(steps) < MOST_STEPS - 1 and signs > 1 and not (len(held) < 16 and re.fullmatch(r"\s*\d+[.)]", held)):
+            steps.append(held)
+            held, signs = "", 0
+    if held.strip() or not steps:
+        steps += [held] if held else []
+    else:
+        steps[-1] += held
+    return tuple(steps)
+
+
+class Judge:
+    """Compares pairs of solutions, or grades single ones.
+
+    soft: votes are probabilities of a model, not verdicts. form: pair, single or steps; of the last two, `grade` works
+    too. pairs, fallback: as the options say. counts: what it did so far, by name."""
+    name, soft, form = "", False, "pair"
 
     def __init__(self, options: JudgeOptions | None = None, *, say: Callable[[str], None] = print):
         options = options or JudgeOptions()
@@ -51,6 +86,14 @@ class Judge:
         """Return the probability that `first` is better, or None, for each pair."""
         raise NotImplementedError
 
+    def grade(self, questions: list[Asked]) -> list[float | None]:
+        """Return the calibrated probability that each solution is right and sound."""
+        raise NotImplementedError
+
+    def grade_steps(self, questions: list[Asked]) -> list[list[float] | None]:
+        """Return for each step the probability that all is right up to its end."""
+        raise NotImplementedError
+
     def ping(self) -> None:
         """Raise UserError when the judge can't be used; called before any long work."""
 
@@ -59,6 +102,17 @@ class Judge:
         if kind not in self._said:
             self._said.add(kind)
             self.say(text)
+
+
+def better(a: float | None, b: float | None, tokens_a: int, tokens_b: int) -> float | None:
+    """Weigh two grades: P(first is the better solution); None without both.
+
+    The sounder one is better; where both are sound, or neither is, the shorter one: a (1 - b) + (a b + (1 - a) (1 - b))
+    s, with s = 1, 1/2 or 0 for a first one that is shorter, as long or longer."""
+    if a is None or b is None:
+        return None
+    shorter = 0.5 if tokens_a == tokens_b else float(tokens_a < tokens_b)
+    return a * (1 - b) + (a * b + (1 - a) * (1 - b)) * shorter
 
 
 class HeuristicJudge(Judge):

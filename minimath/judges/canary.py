@@ -1,13 +1,18 @@
 """Canary pairs: what a judge makes of worse solutions, asked during a run.
 
-    fixed     padded and unsound solutions with a correct answer, as a judge meets them behind the verifier. Shows a
-              judge that changes (an endpoint that is updated).
+    fixed     padded and unsound solutions with a correct answer, as a judge meets them behind the verifier; of a
+              trained judge also held-out rollouts, right against wrong. Shows a judge that changes (an endpoint that is
+              updated, a judge that is trained on).
     rollout   a wrong sample against a correct one of the same problem, which the verifier would never let a judge see.
               Shows a policy whose wrong texts begin to win: reward hacking.
 """
 from minimath.data.sample import Group
+from minimath.grading.answer import extract_answer
 from minimath.judges.base import Judge
-from minimath.judges.pairs import BEHIND_THE_VERIFIER, KnownPair, judge_known, make_pairs
+from minimath.judges.card import JudgeCard
+from minimath.judges.pairs import BEHIND_THE_VERIFIER, KnownPair, judge_known, make_pairs, solution
+
+HELD_OUT = 24  # pairs of a trained judge's card
 
 
 class Canary:
@@ -15,6 +20,9 @@ class Canary:
 
     def __init__(self, seed: int, judge: Judge, problems: int = 12):
         self.judge, self.pairs = judge, make_pairs(problems, seed, BEHIND_THE_VERIFIER)
+        kept = getattr(judge, "card", JudgeCard()).pairs[:HELD_OUT]
+        self.pairs += [KnownPair("held_out", problem, *(solution(text, extract_answer(right) or "")
+                                                        for text in (right, wrong))) for problem, right, wrong in kept]
 
     def metrics(self, groups: list[Group]) -> dict:
         """Judge both sets of pairs; canary/* and canary/rollout_* are `canary_figures`.

@@ -69,7 +69,7 @@ class EndpointJudge(Judge):
         self.base = options.url.rstrip("/").removesuffix("/chat/completions")
         self.endpoint = f"{self.base}/chat/completions"
         self.retries, self.breaker, self.round_s = RETRIES, BREAKER, ROUND * options.timeout_s
-        self.form, self._failed_in_a_row = "plain", 0
+        self.reply_form, self._failed_in_a_row = "plain", 0
         self.newer_fields = False  # of newer models: the limit of tokens has another name, temperature is refused
 
     def ping(self) -> None:
@@ -107,7 +107,7 @@ class EndpointJudge(Judge):
                         raise UserError(f"the judge at {self.endpoint} {fault}")
                     answered = {"logprobs": len(reply.top) > 1, "json_schema": text_vote(reply.text) is not None}
                     if answered.get(forms[0], True):
-                        self.form, self.soft = forms[0], forms[0] == "logprobs"
+                        self.reply_form, self.soft = forms[0], forms[0] == "logprobs"
                         return
                 forms.pop(0)
 
@@ -143,7 +143,7 @@ class EndpointJudge(Judge):
             return await asyncio.gather(*map(one, prompts))
 
     async def _ask(self, client, prompt: str) -> Reply | None:
-        body = self._body(prompt, self.form)
+        body = self._body(prompt, self.reply_form)
         key = reply_key(self.endpoint, body)
         if self.cache and (kept := self.cache.get(key)):
             self.counts["cache_hits"] += 1

@@ -44,14 +44,19 @@ _ROLE = re.compile(r"^([ \t>#*]{0,9}(?:system|user|human|assistant|judge|verdict
 _HIDDEN = ("Cc", "Cf", "Co", "Cs", "Cn")  # Unicode categories: control, format, private, surrogate, none
 
 
-def clean(text: str, specials: list[str] = ()) -> str:
-    """Make a text safe to show to a judge, up to its final answer, the middle cut.
+def defuse(text: str, specials: list[str] = ()) -> str:
+    """Break hidden characters, special tokens and role marks.
 
     specials: the special tokens of the judge's tokenizer."""
-    text = "".join(c for c in text[:answer_end(text)] if c in "\n\t" or unicodedata.category(c) not in _HIDDEN)
+    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in _HIDDEN)
     for special in specials:
         text = text.replace(special, f"{special[:1]} {special[1:]}")
-    text = _ROLE.sub(r"\1 -", _BRACKETS.sub("[ ", _SPECIAL.sub("< ", text))).strip()
+    return _ROLE.sub(r"\1 -", _BRACKETS.sub("[ ", _SPECIAL.sub("< ", text)))
+
+
+def clean(text: str, specials: list[str] = ()) -> str:
+    """Make a text safe to show to a judge, up to its final answer, the middle cut."""
+    text = defuse(text[:answer_end(text)], specials).strip()
     if len(text) > MAX_CHARS:
         tail = MAX_CHARS // 3
         text = f"{text[:MAX_CHARS - tail]}\n[cut]\n{text[len(text) - tail:]}"

@@ -1,23 +1,26 @@
-"""The model in training as a judge of its own solutions, adapter off.
+"""The model in training as a judge of its own solutions: adapter off, or a judge's adapter on.
 
 Verdicts are probabilities of one forward; nothing is generated. The prompts of a group differ in little: they are laid
 out as a tree, every common beginning once, in one sequence under a block mask (each token sees the tokens before it in
 its own prompt). The verdicts are those of the prompts computed apart.
 """
+import dataclasses
 from collections.abc import Callable
 
 import torch
 
 from minimath.config.schema import JudgeOptions
 from minimath.core import interrupt
-from minimath.core.errors import UserError
+from minimath.core.run_folder import find_adapter
 from minimath.data.batch import like_lengths, tail_length
-from minimath.judges.base import Judge, Pair
-from minimath.judges.rubrics import judge_prompt, load_rubric
+from minimath.judges.base import Asked, Judge, Pair, asked, better
+from minimath.judges.card import JUDGE, JudgeCard, read_card
+from minimath.judges.rows import LETTERS, YES_NO, Reader, Reading, verdict_ids
+from minimath.judges.rubrics import load_rubric
 from minimath.kernels import linear_logp
 from minimath.models.block_attention import Branch, on_device
 from minimath.models.forward import (
-    adapter_off,
+    adapter_named,
     base_causal_lm,
     head,
     hidden_states,
@@ -34,42 +37,89 @@ TREE_TOKENS = 2048
 
 
 class SelfJudge(Judge):
-    """The judge that is the policy's model.
+    """The judge that is the policy's model, with an adapter of its own or none.
 
-    A vote is P(A) + P(TIE) / 2 among the three verdicts, of the first token of the reply. counts: prompts,
-    prompt_tokens, computed_tokens (fewer, by what is shared), too_long (for the model; no vote)."""
+    form=pair: a vote is P(A) + P(TIE) / 2 among the three verdicts, of the first token of the reply. single: a grade is
+    P(Yes) of Yes and No after the end of the solution, calibrated; steps: the least of those after its steps and its
+    end. counts: prompts, prompt_tokens, computed_tokens (fewer, by what is shared), too_long (for the model; no vote).
+    """
     name, soft = "self", True
 
     def __init__(self, options: JudgeOptions, policy: Policy, *, micro_batch_tokens: int = 4096,
-                 say: Callable[[str], None] = print):
-        """Find the verdict tokens. Raises UserError."""
+                 say: Callable[[str], None] = print, card: JudgeCard | None = None):
+        """Load the judge's adapter, if any, and find the verdict tokens. Raises UserError.
+
+        card: the policy's own adapter is a judge, which this tells of."""
         super().__init__(options, say=say)
-        self.model, self.tokenizer, self.micro_batch_tokens = policy.model, policy.tokenizer, micro_batch_tokens
-        self.prompt, self.rubric = judge_prompt, load_rubric(options.rubric)
-        self.verdicts = verdict_ids(self.tokenizer)
-        self.specials = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self.adapter, self.card = "default" if card else None, card or JudgeCard()
+        if options.adapter:
+            folder = find_adapter(options.adapter)
+            self.adapter, self.card = JUDGE, read_card(folder)
+            policy.add_adapter(folder, JUDGE)
+        policy = dataclasses.replace(policy, prompt=self.card.prompt_options(policy.prompt))
+        rubric = self.card.rubric or load_rubric(options.rubric)
+        self.form = self.card.form_of(options.form)
+        self.model, self.micro_batch_tokens = policy.model, micro_batch_tokens
+        self.reader = Reader(policy, rubric)
+        self.verdicts = verdict_ids(policy.tokenizer, LETTERS if self.form == "pair" else YES_NO)
         config = base_causal_lm(self.model).config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", None) or 1 << 30
 
-    def compare(self, pairs: list[Pair]) -> list[float | None]:
-        """Return a probability for each pair; None for a prompt beyond the context."""
-        prompts = [chat_ids(self.tokenizer, self.prompt(self.rubric, pair, self.specials)) for pair in pairs]
-        votes: list[float | None] = [None] * len(prompts)
-        fitting = [i for i, ids in enumerate(prompts) if len(ids) <= self.context]
-        logp, computed = self._in_memory([prompts[i] for i in fitting])
-        for i, (a, _, tie) in zip(fitting, logp.softmax(1).tolist(), strict=True):
-            vote = a + tie / 2
-            votes[i] = vote if vote == vote else None  # NaN
-        self.counts.update(prompts=len(prompts), prompt_tokens=sum(map(len, prompts)), computed_tokens=computed,
-                           too_long=len(prompts) - len(fitting))
-        return votes
+    @property
+    def prompt(self) -> Callable:
+        """What fills the rubric: judge_prompt, or bare_prompt without its defences."""
+        return self.reader.prompt
 
-    def _in_memory(self, prompts: list[list[int]]) -> tuple[torch.Tensor, int]:
+    @prompt.setter
+    def prompt(self, fill: Callable) -> None:
+        self.reader.prompt = fill
+
+    def compare(self, pairs: list[Pair]) -> list[float | None]:
+        """Return a probability for each pair; None for a prompt beyond the context.
+
+        Of grades: `better`; every solution is read once."""
+        if self.form == "pair":
+            prompts = [self.reader.pair(pair) for pair in pairs]
+            logits = self.logps([Reading(ids, [len(ids) - 1]) for ids in prompts])
+            votes = [None if each is None else each.softmax(1)[0].tolist() for each in logits]
+            return [None if vote is None else number(vote[0] + vote[2] / 2) for vote in votes]
+        texts = list(dict.fromkeys((pair.problem, s.text) for pair in pairs for s in (pair.first, pair.second)))
+        grades = dict(zip(texts, self.grade([asked(*text) for text in texts]), strict=True))
+        return [better(grades[p, a.text], grades[p, b.text], a.tokens, b.tokens) for p, a, b, _ in pairs]
+
+    def grade(self, questions: list[Asked]) -> list[float | None]:
+        """Return the calibrated probability that each solution is right and sound."""
+        return [each and min(each if self.form == "steps" else each[-1:]) for each in self._probabilities(questions)]
+
+    def grade_steps(self, questions: list[Asked]) -> list[list[float] | None]:
+        """Return for each step the probability that all is right up to its end."""
+        return [each and each[:-1] for each in self._probabilities(questions)]
+
+    def logits(self, questions: list[Asked]) -> list[list[float] | None]:
+        """Return log P(Yes) - log P(No) after each step, and after the end."""
+        logps = self.logps([self.reader.read(question) for question in questions])
+        return [None if each is None else (each[:, 0] - each[:, 1]).tolist() for each in logps]
+
+    def _probabilities(self, questions: list[Asked]) -> list[list[float] | None]:
+        values = [each and [number(self.card.calibration.probability(z)) for z in each]
+                  for each in self.logits(questions)]
+        return [None if each is None or None in each else each for each in values]
+
+    def logps(self, readings: list[Reading]) -> list[torch.Tensor | None]:
+        """Compute (ends, verdicts) log-probs of each; None beyond the context."""
+        fitting = [i for i, reading in enumerate(readings) if len(reading.ids) <= self.context]
+        found, computed = self._in_memory([readings[i] for i in fitting])
+        self.counts.update(prompts=len(readings), prompt_tokens=sum(len(r.ids) for r in readings),
+                           computed_tokens=computed, too_long=len(readings) - len(fitting))
+        found = dict(zip(fitting, found, strict=True))
+        return [found.get(i) for i in range(len(readings))]
+
+    def _in_memory(self, readings: list[Reading]) -> tuple[list[torch.Tensor], int]:
         """Compute log-probs and count tokens, in smaller passes when memory runs out."""
-        passes, tree, computed = plan_passes(self.model, prompts, self.micro_batch_tokens)
+        passes, tree, computed = plan_passes(self.model, [r.ids for r in readings], self.micro_batch_tokens)
         try:
-            with inference(self.model), adapter_off(self.model):
-                return verdict_logps(self.model, prompts, self.verdicts, passes, tree), computed
+            with inference(self.model), adapter_named(self.model, self.adapter):
+                return verdict_logps(self.model, readings, self.verdicts, passes, tree), computed
         except (RuntimeError, MemoryError) as error:
             shared = [size for rows, size in passes if len(rows) > 1]
             if not shared or not is_out_of_memory(error):
@@ -79,26 +129,11 @@ class SelfJudge(Judge):
         give_back()
         self.say_once("memory", "the judge self ran out of memory: from now on its passes are smaller, which gives the "
                       "same votes")
-        return self._in_memory(prompts)
+        return self._in_memory(readings)
 
 
-def verdict_ids(tokenizer) -> list[int]:
-    """Find the first tokens of A, B and TIE, bare or after a space. Raises UserError."""
-    for space in ("", " "):
-        ids = [tokenizer.encode(space + verdict, add_special_tokens=False) for verdict in ("A", "B", "TIE")]
-        first = [one[0] for one in ids if one]
-        if len(ids[0]) == len(ids[1]) == 1 and len(set(first)) == 3:
-            return first
-    raise UserError("judge=self: the tokenizer has no single tokens for the letters A and B; use judge=openai or "
-                    "judge=heuristic")
-
-
-def chat_ids(tokenizer, prompt: str) -> list[int]:
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                             add_generation_prompt=True)
-        return tokenizer.encode(text, add_special_tokens=False)
-    return tokenizer.encode(prompt + "\nVerdict:")
+def number(value: float) -> float | None:
+    return value if value == value else None  # NaN
 
 
 def plan_passes(model, prompts: list[list[int]], micro_batch_tokens: int) -> tuple[list, bool, int]:
@@ -139,46 +174,52 @@ def common_length(a: list[int], b: list[int]) -> int:
     return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def verdict_logps(model, prompts: list[list[int]], verdicts: list[int], passes: list, tree: bool) -> torch.Tensor:
-    """Compute the log-prob of each verdict after each prompt, float64 on the CPU."""
-    lm_head, out = head(model), torch.zeros(len(prompts), len(verdicts), dtype=torch.float64)
-    logps, places = [], [i for rows, _ in passes for i in rows]
+def verdict_logps(model, readings: list[Reading], verdicts: list[int], passes: list,
+                  tree: bool) -> list[torch.Tensor]:
+    """Compute the log-prob of each verdict at each end, (ends, verdicts) float64 on the CPU."""
+    lm_head, order, logps = head(model), [i for rows, _ in passes for i in rows], []
     for rows, _ in passes:
         interrupt.check()
-        states = (tree_states if tree else last_states)(model, [prompts[i] for i in rows])  # (b, D)
-        targets = on_device(torch.tensor(verdicts).repeat(len(states)), states.device)  # (b * len(verdicts),)
+        states = (tree_states if tree else row_states)(model, [readings[i] for i in rows])  # (M, D)
+        targets = on_device(torch.tensor(verdicts).repeat(len(states)), states.device)  # (M * len(verdicts),)
         logps.append(linear_logp(states.repeat_interleave(len(verdicts), 0), lm_head.weight, targets,
                                  rows=torch.arange(len(targets), device=states.device), **lm_head.kernel_args()))
-    if logps:  # one read
-        out[places] = torch.cat(logps).view(len(places), -1).cpu().double()
-    return out
+    if not logps:
+        return []
+    every = torch.cat(logps).view(-1, len(verdicts)).cpu().double()  # one read
+    parts = every.split([len(readings[i].ends) for i in order])
+    return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda each: each[0])]
 
 
-def last_states(model, prompts: list[list[int]]) -> torch.Tensor:
-    """Compute the final hidden states of the last tokens, rows right-padded: B, D."""
-    lengths, device = torch.tensor([len(ids) for ids in prompts]), base_causal_lm(model).device
-    first = torch.arange(len(prompts)) * (width := int(lengths.max()))
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (B, T)
-    for row, ids in enumerate(prompts):
-        input_ids[row, :len(ids)] = torch.tensor(ids)
+def row_states(model, readings: list[Reading]) -> torch.Tensor:
+    """Compute the final hidden states at the ends of rows, right-padded: M, D."""
+    device = base_causal_lm(model).device
+    lengths = torch.tensor([len(each.ids) for each in readings])
+    first = torch.arange(len(readings)) * (width := int(lengths.max()))
+    input_ids = torch.zeros(len(readings), width, dtype=torch.long)  # (B, T)
+    for row, each in enumerate(readings):
+        input_ids[row, :len(each.ids)] = torch.tensor(each.ids)
     mask = (torch.arange(width)[None] < lengths[:, None]).long()  # (B, T)
-    input_ids, mask, last = (on_device(each, device) for each in (input_ids, mask, first + lengths - 1))
+    ends = torch.tensor([start + end for start, each in zip(first.tolist(), readings) for end in each.ends])
+    input_ids, mask, ends = (on_device(each, device) for each in (input_ids, mask, ends))
     rows = list(zip(first.tolist(), lengths.tolist()))
-    return hidden_states(model, input_ids, attention_mask=mask, rows=rows).flatten(0, 1).index_select(0, last)
+    return hidden_states(model, input_ids, attention_mask=mask, rows=rows).flatten(0, 1).index_select(0, ends)
 
 
-def tree_states(model, prompts: list[list[int]]) -> torch.Tensor:
-    """Compute the final hidden states of the prompts' last tokens in one tree.
+def tree_states(model, readings: list[Reading]) -> torch.Tensor:
+    """Compute the final hidden states at the ends of readings in one tree.
 
-    prompts: sorted by their tokens. Returns (B, D)."""
-    ids, position, ends, path, branches = [], [], [], [], []
-    for last, prompt in zip([[], *prompts], prompts):
-        common = common_length(last, prompt)
-        branches.append(Branch(len(ids), len(prompt) - common, path[:common]))
+    readings: sorted by their tokens. Returns (M, D)."""
+    ids, position, ends, path, branches, last = [], [], [], [], [], []
+    for reading in readings:
+        prompt, common = reading.ids, common_length(last, reading.ids)
+        if len(prompt) > common:  # else it is the last one, or its beginning
+            branches.append(Branch(len(ids), len(prompt) - common, path[:common]))
         path = path[:common] + list(range(len(ids), len(ids) + len(prompt) - common))
         ids += prompt[common:]
         position += range(common, len(prompt))
-        ends.append(path[-1])
+        ends += [path[end] for end in reading.ends]
+        last = prompt
     device = base_causal_lm(model).device
     tail = tail_length(len(ids), TREE_TOKENS) if device.type == "cuda" else 0
     ids, position = ids + [0] * tail, position + list(range(tail))

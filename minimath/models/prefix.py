@@ -8,7 +8,7 @@ import torch
 
 from minimath.core import dist
 from minimath.data.batch import micro_batches, tail_length
-from minimath.data.chat import Encoded
+from minimath.data.chat import IGNORE, Encoded
 from minimath.models.attention import Segment
 from minimath.models.forward import takes_rows
 from minimath.models.policy import Policy
@@ -53,19 +53,21 @@ def shared_batch(rows: list[Encoded], most: int = 0) -> dict:
     """Lay rows with a common prompt out as one sequence, for hidden_states.
 
     input_ids, position_ids (1, T), rows as hidden_states takes them, source (N,): the places whose hidden states
-    predict the N trained tokens, target (N,): those tokens, in the order of the argument. T is rounded up, to at most
-    `most`."""
+    predict the N trained tokens or verdicts, target (N,): those, in the order of the argument. T is rounded up, to at
+    most `most`."""
     start = prompt_length(rows[0])
     ids, position, segments = list(rows[0].ids[:start]), list(range(start)), [Segment(0, start)]
     source, target = [], []
     for row in rows:
-        completion = row.ids[start:]
-        source += [start - 1, *range(len(ids), len(ids) + len(completion) - 1)]
-        target += completion
-        if len(completion) > 1:  # nothing is predicted from the last token
-            segments.append(Segment(len(ids), len(completion) - 1, 0, start))
-        ids += completion[:-1]
-        position += range(start, start + len(completion) - 1)
+        targets = row.targets()
+        end = len(row.ids) - (targets[-1] == IGNORE)  # where nothing is predicted from the last token
+        places = [place for place in range(start - 1, end) if targets[place] != IGNORE]
+        source += [place if place < start else len(ids) + place - start for place in places]
+        target += [targets[place] for place in places]
+        if end > start:
+            segments.append(Segment(len(ids), end - start, 0, start))
+        ids += row.ids[start:end]
+        position += range(start, end)
     if tail := tail_length(len(ids), most):
         segments.append(Segment(len(ids), tail))
     ids, position = ids + tail * [0], position + list(range(tail))

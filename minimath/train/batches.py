@@ -16,19 +16,24 @@ from minimath.train.losses import PolicyRows, token_weights
 
 
 class SolutionBatch:
-    """Holds the worked solutions of one step; a process computes its share of rows."""
+    """Holds the worked solutions of one step; a process computes its share of rows.
 
-    def __init__(self, policy: Policy, rows: list[Encoded], *, packing: bool):
+    groups: the number of each row's group, whose rows stand next to each other and share their prompt."""
+
+    def __init__(self, policy: Policy, rows: list[Encoded], *, packing: bool, groups: list[int] | None = None):
         self.policy, self.packing = policy, packing
-        self.mine = dist.shard(rows)
+        self.mine, self.groups = dist.shard(rows), groups and dist.shard(groups)
         self.lengths = [len(row.ids) for row in self.mine]
         self.tokens = sum(len(row.ids) for row in rows)
-        # of all processes; the first token has no prediction
-        self.trained_tokens = max(1, sum(sum(row.loss_mask[1:]) for row in rows))
+        # of all processes
+        self.trained_tokens = max(1, sum(target != IGNORE for row in rows for target in row.targets()))
 
     def micro_batches(self, most: int) -> Iterator[tuple[list[int], dict]]:
-        batches = micro_batches(self.mine, packing=self.packing, micro_batch_tokens=most,
-                                pad_id=self.policy.tokenizer.pad_token_id)
+        if self.groups:
+            batches = forward_batches(self.policy, self.mine, self.groups, most)
+        else:
+            batches = micro_batches(self.mine, packing=self.packing, micro_batch_tokens=most,
+                                    pad_id=self.policy.tokenizer.pad_token_id)
         return placed(in_step(self.policy.model, batches), self.policy.device)
 
 

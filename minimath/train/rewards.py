@@ -158,7 +158,7 @@ def make_reward(cfg: RLAIFConfig, judge: Judge | None) -> Reward:
     """Make the reward that cfg.reward.name says. Raises UserError."""
     longest = cfg.sampling.max_new_tokens
     if cfg.reward.name == "judge":
-        return JudgeReward(cfg.reward, longest, judge)
+        return JudgeReward(cfg.reward, longest, judge if cfg.judges_rewards() else None)
     return PaperReward(cfg.reward, longest) if cfg.reward.name == "paper" else HookReward(cfg.reward, longest)
 
 

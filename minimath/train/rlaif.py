@@ -35,6 +35,7 @@ from minimath.train.curriculum import ProblemSampler
 from minimath.train.losses import policy_loss
 from minimath.train.monitor import CanaryWatch, CollapseMonitor
 from minimath.train.optimizer import Optimizer
+from minimath.train.refresh import JudgeRefresh
 from minimath.train.rewards import Reward, make_reward, set_advantages, training_judge
 from minimath.train.rollouts import encode_problems, rollout_metrics, sample_groups, show_group, token_metrics
 from minimath.train.trainer import Trainer
@@ -48,26 +49,29 @@ def rlaif(cfg: RLAIFConfig) -> dict:
     is tried before any long work."""
     cfg = as_trained(cfg)
     examples, report = load_examples(cfg.data, need=verifier_columns(cfg.verifier))
-    verifier = Verifier(cfg.verifier, examples)
+    verifier = Verifier(cfg.verifier, examples, majority_share=cfg.majority_share)
     with Trainer(cfg, "rlaif") as trainer:
         policy, say = trainer.policy, trainer.log.say
-        judge = training_judge(cfg, policy, say)
+        judge = verifier.judge = training_judge(cfg, policy, say)
         reward, canary, monitor = make_reward(cfg, judge), CanaryWatch(cfg, judge), CollapseMonitor()
+        refresh = JudgeRefresh(cfg, policy, judge, say)
         problems = encode_problems(cfg, policy, examples, report, say)
         sampler = ProblemSampler(cfg.curriculum, problems, cfg.group_size, cfg.run.seed)
         with verifier, open_engine(cfg.engine, cfg.sampling, policy, seed=cfg.run.seed,
                                    run_dir=trainer.log.run_dir, say=say) as engine:
-            trainer.track(sampler=sampler, monitor=monitor, engine=engine)
+            trainer.track(sampler=sampler, monitor=monitor, engine=engine, judge=refresh)
             for step in trainer.steps(cfg.steps):
                 with step.timed("rollout"):
                     kept, seen = collect_groups(cfg, engine, sampler, verifier, reward)
-                step.log(rollout_metrics(kept, seen, engine), reward.metrics(), sampler.metrics(),
+                step.log(rollout_metrics(kept, seen, engine), verifier.metrics(), reward.metrics(), sampler.metrics(),
                          canary.metrics(step, kept))
                 if kept and step.due(cfg.run.sample_every):
                     show_group(kept[0], step.number, trainer.log)
                 with step.timed("update"):
                     step.log(update(cfg, policy, trainer.optimizer, kept, seen))
+                step.log(refresh.metrics(step, seen))
                 step.warn(monitor.check(step.metrics))
+            refresh.save(trainer.log.run_dir)
     return trainer.summary()
 
 

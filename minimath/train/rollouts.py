@@ -34,7 +34,7 @@ def encode_problems(cfg: RLAIFConfig, policy: Policy, examples: list[Example], r
         say(text)
     reward = getattr(cfg.reward.name, "__name__", cfg.reward.name)
     verifier = getattr(cfg.verifier, "__name__", cfg.verifier)
-    judge = f" with judge {cfg.judge.name}" if cfg.uses_judge() else ""
+    judge = f" with judge {cfg.judge.adapter or cfg.judge.name}" if cfg.uses_judge() else ""
     say(f"{len(problems)} problems ({len(examples) - len(problems)} too long), reward={reward}{judge}, "
         f"verifier={verifier}, loss={cfg.loss.name}")
     if hint := clip_hint(cfg):

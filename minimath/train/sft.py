@@ -20,6 +20,7 @@ from minimath.data.examples import describe_report, load_examples
 from minimath.kernels import linear_token_loss
 from minimath.models.forward import head, hidden_states
 from minimath.models.policy import Policy
+from minimath.models.prefix import trained_states
 from minimath.rollout.open import open_engine
 from minimath.train.batches import SolutionBatch
 from minimath.train.losses import nll_loss
@@ -44,7 +45,7 @@ def sft(cfg: SFTConfig) -> dict:
             if step.due(cfg.run.sample_every):
                 show_sample(cfg, policy, batch[0], step, trainer.log)
             with step.timed("step"):
-                step.log(update(cfg, policy, trainer.optimizer, batch))
+                step.log(update(policy, trainer.optimizer, batch, packing=cfg.packing))
             step.log({"data/epoch": step.number * cfg.batch_size / len(rows),
                       "time/tokens_per_s": step.metrics["data/tokens"] / max(step.metrics["time/step"], 1e-9)})
     return trainer.summary()
@@ -59,14 +60,16 @@ def encode_examples(cfg: SFTConfig, policy: Policy, examples, say) -> list[Encod
     return [row for row in rows if any(row.loss_mask)]
 
 
-def update(cfg: SFTConfig, policy: Policy, optimizer: Optimizer, rows: list[Encoded]) -> dict:
-    """Take one step on the mean negative log-likelihood; return the metrics."""
-    batch, lm_head = SolutionBatch(policy, rows, packing=cfg.packing), head(policy.model)
+def update(policy: Policy, optimizer: Optimizer, rows: list[Encoded], *, packing: bool = True, groups=None) -> dict:
+    """Take one step on the mean negative log-likelihood; return the metrics.
+
+    groups: as of SolutionBatch, for rows behind common prompts."""
+    batch, lm_head = SolutionBatch(policy, rows, packing=packing, groups=groups), head(policy.model)
     loss_fn = nll_loss(batch.trained_tokens)
 
     def loss_of_micro_batch(indices, micro):
-        hidden = hidden_states(policy.model, **forward_args(micro))  # (B, T, D)
-        loss, _ = linear_token_loss(hidden.flatten(0, 1), lm_head.weight, micro["target"], loss_fn,
+        hidden = trained_states(hidden_states(policy.model, **forward_args(micro)), micro)  # (N, D)
+        loss, _ = linear_token_loss(hidden, lm_head.weight, micro["target"], loss_fn,
                                     rows=micro["trained"], **lm_head.kernel_args())
         return loss, {}
 

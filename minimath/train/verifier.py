@@ -6,6 +6,7 @@ import time
 from collections import Counter
 
 from minimath.config.options import as_number, user_function
+from minimath.config.schema import BY_JUDGE
 from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.data.examples import Example
@@ -15,8 +16,7 @@ from minimath.grading.typeset import key, typeset
 from minimath.judges.base import Judge, asked
 from minimath.judges.poll import ask
 
-NEEDS_ANSWER, GRADED = ("exact", "regex"), ("judge", "majority+judge")
-LABEL_FREE = ("majority", *GRADED)
+NEEDS_ANSWER, LABEL_FREE = ("exact", "regex"), ("majority", *BY_JUDGE)
 # Of a group with 64 answers of different wording: with all others, that were 2,016 comparisons of up to 2 s each
 MOST_COMPARED = 8  # answers, those with most votes first, that one of another wording is compared with
 MOST_LATE = 4      # comparisons of a group that run out of time; after them only the wording counts
@@ -59,7 +59,7 @@ class Verifier(contextlib.AbstractContextManager):
             answer_pattern(example)
 
     def __enter__(self):
-        if self.kind in GRADED and (self.judge is None or self.judge.form not in ("single", "steps")):
+        if self.kind in BY_JUDGE and (self.judge is None or self.judge.form not in ("single", "steps")):
             has = f"judge={self.judge.name} compares pairs" if self.judge else "there is none"
             raise UserError(f"verifier={self.kind} needs a judge that grades single solutions, but {has}: train one by "
                             "`minimath judge train`, and set judge=self judge_adapter=RUN judge_form=single")
@@ -162,7 +162,7 @@ class Verifier(contextlib.AbstractContextManager):
             metrics["share"] = sums.get("share", 0.0) / groups
         if sums.get("samples"):
             metrics["agrees"] = sums["agrees"] / sums["samples"]
-        if self.kind in GRADED:
+        if self.kind in BY_JUDGE:
             metrics |= {name: sums.get(name, 0) for name in ("no_grades", "seconds")}
         return {f"verifier/{name}": value for name, value in metrics.items()}
 

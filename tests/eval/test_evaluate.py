@@ -81,7 +81,7 @@ def test_sampled_evaluation_reports_pass_and_majority(options):
 
 
 def test_several_greedy_samples_are_refused(options, tmp_path):
-    with pytest.raises(UserError, match="would repeat one greedy completion"):
+    with pytest.raises(UserError, match="would repeat one text"):
         evaluate(make_config(EvalConfig, **options, samples=3))
     assert not (tmp_path / "eval").exists()
 

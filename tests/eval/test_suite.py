@@ -69,7 +69,7 @@ def test_an_unknown_set_is_named_with_the_nearest(config):
     ({"sets": ","}, "names no set"), ({"sets": "gsm8k,gsm8k"}, "occurs twice"),
     ({"sets": "a/b=x.jsonl"}, "NAME=FILE"), ({"sets": "mine="}, "NAME=FILE"),
     ({"data": "x.jsonl"}, "data=x.jsonl: no such folder; .* gsm8k.jsonl.* suite=gsm8k,math500,NAME=FILE"),
-    ({"data": "/nowhere"}, "no such folder"), ({"samples": 4}, "would repeat one greedy completion"),
+    ({"data": "/nowhere"}, "no such folder"), ({"samples": 4}, "would repeat one text"),
 ])
 def test_what_makes_no_suite_is_said_before_anything_is_loaded(config, words, error, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "load_and_say", lambda *_: pytest.fail("a model was loaded"))

@@ -33,7 +33,7 @@ def quick(url, *, retries=2, breaker=BREAKER, round_s=None, cache=None, form="pl
     """A judge with short times; options: fields of JudgeOptions."""
     options = {"model": "judge-1", "timeout_s": 1.0, "concurrency": 4, **options}
     judge = EndpointJudge(JudgeOptions(url=url, **options), cache=cache)
-    judge.retries, judge.breaker, judge.form = retries, breaker, form
+    judge.retries, judge.breaker, judge.reply_form = retries, breaker, form
     judge.round_s = round_s or judge.round_s
     return judge
 
@@ -223,7 +223,7 @@ def test_a_server_with_logprobs_gives_soft_votes(serve):
     url, server = serve(logs(("A", 0.6), ("B", 0.15), ("I", 0.1), ("TIE", 0.05)))
     judge = quick(url)
     judge.ping()
-    assert judge.soft and judge.form == "logprobs" and votes(judge, "p") == [pytest.approx(0.625 / 0.8)]
+    assert judge.soft and judge.reply_form == "logprobs" and votes(judge, "p") == [pytest.approx(0.625 / 0.8)]
     body = server.seen[-1][1]
     assert body["logprobs"] is True and body["top_logprobs"] == 20 and len(server.seen) == 2
 
@@ -233,7 +233,7 @@ def test_the_next_form_is_asked_once_and_remembered(serve, refusal):
     url, server = serve(by_form(logprobs=refusal, json_schema=says('{"verdict": "B"}'), plain=refusal))
     judge = quick(url)
     judge.ping()
-    assert judge.form == "json_schema" and not judge.soft
+    assert judge.reply_form == "json_schema" and not judge.soft
     assert votes(judge, "p", "q") == [0.0, 0.0] and len(server.seen) == 4
     wanted = server.seen[-1][1]["response_format"]["json_schema"]
     assert wanted["strict"] and wanted["schema"]["properties"]["verdict"]["enum"] == ["A", "B", "TIE"]
@@ -243,7 +243,7 @@ def test_a_server_without_both_is_asked_plainly(serve):
     url, server = serve(by_form(logprobs=REFUSED, json_schema=REFUSED, plain=says("TIE")))
     judge = quick(url)
     judge.ping()
-    assert (judge.form, judge.soft) == ("plain", False) and votes(judge, "p") == [0.5]
+    assert (judge.reply_form, judge.soft) == ("plain", False) and votes(judge, "p") == [0.5]
     assert set(server.seen[-1][1]) == {"messages", "temperature", "max_tokens", "model", "stream"}
 
 
@@ -254,7 +254,7 @@ def test_newer_field_names_are_learned_at_ping(serve, said):
     url, server = serve(status(400, json.dumps({"error": {"message": said}})), logs(("A", 0.9), ("B", 0.1)))
     judge = quick(url, max_tokens=99)
     judge.ping()
-    assert judge.form == "logprobs" and votes(judge, "p") == [pytest.approx(0.9)]
+    assert judge.reply_form == "logprobs" and votes(judge, "p") == [pytest.approx(0.9)]
     body = server.seen[-1][1]
     assert body["max_completion_tokens"] == 99 and "max_tokens" not in body and "temperature" not in body
 
@@ -322,7 +322,7 @@ def test_ping_waits_for_a_busy_server_as_long_as_it_says(serve, busy):
     url, server = serve(status(busy, headers=[("Retry-After", "0.3")]), logs(("A", 0.9), ("B", 0.1)))
     judge = quick(url)
     judge.ping()
-    assert judge.form == "logprobs" and len(server.seen) == 2 and server.seen[1][0] - server.seen[0][0] >= 0.3
+    assert judge.reply_form == "logprobs" and len(server.seen) == 2 and server.seen[1][0] - server.seen[0][0] >= 0.3
     url, server = serve(status(429, '{"error": "slow down"}', headers=[("Retry-After", "0")]))
     with pytest.raises(UserError, match="HTTP 429 .*slow down"):
         quick(url).ping()

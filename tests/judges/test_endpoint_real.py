@@ -28,7 +28,7 @@ def judge_at(url, form="plain", cache=None, **options):
     """A judge whose questions are prompts."""
     options = {"timeout_s": 120.0, "concurrency": 4, "max_tokens": 4, "key_env": "", **options}
     judge = EndpointJudge(JudgeOptions(url=url, model="smollm2", **options), cache=cache)
-    judge.form, judge.prompt = form, lambda rubric, pair: pair
+    judge.reply_form, judge.prompt = form, lambda rubric, pair: pair
     return judge
 
 
@@ -44,7 +44,7 @@ def test_questions_are_answered_counted_and_the_same_every_time(url):
 def test_ping_finds_logprobs_and_four_requests_at_once_give_soft_votes(url):
     judge = judge_at(url)
     judge.ping()
-    assert judge.form == "logprobs" and judge.soft
+    assert judge.reply_form == "logprobs" and judge.soft
     votes = judge.compare(PROMPTS)
     soft = [vote for vote in votes if vote is not None]
     assert len(soft) >= 5 and all(0 < vote < 1 for vote in soft)

@@ -13,16 +13,9 @@ from minimath.judges.attack import bare_prompt
 from minimath.judges.base import Pair
 from minimath.judges.judge import judge_groups
 from minimath.judges.poll import ask
+from minimath.judges.rows import Reading, chat_ids, verdict_ids
 from minimath.judges.rubrics import judge_prompt, load_rubric
-from minimath.judges.self_judge import (
-    SelfJudge,
-    chat_ids,
-    last_states,
-    plan_passes,
-    tree_packs,
-    verdict_ids,
-    verdict_logps,
-)
+from minimath.judges.self_judge import SelfJudge, plan_passes, row_states, tree_packs, verdict_logps
 
 GOOD = Fixed(r"5*3=15. \boxed{15}", tokens=8)
 LONG = Fixed(r"Let us restate the problem. 5*3=15. We check it. \boxed{15}", tokens=20)
@@ -41,7 +34,8 @@ def self_judge(policy, micro_batch_tokens=4096, **options):
 def logps(model, prompts, verdicts, micro_batch_tokens):
     """(log-probs of the verdicts, tokens computed)."""
     passes, tree, computed = plan_passes(model, prompts, micro_batch_tokens)
-    return verdict_logps(model, prompts, verdicts, passes, tree), computed
+    readings = [Reading(ids, [len(ids) - 1]) for ids in prompts]
+    return torch.cat(verdict_logps(model, readings, verdicts, passes, tree)), computed
 
 
 def test_self_judge_equals_the_verdicts_softmax_of_full_logits(policy):
@@ -160,18 +154,18 @@ def test_self_judge_gives_no_vote_to_prompts_beyond_the_context(policy):
     assert votes[0] is None and votes[1] is not None and judge.counts["too_long"] == 1
 
 
-def test_last_states_ignore_what_padding_holds(policy):
+def test_row_states_ignore_what_padding_holds(policy):
     model, tokenizer = policy.model, policy.tokenizer
-    short, long = tokenizer.encode("abc"), tokenizer.encode("abcdefghij " * 5)
+    short, long = (Reading(ids, [1, len(ids) - 1]) for ids in map(tokenizer.encode, ("abc", "abcdefghij " * 5)))
     with torch.no_grad():
-        torch.testing.assert_close(last_states(model, [short, long])[:1], last_states(model, [short]))
+        torch.testing.assert_close(row_states(model, [short, long])[:2], row_states(model, [short]))
 
 
 def test_letters_that_are_no_single_tokens_are_a_user_error():
     class Tokenizer:
         def encode(self, text, add_special_tokens):
             return [1, 2]
-    with pytest.raises(UserError, match="letters"):
+    with pytest.raises(UserError, match="single tokens for the verdicts A and B"):
         verdict_ids(Tokenizer())
 
 
@@ -204,7 +198,7 @@ def test_an_out_of_memory_costs_no_vote_is_said_once_and_smaller_passes_stay(pol
     judge = self_judge(policy, say=said.append)
     groups = [group(PROBLEM, SAMPLES)]
     wins, _ = judge_groups(self_judge(policy), groups)
-    longest = max(len(chat_ids(policy.tokenizer, judge_prompt(judge.rubric, Pair(PROBLEM, a, b), judge.specials)))
+    longest = max(len(chat_ids(policy.tokenizer, judge.reader.prompt(judge.reader.rubric, Pair(PROBLEM, a, b))))
                   for a in SAMPLES for b in SAMPLES)
     tried = card_with(monkeypatch, longest + 100, error)
     got, stats = judge_groups(judge, groups)
@@ -220,7 +214,7 @@ def test_a_prompt_that_fits_in_no_memory_costs_its_own_vote_alone_and_is_said(po
     judge = self_judge(policy, say=said.append)
     pairs = [Pair("p", GOOD, LONG), Pair("p " * 900, GOOD, LONG), Pair("p", LONG, GOOD)]
     plain = self_judge(policy).compare(pairs)
-    longest = max(len(chat_ids(policy.tokenizer, judge_prompt(judge.rubric, pair, judge.specials))) for pair in pairs)
+    longest = max(len(chat_ids(policy.tokenizer, judge.reader.prompt(judge.reader.rubric, pair))) for pair in pairs)
     card_with(monkeypatch, longest - 1)
     votes, error = ask(judge, pairs)
     assert votes[1] is None and [votes[0], votes[2]] == pytest.approx([plain[0], plain[2]], abs=1e-4)

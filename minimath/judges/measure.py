@@ -1,0 +1,76 @@
+"""Calibrate a freshly trained judge on held-out solutions of its policy, and measure it there."""
+import numpy as np
+
+from minimath.core.log import RunLog
+from minimath.judges.base import asked
+from minimath.judges.calibrate import Calibration, auc, brier, fit_calibration, reliability
+from minimath.judges.lessons import Solved, own_pairs
+from minimath.judges.pairs import judge_known
+from minimath.judges.poll import percent, span
+from minimath.judges.self_judge import SelfJudge
+
+LIKE_LENGTHS = 0.2  # two solutions are as long if their lengths differ by at most this share of the longer one
+KEPT_PAIRS = 64  # held-out pairs for the canary
+
+
+def measure_judge(judge: SelfJudge, held_out: list[Solved], log: RunLog) -> None:
+    """Fill in the card of a judge: calibration, figures, canary pairs; and show them.
+
+    Probabilities are fitted on every second problem and measured on the others. figures: pairs (poll.tally by kind)
+    and, of form single, grades: auc over all solutions, auc_within over right and wrong ones of one problem,
+    auc_like_lengths over those of them that are as long, brier before and after, reliability (calibrate.py)."""
+    card = judge.card
+    if judge.form != "pair":
+        card.calibration, card.figures["grades"] = grade_figures(judge, held_out)
+        show_grades(card.figures["grades"], card.calibration, log)
+    pairs = [pair for each in held_out for pair in own_pairs(each)]
+    card.figures["pairs"] = report = judge_known(judge, pairs)
+    card.pairs = [[p.problem, p.better.text, p.worse.text] for p in pairs if p.kind == "own wrong"][:KEPT_PAIRS]
+    log.table(f"the policy's own solutions of {len(held_out)} held-out problems",
+              ["kind", "pairs", "agreement", "95% interval", "position bias", "order conflicts"],
+              [[kind, f["pairs"], percent(f["agreement"]), span(f["interval"]), percent(f["position_bias"]),
+                percent(f["order_conflicts"])] for kind, f in report.items()])
+
+
+def grade_figures(judge: SelfJudge, held_out: list[Solved]) -> tuple[Calibration, dict]:
+    """Calibrate the grades of all held-out solutions; return that and the figures."""
+    rows = [(number, each.example.problem, record) for number, each in enumerate(held_out)
+            for record in each.records if record["text"].strip()]
+    logits = judge.logits([asked(problem, record["text"]) for _, problem, record in rows])
+    known = [(number, r["correct"] and r["finished"], r["tokens"], z[-1])
+             for (number, _, r), z in zip(rows, logits, strict=True) if z is not None]
+    number, right, tokens, z = (np.array(column) for column in zip(*known))
+    fitted = number % 2 == 0
+    calibration = fit_calibration(z[fitted].tolist(), right[fitted].tolist())
+    raw, p = ([c.probability(each) for each in z[~fitted]] for c in (Calibration(), calibration))
+    truth = right[~fitted].tolist()
+    return calibration, {
+        "solutions": len(known), "right": float(right.mean()), "auc": auc(z[right], z[~right]),
+        "auc_within": auc_within(number, right, z), "auc_like_lengths": auc_within(number, right, z, tokens),
+        "brier_uncalibrated": brier(raw, truth), "brier": brier(p, truth),
+        "brier_of_the_mean": brier([right[fitted].mean()] * len(truth), truth), "reliability": reliability(p, truth)}
+
+
+def auc_within(number: np.ndarray, right: np.ndarray, score: np.ndarray, tokens: np.ndarray | None = None) -> float:
+    """Chance that of a right and a wrong solution of one problem the right one scores higher.
+
+    All (N,); tokens: take only pairs that are as long. NaN without a pair."""
+    wins = []
+    for each in np.unique(number):
+        good, bad = (np.flatnonzero((number == each) & side) for side in (right, ~right))
+        more = score[good][:, None] - score[bad][None]
+        if tokens is not None:
+            a, b = tokens[good][:, None], tokens[bad][None]
+            more = more[np.abs(a - b) <= LIKE_LENGTHS * np.maximum(a, b)]
+        wins.append(((more > 0) + 0.5 * (more == 0)).ravel())
+    wins = np.concatenate([np.empty(0), *wins])
+    return float(wins.mean()) if len(wins) else float("nan")
+
+
+def show_grades(f: dict, calibration: Calibration, log: RunLog) -> None:
+    log.say(f"{f['solutions']} held-out solutions, {percent(f['right'])} right. AUC {f['auc']:.3f} over all, "
+            f"{f['auc_within']:.3f} within a problem, {f['auc_like_lengths']:.3f} of those as long. Brier score "
+            f"{f['brier']:.3f} (uncalibrated {f['brier_uncalibrated']:.3f}, always the mean "
+            f"{f['brier_of_the_mean']:.3f}); temperature {calibration.temperature:.2f}, bias {calibration.bias:+.2f}")
+    log.table("reliability of the calibrated grades", ["grade", "right", "solutions"],
+              [[f"{p:.2f}", percent(share), count] for p, share, count in f["reliability"]])

@@ -1,0 +1,103 @@
+"""What a judge with an adapter reads, as tokens: the same in its training and when it is asked.
+
+single, steps   the prompt of the problem, as the policy gets it, the solution, the end of the turn. After the last
+                token of each step the verdict Yes or No says whether all is right so far, after the end of the turn
+                whether the solution is right and sound. Nothing is written between the steps: one forward gives all
+pair            the prompt of a rubric with both solutions; the verdict is the letter of the better one
+"""
+from typing import NamedTuple
+
+from minimath.core.errors import UserError
+from minimath.data.chat import IGNORE, Encoded, turn_end
+from minimath.grading.answer import answer_end
+from minimath.judges.base import Asked, Pair
+from minimath.judges.rubrics import defuse, judge_prompt
+from minimath.models.policy import Policy
+
+LETTERS = [("A", "B", "TIE")]
+YES_NO = [("Yes", "No"), ("Y", "N")]  # the second for vocabularies of letters
+
+
+def verdict_ids(tokenizer, choices: list[tuple[str, ...]] = LETTERS) -> list[int]:
+    """Find the first tokens of verdicts, bare or after a space. Raises UserError.
+
+    Of the choices the first whose first two words are one token each, and all of which begin differently."""
+    for verdicts in choices:
+        for space in ("", " "):
+            ids = [tokenizer.encode(space + verdict, add_special_tokens=False) for verdict in verdicts]
+            first = [one[0] for one in ids if one]
+            if len(ids[0]) == len(ids[1]) == 1 and len(set(first)) == len(verdicts):
+                return first
+    raise UserError(f"judge=self: the tokenizer has no single tokens for the verdicts {choices[0][0]} and "
+                    f"{choices[0][1]}; use judge=openai or judge=heuristic")
+
+
+def chat_ids(tokenizer, prompt: str) -> list[int]:
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                             add_generation_prompt=True)
+        return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(prompt + "\nVerdict:")
+
+
+class Reading(NamedTuple):
+    """A solution as tokens; ends: the places of the last token of each step, and of the end of the turn.
+
+    prompt: how many tokens stand before the solution."""
+    ids: list[int]
+    ends: list[int]
+    prompt: int = 0
+
+
+class Reader:
+    """Turns what a judge is asked into tokens.
+
+    prompt: fills the rubric of a pair; while it is judge_prompt, solutions of every form are shown with special tokens,
+    role marks and hidden characters broken, up to their answer."""
+
+    def __init__(self, policy: Policy, rubric: str):
+        self.policy, self.tokenizer, self.rubric, self.prompt = policy, policy.tokenizer, rubric, judge_prompt
+        self.specials = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self._prompts: dict[str, list[int]] = {}
+
+    def shown(self, question: Asked) -> tuple[str, ...]:
+        """The steps as they are shown, as many as there are; nothing behind the answer."""
+        if self.prompt is not judge_prompt:
+            return question.steps
+        left, shown = answer_end("".join(question.steps)), []
+        for step in question.steps:
+            shown.append(defuse(step[:max(0, left)], self.specials))
+            left -= len(step)
+        return tuple(shown)
+
+    def read(self, question: Asked) -> Reading:
+        """Encode a single solution, step by step, so that a step's end is a token's end."""
+        if question.problem not in self._prompts:
+            self._prompts = {question.problem: self.policy.prompt_ids(question.problem)}
+        ids, ends = list(self._prompts[question.problem]), []
+        for step in self.shown(question):
+            ids += self.tokenizer.encode(step, add_special_tokens=False)
+            ends.append(len(ids) - 1)
+        return Reading([*ids, turn_end(self.tokenizer)], [*ends, len(ids)], len(self._prompts[question.problem]))
+
+    def pair(self, pair: Pair) -> list[int]:
+        return chat_ids(self.tokenizer, self.prompt(self.rubric, pair, self.specials))
+
+
+def single_row(reader: Reader, question: Asked, right: list[bool | None], max_len: int) -> Encoded:
+    """Make a training row; right: of each step, and of the whole; None: not known."""
+    reading, (yes, no) = reader.read(question), verdict_ids(reader.tokenizer, YES_NO)
+    return row(reading, {end: yes if known else no for end, known in zip(reading.ends, right, strict=True)
+                         if known is not None}, max_len)
+
+
+def pair_row(reader: Reader, pair: Pair, first_wins: bool, max_len: int) -> Encoded:
+    """Make a training row of a pair in this order."""
+    ids, (a, b, _) = reader.pair(pair), verdict_ids(reader.tokenizer)
+    return row(Reading(ids, [], len(ids) - 1), {len(ids) - 1: a if first_wins else b}, max_len)
+
+
+def row(reading: Reading, verdicts: dict[int, int], max_len: int) -> Encoded:
+    ids, targets = reading.ids[:max_len], [verdicts.get(place, IGNORE) for place in range(len(reading.ids))]
+    mask = [place >= reading.prompt for place in range(len(ids))]
+    return Encoded(ids, mask, len(reading.ids) > max_len, targets[:max_len])

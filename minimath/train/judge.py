@@ -1,0 +1,169 @@
+r"""A judge of our own: a second adapter of the policy's base, trained by stage 1's loop. Read top to bottom.
+
+    minimath judge train data=problems.jsonl adapter=runs/my-sft out=runs/judge
+    minimath rlaif ... judge=self judge_adapter=runs/judge
+
+The policy samples k solutions of every problem, and the answers label them for nothing; made faults stand beside them
+(judges/faults.py), for faults of the policy's own are what a judge must know and made ones do not carry over (arXiv
+2512.02389). form=single learns P(right and sound) of one solution, with a verdict after every step; form=pair which of
+two is better, both orders of every pair, so that no place can help. A share of the problems is held out: on their
+solutions the probabilities are calibrated and the judge is measured. adapter/judge.json keeps all that.
+"""
+import gc
+import sys
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from minimath.config.load import config_of_words, save_config
+from minimath.config.options import Bound, Stage, options_of
+from minimath.config.schema import (
+    AdapterOptions,
+    Count,
+    DataOptions,
+    EngineOptions,
+    EvalConfig,
+    JudgeOptions,
+    ModelOptions,
+    OptimizerOptions,
+    Positive,
+    PromptOptions,
+    SamplingOptions,
+    Share,
+    TrainRunOptions,
+)
+from minimath.config.trained import as_trained
+from minimath.core.entry import run_command
+from minimath.core.errors import Interrupted, UserError
+from minimath.core.run_folder import ADAPTER, EVAL, EVAL_CONFIG, new_run_folder
+from minimath.data.batch import step_indices
+from minimath.data.chat import Encoded
+from minimath.data.examples import Example, describe_report, load_examples
+from minimath.eval.evaluate import evaluate
+from minimath.eval.metrics import by_problem, read_records
+from minimath.judges.card import JudgeCard, write_card
+from minimath.judges.known import problem_hash
+from minimath.judges.lessons import Lessons, Solved
+from minimath.judges.measure import measure_judge
+from minimath.judges.rows import Reader
+from minimath.judges.rubrics import load_rubric
+from minimath.judges.self_judge import SelfJudge
+from minimath.models.policy import Policy
+from minimath.train.optimizer import Optimizer
+from minimath.train.sft import update
+from minimath.train.trainer import Trainer
+
+ROLLOUTS = "rollouts"  # the evaluation in the run folder that has the policy's own solutions
+
+
+class JudgeConfig(Stage):
+    """Training of a judge: an adapter that says which solutions are right and sound."""
+    model: ModelOptions
+    prompt: PromptOptions
+    adapter: AdapterOptions
+    optimizer: OptimizerOptions = field(default_factory=lambda: OptimizerOptions(lr=5e-4))
+    data: DataOptions
+    run: TrainRunOptions
+    engine: EngineOptions
+    sampling: SamplingOptions
+    form: Literal["single", "pair"] = "single"
+    """single (is a solution right and sound, with a verdict after every step) or pair (which of two is better)"""
+    samples: int = 8
+    """solutions that the policy samples of each problem; 0: none, made faults alone"""
+    made: Annotated[float, Bound()] = 0.5
+    """made solutions, right and faulty, for each of the policy's own"""
+    attacked: Share = 0.05
+    """share of the training rows whose solution carries an attack string (judges/attacks.txt)"""
+    held_out: Annotated[float, Bound(above=0, below=1)] = 0.1
+    """share of the problems on which the judge is calibrated and measured, and not trained"""
+    rubric: str = "brief"
+    """what a judge of form pair is shown: brief, another shipped rubric, or a file of yours"""
+    epochs: Positive = 1.0
+    """passes over the rows (when steps is 0)"""
+    steps: int = 0
+    """optimizer steps; 0: from epochs"""
+    batch_size: Count = 4
+    """sets per optimizer step: of form single up to 8 solutions of one problem, of pair both orders of a pair"""
+    max_len: Count = 2048
+    """longest row in tokens, longer ones are cut"""
+
+
+def judge_train(cfg: JudgeConfig) -> dict:
+    """Train a judge; leaves adapter/ with judge.json, rollouts/ and metrics.jsonl in the run folder.
+
+    Returns a summary: steps, run_dir, adapter, signal, and the judge's held-out figures. Raises UserError, and
+    Interrupted when it was stopped while the policy sampled."""
+    cfg = as_trained(cfg).replace(out=str(new_run_folder(cfg.run.out, "judge")))
+    examples, report = load_examples(cfg.data, need=("answer",))
+    train, held_out = split(own_solutions(cfg, examples), cfg.held_out)
+    with Trainer(cfg, "judge") as trainer:
+        policy, say = trainer.policy, trainer.log.say
+        say(describe_report(report) or f"{len(train)} problems to train on, {len(held_out)} held out")
+        reader = Reader(policy, load_rubric(cfg.rubric))
+        lessons = Lessons(cfg.form, reader, cfg.max_len, seed=cfg.run.seed)
+        sets = lessons.sets(train, made=cfg.made, attacked=cfg.attacked)
+        say(lessons.described())
+        total = cfg.steps or max(1, round(cfg.epochs * len(sets) / cfg.batch_size))
+        for step in trainer.steps(total):
+            chosen = step_indices(step.number - 1, len(sets), cfg.batch_size, cfg.run.seed)
+            with step.timed("step"):
+                step.log(learn(policy, trainer.optimizer, cfg.form, [sets[i] for i in chosen]))
+        if trainer.done == total:
+            card = JudgeCard(form=cfg.form, system=cfg.prompt.system, prompt_template=cfg.prompt.prompt_template,
+                             rubric=reader.rubric if cfg.form == "pair" else "",
+                             problems=sorted(problem_hash(each.example.problem) for each in train))
+            judge = SelfJudge(JudgeOptions(), policy, card=card, say=say,
+                              micro_batch_tokens=cfg.optimizer.micro_batch_tokens)
+            measure_judge(judge, held_out, trainer.log)
+    summary = trainer.summary()
+    if trainer.done == total:
+        write_card(Path(summary["run_dir"]) / ADAPTER, card)
+        summary["held_out"] = card.figures
+    return summary
+
+
+def learn(policy: Policy, optimizer: Optimizer, form: str, sets: list[list[Encoded]]) -> dict:
+    """Take one step of stage 1 on sets of rows; those of single solutions share their prompt."""
+    groups = [number for number, rows in enumerate(sets) for _ in rows] if form != "pair" else None
+    return update(policy, optimizer, [row for rows in sets for row in rows], groups=groups)
+
+
+def own_solutions(cfg: JudgeConfig, examples: list[Example]) -> list[Solved]:
+    """Let the policy solve every problem, as an evaluation that a resume goes on with."""
+    if not cfg.samples:
+        return [Solved(example, []) for example in examples]
+    out = Path(cfg.run.out)
+    shared = {name: cfg.value(name) for name, option in options_of(EvalConfig).items()
+              if option.group in ("model", "prompt", "data", "engine", "sampling")}
+    own = EvalConfig(**shared, adapter=cfg.adapter.path, seed=cfg.run.seed, samples=cfg.samples,
+                     out=str(out / ROLLOUTS), resume=cfg.run.resume and (out / ROLLOUTS).exists())
+    if not (own.run.resume and (out / ROLLOUTS / EVAL).exists()):
+        out.mkdir(parents=True, exist_ok=True)
+        save_config(own, out / EVAL_CONFIG)  # makes its folder a part of this run: one stop file, one way to go on
+    try:
+        evaluate(own)
+    except Interrupted:
+        print(f"minimath judge train goes on from there with the same words and out={out} resume=true")
+        raise
+    finally:
+        gc.collect()  # its model goes before the next one loads
+        torch.cuda.empty_cache()
+    groups = by_problem(read_records(out / ROLLOUTS))
+    return [Solved(example, groups.get(number, [])) for number, example in enumerate(examples)]
+
+
+def split(solved: list[Solved], share: float) -> tuple[list[Solved], list[Solved]]:
+    """Part problems into those to train on and those held out, by the hash of their text."""
+    held_out = [int(problem_hash(each.example.problem), 16) % 10_000 < 10_000 * share for each in solved]
+    parts = ([each for each, held in zip(solved, held_out) if not held],
+             [each for each, held in zip(solved, held_out) if held])
+    if not all(parts):
+        raise UserError(f"{len(solved)} problems leave none to train on or none to hold out with held_out={share:g}: "
+                        "give more")
+    return parts
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: judge_train(config_of_words(JudgeConfig, sys.argv[1:], "judge_train"))))

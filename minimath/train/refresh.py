@@ -1,0 +1,114 @@
+"""Keep a trained judge fresh: now and then it learns from the newest rollouts, as the verifier marks them.
+
+A judge knows the faults of the policy that it was trained beside; RL makes another one of that. The policy's adapter
+is not touched: the judge's is the active one and alone has gradients."""
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from minimath.config.schema import RLAIFConfig
+from minimath.core import dist
+from minimath.core.checkpoint import save_adapter
+from minimath.core.state import optimizer_state, restore_optimizer, stream_seed
+from minimath.data.batch import step_indices
+from minimath.data.examples import Example
+from minimath.data.sample import Group
+from minimath.judges.base import Judge
+from minimath.judges.card import JUDGE, write_card
+from minimath.judges.lessons import Lessons, Solved
+from minimath.models.forward import adapter_named
+from minimath.models.policy import Policy
+from minimath.train.judge import learn
+from minimath.train.optimizer import Optimizer
+
+LONGEST = 4096  # tokens of a row: longer ones are cut
+
+
+class JudgeRefresh:
+    """Trains the judge's adapter for a few steps, every judge_refresh steps of the run.
+
+    The groups since the last time are kept, and with weights and moments in the checkpoints. A group that the verifier
+    did not decide teaches nothing."""
+
+    def __init__(self, cfg: RLAIFConfig, policy: Policy, judge: Judge | None, say: Callable[[str], None]):
+        self.every, self.steps, self.size = cfg.judge.refresh, cfg.judge.refresh_steps, cfg.prompts_per_step
+        self.policy, self.judge, self.seed, self.done = policy, judge, cfg.run.seed, 0
+        self.newest: list[dict] = []  # problem and records of each group
+        if self.every:
+            self.params = [p for name, p in policy.model.named_parameters() if f".{JUDGE}." in name]
+            self.lessons = Lessons(judge.form, judge.reader, LONGEST, seed=cfg.run.seed)
+            with self.training():
+                self.optimizer = Optimizer(policy, cfg.replace(lr=cfg.judge.refresh_lr, updates_per_rollout=1), say)
+                self.optimizer.lr = cfg.judge.refresh_lr
+            self.take_state()
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Let the judge's adapter train inside, and nothing else."""
+        trains = [(p, p.requires_grad) for p in self.policy.model.parameters()]
+        try:
+            with adapter_named(self.policy.model, JUDGE):
+                for p, _ in trains:
+                    p.requires_grad_(False)
+                for p in self.params:
+                    p.requires_grad_(True)
+                yield
+        finally:
+            for p, does in trains:
+                p.requires_grad_(does)
+
+    def metrics(self, step, groups: list[Group]) -> dict:
+        """Take in a step's groups; where a refresh is due, train, and return its loss."""
+        if not self.every:
+            return {}
+        self.newest += [{"problem": group.example.problem, "records": [record_of(s) for s in group.samples]}
+                        for group in groups if group.decided]
+        if not step.due(self.every) or not self.newest:
+            return {}
+        solved = [Solved(Example(each["problem"]), each["records"]) for each in self.newest]
+        sets = self.lessons.sets(solved)
+        metrics = {}
+        with self.training():
+            for number in range(self.steps if sets else 0):
+                chosen = step_indices(number, len(sets), self.size, stream_seed(self.seed, self.done) % 2**31)
+                metrics = learn(self.policy, self.optimizer, self.judge.form, [sets[i] for i in chosen])
+        self.newest, self.done = [], self.done + 1
+        self.take_state()
+        return {"judge/refresh_loss": metrics["loss"], "judge/refresh_rows": sum(map(len, sets))} if metrics else {}
+
+    def take_state(self) -> None:
+        """Copy weights and moments: what a checkpoint holds must not change under it."""
+        moments, self.numbers = optimizer_state(self.optimizer.inner)
+        self.tensors = {f"weight.{i}": p.detach().to("cpu", copy=True) for i, p in enumerate(self.params)}
+        self.tensors |= {f"moment.{name}": value for name, value in moments.items()}
+
+    def state_dict(self) -> dict:
+        if not self.every:
+            return {}
+        return {"newest": self.newest, "done": self.done, "numbers": self.numbers, "tensors": self.tensors,
+                "optimizer": self.optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        if not self.every or not state:
+            return
+        self.newest, self.done, tensors = state["newest"], state["done"], state["tensors"]
+        for i, p in enumerate(self.params):
+            p.copy_(tensors[f"weight.{i}"])
+        moments = {name.removeprefix("moment."): value for name, value in tensors.items() if name.startswith("moment.")}
+        restore_optimizer(self.optimizer.inner, moments, state["numbers"], where="the judge's state")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.take_state()
+
+    def save(self, run_dir: Path) -> None:
+        """Write the judge as it is now to RUN/judge, if it learnt anything."""
+        if self.every and self.done and dist.is_main():
+            write_card(save_adapter(self.policy.model, run_dir / JUDGE, name=JUDGE), self.judge.card)
+
+
+def record_of(sample) -> dict:
+    """Give what a lesson needs of a sample, as json holds it."""
+    return {"text": sample.text, "correct": sample.correct, "finished": sample.finished, "answer": sample.text[-40:],
+            "tokens": sample.tokens, "correct_steps": sample.steps.right, "steps": sample.steps.total}
