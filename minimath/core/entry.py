@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from minimath.core.errors import Interrupted, UserError
+from minimath.core.errors import NO_MEMORY, Interrupted, UserError, is_out_of_memory
 from minimath.core.segments import grow_segments
 
 # All are read when a library is loaded; see core.run.keep_freed_memory, core.threads
@@ -29,10 +29,11 @@ def run_command(action: Callable[[], object]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, MemoryError) as error:  # torch's is a RuntimeError; training has its own care and words
-        if not isinstance(error, MemoryError) and "out of memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # training has its own care and words
+        if not is_out_of_memory(error):
             raise
-        where = str(error).split(". ")[0] or "of the CPU"
+        said = str(error).replace("\n", ". ").split(". ")
+        where = next((part for part in said if any(words in part for words in NO_MEMORY)), said[0]) or "of the CPU"
         print(f"error: out of memory ({where}): try quant=nf4, a lower max_num_seqs or max_new_tokens, or a smaller "
               "model; resume=true goes on with what was saved", file=sys.stderr)
         return 2

@@ -1,4 +1,7 @@
-"""The two exceptions that a user meets: what can be put right, and a run that was asked to end."""
+"""The two exceptions that a user meets: what can be put right, and a run that was asked to end; and lack of memory."""
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
+             "CUBLAS_STATUS_NOT_INITIALIZED", "cudaErrorMemoryAllocation")  # a handle's workspace does not fit
 
 
 class UserError(Exception):
@@ -7,3 +10,9 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """Carries the number of the signal out of a long phase; the trainer saves."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out; torch's errors of it are RuntimeErrors, a CPU's plain ones."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))

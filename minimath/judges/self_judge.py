@@ -11,6 +11,7 @@ import torch
 
 from minimath.config.schema import JudgeOptions
 from minimath.core import interrupt
+from minimath.core.errors import is_out_of_memory
 from minimath.core.run_folder import find_adapter
 from minimath.data.batch import like_lengths, tail_length
 from minimath.judges.base import Asked, Judge, Pair, asked, better
@@ -28,7 +29,7 @@ from minimath.models.forward import (
     sliding_window,
     takes_mask,
 )
-from minimath.models.memory import give_back, is_out_of_memory
+from minimath.models.memory import give_back
 from minimath.models.policy import Policy
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
 

@@ -9,15 +9,7 @@ from minimath.models.forward import base_causal_lm, head_module
 MOST_SLOTS = {"cpu": 128, "cuda": 512}  # beyond, a step takes longer in proportion: nothing is gained
 KEEP = 0.8  # of the free memory that may be needed where a rollout's buffers stay
 SHARE = {"cpu": 0.5, "cuda": 0.85}  # of the free memory that a rollout may take
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
-             "CUBLAS_STATUS_NOT_INITIALIZED", "cudaErrorMemoryAllocation")  # a handle's workspace does not fit
 KEEPERS = weakref.WeakSet()  # what holds memory for its next use, and gives it back by close()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out; a CPU's allocator says so in a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
 
 
 def give_back() -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 
+from minimath.core.errors import is_out_of_memory
 from minimath.models import linears
 from minimath.models.forward import base_causal_lm
 from minimath.models.fused import fused_layers
-from minimath.models.memory import is_out_of_memory
 
 WARM_UP = 2  # calls before capture: lazy set-up of libraries must not be recorded
 

@@ -9,18 +9,11 @@ import torch
 
 from minimath.config.schema import EngineOptions, SamplingOptions
 from minimath.core import dist
-from minimath.core.errors import UserError
+from minimath.core.errors import UserError, is_out_of_memory
 from minimath.models.decoding import decoding_linears
 from minimath.models.forward import base_causal_lm, compute_dtype, head, inference
 from minimath.models.linears import copied_bytes, is_4bit, packed_product
-from minimath.models.memory import (
-    KEEPERS,
-    fitting_slots,
-    free_bytes,
-    has_room_beside,
-    is_out_of_memory,
-    sampling_bytes,
-)
+from minimath.models.memory import KEEPERS, fitting_slots, free_bytes, has_room_beside, sampling_bytes
 from minimath.models.policy import Policy
 from minimath.models.variants import is_sharded
 from minimath.rollout.decode import Decode, Fast, Row

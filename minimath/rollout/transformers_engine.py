@@ -13,11 +13,11 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from minimath.core import interrupt
-from minimath.core.errors import UserError
+from minimath.core.errors import UserError, is_out_of_memory
 from minimath.data.sample import Sample
 from minimath.kernels import linear_logp
 from minimath.models.forward import base_causal_lm, compute_dtype, head, hidden_states, inference
-from minimath.models.memory import give_back, is_out_of_memory
+from minimath.models.memory import give_back
 from minimath.models.variants import in_step, is_sharded
 from minimath.rollout.engine import Engine, Job
 from minimath.rollout.kv_cache import check_model

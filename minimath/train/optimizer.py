@@ -10,10 +10,10 @@ import torch
 
 from minimath.config.schema import OptimizerOptions
 from minimath.core import dist
-from minimath.core.errors import UserError
+from minimath.core.errors import UserError, is_out_of_memory
 from minimath.core.state import optimizer_state, restore_optimizer, restore_rng, rng_state
 from minimath.core.threads import follow_load
-from minimath.models.memory import give_back, is_out_of_memory
+from minimath.models.memory import give_back
 from minimath.models.policy import Policy
 
 BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit", "paged_adamw32bit": "PagedAdamW32bit"}

@@ -24,7 +24,7 @@ from minimath.config.load import config_text, plain_values
 from minimath.config.options import options_of
 from minimath.config.schema import DataOptions, EvalConfig
 from minimath.core import checkpoint, dist, interrupt
-from minimath.core.errors import Interrupted, UserError
+from minimath.core.errors import Interrupted, UserError, is_out_of_memory
 from minimath.core.files import read_json
 from minimath.core.log import RunLog, truncate_metrics
 from minimath.core.run import open_run
@@ -33,7 +33,6 @@ from minimath.core.state import restore_rng, rng_state, seed_rng, stream_seed
 from minimath.data.examples import load_examples
 from minimath.eval.evaluate import evaluate_policy
 from minimath.models.load import describe, first_line
-from minimath.models.memory import is_out_of_memory
 from minimath.models.policy import load_policy
 from minimath.train.optimizer import Optimizer, check_finite, settings_to_try
 from minimath.train.schedule import Schedule, lr_at

@@ -10,7 +10,12 @@ from minimath.core.errors import UserError
     (UserError("no such file"), "error: no such file"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
      "error: out of memory (CUDA out of memory): try quant=nf4, a lower max_num_seqs"),
-    (MemoryError(), "error: out of memory (of the CPU): try quant=nf4")])
+    (MemoryError(), "error: out of memory (of the CPU): try quant=nf4"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried to "
+                  "allocate 9 bytes. Error code 12 (Cannot allocate memory)\nException raised from alloc_cpu"),
+     "error: out of memory (DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes): try"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`\nCUDA kernel errors"),
+     "error: out of memory (CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`): try")])
 def test_what_a_user_can_put_right_is_one_line_and_a_status(capsys, error, said):
     def action():
         raise error

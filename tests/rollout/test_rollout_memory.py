@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minimath.core.errors import is_out_of_memory
 from minimath.models import memory
 from minimath.models.forward import Head
 from minimath.rollout.sampling import Sampling, logits_of, sample_tokens
@@ -56,13 +57,13 @@ def test_sampling_takes_no_more_than_the_estimate_and_not_much_less(how, softcap
     "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
     "Triton Error [CUDA]: out of memory", "[enforce fail] DefaultCPUAllocator: can't allocate memory"])
 def test_errors_that_mean_no_memory_are_known(text):
-    assert memory.is_out_of_memory(RuntimeError(text))
+    assert is_out_of_memory(RuntimeError(text))
 
 
 @pytest.mark.parametrize("text", ["CUDA error: an illegal memory access was encountered", "shapes differ",
                                   "CUBLAS_STATUS_EXECUTION_FAILED", "CUDA error: device-side assert triggered"])
 def test_other_errors_are_not_taken_for_it(text):
-    assert not memory.is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError(text))
 
 
 @pytest.mark.parametrize(("peak", "stays"), [(30, True), (60, True), (70, False)])
