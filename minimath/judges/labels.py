@@ -7,6 +7,7 @@ by rolling on from each prefix (arXiv 2312.08935); here the samples of a group a
 import re
 from collections import defaultdict
 
+from minimath.grading.answer import answer_end
 from minimath.grading.steps import check_steps
 from minimath.judges.base import Asked
 
@@ -43,9 +44,13 @@ def step_labels(question: Asked, correct: bool, prefixes: Prefixes | None = None
     """Label each step of a sample, and its whole; None: not known.
 
     A step is wrong from the first equation on that does not hold. Without one, all steps of a right solution are right;
-    those of a wrong one are as `prefixes` tells."""
-    labels, text, sound = [], "", True
+    those of a wrong one are as `prefixes` tells. What stands behind the answer is not shown, and changes nothing."""
+    labels, text, sound, left = [], "", True, answer_end("".join(question.steps))
     for step in question.steps:
+        step, left = step[:max(0, left)], left - len(step)
+        if not step and labels:
+            labels.append(labels[-1])
+            continue
         text, count = text + step, check_steps(step)
         sound &= count.right == count.total
         known = True if correct else prefixes.leads_to_right(text) if prefixes else None
