@@ -65,7 +65,9 @@ class Lessons:
                 sets += [new] if new else []
                 count, tries = count - len(new), tries - 1
         self.counts["cut at max_len"] = sum(row.truncated for rows in sets for row in rows)
-        return [kept for rows in sets if (kept := [row for row in rows if set(row.targets()) != {IGNORE}])]
+        taught = [[row for row in rows if set(row.targets()) != {IGNORE}] for rows in sets]
+        return [kept for kept, rows in zip(taught, sets, strict=True)
+                if kept and (self.form != "pair" or len(kept) == len(rows))]  # one order alone would teach a place
 
     def described(self) -> str:
         return "rows: " + ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count)
@@ -119,23 +121,27 @@ class Lessons:
     def attacked(self, solved: Solved) -> list[Encoded]:
         """Make rows with an attack string, shown defused or as it is; it changes no label.
 
-        Right and wrong solutions carry strings alike: that there is one says nothing."""
+        Right and wrong solutions carry strings alike, better and worse ones too: that there is one says nothing. A
+        string that stands alone is no solution: a right one has it before it, and of a pair it is the worse one."""
         texts, example = solved.right_texts(), solved.example
         faults = make_faults(example.problem, texts[0], example.answer, self.rng, SERIOUS) if texts else []
         if not faults:
             return []
         attack, fault = self.rng.choice(self.attacks), self.rng.choice(faults)
+        alone = attack.place == "alone"
         self.counts["attacked"] += 2
         self.reader.prompt = self.rng.choice([judge_prompt, bare_prompt])
         try:
-            if self.form == "pair":  # the attacker stands in the place that it names
-                good = solution(texts[0], example.answer)
-                as_a, as_b = (solution(plant(attack, fault.text, *letters), example.answer) for letters in ("AB", "BA"))
-                return [pair_row(self.reader, Pair(example.problem, as_a, good), False, self.max_len),
-                        pair_row(self.reader, Pair(example.problem, good, as_b), True, self.max_len)]
-            rows = []
-            for text, right in ((texts[0], attack.place != "alone"), (fault.text, False)):
-                question = asked(example.problem, plant(attack, text, "A", "B"))
+            if self.form == "pair":  # the better or the worse one attacks, in the place that it names
+                worse = alone or self.rng.random() < 0.5
+                text, other = (fault.text, texts[0]) if worse else (texts[0], fault.text)
+                as_a, as_b = (solution(plant(attack, text, *letters), example.answer) for letters in ("AB", "BA"))
+                other = solution(other, example.answer)
+                return [pair_row(self.reader, Pair(example.problem, as_a, other), not worse, self.max_len),
+                        pair_row(self.reader, Pair(example.problem, other, as_b), worse, self.max_len)]
+            rows, of_right = [], attack._replace(place="start") if alone else attack
+            for string, text, right in ((of_right, texts[0], True), (attack, fault.text, False)):
+                question = asked(example.problem, plant(string, text, "A", "B"))
                 known = [None] * len(question.steps) + [right]  # which of its steps the string is, nobody says
                 rows.append(single_row(self.reader, question, known, self.max_len))
             return rows
@@ -151,7 +157,8 @@ def own_pairs(solved: Solved) -> list[KnownPair]:
     problem, records = solved.example.problem, solved.different()
     right = [r for r in records if r["correct"] and r["finished"]]
     votes = Counter(r["answer"] for r in solved.records)
-    wrong = sorted((r for r in records if not r["correct"]), key=lambda r: (-votes[r["answer"]], r["tokens"]))
+    wrong = sorted((r for r in records if not r["correct"]),
+                   key=lambda r: (-votes[r["answer"]] if r["answer"] else 0, r["tokens"]))
     pairs = []
     for bad in wrong[:PAIRS] if right else []:
         good = min(right, key=lambda r: abs(r["tokens"] - bad["tokens"]))
