@@ -1,8 +1,9 @@
 """The whole recipe on a small pretrained model and text problems.
 
-  minimath demo [--minutes N] [--full] [--out DIR] [key=value ...]
+  minimath demo [--minutes N] [--judge J] [--full] [--out DIR] [key=value ...]
 
-  --minutes N   scale the work: the steps of both stages and the held-out problems (default 15, on 2 CPU cores)
+  --minutes N   scale the work: the steps of all stages and the held-out problems (default 15, on 2 CPU cores)
+  --judge J     heuristic (default), or trained: a judge that is trained between the stages (section judge_train)
   --full        also train RL without SFT, and SFT + RL with the paper's rewards
   --out DIR     run folder (default runs/demo-<timestamp>)
   key=value     any option of the recipe, as in minimath run (sft.lr=5e-4, seed=1, demo.test_problems=400)
@@ -32,9 +33,12 @@ from minimath.core.run_folder import new_run_folder
 from minimath.core.text import comma_list
 from minimath.data.examples import load_examples
 from minimath.data.problems import assert_disjoint, make_problems
+from minimath.train.judge import JudgeConfig
 
 MINUTES = 15.0  # what the steps in the recipes are made for
-SFT_SHARE, RL_SHARE = 0.38, 0.35  # of the minutes, at most, on a machine slower than ours
+SFT_SHARE, RL_SHARE, JUDGE_SHARE = 0.38, 0.35, 0.15  # of the minutes, at most, on a machine slower than ours
+JUDGES = {"heuristic": "judge=heuristic", "trained": "judge=self"}  # --judge: its word
+JUDGE = "heuristic"  # without --judge
 
 
 class DemoConfig(Stage):
@@ -92,9 +96,10 @@ def fetch(words: list[str]) -> str:
 
 
 def parse(words: list[str]) -> tuple[float, bool, str, list[str]]:
-    """Split the words into minutes, full, out and the key=value words. Raises UserError."""
+    """Split the words into minutes, full, out and the key=value words, the judge's first. Raises UserError."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--judge", choices=JUDGES, default=JUDGE)
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--out", default="")
     try:
@@ -105,14 +110,18 @@ def parse(words: list[str]) -> tuple[float, bool, str, list[str]]:
         raise UserError(f"--minutes takes a positive number, not {found.minutes:g}")
     if unknown := [word for word in words if "=" not in word and word != "--resume"]:
         raise UserError(f"unknown word {unknown[0]!r}; see minimath demo --help")
-    return found.minutes, found.full, found.out, words
+    return found.minutes, found.full, found.out, [JUDGES[found.judge], *words]
 
 
 def scaled_steps(recipe: str, share: float) -> list[str]:
-    """Word both stages' steps as a share of the recipe's, and bounds of their minutes."""
-    return [word for name, cls, most in (("sft", SFTConfig, SFT_SHARE), ("rlaif", RLAIFConfig, RL_SHARE))
-            for word in (f"{name}.steps={max(2, round(load_config(cls, recipe, []).steps * share))}",
-                         f"{name}.max_minutes={most * MINUTES * share:.2f}")]
+    """Word the stages' steps as a share of the recipe's, and bounds of their minutes; of the judge also problems."""
+    stages = {"sft": (SFTConfig, SFT_SHARE), "judge_train": (JudgeConfig, JUDGE_SHARE),
+              "rlaif": (RLAIFConfig, RL_SHARE)}
+    cfgs = {name: load_config(cls, recipe, [], name) for name, (cls, _) in stages.items()}
+    return [f"judge_train.limit={max(40, round(cfgs['judge_train'].data.limit * share))}"] + [
+        word for name, (_, most) in stages.items() for word in (
+            f"{name}.steps={max(2, round(cfgs[name].steps * share))}",
+            f"{name}.max_minutes={most * MINUTES * share:.2f}")]
 
 
 def write_problems(made: DemoConfig, folder: Path, share: float) -> None:

@@ -2,11 +2,15 @@
 
     minimath run RECIPE.yaml [key=value ...]
 
-    base -> eval;  base -> sft -> eval;  sft -> rlaif -> eval
+    base -> eval;  base -> sft -> eval;  sft -> judge, with a section judge_train;  sft -> rlaif -> eval
     with full (minimath demo --full) also base -> rlaif and sft -> rlaif with the paper's rewards, each with its eval
 
-`sft.lr=1e-4` is for one stage, `lr=1e-4` for both. Each stage has its own folder in the run folder. With resume=true
-out=FOLDER a run goes on, and a stage that is complete is not run again."""
+`sft.lr=1e-4` is for one stage, `lr=1e-4` for all. Each stage has its own folder in the run folder. With resume=true
+out=FOLDER a run goes on, and a stage that is complete is not run again.
+
+A recipe with a section judge_train (or words judge_train.key=value) trains a judge, on RLAIF's problems with RLAIF's
+sampling where that section sets no others, and RLAIF asks it: judge=self judge_adapter=OUT/judge. Words that name
+another judge, or any judge_adapter, leave that stage out."""
 import contextlib
 import gc
 import json
@@ -16,15 +20,19 @@ from pathlib import Path
 
 import torch
 
-from minimath.config.load import load_config, save_config
-from minimath.config.schema import EvalConfig, RLAIFConfig, SFTConfig
+from minimath.config.load import load_config, read_recipe, save_config, words_of_own_judge
+from minimath.config.options import options_of
+from minimath.config.schema import BY_JUDGE, EvalConfig, RLAIFConfig, SFTConfig
 from minimath.core import dist, interrupt, run_folder
 from minimath.core.errors import Interrupted, UserError
-from minimath.core.files import write_whole
+from minimath.core.files import read_json, write_whole
 from minimath.core.log import RunLog, fmt_duration
 from minimath.eval.evaluate import evaluate
 from minimath.eval.metrics import COLUMNS, table_row
-from minimath.report.page import JUDGE_PLOT, write_judge_plot, write_page
+from minimath.judges.card import JudgeCard
+from minimath.judges.rubrics import load_rubric
+from minimath.report.page import JUDGE_PLOT, judge_facts, write_judge_plot, write_page
+from minimath.train.judge import JudgeConfig, judge_train
 from minimath.train.rewards import make_reward
 from minimath.train.rlaif import rlaif as train_rlaif
 from minimath.train.sft import sft
@@ -36,19 +44,22 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
 
     full: add RL without SFT, and RL with the paper's rewards. A signal ends the run with the stage's checkpoint or the
     evaluation's completions saved. Raises UserError, and Interrupted after a signal."""
-    sft_cfg, rl_cfg, eval_cfg = load_stages(recipe, overrides)
-    out = run_folder.new_run_folder(sft_cfg.run.out, command)
+    out, sft_cfg, judge_cfg, rl_cfg, eval_cfg = load_stages(recipe, overrides, command)
     dist.barrier()  # until all have chosen the same folder, the first must not begin to fill it
     if dist.is_main() and any(out.glob(f"*/{run_folder.CONFIG}")) and not sft_cfg.run.resume:
         raise UserError(f"{out} already holds a run; add resume=true to go on with it, or choose another out=")
     started = time.monotonic()
     with RunLog(out, f"minimath {command}") as log, how_to_go_on(log, command):
         if dist.is_main():
-            for name, cfg in (("sft.yaml", sft_cfg), ("rlaif.yaml", rl_cfg), (run_folder.EVAL_CONFIG, eval_cfg)):
+            for name, cfg in (("sft.yaml", sft_cfg), *([("judge.yaml", judge_cfg)] if judge_cfg else []),
+                              ("rlaif.yaml", rl_cfg), (run_folder.EVAL_CONFIG, eval_cfg)):
                 save_config(cfg, out / name)
-        rows = run_arms(out, sft_cfg, rl_cfg, eval_cfg, full)
+        rows = run_arms(out, sft_cfg, judge_cfg, rl_cfg, eval_cfg, full)
         summary = {"rows": rows, "minutes": (time.monotonic() - started) / 60, "model": sft_cfg.model.name,
                    "problems": rows["base"]["problems"]}
+        if judge_cfg:
+            summary["judge"] = read_json(out / "judge" / run_folder.SUMMARY)["held_out"]
+            log.table("the trained judge, on held-out problems of its training", *judge_facts(summary["judge"]))
         write_whole(out / run_folder.SUMMARY, json.dumps(summary, indent=1) + "\n")
         log.table(f"{summary['problems']} held-out problems", COLUMNS, [table_row(*row) for row in rows.items()])
         if dist.is_main():
@@ -57,47 +68,76 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
     return summary
 
 
-def load_stages(recipe: str | None, words: list[str]) -> tuple[SFTConfig, RLAIFConfig, EvalConfig]:
+def load_stages(recipe: str | None, words: list[str], command: str) -> tuple[
+        Path, SFTConfig, JudgeConfig | None, RLAIFConfig, EvalConfig]:
     """Read the options of all stages, and find out now what would fail later.
 
-    Raises UserError."""
+    Returns the run folder before them; no judge is trained where its options are None. Raises UserError."""
     if recipe is None:
         raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
     # limit= is for the training problems, eval.limit= for the others
     held_out = [word for word in words if not word.startswith("limit=")]
-    sft_cfg, rl_cfg, eval_cfg = cfgs = tuple(
-        load_config(cls, recipe, held_out if cls is EvalConfig else words, allow_other=True)
-        for cls in (SFTConfig, RLAIFConfig, EvalConfig))
+    sft_cfg = load_config(SFTConfig, recipe, words, allow_other=True)
+    out = run_folder.new_run_folder(sft_cfg.run.out, command)
+    own = words_of_own_judge(recipe, words, out / "judge")
+    rl_cfg = load_config(RLAIFConfig, recipe, own + words, allow_other=True)
+    judge_cfg = judge_config(recipe, words, rl_cfg) if own and rl_cfg.uses_judge() else None
+    eval_cfg = load_config(EvalConfig, recipe, held_out, allow_other=True)
+    cfgs = [cfg for cfg in (sft_cfg, judge_cfg, rl_cfg, eval_cfg) if cfg]
     if not all(cfg.data.source for cfg in cfgs):
         raise UserError("a run needs training and held-out problems: set sft.data=, rlaif.data= and eval.data=")
     make_reward(rl_cfg, None)  # functions of the user's that can't be loaded
     Verifier(rl_cfg.verifier)
-    return cfgs
+    return out, sft_cfg, judge_cfg, rl_cfg, eval_cfg
 
 
-def run_arms(out: Path, sft_cfg: SFTConfig, rl_cfg: RLAIFConfig, eval_cfg: EvalConfig, full: bool) -> dict[str, dict]:
+def judge_config(recipe: str, words: list[str], rl_cfg: RLAIFConfig) -> JudgeConfig:
+    """Read judge_train's options; what it says nothing of, RLAIF's data and sampling are. Raises UserError."""
+    if dist.world() > 1:
+        raise UserError("a judge is trained by one process: train it first with minimath judge train, then give its "
+                        "folder as judge_adapter=")
+    cfg = load_config(JudgeConfig, recipe, words, "judge_train", allow_other=True)
+    given = [word.removeprefix("--").partition("=")[0].replace("-", "_").partition(".") for word in words]
+    own = {*read_recipe(recipe)[1].get("judge_train", {}), *(name for part, _, name in given if part == "judge_train")}
+    groups = {"model", "prompt", "engine", "sampling", "data"} - own  # the split of other data is its own
+    load_rubric(cfg.rubric)
+    JudgeCard(form=cfg.form).form_of(rl_cfg.judge.form)
+    if rl_cfg.verifier in BY_JUDGE and cfg.form == "pair":
+        raise UserError(f"verifier={rl_cfg.verifier} needs a judge that grades: set judge_train.form=single")
+    return cfg.replace(**{name: rl_cfg.value(name) for name, option in options_of(JudgeConfig).items()
+                          if option.group in groups and name not in own})
+
+
+def run_arms(out: Path, sft_cfg: SFTConfig, judge_cfg: JudgeConfig | None, rl_cfg: RLAIFConfig, eval_cfg: EvalConfig,
+             full: bool) -> dict[str, dict]:
     """Train and evaluate what is to be compared: name -> summary of the evaluation."""
     reward = rl_cfg.reward.name
-    judged = {"judge": f"{rl_cfg.judge.name} judge", "paper": "paper's rewards"}.get(reward, reward)
+    judge = "trained" if rl_cfg.judge.adapter else rl_cfg.judge.name
+    judged = {"judge": f"{judge} judge", "paper": "paper's rewards"}.get(reward, reward)
     rows, after_sft = {}, str(out / "sft")
 
     def evaluated(name: str, adapter: str, note: str = "") -> None:
         cfg = eval_cfg.replace(adapter=adapter)
         rows[run_folder.ARMS[name] + note] = part(evaluate, cfg, run_folder.evaluation_folder(out, name))
 
-    def arm(name: str, stage, cfg, note: str = "") -> None:
+    def trained(name: str, stage, cfg) -> None:
         summary = out / name / run_folder.SUMMARY
         if not dist.broadcast(summary.exists()):
             write_whole(summary, json.dumps(part(stage, cfg, out / name), indent=1) + "\n")
             dist.barrier()  # for the adapter, which the first process writes
+
+    def arm(name: str, stage, cfg, note: str = "") -> None:
+        trained(name, stage, cfg)
         evaluated(name, str(out / name), note)
 
     evaluated("base", "")
     arm("sft", sft, sft_cfg)
+    if judge_cfg:
+        trained("judge", judge_train, judge_cfg.replace(adapter=after_sft))
     arm("rlaif", rlaif, rl_cfg.replace(adapter=after_sft), f" ({judged})")
     if full:
         arm("rlaif-only", rlaif, rl_cfg.replace(adapter=sft_cfg.adapter.path), f" ({judged})")
-        arm("paper", rlaif, rl_cfg.replace(adapter=after_sft, reward="paper"))
+        arm("paper", rlaif, rl_cfg.replace(adapter=after_sft, reward="paper", judge_refresh=0))
     return rows
 
 

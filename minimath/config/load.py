@@ -56,6 +56,20 @@ def load_config(cls, recipe: str | None, words: list[str], section: str = "", *,
     return cfg
 
 
+def words_of_own_judge(recipe: str | None, words: list[str], folder) -> list[str]:
+    """Words by which RLAIF asks the judge that a whole run trains in `folder`.
+
+    None without a section judge_train, where the words name another judge, or anything a judge_adapter."""
+    shared, sections = read_recipe(recipe) if recipe else ({}, {})
+    pairs = (word.removeprefix("--").partition("=") for word in words)
+    said = {name.removeprefix("rlaif.").replace("-", "_"): text for name, _, text in pairs}
+    if "judge_train" not in sections and not any(name.startswith("judge_train.") for name in said):
+        return []
+    if said.get("judge", "self") != "self" or "judge_adapter" in {*said, *shared, *sections.get("rlaif", {})}:
+        return []
+    return ["judge=self", f"judge_adapter={folder}"]
+
+
 def config_of_words(cls, words: list[str], section: str = ""):
     """Build the config of an optional recipe and `key=value` words, or UserError."""
     return load_config(cls, take_recipe(words := list(words)), words, section)

@@ -4,12 +4,15 @@
     RUN/environment.json       versions, machine, command line
     RUN/metrics.jsonl          one record per step        RUN/samples.jsonl   completions shown while training
     RUN/checkpoints/step-N/    see checkpoint.py          RUN/adapter/        the adapter, as peft reads it
+    RUN/adapter/judge.json     it is a judge (judges/card.py), trained on RUN/rollouts/, an evaluation's completions
+    RUN/judge/                 of RLAIF: the judge that it refreshed
     RUN/summary.json           the stage, or the whole run, is complete
     RUN/eval.json, completions.jsonl                      a complete evaluation
     RUN/fingerprint.json, completions.part.jsonl          one that can go on
     RUN/stop                   made by the user: end cleanly
 
-A run of the whole recipe (`minimath run`, `minimath demo`) has such a folder for each of its ARMS, and its evaluation.
+A run of the whole recipe (`minimath run`, `minimath demo`) has such a folder for each of its ARMS, and its evaluation;
+for the judge that it trains none.
 """
 import contextlib
 import functools
@@ -38,9 +41,9 @@ ADAPTER, STOP = "adapter", "stop"
 EVAL, COMPLETIONS, PART, FINGERPRINT = "eval.json", "completions.jsonl", "completions.part.jsonl", "fingerprint.json"
 SUITE = "suite.json"
 REPORT = "report.html"
-STAGE_FOLDERS = ("rlaif", "sft")  # of a run of the whole recipe, the best first
+STAGE_FOLDERS = ("rlaif", "sft")  # of a run of the whole recipe that leave the policy's adapter, the best first
 EVAL_CONFIG = "eval.yaml"  # in the folder of a whole run: the options of its evaluations
-ARMS = {"base": "base", "sft": "SFT", "rlaif": "SFT + RLAIF", "rlaif-only": "RL only",
+ARMS = {"base": "base", "sft": "SFT", "judge": "judge", "rlaif": "SFT + RLAIF", "rlaif-only": "RL only",
         "paper": "SFT + RL (paper's rewards)"}  # parts of a run of the whole recipe, in the order shown
 
 

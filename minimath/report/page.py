@@ -11,15 +11,29 @@ import re
 from pathlib import Path
 
 import jinja2
+import yaml
 
 from minimath.config.load import is_option
 from minimath.core.errors import UserError
 from minimath.core.files import read_json, write_whole
-from minimath.core.run_folder import ARMS, COMPLETIONS, ENVIRONMENT, EVAL, METRICS, REPORT, SUITE, evaluation_folder
+from minimath.core.run_folder import (
+    ADAPTER,
+    ARMS,
+    COMPLETIONS,
+    CONFIG,
+    ENVIRONMENT,
+    EVAL,
+    METRICS,
+    REPORT,
+    SUITE,
+    evaluation_folder,
+)
 from minimath.core.stats import paired
 from minimath.eval.metrics import COLUMNS, read_records, table_row
 from minimath.eval.suite import suite_table
 from minimath.grading.steps import check_steps
+from minimath.judges.card import CARD
+from minimath.judges.poll import percent
 from minimath.report import figures
 from minimath.report.figures import read_metrics, series
 
@@ -28,7 +42,8 @@ JUDGE_PLOT = "judge.png"
 PANELS = {"reward": ["reward/mean"], "loss": ["loss"], "gradient norm": ["optim/grad_norm"],
           "share": ["rollout/correct", "rollout/finished", "eval/accuracy"],
           "tokens": ["rollout/tokens", "rollout/correct_tokens", "eval/tokens"],
-          "nats a token": ["policy/entropy", "rollout/surprisal"]}
+          "nats a token": ["policy/entropy", "rollout/surprisal"],
+          "label-free": ["verifier/agrees", "verifier/decided", "verifier/share"]}
 JUDGE = {"judge/comparisons": "comparisons", "judge/no_votes": "without a vote", "judge/position_bias": "position bias",
          "judge/order_conflicts": "order conflicts", "judge/seconds": "seconds"}
 SHOWN = 6  # problems
@@ -131,8 +146,27 @@ def training_part(name: str, at: Path, out: Path) -> dict:
     columns = [key for key in JUDGE if any(key in record for record in asked)]
     means = [f"{sum(record.get(key) or 0 for record in asked) / len(asked):.3g}" for key in columns]
     return {"pictures": [picture(figure, f"{kind} {name}", out) for kind, figure in drawn.items() if figure],
+            "trained_judge": judge_facts(judge_figures(at)),
             "judge": ([JUDGE[key] for key in columns], [means] if means else []),
             "judge_errors": sorted({record["judge/error"] for record in asked if record.get("judge/error")})[:3]}
+
+
+def judge_figures(stage: Path) -> dict:
+    """Read the held-out figures of the judge that a stage trained, or asked; {} for none."""
+    config = yaml.safe_load((stage / CONFIG).read_text(encoding="utf-8")) if (stage / CONFIG).is_file() else {}
+    asked = Path(config.get("judge_adapter") or stage)
+    cards = (folder / CARD for folder in (stage / ADAPTER, asked / ADAPTER, asked))
+    return next((read_json(card)["figures"] for card in cards if card.is_file()), {})
+
+
+def judge_facts(figures: dict) -> tuple[list[str], list[list[str]]]:
+    """Word the figures of judges/measure.py as a table of one row, of none without any."""
+    grades = {"auc_within": "AUC within a problem", "brier": "Brier score", "brier_of_the_mean": "of always the mean"}
+    row = {name: fmt(figures["grades"].get(key)) for key, name in grades.items() if "grades" in figures}
+    for kind, tally in figures.get("pairs", {}).items():
+        row |= {f"agreement, {kind}": percent(tally["agreement"]),
+                f"order conflicts, {kind}": percent(tally["order_conflicts"])}
+    return list(row), [list(row.values())] if row else []
 
 
 def picture(figure: figures.Figure, name: str, out: Path) -> str:

@@ -37,7 +37,7 @@ from minimath.config.schema import (
 from minimath.config.trained import as_trained
 from minimath.core.entry import run_command
 from minimath.core.errors import Interrupted, UserError
-from minimath.core.run_folder import ADAPTER, EVAL, EVAL_CONFIG, new_run_folder
+from minimath.core.run_folder import ADAPTER, EVAL, EVAL_CONFIG, new_run_folder, stop_files
 from minimath.data.batch import step_indices
 from minimath.data.chat import Encoded
 from minimath.data.examples import Example, describe_report, load_examples
@@ -110,7 +110,7 @@ def judge_train(cfg: JudgeConfig) -> dict:
             chosen = step_indices(step.number - 1, len(sets), cfg.batch_size, cfg.run.seed)
             with step.timed("step"):
                 step.log(learn(policy, trainer.optimizer, cfg.form, [sets[i] for i in chosen]))
-        if trainer.done == total:
+        if not trainer.interrupted_by:  # max_minutes may have ended it early
             card = JudgeCard(form=cfg.form, system=cfg.prompt.system, prompt_template=cfg.prompt.prompt_template,
                              rubric=reader.rubric if cfg.form == "pair" else "",
                              problems=sorted(problem_hash(each.example.problem) for each in train))
@@ -118,7 +118,7 @@ def judge_train(cfg: JudgeConfig) -> dict:
                               micro_batch_tokens=cfg.optimizer.micro_batch_tokens)
             measure_judge(judge, held_out, trainer.log)
     summary = trainer.summary()
-    if trainer.done == total:
+    if not trainer.interrupted_by:
         write_card(Path(summary["run_dir"]) / ADAPTER, card)
         summary["held_out"] = card.figures
     return summary
@@ -145,7 +145,8 @@ def own_solutions(cfg: JudgeConfig, examples: list[Example]) -> list[Solved]:
     try:
         evaluate(own)
     except Interrupted:
-        print(f"minimath judge train goes on from there with the same words and out={out} resume=true")
+        if len(stop_files(out)) == 1:  # else it is a part of a whole run, which says how that goes on
+            print(f"minimath judge train goes on from there with the same words and out={out} resume=true")
         raise
     finally:
         gc.collect()  # its model goes before the next one loads

@@ -5,8 +5,11 @@ import pytest
 
 from minimath.commands import demo as demo_module
 from minimath.commands.demo import DemoConfig, demo, demo_model, parse, scaled_steps, write_problems
+from minimath.commands.run import load_stages
+from minimath.config.load import load_config
 from minimath.core.errors import UserError
 from minimath.data.problems import canonical
+from minimath.train.judge import JudgeConfig
 
 
 def read(path):
@@ -29,23 +32,27 @@ def test_rl_problems_come_without_solutions(tmp_path):
 
 
 def test_words_are_parsed_in_any_order():
-    assert parse(["seed=3", "--full", "--minutes", "5", "--out=a/b"]) == (5.0, True, "a/b", ["seed=3"])
+    assert parse(["seed=3", "--full", "--minutes", "5", "--out=a/b"]) == (
+        5.0, True, "a/b", ["judge=heuristic", "seed=3"])
+    assert parse(["--judge", "trained", "seed=3"])[3] == ["judge=self", "seed=3"]
 
 
 @pytest.mark.parametrize("words", [["--minutes", "0"], ["--minutes", "soon"], ["--minutes"], ["--minutes", "inf"],
-                                   ["--fast"]])
+                                   ["--fast"], ["--judge", "trainer"]])
 def test_a_wrong_word_is_named(words):
     with pytest.raises(UserError, match=words[-1] if len(words) > 1 else "expected one argument|unknown word '--fast'"):
         parse(words)
 
 
-def test_minutes_scale_the_steps_of_both_stages():
+def test_minutes_scale_the_steps_of_all_stages():
     def steps(words):
         return {word.partition("=")[0]: float(word.partition("=")[2]) for word in words}
     full, third = steps(scaled_steps("demo", 1.0)), steps(scaled_steps("demo", 1 / 3))
     assert third["sft.steps"] == round(full["sft.steps"] / 3)
     assert third["rlaif.steps"] == round(full["rlaif.steps"] / 3)
-    assert full["sft.max_minutes"] + full["rlaif.max_minutes"] < 0.8 * demo_module.MINUTES
+    assert third["judge_train.steps"] == round(full["judge_train.steps"] / 3)
+    assert third["judge_train.limit"] >= 40  # a tenth of them is held out
+    assert sum(value for name, value in full.items() if "minutes" in name) < 0.9 * demo_module.MINUTES
 
 
 def test_a_missing_model_package_is_named_with_its_install_line(tmp_path, monkeypatch):
@@ -87,6 +94,19 @@ def test_a_card_without_a_hub_has_the_demo_of_the_embedded_model(on_a_card, tiny
     said = capsys.readouterr().out
     assert said.startswith("on the card with SmolLM2-135M-Instruct and made problems: data=openai/gsm8k:main")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, trained", [([], False), (["--judge", "trained"], True), (["judge=self"], True),
+                                            (["--judge", "trained", "judge_adapter=mine"], False)])
+def test_a_judge_is_trained_on_rl_problems_if_asked_for(on_a_card, tmp_path, words, trained):
+    recipe, words = on_a_card(["--out", str(tmp_path / "run"), "--minutes", "30", *words])
+    _, _, judge, rlaif, _ = load_stages(recipe, words, "demo")
+    assert bool(judge) == trained == (rlaif.judge.adapter == str(tmp_path / "run/judge"))
+    if judge:
+        once = load_config(JudgeConfig, recipe, [], "judge_train")
+        assert judge.data.source == rlaif.data.source == f"{tmp_path}/run/data/rl.jsonl"
+        assert (judge.steps, judge.data.limit) == (2 * once.steps, 2 * once.data.limit)
+        assert judge.sampling.max_new_tokens == rlaif.sampling.max_new_tokens
 
 
 def test_a_card_with_a_hub_or_its_cache_has_qwen_and_gsm8k(on_a_card, tmp_path, monkeypatch, capsys):
