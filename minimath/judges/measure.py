@@ -1,7 +1,7 @@
 """Calibrate a freshly trained judge on held-out solutions of its policy, and measure it there."""
 import numpy as np
 
-from minimath.core.log import RunLog
+from minimath.core.log import RunLog, clean
 from minimath.judges.base import asked
 from minimath.judges.calibrate import Calibration, auc, brier, fit_calibration, reliability
 from minimath.judges.lessons import Solved, own_pairs
@@ -25,6 +25,7 @@ def measure_judge(judge: SelfJudge, held_out: list[Solved], log: RunLog) -> None
         show_grades(card.figures["grades"], card.calibration, log)
     pairs = [pair for each in held_out for pair in own_pairs(each)]
     card.figures["pairs"] = report = judge_known(judge, pairs)
+    card.figures = clean(card.figures)  # NaN, where there is only right or only wrong, is not JSON
     card.pairs = [[p.problem, p.better.text, p.worse.text] for p in pairs if p.kind == "own wrong"][:KEPT_PAIRS]
     log.table(f"the policy's own solutions of {len(held_out)} held-out problems",
               ["kind", "pairs", "agreement", "95% interval", "position bias", "order conflicts"],
@@ -36,17 +37,21 @@ def grade_figures(judge: SelfJudge, held_out: list[Solved]) -> tuple[Calibration
     """Calibrate the grades of all held-out solutions; return that and the figures."""
     rows = [(number, each.example.problem, record) for number, each in enumerate(held_out)
             for record in each.records if record["text"].strip()]
-    logits = judge.logits([asked(problem, record["text"]) for _, problem, record in rows])
-    known = [(number, r["correct"] and r["finished"], r["tokens"], z[-1])
-             for (number, _, r), z in zip(rows, logits, strict=True) if z is not None]
-    number, right, tokens, z = (np.array(column) for column in zip(*known))
-    fitted = number % 2 == 0
-    calibration = fit_calibration(z[fitted].tolist(), right[fitted].tolist())
-    raw, p = ([c.probability(each) for each in z[~fitted]] for c in (Calibration(), calibration))
-    truth = right[~fitted].tolist()
+    signs = judge.signs([asked(problem, record["text"]) for _, problem, record in rows])
+    known = [(number, r["correct"] and r["finished"], r["tokens"], *of_row[-1])
+             for (number, _, r), of_row in zip(rows, signs, strict=True)
+             if of_row is not None and np.isfinite(of_row[-1]).all()]
+    if not known:
+        return Calibration(), {"solutions": 0}
+    number, right, tokens, z, logp = (np.array(column) for column in zip(*known))
+    fitted = np.unique(number, return_inverse=True)[1] % 2 == 0
+    calibration = fit_calibration(list(zip(z[fitted], logp[fitted])), right[fitted].tolist())
+    raw, p = ([c.probability(*each) for each in zip(z[~fitted], logp[~fitted])] for c in (Calibration(), calibration))
+    truth, score = right[~fitted].tolist(), calibration.score(z, logp)
     return calibration, {
-        "solutions": len(known), "right": float(right.mean()), "auc": auc(z[right], z[~right]),
-        "auc_within": auc_within(number, right, z), "auc_like_lengths": auc_within(number, right, z, tokens),
+        "solutions": len(known), "right": float(right.mean()), "auc": auc(score[right], score[~right]),
+        "auc_within": auc_within(number, right, score), "auc_like_lengths": auc_within(number, right, score, tokens),
+        "auc_of_verdict": auc_within(number, right, z), "auc_of_numbers": auc_within(number, right, logp),
         "brier_uncalibrated": brier(raw, truth), "brier": brier(p, truth),
         "brier_of_the_mean": brier([right[fitted].mean()] * len(truth), truth), "reliability": reliability(p, truth)}
 
@@ -68,9 +73,13 @@ def auc_within(number: np.ndarray, right: np.ndarray, score: np.ndarray, tokens:
 
 
 def show_grades(f: dict, calibration: Calibration, log: RunLog) -> None:
+    if not f["solutions"]:
+        return log.say("no solution of a held-out problem to calibrate on: grades are as the judge gives them")
     log.say(f"{f['solutions']} held-out solutions, {percent(f['right'])} right. AUC {f['auc']:.3f} over all, "
             f"{f['auc_within']:.3f} within a problem, {f['auc_like_lengths']:.3f} of those as long. Brier score "
             f"{f['brier']:.3f} (uncalibrated {f['brier_uncalibrated']:.3f}, always the mean "
-            f"{f['brier_of_the_mean']:.3f}); temperature {calibration.temperature:.2f}, bias {calibration.bias:+.2f}")
+            f"{f['brier_of_the_mean']:.3f}); temperature {calibration.temperature:.2f}, bias {calibration.bias:+.2f}, "
+            f"likelihood {calibration.likelihood:.2f} (within a problem, the verdict alone {f['auc_of_verdict']:.3f}, the "
+            f"log-prob of its numbers alone {f['auc_of_numbers']:.3f})")
     log.table("reliability of the calibrated grades", ["grade", "right", "solutions"],
               [[f"{p:.2f}", percent(share), count] for p, share, count in f["reliability"]])

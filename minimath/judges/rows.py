@@ -14,6 +14,7 @@ from minimath.judges.base import Asked, Pair
 from minimath.judges.rubrics import defuse, judge_prompt
 from minimath.models.policy import Policy
 
+SIGNS = "+-*/=^.<>"
 LETTERS = [("A", "B", "TIE")]
 YES_NO = [("Yes", "No"), ("Y", "N")]  # the second for vocabularies of letters
 
@@ -43,10 +44,12 @@ def chat_ids(tokenizer, prompt: str) -> list[int]:
 class Reading(NamedTuple):
     """A solution as tokens; ends: the places of the last token of each step, and of the end of the turn.
 
-    prompt: how many tokens stand before the solution."""
+    prompt: how many tokens stand before the solution. numbers: the places of numbers and signs of arithmetic in it,
+    but for a step's first token, in whose stead a verdict is trained."""
     ids: list[int]
     ends: list[int]
-    prompt: int = 0
+    prompt: int
+    numbers: list[int]
 
 
 class Reader:
@@ -59,6 +62,7 @@ class Reader:
         self.policy, self.tokenizer, self.rubric, self.prompt = policy, policy.tokenizer, rubric, judge_prompt
         self.specials = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self._prompts: dict[str, list[int]] = {}
+        self._is_number: dict[int, bool] = {}
 
     def shown(self, question: Asked) -> tuple[str, ...]:
         """The steps as they are shown, as many as there are; nothing behind the answer."""
@@ -78,23 +82,37 @@ class Reader:
         for step in self.shown(question):
             ids += self.tokenizer.encode(step, add_special_tokens=False)
             ends.append(len(ids) - 1)
-        return Reading([*ids, turn_end(self.tokenizer)], [*ends, len(ids)], len(self._prompts[question.problem]))
+        first, behind = len(self._prompts[question.problem]), {end + 1 for end in ends}
+        numbers = [place for place in range(first, len(ids)) if self.is_number(ids[place]) and place not in behind]
+        return Reading([*ids, turn_end(self.tokenizer)], [*ends, len(ids)], first, numbers)
+
+    def is_number(self, token: int) -> bool:
+        """Tell whether a token is a number, or a part of one, or a sign of arithmetic."""
+        if token not in self._is_number:
+            text = self.tokenizer.decode([token]).strip()
+            self._is_number[token] = bool(text) and all(c.isdecimal() or c in SIGNS for c in text)
+        return self._is_number[token]
 
     def pair(self, pair: Pair) -> list[int]:
         return chat_ids(self.tokenizer, self.prompt(self.rubric, pair, self.specials))
 
 
 def single_row(reader: Reader, question: Asked, right: list[bool | None], max_len: int) -> Encoded:
-    """Make a training row; right: of each step, and of the whole; None: not known."""
-    reading, (yes, no) = reader.read(question), verdict_ids(reader.tokenizer, YES_NO)
-    return row(reading, {end: yes if known else no for end, known in zip(reading.ends, right, strict=True)
-                         if known is not None}, max_len)
+    """Make a training row; right: of each step, and of the whole; None: not known.
+
+    Where a right solution has no verdict, its next token is trained: a judge that can solve the problems tells right
+    from wrong better (the joint objective of arXiv 2110.14168, section 4.2)."""
+    reading, (yes, no), targets = reader.read(question), verdict_ids(reader.tokenizer, YES_NO), {}
+    if all(right):
+        targets = {place - 1: reading.ids[place] for place in range(reading.prompt, len(reading.ids))}
+    targets |= {end: yes if known else no for end, known in zip(reading.ends, right, strict=True) if known is not None}
+    return row(reading, targets, max_len)
 
 
 def pair_row(reader: Reader, pair: Pair, first_wins: bool, max_len: int) -> Encoded:
     """Make a training row of a pair in this order."""
     ids, (a, b, _) = reader.pair(pair), verdict_ids(reader.tokenizer)
-    return row(Reading(ids, [], len(ids) - 1), {len(ids) - 1: a if first_wins else b}, max_len)
+    return row(Reading(ids, [], len(ids) - 1, []), {len(ids) - 1: a if first_wins else b}, max_len)
 
 
 def row(reading: Reading, verdicts: dict[int, int], max_len: int) -> Encoded:

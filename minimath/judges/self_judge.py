@@ -4,8 +4,10 @@ Verdicts are probabilities of one forward; nothing is generated. The prompts of 
 out as a tree, every common beginning once, in one sequence under a block mask (each token sees the tokens before it in
 its own prompt). The verdicts are those of the prompts computed apart.
 """
+import bisect
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +18,7 @@ from minimath.core.run_folder import find_adapter
 from minimath.data.batch import like_lengths, tail_length
 from minimath.judges.base import Asked, Judge, Pair, asked, better
 from minimath.judges.card import JUDGE, JudgeCard, read_card
-from minimath.judges.rows import LETTERS, YES_NO, Reader, Reading, verdict_ids
+from minimath.judges.rows import LETTERS, YES_NO, Reader, verdict_ids
 from minimath.judges.rubrics import load_rubric
 from minimath.kernels import linear_logp
 from minimath.models.block_attention import Branch, on_device
@@ -35,6 +37,12 @@ from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
 
 # Of one tree: its attention scores are T^2 numbers, most of them between tokens that do not see each other.
 TREE_TOKENS = 2048
+
+
+class Question(NamedTuple):
+    """A prompt as tokens, and which log-probs are asked: (place, token) of what follows the place."""
+    ids: list[int]
+    asks: list[tuple[int, int]]
 
 
 class SelfJudge(Judge):
@@ -81,8 +89,9 @@ class SelfJudge(Judge):
         Of grades: `better`; every solution is read once."""
         if self.form == "pair":
             prompts = [self.reader.pair(pair) for pair in pairs]
-            logits = self.logps([Reading(ids, [len(ids) - 1]) for ids in prompts])
-            votes = [None if each is None else each.softmax(1)[0].tolist() for each in logits]
+            found = self.logps([Question(ids, [(len(ids) - 1, verdict) for verdict in self.verdicts])
+                                for ids in prompts])
+            votes = [None if each is None else each.softmax(0).tolist() for each in found]
             return [None if vote is None else number(vote[0] + vote[2] / 2) for vote in votes]
         texts = list(dict.fromkeys((pair.problem, s.text) for pair in pairs for s in (pair.first, pair.second)))
         grades = dict(zip(texts, self.grade([asked(*text) for text in texts]), strict=True))
@@ -96,18 +105,31 @@ class SelfJudge(Judge):
         """Return for each step the probability that all is right up to its end."""
         return [each and each[:-1] for each in self._probabilities(questions)]
 
-    def logits(self, questions: list[Asked]) -> list[list[float] | None]:
-        """Return log P(Yes) - log P(No) after each step, and after the end."""
-        logps = self.logps([self.reader.read(question) for question in questions])
-        return [None if each is None else (each[:, 0] - each[:, 1]).tolist() for each in logps]
+    def signs(self, questions: list[Asked]) -> list[list[tuple[float, float]] | None]:
+        """Return what speaks for each solution, after each step and after the end.
+
+        log P(Yes) - log P(No), and the log-prob of all numbers and signs of arithmetic so far, as the judge would write
+        them."""
+        readings = [self.reader.read(question) for question in questions]
+        found = self.logps([Question(r.ids, [(end, verdict) for end in r.ends for verdict in self.verdicts]
+                                     + [(place - 1, r.ids[place]) for place in r.numbers]) for r in readings])
+        signs = []
+        for reading, logp in zip(readings, found, strict=True):
+            if logp is not None:
+                yes, no = logp[:2 * len(reading.ends)].view(-1, 2).T
+                sums = [0.0, *logp[2 * len(reading.ends):].cumsum(0).tolist()]
+                written = [sums[bisect.bisect(reading.numbers, end)] for end in reading.ends]
+                logp = list(zip((yes - no).tolist(), written, strict=True))
+            signs.append(logp)
+        return signs
 
     def _probabilities(self, questions: list[Asked]) -> list[list[float] | None]:
-        values = [each and [number(self.card.calibration.probability(z)) for z in each]
-                  for each in self.logits(questions)]
+        values = [each and [number(self.card.calibration.probability(*signs)) for signs in each]
+                  for each in self.signs(questions)]
         return [None if each is None or None in each else each for each in values]
 
-    def logps(self, readings: list[Reading]) -> list[torch.Tensor | None]:
-        """Compute (ends, verdicts) log-probs of each; None beyond the context."""
+    def logps(self, readings: list[Question]) -> list[torch.Tensor | None]:
+        """Compute the log-probs that each asks for; None beyond the context."""
         fitting = [i for i, reading in enumerate(readings) if len(reading.ids) <= self.context]
         found, computed = self._in_memory([readings[i] for i in fitting])
         self.counts.update(prompts=len(readings), prompt_tokens=sum(len(r.ids) for r in readings),
@@ -115,12 +137,12 @@ class SelfJudge(Judge):
         found = dict(zip(fitting, found, strict=True))
         return [found.get(i) for i in range(len(readings))]
 
-    def _in_memory(self, readings: list[Reading]) -> tuple[list[torch.Tensor], int]:
+    def _in_memory(self, readings: list[Question]) -> tuple[list[torch.Tensor], int]:
         """Compute log-probs and count tokens, in smaller passes when memory runs out."""
         passes, tree, computed = plan_passes(self.model, [r.ids for r in readings], self.micro_batch_tokens)
         try:
             with inference(self.model), adapter_named(self.model, self.adapter):
-                return verdict_logps(self.model, readings, self.verdicts, passes, tree), computed
+                return verdict_logps(self.model, readings, passes, tree), computed
         except (RuntimeError, MemoryError) as error:
             shared = [size for rows, size in passes if len(rows) > 1]
             if not shared or not is_out_of_memory(error):
@@ -175,54 +197,53 @@ def common_length(a: list[int], b: list[int]) -> int:
     return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def verdict_logps(model, readings: list[Reading], verdicts: list[int], passes: list,
-                  tree: bool) -> list[torch.Tensor]:
-    """Compute the log-prob of each verdict at each end, (ends, verdicts) float64 on the CPU."""
+def verdict_logps(model, questions: list[Question], passes: list, tree: bool) -> list[torch.Tensor]:
+    """Compute the log-probs that each question asks for, (asks,) float64 on the CPU."""
     lm_head, order, logps = head(model), [i for rows, _ in passes for i in rows], []
     for rows, _ in passes:
         interrupt.check()
-        states = (tree_states if tree else row_states)(model, [readings[i] for i in rows])  # (M, D)
-        targets = on_device(torch.tensor(verdicts).repeat(len(states)), states.device)  # (M * len(verdicts),)
-        logps.append(linear_logp(states.repeat_interleave(len(verdicts), 0), lm_head.weight, targets,
-                                 rows=torch.arange(len(targets), device=states.device), **lm_head.kernel_args()))
+        chosen = [questions[i] for i in rows]
+        states = (tree_states if tree else row_states)(model, chosen)  # (M, D)
+        tokens = on_device(torch.tensor([token for each in chosen for _, token in each.asks]), states.device)  # (M,)
+        logps.append(linear_logp(states, lm_head.weight, tokens, rows=torch.arange(len(tokens), device=states.device),
+                                 **lm_head.kernel_args()))
     if not logps:
         return []
-    every = torch.cat(logps).view(-1, len(verdicts)).cpu().double()  # one read
-    parts = every.split([len(readings[i].ends) for i in order])
+    parts = torch.cat(logps).cpu().double().split([len(questions[i].asks) for i in order])  # one read
     return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda each: each[0])]
 
 
-def row_states(model, readings: list[Reading]) -> torch.Tensor:
-    """Compute the final hidden states at the ends of rows, right-padded: M, D."""
+def row_states(model, questions: list[Question]) -> torch.Tensor:
+    """Compute the final hidden states at the places of rows, right-padded: M, D."""
     device = base_causal_lm(model).device
-    lengths = torch.tensor([len(each.ids) for each in readings])
-    first = torch.arange(len(readings)) * (width := int(lengths.max()))
-    input_ids = torch.zeros(len(readings), width, dtype=torch.long)  # (B, T)
-    for row, each in enumerate(readings):
+    lengths = torch.tensor([len(each.ids) for each in questions])
+    first = torch.arange(len(questions)) * (width := int(lengths.max()))
+    input_ids = torch.zeros(len(questions), width, dtype=torch.long)  # (B, T)
+    for row, each in enumerate(questions):
         input_ids[row, :len(each.ids)] = torch.tensor(each.ids)
     mask = (torch.arange(width)[None] < lengths[:, None]).long()  # (B, T)
-    ends = torch.tensor([start + end for start, each in zip(first.tolist(), readings) for end in each.ends])
-    input_ids, mask, ends = (on_device(each, device) for each in (input_ids, mask, ends))
+    places = torch.tensor([start + place for start, each in zip(first.tolist(), questions) for place, _ in each.asks])
+    input_ids, mask, places = (on_device(each, device) for each in (input_ids, mask, places))
     rows = list(zip(first.tolist(), lengths.tolist()))
-    return hidden_states(model, input_ids, attention_mask=mask, rows=rows).flatten(0, 1).index_select(0, ends)
+    return hidden_states(model, input_ids, attention_mask=mask, rows=rows).flatten(0, 1).index_select(0, places)
 
 
-def tree_states(model, readings: list[Reading]) -> torch.Tensor:
-    """Compute the final hidden states at the ends of readings in one tree.
+def tree_states(model, questions: list[Question]) -> torch.Tensor:
+    """Compute the final hidden states at the places of prompts in one tree.
 
-    readings: sorted by their tokens. Returns (M, D)."""
-    ids, position, ends, path, branches, last = [], [], [], [], [], []
-    for reading in readings:
-        prompt, common = reading.ids, common_length(last, reading.ids)
+    questions: sorted by their tokens. Returns (M, D)."""
+    ids, position, places, path, branches, last = [], [], [], [], [], []
+    for prompt, asks in questions:
+        common = common_length(last, prompt)
         if len(prompt) > common:  # else it is the last one, or its beginning
             branches.append(Branch(len(ids), len(prompt) - common, path[:common]))
         path = path[:common] + list(range(len(ids), len(ids) + len(prompt) - common))
         ids += prompt[common:]
         position += range(common, len(prompt))
-        ends += [path[end] for end in reading.ends]
+        places += [path[place] for place, _ in asks]
         last = prompt
     device = base_causal_lm(model).device
     tail = tail_length(len(ids), TREE_TOKENS) if device.type == "cuda" else 0
     ids, position = ids + [0] * tail, position + list(range(tail))
-    ids, position, ends = (on_device(torch.tensor(values), device) for values in (ids, position, ends))
-    return hidden_states(model, ids[None], position_ids=position[None], rows=branches)[0].index_select(0, ends)
+    ids, position, places = (on_device(torch.tensor(values), device) for values in (ids, position, places))
+    return hidden_states(model, ids[None], position_ids=position[None], rows=branches)[0].index_select(0, places)

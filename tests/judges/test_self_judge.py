@@ -13,9 +13,9 @@ from minimath.judges.attack import bare_prompt
 from minimath.judges.base import Pair
 from minimath.judges.judge import judge_groups
 from minimath.judges.poll import ask
-from minimath.judges.rows import Reading, chat_ids, verdict_ids
+from minimath.judges.rows import chat_ids, verdict_ids
 from minimath.judges.rubrics import judge_prompt, load_rubric
-from minimath.judges.self_judge import SelfJudge, plan_passes, row_states, tree_packs, verdict_logps
+from minimath.judges.self_judge import Question, SelfJudge, plan_passes, row_states, tree_packs, verdict_logps
 
 GOOD = Fixed(r"5*3=15. \boxed{15}", tokens=8)
 LONG = Fixed(r"Let us restate the problem. 5*3=15. We check it. \boxed{15}", tokens=20)
@@ -34,8 +34,8 @@ def self_judge(policy, micro_batch_tokens=4096, **options):
 def logps(model, prompts, verdicts, micro_batch_tokens):
     """(log-probs of the verdicts, tokens computed)."""
     passes, tree, computed = plan_passes(model, prompts, micro_batch_tokens)
-    readings = [Reading(ids, [len(ids) - 1]) for ids in prompts]
-    return torch.cat(verdict_logps(model, readings, verdicts, passes, tree)), computed
+    questions = [Question(ids, [(len(ids) - 1, verdict) for verdict in verdicts]) for ids in prompts]
+    return torch.stack(verdict_logps(model, questions, passes, tree)), computed
 
 
 def test_self_judge_equals_the_verdicts_softmax_of_full_logits(policy):
@@ -156,7 +156,7 @@ def test_self_judge_gives_no_vote_to_prompts_beyond_the_context(policy):
 
 def test_row_states_ignore_what_padding_holds(policy):
     model, tokenizer = policy.model, policy.tokenizer
-    short, long = (Reading(ids, [1, len(ids) - 1]) for ids in map(tokenizer.encode, ("abc", "abcdefghij " * 5)))
+    short, long = (Question(ids, [(1, 0), (len(ids) - 1, 0)]) for ids in map(tokenizer.encode, ("abc", "abcdefghij " * 5)))
     with torch.no_grad():
         torch.testing.assert_close(row_states(model, [short, long])[:2], row_states(model, [short]))
 
