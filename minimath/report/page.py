@@ -162,8 +162,9 @@ def judge_figures(stage: Path) -> dict:
 def judge_facts(figures: dict) -> tuple[list[str], list[list[str]]]:
     """Word the figures of judges/measure.py as a table of one row, of none without any."""
     grades = {"auc_within": "AUC within a problem", "brier": "Brier score", "brier_of_the_mean": "of always the mean"}
-    row = {name: fmt(figures["grades"].get(key)) for key, name in grades.items() if "grades" in figures}
-    for kind, tally in figures.get("pairs", {}).items():
+    row = {name: "-" if (value := figures["grades"].get(key)) is None else f"{value:.3f}"
+           for key, name in grades.items() if "grades" in figures}
+    for kind, tally in ((k, tally) for k, tally in figures.get("pairs", {}).items() if k != "all"):
         row |= {f"agreement, {kind}": percent(tally["agreement"]),
                 f"order conflicts, {kind}": percent(tally["order_conflicts"])}
     return list(row), [list(row.values())] if row else []

@@ -131,3 +131,23 @@ def test_what_cannot_be_reported_is_said(words, error, tmp_path, monkeypatch):
 
 def test_problems_shown_are_the_first_and_some_of_the_others():
     assert spread(list(range(20)), 6) == [0, 1, 2, 3, 8, 13] and spread([1, 2], 6) == [1, 2]
+
+
+def test_a_trained_judge_is_shown_with_the_run_that_asked_it_and_labels_without_answers_as_curves(tmp_path):
+    adapter, run = tmp_path / "judge" / "adapter", tmp_path / "run"
+    adapter.mkdir(parents=True)
+    run.mkdir()
+    (adapter / "judge.json").write_text(json.dumps({"figures": {
+        "grades": {"auc_within": 0.6125, "brier": 0.2, "brier_of_the_mean": 0.25},
+        "pairs": {"own wrong": {"agreement": 0.55, "order_conflicts": 0.25},
+                  "own long": {"agreement": None, "order_conflicts": None}}}}))
+    metrics = [{"step": s, "verifier/agrees": 0.8, "verifier/decided": 0.9, "verifier/share": 0.1 * s} for s in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    for asked in (tmp_path / "judge", adapter):
+        (run / "config.yaml").write_text(f"judge_adapter: {asked}\n")
+        page = write_page([run], run).read_text(encoding="utf-8")
+        for words in ("AUC within a problem", "<td>0.613</td>", "order conflicts, own wrong", "<td>25%</td>",
+                      "verifier/agrees", "verifier/share"):
+            assert words in page, words
+    (run / "config.yaml").write_text("judge_adapter: ''\n")
+    assert "AUC" not in write_page([run], run).read_text(encoding="utf-8")
