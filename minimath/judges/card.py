@@ -1,5 +1,6 @@
 """What a trained judge is, beside its adapter: judge.json, written by `minimath judge train`."""
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def read_card(folder: Path) -> JudgeCard:
         card = JudgeCard(**values | {"calibration": Calibration(*map(float, values["calibration"]))})
         if card.form not in ("pair", "single"):
             raise ValueError(f"form {card.form!r}")
+        if not (all(map(math.isfinite, card.calibration)) and card.calibration.temperature > 0):
+            raise ValueError(f"{card.calibration}")
         return card
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"judge_adapter: {folder} has no readable {CARD} ({error}); give the run folder of `minimath "

@@ -3,7 +3,7 @@ import numpy as np
 
 from minimath.core.log import RunLog, clean
 from minimath.judges.base import asked
-from minimath.judges.calibrate import Calibration, auc, brier, fit_calibration, reliability
+from minimath.judges.calibrate import Calibration, auc, brier, fit_calibration, reliability, sigmoid
 from minimath.judges.lessons import Solved, own_pairs
 from minimath.judges.pairs import judge_known
 from minimath.judges.poll import percent, span
@@ -16,7 +16,8 @@ KEPT_PAIRS = 64  # held-out pairs for the canary
 def measure_judge(judge: SelfJudge, held_out: list[Solved], log: RunLog) -> None:
     """Fill in the card of a judge: calibration, figures, canary pairs; and show them.
 
-    Probabilities are fitted on every second problem and measured on the others. figures: pairs (poll.tally by kind)
+    The calibration is fitted to all; the figures are those of two, each fitted to one half of the problems and measured
+    on the other. figures: pairs (poll.tally by kind)
     and, of form single, grades: auc over all solutions, auc_within over right and wrong ones of one problem,
     auc_like_lengths over those of them that are as long, brier before and after, reliability (calibrate.py)."""
     card = judge.card
@@ -44,16 +45,21 @@ def grade_figures(judge: SelfJudge, held_out: list[Solved]) -> tuple[Calibration
     if not known:
         return Calibration(), {"solutions": 0}
     number, right, tokens, z, logp = (np.array(column) for column in zip(*known))
-    fitted = np.unique(number, return_inverse=True)[1] % 2 == 0
-    calibration = fit_calibration(list(zip(z[fitted], logp[fitted])), right[fitted].tolist())
-    raw, p = ([c.probability(*each) for each in zip(z[~fitted], logp[~fitted])] for c in (Calibration(), calibration))
-    truth, score = right[~fitted].tolist(), calibration.score(z, logp)
-    return calibration, {
-        "solutions": len(known), "right": float(right.mean()), "auc": auc(score[right], score[~right]),
-        "auc_within": auc_within(number, right, score), "auc_like_lengths": auc_within(number, right, score, tokens),
+    signs = np.column_stack([z, logp])
+
+    def fit(chosen: np.ndarray) -> Calibration:
+        return fit_calibration(signs[chosen].tolist(), right[chosen].tolist(), number[chosen].tolist())
+
+    p = np.empty(len(right))
+    for half in (number % 2 == 0, number % 2 == 1):  # each by what was fitted to the other one
+        p[half] = [fit(~half).probability(*each) for each in signs[half]]
+    truth = right.tolist()
+    return fit(right | True), {
+        "solutions": len(known), "right": float(right.mean()), "auc": auc(p[right], p[~right]),
+        "auc_within": auc_within(number, right, p), "auc_like_lengths": auc_within(number, right, p, tokens),
         "auc_of_verdict": auc_within(number, right, z), "auc_of_numbers": auc_within(number, right, logp),
-        "brier_uncalibrated": brier(raw, truth), "brier": brier(p, truth),
-        "brier_of_the_mean": brier([right[fitted].mean()] * len(truth), truth), "reliability": reliability(p, truth)}
+        "brier_uncalibrated": brier([sigmoid(each) for each in z], truth), "brier": brier(p, truth),
+        "brier_of_the_mean": brier([right.mean()] * len(truth), truth), "reliability": reliability(p, truth)}
 
 
 def auc_within(number: np.ndarray, right: np.ndarray, score: np.ndarray, tokens: np.ndarray | None = None) -> float:
@@ -79,7 +85,7 @@ def show_grades(f: dict, calibration: Calibration, log: RunLog) -> None:
             f"{f['auc_within']:.3f} within a problem, {f['auc_like_lengths']:.3f} of those as long. Brier score "
             f"{f['brier']:.3f} (uncalibrated {f['brier_uncalibrated']:.3f}, always the mean "
             f"{f['brier_of_the_mean']:.3f}); temperature {calibration.temperature:.2f}, bias {calibration.bias:+.2f}, "
-            f"likelihood {calibration.likelihood:.2f} (within a problem, the verdict alone {f['auc_of_verdict']:.3f}, the "
-            f"log-prob of its numbers alone {f['auc_of_numbers']:.3f})")
+            f"likelihood {calibration.likelihood:.2f} (within a problem, the verdict alone {f['auc_of_verdict']:.3f}, "
+            f"the log-prob of its numbers alone {f['auc_of_numbers']:.3f})")
     log.table("reliability of the calibrated grades", ["grade", "right", "solutions"],
               [[f"{p:.2f}", percent(share), count] for p, share, count in f["reliability"]])
