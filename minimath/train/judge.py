@@ -25,19 +25,19 @@ from minimath.config.schema import (
     DataOptions,
     EngineOptions,
     EvalConfig,
+    Fraction,
     JudgeOptions,
     ModelOptions,
     OptimizerOptions,
     Positive,
     PromptOptions,
     SamplingOptions,
-    Share,
     TrainRunOptions,
 )
 from minimath.config.trained import as_trained
 from minimath.core.entry import run_command
 from minimath.core.errors import Interrupted, UserError
-from minimath.core.run_folder import ADAPTER, EVAL, EVAL_CONFIG, new_run_folder, stop_files
+from minimath.core.run_folder import ADAPTER, EVAL, EVAL_CONFIG, new_run_folder, refuse_held, stop_files
 from minimath.data.batch import step_indices
 from minimath.data.chat import Encoded
 from minimath.data.examples import Example, describe_report, load_examples
@@ -74,7 +74,7 @@ class JudgeConfig(Stage):
     """solutions that the policy samples of each problem; 0: none, made faults alone"""
     made: Annotated[float, Bound()] = 0.5
     """made solutions, right and faulty, for each of the policy's own"""
-    attacked: Share = 0.05
+    attacked: Fraction = 0.05
     """share of the training rows whose solution carries an attack string (judges/attacks.txt)"""
     held_out: Annotated[float, Bound(above=0, below=1)] = 0.1
     """share of the problems on which the judge is calibrated and measured, and not trained"""
@@ -96,15 +96,21 @@ def judge_train(cfg: JudgeConfig) -> dict:
     Returns a summary: steps, run_dir, adapter, signal, and the judge's held-out figures. Raises UserError, and
     Interrupted when it was stopped while the policy sampled."""
     cfg = as_trained(cfg).replace(out=str(new_run_folder(cfg.run.out, "judge")))
-    examples, report = load_examples(cfg.data, need=("answer",))
+    refuse_held(Path(cfg.run.out), evaluation=False, resume=cfg.run.resume)  # all that can fail, before it samples
+    rubric, (examples, report) = load_rubric(cfg.rubric), load_examples(cfg.data, need=("answer",))
+    split([Solved(example, []) for example in examples], cfg.held_out)
     train, held_out = split(own_solutions(cfg, examples), cfg.held_out)
     with Trainer(cfg, "judge") as trainer:
         policy, say = trainer.policy, trainer.log.say
         say(describe_report(report) or f"{len(train)} problems to train on, {len(held_out)} held out")
-        reader = Reader(policy, load_rubric(cfg.rubric))
+        reader = Reader(policy, rubric)
         lessons = Lessons(cfg.form, reader, cfg.max_len, seed=cfg.run.seed)
         sets = lessons.sets(train, made=cfg.made, attacked=cfg.attacked)
         say(lessons.described())
+        if not sets:
+            raise UserError(f"{len(train)} problems give nothing to train a judge of form={cfg.form} on: raise max_len "
+                            f"({cfg.max_len}) if rows are cut, else give solutions in the data, or samples of which "
+                            "some are right")
         total = cfg.steps or max(1, round(cfg.epochs * len(sets) / cfg.batch_size))
         for step in trainer.steps(total):
             chosen = step_indices(step.number - 1, len(sets), cfg.batch_size, cfg.run.seed)
