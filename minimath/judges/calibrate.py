@@ -26,26 +26,39 @@ def sigmoid(x: float) -> float:
     return 0.0 if x < -700 else 1.0 / (1.0 + math.exp(-x))  # NaN stays NaN
 
 
-def fit_calibration(signs: list[tuple[float, float]], right: list[bool], prior: float = 1e-2) -> Calibration:
-    """Fit the calibration of signs (z, l) by maximum likelihood, by Newton's method.
+def fit_calibration(signs: list[tuple[float, float]], right: list[bool], problem: list[int]) -> Calibration:
+    """Fit a calibration to held-out solutions: signs, whether it is right, the number of its problem, of each.
 
-    prior: precision of a normal prior around the logit itself, which keeps all finite where right and wrong are
-    separable. No order is turned round: a slope below LEAST_SLOPE is that, a likelihood below 0 is 0, and the others
-    are fitted beside it."""
-    y, least = np.array(right, dtype=float), np.array([LEAST_SLOPE, 0.0, -np.inf])
-    inputs = np.stack([*np.array(signs, dtype=float).reshape(-1, 2).T, np.ones_like(y)])  # (3, N)
-    mean, w, free = np.array([1.0, 0.0, 0.0]), np.array([1.0, 0.0, 0.0]), np.array([True] * 3)
+    How much either sign counts is fitted where judges are asked, to right against wrong solutions of one problem
+    (Bradley-Terry); temperature and bias then to all solutions (Platt)."""
+    z, y, problem = np.array(signs, dtype=float).reshape(-1, 2), np.array(right, dtype=bool), np.array(problem)
+    more = [z[y & (problem == each)][:, None] - z[~y & (problem == each)][None] for each in np.unique(problem)]
+    more = np.concatenate([np.empty((0, 2)), *(each.reshape(-1, 2) for each in more)])  # (pairs, 2)
+    mix = fit_logistic(more, np.ones(len(more)), mean=[1.0, 0.0], least=[0.0, 0.0])
+    slope, bias = fit_logistic(np.column_stack([z @ mix, np.ones(len(z))]), y, mean=[1.0, 0.0], least=[0.01, -np.inf])
+    return Calibration(float(1 / max(slope * mix[0], 1e-6)), float(bias), float(slope * mix[1]))
+
+
+def fit_logistic(inputs: np.ndarray, y: np.ndarray, mean: list[float], least: list[float],
+                 prior: float = 1e-2) -> np.ndarray:
+    """Fit weights (K,) of P(y) = sigmoid(inputs @ w) by maximum a posteriori, by Newton's method.
+
+    inputs (N, K), y (N,). prior: precision of a normal prior around `mean`, which keeps them finite where y is
+    separable. A weight that comes out below `least` is that."""
+    w, free, least = np.array(mean), np.ones(len(mean), dtype=bool), np.array(least)
     while True:
-        for _ in range(100):
-            p = 1 / (1 + np.exp(-np.clip(w @ inputs, -500, 500)))
-            gradient = (inputs @ (y - p) - prior * (w - mean))[free]
-            step = np.linalg.solve(((inputs * (p * (1 - p))) @ inputs.T + prior * np.eye(3))[free][:, free], gradient)
-            w[free] += step * min(1.0, 1.0 / max(np.abs(step).max(), 1e-12))
+        for _ in range(200):
+            p = 1 / (1 + np.exp(-np.clip(inputs @ w, -500, 500)))
+            gradient = inputs.T @ (y - p) - prior * (w - mean)
+            hessian = (inputs * (p * (1 - p))[:, None]).T @ inputs + prior * np.eye(len(w))
+            step = np.zeros(len(w))
+            step[free] = np.linalg.solve(hessian[np.ix_(free, free)], gradient[free])
+            w = w + step * min(1.0, 1.0 / max(np.abs(step).max(), 1e-12))
             if np.abs(step).max() < 1e-10:
                 break
-        if (w >= least).all():
-            return Calibration(float(1 / w[0]), float(w[2]), float(w[1]))
-        free, w = free & (w >= least), np.maximum(w, least)
+        if not (below := free & (w < least)).any():
+            return w
+        w, free = np.maximum(w, least), free & ~below
 
 
 def brier(p: list[float], right: list[bool]) -> float:

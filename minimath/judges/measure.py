@@ -52,7 +52,8 @@ def grade_figures(judge: SelfJudge, held_out: list[Solved]) -> tuple[Calibration
 
     p = np.empty(len(right))
     for half in (number % 2 == 0, number % 2 == 1):  # each by what was fitted to the other one
-        p[half] = [fit(~half).probability(*each) for each in signs[half]]
+        other = fit(~half)
+        p[half] = [other.probability(*each) for each in signs[half]]
     truth = right.tolist()
     return fit(right | True), {
         "solutions": len(known), "right": float(right.mean()), "auc": auc(p[right], p[~right]),
