@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from minimath.judges.calibrate import Calibration, auc, brier, fit_calibration, reliability, sigmoid
+from minimath.judges.calibrate import Calibration, auc, brier, fit_calibration, fit_logistic, reliability, sigmoid
 
 PRIOR = 1e-2
 
@@ -36,63 +36,87 @@ def draws(seed, n=60, scale=2.0, offset=0.0, gap=1.0):
     return scale * (rng.normal(size=n) + gap * (y - 0.5)) + offset, y
 
 
+def fitted(z, y):
+    return fit_logistic(np.column_stack([z, np.ones(len(z))]), y, mean=[1.0, 0.0], least=[0.01, -np.inf])
+
+
 @pytest.mark.parametrize("data", [draws(0), draws(1, scale=20.0), draws(2, offset=-30.0), draws(3, scale=0.1),
                                   draws(4, n=3), draws(5, gap=8.0), draws(6, n=200, offset=9.0, scale=5.0)],
                          ids=["plain", "large", "far", "small", "three", "separable", "many"])
-def test_temperature_and_bias_are_the_most_likely_ones(data):
+def test_weights_are_the_most_likely_ones(data):
     z, y = data
-    got = fit_calibration([(x, 0.0) for x in z], y.tolist())
-    slope, bias = by_search(z, y.astype(float))
-    assert loss(1 / got.temperature, got.bias, z, y) <= loss(slope, bias, z, y) + 1e-7
-    assert (1 / got.temperature, got.bias) == pytest.approx((slope, bias), abs=2e-3, rel=2e-3)
+    got, want = fitted(z, y), by_search(z, y.astype(float))
+    assert loss(*got, z, y) <= loss(*want, z, y) + 1e-7
+    assert tuple(got) == pytest.approx(want, abs=2e-3, rel=2e-3)
 
 
 @pytest.mark.parametrize("offset", [0.0, -10.0, 40.0])
 def test_scores_that_point_the_wrong_way_are_not_turned_round_and_fit_in_the_mean(offset):
     z, y = draws(7, n=200, offset=offset, gap=-2.0)
-    got = fit_calibration([(x, 0.0) for x in z], y.tolist())
-    p = [got.probability(x, 0.0) for x in z]
-    assert got.temperature == pytest.approx(100.0) and np.mean(p) == pytest.approx(y.mean(), abs=1e-3)
+    slope, bias = fitted(z, y)
+    p = [sigmoid(slope * x + bias) for x in z]
+    assert slope == 0.01 and np.mean(p) == pytest.approx(y.mean(), abs=1e-3)
     assert brier(p, y.tolist()) < 0.26  # of -10 it was 0.47: the bias was that of the slope given up
-    assert sorted(p) == [p[i] for i in np.argsort(z)]
+    assert bias == pytest.approx(by_search(z, y.astype(float))[1], abs=1e-3)
 
 
-def test_both_signs_are_weighed_and_none_is_turned_round():
-    rng = np.random.default_rng(11)
-    y = rng.random(400) < 0.5
-    z, logp = rng.normal(size=400) + y, 4 * rng.normal(size=400) + 6 * y - 20
-    got = fit_calibration(list(zip(z, logp)), y.tolist())
+def solutions(seed, *, of_verdict=1.0, of_numbers=1.0, problems=40, each=6):
+    """(signs, right, problem): how much each sign tells of right and wrong within a problem."""
+    rng = np.random.default_rng(seed)
+    problem = np.repeat(np.arange(problems), each)
+    right = rng.random(len(problem)) < 0.5
+    hard = rng.normal(size=problems)[problem] * 5  # says of a problem, and nothing within it
+    z, logp = rng.normal(size=len(problem)) + of_verdict * right, 2 * rng.normal(size=len(problem)) - 20
+    return [*zip(z, logp + 2 * of_numbers * right + hard)], right.tolist(), problem.tolist()
 
-    def loss_of(slope, likelihood, bias):
-        return loss(slope, bias, z, y) if not likelihood else np.sum(np.logaddexp(0.0, t := slope * z + likelihood
-            * logp + bias) - y * t) + PRIOR / 2 * ((slope - 1) ** 2 + likelihood ** 2 + bias ** 2)
-    best = 1 / got.temperature, got.likelihood, got.bias
-    assert got.likelihood > 0.1
-    for k in range(3):
-        for d in (-1e-3, 1e-3):  # convex: a point that is least along every axis is least
-            assert loss_of(*(x + d * (i == k) for i, x in enumerate(best))) > loss_of(*best)
-    turned = fit_calibration(list(zip(z, -logp)), y.tolist())
-    alone = fit_calibration([(x, 0.0) for x in z], y.tolist())
-    assert turned.likelihood == 0 and turned == pytest.approx(alone, abs=1e-6)
-    assert got.score(1.0, -2.0) == pytest.approx(best[0] - 2 * best[1] + best[2])
+
+def test_both_signs_are_weighed_by_right_against_wrong_of_one_problem():
+    signs, right, problem = solutions(1)
+    got = fit_calibration(signs, right, problem)
+    pairs = np.array([np.subtract(signs[i], signs[j]) for i in range(len(right)) for j in range(len(right))
+                      if problem[i] == problem[j] and right[i] and not right[j]])
+
+    def loss_of_pairs(weights):
+        return np.logaddexp(0.0, -pairs @ weights).sum() + PRIOR / 2 * ((weights[0] - 1) ** 2 + weights[1] ** 2)
+    mix = fit_logistic(pairs, np.ones(len(pairs)), mean=[1.0, 0.0], least=[0.0, 0.0])
+    for k in range(2):
+        for d in (-1e-3, 1e-3):  # convex: what is least along both axes is least
+            assert loss_of_pairs(mix + d * np.eye(2)[k]) > loss_of_pairs(mix)
+    assert got.likelihood * got.temperature == pytest.approx(mix[1] / mix[0]) and mix.min() > 0.1
+    p = np.array([got.probability(*sign) for sign in signs])
+    assert p.mean() == pytest.approx(np.mean(right), abs=2e-3) and brier(p, right) < 0.25
+
+
+@pytest.mark.parametrize("turned, alone", [({"of_numbers": -2.0}, 1), ({"of_verdict": -2.0}, 0)])
+def test_a_sign_that_points_the_wrong_way_counts_nothing(turned, alone):
+    signs, right, problem = solutions(2, **turned)
+    got = fit_calibration(signs, right, problem)
+    weights = [1 / got.temperature, got.likelihood]
+    assert weights[alone] <= 1e-6 < 0.01 < weights[1 - alone]
+
+
+def test_both_the_wrong_way_give_the_mean():
+    signs, right, problem = solutions(3, of_verdict=-3.0, of_numbers=-3.0)
+    got = fit_calibration(signs, right, problem)
+    assert [got.probability(*sign) for sign in signs] == pytest.approx([np.mean(right)] * len(right), abs=1e-3)
 
 
 @pytest.mark.parametrize("right", [True, False])
 def test_one_class_alone_gives_finite_numbers_on_its_side(right):
-    got = fit_calibration([(0.1, -3.0), (-2.0, -1.0), (3.0, -40.0)], [right] * 3)
-    assert math.isfinite(got.temperature) and math.isfinite(got.bias) and got.temperature > 0
+    got = fit_calibration([(0.1, -3.0), (-2.0, -1.0), (3.0, -40.0)], [right] * 3, [0, 0, 1])
+    assert all(map(math.isfinite, got)) and got.temperature > 0
     assert (got.probability(0.0, -1.0) > 0.8) == right
 
 
 def test_nothing_to_fit_changes_nothing():
-    assert fit_calibration([], []) == Calibration(1.0, 0.0, 0.0)
+    assert fit_calibration([], [], []) == Calibration(1.0, 0.0, 0.0)
     assert Calibration().probability(0.3, -5.0) == pytest.approx(1 / (1 + math.exp(-0.3)))
+    assert Calibration(2.0, 0.5, 0.25).score(3.0, -8.0) == pytest.approx(1.5 + 0.5 - 2.0)
 
 
 def test_separable_scores_stay_finite_and_far_apart():
-    got = fit_calibration([(z, 0.0) for z in (-3.0, -2.0, 2.0, 3.0)], [False, False, True, True])
-    low, high = got.probability(-2.0, 0.0), got.probability(2.0, 0.0)
-    assert low < 0.02 and high > 0.98 and math.isfinite(1 / got.temperature)
+    got = fit_calibration([(z, 0.0) for z in (-3.0, -2.0, 2.0, 3.0)], [False, False, True, True], [0, 1, 0, 1])
+    assert got.probability(-2.0, 0.0) < 0.02 and got.probability(2.0, 0.0) > 0.98 and all(map(math.isfinite, got))
 
 
 def test_sigmoid_takes_any_number_and_keeps_nan():
