@@ -1,4 +1,5 @@
 """Count what each stage needs, the most that a card holds, and what to change."""
+import contextlib
 import json
 import os
 from bisect import bisect_left
@@ -10,7 +11,9 @@ from minimath.config.load import RECIPES
 from minimath.config.options import options_of
 from minimath.config.schema import EvalConfig, RLAIFConfig, SFTConfig
 from minimath.core.errors import UserError
+from minimath.core.files import read_json
 from minimath.core.hub import without_network
+from minimath.core.run_folder import find_adapter
 from minimath.core.text import did_you_mean
 from minimath.data.batch import tail_length
 from minimath.kernels.common import tile_shape
@@ -114,7 +117,21 @@ class Planner:
         rows = {"embeddings, head, norms": sum(t.nbytes for t in frozen) - sum(w.nbytes for w in model.linears),
                 "linear layers": sum(nf4_bytes(w.numel()) if nf4 else w.nbytes for w in model.linears),
                 "adapter": sum(p.nbytes for p in trained)}
-        return rows | ({"adapter, cast": cast} if cast else {}) | ({"optimizer state": state} if optimizer else {})
+        rows |= ({"adapter, cast": cast} if cast else {}) | ({"optimizer state": state} if optimizer else {})
+        judged = isinstance(cfg, RLAIFConfig) and cfg.uses_judge() and cfg.judge.adapter
+        return rows | (self.judge(cfg) if judged else {})
+
+    def judge(self, cfg: RLAIFConfig) -> dict[str, int]:
+        """Count a judge's adapter on the policy's layers, and what refreshing it takes."""
+        share, model = 1.0, self.model(cfg)
+        with contextlib.suppress(UserError):  # not there yet: of the policy's rank
+            config = read_json(find_adapter(cfg.judge.adapter) / "adapter_config.json")
+            share = config.get("r", cfg.adapter.lora_r) / cfg.adapter.lora_r
+        sizes = [int(share * p.numel()) for p in model.empty.parameters() if p.requires_grad]
+        cast = sum(int(share * t.nbytes) for g in model.groups for t in (g.active.a, g.active.b) if t is not None)
+        training = sum(4 * size + adam_bytes(size, cfg.optimizer.name) for size in sizes)
+        return {"judge's adapter": 4 * sum(sizes) + cast} | (
+            {"judge's gradients and state": training} if cfg.judge.refresh else {})
 
     def on_card(self, rows: dict[str, int]) -> dict[str, int]:
         assumed = CONTEXT + int(FRAGMENTATION * sum(rows.values()))

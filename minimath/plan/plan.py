@@ -6,6 +6,8 @@
   --apply FILE   write the recipe with what makes it fit; default: RECIPE-24gb.yaml; no file is overwritten
   key=value      any option of the recipe, as in minimath run
 
+A judge_adapter counts with the rank that it has, one that the run trains itself with lora_r.
+
 Planned is the worst case: rows of full length that fill micro_batch_tokens, every completion as long as it may be.
 bench/plan.py measures how right that is on a CPU. What a card needs beside the tensors, half a GiB and 6%, is assumed.
 """
@@ -18,10 +20,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from minimath.config.load import find_recipe, load_config
+from minimath.config.load import find_recipe, load_config, words_of_own_judge
 from minimath.config.schema import STAGES
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
+from minimath.models.load import pick_device
 from minimath.plan.needs import GIB, Planner
 
 CARDS = (8, 12, 16, 24, 32)  # GiB
@@ -30,12 +33,13 @@ CARDS = (8, 12, 16, 24, 32)  # GiB
 def plan(recipe: str | None, words: list[str]) -> dict:
     """Print what the stages need and what fits where; returns it. Raises UserError."""
     card, path, words = parse(recipe, words)
+    words = words_of_own_judge(recipe, words, "OUT/judge") + words
     stages = {name: load_config(cls, recipe, words, allow_other=True) for name, cls in STAGES.items()}
     sft, rlaif, eval_ = stages.values()
     model, gib = sft.model, lambda size: f"{size / GIB:.2f}"
     transformers.utils.logging.set_verbosity_error()
     if not card and model.device != "cpu" and torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0).total_memory
+        card = torch.cuda.get_device_properties(pick_device(model.device)).total_memory
     planner, console = Planner(model.name, model.device), Console(width=max(100, Console().width))
     held = Table("GiB", "fits", "SFT", "RLAIF", "max_num_seqs", "set", title="largest micro_batch_tokens, max_num_seqs")
     cards = []

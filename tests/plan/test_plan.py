@@ -1,6 +1,7 @@
 """The planner: bytes that stay are exact, passes are within a bound of what is measured, what it proposes fits."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,14 @@ from tiny import tiny_model
 from bench import plan as bench
 from minimath.config.load import RECIPES, load_config
 from minimath.config.schema import STAGES, RLAIFConfig, SFTConfig
+from minimath.core.checkpoint import save_adapter
 from minimath.core.errors import UserError
 from minimath.models import load
+from minimath.models.forward import adapter_named, base_causal_lm
+from minimath.models.fused import fused_layers
 from minimath.models.load import load_model
 from minimath.plan import footprint
+from minimath.plan import plan as plan_module
 from minimath.plan.needs import GIB, Planner
 from minimath.plan.plan import parse, plan
 from minimath.train.optimizer import clip_and_step, make_optimizer
@@ -55,6 +60,33 @@ def test_bytes_that_stay_are_exact(tmp_path, family, options):
     assert ("adapter, cast" in need) == (not options.get("dora"))
     books = 2 * 256 * 4 * any("qmap1" in state for state in optimizer.state.values())  # two KiB are not counted
     assert need["optimizer state"] + books == bench.optimizer_state(optimizer)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_bytes_of_a_judges_adapter_are_exact(tmp_path, dtype):
+    folder = tiny_model(tmp_path, "llama")
+    options = {"model": str(folder), "device": "cpu", "dtype": dtype}
+    model, _ = load_model(SFTConfig(**options, lora_r=6), train=True)
+    judge = save_adapter(model, tmp_path / "judge")
+    model, _ = load_model(cfg := RLAIFConfig(**options, lora_r=4, judge_adapter=str(judge)), train=True)
+    model = load.add_adapter(model, judge, "judge")
+    params = [p for name, p in model.named_parameters() if ".judge." in name]
+    with adapter_named(model, "judge"):
+        (layers := fused_layers(base_causal_lm(model))).refresh()
+        cast = sum(t.nbytes for group in layers.groups for t in (group.active.a, group.active.b))
+    planner = Planner(str(folder), "cpu")
+    need = planner.stays(cfg, optimizer=True)
+    assert need["judge's adapter"] == sum(p.nbytes for p in params) + cast
+    assert "judge's gradients and state" not in need
+    refreshed = planner.stays(cfg.replace(judge_refresh=3), optimizer=True)
+    optimizer = make_optimizer([p.requires_grad_() for p in params], cfg.optimizer)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    clip_and_step(optimizer, params, 1.0, 1e-4)
+    assert refreshed["judge's gradients and state"] == sum(p.nbytes for p in params) + bench.optimizer_state(optimizer)
+    missing = planner.stays(cfg.replace(judge_adapter="nowhere"), optimizer=True)
+    assert missing["judge's adapter"] == need["adapter"] + need["adapter, cast"]
+    assert "judge's adapter" not in planner.stays(cfg.replace(judge_weight=0.0), optimizer=True)
 
 
 @pytest.mark.parametrize("name", [
@@ -248,6 +280,21 @@ def test_unknown_model_is_one_line(here):
 def test_command_prints_stages_and_cards(here, config_dir):
     status, out, _ = here("plan", f"model={config_dir}", "device=cpu", "card=2")
     assert status == 0 and "RLAIF rollout" in out and "together" in out and "as it is" in out
+
+
+def test_a_judge_that_the_run_trains_is_a_line_of_the_table(here, config_dir):
+    words = ["plan", f"model={config_dir}", "device=cpu", "card=2"]
+    assert "judge's adapter" not in here(*words)[1]
+    Path("r.yaml").write_text("judge_train:\n")
+    assert "judge's adapter" in here("plan", "r.yaml", *words[1:])[1]
+
+
+def test_the_memory_asked_is_that_of_the_card_that_trains(monkeypatch, config_dir, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(plan_module, "pick_device", torch.device)
+    memory = {torch.device("cuda:1"): SimpleNamespace(total_memory=3 * GIB)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", memory.__getitem__)
+    assert [each["card"] for each in plan(None, [f"model={config_dir}", "device=cuda:1"])["cards"]] == [3 * GIB]
 
 
 def test_a_sharded_base_is_said_not_to_be_counted(here, tiny_dir):
