@@ -4,6 +4,7 @@ A judge knows the faults of the policy that it was trained beside; RL makes anot
 is not touched: the judge's is the active one and alone has gradients."""
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,17 +12,20 @@ import torch
 from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
 from minimath.core.checkpoint import save_adapter
+from minimath.core.errors import Interrupted
 from minimath.core.state import optimizer_state, restore_optimizer, stream_seed
 from minimath.data.batch import step_indices
 from minimath.data.examples import Example
 from minimath.data.sample import Group
 from minimath.judges.base import Judge
 from minimath.judges.card import JUDGE, write_card
+from minimath.judges.known import problem_hash
 from minimath.judges.lessons import Lessons, Solved
 from minimath.models.forward import adapter_named
 from minimath.models.policy import Policy
 from minimath.train.judge import learn
 from minimath.train.optimizer import Optimizer
+from minimath.train.verifier import answer_of
 
 LONGEST = 4096  # tokens of a row: longer ones are cut
 
@@ -30,13 +34,14 @@ class JudgeRefresh:
     """Trains the judge's adapter for a few steps, every judge_refresh steps of the run.
 
     The groups since the last time are kept, and with weights and moments in the checkpoints. A group that the verifier
-    did not decide teaches nothing."""
+    did not decide teaches nothing, nor does a problem of the canary, which is held out."""
 
     def __init__(self, cfg: RLAIFConfig, policy: Policy, judge: Judge | None, say: Callable[[str], None]):
         self.every, self.steps, self.size = cfg.judge.refresh, cfg.judge.refresh_steps, cfg.prompts_per_step
         self.policy, self.judge, self.seed, self.done = policy, judge, cfg.run.seed, 0
         self.newest: list[dict] = []  # problem and records of each group
         if self.every:
+            self.held_out, self.learnt = {problem_hash(problem) for problem, *_ in judge.card.pairs}, set()
             self.params = [p for name, p in policy.model.named_parameters() if f".{JUDGE}." in name]
             self.lessons = Lessons(judge.form, judge.reader, LONGEST, seed=cfg.run.seed)
             with self.training():
@@ -64,7 +69,8 @@ class JudgeRefresh:
         if not self.every:
             return {}
         self.newest += [{"problem": group.example.problem, "records": [record_of(s) for s in group.samples]}
-                        for group in groups if group.decided]
+                        for group in groups
+                        if group.decided and problem_hash(group.example.problem) not in self.held_out]
         if not step.due(self.every) or not self.newest:
             return {}
         solved = [Solved(Example(each["problem"]), each["records"]) for each in self.newest]
@@ -74,6 +80,7 @@ class JudgeRefresh:
             for number in range(self.steps if sets else 0):
                 chosen = step_indices(number, len(sets), self.size, stream_seed(self.seed, self.done) % 2**31)
                 metrics = learn(self.policy, self.optimizer, self.judge.form, [sets[i] for i in chosen])
+        self.learnt |= {problem_hash(each["problem"]) for each in self.newest}
         self.newest, self.done = [], self.done + 1
         self.take_state()
         return {"judge/refresh_loss": metrics["loss"], "judge/refresh_rows": sum(map(len, sets))} if metrics else {}
@@ -87,14 +94,15 @@ class JudgeRefresh:
     def state_dict(self) -> dict:
         if not self.every:
             return {}
-        return {"newest": self.newest, "done": self.done, "numbers": self.numbers, "tensors": self.tensors,
-                "optimizer": self.optimizer.state_dict()}
+        return {"newest": self.newest, "done": self.done, "learnt": sorted(self.learnt), "numbers": self.numbers,
+                "tensors": self.tensors, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         if not self.every or not state:
             return
         self.newest, self.done, tensors = state["newest"], state["done"], state["tensors"]
+        self.learnt = set(state["learnt"])
         for i, p in enumerate(self.params):
             p.copy_(tensors[f"weight.{i}"])
         moments = {name.removeprefix("moment."): value for name, value in tensors.items() if name.startswith("moment.")}
@@ -102,13 +110,23 @@ class JudgeRefresh:
         self.optimizer.load_state_dict(state["optimizer"])
         self.take_state()
 
+    @contextlib.contextmanager
+    def saved_in(self, run_dir: Path) -> Iterator[None]:
+        """Write the judge as it is at the end to RUN/judge, if it learnt anything; stopped in a rollout, too."""
+        try:
+            yield
+        except Interrupted:
+            self.save(run_dir)
+            raise
+        self.save(run_dir)
+
     def save(self, run_dir: Path) -> None:
-        """Write the judge as it is now to RUN/judge, if it learnt anything."""
         if self.every and self.done and dist.is_main():
-            write_card(save_adapter(self.policy.model, run_dir / JUDGE, name=JUDGE), self.judge.card)
+            card = replace(self.judge.card, problems=sorted({*self.judge.card.problems, *self.learnt}))
+            write_card(save_adapter(self.policy.model, run_dir / JUDGE, name=JUDGE), card)
 
 
 def record_of(sample) -> dict:
     """Give what a lesson needs of a sample, as json holds it."""
-    return {"text": sample.text, "correct": sample.correct, "finished": sample.finished, "answer": sample.text[-40:],
+    return {"text": sample.text, "correct": sample.correct, "finished": sample.finished, "answer": answer_of(sample),
             "tokens": sample.tokens, "correct_steps": sample.steps.right, "steps": sample.steps.total}

@@ -57,8 +57,8 @@ def rlaif(cfg: RLAIFConfig) -> dict:
         refresh = JudgeRefresh(cfg, policy, judge, say)
         problems = encode_problems(cfg, policy, examples, report, say)
         sampler = ProblemSampler(cfg.curriculum, problems, cfg.group_size, cfg.run.seed)
-        with verifier, open_engine(cfg.engine, cfg.sampling, policy, seed=cfg.run.seed,
-                                   run_dir=trainer.log.run_dir, say=say) as engine:
+        with verifier, refresh.saved_in(trainer.log.run_dir), open_engine(
+                cfg.engine, cfg.sampling, policy, seed=cfg.run.seed, run_dir=trainer.log.run_dir, say=say) as engine:
             trainer.track(sampler=sampler, monitor=monitor, engine=engine, judge=refresh)
             for step in trainer.steps(cfg.steps):
                 with step.timed("rollout"):
@@ -71,7 +71,6 @@ def rlaif(cfg: RLAIFConfig) -> dict:
                     step.log(update(cfg, policy, trainer.optimizer, kept, seen))
                 step.log(refresh.metrics(step, seen))
                 step.warn(monitor.check(step.metrics))
-            refresh.save(trainer.log.run_dir)
     return trainer.summary()
 
 
