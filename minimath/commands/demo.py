@@ -36,7 +36,7 @@ from minimath.data.problems import assert_disjoint, make_problems
 from minimath.train.judge import JudgeConfig
 
 MINUTES = 15.0  # what the steps in the recipes are made for
-SFT_SHARE, RL_SHARE, JUDGE_SHARE = 0.38, 0.35, 0.15  # of the minutes, at most, on a machine slower than ours
+SFT_SHARE, RL_SHARE, JUDGE_SHARE = 0.38, 0.35, 0.25  # of the minutes, at most, on a machine slower than ours
 JUDGES = {"heuristic": "judge=heuristic", "trained": "judge=self"}  # --judge: its word
 JUDGE = "heuristic"  # without --judge
 
@@ -114,14 +114,15 @@ def parse(words: list[str]) -> tuple[float, bool, str, list[str]]:
 
 
 def scaled_steps(recipe: str, share: float) -> list[str]:
-    """Word the stages' steps as a share of the recipe's, and bounds of their minutes; of the judge also problems."""
+    """Word steps, minutes and the judge's problems as a share of the recipe's.
+
+    A stage whose steps are 0 there goes by its epochs."""
     stages = {"sft": (SFTConfig, SFT_SHARE), "judge_train": (JudgeConfig, JUDGE_SHARE),
               "rlaif": (RLAIFConfig, RL_SHARE)}
     cfgs = {name: load_config(cls, recipe, [], name) for name, (cls, _) in stages.items()}
-    return [f"judge_train.limit={max(40, round(cfgs['judge_train'].data.limit * share))}"] + [
-        word for name, (_, most) in stages.items() for word in (
-            f"{name}.steps={max(2, round(cfgs[name].steps * share))}",
-            f"{name}.max_minutes={most * MINUTES * share:.2f}")]
+    words = [f"{name}.max_minutes={most * MINUTES * share:.2f}" for name, (_, most) in stages.items()]
+    words += [f"{name}.steps={max(2, round(cfg.steps * share))}" for name, cfg in cfgs.items() if cfg.steps]
+    return [*words, f"judge_train.limit={max(40, round(cfgs['judge_train'].data.limit * share))}"]
 
 
 def write_problems(made: DemoConfig, folder: Path, share: float) -> None:

@@ -50,9 +50,9 @@ def test_minutes_scale_the_steps_of_all_stages():
     full, third = steps(scaled_steps("demo", 1.0)), steps(scaled_steps("demo", 1 / 3))
     assert third["sft.steps"] == round(full["sft.steps"] / 3)
     assert third["rlaif.steps"] == round(full["rlaif.steps"] / 3)
-    assert third["judge_train.steps"] == round(full["judge_train.steps"] / 3)
-    assert third["judge_train.limit"] >= 40  # a tenth of them is held out
-    assert sum(value for name, value in full.items() if "minutes" in name) < 0.9 * demo_module.MINUTES
+    assert full["judge_train.limit"] > third["judge_train.limit"] >= 40  # a share of them is held out
+    assert ("judge_train.steps" in full) == bool(load_config(JudgeConfig, "demo", [], "judge_train").steps)
+    assert sum(value for name, value in full.items() if "minutes" in name) < demo_module.MINUTES
 
 
 def test_a_missing_model_package_is_named_with_its_install_line(tmp_path, monkeypatch):
