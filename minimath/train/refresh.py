@@ -12,7 +12,7 @@ import torch
 from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
 from minimath.core.checkpoint import save_adapter
-from minimath.core.errors import Interrupted
+from minimath.core.errors import Interrupted, UserError
 from minimath.core.state import optimizer_state, restore_optimizer, stream_seed
 from minimath.data.batch import step_indices
 from minimath.data.examples import Example
@@ -38,7 +38,7 @@ class JudgeRefresh:
 
     def __init__(self, cfg: RLAIFConfig, policy: Policy, judge: Judge | None, say: Callable[[str], None]):
         self.every, self.steps, self.size = cfg.judge.refresh, cfg.judge.refresh_steps, cfg.prompts_per_step
-        self.policy, self.judge, self.seed, self.done = policy, judge, cfg.run.seed, 0
+        self.policy, self.judge, self.say, self.seed, self.done = policy, judge, say, cfg.run.seed, 0
         self.newest: list[dict] = []  # problem and records of each group
         if self.every:
             self.held_out, self.learnt = {problem_hash(problem) for problem, *_ in judge.card.pairs}, set()
@@ -100,7 +100,12 @@ class JudgeRefresh:
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         if not self.every or not state:
+            if state.get("done"):
+                self.say("judge_refresh=0: the judge is that of judge_adapter again, not what it learnt in "
+                         f"{state['done']} refreshes of this run; judge_adapter=RUN/judge has that")
             return
+        if [p.shape for p in self.params] != [w.shape for name, w in state["tensors"].items() if name[:6] == "weight"]:
+            raise UserError("judge_adapter is not the one that this run has refreshed so far: give that, or a new out=")
         self.newest, self.done, tensors = state["newest"], state["done"], state["tensors"]
         self.learnt = set(state["learnt"])
         for i, p in enumerate(self.params):

@@ -121,6 +121,19 @@ def test_the_judge_of_a_run_is_one_to_start_from(rl_judged, judge):
     assert set(read_card(first / JUDGE).problems) <= set(read_card(second / JUDGE).problems)
 
 
+def test_a_resume_without_refresh_or_with_another_judge_says_so(rl_judged, judge, ending_dir, tmp_path, capsys):
+    folder = judge()
+    rl_judged("run", folder, steps=2)
+    model, _ = load(ending_dir, SFTConfig, train=True, lora_r=5)
+    other = save_adapter(model, tmp_path / "other")
+    write_card(other, read_card(folder))
+    with pytest.raises(UserError, match="judge_adapter is not the one that this run has refreshed so far"):
+        rl_judged("run", str(other), steps=3, resume=True)
+    capsys.readouterr()
+    rl_judged("run", folder, steps=3, judge_refresh=0, resume=True)
+    assert "the judge is that of judge_adapter again, not what it learnt in 1 refreshes" in capsys.readouterr().out
+
+
 # ---- memory
 
 def test_memory_that_runs_out_in_a_refresh_is_tried_again_and_gives_the_same_judge_but_for_rounding(
