@@ -44,6 +44,11 @@ from minimath.models.policy import load_policy
 from minimath.report.figures import COLOURS, INK, new_figure, save_png
 
 REFERENCE = "heuristic"
+JUDGES = {  # judges trained beside each seed's SFT model: name -> what it changes in the recipe's judge_train section
+    "single": [],
+    "pair": ["form=pair"],
+    "made": ["sampled=30", "held_out=1", "made=0.75"],  # the policy's own are held out: made faults alone teach
+}
 TWO = ["updates_per_rollout=2"]
 ARMS = {  # name -> (the model it starts from, what it changes in the recipe); None: no training
     "base": ("", None),
@@ -52,7 +57,13 @@ ARMS = {  # name -> (the model it starts from, what it changes in the recipe); N
     "self": ("sft", ["judge=self", "judge_pairs=4"]),  # judged by the model itself, adapter off
     "endpoint": ("sft", ["judge=openai", "judge_model=SmolLM2-135M-Instruct", "judge_key_env=", "judge_pairs=4",
                          "judge_timeout_s=600"]),  # by SmolLM2 behind llama.cpp's server
+    "trained": ("sft", ["judge=self", "judge_adapter={single}"]),  # by an adapter that grades single solutions
+    "trained-pair": ("sft", ["judge=self", "judge_adapter={pair}"]),  # by one that compares two
+    "trained-made": ("sft", ["judge=self", "judge_adapter={made}"]),  # by one that saw made faults alone
     "no-judge": ("sft", ["judge_weight=0"]),  # correct or wrong, and brevity
+    "majority": ("sft", ["judge_weight=0", "verifier=majority"]),  # no answers: right is what most of a group answers
+    "majority+judge": ("sft", ["judge_weight=0", "verifier=majority+judge", "judge=self", "judge_adapter={single}"]),
+    "judge-verifier": ("sft", ["judge_weight=0", "verifier=judge", "judge=self", "judge_adapter={single}"]),
     "no-brevity": ("sft", ["brevity_weight=0"]),  # correct or wrong, and the judge
     "correct-only": ("sft", ["judge_weight=0", "brevity_weight=0"]),
     "no-verifier": ("sft", ["verifier=none"]),  # nothing says which answers are correct
@@ -118,6 +129,12 @@ def run_arm(arm: str, seed: int, options, url: str, threads: int) -> dict:
     if changes is not None:
         out = work / f"{arm}-{seed}"
         served = [f"judge_url={url}"] if arm == "endpoint" else []
+        for name, of_judge in JUDGES.items():
+            if any(f"{{{name}}}" in word for word in changes):
+                judge = work / f"judge-{name}-{seed}"
+                run_stage(judge, ["judge", "train", "demo", *common, f"data={data / 'train.jsonl'}", *adapter, *of_judge],
+                          threads)
+                changes = [word.replace(f"{{{name}}}", str(judge)) for word in changes]
         words = ["rlaif", "demo", *common, f"data={data / 'rl.jsonl'}", *adapter, *options.set, *changes, *served]
         run_stage(out, words, threads)
         adapter = [f"adapter={out}"]
@@ -138,6 +155,9 @@ def row_of(arm: str, seed: int, folder: Path, metrics: Path | None) -> dict:
     if metrics is not None:
         steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         judged = [s for s in steps if s.get("judge/comparisons")]
+        asking = sum(s.get("judge/seconds", 0) + s.get("verifier/seconds", 0) for s in steps)
+        row["judging"] = asking / max(1e-9, sum(s["time/rollout"] for s in steps) - asking)  # of the rollouts' time
+        row |= {name: s[name] for s in steps[-1:] for name in s if name.startswith("verifier/")}
         asked = sum(s["judge/comparisons"] for s in judged)
         row["judge"] = {"comparisons": asked, "no_votes": sum(s["judge/no_votes"] for s in judged)} | {
             name: sum(s[f"judge/{name}"] * s["judge/comparisons"] for s in judged) / max(1, asked)

@@ -122,7 +122,7 @@ def scaled_steps(recipe: str, share: float) -> list[str]:
     cfgs = {name: load_config(cls, recipe, [], name) for name, (cls, _) in stages.items()}
     words = [f"{name}.max_minutes={most * MINUTES * share:.2f}" for name, (_, most) in stages.items()]
     words += [f"{name}.steps={max(2, round(cfg.steps * share))}" for name, cfg in cfgs.items() if cfg.steps]
-    return [*words, f"judge_train.limit={max(40, round(cfgs['judge_train'].data.limit * share))}"]
+    return [*words, f"judge_train.sampled={max(40, round(cfgs['judge_train'].sampled * share))}"]
 
 
 def write_problems(made: DemoConfig, folder: Path, share: float) -> None:

@@ -81,7 +81,7 @@ def load_stages(recipe: str | None, words: list[str], command: str) -> tuple[
     out = run_folder.new_run_folder(sft_cfg.run.out, command)
     own = words_of_own_judge(recipe, words, out / "judge")
     rl_cfg = load_config(RLAIFConfig, recipe, own + words, allow_other=True)
-    judge_cfg = judge_config(recipe, words, rl_cfg) if own and rl_cfg.uses_judge() else None
+    judge_cfg = judge_config(recipe, words, sft_cfg, rl_cfg) if own and rl_cfg.uses_judge() else None
     eval_cfg = load_config(EvalConfig, recipe, held_out, allow_other=True)
     cfgs = [cfg for cfg in (sft_cfg, judge_cfg, rl_cfg, eval_cfg) if cfg]
     if not all(cfg.data.source for cfg in cfgs):
@@ -91,20 +91,23 @@ def load_stages(recipe: str | None, words: list[str], command: str) -> tuple[
     return out, sft_cfg, judge_cfg, rl_cfg, eval_cfg
 
 
-def judge_config(recipe: str, words: list[str], rl_cfg: RLAIFConfig) -> JudgeConfig:
-    """Read judge_train's options; what it says nothing of, RLAIF's data and sampling are. Raises UserError."""
+def judge_config(recipe: str, words: list[str], sft_cfg: SFTConfig, rl_cfg: RLAIFConfig) -> JudgeConfig:
+    """Read judge_train's options. Raises UserError.
+
+    Where it says nothing of them, its data is SFT's, whose solutions teach it as well, and it samples as RLAIF does."""
     if dist.world() > 1:
         raise UserError("a judge is trained by one process: train it first with minimath judge train, then give its "
                         "folder as judge_adapter=")
     cfg = load_config(JudgeConfig, recipe, words, "judge_train", allow_other=True)
     given = [word.removeprefix("--").partition("=")[0].replace("-", "_").partition(".") for word in words]
     own = {*read_recipe(recipe)[1].get("judge_train", {}), *(name for part, _, name in given if part == "judge_train")}
-    groups = {"model", "prompt", "engine", "sampling", "data"} - own  # the split of other data is its own
+    groups = {"model": rl_cfg, "prompt": rl_cfg, "engine": rl_cfg, "sampling": rl_cfg} | (
+        {} if "data" in own else {"data": sft_cfg})  # the split of other data is its own
     load_rubric(cfg.rubric)
     JudgeCard(form=cfg.form).form_of(rl_cfg.judge.form)
     if rl_cfg.verifier in BY_JUDGE and cfg.form == "pair":
         raise UserError(f"verifier={rl_cfg.verifier} needs a judge that grades: set judge_train.form=single")
-    return cfg.replace(**{name: rl_cfg.value(name) for name, option in options_of(JudgeConfig).items()
+    return cfg.replace(**{name: groups[option.group].value(name) for name, option in options_of(JudgeConfig).items()
                           if option.group in groups and name not in own})
 
 

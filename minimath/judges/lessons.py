@@ -3,7 +3,7 @@ import random
 from collections import Counter
 from typing import NamedTuple
 
-from minimath.data.chat import IGNORE, Encoded
+from minimath.data.chat import IGNORE, Encoded, final_text
 from minimath.data.examples import Example
 from minimath.judges.attack import ATTACKS, bare_prompt, load_attacks, plant
 from minimath.judges.base import Pair, Solution, asked
@@ -17,7 +17,7 @@ from minimath.judges.rubrics import judge_prompt
 WITHOUT_OWN = 8  # of the policy's own solutions a problem stands for where it has sampled none
 PAIRS = 4  # right against wrong, of one problem at most
 LONGER = 1.25  # than the shortest right solution: long
-MOST, FAULTS_OF_ONE = 8, 3  # rows of a set, made faults in it
+MOST, FAULTS_OF_ONE = 9, 3  # rows of a set, made faults in it
 SERIOUS = ("wrong", "operation", "unsound", "missing", "circular")  # kinds of faults that make a solution unsound
 LONGEST_ATTACK = 400  # characters
 
@@ -35,7 +35,11 @@ class Solved(NamedTuple):
         """Right solutions to make faults in: the data's, and the policy's own that are sound."""
         own = [r["text"] for r in self.different() if r["correct"] and r["finished"]
                and r["correct_steps"] == r["steps"]]
-        return [text for text in (self.example.solution, *own) if text]
+        return [text for text in (self.worked(), *own) if text]
+
+    def worked(self) -> str:
+        """The data's solution, with its answer as the policy gives it; "" without one."""
+        return self.example.solution and final_text(self.example.solution, self.example.answer)
 
 
 class Lessons:
@@ -52,7 +56,7 @@ class Lessons:
     def sets(self, solved: list[Solved], *, made: float = 0.0, attacked: float = 0.0) -> list[list[Encoded]]:
         """Make the rows of all problems.
 
-        made: made rows for each of the policy's own; attacked: share of the rows that carry an attack string."""
+        made: made rows for each own or worked one; attacked: share of the rows that carry an attack string."""
         own = [each for one in solved for each in (self.own_pairs if self.form == "pair" else self.own)(one)]
         sets, rows = list(own), sum(map(len, own))
         wanted = [(self.made, made * (rows or WITHOUT_OWN * len(solved)))]
@@ -75,9 +79,11 @@ class Lessons:
     # ---- the policy's own
 
     def own(self, solved: Solved) -> list[list[Encoded]]:
-        """Make a row of each solution, with the steps that are known labelled."""
+        """Make a row of each solution, the data's own first, with the steps that are known labelled."""
         prefixes = Prefixes([(r["text"], r["correct"]) for r in solved.records])
-        rows = []
+        rows, worked = [], solved.worked()
+        if worked and worked.strip() not in (r["text"].strip() for r in solved.records):
+            rows.append(self.labelled("worked", solved.example.problem, worked, None))
         for record in solved.different():
             question = asked(solved.example.problem, record["text"])
             right = record["correct"] and record["finished"]

@@ -38,7 +38,7 @@ from minimath.config.trained import as_trained
 from minimath.core.entry import run_command
 from minimath.core.errors import Interrupted, UserError
 from minimath.core.run_folder import ADAPTER, EVAL, EVAL_CONFIG, new_run_folder, refuse_held, stop_files
-from minimath.data.batch import step_indices
+from minimath.data.batch import stream_indices
 from minimath.data.chat import Encoded
 from minimath.data.examples import Example, describe_report, load_examples
 from minimath.eval.evaluate import evaluate
@@ -71,21 +71,23 @@ class JudgeConfig(Stage):
     form: Literal["single", "pair"] = "single"
     """single (is a solution right and sound, with a verdict after every step) or pair (which of two is better)"""
     samples: int = 8
-    """solutions that the policy samples of each problem; 0: none, made faults alone"""
+    """solutions that the policy samples of each problem; 0: none, made faults alone, without calibration"""
+    sampled: int = 0
+    """sample the first N problems; the others teach by the solutions that the data has; 0: all"""
     made: Annotated[float, Bound()] = 0.5
-    """made solutions, right and faulty, for each of the policy's own"""
+    """made solutions, right and faulty, for each of the policy's own and of the data"""
     attacked: Fraction = 0.05
     """share of the training rows whose solution carries an attack string (judges/attacks.txt)"""
-    held_out: Annotated[float, Bound(above=0, below=1)] = 0.1
-    """share of the problems on which the judge is calibrated and measured, and not trained"""
+    held_out: Annotated[float, Bound(above=0, most=1)] = 0.1
+    """share of the sampled problems on which the judge is calibrated and measured, and not trained"""
     rubric: str = "brief"
     """what a judge of form pair is shown: brief, another shipped rubric, or a file of yours"""
     epochs: Positive = 1.0
     """passes over the rows (when steps is 0)"""
     steps: int = 0
     """optimizer steps; 0: from epochs"""
-    batch_size: Count = 4
-    """sets per optimizer step: of form single up to 8 solutions of one problem, of pair both orders of a pair"""
+    batch_size: Count = 16
+    """rows per optimizer step, and those that stay with them: solutions of one problem, both orders of a pair"""
     max_len: Count = 2048
     """longest row in tokens, longer ones are cut"""
 
@@ -98,8 +100,8 @@ def judge_train(cfg: JudgeConfig) -> dict:
     cfg = as_trained(cfg).replace(out=str(new_run_folder(cfg.run.out, "judge")))
     refuse_held(Path(cfg.run.out), evaluation=False, resume=cfg.run.resume)  # all that can fail, before it samples
     rubric, (examples, report) = load_rubric(cfg.rubric), load_examples(cfg.data, need=("answer",))
-    split([Solved(example, []) for example in examples], cfg.held_out)
-    train, held_out = split(own_solutions(cfg, examples), cfg.held_out)
+    split([Solved(example, []) for example in examples], cfg)
+    train, held_out = split(own_solutions(cfg, examples), cfg)
     with Trainer(cfg, "judge") as trainer:
         policy, say = trainer.policy, trainer.log.say
         say(describe_report(report) or f"{len(train)} problems to train on, {len(held_out)} held out")
@@ -111,11 +113,10 @@ def judge_train(cfg: JudgeConfig) -> dict:
             raise UserError(f"{len(train)} problems give nothing to train a judge of form={cfg.form} on: raise max_len "
                             f"({cfg.max_len}) if rows are cut, else give solutions in the data, or samples of which "
                             "some are right")
-        total = cfg.steps or max(1, round(cfg.epochs * len(sets) / cfg.batch_size))
-        for step in trainer.steps(total):
-            chosen = step_indices(step.number - 1, len(sets), cfg.batch_size, cfg.run.seed)
+        batches = cut(sets, cfg)
+        for step in trainer.steps(len(batches)):
             with step.timed("step"):
-                step.log(learn(policy, trainer.optimizer, cfg.form, [sets[i] for i in chosen]))
+                step.log(learn(policy, trainer.optimizer, cfg.form, batches[step.number - 1]))
         if not trainer.interrupted_by:  # max_minutes may have ended it early
             card = JudgeCard(form=cfg.form, system=cfg.prompt.system, prompt_template=cfg.prompt.prompt_template,
                              rubric=reader.rubric if cfg.form == "pair" else "",
@@ -128,6 +129,20 @@ def judge_train(cfg: JudgeConfig) -> dict:
         write_card(Path(summary["run_dir"]) / ADAPTER, card)
         summary["held_out"] = card.figures
     return summary
+
+
+def cut(sets: list[list[Encoded]], cfg: JudgeConfig) -> list[list[list[Encoded]]]:
+    """Cut epochs of sets, each in an order of its own, into the batches of all steps."""
+    batches, steps, epoch = [], cfg.steps, 0
+    while not epoch or len(batches) < steps:
+        batch = []
+        for i in stream_indices(epoch * len(sets), len(sets), len(sets), cfg.run.seed):
+            batch.append(sets[i])
+            if sum(map(len, batch)) >= cfg.batch_size:
+                batches, batch = [*batches, batch], []
+        batches, epoch = batches + ([batch] if batch else []), epoch + 1
+        steps = steps or max(1, round(cfg.epochs * len(batches)))
+    return batches[:steps]
 
 
 def learn(policy: Policy, optimizer: Optimizer, form: str, sets: list[list[Encoded]]) -> dict:
@@ -143,6 +158,8 @@ def own_solutions(cfg: JudgeConfig, examples: list[Example]) -> list[Solved]:
     out = Path(cfg.run.out)
     shared = {name: cfg.value(name) for name, option in options_of(EvalConfig).items()
               if option.group in ("model", "prompt", "data", "engine", "sampling")}
+    if cfg.sampled:
+        shared["limit"] = min(cfg.sampled, cfg.data.limit or cfg.sampled)
     own = EvalConfig(**shared, adapter=cfg.adapter.path, seed=cfg.run.seed, samples=cfg.samples,
                      out=str(out / ROLLOUTS), resume=cfg.run.resume and (out / ROLLOUTS).exists())
     if not (own.run.resume and (out / ROLLOUTS / EVAL).exists()):
@@ -161,13 +178,15 @@ def own_solutions(cfg: JudgeConfig, examples: list[Example]) -> list[Solved]:
     return [Solved(example, groups.get(number, [])) for number, example in enumerate(examples)]
 
 
-def split(solved: list[Solved], share: float) -> tuple[list[Solved], list[Solved]]:
-    """Part problems into those to train on and those held out, by the hash of their text."""
-    held_out = [int(problem_hash(each.example.problem), 16) % 10_000 < 10_000 * share for each in solved]
-    parts = ([each for each, held in zip(solved, held_out) if not held],
-             [each for each, held in zip(solved, held_out) if held])
+def split(solved: list[Solved], cfg: JudgeConfig) -> tuple[list[Solved], list[Solved]]:
+    """Part problems into those to train on and those held out: sampled ones, by the hash of their text."""
+    hashes = [problem_hash(each.example.problem) for each in solved]
+    sampled = cfg.samples and cfg.sampled or len(solved)
+    held_out = {each for each in hashes[:sampled] if int(each, 16) % 10_000 < 10_000 * cfg.held_out}
+    parts = ([each for each, own in zip(solved, hashes, strict=True) if own not in held_out],
+             [each for each, own in zip(solved[:sampled], hashes) if own in held_out])
     if not all(parts):
-        raise UserError(f"{len(solved)} problems leave none to train on or none to hold out with held_out={share:g}: "
+        raise UserError(f"{len(solved)} problems leave none to train on or none to hold out with held_out={cfg.held_out:g}: "
                         "give more")
     return parts
 

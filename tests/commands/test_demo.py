@@ -50,7 +50,7 @@ def test_minutes_scale_the_steps_of_all_stages():
     full, third = steps(scaled_steps("demo", 1.0)), steps(scaled_steps("demo", 1 / 3))
     assert third["sft.steps"] == round(full["sft.steps"] / 3)
     assert third["rlaif.steps"] == round(full["rlaif.steps"] / 3)
-    assert full["judge_train.limit"] > third["judge_train.limit"] >= 40  # a share of them is held out
+    assert full["judge_train.sampled"] > third["judge_train.sampled"] >= 40  # a share of them is held out
     assert ("judge_train.steps" in full) == bool(load_config(JudgeConfig, "demo", [], "judge_train").steps)
     assert sum(value for name, value in full.items() if "minutes" in name) < demo_module.MINUTES
 
@@ -98,14 +98,14 @@ def test_a_card_without_a_hub_has_the_demo_of_the_embedded_model(on_a_card, tiny
 
 @pytest.mark.parametrize("words, trained", [([], False), (["--judge", "trained"], True), (["judge=self"], True),
                                             (["--judge", "trained", "judge_adapter=mine"], False)])
-def test_a_judge_is_trained_on_rl_problems_if_asked_for(on_a_card, tmp_path, words, trained):
+def test_a_judge_is_trained_on_the_problems_of_sft_if_asked_for(on_a_card, tmp_path, words, trained):
     recipe, words = on_a_card(["--out", str(tmp_path / "run"), "--minutes", "30", *words])
     _, _, judge, rlaif, _ = load_stages(recipe, words, "demo")
     assert bool(judge) == trained == (rlaif.judge.adapter == str(tmp_path / "run/judge"))
     if judge:
         once = load_config(JudgeConfig, recipe, [], "judge_train")
-        assert judge.data.source == rlaif.data.source == f"{tmp_path}/run/data/rl.jsonl"
-        assert (judge.steps, judge.data.limit) == (2 * once.steps, 2 * once.data.limit)
+        assert judge.data.source == f"{tmp_path}/run/data/train.jsonl"
+        assert (judge.steps, judge.sampled) == (2 * once.steps, 2 * once.sampled)
         assert judge.sampling.max_new_tokens == rlaif.sampling.max_new_tokens
 
 

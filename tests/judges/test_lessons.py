@@ -15,7 +15,7 @@ from minimath.judges.base import asked
 from minimath.judges.lessons import Lessons, Solved, own_pairs
 from minimath.judges.rows import YES_NO, Reader, verdict_ids
 from minimath.judges.rubrics import judge_prompt, load_rubric
-from minimath.train.judge import split
+from minimath.train.judge import JudgeConfig, split
 
 RUBRIC = "Which is better? {nonce} {problem}\n{nonce} A: {first}\n{nonce} B: {second}\n{nonce} A, B or TIE?"
 
@@ -66,7 +66,7 @@ def test_made_is_a_share_of_the_policys_own_and_attacked_one_of_all(make):
     for made, attacked in ((0.0, 0.0), (0.5, 0.0), (2.0, 0.2)):
         lessons = make()
         rows = list(itertools.chain(*lessons.sets(solved(), made=made, attacked=attacked)))
-        own = lessons.counts["own right"] + lessons.counts["own wrong"]
+        own = sum(lessons.counts[kind] for kind in ("own right", "own wrong", "worked"))
         of_made = sum(count for kind, count in lessons.counts.items() if kind.startswith("made "))
         assert own == 30 and len(rows) == own + of_made + lessons.counts["attacked"]
         assert made * own <= of_made <= made * own + 6
@@ -75,12 +75,12 @@ def test_made_is_a_share_of_the_policys_own_and_attacked_one_of_all(make):
 
 
 @pytest.mark.parametrize("form", ["single", "pair"])
-def test_without_own_solutions_made_ones_stand_alone(make, form):
+def test_without_own_solutions_worked_and_made_ones_stand_alone(make, form):
     lessons = make(form)
     sets = lessons.sets([Solved(each.example, []) for each in solved()], made=0.5, attacked=0.1)
     kinds = {kind for kind, count in lessons.counts.items() if count and kind != "cut at max_len"}
-    assert sets and all(kind.startswith("made ") or kind == "attacked" for kind in kinds)
-    assert sum(map(len, sets)) >= 0.5 * 8 * 6
+    assert sets and all(kind.startswith("made ") or kind in ("attacked", "worked") for kind in kinds)
+    assert lessons.counts["worked"] == (6 if form == "single" else 0) and len(sets) > 6
 
 
 def test_nothing_to_learn_from_gives_no_sets_and_ends(make):
@@ -100,21 +100,25 @@ def test_the_same_seed_makes_the_same_rows(make, form):
 def test_a_problem_is_held_out_by_its_words_wherever_it_stands(tmp_path):
     rows = [json.loads(line) for line in open(write_problems(tmp_path / "p.jsonl", n=40))]
     found = [Solved(Example(row["problem"]), []) for row in rows] * 2
-    train, held_out = split(found, 0.3)
+    cfg = JudgeConfig(held_out=0.3)
+    train, held_out = split(found, cfg)
     assert train and held_out
     random.Random(0).shuffle(found)
-    again = split(found, 0.3)
+    again = split(found, cfg)
     texts = [{each.example.problem for each in part} for part in (train, held_out, *again)]
     assert texts[0] == texts[2] and texts[1] == texts[3] and not texts[0] & texts[1]
+    train, held_out = split(found, JudgeConfig(held_out=1.0, sampled=5))
+    held = {each.example.problem for each in found[:5]}  # a problem that stands twice teaches nowhere
+    assert held_out == found[:5] and train == [each for each in found if each.example.problem not in held]
 
 
 # ---- single solutions
 
-def test_rows_of_a_set_stand_behind_one_prompt_and_are_at_most_eight(make):
+def test_rows_of_a_set_stand_behind_one_prompt_and_are_at_most_nine(make):
     sets = make().sets(solved(n=3, wrong=9), made=1.0)
     for rows in sets:
         start = rows[0].loss_mask.index(True)
-        assert 1 <= len(rows) <= 8 and len({tuple(row.ids[:start]) for row in rows}) == 1
+        assert 1 <= len(rows) <= 9 and len({tuple(row.ids[:start]) for row in rows}) == 1
         assert {row.loss_mask.index(True) for row in rows} == {start}
 
 

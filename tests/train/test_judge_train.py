@@ -199,7 +199,7 @@ def test_what_cannot_work_is_said_before_the_policy_is_asked(judge, no_sampling,
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"held_out": 0.0}, "held_out must be above 0"), ({"held_out": 1.0}, "held_out must be .*below 1"),
+    ({"held_out": 0.0}, "held_out must be above 0"), ({"held_out": 1.0}, "none to hold out with held_out=1"),
     ({"attacked": 1.0}, "attacked must be .*below 1"), ({"made": -1.0}, "made must not be negative"),
     ({"samples": -1}, "samples must not be negative"), ({"form": "steps"}, "form must be .*single.*pair"),
     ({"batch_size": 0}, "batch_size must be above 0"), ({"steps": -1}, "steps must not be negative"),
