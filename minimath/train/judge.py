@@ -186,8 +186,8 @@ def split(solved: list[Solved], cfg: JudgeConfig) -> tuple[list[Solved], list[So
     parts = ([each for each, own in zip(solved, hashes, strict=True) if own not in held_out],
              [each for each, own in zip(solved[:sampled], hashes) if own in held_out])
     if not all(parts):
-        raise UserError(f"{len(solved)} problems leave none to train on or none to hold out with held_out={cfg.held_out:g}: "
-                        "give more")
+        raise UserError(f"{len(solved)} problems leave none to train on or none to hold out with "
+                        f"held_out={cfg.held_out:g}: give more")
     return parts
 
 

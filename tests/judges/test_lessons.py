@@ -112,6 +112,19 @@ def test_a_problem_is_held_out_by_its_words_wherever_it_stands(tmp_path):
     assert held_out == found[:5] and train == [each for each in found if each.example.problem not in held]
 
 
+def test_the_datas_solution_ends_as_the_policys_own_and_is_one_row_with_a_copy_of_it(make, policy):
+    text = "1 + 1 = 2.\n#### 2"
+    records = [record("1 + 1 = 2. So \\boxed{2}", True, "2"), record("3", False, "3")]
+    lessons = make()
+    [rows] = lessons.sets([Solved(Example("p", text, "2"), records)])
+    assert len(rows) == 3 and lessons.counts["worked"] == 1
+    assert all("####" not in policy.tokenizer.decode(row.ids) for row in rows)  # the style would tell what is right
+    assert "\\boxed{2}" in policy.tokenizer.decode(rows[0].ids)
+    records[0]["text"] = "1 + 1 = 2.\n\\boxed{2}"
+    assert len(lessons.sets([Solved(Example("p", text, "2"), records)])[0]) == 2
+    assert Solved(Example("p", "", "2"), []).worked() == ""
+
+
 # ---- single solutions
 
 def test_rows_of_a_set_stand_behind_one_prompt_and_are_at_most_nine(make):
