@@ -15,7 +15,7 @@ from minimath.eval.partial import PartFile
 from minimath.judges.card import read_card
 from minimath.judges.known import problem_hash
 from minimath.train import judge as judge_file
-from minimath.train.judge import JudgeConfig, judge_train
+from minimath.train.judge import JudgeConfig, cut, judge_train
 
 
 @pytest.fixture
@@ -207,6 +207,34 @@ def test_what_cannot_work_is_said_before_the_policy_is_asked(judge, no_sampling,
 def test_options_out_of_bounds_are_said_by_name(judge, options, words):
     with pytest.raises(UserError, match=words):
         judge(**options)
+
+
+# ---- batches
+
+def test_every_epoch_takes_each_set_once_whole_and_in_an_order_of_its_own():
+    sets = [[f"{k}.{i}" for i in range(k % 4 + 1)] for k in range(11)]  # rows
+
+    def batches(**options):
+        return cut(sets, make_config(JudgeConfig, "m", batch_size=6, seed=1, **options))
+    one = batches()
+    assert sorted(rows for batch in one for rows in batch) == sorted(sets)
+    assert all(6 <= sum(map(len, batch)) < 10 for batch in one[:-1]) and one == batches()
+    two = batches(epochs=2.0)
+    assert two[:len(one)] == one and sorted(r for b in two for r in b) == sorted(sets * 2) and two[len(one):] != one
+    assert batches(epochs=0.5) == one[:round(len(one) / 2)] and batches(epochs=0.01) == one[:1]
+    assert batches(steps=3) == one[:3] and batches(steps=len(one) + 1)[:len(one)] == one
+    assert len(batches(steps=100)) == 100 and batches(steps=100)[:len(two)] == two
+    assert batches(steps=2) != cut(sets, make_config(JudgeConfig, "m", batch_size=6, seed=2, steps=2))
+
+
+def test_only_the_first_problems_are_sampled_and_held_out(judge, few):
+    _, run = judge(sampled=6, held_out=0.5, steps=1)
+    rows = [json.loads(line) for line in (run / "rollouts/completions.jsonl").read_text().splitlines()]
+    problems = [json.loads(line)["problem"] for line in open(few)]
+    assert {row["problem"] for row in rows} == set(problems[:6])
+    trained = set(read_card(run / "adapter").problems)
+    assert {problem_hash(problem) for problem in problems[6:]} <= trained
+    assert trained < {problem_hash(problem) for problem in problems}
 
 
 # ---- odd policies and data
