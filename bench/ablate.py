@@ -12,7 +12,8 @@ Accuracy and tokens are means over seeds; the 95% intervals come from a bootstra
 differences to `heuristic` from one over the same draws of both. readable: how often a judge held out of training finds
 the arm's solution easier to read than that of its SFT model, both being correct, with the position taken out (--readers
 0 leaves it out). The default reader is the base model itself; --reader names a better one, as the judge options of
-`minimath judge check`. Writes bench/results/ablate-<device>.json, a row at a time, and a picture of it.
+`minimath judge check`. judging: the judge's time, of the rollouts'; labels: of a verifier without answers, how many are
+those of the exact answer. Writes bench/results/ablate-<device>.json, a row at a time, and a picture of it.
 """
 import argparse
 import json
@@ -93,6 +94,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reader", nargs="+", default=["judge=self"], metavar="KEY=VALUE", help="who reads them")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablate", help="folder of the runs")
     parser.add_argument("--out", type=Path, help="result file; default: bench/results/ablate-<device>.json")
+    parser.add_argument("--reference", choices=ARMS, default=REFERENCE, metavar="ARM",
+                        help=f"the arm that the others are held against; default: {REFERENCE}")
     parser.add_argument("--table", action="store_true", help="only the table and picture of what the result file holds")
     options = parser.parse_args(words)
     options.out = options.out or RESULTS / f"ablate-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
@@ -121,7 +124,7 @@ def run_stage(out: Path, words: list[str], threads: int) -> None:
 
 
 def run_arm(arm: str, seed: int, options, url: str, threads: int) -> dict:
-    """Train and evaluate one arm with one seed; return its row."""
+    """Train and evaluate one arm with one seed, and the judge that it asks; return its row."""
     start, changes = ARMS[arm]
     work, data = options.work, options.work / "data"
     common = [f"model={options.model}", f"seed={seed}"]
@@ -132,8 +135,8 @@ def run_arm(arm: str, seed: int, options, url: str, threads: int) -> dict:
         for name, of_judge in JUDGES.items():
             if any(f"{{{name}}}" in word for word in changes):
                 judge = work / f"judge-{name}-{seed}"
-                run_stage(judge, ["judge", "train", "demo", *common, f"data={data / 'train.jsonl'}", *adapter, *of_judge],
-                          threads)
+                learnt = ["judge", "train", "demo", f"data={data / 'train.jsonl'}"]
+                run_stage(judge, [*learnt, *common, *adapter, *options.set, *of_judge], threads)
                 changes = [word.replace(f"{{{name}}}", str(judge)) for word in changes]
         words = ["rlaif", "demo", *common, f"data={data / 'rl.jsonl'}", *adapter, *options.set, *changes, *served]
         run_stage(out, words, threads)
@@ -239,13 +242,13 @@ def interval(values: np.ndarray, draws: int = 4000) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def figures(rows: dict[str, dict], arm: str) -> dict | None:
+def figures(rows: dict[str, dict], arm: str, reference: str = REFERENCE) -> dict | None:
     """Compute means of an arm over its seeds, with intervals, in percent or tokens.
 
     Shares are in percent; the differences to the reference are over the seeds that both have. None without a row.
     """
     mine = {row["seed"]: row for row in rows.values() if row["arm"] == arm}
-    theirs = {row["seed"]: row for row in rows.values() if row["arm"] == REFERENCE}
+    theirs = {row["seed"]: row for row in rows.values() if row["arm"] == reference}
     if not mine:
         return None
     out = {"seeds": len(mine)}
@@ -253,10 +256,13 @@ def figures(rows: dict[str, dict], arm: str) -> dict | None:
         values = np.array([values_of(row, name) for row in mine.values()])  # (S, P)
         out[name], out[f"{name}_interval"] = float(values.mean()), interval(values)
         both = [seed for seed in mine if seed in theirs]
-        if both and arm != REFERENCE:
+        if both and arm != reference:
             gap = np.array([values_of(mine[s], name) - values_of(theirs[s], name) for s in both])
             out[f"{name}_gap"], out[f"{name}_gap_interval"] = float(gap.mean()), interval(gap)
     out["correct_steps"] = 100 * float(np.mean([row["correct_steps"] for row in mine.values()]))
+    for name in ("judging", "verifier/agrees"):
+        if found := [row[name] for row in mine.values() if row.get(name)]:
+            out[name] = f"{100 * float(np.mean(found)):.0f}%"
     read = np.array([p for row in mine.values() for p in row.get("readable", [])])
     if len(read):
         out["readable"], out["readable_interval"] = 100 * float(read.mean()), interval(100 * read[None])
@@ -264,20 +270,22 @@ def figures(rows: dict[str, dict], arm: str) -> dict | None:
 
 
 def values_of(row: dict, name: str) -> np.ndarray:
-    """List 100 or 0 per problem, correct or not, or the tokens."""
+    """List 100 or 0 per problem, or the tokens."""
     return np.array([100.0 * int(c) for c in row["correct"]] if name == "correct" else row["tokens"], dtype=float)
 
 
-def table(rows: dict[str, dict]) -> Table:
+def table(rows: dict[str, dict], reference: str) -> Table:
     problems = next(iter(rows.values()))["problems"]
-    out = Table(title=f"{problems} held-out problems; 95% intervals; differences to {REFERENCE}")
-    for name in ("arm", "seeds", "accuracy, %", "difference", "tokens", "difference", "correct steps", "readable, %"):
+    out = Table(title=f"{problems} held-out problems; 95% intervals; differences to {reference}")
+    for name in ("arm", "seeds", "accuracy, %", "difference", "tokens", "difference", "correct steps", "readable, %",
+                 "judging", "labels"):
         out.add_column(name, justify="left" if name == "arm" else "right")
     for arm in ARMS:
-        if facts := figures(rows, arm):
+        if facts := figures(rows, arm, reference):
             shown = ("correct", "correct_gap", "tokens", "tokens_gap", "readable")
             cells = [with_interval(facts, name) for name in shown]
-            out.add_row(arm, str(facts["seeds"]), *cells[:4], f"{facts['correct_steps']:.1f}%", cells[4])
+            out.add_row(arm, str(facts["seeds"]), *cells[:4], f"{facts['correct_steps']:.1f}%", cells[4],
+                        facts.get("judging", ""), facts.get("verifier/agrees", ""))
     return out
 
 
@@ -289,22 +297,19 @@ def with_interval(facts: dict, name: str) -> str:
     return f"{facts[name]:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
-def plot(rows: dict[str, dict], path: Path) -> None:
-    """Draw accuracy and tokens of every arm, and its difference to the reference.
-
-    The difference is too small to be seen beside the base.
-    """
-    facts = {arm: found for arm in ARMS if (found := figures(rows, arm))}
+def plot(rows: dict[str, dict], path: Path, reference: str) -> None:
+    """Draw accuracy, tokens and difference of each arm: beside the base it is too small."""
+    facts = {arm: found for arm in ARMS if (found := figures(rows, arm, reference))}
     figure, axes = new_figure(10, 0.3 * len(facts) + 1.1, ncols=3, sharey=True)
     panels = (("correct", "accuracy, %"), ("tokens", "mean tokens"),
-              ("correct_gap", f"accuracy, points above {REFERENCE}"))
+              ("correct_gap", f"accuracy, points above {reference}"))
     for axis, (name, label) in zip(axes, panels, strict=True):
         for place, (arm, found) in enumerate(facts.items()):
             if name in found and (name != "correct_gap" or ARMS[arm][0]):
                 low, high = found[f"{name}_interval"]
                 axis.plot([low, high], [place, place], color=COLOURS[0], linewidth=2)
-                axis.plot([found[name]], [place], "o", markersize=5, color=COLOURS[2 if arm == REFERENCE else 1])
-        line = 0 if name == "correct_gap" else facts.get(REFERENCE, {}).get(name)
+                axis.plot([found[name]], [place], "o", markersize=5, color=COLOURS[2 if arm == reference else 1])
+        line = 0 if name == "correct_gap" else facts.get(reference, {}).get(name)
         if line is not None:
             axis.axvline(line, color=INK, linewidth=0.8, linestyle=":")
         axis.set_xlabel(label)
@@ -334,8 +339,8 @@ def main(words: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
     if rows:
-        Console(width=None if sys.stdout.isatty() else 160).print(table(rows))
-        plot(rows, options.out.with_suffix(".png"))
+        Console(width=None if sys.stdout.isatty() else 160).print(table(rows, options.reference))
+        plot(rows, options.out.with_suffix(".png"), options.reference)
     return 1 if failed else 0
 
 
