@@ -17,9 +17,9 @@ def measure_judge(judge: SelfJudge, held_out: list[Solved], log: RunLog) -> None
     """Fill in the card of a judge: calibration, figures, canary pairs; and show them.
 
     The calibration is fitted to all; the figures are those of two, each fitted to one half of the problems and measured
-    on the other. figures: pairs (poll.tally by kind)
-    and, of form single, grades: auc over all solutions, auc_within over right and wrong ones of one problem,
-    auc_like_lengths over those of them that are as long, brier before and after, reliability (calibrate.py)."""
+    on the other. figures: pairs (poll.tally by kind) and, of form single, grades: auc over all solutions, auc_within
+    over right and wrong ones of one problem, auc_like_lengths over those of them that are as long, the same of either
+    sign alone, brier before and after, reliability (calibrate.py)."""
     card = judge.card
     if judge.form != "pair":
         card.calibration, card.figures["grades"] = grade_figures(judge, held_out)

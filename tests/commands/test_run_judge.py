@@ -100,7 +100,7 @@ def test_words_alone_make_the_stage(recipe, tmp_path):
 
 
 def test_data_of_its_own_is_taken_as_it_is(recipe):
-    words = ["rlaif.split=test", "rlaif.limit=3", "rlaif.temperature=0.5"]
+    words = ["sft.split=test", "sft.limit=3", "rlaif.temperature=0.5"]
     own, taken = (load_stages(recipe, [*words, *more], "run")[2] for more in (["judge_train.data=mine.jsonl"], []))
     assert (own.data.source, own.data.split, own.data.limit) == ("mine.jsonl", "train", 10)
     assert (taken.data.split, taken.data.limit, taken.sampling.temperature) == ("test", 10, 0.5)
