@@ -107,12 +107,13 @@ class Judge:
 def better(a: float | None, b: float | None, tokens_a: int, tokens_b: int) -> float | None:
     """Weigh two grades: P(first is the better solution); None without both.
 
-    The sounder one is better; where both are sound, or neither is, the shorter one: a (1 - b) + (a b + (1 - a) (1 - b))
-    s, with s = 1, 1/2 or 0 for a first one that is shorter, as long or longer."""
+    Bradley-Terry of strengths odds / length, odds = p / (1 - p) of being right: the sounder one is better, of two that
+    are as sound the shorter, and twice the length costs as much as half the odds."""
     if a is None or b is None:
         return None
-    shorter = 0.5 if tokens_a == tokens_b else float(tokens_a < tokens_b)
-    return a * (1 - b) + (a * b + (1 - a) * (1 - b)) * shorter
+    a, b = (min(max(p, 1e-6), 1 - 1e-6) for p in (a, b))  # of two that are certain the shorter wins, too
+    one, other = a * (1 - b) * max(1, tokens_b), b * (1 - a) * max(1, tokens_a)
+    return one / (one + other)
 
 
 class HeuristicJudge(Judge):

@@ -106,14 +106,15 @@ def test_a_pair_is_judged_with_the_judges_adapter(judge, alone):
         assert vote == pytest.approx(a + tie / 2, abs=1e-5)
 
 
-def test_better_is_the_sounder_one_then_the_shorter_one():
-    for a in (0.0, 0.2, 0.9, 1.0):
-        for b in (0.0, 0.3, 1.0):
-            for ta, tb, s in ((1, 2, 1.0), (2, 2, 0.5), (3, 2, 0.0)):
-                same = a * b + (1 - a) * (1 - b)
-                assert better(a, b, ta, tb) == pytest.approx(a * (1 - b) + same * s)
+def test_of_two_grades_the_odds_of_being_right_per_token_decide():
+    for a in (0.1, 0.5, 0.9):
+        for b in (0.2, 0.5, 0.7):
+            for ta, tb in ((10, 10), (10, 30), (30, 10)):
+                strengths = [p / (1 - p) / tokens for p, tokens in ((a, ta), (b, tb))]
+                assert better(a, b, ta, tb) == pytest.approx(strengths[0] / sum(strengths))
                 assert better(a, b, ta, tb) + better(b, a, tb, ta) == pytest.approx(1)
-    assert better(1.0, 0.0, 99, 1) == 1.0 and better(0.5, 0.5, 5, 5) == 0.5
+    assert better(1.0, 0.0, 99, 1) > 0.999 and better(0.5, 0.5, 5, 5) == 0.5
+    assert better(1.0, 1.0, 5, 10) == better(0.0, 0.0, 5, 10) == pytest.approx(2 / 3)
     assert better(None, 0.5, 1, 1) is None is better(0.5, None, 1, 1)
 
 
