@@ -156,7 +156,8 @@ def test_self_judge_gives_no_vote_to_prompts_beyond_the_context(policy):
 
 def test_row_states_ignore_what_padding_holds(policy):
     model, tokenizer = policy.model, policy.tokenizer
-    short, long = (Question(ids, [(1, 0), (len(ids) - 1, 0)]) for ids in map(tokenizer.encode, ("abc", "abcdefghij " * 5)))
+    texts = map(tokenizer.encode, ("abc", "abcdefghij " * 5))
+    short, long = (Question(ids, [(1, 0), (len(ids) - 1, 0)]) for ids in texts)
     with torch.no_grad():
         torch.testing.assert_close(row_states(model, [short, long])[:2], row_states(model, [short]))
 
