@@ -49,6 +49,7 @@ def asked(problem: str, text: str) -> Asked:
 
 _ENDS = re.compile(r"(?<=[.;!?])(?=\s)|(?=\n)")
 MOST_STEPS = 64
+MOST_LONGER = 4.0
 
 
 def split_steps(text: str) -> tuple[str, ...]:
@@ -108,11 +109,13 @@ def better(a: float | None, b: float | None, tokens_a: int, tokens_b: int) -> fl
     """Weigh two grades: P(first is the better solution); None without both.
 
     Bradley-Terry of strengths odds / length, odds = p / (1 - p) of being right: the sounder one is better, of two that
-    are as sound the shorter, and twice the length costs as much as half the odds."""
+    are as sound the shorter, and twice the length costs as much as half the odds, but never more than MOST_LONGER: a
+    text of one word is not worth fifty times a solution."""
     if a is None or b is None:
         return None
     a, b = (min(max(p, 1e-6), 1 - 1e-6) for p in (a, b))  # of two that are certain the shorter wins, too
-    one, other = a * (1 - b) * max(1, tokens_b), b * (1 - a) * max(1, tokens_a)
+    longer = min(MOST_LONGER, max(1 / MOST_LONGER, max(1, tokens_b) / max(1, tokens_a)))
+    one, other = a * (1 - b) * longer, b * (1 - a)
     return one / (one + other)
 
 

@@ -10,16 +10,19 @@ LEAST_SLOPE = 0.01
 class Calibration(NamedTuple):
     """Turn signs into P = sigmoid(z / temperature + likelihood l + bias); J. Platt 1999.
 
-    z: log-odds of the verdict; l: log-prob of the solution's numbers as the judge would write them, in nats."""
+    z: log-odds of the verdict; l: log-prob of the solution's numbers as the judge would write them, in nats; NaN for a
+    solution without any, which gets unwritten, the mean l of wrong ones: to write nothing must not pay."""
     temperature: float = 1.0
     bias: float = 0.0
     likelihood: float = 0.0
+    unwritten: float = 0.0
 
     def score(self, z: float, logp: float) -> float:
+        logp = np.where(np.isnan(logp), self.unwritten, logp)
         return z / self.temperature + self.likelihood * logp + self.bias
 
     def probability(self, z: float, logp: float) -> float:
-        return sigmoid(self.score(z, logp))
+        return sigmoid(float(self.score(z, logp)))
 
 
 def sigmoid(x: float) -> float:
@@ -36,7 +39,8 @@ def fit_calibration(signs: list[tuple[float, float]], right: list[bool], problem
     more = np.concatenate([np.empty((0, 2)), *(each.reshape(-1, 2) for each in more)])  # (pairs, 2)
     mix = fit_logistic(more, np.ones(len(more)), mean=[1.0, 0.0], least=[0.0, 0.0])
     slope, bias = fit_logistic(np.column_stack([z @ mix, np.ones(len(z))]), y, mean=[1.0, 0.0], least=[0.01, -np.inf])
-    return Calibration(float(1 / max(slope * mix[0], 1e-6)), float(bias), float(slope * mix[1]))
+    wrong = z[~y, 1] if (~y).any() else z[:, 1] if len(z) else np.zeros(1)
+    return Calibration(float(1 / max(slope * mix[0], 1e-6)), float(bias), float(slope * mix[1]), float(wrong.mean()))
 
 
 def fit_logistic(inputs: np.ndarray, y: np.ndarray, mean: list[float], least: list[float],

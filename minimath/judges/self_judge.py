@@ -6,6 +6,7 @@ its own prompt). The verdicts are those of the prompts computed apart.
 """
 import bisect
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -109,7 +110,7 @@ class SelfJudge(Judge):
         """Return what speaks for each solution, after each step and after the end.
 
         log P(Yes) - log P(No), and the log-prob of all numbers and signs of arithmetic so far, as the judge would write
-        them."""
+        them; after the end of a solution without any NaN."""
         readings = [self.reader.read(question) for question in questions]
         found = self.logps([Question(r.ids, [(end, verdict) for end in r.ends for verdict in self.verdicts]
                                      + [(place - 1, r.ids[place]) for place in r.numbers]) for r in readings])
@@ -119,6 +120,7 @@ class SelfJudge(Judge):
                 yes, no = logp[:2 * len(reading.ends)].view(-1, 2).T
                 sums = [0.0, *logp[2 * len(reading.ends):].cumsum(0).tolist()]
                 written = [sums[bisect.bisect(reading.numbers, end)] for end in reading.ends]
+                written[-1] = written[-1] if reading.numbers else math.nan
                 logp = list(zip((yes - no).tolist(), written, strict=True))
             signs.append(logp)
         return signs

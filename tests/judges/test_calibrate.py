@@ -141,3 +141,10 @@ def test_auc_counts_pairs_ties_one_half():
     assert auc(a, b) == pytest.approx(sum(pairs) / len(pairs))
     assert auc([1.0, 1.0], [1.0]) == 0.5 and auc([2.0], [1.0]) == 1.0 and auc([0.0], [1.0]) == 0.0
     assert math.isnan(auc([], [1.0])) and math.isnan(auc([1.0], []))
+
+
+def test_a_solution_without_numbers_has_the_likelihood_of_wrong_ones():
+    signs, right = [(1.0, -1.0), (0.5, -2.0), (-1.0, -8.0), (-0.5, -6.0)], [True, True, False, False]
+    got = fit_calibration(signs, right, [0, 1, 0, 1])
+    assert got.unwritten == -7.0 and got.probability(0.3, math.nan) == got.probability(0.3, -7.0)
+    assert math.isnan(got.probability(math.nan, math.nan))

@@ -113,6 +113,7 @@ def test_of_two_grades_the_odds_of_being_right_per_token_decide():
                 strengths = [p / (1 - p) / tokens for p, tokens in ((a, ta), (b, tb))]
                 assert better(a, b, ta, tb) == pytest.approx(strengths[0] / sum(strengths))
                 assert better(a, b, ta, tb) + better(b, a, tb, ta) == pytest.approx(1)
+    assert better(0.5, 0.5, 1, 90) == pytest.approx(0.8) and better(0.4, 0.8, 1, 90) < 0.5  # at most four times
     assert better(1.0, 0.0, 99, 1) > 0.999 and better(0.5, 0.5, 5, 5) == 0.5
     assert better(1.0, 1.0, 5, 10) == better(0.0, 0.0, 5, 10) == pytest.approx(2 / 3)
     assert better(None, 0.5, 1, 1) is None is better(0.5, None, 1, 1)
