@@ -15,7 +15,7 @@ from minimath.core.text import did_you_mean
 
 USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GPU
 
-  minimath demo [--minutes N] [--full] [--out DIR]   the whole recipe on a small model and made problems
+  minimath demo [--minutes N] [--judge J] [--full] [--out DIR]   the whole recipe on a small model and made problems
   minimath run RECIPE.yaml [key=value ...]           SFT, RLAIF and evaluation of a recipe
   minimath sft   [RECIPE.yaml] [key=value ...]       stage 1: fine-tune on worked solutions
   minimath rlaif [RECIPE.yaml] [key=value ...]       stage 2: RL with an AI judge
