@@ -79,7 +79,7 @@ def run_worker(spec: dict, pause) -> None:
     def steps():
         """Steps taken so far."""
         for count in range(1, 10**9):
-            update(cfg, policy, optimizer, rows[:BATCH])
+            update(policy, optimizer, rows[:BATCH], packing=cfg.packing)
             yield count
 
     def rate(work) -> dict:

@@ -73,7 +73,7 @@ class Variant:
         batch = [self.rows[(self.taken * size + i) % len(self.rows)] for i in range(size)]
         self.taken += 1
         started = time.perf_counter()
-        tokens = update(self.cfg, self.policy, self.optimizer, batch)["data/tokens"]
+        tokens = update(self.policy, self.optimizer, batch, packing=self.cfg.packing)["data/tokens"]
         return time.perf_counter() - started, tokens, sum(sum(row.loss_mask[1:]) for row in batch)
 
     def flops(self, tokens: int, trained: int) -> float:

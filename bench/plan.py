@@ -144,7 +144,7 @@ def measure_sft(cfg: SFTConfig, policy: Policy) -> tuple[int, int]:
     else:
         count = budget // cfg.max_len  # both micro-batches of (nearly) full length, neither of equal rows
         rows = [row(cfg.max_len - cut) for cut in [0] * (count - 1) + [1] * count + [2]]
-    return one_step(cfg, policy, lambda optimizer: sft.update(cfg, policy, optimizer, rows))
+    return one_step(cfg, policy, lambda optimizer: sft.update(policy, optimizer, rows, packing=cfg.packing))
 
 
 def measure_update(cfg: RLAIFConfig, policy: Policy) -> tuple[int, int]:

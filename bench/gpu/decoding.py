@@ -159,7 +159,7 @@ def nf4(found: Found) -> None:
     batch, taker = rows_of(*((3, 6, 20) if found.tiny else (8, 60, 400))), Taker(policy, 64 if found.tiny else 2048)
     seen = []
     for _ in range(2):
-        sft.update(cfg, policy, taker, batch)
+        sft.update(policy, taker, batch, packing=cfg.packing)
         seen.append((taker.taken, roll(found, policy, prompts, new)))
     (first, tokens), (second, again) = seen
     off = second.off(first)
@@ -169,7 +169,7 @@ def nf4(found: Found) -> None:
                 f"with the same weights other greedy tokens, {apart:.2g} nats apart")
     optimizer, losses = Optimizer(policy, cfg, print), []
     for _ in range(4):
-        losses.append(sft.update(cfg, policy, optimizer, batch)["loss"])
+        losses.append(sft.update(policy, optimizer, batch, packing=cfg.packing)["loss"])
     found.check("training", losses[-1] < losses[0], f"the loss does not fall: {losses}")
     trained = roll(found, policy, prompts, new, temperature=1.0)
     check_logp(found, "after training", policy, prompts, trained)

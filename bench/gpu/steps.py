@@ -69,7 +69,7 @@ def sft_gradient(found: Found, rows, *, fused: bool = True, **options) -> Gradie
     cfg = config_of(found, SFTConfig, **options)
     policy = policy_of(cfg, fused=fused)
     taker = Taker(policy, cfg.optimizer.micro_batch_tokens)
-    sft.update(cfg, policy, taker, rows)
+    sft.update(policy, taker, rows, packing=cfg.packing)
     return taker.taken
 
 
@@ -122,7 +122,7 @@ def sft_steps(found: Found, packing: bool) -> None:
             rows = rows_of(cfg.batch_size, length // 4, length, seed=number % 2)
             sync(found.device)
             started = time.perf_counter()
-            told = sft.update(cfg, policy, optimizer, rows)
+            told = sft.update(policy, optimizer, rows, packing=cfg.packing)
             sync(found.device)
             taken.append(time.perf_counter() - started)
             losses.append(told["loss"])

@@ -119,7 +119,7 @@ def sft_cuts(policies: dict, seeds, dtype: torch.dtype) -> Tally:
 
 def sft_numbers(policy: Policy, rows: list[Encoded], micro_batch_tokens: int, packing: bool) -> tuple[float, float]:
     cfg = make_config(SFTConfig, "", micro_batch_tokens=micro_batch_tokens, packing=packing)
-    return gradient_of(cfg, policy, lambda optimizer: stage1.update(cfg, policy, optimizer, rows))
+    return gradient_of(cfg, policy, lambda optimizer: stage1.update(policy, optimizer, rows, packing=cfg.packing))
 
 
 # ---- stage 2

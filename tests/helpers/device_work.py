@@ -2,7 +2,7 @@
 
     with on_a_card() as work:
         policy = policy_on_card(cfg)       # shapes on "cuda:0", no numbers
-        update(cfg, policy, optimizer, rows)
+        update(policy, optimizer, rows)
     assert work.reads == [...]             # one line each: "item() in minimath/train/optimizer.py:57"
 
 Tensors on the card are torch's fake tensors: they know device, shape and dtype. What is on the CPU is computed; what

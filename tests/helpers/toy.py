@@ -102,3 +102,15 @@ def adapter(run_dir) -> dict[str, torch.Tensor]:
 def same_tensors(a: dict, b: dict) -> bool:
     """Whether two sets of tensors are bitwise equal."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def before_call(monkeypatch, where, name, number, how):
+    """Calls how() once, before the number-th call of where.name."""
+    function, calls = getattr(where, name), [0]
+
+    def counted(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == number:
+            how()
+        return function(*args, **kwargs)
+    monkeypatch.setattr(where, name, counted)

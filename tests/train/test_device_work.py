@@ -36,8 +36,8 @@ def counted(cls, model, update, **options):
 @pytest.fixture(scope="module", params=[True, False], ids=["packed", "padded"])
 def sft_work(request, tiny_dir):
     """Of an SFT step of two micro-batches."""
-    return counted(SFTConfig, tiny_dir, lambda *each: sft.update(*each, ROWS), micro_batch_tokens=64,
-                   packing=request.param)
+    return counted(SFTConfig, tiny_dir, lambda cfg, *each: sft.update(*each, ROWS, packing=cfg.packing),
+                   micro_batch_tokens=64, packing=request.param)
 
 
 @pytest.fixture(scope="module")

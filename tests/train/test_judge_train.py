@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from toy import make_config, metrics, same_tensors, without_times
+from toy import before_call, make_config, metrics, same_tensors, without_times
 
 from minimath.core.errors import Interrupted, UserError
 from minimath.eval.partial import PartFile
@@ -45,18 +45,6 @@ def assert_same(one: Path, two: Path):
     assert left(one) == left(two) and same_tensors(weights(one), weights(two))
 
 
-def stop_at(monkeypatch, where, name, number, how):
-    """Calls how() once, before the number-th call of where.name."""
-    function, calls = getattr(where, name), [0]
-
-    def counted(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == number:
-            how()
-        return function(*args, **kwargs)
-    monkeypatch.setattr(where, name, counted)
-
-
 def kill(number=signal.SIGINT):
     return lambda: os.kill(os.getpid(), number)
 
@@ -89,7 +77,7 @@ def test_stopped_while_it_samples_and_resumed_equals_unbroken(judge, tmp_path, m
     stop_file = tmp_path / "broken" / "stop"
     for number, how in ((3, kill()), (9, stop_file.touch), (20, kill(signal.SIGTERM))):
         with monkeypatch.context() as patch:
-            stop_at(patch, PartFile, "add", number, how)
+            before_call(patch, PartFile, "add", number, how)
             patch.setattr("minimath.core.interrupt.LOOK_S", 0.0)
             with pytest.raises(Interrupted):
                 judge("broken", steps=3, resume=(tmp_path / "broken").exists())
@@ -104,12 +92,12 @@ def test_stopped_in_training_and_resumed_equals_unbroken(judge, tmp_path, monkey
     options = {"form": form, "steps": 4, "lora_dropout": 0.2, "attacked": 0.2, "made": 1.0}
     _, whole = judge("whole", **options)
     with monkeypatch.context() as patch:
-        stop_at(patch, judge_file, "learn", 2, kill())
+        before_call(patch, judge_file, "learn", 2, kill())
         summary, broken = judge("broken", **options)
     assert summary["signal"] == signal.SIGINT and summary["steps"] == 2 and "held_out" not in summary
     assert not (broken / "adapter/judge.json").exists()
     with monkeypatch.context() as patch:
-        stop_at(patch, judge_file, "learn", 1, lambda: (broken / "stop").touch())
+        before_call(patch, judge_file, "learn", 1, lambda: (broken / "stop").touch())
         assert judge("broken", resume=True, **options)[0]["steps"] == 3
     summary, _ = judge("broken", resume=True, **options)
     assert summary["steps"] == 4 and summary["signal"] == 0
@@ -119,7 +107,7 @@ def test_stopped_in_training_and_resumed_equals_unbroken(judge, tmp_path, monkey
 def test_stopped_while_it_is_measured_there_is_no_card_until_it_is(judge, monkeypatch, one_thread):
     _, whole = judge("whole")
     with monkeypatch.context() as patch:
-        stop_at(patch, judge_file, "measure_judge", 1, kill())
+        before_call(patch, judge_file, "measure_judge", 1, kill())
         summary, broken = judge("broken")
     assert summary["signal"] == signal.SIGINT and summary["steps"] == 2
     assert (broken / "adapter").exists() and not (broken / "adapter/judge.json").exists()
@@ -132,7 +120,7 @@ def test_stopped_while_it_is_measured_there_is_no_card_until_it_is(judge, monkey
 def test_a_crash_in_training_and_resumed_equals_unbroken(judge, tmp_path, monkeypatch, one_thread):
     _, whole = judge("whole", steps=3, save_every=1)
     with monkeypatch.context() as patch:
-        stop_at(patch, judge_file, "learn", 3, lambda: 1 / 0)
+        before_call(patch, judge_file, "learn", 3, lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             judge("broken", steps=3, save_every=1)
     judge("broken", steps=3, save_every=1, resume=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from judging import sample
 from safetensors.torch import load_file
-from toy import adapter, load, make_config, metrics, policy_of, same_tensors, wake_adapter, without_times
+from toy import adapter, before_call, load, make_config, metrics, policy_of, same_tensors, wake_adapter, without_times
 
 from minimath.config.schema import JudgeOptions, RLAIFConfig, SFTConfig
 from minimath.core.checkpoint import list_checkpoints, save_adapter
@@ -60,18 +60,6 @@ def assert_same(one, two):
     assert same_tensors(*(load_file(list_checkpoints(run)[0] / "tracked.safetensors") for run in (one, two)))
 
 
-def once(monkeypatch, where, name, number, how):
-    """how() comes before the number-th call of where.name."""
-    function, calls = getattr(where, name), [0]
-
-    def counted(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == number:
-            how()
-        return function(*args, **kwargs)
-    monkeypatch.setattr(where, name, counted)
-
-
 def ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -86,15 +74,15 @@ def test_stopped_between_refreshes_and_right_after_one_and_resumed_equals_unbrok
     folder = judge((options := dict(options)).pop("form", "single"))
     whole = rl_judged("whole", folder, **options)
     with monkeypatch.context() as patch:        # the signal comes in the rollout of step 3: that is not counted
-        once(patch, rlaif_file, "collect_groups", 3, ctrl_c)
+        before_call(patch, rlaif_file, "collect_groups", 3, ctrl_c)
         broken = rl_judged("broken", folder, **options)
     assert len(metrics(broken)) == 2 and judge_of(broken)  # it learnt at step 2
     with monkeypatch.context() as patch:        # and in the update of step 3: between two refreshes
-        once(patch, rlaif_file, "update", 1, ctrl_c)
+        before_call(patch, rlaif_file, "update", 1, ctrl_c)
         rl_judged("broken", folder, resume=True, **options)
     assert len(metrics(broken)) == 3
     with monkeypatch.context() as patch:        # and in the refresh of step 4: right after it
-        once(patch, JudgeRefresh, "metrics", 1, ctrl_c)
+        before_call(patch, JudgeRefresh, "metrics", 1, ctrl_c)
         rl_judged("broken", folder, resume=True, **options)
     assert len(metrics(broken)) == 4
     rl_judged("broken", folder, resume=True, **options)
@@ -107,7 +95,7 @@ def test_a_crash_in_the_midst_of_a_refresh_and_resumed_equals_unbroken(rl_judged
     folder = judge()
     whole = rl_judged("whole", folder, save_every=1)
     with monkeypatch.context() as patch:
-        once(patch, refresh_file, "learn", 4, lambda: 1 / 0)    # the first update of the judge is done
+        before_call(patch, refresh_file, "learn", 4, lambda: 1 / 0)    # the first update of the judge is done
         with pytest.raises(ZeroDivisionError):
             rl_judged("broken", folder, save_every=1)
     rl_judged("broken", folder, save_every=1, resume=True)
@@ -143,7 +131,7 @@ def test_memory_that_runs_out_in_a_refresh_is_tried_again_and_gives_the_same_jud
     with monkeypatch.context() as patch:
         def no_memory():
             raise torch.OutOfMemoryError("CUDA out of memory")
-        once(patch, importlib.import_module("minimath.train.sft"), "hidden_states", 1, no_memory)
+        before_call(patch, importlib.import_module("minimath.train.sft"), "hidden_states", 1, no_memory)
         small = rl_judged("small", folder, steps=2, judge_canary_every=0)
     assert "going on with micro_batch_tokens" in capsys.readouterr().out
     assert same_tensors(adapter(whole), adapter(small))
