@@ -64,9 +64,7 @@ def dispatch(command: str, words: list[str]):
         kind = "check" if helped and words[0].startswith("-") else "".join(words[:1])
         command, words = f"judge {kind}".strip(), words[1:]
     if command not in COMMANDS:
-        kinds = [name for name in COMMANDS if name.startswith("judge ")]
-        near = f" (there are {', '.join(kinds)})" if command.startswith("judge") else did_you_mean(command, COMMANDS)
-        raise UserError(f"unknown command {command!r}{near}; see minimath --help")
+        raise UserError(f"unknown command {command!r}{did_you_mean(command, COMMANDS)}; see minimath --help")
     if helped:
         print(help_text(command))
         return None

@@ -143,9 +143,9 @@ def test_help_shows_default_and_meaning_of_each_option(here):
         (["rlaif", "grup_size=4"], "did you mean 'group_size'?"),
         (["eval", "samples=many"], "samples"),
         (["run"], "needs a recipe"),
-        (["judge"], "there are judge train, judge check, judge compare"),
-        (["judge", "chek"], "there are judge train, judge check, judge compare"),
-        (["judge", "attack"], "there are judge train, judge check, judge compare"),
+        (["judge"], "did you mean 'judge "),
+        (["judge", "chek"], "did you mean 'judge "),
+        (["judge", "attack"], "did you mean 'judge "),
         (["rlaif", "loss_type=grpo"], "is now called 'loss'"),
     ],
 )

@@ -13,6 +13,8 @@ class Interrupted(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out; torch's errors of it are RuntimeErrors, a CPU's plain ones."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
+    """Tell whether memory ran out; a CPU's allocator says so in a plain RuntimeError.
+
+    torch's own class goes by its name, so that a command can end with a line before torch is imported."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in NO_MEMORY))

@@ -69,7 +69,7 @@ def test_bad_rubrics_are_user_errors(tmp_path):
 
 @pytest.mark.parametrize("name", ["maths", "code", "law", "medicine"])
 def test_shipped_rubrics_put_the_problem_first_and_ask_for_a_closed_set(name):
-    assert set(SHIPPED) == {"maths", "code", "law", "medicine", "readability"}
+    assert set(SHIPPED) == {"maths", "code", "law", "medicine", "readability", "brief"}
     rubric = load_rubric(name)
     fenced = rubric[rubric.index("==="):]
     assert 0 < fenced.index("{problem}") < fenced.index("{first}") < fenced.index("{second}")

@@ -238,5 +238,6 @@ def test_a_judgement_is_read_from_a_card_once(tmp_path, monkeypatch, tree):
         model = policy_on_card(make_config(SFTConfig, str(tiny_model(tmp_path)), dtype="bf16")).model
         monkeypatch.setattr(forward, "takes_flash", lambda *_: True)
         work.clear()
-        assert self_judge.verdict_logps(model, prompts, [5, 6, 7], passes, tree).shape == (4, 3)
+        questions = [self_judge.Question(ids, [(len(ids) - 1, verdict) for verdict in (5, 6, 7)]) for ids in prompts]
+        assert [len(each) for each in self_judge.verdict_logps(model, questions, passes, tree)] == [3] * 4
         assert len(work.reads) == 1 and not work.waits, (work.reads, work.waits)

@@ -12,6 +12,7 @@ from toy import before_call, make_config, metrics, same_tensors, without_times
 
 from minimath.core.errors import Interrupted, UserError
 from minimath.eval.partial import PartFile
+from minimath.judges.calibrate import Calibration
 from minimath.judges.card import read_card
 from minimath.judges.known import problem_hash
 from minimath.train import judge as judge_file
@@ -246,7 +247,7 @@ def test_nothing_to_train_on_is_said(judge, options, words):
 def test_made_faults_alone_train_a_judge(judge, form, no_sampling):
     summary, run = judge(form=form, samples=0)
     assert summary["steps"] == 2 and not (run / "rollouts").exists()
-    assert read_card(run / "adapter").calibration == (1.0, 0.0, 0.0)
+    assert read_card(run / "adapter").calibration == Calibration()
 
 
 def test_data_without_solutions_is_enough(judge, tmp_path):
