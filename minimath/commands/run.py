@@ -8,7 +8,7 @@
 `sft.lr=1e-4` is for one stage, `lr=1e-4` for all. Each stage has its own folder in the run folder. With resume=true
 out=FOLDER a run goes on, and a stage that is complete is not run again.
 
-A recipe with a section judge_train (or words judge_train.key=value) trains a judge, on RLAIF's problems with RLAIF's
+A recipe with a section judge_train (or words judge_train.key=value) trains a judge, on SFT's problems with RLAIF's
 sampling where that section sets no others, and RLAIF asks it: judge=self judge_adapter=OUT/judge. Words that name
 another judge, or any judge_adapter, leave that stage out."""
 import contextlib
@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from minimath.config.load import load_config, read_recipe, save_config, words_of_own_judge
-from minimath.config.options import options_of
 from minimath.config.schema import BY_JUDGE, EvalConfig, RLAIFConfig, SFTConfig
 from minimath.core import dist, interrupt, run_folder
 from minimath.core.errors import Interrupted, UserError
@@ -101,14 +100,13 @@ def judge_config(recipe: str, words: list[str], sft_cfg: SFTConfig, rl_cfg: RLAI
     cfg = load_config(JudgeConfig, recipe, words, "judge_train", allow_other=True)
     given = [word.removeprefix("--").partition("=")[0].replace("-", "_").partition(".") for word in words]
     own = {*read_recipe(recipe)[1].get("judge_train", {}), *(name for part, _, name in given if part == "judge_train")}
-    groups = {"model": rl_cfg, "prompt": rl_cfg, "engine": rl_cfg, "sampling": rl_cfg} | (
-        {} if "data" in own else {"data": sft_cfg})  # the split of other data is its own
+    taken = rl_cfg.shared(JudgeConfig, "model", "prompt", "engine", "sampling") | (
+        {} if "data" in own else sft_cfg.shared(JudgeConfig, "data"))  # the split of other data is its own
     load_rubric(cfg.rubric)
     JudgeCard(form=cfg.form).form_of(rl_cfg.judge.form)
     if rl_cfg.verifier in BY_JUDGE and cfg.form == "pair":
         raise UserError(f"verifier={rl_cfg.verifier} needs a judge that grades: set judge_train.form=single")
-    return cfg.replace(**{name: groups[option.group].value(name) for name, option in options_of(JudgeConfig).items()
-                          if option.group in groups and name not in own})
+    return cfg.replace(**{name: value for name, value in taken.items() if name not in own})
 
 
 def run_arms(out: Path, sft_cfg: SFTConfig, judge_cfg: JudgeConfig | None, rl_cfg: RLAIFConfig, eval_cfg: EvalConfig,

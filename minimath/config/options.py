@@ -187,6 +187,10 @@ class Stage:
         """A copy with some options changed. Raises UserError."""
         return type(self)(**(self.to_dict() | options))
 
+    def shared(self, cls, *groups: str) -> dict:
+        """Option name -> value here, of what another stage has in some groups."""
+        return {name: self.value(name) for name, option in options_of(cls).items() if option.group in groups}
+
     def to_dict(self) -> dict:
         """Option name -> value, in the order of the help."""
         return {name: self.value(name) for name in options_of(type(self))}

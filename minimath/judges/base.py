@@ -95,6 +95,10 @@ class Judge:
         """Return for each step the probability that all is right up to its end."""
         raise NotImplementedError
 
+    def grade_all(self, questions: list[Asked]) -> list[tuple[float | None, list[float] | None]]:
+        """Return `grade` and `grade_steps` of each solution."""
+        return list(zip(self.grade(questions), self.grade_steps(questions), strict=True))
+
     def ping(self) -> None:
         """Raise UserError when the judge can't be used; called before any long work."""
 

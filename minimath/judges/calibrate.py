@@ -1,10 +1,10 @@
-"""How well probabilities fit what is true: calibration by two numbers, Brier score, reliability, AUC."""
+"""How well probabilities fit what is true: calibration, Brier score, reliability, AUC."""
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-LEAST_SLOPE = 0.01
+LEAST_SLOPE = 0.01  # of the score: no calibration turns it round
 
 
 class Calibration(NamedTuple):
@@ -38,7 +38,8 @@ def fit_calibration(signs: list[tuple[float, float]], right: list[bool], problem
     more = [z[y & (problem == each)][:, None] - z[~y & (problem == each)][None] for each in np.unique(problem)]
     more = np.concatenate([np.empty((0, 2)), *(each.reshape(-1, 2) for each in more)])  # (pairs, 2)
     mix = fit_logistic(more, np.ones(len(more)), mean=[1.0, 0.0], least=[0.0, 0.0])
-    slope, bias = fit_logistic(np.column_stack([z @ mix, np.ones(len(z))]), y, mean=[1.0, 0.0], least=[0.01, -np.inf])
+    slope, bias = fit_logistic(np.column_stack([z @ mix, np.ones(len(z))]), y, mean=[1.0, 0.0],
+                               least=[LEAST_SLOPE, -np.inf])
     wrong = z[~y, 1] if (~y).any() else z[:, 1] if len(z) else np.zeros(1)
     return Calibration(float(1 / max(slope * mix[0], 1e-6)), float(bias), float(slope * mix[1]), float(wrong.mean()))
 

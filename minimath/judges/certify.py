@@ -36,7 +36,7 @@ def by_scores(name: str, known: KnownRows, scores: list, graded: bool = False, *
     votes = []
     for _, i, j in known.pairs:
         a, b = scores[i], scores[j]
-        vote = better(a, b, known.tokens(i), known.tokens(j)) if graded else (1.0 + (a > b) - (a < b)) / 2
+        vote = better(a, b, known.tokens(i), known.tokens(j)) if graded else won(a, b)
         votes += [vote, None if vote is None else 1.0 - vote]
     return Answers(name, votes, graded, scores, graded, **more)
 
@@ -68,13 +68,13 @@ def ask_known(judge: Judge, known: KnownRows, name: str, advance: Callable[[int]
         votes, error = ask(judge, in_both_orders(pairs), advance, chunk=32)
         return Answers(name, votes, judge.soft, error=error)
     questions = list(dict.fromkeys(each.question for each in known.solutions))
-    grades, error = ask(judge, questions, advance, chunk=32, put=judge.grade)
-    of_steps, failed = ask(judge, questions, advance, chunk=32, put=judge.grade_steps)
+    told, error = ask(judge, questions, lambda n: advance(2 * n), chunk=32, put=judge.grade_all)
+    grades, of_steps = zip(*((None, None) if one is None else one for one in told))
     grades = {question: None if p != p else p for question, p in zip(questions, grades, strict=True)}  # NaN
     firsts = {question: None if steps is None else next((k for k, p in enumerate(steps) if p < 0.5), -1)
               for question, steps in zip(questions, of_steps, strict=True)}
     return by_scores(name, known, [grades[each.question] for each in known.solutions], graded=True,
-                     wrong_steps=[firsts[each.question] for each in known.solutions], error=error or failed)
+                     wrong_steps=[firsts[each.question] for each in known.solutions], error=error)
 
 
 def questions_of(judge: Judge, known: KnownRows) -> int:

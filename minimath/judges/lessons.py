@@ -1,6 +1,7 @@
 """What a judge's adapter is trained on: the policy's own solutions, made faults beside them, attacked copies."""
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from minimath.data.chat import IGNORE, Encoded, final_text
@@ -58,20 +59,21 @@ class Lessons:
 
         made: made rows for each own or worked one; attacked: share of the rows that carry an attack string."""
         own = [each for one in solved for each in (self.own_pairs if self.form == "pair" else self.own)(one)]
-        sets, rows = list(own), sum(map(len, own))
-        wanted = [(self.made, made * (rows or WITHOUT_OWN * len(solved)))]
-        for make, count in (*wanted, (self.attacked, -1.0)):
-            rows = sum(map(len, sets))
-            count = attacked / (1 - attacked) * rows if count < 0 else count
-            tries = 4 * count
-            while solved and count > 0 and tries > 0:
-                new = make(self.rng.choice(solved))
-                sets += [new] if new else []
-                count, tries = count - len(new), tries - 1
+        sets = own + self.drawn(self.made, solved, made * (sum(map(len, own)) or WITHOUT_OWN * len(solved)))
+        sets += self.drawn(self.attacked, solved, attacked / (1 - attacked) * sum(map(len, sets)))
         self.counts["cut at max_len"] = sum(row.truncated for rows in sets for row in rows)
         taught = [[row for row in rows if set(row.targets()) != {IGNORE}] for rows in sets]
         return [kept for kept, rows in zip(taught, sets, strict=True)
                 if kept and (self.form != "pair" or len(kept) == len(rows))]  # one order alone would teach a place
+
+    def drawn(self, make: Callable[[Solved], list[Encoded]], solved: list[Solved], count: float) -> list[list[Encoded]]:
+        """Make sets of problems that are drawn, until they have `count` rows or too many problems give none."""
+        sets, tries = [], 4 * count
+        while solved and count > 0 and tries > 0:
+            new = make(self.rng.choice(solved))
+            sets += [new] if new else []
+            count, tries = count - len(new), tries - 1
+        return sets
 
     def described(self) -> str:
         return "rows: " + ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count)

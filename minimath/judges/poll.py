@@ -15,7 +15,7 @@ def ask(judge: Judge, questions: list[Pair] | list[Asked], advance: Callable[[in
 
     A judge that raises is said once for each kind of exception; the questions are then asked again in halves, so that
     one that it can't take costs its own vote alone. chunk: questions per call, 0: all; advance(n) follows every n.
-    put: judge.grade or judge.grade_steps for single solutions, else pairs go to judge.compare."""
+    put: judge.grade or judge.grade_all for single solutions, else pairs go to judge.compare."""
     votes, error, failures, size, put = [], "", 0, chunk or max(1, len(questions)), put or judge.compare
     due = [questions[start:start + size] for start in range(0, len(questions), size)][::-1]
     while due:

@@ -5,6 +5,7 @@ single, steps   the prompt of the problem, as the policy gets it, the solution, 
                 whether the solution is right and sound. Nothing is written between the steps: one forward gives all
 pair            the prompt of a rubric with both solutions; the verdict is the letter of the better one
 """
+import functools
 from typing import NamedTuple
 
 from minimath.core.errors import UserError
@@ -93,6 +94,14 @@ class Reader:
             self._is_number[token] = bool(text) and all(c.isdecimal() or c in SIGNS for c in text)
         return self._is_number[token]
 
+    @functools.cached_property
+    def letters(self) -> list[int]:
+        return verdict_ids(self.tokenizer)
+
+    @functools.cached_property
+    def yes_no(self) -> list[int]:
+        return verdict_ids(self.tokenizer, YES_NO)
+
     def pair(self, pair: Pair) -> list[int]:
         return chat_ids(self.tokenizer, self.prompt(self.rubric, pair, self.specials))
 
@@ -102,7 +111,7 @@ def single_row(reader: Reader, question: Asked, right: list[bool | None], max_le
 
     Where a right solution has no verdict, its next token is trained: a judge that can solve the problems tells right
     from wrong better (the joint objective of arXiv 2110.14168, section 4.2)."""
-    reading, (yes, no), targets = reader.read(question), verdict_ids(reader.tokenizer, YES_NO), {}
+    reading, (yes, no), targets = reader.read(question), reader.yes_no, {}
     if all(right):
         targets = {place - 1: reading.ids[place] for place in range(reading.prompt, len(reading.ids))}
     targets |= {end: yes if known else no for end, known in zip(reading.ends, right, strict=True) if known is not None}
@@ -111,7 +120,7 @@ def single_row(reader: Reader, question: Asked, right: list[bool | None], max_le
 
 def pair_row(reader: Reader, pair: Pair, first_wins: bool, max_len: int) -> Encoded:
     """Make a training row of a pair in this order."""
-    ids, (a, b, _) = reader.pair(pair), verdict_ids(reader.tokenizer)
+    ids, (a, b, _) = reader.pair(pair), reader.letters
     return row(Reading(ids, [], len(ids) - 1, []), {len(ids) - 1: a if first_wins else b}, max_len)
 
 

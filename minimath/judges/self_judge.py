@@ -19,7 +19,7 @@ from minimath.core.run_folder import find_adapter
 from minimath.data.batch import like_lengths, tail_length
 from minimath.judges.base import Asked, Judge, Pair, asked, better
 from minimath.judges.card import JUDGE, JudgeCard, read_card
-from minimath.judges.rows import LETTERS, YES_NO, Reader, verdict_ids
+from minimath.judges.rows import Reader
 from minimath.judges.rubrics import load_rubric
 from minimath.kernels import linear_logp
 from minimath.models.block_attention import Branch, on_device
@@ -71,7 +71,7 @@ class SelfJudge(Judge):
         self.form = self.card.form_of(options.form)
         self.model, self.micro_batch_tokens = policy.model, micro_batch_tokens
         self.reader = Reader(policy, rubric)
-        self.verdicts = verdict_ids(policy.tokenizer, LETTERS if self.form == "pair" else YES_NO)
+        self.verdicts = self.reader.letters if self.form == "pair" else self.reader.yes_no
         config = base_causal_lm(self.model).config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", None) or 1 << 30
 
@@ -100,11 +100,16 @@ class SelfJudge(Judge):
 
     def grade(self, questions: list[Asked]) -> list[float | None]:
         """Return the calibrated probability that each solution is right and sound."""
-        return [each and min(each if self.form == "steps" else each[-1:]) for each in self._probabilities(questions)]
+        return [grade for grade, _ in self.grade_all(questions)]
 
     def grade_steps(self, questions: list[Asked]) -> list[list[float] | None]:
         """Return for each step the probability that all is right up to its end."""
-        return [each and each[:-1] for each in self._probabilities(questions)]
+        return [steps for _, steps in self.grade_all(questions)]
+
+    def grade_all(self, questions: list[Asked]) -> list[tuple[float | None, list[float] | None]]:
+        """Return `grade` and `grade_steps` of each solution, from one forward."""
+        return [(None, None) if each is None else (min(each if self.form == "steps" else each[-1:]), each[:-1])
+                for each in self._probabilities(questions)]
 
     def signs(self, questions: list[Asked]) -> list[list[tuple[float, float]] | None]:
         """Return what speaks for each solution, after each step and after the end.

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import torch
 
 from minimath.config.load import config_of_words, save_config
-from minimath.config.options import Bound, Stage, options_of
+from minimath.config.options import Bound, Stage
 from minimath.config.schema import (
     AdapterOptions,
     Count,
@@ -156,8 +156,7 @@ def own_solutions(cfg: JudgeConfig, examples: list[Example]) -> list[Solved]:
     if not cfg.samples:
         return [Solved(example, []) for example in examples]
     out = Path(cfg.run.out)
-    shared = {name: cfg.value(name) for name, option in options_of(EvalConfig).items()
-              if option.group in ("model", "prompt", "data", "engine", "sampling")}
+    shared = cfg.shared(EvalConfig, "model", "prompt", "data", "engine", "sampling")
     if cfg.sampled:
         shared["limit"] = min(cfg.sampled, cfg.data.limit or cfg.sampled)
     own = EvalConfig(**shared, adapter=cfg.adapter.path, seed=cfg.run.seed, samples=cfg.samples,

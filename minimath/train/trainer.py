@@ -21,7 +21,6 @@ from collections.abc import Iterator
 import torch
 
 from minimath.config.load import config_text, plain_values
-from minimath.config.options import options_of
 from minimath.config.schema import DataOptions, EvalConfig
 from minimath.core import checkpoint, dist, interrupt
 from minimath.core.errors import Interrupted, UserError, is_out_of_memory
@@ -175,8 +174,7 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluate on the held-out problems; tell whether it is the best so far."""
         cfg = self.cfg
-        shared = {name: cfg.value(name) for name, option in options_of(EvalConfig).items()
-                  if option.group in ("model", "prompt", "engine")}
+        shared = cfg.shared(EvalConfig, "model", "prompt", "engine")
         if cfg.engine.rollout == "vllm":  # its engine has the sampling options of the rollouts
             shared["rollout"] = "auto"
         own = EvalConfig(**shared, max_new_tokens=cfg.evaluation.eval_max_new_tokens, seed=cfg.run.seed)
