@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+LIKE_LENGTHS = 0.2  # two solutions are as long if their lengths differ by at most this share of the longer one
 LEAST_SLOPE = 0.01  # of the score: no calibration turns it round
+MIXES = [(1.0, 0.0), *((weight, 1.0) for weight in (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0))]  # of verdict and numbers
 
 
 class Calibration(NamedTuple):
@@ -32,12 +34,13 @@ def sigmoid(x: float) -> float:
 def fit_calibration(signs: list[tuple[float, float]], right: list[bool], problem: list[int]) -> Calibration:
     """Fit a calibration to held-out solutions: signs, whether it is right, the number of its problem, of each.
 
-    How much either sign counts is fitted where judges are asked, to right against wrong solutions of one problem
-    (Bradley-Terry); temperature and bias then to all solutions (Platt)."""
+    How much the verdict counts beside the numbers is that of MIXES which best tells right from wrong solutions of one
+    problem (AUC; by likelihood the long tail of l would give nearly all to the verdict), neither where none beats a
+    guess; temperature and bias then follow from all solutions (Platt)."""
     z, y, problem = np.array(signs, dtype=float).reshape(-1, 2), np.array(right, dtype=bool), np.array(problem)
-    more = [z[y & (problem == each)][:, None] - z[~y & (problem == each)][None] for each in np.unique(problem)]
-    more = np.concatenate([np.empty((0, 2)), *(each.reshape(-1, 2) for each in more)])  # (pairs, 2)
-    mix = fit_logistic(more, np.ones(len(more)), mean=[1.0, 0.0], least=[0.0, 0.0])
+    mix, found = np.array(MIXES[0]), [auc_within(problem, y, z @ mix) for mix in np.array(MIXES)]
+    if np.isfinite(found[0]):
+        mix = np.array(MIXES[int(np.argmax(found))]) * (max(found) > 0.5)
     slope, bias = fit_logistic(np.column_stack([z @ mix, np.ones(len(z))]), y, mean=[1.0, 0.0],
                                least=[LEAST_SLOPE, -np.inf])
     wrong = z[~y, 1] if (~y).any() else z[:, 1] if len(z) else np.zeros(1)
@@ -85,3 +88,19 @@ def auc(positive: list[float], negative: list[float]) -> float:
         return math.nan
     a, b = np.array(positive, dtype=float)[:, None], np.array(negative, dtype=float)[None]
     return float(((a > b) + 0.5 * (a == b)).mean())
+
+
+def auc_within(number: np.ndarray, right: np.ndarray, score: np.ndarray, tokens: np.ndarray | None = None) -> float:
+    """Chance that of a right and a wrong solution of one problem the right one scores higher.
+
+    All (N,); tokens: take only pairs that are as long. NaN without a pair."""
+    wins = []
+    for each in np.unique(number):
+        good, bad = (np.flatnonzero((number == each) & side) for side in (right, ~right))
+        more = score[good][:, None] - score[bad][None]
+        if tokens is not None:
+            a, b = tokens[good][:, None], tokens[bad][None]
+            more = more[np.abs(a - b) <= LIKE_LENGTHS * np.maximum(a, b)]
+        wins.append(((more > 0) + 0.5 * (more == 0)).ravel())
+    wins = np.concatenate([np.empty(0), *wins])
+    return float(wins.mean()) if len(wins) else float("nan")

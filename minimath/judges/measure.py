@@ -3,13 +3,12 @@ import numpy as np
 
 from minimath.core.log import RunLog, clean
 from minimath.judges.base import asked
-from minimath.judges.calibrate import Calibration, auc, brier, fit_calibration, reliability, sigmoid
+from minimath.judges.calibrate import Calibration, auc, auc_within, brier, fit_calibration, reliability, sigmoid
 from minimath.judges.lessons import Solved, own_pairs
 from minimath.judges.pairs import judge_known
 from minimath.judges.poll import percent, span
 from minimath.judges.self_judge import SelfJudge
 
-LIKE_LENGTHS = 0.2  # two solutions are as long if their lengths differ by at most this share of the longer one
 KEPT_PAIRS = 64  # held-out pairs for the canary
 
 
@@ -61,22 +60,6 @@ def grade_figures(judge: SelfJudge, held_out: list[Solved]) -> tuple[Calibration
         "auc_of_verdict": auc_within(number, right, z), "auc_of_numbers": auc_within(number, right, logp),
         "brier_uncalibrated": brier([sigmoid(each) for each in z], truth), "brier": brier(p, truth),
         "brier_of_the_mean": brier([right.mean()] * len(truth), truth), "reliability": reliability(p, truth)}
-
-
-def auc_within(number: np.ndarray, right: np.ndarray, score: np.ndarray, tokens: np.ndarray | None = None) -> float:
-    """Chance that of a right and a wrong solution of one problem the right one scores higher.
-
-    All (N,); tokens: take only pairs that are as long. NaN without a pair."""
-    wins = []
-    for each in np.unique(number):
-        good, bad = (np.flatnonzero((number == each) & side) for side in (right, ~right))
-        more = score[good][:, None] - score[bad][None]
-        if tokens is not None:
-            a, b = tokens[good][:, None], tokens[bad][None]
-            more = more[np.abs(a - b) <= LIKE_LENGTHS * np.maximum(a, b)]
-        wins.append(((more > 0) + 0.5 * (more == 0)).ravel())
-    wins = np.concatenate([np.empty(0), *wins])
-    return float(wins.mean()) if len(wins) else float("nan")
 
 
 def show_grades(f: dict, calibration: Calibration, log: RunLog) -> None:

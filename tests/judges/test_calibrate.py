@@ -4,7 +4,17 @@ import math
 import numpy as np
 import pytest
 
-from minimath.judges.calibrate import Calibration, auc, brier, fit_calibration, fit_logistic, reliability, sigmoid
+from minimath.judges.calibrate import (
+    MIXES,
+    Calibration,
+    auc,
+    auc_within,
+    brier,
+    fit_calibration,
+    fit_logistic,
+    reliability,
+    sigmoid,
+)
 
 PRIOR = 1e-2
 
@@ -70,21 +80,35 @@ def solutions(seed, *, of_verdict=1.0, of_numbers=1.0, problems=40, each=6):
     return [*zip(z, logp + 2 * of_numbers * right + hard)], right.tolist(), problem.tolist()
 
 
-def test_both_signs_are_weighed_by_right_against_wrong_of_one_problem():
+def share_of_pairs(signs, right, problem, mix):
+    """Of all right against wrong solutions of one problem, pair by pair, the share whose mixed signs say so."""
+    wins = [(d > 0) + 0.5 * (d == 0) for i, (z, logp) in enumerate(signs) for j, (y, other) in enumerate(signs)
+            if problem[i] == problem[j] and right[i] and not right[j]
+            for d in [mix[0] * (z - y) + (mix[1] * (logp - other) if mix[1] else 0.0)]]
+    return sum(wins) / len(wins)
+
+
+def test_the_mix_of_both_signs_is_the_one_that_tells_right_from_wrong_of_one_problem_best():
     signs, right, problem = solutions(1)
     got = fit_calibration(signs, right, problem)
-    pairs = np.array([np.subtract(signs[i], signs[j]) for i in range(len(right)) for j in range(len(right))
-                      if problem[i] == problem[j] and right[i] and not right[j]])
-
-    def loss_of_pairs(weights):
-        return np.logaddexp(0.0, -pairs @ weights).sum() + PRIOR / 2 * ((weights[0] - 1) ** 2 + weights[1] ** 2)
-    mix = fit_logistic(pairs, np.ones(len(pairs)), mean=[1.0, 0.0], least=[0.0, 0.0])
-    for k in range(2):
-        for d in (-1e-3, 1e-3):  # convex: what is least along both axes is least
-            assert loss_of_pairs(mix + d * np.eye(2)[k]) > loss_of_pairs(mix)
-    assert got.likelihood * got.temperature == pytest.approx(mix[1] / mix[0]) and mix.min() > 0.1
+    shares = {mix: share_of_pairs(signs, right, problem, mix) for mix in MIXES}
+    best = max(shares, key=shares.get)
+    assert 0.1 < best[0] / best[1] < 5.0 and shares[best] > max(shares[1.0, 0.0], shares[0.0, 1.0]) + 0.02
+    assert got.likelihood * got.temperature == pytest.approx(best[1] / best[0])
     p = np.array([got.probability(*sign) for sign in signs])
     assert p.mean() == pytest.approx(np.mean(right), abs=2e-3) and brier(p, right) < 0.25
+
+
+def test_a_few_far_values_of_the_numbers_do_not_give_all_to_the_verdict():
+    signs, right, problem = solutions(1)
+    for i in range(0, len(signs), 60):
+        signs[i] = (signs[i][0], -400.0 if right[i] else -1.0)  # one in 60 tells the wrong way, and far
+    got = fit_calibration(signs, right, problem)
+    assert got.likelihood * got.temperature >= 0.1999
+    pairs = np.array([np.subtract(signs[i], signs[j]) for i in range(len(right)) for j in range(len(right))
+                      if problem[i] == problem[j] and right[i] and not right[j]])
+    mix = fit_logistic(pairs, np.ones(len(pairs)), mean=[1.0, 0.0], least=[0.0, 0.0])
+    assert mix[1] / mix[0] < 0.02  # what the likelihood of the same pairs says
 
 
 @pytest.mark.parametrize("turned, alone", [({"of_numbers": -2.0}, 1), ({"of_verdict": -2.0}, 0)])
@@ -148,3 +172,11 @@ def test_a_solution_without_numbers_has_the_likelihood_of_wrong_ones():
     got = fit_calibration(signs, right, [0, 1, 0, 1])
     assert got.unwritten == -7.0 and got.probability(0.3, math.nan) == got.probability(0.3, -7.0)
     assert math.isnan(got.probability(math.nan, math.nan))
+
+
+def test_auc_within_counts_pairs_of_one_problem_and_of_like_length():
+    number, right = np.array([0, 0, 0, 1, 1, 2]), np.array([True, False, False, True, False, True])
+    score, tokens = np.array([2.0, 1.0, 2.0, 0.0, 5.0, 9.0]), np.array([100, 101, 200, 50, 62, 7])
+    assert auc_within(number, right, score) == pytest.approx((1 + 0.5 + 0) / 3)
+    assert auc_within(number, right, score, tokens) == pytest.approx((1 + 0) / 2)   # 100 and 200 are not alike
+    assert math.isnan(auc_within(number, np.ones(6, dtype=bool), score))

@@ -2,7 +2,6 @@
 import json
 import math
 
-import numpy as np
 import pytest
 
 from minimath.core.log import RunLog
@@ -11,7 +10,7 @@ from minimath.judges.base import Judge
 from minimath.judges.calibrate import Calibration
 from minimath.judges.card import JudgeCard, read_card, write_card
 from minimath.judges.lessons import Solved
-from minimath.judges.measure import auc_within, grade_figures, measure_judge
+from minimath.judges.measure import grade_figures, measure_judge
 
 
 class Graded(Judge):
@@ -99,14 +98,6 @@ def test_nothing_to_calibrate_on_leaves_the_grades_as_they_are(log):
     judge = Graded(sign)
     measure_judge(judge, HELD_OUT["none sampled"], log)
     assert judge.card.calibration == Calibration() and judge.card.figures["grades"] == {"solutions": 0}
-
-
-def test_auc_within_counts_pairs_of_one_problem_and_of_like_length():
-    number, right = np.array([0, 0, 0, 1, 1, 2]), np.array([True, False, False, True, False, True])
-    score, tokens = np.array([2.0, 1.0, 2.0, 0.0, 5.0, 9.0]), np.array([100, 101, 200, 50, 62, 7])
-    assert auc_within(number, right, score) == pytest.approx((1 + 0.5 + 0) / 3)
-    assert auc_within(number, right, score, tokens) == pytest.approx((1 + 0) / 2)   # 100 and 200 are not alike
-    assert math.isnan(auc_within(number, np.ones(6, dtype=bool), score))
 
 
 def test_canary_pairs_are_the_policys_own_wrong_ones_and_not_too_many(log):
