@@ -81,7 +81,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
             if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
                 return self.reply(401, {"error": "Unauthorized " + str(self.headers.get("Authorization"))})
-            route = {"/v1/models": self.models, "/v1/completions": self.completions}
+            route = {"/v1/models": self.models, "/v1/completions": self.completions, "/tokenize": self.tokenize}
             if server.runtime_lora:
                 route |= {"/v1/load_lora_adapter": self.load, "/v1/unload_lora_adapter": self.unload}
             route.get(self.path, lambda body: self.reply(404, {"detail": "Not Found"}))(body)
@@ -125,6 +125,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.error(404, f"The model `{body['model']}` does not exist.")
         if body["temperature"] > 2:
             return self.error(400, "temperature must be in [0, 2]")
+        if "prompt_logprobs" in body:
+            return self.prompt_logprobs(body)
         assert body["ignore_eos"] and body["n"] == 1 and body["add_special_tokens"] is False
         path = server.adapters.get(body["model"])
         model = server.engine.adapter(path) if path and server.applies else server.engine.base
@@ -137,6 +139,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         choice = {"index": 0, "text": "", "finish_reason": "stop" if ids[-1] in body["stop_token_ids"] else "length",
                   "logprobs": {"token_logprobs": logp, "tokens": [""] * len(ids)},
                   "token_ids": ids, "prompt_token_ids": body["prompt"]}  # fmt: skip
+        server.alter(choice)
+        self.reply(200, {"object": "text_completion", "model": body["model"], "choices": [choice]})
+
+    def tokenize(self, body):
+        ids = self.server.engine.tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"])["input_ids"]
+        self.reply(200, {"tokens": ids, "count": len(ids), "max_model_len": self.server.max_model_len})
+
+    def prompt_logprobs(self, body):
+        server, ids = self.server, body["prompt"]
+        if len(ids) + body["max_tokens"] > server.max_model_len or body["max_tokens"] < 1:
+            return self.error(400, f"This model's maximum context length is {server.max_model_len} tokens.")
+        with server.engine.lock, torch.no_grad():
+            logp = server.engine.base(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        time.sleep(server.random.uniform(0, server.delay_s))
+        told = [{str(i): {"logprob": float(row[i]), "rank": int((row > row[i]).sum()) + 1, "decoded_token": "x"}}
+                for i, row in zip(ids[1:], logp)]
+        choice = {"index": 0, "text": "x", "finish_reason": "length", "logprobs": None, "token_ids": [5],
+                  "prompt_logprobs": [None, *told], "prompt_token_ids": ids}  # fmt: skip
         server.alter(choice)
         self.reply(200, {"object": "text_completion", "model": body["model"], "choices": [choice]})
 
