@@ -45,7 +45,7 @@ ROUND += ("half", "gate_up_stride", "dh_stride")
 # Arrays that a block of a layer's kernels loads and stores, each as long as its tile.
 MOVED = {"norm_kernel": (2, 1), "norm_backward_kernel": (4, 1), "rotate_kernel": (4, 2), "gated_kernel": (3, 3)}
 # Of minimath.kernels, where the Triton functions live.
-MODULES = ("linear_logp", "tile_triton", "elementwise_triton", "decode_attention_triton")
+MODULES = ("linear_logp", "linear_kl_triton", "tile_triton", "elementwise_triton", "decode_attention_triton")
 
 
 class Case(NamedTuple):
@@ -102,7 +102,8 @@ def row_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
     Whole tiles, and without quick also the narrow ones of a small vocabulary.
     """
     common, tiles = (import_module(f"minimath.kernels.{each}") for each in ("common", "tile_triton"))
-    found = [row_case("pull_kernel", arch, dtype, tiles.pull_config(896), {}, aligned)]
+    found = [row_case(name, arch, dtype, tiles.pull_config(896), {}, aligned)
+             for name in ("pull_kernel", "kl_pull_kernel")]
     if not aligned:  # the workspace's rows are aligned, whatever the vocabulary; the hidden size may be odd
         return found
     for columns in (common.VOCAB_TILE["cuda"],) if quick else (common.VOCAB_TILE["cuda"], 1000):
@@ -112,6 +113,8 @@ def row_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
             flags = {"HAS_CAP": cap}
             found.append(row_case("gradient_kernel", arch, dtype, config, flags, aligned))
             found += [row_case("tile_kernel", arch, dtype, config, flags | {"KEEP": keep}, aligned) for keep in choices]
+            found += [row_case("kl_kernel", arch, dtype, config, flags | {"HAS_BIAS": bias, "KEEP": keep}, aligned)
+                      for bias, keep in product(choices, choices)]
     return found
 
 
@@ -198,9 +201,10 @@ def tile_bytes(case: Case) -> tuple[int, int]:
         return 2 * constants["BLOCK_T"] * constants["BLOCK_D"] * size, 0
     if case.kernel == "merge_kernel":
         return constants["BLOCK_S"] * constants["BLOCK_D"] * 4, 0
-    if case.kernel == "pull_kernel":
-        return constants["BLOCK"] * (size + 4), constants["BLOCK"] * 4
-    row = constants["BLOCK"] * constants.get("ROWS", 1) * size
+    if case.kernel in ("pull_kernel", "kl_pull_kernel"):
+        rows = 2 if case.kernel == "kl_pull_kernel" else 1
+        return rows * constants["BLOCK"] * (size + 4), rows * constants["BLOCK"] * 4
+    row = constants["BLOCK"] * (2 if case.kernel == "kl_kernel" else constants.get("ROWS", 1)) * size
     if case.kernel in MOVED:
         absent = [name in constants for name in ("residual", "dh", "grad", "grad")]
         loaded, stored = MOVED[case.kernel]

@@ -24,7 +24,8 @@ if __name__ == "kernels":
 else:
     from .common import TokenStats
     from .linear_cross_entropy import linear_cross_entropy
+    from .linear_kl import linear_kl
     from .linear_logp import linear_logp
     from .linear_token_loss import linear_token_loss
 
-    __all__ = ["TokenStats", "linear_cross_entropy", "linear_logp", "linear_token_loss"]
+    __all__ = ["TokenStats", "linear_cross_entropy", "linear_kl", "linear_logp", "linear_token_loss"]

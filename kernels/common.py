@@ -85,8 +85,8 @@ class Chunk(NamedTuple):
     x: torch.Tensor  # (C, D)
     weight: torch.Tensor  # (V, D)
     bias: torch.Tensor | None  # (V,)
-    target: torch.Tensor  # (C,) int64
-    raw_target: torch.Tensor  # (C,) raw logit of the target, in the wide dtype
+    target: torch.Tensor | None  # (C,) int64, where the sums are about one
+    raw_target: torch.Tensor | None  # (C,) raw logit of the target, in the wide dtype
     workspace: torch.Tensor  # (at least C * columns,) of x's dtype, overwritten
     columns: int  # K of every tile but the last
 
@@ -169,16 +169,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_arguments(hidden, weight, target, bias, scaling: Scaling) -> None:
-    """Raise ValueError naming the argument that does not fit: shapes, dtypes, devices, ranges."""
-    if hidden.dim() != 2 or weight.dim() != 2 or target.dim() != 1:
-        shapes = f"{tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(target.shape)}"
+    """Raise ValueError naming the argument that does not fit: shapes, dtypes, devices, ranges. target may be None."""
+    shapes = ", ".join(f"{name} {tuple(each.shape)}" for name, each in
+                       (("hidden", hidden), ("weight", weight), ("target", target)) if each is not None)
+    if hidden.dim() != 2 or weight.dim() != 2 or target is not None and target.dim() != 1:
         raise ValueError(f"expected hidden (N, D), weight (V, D), target (N,), got {shapes}")
-    if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != target.shape[0]:
-        shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, target {tuple(target.shape)}"
+    if hidden.shape[1] != weight.shape[1] or target is not None and hidden.shape[0] != target.shape[0]:
         raise ValueError(f"sizes differ: {shapes}")
     if not hidden.dtype.is_floating_point or not weight.dtype.is_floating_point:
         raise ValueError(f"hidden and weight must be floating point, got {hidden.dtype} and {weight.dtype}")
-    if target.dtype != torch.int64:
+    if target is not None and target.dtype != torch.int64:
         raise ValueError(f"target must be int64, got {target.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")

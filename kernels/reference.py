@@ -1,4 +1,4 @@
-"""The specification: both operations in plain torch with the full (N, V) logits, in the dtype of the input
+"""The specification: the operations in plain torch with the full (N, V) logits, in the dtype of the input
 but at least fp32. In float64 it is what every kernel is measured against. Use it for small inputs only.
 """
 
@@ -74,6 +74,12 @@ def linear_token_loss(
     rows = (target != ignore_index).nonzero().squeeze(1)
     loss = loss_fn(TokenStats(*(each[rows] for each in stats)), rows).sum()
     return loss, TokenStats(*(each.detach() for each in stats))
+
+
+def linear_kl(hidden, teacher_hidden, weight, **head):
+    """See kernels.linear_kl.linear_kl; differentiable by autograd."""
+    log_p, log_q = (torch.log_softmax(full_logits(each, weight, **head), -1) for each in (hidden, teacher_hidden))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def rms_norm(x, weight, eps: float, offset: int) -> torch.Tensor:

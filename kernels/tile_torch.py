@@ -17,21 +17,21 @@ def block_rows(columns: int, dtype: torch.dtype) -> int:
     return max(1, BLOCK_BYTES // (columns * wide(dtype).itemsize))
 
 
-def torch_scratch(chunk: Chunk) -> torch.Tensor:
-    """(3, R, K) for the elementwise passes in torch; the system gives memory only to what is written."""
+def torch_scratch(chunk: Chunk, count: int = 3) -> torch.Tensor:
+    """(count, R, K), flat, for the elementwise passes in torch; the system gives memory only to what is written."""
     rows, columns = len(chunk.x), min(chunk.columns, chunk.weight.shape[0])
-    shape = 3, min(rows, block_rows(columns, chunk.x.dtype)) * columns
+    shape = count, min(rows, block_rows(columns, chunk.x.dtype)) * columns
     return torch.empty(shape, dtype=wide(chunk.x.dtype), device=chunk.x.device)
 
 
 def blocks_of(logits, scratch):
-    """Yield (slice of rows, scratch (3, R, K)) for blocks of rows of a tile (C, K) that stay in the cache."""
+    """Yield (slice of rows, scratch (3 or so, R, K)) for blocks of rows of a tile (C, K) that stay in the cache."""
     columns = logits.shape[1]
     step = min(block_rows(columns, logits.dtype), scratch.shape[1] // columns)
     for start in range(0, len(logits), step):
         block = slice(start, min(start + step, len(logits)))
         count = block.stop - start
-        yield block, scratch[:, : count * columns].view(3, count, columns)
+        yield block, scratch[:, : count * columns].view(-1, count, columns)
 
 
 def hits_of(target, first: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:

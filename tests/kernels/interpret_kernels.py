@@ -10,10 +10,11 @@ that error.
 import pytest
 import test_kernel_limits
 import test_kernels
+import test_linear_kl
 import torch
 from test_kernels import HEADS, LOSSES, LargestStorage, N, V, gradients, nll, problem
 
-from minimath.kernels import linear_logp, linear_token_loss, reference, tile_triton, tiles
+from minimath.kernels import linear_kl, linear_logp, linear_token_loss, reference, tile_triton, tiles
 from minimath.kernels.common import INTERPRET, Chunk, Coefficients, Scaling, empty_gradients, padded, runs_triton
 
 # pytest collects these here a second time
@@ -36,6 +37,14 @@ for name in (
     "test_under_torch_compile_of_the_model_and_gradient_checkpointing",
 ):
     globals()[name] = getattr(test_kernel_limits, name)
+for name in (
+    "test_a_kl_near_0_keeps_its_digits",
+    "test_a_peaked_student_and_logits_in_the_hundreds",
+    "test_equal_rows_give_0_and_a_gradient_of_0",
+    "test_no_row_and_one_row",
+    "test_same_bits_twice_and_with_or_without_a_gradient",
+):
+    globals()[name] = getattr(test_linear_kl, name)
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 1.6e-2}
 
@@ -122,6 +131,19 @@ def test_nothing_of_size_tokens_times_vocab_is_allocated_on_the_triton_path():
         linear_token_loss(hidden, weight, target, nll, workspace_bytes=budget)[0].backward()
         linear_logp(hidden, weight, target, workspace_bytes=budget).sum().backward()
     assert 0 < used.bytes <= budget < n * v * 4 / 4, (used.bytes, used.operation)
+
+
+@pytest.mark.parametrize("vocab", [500, 517, 523])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_lies_between_the_pairs_of_a_tile_is_not_used(vocab, dtype, monkeypatch):
+    inputs, empty = test_linear_kl.pair(dtype, n=7, d=6, v=vocab), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    kl, grad = test_linear_kl.with_gradient(
+        linear_kl, *inputs[:3], bias=inputs[-1], workspace_bytes=7 * 2 * 128 * inputs[0].element_size()
+    )
+    want, right = test_linear_kl.exact(*inputs)
+    close(kl, want, 2 * TOLERANCE[dtype])
+    close(grad, right, 2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("n", [1, 3])
