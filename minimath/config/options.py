@@ -43,6 +43,12 @@ class Bound(NamedTuple):
         return next((f"must {limit}" for kept, limit in limits if not kept), "")
 
 
+Positive = Annotated[float, Bound(above=0)]
+Count = Annotated[int, Bound(above=0)]
+Share = Annotated[float, Bound(most=1)]
+Fraction = Annotated[float, Bound(below=1)]
+
+
 class Option(NamedTuple):
     """Describes one option; group: the stage's attribute that holds it, or ""."""
     name: str

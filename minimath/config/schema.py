@@ -10,13 +10,10 @@ name of its field (`lr=1e-4`), the `Main` field of a group by the group (`judge=
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from minimath.config.options import Bound, Hook, Main, Stage
+from minimath.config.options import Bound, Count, Fraction, Hook, Main, Positive, Share, Stage
+from minimath.config.rl_options import BrevityOptions, JudgeOptions, LossOptions, RewardOptions, TeacherOptions
 
 BY_JUDGE = ("judge", "majority+judge")  # verifiers
-Positive = Annotated[float, Bound(above=0)]
-Count = Annotated[int, Bound(above=0)]
-Share = Annotated[float, Bound(most=1)]
-Fraction = Annotated[float, Bound(below=1)]
 
 
 @dataclass
@@ -139,6 +136,8 @@ class EvaluationOptions:
     """problems per evaluation"""
     eval_max_new_tokens: Count = 512
     """longest completion in an evaluation, in tokens"""
+    final: Literal["last", "best"] = "last"
+    """adapter left at the end; best: the evaluation with fewest tokens within a standard error of the best accuracy"""
 
 
 @dataclass
@@ -171,75 +170,6 @@ class SamplingOptions:
     """only the k likeliest tokens; 0: off"""
 
 
-@dataclass
-class JudgeOptions:
-    prefix = "judge_"
-    name: Annotated[Literal["self", "openai", "heuristic"], Main] = "self"
-    """self (this model, adapter off or judge_adapter), openai (an endpoint) or heuristic (right steps, then shorter)"""
-    adapter: str = ""
-    """run folder of `minimath judge train`: the adapter that judges, beside the policy's on the same base"""
-    form: Literal["auto", "pair", "single", "steps"] = "auto"
-    """pair (the better of two), single (is one right and sound), steps (its worst step); auto: as trained, or pair"""
-    url: str = ""
-    """base URL of an OpenAI-compatible server, for judge=openai"""
-    model: str = ""
-    """model name asked for at judge_url"""
-    key_env: str = "OPENAI_API_KEY"
-    """NAME of the environment variable that holds the key; empty: no key"""
-    timeout_s: Positive = 30.0
-    """seconds before a judge request is given up; all requests of a rollout round get 20 times as long"""
-    concurrency: Count = 8
-    """judge requests in flight"""
-    max_tokens: Count = 16
-    """longest reply of judge_url in tokens; a model that thinks first needs thousands"""
-    fallback: Literal["none", "heuristic", "stop"] = "none"
-    """pairs left without votes: they count nothing, get the heuristic judge's vote, or stop (save and end)"""
-    pairs: int = 0
-    """comparisons per candidate, the others from a Bradley-Terry fit; 0: all pairs"""
-    rubric: str = "maths"
-    """what judges self and openai go by: maths, code, law, medicine, readability, or a file of yours"""
-    canary_every: int = 0
-    """judge pairs of known order every N steps, to see whether the judge is being fooled; 0: never"""
-    refresh: int = 0
-    """train judge_adapter on the newest rollouts every N steps, as the verifier marks them; 0: never"""
-    refresh_steps: Count = 4
-    """optimizer steps of a refresh"""
-    refresh_lr: Positive = 1e-4
-    """learning rate of a refresh"""
-
-
-@dataclass
-class RewardOptions:
-    name: Annotated[Literal["judge", "paper"] | Hook, Main] = "judge"
-    """judge (correct, judge wins, brevity), paper (the authors' stage 2, no judge) or python:module.fn"""
-    judge_weight: Share = 0.25
-    """weight of judge wins; judge_weight + brevity_weight <= 0.5, so that correct always beats wrong"""
-    brevity_weight: Share = 0.25
-    """weight of brevity among correct answers"""
-    format_weight: float = 0.0
-    """weight of a well-formed final answer"""
-    overlong: Literal["mask", "penalty", "none"] = "mask"
-    """completions that did not finish: left out, DAPO's soft penalty over the last fifth, or like others"""
-
-
-@dataclass
-class LossOptions:
-    name: Annotated[Literal["dapo", "grpo", "dr_grpo", "cispo", "gspo"], Main] = "dapo"
-    """policy loss"""
-    clip_low: Share = 0.2
-    """the ratio is clipped below at 1 - clip_low; gspo's is a mean over the completion: its paper takes 0.0003"""
-    clip_high: Positive = 0.28
-    """the ratio is clipped above at 1 + clip_high; gspo's paper takes 0.0004"""
-    kl_coef: float = 0.0
-    """weight of the KL to the base model; 0: none"""
-    entropy_coef: float = 0.0
-    """weight of the entropy bonus"""
-    importance_cap: float = 2.0
-    """cap of the importance weights between training and sampling log-probs; 0: no weights"""
-    scale_advantage: Literal["group", "none", "rloo"] = "group"
-    """advantages: divided by the group's deviation, undivided, or with a leave-one-out baseline"""
-
-
 class SFTConfig(Stage):
     """Stage 1: supervised fine-tuning on worked solutions."""
     model: ModelOptions
@@ -270,11 +200,13 @@ class RLAIFConfig(Stage):
     optimizer: OptimizerOptions = field(default_factory=lambda: OptimizerOptions(lr=1e-5, lr_schedule="constant"))
     data: DataOptions
     run: TrainRunOptions = field(default_factory=lambda: TrainRunOptions(sample_every=10))
-    evaluation: EvaluationOptions
+    evaluation: EvaluationOptions = field(default_factory=lambda: EvaluationOptions(final="best"))
     engine: EngineOptions
     sampling: SamplingOptions
     judge: JudgeOptions
     reward: RewardOptions
+    brevity: BrevityOptions
+    teacher: TeacherOptions
     loss: LossOptions
     verifier: Literal["exact", "regex", "none", "majority", "judge", "majority+judge"] | Hook = "exact"
     """what is correct: equal answers, the answer as a pattern, all; without answers: most of a group, judge, both"""
@@ -295,13 +227,12 @@ class RLAIFConfig(Stage):
 
     def check(self) -> str:
         """What is wrong with options together, or ""."""
-        reward, judge = self.reward, self.judge
         if self.sampling.temperature <= 0:
             return "temperature must be above 0 in rlaif: a group of greedy completions is one text"
-        if reward.judge_weight + reward.brevity_weight > 0.5 or reward.format_weight >= 0.5:
-            return (f"judge_weight={reward.judge_weight:g}, brevity_weight={reward.brevity_weight:g}, format_weight="
-                    f"{reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5 and format_weight < 0.5, so "
-                    "that a correct answer always beats a wrong one")
+        return self._fault_of_judge() or self._fault_of_reward() or self._fault_of_teacher()
+
+    def _fault_of_judge(self) -> str:
+        judge = self.judge
         if self.uses_judge() and judge.name == "openai" and not (judge.url and judge.model):
             return "judge=openai needs judge_url=http://.../v1 and judge_model=NAME"
         if self.uses_judge() and judge.name == "self" and self.model.shard:
@@ -311,6 +242,39 @@ class RLAIFConfig(Stage):
         if judge.refresh and not (judge.adapter and self.uses_judge()) or judge.refresh and self.verifier in BY_JUDGE:
             return "judge_refresh trains a judge_adapter= in use by a verifier= that marks without it"
         return ""
+
+    def _fault_of_reward(self) -> str:
+        reward, brevity = self.reward, self.brevity
+        together = brevity.weight if brevity.scale == "together" else 0.0
+        if reward.judge_weight + together > 0.5 or reward.format_weight >= 0.5:
+            return (f"judge_weight={reward.judge_weight:g}, brevity_weight={brevity.weight:g}, format_weight="
+                    f"{reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5 (judge_weight alone with "
+                    "brevity_scale=apart) and format_weight < 0.5, so that a correct answer always beats a wrong one")
+        if reward.name != "judge" and (brevity.control != "none" or self.loss.scale_advantage == "maxrl"):
+            return f"brevity_control and scale_advantage=maxrl are for reward=judge, not for reward={reward.name}"
+        if brevity.name != "truncate":
+            return "brevity_limit is for brevity=truncate" if brevity.limit else ""
+        if not 0 < brevity.limit < self.sampling.max_new_tokens:
+            return f"brevity=truncate needs a brevity_limit below max_new_tokens={self.sampling.max_new_tokens}"
+        if reward.overlong != "none" or brevity.control != "none":
+            return "brevity=truncate needs overlong=none, so that what is cut is wrong, and has no weight to control"
+        return ""
+
+    def _fault_of_teacher(self) -> str:
+        teacher = self.teacher
+        if self.reward.name == "none" and not teacher.name:
+            return "reward=none needs a teacher= to learn from"
+        if teacher.name == "policy" and not teacher.system:
+            return "teacher=policy is the policy itself: give it another prompt by teacher_system="
+        if teacher.name and self.model.shard:
+            return "teacher= can't be asked beside a model of shard=true"
+        if self.teacher_is_server() and (teacher.kl == "full" or self.sampling.temperature != 1):
+            return (f"teacher={teacher.name} tells log-probs at temperature 1, and of single tokens: use temperature=1 "
+                    "and teacher_kl=sampled")
+        return ""
+
+    def teacher_is_server(self) -> bool:
+        return "://" in self.teacher.name
 
     def uses_judge(self) -> bool:
         """Tell whether reward or verifier depend on a judge: else none needs to be there."""
