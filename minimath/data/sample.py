@@ -44,12 +44,12 @@ class Sample:
 class Group:
     """The samples of one problem, with its prompt.
 
-    decided: False when the verifier could not tell which samples are correct; no reward makes a signal of that."""
+    decided: False when the verifier could not tell which samples are correct; no reward makes an advantage of that."""
     example: Example
     prompt: list[int]
     samples: list[Sample]
     decided: bool = True
 
     def has_signal(self) -> bool:
-        """Whether the group is decided, and any sample has an advantage."""
-        return self.decided and any(sample.advantage for sample in self.samples)
+        """Whether any sample has an advantage."""
+        return any(sample.advantage for sample in self.samples)

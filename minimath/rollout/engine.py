@@ -27,7 +27,8 @@ class Engine(contextlib.AbstractContextManager):
     def __init__(self, engine: EngineOptions, sampling: SamplingOptions, policy: Policy, *, seed: int = 0, say=print):
         self.options, self.policy, self.seed, self.say = engine, policy, seed, say
         self.how = Sampling.of(sampling)
-        self.max_new_tokens, self.eos = sampling.max_new_tokens, policy.eos
+        self.longest = self.max_new_tokens = sampling.max_new_tokens  # the latter may be lowered between two streams
+        self.eos = policy.eos
 
     def stream(self, prompts: list[list[int]], n: int = 1, *, keys: list[int] | None = None,
                skip: Collection[tuple[int, int]] = ()) -> Iterator[list[tuple[int, int, Sample]]]:

@@ -68,7 +68,8 @@ class OwnEngine(Engine):
         if not jobs:
             return
         model = self.policy.model
-        batch, self._kept = self._kept or Decode(self), None
+        kept, self._kept = self._kept, None
+        batch = kept if kept and kept.max_new_tokens == self.max_new_tokens else Decode(self)
         longest, (copy, copied) = len(jobs[0].prompt) + self.max_new_tokens, room_for_copies(model)
         most = min(self.max_num_seqs, len(jobs)) or fitting_slots(model, longest, len(jobs), self.how,
                                                                   held=batch.held_bytes() - copied)
@@ -125,7 +126,7 @@ class OwnEngine(Engine):
             self.max_num_seqs = state["max_num_seqs"]
 
     def _bears_on_memory(self) -> list:
-        return [self.options.max_num_seqs, self.max_new_tokens, *vars(self.policy.options).values()]
+        return [self.options.max_num_seqs, self.longest, *vars(self.policy.options).values()]
 
 
 def room_for_copies(model) -> tuple[bool | int, int]:

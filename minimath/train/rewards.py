@@ -1,4 +1,4 @@
-"""Rewards of the samples of one problem, and their advantages over the others of its group.
+"""Rewards of the samples of one problem.
 
 `reward=judge` is RLAIF: correct or not, the share of comparisons won before an AI judge, and brevity among the correct
 ones. `reward=paper` is the paper's stage 2 (arXiv 2507.08267 section 3.2), without a judge. `reward=python:module.fn`,
@@ -10,16 +10,16 @@ import math
 import statistics
 from collections.abc import Callable
 
-import torch
-
 from minimath.config.options import as_number, user_function
-from minimath.config.schema import RewardOptions, RLAIFConfig
+from minimath.config.rl_options import BrevityOptions, RewardOptions
+from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.data.sample import Group, Sample
 from minimath.grading.answer import extract_answer
 from minimath.judges.judge import Judge, judge_groups, make_judge
 from minimath.models.policy import Policy
+from minimath.train.brevity import BrevityControl, brevity
 
 PENALTY_SHARE = 0.2  # of max_new_tokens, over which overlong=penalty grows
 SUMS = ("comparisons", "no_votes", "skipped", "fallbacks", "seconds")  # of the judge's calls of a step
@@ -29,8 +29,9 @@ MEANS = ("position_bias", "order_conflicts")  # weighted by the questions asked
 class Reward:
     """Gives every sample of a group its reward and the parts that it is made of."""
 
-    def __init__(self, options: RewardOptions, max_new_tokens: int):
+    def __init__(self, options: RewardOptions, max_new_tokens: int, control: BrevityControl | None = None):
         self.options, self.max_new_tokens = options, max_new_tokens
+        self.control = control or BrevityControl(BrevityOptions())
 
     def score(self, groups: list[Group]) -> None:
         """Set reward, win and parts of all samples."""
@@ -66,10 +67,11 @@ class JudgeReward(Reward):
 
     R_i = c_i (1 + judge_weight (2 w_i - 1) + brevity_weight l_i) + format_weight f_i. c_i in {0, 1}: correct; w_i in
     [0, 1]: mean win probability over the other correct samples, 1/2 without a vote; l_i in [-1, 1]: `brevity`; f_i in
-    {0, 1}: `format_score`. The bounds of the weights keep every correct sample above every wrong one."""
+    {0, 1}: `format_score`. The bounds of the weights keep every correct sample above every wrong one. With
+    brevity_scale=apart l_i is no part of R_i: `set_advantages` adds it."""
 
-    def __init__(self, options: RewardOptions, max_new_tokens: int, judge: Judge | None):
-        super().__init__(options, max_new_tokens)
+    def __init__(self, options: RewardOptions, max_new_tokens: int, judge: Judge | None, control=None):
+        super().__init__(options, max_new_tokens, control)
         self.judge_of, self.stats = judge, []
 
     def judge(self, groups: list[Group]) -> None:
@@ -82,7 +84,8 @@ class JudgeReward(Reward):
                 sample.win = win
 
     def rewards(self, group: Group) -> list[float]:
-        for sample, length in zip(group.samples, brevity(group.samples), strict=True):
+        lengths = brevity(group.samples, self.control.options, self.max_new_tokens)
+        for sample, length in zip(group.samples, lengths, strict=True):
             sample.parts = {"judge": sample.win, "brevity": length, "format": format_score(sample.text)}
         rewards = [self.reward_of(sample) for sample in group.samples]
         of_wrong = [r for r, s in zip(rewards, group.samples, strict=True) if not s.correct]
@@ -91,8 +94,9 @@ class JudgeReward(Reward):
 
     def reward_of(self, sample: Sample) -> float:
         o, parts = self.options, sample.parts
+        brevity_weight = self.control.weight - self.control.in_advantage()
         judged = 0.0 if sample.win is None else o.judge_weight * (2.0 * min(1.0, max(0.0, sample.win)) - 1.0)
-        correct = 1.0 + judged + o.brevity_weight * parts["brevity"] if sample.correct else 0.0
+        correct = 1.0 + judged + brevity_weight * parts["brevity"] if sample.correct else 0.0
         return correct + o.format_weight * parts["format"]
 
     def metrics(self) -> dict:
@@ -122,12 +126,19 @@ class PaperReward(Reward):
         return [sum(sample.parts.values()) for sample in group.samples]
 
 
+class NoReward(Reward):
+    """Rewards nothing: a teacher alone speaks."""
+
+    def rewards(self, group: Group) -> list[float]:
+        return [0.0] * len(group.samples)
+
+
 class HookReward(Reward):
     """Asks the user's fn: samples and example in, one finite number or None per sample out."""
 
-    def __init__(self, options: RewardOptions, max_new_tokens: int):
-        super().__init__(options, max_new_tokens)
-        self.fn, self.name = user_function(options.name, "reward")
+    def __init__(self, *options):
+        super().__init__(*options)
+        self.fn, self.name = user_function(self.options.name, "reward")
 
     def rewards(self, group: Group) -> list[float]:
         """Raise UserError that names the function and what it returned or raised."""
@@ -156,10 +167,10 @@ def training_judge(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None])
 
 def make_reward(cfg: RLAIFConfig, judge: Judge | None) -> Reward:
     """Make the reward that cfg.reward.name says. Raises UserError."""
-    longest = cfg.sampling.max_new_tokens
+    longest, control = cfg.sampling.max_new_tokens, BrevityControl(cfg.brevity)
     if cfg.reward.name == "judge":
-        return JudgeReward(cfg.reward, longest, judge if cfg.judges_rewards() else None)
-    return PaperReward(cfg.reward, longest) if cfg.reward.name == "paper" else HookReward(cfg.reward, longest)
+        return JudgeReward(cfg.reward, longest, judge if cfg.judges_rewards() else None, control)
+    return {"paper": PaperReward, "none": NoReward}.get(cfg.reward.name, HookReward)(cfg.reward, longest, control)
 
 
 def part_metrics(groups: list[Group]) -> dict:
@@ -178,17 +189,6 @@ def part_metrics(groups: list[Group]) -> dict:
 def format_score(text: str) -> float:
     """Return 1.0 for a complete, non-empty box before any </think>, else 0.0."""
     return float(extract_answer(text.partition("</think>")[0], strict=True) is not None)
-
-
-def brevity(samples: list[Sample]) -> list[float]:
-    """Score correct samples by length: the shortest +1, the longest -1.
-
-    l_i = 1 - 2 (n_i - min) / (max - min), 0.0 for wrong ones and when all are equally long."""
-    lengths = [s.tokens for s in samples if s.correct]
-    low, high = min(lengths, default=0), max(lengths, default=0)
-    if low == high:
-        return [0.0] * len(samples)
-    return [1.0 - 2.0 * (s.tokens - low) / (high - low) if s.correct else 0.0 for s in samples]
 
 
 def cosine_reward(tokens: list[int], correct: list[bool], *, max_tokens: int, correct_range=(0.1, 1.0),
@@ -238,41 +238,3 @@ def penalised(rewards: list[float], correct: list[bool], penalty: list[float]) -
     share = min(1.0, max(0.0, lowest - max(wrong)) / 2.0) if wrong else 1.0
     return [None if r is None else r + p * (share if ok else 1.0)
             for r, p, ok in zip(rewards, penalty, correct, strict=True)]
-
-
-# ---- relative to the group
-
-def set_advantages(groups: list[Group], scale: str, in_loss) -> None:
-    """Set all advantages; samples that are not in_loss, or without a reward, count in no mean."""
-    for group in groups:
-        rewards = [0.0 if sample.reward is None else sample.reward for sample in group.samples]
-        valid = [sample.reward is not None and in_loss(sample) for sample in group.samples]
-        values = group_advantages([rewards], scale=scale, valid=[valid])[0].tolist()
-        if not all(map(math.isfinite, rewards)):  # it must reach the loss, and be counted there
-            values = [math.nan] * len(rewards)
-        for sample, value in zip(group.samples, values, strict=True):
-            sample.advantage = value
-
-
-def group_advantages(rewards, *, scale: str = "group", valid=None) -> torch.Tensor:
-    """Compute advantages relative to the n valid rewards of a group.
-
-      group: (r_i - mean) / population standard deviation   (GRPO, DeepSeekMath, arXiv 2402.03300)
-      none: r_i - mean   (Dr. GRPO, arXiv 2503.20783)
-      rloo: r_i - mean of the others = n / (n - 1) (r_i - mean)   (leave-one-out baseline, which keeps the gradient
-        unbiased: Kool et al. 2019; Ahmadian et al., arXiv 2402.14740); 0 for a group of one
-
-    rewards (P, G) and valid (P, G) bool, as tensors or nested lists; -> (P, G) fp32. Rows with valid False enter
-    neither mean nor deviation and get 0. Groups whose valid rewards are all equal get exact zeros."""
-    rewards = torch.as_tensor(rewards, dtype=torch.float64)                              # (P, G)
-    valid = torch.ones_like(rewards) if valid is None else torch.as_tensor(valid).to(rewards)
-    count = valid.sum(1, keepdim=True).clamp(min=1)                                      # (P, 1)
-    centred = (rewards - (rewards * valid).sum(1, keepdim=True) / count) * valid
-    deviation = (centred.square().sum(1, keepdim=True) / count).sqrt()
-    if scale == "group":
-        centred = centred / deviation.clamp(min=1e-12)
-    elif scale == "rloo":
-        centred = centred * count / (count - 1).clamp(min=1)
-    elif scale != "none":
-        raise UserError(f"scale_advantage={scale!r}: use group, none or rloo")
-    return torch.where(deviation > 1e-8, centred, 0.0).float()

@@ -28,7 +28,7 @@ from minimath.judges.compare import win_probabilities as wins_of
 from minimath.judges.endpoint import EndpointJudge, is_fault
 from minimath.judges.judge import judge_groups
 from minimath.judges.rubrics import judge_prompt, load_rubric
-from minimath.train.rewards import group_advantages
+from minimath.train.advantages import group_advantages
 from minimath.train.rlaif import rlaif
 
 TIMEOUT_S, RETRIES, CONCURRENCY, BREAKER, STEP_S = 0.3, 1, 8, 16, 6.0

@@ -4,7 +4,6 @@ import random
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,18 +13,16 @@ from minimath.core.errors import UserError
 from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
 from minimath.judges.base import HeuristicJudge
+from minimath.train.advantages import set_advantages
 from minimath.train.rewards import (
     JudgeReward,
-    brevity,
     cosine_reward,
     format_score,
-    group_advantages,
     length_reward,
     make_reward,
     overlong_penalty,
     part_metrics,
     penalised,
-    set_advantages,
 )
 
 TOKENS = [120, 40, 300, 80, 80]
@@ -47,15 +44,6 @@ def rewards_of(group, max_new_tokens=400, **options):
     reward = make_reward(cfg, None)
     reward.score([group])
     return [sample.reward for sample in group.samples]
-
-
-def test_brevity_ranks_correct_completions_within_the_group_only():
-    def of(tokens, correct):
-        return brevity(group_of(tokens, correct, [None] * len(tokens), [0] * len(tokens)).samples)
-    assert of(TOKENS, CORRECT) == [-1.0, 1.0, 0.0, 0.0, 0.0]
-    assert of([5, 5, 9], [True, True, False]) == [0.0, 0.0, 0.0]
-    assert of([5, 9], [False, False]) == [0.0, 0.0]
-    assert of([], []) == []
 
 
 def test_judge_rewards_follow_the_formula_and_are_made_of_their_parts():
@@ -253,46 +241,6 @@ def test_overlong_penalty_is_dapos_piecewise_linear_one():
     tokens = [0, 80, 90, 99, 100, 120]
     expected = np.clip((80 - np.array(tokens)) / 20, -1, 0)
     np.testing.assert_allclose(overlong_penalty(tokens, max_new_tokens=100), expected, atol=1e-12)
-
-
-@pytest.mark.parametrize("scale", ["group", "none", "rloo"])
-def test_advantages_equal_numpy_and_ignore_masked_rows(scale):
-    rng = np.random.default_rng(0)
-    rewards, valid = rng.normal(size=(6, 8)), rng.random((6, 8)) < 0.7
-    valid[:, :2] = True
-    out = group_advantages(rewards, scale=scale, valid=valid)
-    for row in range(6):
-        kept = rewards[row, valid[row]]
-        expected = (kept - kept.mean()) / (kept.std() if scale == "group" else 1.0)
-        if scale == "rloo":
-            expected = [r - np.delete(kept, i).mean() for i, r in enumerate(kept)]
-        np.testing.assert_allclose(out[row].numpy()[valid[row]], expected, rtol=1e-5, atol=1e-6)
-        assert (out[row].numpy()[~valid[row]] == 0).all()
-    poisoned = torch.as_tensor(rewards).masked_fill(~torch.as_tensor(valid), 1e9)
-    torch.testing.assert_close(group_advantages(poisoned, scale=scale, valid=valid), out)
-
-
-def test_groups_without_variance_get_exact_zeros():
-    out = group_advantages([[1.0, 1.0, 1.0], [0.1, 0.1, 0.1], [1.0, 0.0, 1.0], [2.0, 3.0, 4.0]],
-                           valid=[[1, 1, 1], [1, 1, 1], [1, 0, 1], [0, 0, 0]])
-    assert out.dtype == torch.float32 and (out == 0).all()
-
-
-def test_unknown_scale_is_a_user_error():
-    with pytest.raises(UserError, match="scale_advantage"):
-        group_advantages([[1.0, 0.0]], scale="batch")
-
-
-def test_advantages_are_set_on_the_samples_and_a_reward_that_is_no_number_reaches_the_loss():
-    groups = [group_of(), group_of()]
-    for group in groups:
-        for sample, reward in zip(group.samples, (3.0, 1.0, 9.0, 2.0, 2.0), strict=True):
-            sample.reward = reward
-        group.samples[2].finished = False
-    groups[1].samples[0].reward = math.inf
-    set_advantages(groups, "none", lambda sample: sample.finished)
-    assert [sample.advantage for sample in groups[0].samples] == [1.0, -1.0, 0.0, 0.0, 0.0]
-    assert groups[0].has_signal() and all(math.isnan(sample.advantage) for sample in groups[1].samples)
 
 
 # ---- rewards of None (issue 18, complaint 4)

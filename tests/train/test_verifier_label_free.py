@@ -8,8 +8,9 @@ from minimath.core.errors import UserError
 from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
 from minimath.train import verifier as module
+from minimath.train.advantages import set_advantages
 from minimath.train.batches import in_loss
-from minimath.train.rewards import make_reward, set_advantages
+from minimath.train.rewards import make_reward
 from minimath.train.verifier import LABEL_FREE, Verifier, verifier_columns
 
 
