@@ -32,7 +32,7 @@ from minimath.core.run import keep_freed_memory
 from minimath.core.run_folder import new_run_folder
 from minimath.core.text import comma_list
 from minimath.data.examples import load_examples
-from minimath.data.problems import assert_disjoint, make_problems
+from minimath.data.problems import assert_disjoint, canonical, make_problems
 from minimath.train.judge import JudgeConfig
 
 MINUTES = 15.0  # what the steps in the recipes are made for
@@ -47,12 +47,14 @@ class DemoConfig(Stage):
     """problems with worked solutions for SFT"""
     rl_problems: Count = 1000
     """further problems, answers only, for RLAIF"""
+    valid_problems: Count = 128
+    """held-out problems by which RLAIF chooses the checkpoint that it hands on"""
     test_problems: Count = 256
-    """held-out problems"""
+    """further held-out problems, of the evaluation"""
     train_seed: int = 1
     """seed of the training problems"""
     test_seed: int = 2
-    """seed of the held-out problems"""
+    """seed of the held-out problems, both kinds"""
     step_counts: str = "1,1,2,2,3"
     """comma list of arithmetic steps per problem to draw from; repeat one to draw it more often"""
     largest: Count = 50
@@ -76,7 +78,7 @@ def demo(words: list[str]) -> dict:
     if why:
         write_problems(load_config(DemoConfig, recipe, words, "demo", allow_other=True), out / "data", share)
         fixed += [f"model={demo_model()}", f"sft.data={out}/data/train.jsonl", f"rlaif.data={out}/data/rl.jsonl",
-                  f"eval.data={out}/data/test.jsonl"]
+                  f"rlaif.eval_data={out}/data/valid.jsonl", f"eval.data={out}/data/test.jsonl"]
     return run(recipe, fixed + words, full=full, command="demo")
 
 
@@ -126,17 +128,20 @@ def scaled_steps(recipe: str, share: float) -> list[str]:
 
 
 def write_problems(made: DemoConfig, folder: Path, share: float) -> None:
-    """Write train, rl and test problems as jsonl; those of test are new.
+    """Write train, rl, valid and test problems as jsonl; those of valid and test are new.
 
     For RL they come without worked solutions: it has to find its own."""
     kind = {"steps": tuple(map(int, comma_list(made.step_counts))), "largest": made.largest,
             "style_weights": {"plain": 1 - made.verbose, "verbose": made.verbose}}
-    count = made.test_problems if share >= 1 else max(16, round(made.test_problems * share))
+    count, valid = (max(16, round(n * min(1, share))) for n in (made.test_problems, made.valid_problems))
     train = make_problems(made.train_problems + made.rl_problems, seed=made.train_seed, **kind)
-    test = make_problems(count, seed=made.test_seed, split="test", **kind)
-    assert_disjoint(train, test)
+    held_out = make_problems(count + 2 * valid, seed=made.test_seed, split="test", **kind)
+    assert_disjoint(train, held_out)
+    test = {canonical(example.problem) for example in held_out[:count]}
+    others = [example for example in held_out[count:] if canonical(example.problem) not in test]
     folder.mkdir(parents=True, exist_ok=True)
-    sets = {"train": train[:made.train_problems], "rl": train[made.train_problems:], "test": test}
+    sets = {"train": train[:made.train_problems], "rl": train[made.train_problems:], "test": held_out[:count],
+            "valid": others[:valid]}
     for name, examples in sets.items():
         rows = [{"id": example.id, "problem": example.problem, "answer": example.answer,
                  **({"solution": example.solution} if name != "rl" else {})} for example in examples]

@@ -10,6 +10,7 @@
 """
 import contextlib
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -167,6 +168,15 @@ def save_adapter(model, path, name: str = "default") -> Path:
         size = bytes_of(adapter_tensors(model, name))
         write_atomically(Path(path), lambda folder: write_adapter(model, folder, name), {}, bytes_needed=size)
     return Path(path)
+
+
+def copy_adapter(checkpoint: Path, path: Path) -> Path:
+    """Write the adapter of a checkpoint as save_adapter writes one."""
+    if dist.is_main():
+        files = [checkpoint / name for name in ADAPTER_FILES]
+        write_atomically(path, lambda folder: [shutil.copy(file, folder) for file in files], {},
+                         bytes_needed=sum(file.stat().st_size for file in files))
+    return path
 
 
 def write_adapter(model, folder: Path, name: str = "default") -> None:

@@ -17,6 +17,7 @@ import math
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -76,7 +77,8 @@ class Trainer:
         self.held_out = load_held_out(cfg)
         self.tracked: dict[str, object] = {}
         self.done = self.saved = self.total = 0  # steps committed, in the newest checkpoint, wanted
-        self.best = -1.0  # score of the best evaluation
+        self.best = self.evaluation = None  # the evaluation of the best checkpoint, and the newest: see evaluated
+        self.highest = 0.0  # accuracy of all evaluations
         self.owed = False  # an evaluation was interrupted: the run that goes on begins with it
         self.interrupted_by = 0
         self._state = self._rng = None  # states of what is tracked, and random generators, at the last commit
@@ -133,6 +135,8 @@ class Trainer:
         self.track(schedule=schedule)
         if cfg.run.resume:
             self._resume()
+        if self.evaluation is None and not self.done and self.keeps_best():  # what it began with may stay the best
+            self.owed = True
         self._commit_state()
         with self.log.progress(total, self.stage, done=self.done) as advance:
             if self.owed and self.held_out:
@@ -171,6 +175,10 @@ class Trainer:
 
     # ---- evaluation within training
 
+    def keeps_best(self) -> bool:
+        """Tell whether the best checkpoint is handed on at the end, not the last one."""
+        return bool(self.held_out and self.cfg.evaluation.eval_every) and self.cfg.evaluation.final == "best"
+
     def _evaluate(self) -> bool:
         """Evaluate on the held-out problems; tell whether it is the best so far."""
         cfg = self.cfg
@@ -189,8 +197,21 @@ class Trainer:
         low, high = summary["interval"]
         self.log.say(f"step {self.done}: accuracy {summary['accuracy']:.3f} ({low:.3f} to {high:.3f}), "
                      f"{summary['mean_tokens']:.0f} tokens on {summary['problems']} held-out problems")
-        score = summary["accuracy"] - 1e-6 * summary["mean_tokens"]  # among equals the shorter
-        is_best, self.best = score > self.best, max(score, self.best)
+        return self.evaluated({"step": self.done, "accuracy": summary["accuracy"], "tokens": summary["mean_tokens"],
+                               "problems": summary["problems"]})
+
+    def evaluated(self, new: dict) -> bool:
+        """Take in an evaluation: step, accuracy, tokens, problems; tell whether it is the best so far.
+
+        Accuracy comes first, then tokens: where the best is handed on, of those within one standard error of the
+        highest accuracy the shortest is the best, else of those of equal accuracy; of equals the newest."""
+        self.evaluation, best = new, self.best
+        highest = self.highest = max(self.highest, new["accuracy"])
+        error = (highest * (1 - highest) / new["problems"]) ** 0.5 if self.cfg.evaluation.final == "best" else 0.0
+        is_best = new["accuracy"] >= highest - error and (
+            best is None or best["accuracy"] < highest - error or new["tokens"] <= best["tokens"])
+        if is_best:
+            self.best = new
         return is_best
 
     # ---- commit, save, resume
@@ -217,12 +238,14 @@ class Trainer:
             self._write(best)
         except UserError as error:
             saved = checkpoint.best_checkpoint(self.log.run_dir)
-            self.best = -1.0 if saved is None or checkpoint.verify(saved) else read_json(saved / "state.json")["best"]
+            lost = saved is None or checkpoint.verify(saved)
+            known = {"best": None, "highest": 0.0} if lost else read_json(saved / "state.json")
+            self.best, self.highest = known["best"], known["highest"]  # what is not saved is no mark for the next
             self.log.say(f"step {self.done} is not saved; the run goes on, and tries again at the next save: {error}")
 
     def _write(self, best: bool = False) -> None:
-        state = {"done": self.done, "best": self.best, "owed": self.owed, "config": plain_values(self.cfg),
-                 "tracked": self._state}
+        state = {"done": self.done, "best": self.best, "highest": self.highest, "evaluation": self.evaluation,
+                 "owed": self.owed, "config": plain_values(self.cfg), "tracked": self._state}
         checkpoint.save_checkpoint(self.log.run_dir, self.done, model=self.policy.model, state=state, keep=KEPT,
                                    optimizer=self.optimizer.inner, best=best)
         self.saved = self.done
@@ -244,11 +267,21 @@ class Trainer:
         if self.done > self.saved:
             self._write()
         self.interrupted_by = interrupt.requested()
-        adapter = checkpoint.save_adapter(self.policy.model, self.log.run_dir / ADAPTER)
+        adapter = self._hand_on()
         if self.done < self.total:
             self.log.say(f"{interrupt.reason()}: stopped after step {self.done} of {self.total}; go on with "
                          f"out={self.log.run_dir} resume=true")
         self.log.say(f"adapter: {adapter} ({time.monotonic() - self.started:.0f} s)")
+
+    def _hand_on(self) -> Path:
+        """Leave the adapter that the options ask for in the run folder."""
+        folder = self.log.run_dir / ADAPTER
+        best = checkpoint.best_checkpoint(self.log.run_dir) if self.keeps_best() else None
+        if best is None or checkpoint.step_of(best) == self.done:
+            return checkpoint.save_adapter(self.policy.model, folder)
+        self.log.say(f"the adapter left is that after step {checkpoint.step_of(best)}, the shortest within a standard "
+                     f"error of the highest accuracy; final=last leaves that after step {self.done}")
+        return checkpoint.copy_adapter(best, folder)
 
     def _resume(self) -> None:
         """Load the newest sound checkpoint; say changed options; drop lost metrics."""
@@ -262,6 +295,7 @@ class Trainer:
             self.log.say("no checkpoint yet: starting from step 0")
             return
         self.best, self.owed = state["best"], state["owed"]
+        self.highest, self.evaluation = state["highest"], state["evaluation"]
         for name, each in self.tracked.items():
             if name in state["tracked"]:
                 each.load_state_dict(state["tracked"][name])

@@ -264,6 +264,50 @@ def test_the_best_checkpoint_is_kept_whatever_comes_after_and_among_equals_the_s
         (0.5, 90), (0.7, 90), (0.7, 80), (0.7, 85), (0.6, 10), (0.5, 10), (0.1, 10)]
 
 
+BEST = {"cls": RLAIFConfig, "eval_every": 1, "save_every": 1}  # 24 problems: a standard error is about 0.1
+
+
+@pytest.mark.parametrize("scores, best", [
+    ([(0.5, 90), (0.5, 80), (0.45, 60), (0.3, 20)], 2),  # within a standard error of the highest the shortest
+    ([(0.5, 90), (0.45, 60), (0.8, 85), (0.75, 70)], 3),  # a higher one puts out what is no longer within it
+    ([(0.5, 90), (0.2, 10), (0.1, 10), (0.1, 10)], 0),  # what it began with, where nothing holds its accuracy
+    ([(0.5, 90), (0.6, 90), (0.55, 90), (0.5, 95)], 2),  # of equals the newest
+    ([(0.5, 90), (0.6, 70), (0.58, 60), (0.6, 50)], 3),
+])
+def test_the_shortest_within_a_standard_error_of_the_highest_accuracy_is_handed_on(go, data, evaluations, scores, best,
+                                                                                   capsys):
+    evaluations(scores)
+    trainer = go(total=3, eval_data=data, **BEST)
+    kept = best_checkpoint(trainer.log.run_dir)
+    assert kept.name == f"step-00000{best}"
+    assert same_tensors(adapter(trainer.log.run_dir), load_file(kept / "adapter_model.safetensors"))
+    assert ("the adapter left is that after step" in capsys.readouterr().out) == (best < 3)
+
+
+def test_the_last_is_handed_on_where_it_is_asked_for_and_in_stage_1(go, data, evaluations):
+    for name, options in (("rl", {"final": "last"}), ("sft", {"cls": SFTConfig})):
+        evaluations([(0.5, 90), (0.9, 80), (0.2, 10)])
+        trainer = go(name, total=3, **{**BEST, "eval_data": data, **options})
+        assert best_checkpoint(trainer.log.run_dir).name != "step-000003"
+        last = list_checkpoints(trainer.log.run_dir)[0]
+        assert last.name == "step-000003"
+        assert same_tensors(adapter(trainer.log.run_dir), load_file(last / "adapter_model.safetensors"))
+
+
+def test_resumed_after_the_first_evaluation_it_is_not_made_again_and_the_best_is_the_same(go, data, evaluations):
+    scores = [(0.5, 90), (0.55, 60), (0.2, 10), (0.5, 70)]
+    evaluations(scores)
+    unbroken = go("unbroken", total=3, eval_data=data, **BEST)
+    asked = evaluations(scores)
+    with pytest.raises(OSError):
+        go("broken", total=3, eval_data=data, hook=at(1, fail), **BEST)
+    with pytest.raises(OSError):
+        go("broken", total=3, eval_data=data, hook=at(3, fail), resume=True, **BEST)
+    again = go("broken", total=3, eval_data=data, resume=True, **BEST)
+    assert len(asked) == 4 and again.best == unbroken.best and again.best["tokens"] == 60
+    assert_same(again, unbroken)
+
+
 def test_a_best_checkpoint_that_could_not_be_written_is_not_the_mark_for_the_next(go, data, evaluations, full_disk):
     evaluations([(0.5, 10), (0.9, 10), (0.7, 10)])
     full_disk |= {2}
@@ -312,7 +356,8 @@ def test_the_evaluation_uses_the_run_s_own_options_in_both_stages(go, data, eval
     options = {"max_prompt_len": 77, "max_num_seqs": 3, "rollout": "transformers", "stop_boxed": True, "loop_guard": 16,
                "system": "be brief", "attn": "eager", "seed": 5}
     go(total=1, cls=cls, eval_data=data, eval_every=1, eval_max_new_tokens=33, **options)
-    [cfg] = asked
+    cfg, *more = asked
+    assert more == [cfg] * (cls is RLAIFConfig)  # stage 2 evaluates what it begins with
     assert {name: cfg.value(name) for name in options} == options
     assert cfg.sampling.max_new_tokens == 33 and cfg.sampling.temperature == 0 and cfg.samples == 1
     assert cfg.prompt.prompt_template == "{problem}" and cfg.model.dtype == "fp32"
@@ -328,10 +373,11 @@ def test_the_run_s_own_options_decide_what_an_evaluation_samples(train, rl, monk
     options = {"eval_data": held_out, "eval_every": 1, "eval_max_new_tokens": 5, "steps": 1, "max_prompt_len": 70,
                "max_num_seqs": 3}
     run_dir = rl(**options) if stage == "rlaif" else train(**options)[1]
-    [record] = [r for r in metrics(run_dir) if "eval/accuracy" in r]
-    assert 0 < record["eval/tokens"] <= 2.5 and record["step"] == 1  # of two problems, one was sampled
+    records = [r for r in metrics(run_dir) if "eval/accuracy" in r]
+    assert [r["step"] for r in records] == ([0, 1] if stage == "rlaif" else [1])
+    assert all(0 < r["eval/tokens"] <= 2.5 for r in records)  # of two problems, one was sampled
     assert "1 problems are longer than max_prompt_len=70 and count as wrong" in capsys.readouterr().out
-    assert [engine.max_num_seqs for engine in opened] == [3] and list_checkpoints(run_dir)
+    assert [engine.max_num_seqs for engine in opened] == [3] * len(records) and list_checkpoints(run_dir)
 
 
 def test_an_evaluation_without_problems_is_refused(go):
