@@ -138,7 +138,9 @@ def run_arms(out: Path, sft_cfg: SFTConfig, judge_cfg: JudgeConfig | None, rl_cf
     arm("rlaif", rlaif, rl_cfg.replace(adapter=after_sft), f" ({judged})")
     if full:
         arm("rlaif-only", rlaif, rl_cfg.replace(adapter=sft_cfg.adapter.path), f" ({judged})")
-        arm("paper", rlaif, rl_cfg.replace(adapter=after_sft, reward="paper", judge_refresh=0))
+        arm("paper", rlaif, rl_cfg.replace(
+            adapter=after_sft, reward="paper", judge_refresh=0, brevity_control="none", teacher="",
+            scale_advantage="group"))
     return rows
 
 

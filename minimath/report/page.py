@@ -43,6 +43,8 @@ PANELS = {"reward": ["reward/mean"], "loss": ["loss"], "gradient norm": ["optim/
           "share": ["rollout/correct", "rollout/finished", "eval/accuracy"],
           "tokens": ["rollout/tokens", "rollout/correct_tokens", "eval/tokens"],
           "nats a token": ["policy/entropy", "rollout/surprisal"],
+          "weight of brevity": ["brevity/weight"], "accuracy held": ["brevity/accuracy", "brevity/reference"],
+          "nats from the teacher": ["teacher/kl"],
           "label-free": ["verifier/agrees", "verifier/decided", "verifier/share"]}
 JUDGE = {"judge/comparisons": "comparisons", "judge/no_votes": "without a vote", "judge/position_bias": "position bias",
          "judge/order_conflicts": "order conflicts", "judge/seconds": "seconds"}

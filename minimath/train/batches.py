@@ -5,12 +5,14 @@ import torch
 
 from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
-from minimath.data.batch import micro_batches
+from minimath.data.batch import forward_args, micro_batches
 from minimath.data.chat import IGNORE, Encoded
 from minimath.data.sample import Group, Sample
+from minimath.kernels import linear_logp
 from minimath.models.block_attention import on_device
+from minimath.models.forward import head, hidden_states, inference
 from minimath.models.policy import Policy
-from minimath.models.prefix import forward_batches, own_rows
+from minimath.models.prefix import forward_batches, own_rows, trained_states
 from minimath.models.variants import in_step
 from minimath.train.losses import PolicyRows, token_weights
 
@@ -82,6 +84,24 @@ class PolicyBatch:
         lengths = [self.samples[i].tokens for i in indices]
         parts = torch.cat(values).cpu().split(lengths) if values else []
         return [part for _, part in sorted(zip(indices, parts, strict=True), key=lambda each: each[0])]
+
+
+def logps(cfg: RLAIFConfig, policy: Policy, optimizer, batch: PolicyBatch) -> list[torch.Tensor]:
+    """Compute log-probs of each row's tokens without gradient: old, reference or teacher."""
+    lm_head = head(policy.model)
+
+    def forward(micro_batch_tokens: int) -> list[torch.Tensor]:
+        order, parts = [], []
+        with inference(policy.model):
+            for indices, micro in batch.micro_batches(micro_batch_tokens):
+                hidden = trained_states(hidden_states(policy.model, **forward_args(micro)), micro)
+                logp = linear_logp(hidden, lm_head.weight, micro["target"], rows=micro["trained"],
+                                   temperature=cfg.sampling.temperature, **lm_head.kernel_args())
+                order += indices
+                parts.append(logp[micro["trained"]])
+        return batch.by_row(order, parts)
+
+    return optimizer.retry_on_oom(forward, batch.lengths)
 
 
 def placed(batches: Iterator[tuple[list[int], dict]], device: torch.device) -> Iterator[tuple[list[int], dict]]:

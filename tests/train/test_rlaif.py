@@ -18,9 +18,10 @@ from minimath.judges.canary import Canary
 from minimath.models.policy import Policy
 from minimath.rollout.engine import Engine
 from minimath.train import rewards
+from minimath.train.advantages import set_advantages
 from minimath.train.batches import PolicyBatch, in_loss
 from minimath.train.optimizer import Optimizer
-from minimath.train.rewards import make_reward, set_advantages
+from minimath.train.rewards import make_reward
 
 JUDGED = {"judge": "self", "group_size": 8, "overlong": "none", "prompts_per_step": 3}
 LOSSES = ("dapo", "grpo", "dr_grpo", "cispo", "gspo")
@@ -31,9 +32,9 @@ def updates(monkeypatch):
     """The (kept groups, all groups) of every update of the loop."""
     seen, real = [], loop.update
 
-    def record(cfg, policy, optimizer, kept, groups):
+    def record(cfg, policy, optimizer, kept, groups, *more):
         seen.append((kept, groups))
-        return real(cfg, policy, optimizer, kept, groups)
+        return real(cfg, policy, optimizer, kept, groups, *more)
 
     monkeypatch.setattr(loop, "update", record)
     return seen

@@ -1,0 +1,138 @@
+"""A teacher of the policy's own tokens: on-policy distillation, beside the reward or alone.
+
+Reverse KL, KL(policy || teacher), over what the policy itself samples (Agarwal et al., arXiv 2306.13649). By the
+sampled token (teacher_kl=sampled):
+
+    A_t += weight clip(log p_T(t) - log p_S(t), -cap, cap)
+
+whose expectation is the KL's gradient at that token; p_S is the policy that sampled. Or over the vocabulary
+(teacher_kl=full), for a teacher under the same head: weight KL_t is added to the loss, by the tiles of
+minimath.kernels.linear_kl. A teacher may see another system prompt than the policy ("Be concise.": the policy learns to
+be so without it, and needs no answers; OPSDC, arXiv 2603.05433).
+"""
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from minimath.config.schema import EvalConfig, RLAIFConfig
+from minimath.core import dist
+from minimath.core.errors import UserError
+from minimath.core.run_folder import find_adapter
+from minimath.data.batch import forward_args
+from minimath.data.sample import Group
+from minimath.kernels import linear_kl
+from minimath.models.forward import Head, adapter_named, hidden_states, inference
+from minimath.models.policy import Policy, load_policy
+from minimath.models.prefix import forward_batches, trained_states
+from minimath.train.batches import PolicyBatch, logps, placed
+from minimath.train.teacher_server import TeacherServer
+
+TEACHER = "teacher"  # name of its adapter
+OWN = ("base", "policy")  # teachers that are the policy's own model
+
+
+class Teacher:
+    """Tells how likely the policy's tokens are; who tells is up to the subclass."""
+
+    def __init__(self, cfg: RLAIFConfig, policy: Policy):
+        self.cfg, self.options = cfg, cfg.teacher
+        system = self.options.system or cfg.prompt.system
+        self.policy = replace(policy, prompt=replace(policy.prompt, system=system))  # how problems are put to it
+        self.batch: PolicyBatch | None = None  # of the step, behind the teacher's prompts
+
+    def teach(self, batch: PolicyBatch, groups: list[Group], optimizer) -> dict:
+        """Add to the advantages of a batch's tokens, or prepare for `kl`; return metrics.
+
+        teacher/kl: mean log p_S - log p_T, nats a token, an estimate of the KL; teacher/cut: share beyond the cap."""
+        self.batch = PolicyBatch(self.policy, self.cfg, [
+            replace(group, prompt=self.policy.prompt_ids(group.example)) for group in groups])
+        if self.options.kl == "full":
+            return {}
+        gaps = [told - sampled for told, sampled in zip(self.logps(optimizer), batch.full_logp, strict=True)]
+        cap = self.options.cap
+        batch.advantage = [advantage + self.options.weight * gap.clamp(-cap, cap)
+                           for advantage, gap in zip(batch.advantage, gaps, strict=True)]
+        every = torch.cat([torch.empty(0), *gaps])
+        means = dist.all_reduce_sum({"kl": -float(every.sum()), "cut": int((every.abs() > cap).sum())})
+        return {f"teacher/{name}": value / max(1, batch.trained_tokens) for name, value in means.items()}
+
+    def logps(self, optimizer) -> list[torch.Tensor]:
+        """Compute log p_T of each row's tokens, at the sampling temperature."""
+        raise NotImplementedError
+
+
+class LocalTeacher(Teacher):
+    """A model in this process: the policy's own with its adapter or another or none, or a second one."""
+
+    def __init__(self, cfg: RLAIFConfig, policy: Policy, active: Callable[[], contextlib.AbstractContextManager]):
+        super().__init__(cfg, policy)
+        self.active = active
+
+    def logps(self, optimizer):
+        with self.active():
+            return logps(self.cfg, self.policy, optimizer, self.batch)
+
+    def kl(self, indices: list[int], hidden: torch.Tensor, head: Head) -> torch.Tensor:
+        """Compute KL(policy || teacher) of the tokens of some rows, in their order.
+
+        hidden (N, D): the policy's states of these tokens; -> (N,) fp32, nats, differentiable in hidden."""
+        taught = torch.cat([states for _, states in sorted(self.states(indices), key=lambda each: each[0])])
+        return linear_kl(hidden, taught, head.weight, temperature=self.cfg.sampling.temperature, **head.kernel_args())
+
+    def states(self, indices: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (place in indices, states (n, D) of the tokens of that row)."""
+        rows, groups = ([each[i] for i in indices] for each in (self.batch.rows, self.batch.group_of))
+        most, model = self.cfg.optimizer.micro_batch_tokens, self.policy.model
+        with self.active(), inference(model):
+            for places, micro in placed(forward_batches(self.policy, rows, groups, most), self.policy.device):
+                hidden = trained_states(hidden_states(model, **forward_args(micro)), micro)[micro["trained"]]
+                yield from zip(places, hidden.split([self.batch.samples[indices[p]].tokens for p in places]))
+
+
+class ServedTeacher(Teacher):
+    """A model behind a server that tells log-probs of prompts: vLLM."""
+
+    def __init__(self, cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]):
+        super().__init__(cfg, policy)
+        self.server = TeacherServer(cfg.teacher, policy, say)
+
+    def logps(self, optimizer):
+        rows = [(row.ids[:len(row.ids) - s.tokens], s.ids) for row, s in zip(self.batch.rows, self.batch.samples)]
+        return [torch.tensor(told) for told in self.server.logps(rows)]
+
+
+def open_teacher(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]) -> Teacher | None:
+    """Make the teacher that teacher= names, or None. Raises UserError.
+
+    A folder is an adapter if one is in it, else a model; what has neither a folder nor :// is a model's name."""
+    options, name, model = cfg.teacher, cfg.teacher.name, policy.model
+    if not name:
+        return None
+    if cfg.teacher_is_server():
+        return ServedTeacher(cfg, policy, say)
+    if name in OWN:
+        return LocalTeacher(cfg, policy, lambda: adapter_named(model, None) if name == "base"
+                            else contextlib.nullcontext())
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        policy.add_adapter(find_adapter(name), TEACHER)
+        return LocalTeacher(cfg, policy, lambda: adapter_named(policy.model, TEACHER))
+    if options.kl == "full":
+        raise UserError(f"teacher_kl=full needs a teacher on the policy's own base, and teacher={name} is another "
+                        "model: use teacher_kl=sampled")
+    other = load_policy(EvalConfig(**cfg.shared(EvalConfig, "model", "prompt") | {
+        "model": name, "quant": options.quant}), train=False)
+    refuse_other_tokens(policy.tokenizer, other.tokenizer, name)
+    return LocalTeacher(cfg, other, contextlib.nullcontext)
+
+
+def refuse_other_tokens(own, other, name: str) -> None:
+    """Raise UserError where two tokenizers do not share their tokens."""
+    left, right = own.get_vocab(), other.get_vocab()
+    if left != right:
+        token = next(t for t in [*left, *right] if left.get(t) != right.get(t))
+        there, here = right.get(token, "unknown"), left.get(token, "unknown")
+        raise UserError(f"teacher={name} has another tokenizer (token {token!r} is {there} there, {here} here): take a "
+                        "teacher of the same family")
