@@ -46,7 +46,7 @@ class Client:
             import openai
         except ImportError:
             raise UserError(f"{option}= needs the openai package: pip install -e '.[judge]'") from None
-        self.model, self.openai, self.option = "", openai, option
+        self.model, self.limit, self.openai, self.option = "", None, openai, option
         self.key_env = key_env or f"that {option}_key_env names"
         self.where, self.root = f"the server at {option}={mask(url)}", url.rstrip("/").removesuffix("/v1")
         self.key = os.environ.get(key_env, "").strip()
@@ -75,11 +75,15 @@ class Client:
         if not found:
             names = ", ".join(str(card.get("id")) for card in served) or "no model"
             raise UserError(f"{self.where} serves {names}{otherwise}")
-        limit = found[0].get("max_model_len")
-        if limit and limit < longest:
-            raise UserError(f"{self.where} takes {limit} tokens, but max_prompt_len + max_new_tokens need {longest}; "
-                            f"start it with --max-model-len {longest}")
+        self.limit = found[0].get("max_model_len")  # an adapter's card has none
+        self.refuse_longer(longest, "max_prompt_len + max_new_tokens need")
         return found[0]["id"]
+
+    def refuse_longer(self, longest: int, who_needs: str) -> None:
+        """Raise UserError where the server takes fewer tokens."""
+        if self.limit and self.limit < longest:
+            raise UserError(f"{self.where} takes {self.limit} tokens, but {who_needs} {longest}; start it with "
+                            f"--max-model-len {longest}")
 
     def complete_all(self, bodies: list[dict], most: int, read: Callable) -> Iterator[list[tuple[int, object]]]:
         """Yield places of requests, and read(place, choice) of their answers, as they end, `most` in flight.

@@ -172,6 +172,18 @@ def test_passing_faults_are_tried_again_and_one_that_lasts_ends_the_others(serve
     assert each.logps(ROWS[:1])  # still of use
 
 
+def test_after_a_fault_nothing_more_is_asked(server, teacher, monkeypatch):
+    monkeypatch.setattr(teacher_server, "IN_FLIGHT", 1)
+    server.script["/v1/completions"] = [answers(400, {"error": {"message": "no"}})]
+    server.delay_s = 0.02
+    with pytest.raises(UserError, match="HTTP 400"):
+        teacher().logps(ROWS)
+    time.sleep(0.2)
+    asked = len(completions(server))
+    time.sleep(0.2)
+    assert asked == len(completions(server)) < len(ROWS)
+
+
 def test_a_signal_is_heard_while_the_server_computes(server, teacher, said):
     server.script["/v1/completions"] = [hangs]
     each, begun = teacher(), time.monotonic()
@@ -212,6 +224,8 @@ def test_a_server_too_short_for_prompt_completion_and_the_token_it_adds_is_refus
     server.max_model_len = 76
     with pytest.raises(UserError, match="takes 76 tokens.* --max-model-len 77"):
         teacher(64, 12)
+    with pytest.raises(UserError, match="takes 76 tokens, but a prompt .with teacher_system=. .*need 77; start it"):
+        teacher(60, 12).logps([(list(range(5, 69)), list(range(20, 32)))])  # its own system message is longer
 
 
 def test_another_tokenizer_is_one_line(server, teacher, tiny_tokenizer, said):
