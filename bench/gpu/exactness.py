@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from bench.gpu.common import Found
-from minimath.kernels import elementwise, linear_cross_entropy, linear_logp, linear_token_loss, reference
+from minimath.kernels import elementwise, linear_cross_entropy, linear_kl, linear_logp, linear_token_loss, reference
 from minimath.kernels.common import runs_triton
 from minimath.kernels.decode_attention import decode_attention, in_torch
 
@@ -51,6 +51,7 @@ def kernels(found: Found) -> None:
             compare(found, dtype, "linear_token_loss", case._asdict(), *token_loss(found.device, dtype, case))
             if case.loss == "nll":
                 compare(found, dtype, "linear_logp", case._asdict(), *log_prob(found.device, dtype, case))
+                compare(found, dtype, "linear_kl", case._asdict(), *divergence(found.device, dtype, case))
         for case, reduction in itertools.product(head_cases(found.tiny)[:2], ("mean", "sum", "none")):
             compare(found, dtype, "linear_cross_entropy", {"shape": case.shape, "reduction": reduction},
                     *cross_entropy(found.device, dtype, case, reduction))
@@ -158,6 +159,19 @@ def log_prob(device, dtype, case: Head):
         (function(x, w, target, bias=b, **options) * draw).sum().backward()
         return {**stats._asdict(), "gradient in hidden": x.grad}
     return three(linear_logp, reference.linear_logp, run, dtype)
+
+
+def divergence(device, dtype, case: Head):
+    """Make those of linear_kl, of a teacher a third of hidden's size away."""
+    hidden, weight, bias, _, draw, options = drawn(device, dtype, case)
+    teacher = (hidden.float() + 0.3 * hidden.float().roll(1, -1)).to(dtype)
+
+    def run(function, kind):
+        x, b = hidden.detach().to(kind).requires_grad_(), None if bias is None else bias.to(kind)
+        kl = function(x, teacher.to(kind), weight.to(kind), bias=b, **options)
+        (kl * draw).sum().backward()
+        return {"kl": kl.detach(), "gradient in hidden": x.grad}
+    return three(linear_kl, reference.linear_kl, run, dtype)
 
 
 def cross_entropy(device, dtype, case: Head, reduction: str):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from minimath.kernels import elementwise, linear_logp, linear_token_loss, reference
+from minimath.kernels import elementwise, linear_kl, linear_logp, linear_token_loss, reference
 from minimath.kernels.common import TokenStats
 from minimath.kernels.decode_attention import decode_attention
 
@@ -104,10 +104,14 @@ def head_inputs(dtype, n, d, v, bias):
     return hidden, weight, drawn(1, v, dtype=dtype, seed=3)[0] if bias else None, target
 
 
-def torch_stats(hidden, weight, bias, target, temperature=1.0, softcap=0.0, logit_scale=1.0) -> TokenStats:
+def torch_logits(hidden, weight, bias, temperature=1.0, softcap=0.0, logit_scale=1.0) -> torch.Tensor:
     """What a trainer in plain torch does: logits in the input's dtype, then fp32."""
     logits = logit_scale * functional.linear(hidden, weight, bias).float()
-    logits = (softcap * torch.tanh(logits / softcap) if softcap else logits) / temperature
+    return (softcap * torch.tanh(logits / softcap) if softcap else logits) / temperature
+
+
+def torch_stats(hidden, weight, bias, target, **scaling) -> TokenStats:
+    logits = torch_logits(hidden, weight, bias, **scaling)
     logp = torch.log_softmax(logits, -1)
     picked = logp.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
     stats = picked, -(logp.exp() * logp).sum(-1), torch.logsumexp(logits, -1), logp.mean(-1)
@@ -159,6 +163,25 @@ def loss(dtype, *, n, d, v, bias=False, entropy=0.0, **scaling) -> Iterator[Chec
         yield Check(f"loss{' + entropy' if entropy else ''}: {name}", *each)
 
 
+def divergence(dtype, *, n, d, v, bias=False, **scaling) -> Iterator[Check]:
+    """KL of two hidden states and its gradient, over tiles."""
+    hidden, weight, b, _ = head_inputs(dtype, n, d, v, bias)
+    teacher = (hidden.double() + drawn(n, d, dtype=torch.float64, seed=4, scale=0.3)).to(dtype)
+    wide = dict(scaling, bias=None if b is None else b.double())
+    budget = 2 * n * 1024 * hidden.element_size()
+    got, want, own = (with_gradient(function, x, torch.ones(n, dtype=kind), *others) for function, kind, x, *others in (
+        (lambda *each: linear_kl(*each, bias=b, workspace_bytes=budget, **scaling), FLOAT, hidden, teacher, weight),
+        (lambda *each: reference.linear_kl(*each, **wide), torch.float64, *doubled(hidden, teacher, weight)),
+        (lambda *each: torch_kl(*each, b, **scaling), FLOAT, hidden, teacher, weight)))
+    for name, *each in zip(("value", "gradient"), got, want, own):
+        yield Check(f"divergence: {name}", *each)
+
+
+def torch_kl(hidden, teacher, weight, bias, **scaling) -> torch.Tensor:
+    p, q = (torch.log_softmax(torch_logits(each, weight, bias, **scaling), -1) for each in (hidden, teacher))
+    return (p.exp() * (p - q)).sum(-1)
+
+
 def attention(dtype, *, heads, group, size, lengths, places, window=0, softcap=0.0) -> Iterator[Check]:
     """One new token per row over a cache of `places`; what a row does not hold is NaN, and so is a spare row."""
     n, scale = len(lengths), size**-0.5
@@ -197,6 +220,8 @@ FULL = {
              (loss, {"n": 37, "d": 75, "v": 300, "softcap": 3.0, "temperature": 0.7}),
              (loss, {"n": 9, "d": 32, "v": 1500, "bias": True, "entropy": 0.3}),
              (loss, {"n": 5, "d": 19, "v": 77, "entropy": 0.3, "softcap": 3.0, "logit_scale": 1.3})],
+    "divergence": [(divergence, {"n": 3, "d": 32, "v": 2001, "bias": True}),
+                   (divergence, {"n": 5, "d": 75, "v": 300, "softcap": 3.0, "temperature": 0.7})],
     "attention": [(attention, {"heads": 2, "group": 3, "size": 16, "lengths": (1, 37, 0, 300), "places": 300}),
                   (attention, {"heads": 1, "group": 7, "size": 64, "lengths": (600, 130), "places": 601,
                                "window": 300}),
@@ -204,7 +229,8 @@ FULL = {
                   (attention, {"heads": 1, "group": 20, "size": 128, "lengths": (70,), "places": 90})],
 }
 # Which of them are the cross-section.
-QUICK = {"norm": (1, 2), "rotation": (1,), "gate": (3,), "log-prob": (0,), "loss": (0, 3), "attention": (0,)}
+QUICK = {"norm": (1, 2), "rotation": (1,), "gate": (3,), "log-prob": (0,), "loss": (0, 3), "divergence": (1,),
+         "attention": (0,)}
 
 
 def chosen_cases(quick: bool) -> dict:

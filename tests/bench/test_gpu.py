@@ -112,6 +112,7 @@ def test_the_whole_command_on_tiny_sizes(tmp_path, capsys):
         assert result["ended"] and result["rows"] and result["failed"] == [], name
         assert {"device", "commit", "date", "versions"} <= set(result["machine"]), name
     assert found["kernels"]["checks"] > 200 and {row.get("kernel") for row in found["kernels"]["rows"]} >= {
-        "linear_token_loss", "linear_logp", "linear_cross_entropy", "rms_norm", "rotate", "gated", "decode_attention"}
+        "linear_token_loss", "linear_logp", "linear_kl", "linear_cross_entropy", "rms_norm", "rotate", "gated",
+        "decode_attention"}
     said = capsys.readouterr().out
     assert "all that ran is right" in said and "tokens/s" in said and "the resumed run: the same bits" in said
