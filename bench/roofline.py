@@ -4,7 +4,7 @@
     python -m bench.roofline --cards "RTX 3090" --shapes Qwen2.5-7B 4096x151936 --workspace-mib 16
 
 Needs no GPU. bench/cards.py has each card's figures and their sources, bench/work.py counts the passes. Times are
-bounds, as multiples of the products at full rate: loss+gradient, then forward. Writes roofline.json and .png to
+bounds, as multiples of the products at full rate: loss+gradient, then forward, then linear_kl (four products). Writes roofline.json and .png to
 bench/results, or to the folder named by --out. What the numbers decided: bench/README.md, "Counted work".
 """
 import argparse
@@ -20,6 +20,7 @@ from .work import (
     Method,
     choose_tile,
     cut_cross_entropy,
+    divergence,
     eager,
     floor_seconds,
     liger,
@@ -68,6 +69,8 @@ def row_of(card: Card, head: Head, tokens: int, workspace: int = WORKSPACE) -> d
         row[phase] = {"floor": round(floor_seconds(card, head, tokens, gemms) * 1e3, 3),
                       "ms": {each.name: round(each.seconds(card) * 1e3, 3) for each in found},
                       "extra MB": {each.name: round(each.extra_bytes / 1e6, 1) for each in found}}
+    row["reverse KL"] = {"floor": round(floor_seconds(card, head, tokens, 4) * 1e3, 3),
+                         "ms": round(divergence(card, head, tokens, *BUILT_IN).seconds(card) * 1e3, 3)}
     own = ours(card, head, tokens, *BUILT_IN, POLICY_LAUNCHES).seconds(card)
     row["tiles"] = {}
     for cap_bytes in (workspace, *(size for size in LARGER if size > workspace)):
@@ -89,13 +92,14 @@ def show_times(rows: list[dict], card: Card, console) -> None:
              f"forward tile {tile}; {rows[0]['tokens']} tokens, times as multiples of the floor")
     table = Table(title=title, title_justify="left")
     table.add_column("head", no_wrap=True)
-    for name in ("floor ms", *METHODS, "forward: ours", *METHODS[1:4]):
+    for name in ("floor ms", *METHODS, "forward: ours", *METHODS[1:4], "KL: ours"):
         table.add_column(name, justify="right")
     for row in (each for each in rows if each["card"] == card.name):
         both, first = row["loss+gradient"], row["forward"]
         table.add_row(row["head"], f"{both['floor']:.1f}",
                       *(f"{both['ms'][name] / both['floor']:.2f}" for name in METHODS),
-                      *(f"{first['ms'][name] / first['floor']:.2f}" for name in METHODS[:4]))
+                      *(f"{first['ms'][name] / first['floor']:.2f}" for name in METHODS[:4]),
+                      f"{row['reverse KL']['ms'] / row['reverse KL']['floor']:.2f}")
     console.print(table)
 
 

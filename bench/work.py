@@ -37,6 +37,7 @@ SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 # fp32 flops per logit, an exponential counted as 16 (one per lane of 16 special-function units against 256
 # flops per clock and multiprocessor): online statistics; gradient; each with a softcap's tanh.
 STATS_FLOPS, GRADIENT_FLOPS, CAP_FLOPS = 28, 24, 24
+KL_FLOPS, KL_CAP_FLOPS = 56, 48  # of kl_kernel, per logit of either: half of three exponentials and 64; of three tanh
 # Small kernels of one chunk beside the caller's loss (gathers, exact target logits, the statistics from the running
 # sums, the scaled sum) and of the dapo loss of one chunk, forward and backward; the tests count both with a profiler.
 SWEEP_LAUNCHES, POLICY_LAUNCHES = 64, 39
@@ -230,17 +231,17 @@ def ends(card: Card, numbers: float, bytes_each: float, launches: int) -> Pass:
     return Pass("ends and loss function", 0, False, memory, moved, launches)
 
 
-def tile_passes(card: Card, head: Head, rows: int, columns: int) -> list[Pass]:
+def tile_passes(card: Card, head: Head, rows: int, columns: int, flops: float = 0) -> list[Pass]:
     """Count one tile of kernels.tiles.
 
     Logits (C, K), probabilities in their place, their product with the weight's rows, and its addition to a (C, D) fp32
-    sum.
+    sum. flops: per logit, of another pass than tile_kernel's.
     """
     logits, numbers = rows * columns, rows * head.d
     tile, part, total, weight = held(card, [2 * logits, 2 * numbers, 4 * numbers, 2 * columns * head.d])
     added = (0 if part else 2) + (0 if total else 8)
     return [product(card, "logits", rows, columns, head.d, cached="c" * tile),
-            rowwise("tile", logits, 4, STATS_FLOPS + cap(head), tile),
+            rowwise("tile", logits, 4, flops or STATS_FLOPS + cap(head), tile),
             product(card, "pull", rows, head.d, columns, cached="a" * tile + "b" * weight + "c" * part),
             Pass("sum", ADD_FLOPS * numbers, False, added * numbers, 10 * numbers)]
 
@@ -268,6 +269,15 @@ def ours(card: Card, head: Head, tokens: int, rows: int, columns: int, loss_laun
     rows = equal_rows(tokens, rows)
     passes = [each.times(tokens / rows) for each in chunk_passes(card, head, rows, columns, loss_launches)]
     return Method("ours", passes, 2 * rows * min(columns, head.v) + END_HELD * rows * head.d)
+
+
+def divergence(card: Card, head: Head, tokens: int, rows: int, columns: int) -> Method:
+    """Count kernels.linear_kl with its gradient, `rows` rows of a chunk being half as many pairs."""
+    rows, flops = equal_rows(2 * tokens, rows), KL_FLOPS + (KL_CAP_FLOPS if head.softcap else 0)
+    passes = [each.times(head.v / columns) for each in tile_passes(card, head, rows, columns, flops)]
+    # rows, their difference and the pair; the scaled sum
+    passes = [each.times(2 * tokens / rows) for each in (*passes, ends(card, rows * head.d, 24, 16))]
+    return Method("KL", passes, 2 * rows * columns + END_HELD * rows * head.d)
 
 
 def choose_tile(card: Card, dtype: str) -> tuple[int, int]:
