@@ -4,8 +4,9 @@
     python -m bench.roofline --cards "RTX 3090" --shapes Qwen2.5-7B 4096x151936 --workspace-mib 16
 
 Needs no GPU. bench/cards.py has each card's figures and their sources, bench/work.py counts the passes. Times are
-bounds, as multiples of the products at full rate: loss+gradient, then forward, then linear_kl (four products). Writes roofline.json and .png to
-bench/results, or to the folder named by --out. What the numbers decided: bench/README.md, "Counted work".
+bounds, as multiples of the products at full rate: loss+gradient, forward, linear_kl (of four products). Writes
+roofline.json and .png to bench/results, or to the folder named by --out. What the numbers decided: bench/README.md,
+"Counted work".
 """
 import argparse
 import sys
