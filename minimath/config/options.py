@@ -132,7 +132,8 @@ def budgets_fault(value: str) -> str:
 
 
 CHECKS = {"judge_url": url_fault, "vllm_url": url_fault, "prompt_template": template_fault,
-          "judge_key_env": key_env_fault, "budgets": budgets_fault}
+          "teacher": lambda value: url_fault(value) if "://" in value else "", "judge_key_env": key_env_fault,
+          "budgets": budgets_fault}
 
 
 # ---- the user's own functions: python:module.fn on the command line, a callable in Python

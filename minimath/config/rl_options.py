@@ -75,21 +75,13 @@ class BrevityOptions:
 class TeacherOptions:
     prefix = "teacher_"
     name: Annotated[str, Main] = ""
-    """whose log-probs are learnt: base, policy, a run folder, a model, http://.../v1 (vLLM); empty: none"""
+    """learn its log-probs: base, policy, a run folder, a model, http://.../v1 (vLLM; key: $TEACHER_API_KEY)"""
     system: str = ""
     """system message of the teacher's prompt ("Be concise."); empty: that of the policy"""
     weight: Positive = 1.0
     """weight of log p_teacher - log p_policy, per token, in nats, beside the advantage"""
-    cap: Positive = 5.0
-    """that difference is cut to +- this many nats"""
     kl: Literal["sampled", "full"] = "sampled"
     """of the sampled token; or the reverse KL over the vocabulary, for a teacher on the same base"""
-    quant: Literal["none", "nf4"] = "none"
-    """weights of a teacher that is another local model"""
-    model: str = ""
-    """model name asked for at a server; empty: the one that it serves"""
-    key_env: str = ""
-    """NAME of the environment variable that holds the server's key; empty: no key"""
 
 
 @dataclass

@@ -3,7 +3,7 @@ import difflib
 import re
 import urllib.parse
 
-KEEPS_SECRETS_OUT = {"judge_url", "vllm_url", "judge_key_env"}  # options: a wrong value is not shown
+KEEPS_SECRETS_OUT = {"judge_url", "vllm_url", "teacher", "judge_key_env"}  # options: a wrong value is not shown
 
 
 def comma_list(text: str) -> list[str]:

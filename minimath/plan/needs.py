@@ -22,6 +22,7 @@ from minimath.models.memory import cache_bytes_per_token, sampling_bytes
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
 from minimath.plan.footprint import Model
 from minimath.rollout.sampling import Sampling
+from minimath.train.teacher import teacher_kind, teacher_quant
 
 GIB = 1 << 30
 CONTEXT = GIB // 2  # CUDA's context, cuBLAS's workspace and kernels, outside torch's allocator: an assumption
@@ -118,20 +119,40 @@ class Planner:
                 "linear layers": sum(nf4_bytes(w.numel()) if nf4 else w.nbytes for w in model.linears),
                 "adapter": sum(p.nbytes for p in trained)}
         rows |= ({"adapter, cast": cast} if cast else {}) | ({"optimizer state": state} if optimizer else {})
-        judged = isinstance(cfg, RLAIFConfig) and cfg.uses_judge() and cfg.judge.adapter
-        return rows | (self.judge(cfg) if judged else {})
+        return rows | (self.judge(cfg) | self.teacher(cfg) if isinstance(cfg, RLAIFConfig) else {})
 
     def judge(self, cfg: RLAIFConfig) -> dict[str, int]:
         """Count a judge's adapter on the policy's layers, and what refreshing it takes."""
-        share, model = 1.0, self.model(cfg)
-        with contextlib.suppress(UserError):  # not there yet: of the policy's rank
-            config = read_json(find_adapter(cfg.judge.adapter) / "adapter_config.json")
-            share = config.get("r", cfg.adapter.lora_r) / cfg.adapter.lora_r
-        sizes = [int(share * p.numel()) for p in model.empty.parameters() if p.requires_grad]
-        cast = sum(int(share * t.nbytes) for g in model.groups for t in (g.active.a, g.active.b) if t is not None)
+        if not (cfg.uses_judge() and cfg.judge.adapter):
+            return {}
+        sizes, cast = self.second_adapter(cfg, cfg.judge.adapter)
         training = sum(4 * size + adam_bytes(size, cfg.optimizer.name) for size in sizes)
         return {"judge's adapter": 4 * sum(sizes) + cast} | (
             {"judge's gradients and state": training} if cfg.judge.refresh else {})
+
+    def teacher(self, cfg: RLAIFConfig) -> dict[str, int]:
+        """Count a teacher's adapter, or a second model in NF4; the policy's own base costs nothing."""
+        kind = teacher_kind(cfg)
+        if kind == "adapter":
+            sizes, cast = self.second_adapter(cfg, cfg.teacher.name)
+            return {"teacher's adapter": 4 * sum(sizes) + cast}
+        if kind != "model":
+            return {}
+        other, alone = Planner(cfg.teacher.name, self.device), {"teacher": "", "reward": "judge", "judge_adapter": ""}
+        cfg = cfg.replace(model=cfg.teacher.name, quant=teacher_quant(self.device), **alone)
+        rows, groups = other.stays(cfg, optimizer=False), other.model(cfg).groups
+        return {"teacher": rows["embeddings, head, norms"] + rows["linear layers"]
+                + sum(group.bias.nbytes for group in groups if group.bias is not None)}
+
+    def second_adapter(self, cfg: RLAIFConfig, folder: str) -> tuple[list[int], int]:
+        """Count the weights of each tensor of an adapter beside the policy's, and the bytes of their casts."""
+        share, model = 1.0, self.model(cfg)
+        with contextlib.suppress(UserError):  # not there yet: of the policy's rank
+            config = read_json(find_adapter(folder) / "adapter_config.json")
+            share = config.get("r", cfg.adapter.lora_r) / cfg.adapter.lora_r
+        sizes = [int(share * p.numel()) for p in model.empty.parameters() if p.requires_grad]
+        return sizes, sum(int(share * t.nbytes) for g in model.groups for t in (g.active.a, g.active.b)
+                          if t is not None)
 
     def on_card(self, rows: dict[str, int]) -> dict[str, int]:
         assumed = CONTEXT + int(FRAGMENTATION * sum(rows.values()))

@@ -41,13 +41,13 @@ class Client:
     """vLLM's OpenAI-compatible server, asked from an event loop in a thread."""
 
     def __init__(self, url: str, option: str, key_env: str):
-        """Connect. option: the one that gave the URL; key_env: environment variable of the key, "" for none."""
+        """Connect. option: the one that gave the URL; key_env: environment variable of the key, if there is one."""
         try:
             import openai
         except ImportError:
             raise UserError(f"{option}= needs the openai package: pip install -e '.[judge]'") from None
         self.model, self.limit, self.openai, self.option = "", None, openai, option
-        self.key_env = key_env or f"that {option}_key_env names"
+        self.key_env = key_env
         self.where, self.root = f"the server at {option}={mask(url)}", url.rstrip("/").removesuffix("/v1")
         self.key = os.environ.get(key_env, "").strip()
         if not (self.key.isascii() and self.key.isprintable()):

@@ -3,7 +3,7 @@
 Reverse KL, KL(policy || teacher), over what the policy itself samples (Agarwal et al., arXiv 2306.13649). By the
 sampled token (teacher_kl=sampled):
 
-    A_t += weight clip(log p_T(t) - log p_S(t), -cap, cap)
+    A_t += weight clip(log p_T(t) - log p_S(t), -CAP, CAP)
 
 whose expectation is the KL's gradient at that token; p_S is the policy that sampled. Or over the vocabulary
 (teacher_kl=full), for a teacher under the same head: weight KL_t is added to the loss, by the tiles of
@@ -31,7 +31,7 @@ from minimath.train.batches import PolicyBatch, logps, placed
 from minimath.train.teacher_server import TeacherServer
 
 TEACHER = "teacher"  # name of its adapter
-OWN = ("base", "policy")  # teachers that are the policy's own model
+CAP = 5.0  # nats that the log-ratio of a token counts at most
 
 
 class Teacher:
@@ -46,17 +46,18 @@ class Teacher:
     def teach(self, batch: PolicyBatch, groups: list[Group], optimizer) -> dict:
         """Add to the advantages of a batch's tokens, or prepare for `kl`; return metrics.
 
-        teacher/kl: mean log p_S - log p_T, nats a token, an estimate of the KL; teacher/cut: share beyond the cap."""
+        teacher/kl: mean log p_S - log p_T, nats a token, an estimate of the KL; teacher/cut: share of those cut to
+        CAP."""
         self.batch = PolicyBatch(self.policy, self.cfg, [
             replace(group, prompt=self.policy.prompt_ids(group.example)) for group in groups])
         if self.options.kl == "full":
             return {}
         gaps = [told - sampled for told, sampled in zip(self.logps(optimizer), batch.full_logp, strict=True)]
-        cap = self.options.cap
-        batch.advantage = [advantage + self.options.weight * gap.clamp(-cap, cap)
+        batch.advantage = [advantage + self.options.weight * gap.clamp(-CAP, CAP)
                            for advantage, gap in zip(batch.advantage, gaps, strict=True)]
         every = torch.cat([torch.empty(0), *gaps])
-        means = dist.all_reduce_sum({"kl": -float(every.sum()), "cut": int((every.abs() > cap).sum())})
+        cut = every.clamp(-CAP, CAP)  # a server tells -inf as -9999
+        means = dist.all_reduce_sum({"kl": -float(cut.sum()), "cut": int((every != cut).sum())})
         return {f"teacher/{name}": value / max(1, batch.trained_tokens) for name, value in means.items()}
 
     def logps(self, optimizer) -> list[torch.Tensor]:
@@ -97,33 +98,47 @@ class ServedTeacher(Teacher):
 
     def __init__(self, cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]):
         super().__init__(cfg, policy)
-        self.server = TeacherServer(cfg.teacher, policy, say)
+        self.server = TeacherServer(cfg.teacher, policy, say, cfg.sampling.max_new_tokens)
 
     def logps(self, optimizer):
         rows = [(row.ids[:len(row.ids) - s.tokens], s.ids) for row, s in zip(self.batch.rows, self.batch.samples)]
         return [torch.tensor(told) for told in self.server.logps(rows)]
 
 
-def open_teacher(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]) -> Teacher | None:
-    """Make the teacher that teacher= names, or None. Raises UserError.
+def teacher_kind(cfg: RLAIFConfig) -> str:
+    """Tell base, policy, adapter, model or server, or "" for none.
 
-    A folder is an adapter if one is in it, else a model; what has neither a folder nor :// is a model's name."""
-    options, name, model = cfg.teacher, cfg.teacher.name, policy.model
-    if not name:
-        return None
+    A folder is an adapter's, or a run's, unless a model lies in it; what is no folder is a model's name."""
+    name = cfg.teacher.name
+    if not name or name in ("base", "policy"):
+        return name
     if cfg.teacher_is_server():
-        return ServedTeacher(cfg, policy, say)
-    if name in OWN:
-        return LocalTeacher(cfg, policy, lambda: adapter_named(model, None) if name == "base"
-                            else contextlib.nullcontext())
-    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        return "server"
+    return "adapter" if Path(name).is_dir() and not (Path(name) / "config.json").exists() else "model"
+
+
+def teacher_quant(device: str) -> str:
+    """Choose quant= of a second model: a card holds it beside the policy in NF4."""
+    return "nf4" if device.startswith("cuda") else "none"
+
+
+def open_teacher(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]) -> Teacher | None:
+    """Make the teacher that teacher= names, or None. Raises UserError."""
+    name, kind = cfg.teacher.name, teacher_kind(cfg)
+    if kind in ("", "server"):
+        return ServedTeacher(cfg, policy, say) if kind else None
+    if kind == "policy":
+        return LocalTeacher(cfg, policy, contextlib.nullcontext)
+    if kind == "adapter":
         policy.add_adapter(find_adapter(name), TEACHER)
-        return LocalTeacher(cfg, policy, lambda: adapter_named(policy.model, TEACHER))
-    if options.kl == "full":
+    if kind != "model":
+        active = TEACHER if kind == "adapter" else None
+        return LocalTeacher(cfg, policy, lambda: adapter_named(policy.model, active))
+    if cfg.teacher.kl == "full":
         raise UserError(f"teacher_kl=full needs a teacher on the policy's own base, and teacher={name} is another "
                         "model: use teacher_kl=sampled")
     other = load_policy(EvalConfig(**cfg.shared(EvalConfig, "model", "prompt") | {
-        "model": name, "quant": options.quant}), train=False)
+        "model": name, "quant": teacher_quant(policy.device.type)}), train=False)
     refuse_other_tokens(policy.tokenizer, other.tokenizer, name)
     return LocalTeacher(cfg, other, contextlib.nullcontext)
 

@@ -9,6 +9,7 @@ from minimath.core.errors import UserError
 from minimath.models.policy import Policy
 from minimath.rollout.vllm_client import Client
 
+KEY = "TEACHER_API_KEY"  # environment variable that holds the server's key, which may not be the rollouts' server
 IN_FLIGHT = 16  # requests: with prompt_logprobs vLLM holds logits of a whole prompt, and uses no prefix cache
 LOWEST = -9999.0  # what vLLM tells in place of -inf, which JSON lacks
 PROBE = "Tom's 12 apples cost $3.50.\n\nSo \\(12 \\times 3.5 = \\boxed{42}\\), \u00e9\u4f60\u597d."
@@ -20,14 +21,12 @@ class TeacherServer(Client):
 
     def __init__(self, options: TeacherOptions, policy: Policy, say: Callable[[str], None], max_new_tokens: int = 0):
         """Connect; raise UserError for a server without the model, of other tokens or too short for the policy's."""
-        super().__init__(options.name, "teacher", options.key_env)
+        super().__init__(options.name, "teacher", KEY)
         try:
-            served, name = self.served(), options.model
+            served = self.served()
             bases = [card for card in served if not card.get("parent")]
-            found = [card for card in served if name in (card.get("id"), card.get("root"))] if name else bases
-            self.model = self.pick(
-                found if name or len(bases) == 1 else [], served, f"{name and ', not '}{name}; give teacher_model= one "
-                "that it serves", policy.prompt.max_prompt_len + max_new_tokens + 1)  # it must generate one
+            self.model = self.pick(bases if len(bases) == 1 else [], served, ": start one that serves the teacher alone",
+                                   policy.prompt.max_prompt_len + max_new_tokens + 1)  # it must generate one
             self._refuse_other_tokens(policy.tokenizer, say)
         except UserError:
             self.close()

@@ -10,7 +10,7 @@ from tiny import tiny_model
 
 from bench import plan as bench
 from minimath.config.load import RECIPES, load_config
-from minimath.config.schema import STAGES, RLAIFConfig, SFTConfig
+from minimath.config.schema import STAGES, EvalConfig, RLAIFConfig, SFTConfig
 from minimath.core.checkpoint import save_adapter
 from minimath.core.errors import UserError
 from minimath.models import load
@@ -87,6 +87,28 @@ def test_the_bytes_of_a_judges_adapter_are_exact(tmp_path, dtype):
     missing = planner.stays(cfg.replace(judge_adapter="nowhere"), optimizer=True)
     assert missing["judge's adapter"] == need["adapter"] + need["adapter, cast"]
     assert "judge's adapter" not in planner.stays(cfg.replace(judge_weight=0.0), optimizer=True)
+
+
+def test_a_teacher_counts_as_what_it_is(tmp_path):
+    folder, larger = (tiny_model(tmp_path / name, family) for name, family in (("a", "llama"), ("b", "qwen2")))
+    options = {"model": str(folder), "device": "cpu", "dtype": "bf16"}
+    model, _ = load_model(SFTConfig(**options, lora_r=6), train=True)
+    adapter = save_adapter(model, tmp_path / "run" / "adapter").parent
+    cfg = RLAIFConfig(**options, lora_r=4, judge="heuristic")
+    planner = Planner(str(folder), "cpu")
+
+    def more(planner=planner, **teacher):
+        return {name: size for name, size in planner.stays(cfg.replace(**teacher), optimizer=True).items()
+                if "teacher" in name}
+    as_judge = planner.stays(cfg.replace(judge="self", judge_adapter=str(adapter)), optimizer=True)["judge's adapter"]
+    assert more(teacher=str(adapter)) == {"teacher's adapter": as_judge}
+    assert more() == more(teacher="base") == more(teacher="http://x/v1") == {}
+    other, _ = load_model(EvalConfig(model=str(larger), device="cpu", dtype="bf16"), train=False)
+    assert more(teacher=str(larger)) == {"teacher": bench.model_bytes(other)}
+    on_card = more(Planner(str(folder), "cuda"), teacher=str(larger))["teacher"]
+    own = Planner(str(larger), "cuda").stays(cfg.replace(model=str(larger), quant="nf4"), optimizer=False)
+    assert 0 <= on_card - own["embeddings, head, norms"] - own["linear layers"] < 512  # biases once more
+    assert on_card < bench.model_bytes(other)
 
 
 @pytest.mark.parametrize("name", [

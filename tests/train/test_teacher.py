@@ -69,10 +69,12 @@ def teachers(policy, folder, who, other):
 
 
 @pytest.mark.parametrize("who", ["base", "adapter", "policy", "model"])
-def test_what_a_token_gains_is_the_difference_of_log_probs_cut_to_the_cap(ending_dir, other_adapter, who):
+def test_what_a_token_gains_is_the_difference_of_log_probs_cut_to_the_cap(ending_dir, other_adapter, who,
+                                                                          monkeypatch):
+    monkeypatch.setattr("minimath.train.teacher.CAP", 1.2)
     _, policy, optimizer, batch, groups = taught(ending_dir)
     options, model, prompt = teachers(policy, ending_dir, who, other_adapter)
-    cfg, *_ = taught(ending_dir, teacher_weight=0.5, teacher_cap=1.2, **options)
+    cfg, *_ = taught(ending_dir, teacher_weight=0.5, **options)
     teacher = open_teacher(cfg, policy, print)
     told = teacher.teach(batch, groups, optimizer)
     gaps = [log_softmax(model, prompt(g.example), s).gather(1, torch.tensor(s.ids)[:, None])[:, 0] + 1.5
@@ -80,7 +82,7 @@ def test_what_a_token_gains_is_the_difference_of_log_probs_cut_to_the_cap(ending
     for row, sample, gap in zip(batch.advantage, [s for g in groups for s in g.samples], gaps, strict=True):
         torch.testing.assert_close(row, sample.advantage + 0.5 * gap.clamp(-1.2, 1.2), rtol=1e-4, atol=1e-4)
     gaps = torch.cat(gaps)
-    assert told["teacher/kl"] == pytest.approx(-gaps.mean().item(), abs=1e-4)
+    assert told["teacher/kl"] == pytest.approx(-gaps.clamp(-1.2, 1.2).mean().item(), abs=1e-4)
     assert 0 < told["teacher/cut"] == pytest.approx((gaps.abs() > 1.2).float().mean().item())
 
 

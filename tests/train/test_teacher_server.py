@@ -17,7 +17,7 @@ from minimath.data.sample import Group, Sample
 from minimath.rollout import vllm_client
 from minimath.train import teacher_server
 from minimath.train.batches import PolicyBatch
-from minimath.train.teacher import open_teacher
+from minimath.train.teacher import CAP, open_teacher
 from minimath.train.teacher_server import TeacherServer
 
 pytest_plugins = ["vllm_fixtures"]
@@ -204,15 +204,14 @@ def test_a_server_that_never_answers_costs_one_timeout(server, teacher, monkeypa
 # ---- at the start
 
 
-def test_the_model_is_the_one_that_is_served_or_named(server, teacher):
-    assert teacher().model == server.name == teacher(model=server.name).model
-    with pytest.raises(UserError, match="serves .*, not other; give teacher_model="):
-        teacher(model="other")
+def test_the_model_is_the_one_that_is_served(server, teacher):
+    assert teacher().model == server.name
     cards = [{"id": name, "root": f"/{name}", "parent": parent} for name, parent in
              (("a", None), ("b", None), ("lora", "a"))]  # fmt: skip
-    server.script["/v1/models"] = [answers(200, {"data": cards})] * 2 + [answers(200, {"data": []})]
-    assert teacher(model="lora").model == "lora"
-    with pytest.raises(UserError, match="serves a, b, lora; give teacher_model="):
+    server.script["/v1/models"] = [answers(200, {"data": cards[::2]}), answers(200, {"data": cards}),
+                                   answers(200, {"data": []})]
+    assert teacher().model == "a"
+    with pytest.raises(UserError, match="serves a, b, lora: start one that serves the teacher alone"):
         teacher()
     with pytest.raises(UserError, match="serves no model"):
         teacher()
@@ -264,26 +263,26 @@ def test_a_server_out_of_reach_is_one_line(server, teacher):
         teacher()
 
 
-def test_the_key_of_the_named_variable_is_sent_and_never_shown(server, teacher, said, monkeypatch):
+def test_the_key_of_its_own_variable_is_sent_and_never_shown(server, teacher, said, monkeypatch):
     server.key = KEY
-    monkeypatch.setenv("TEACHERS_KEY", KEY)
-    monkeypatch.setenv("VLLM_API_KEY", "of-another-server")
-    teacher(key_env="TEACHERS_KEY").logps(ROWS[:1])
-    assert all(f"Bearer {KEY}" in headers.values() for _, _, headers in server.seen)
-    with pytest.raises(UserError, match="refuses the key .*environment variable that teacher_key_env names"):
+    with pytest.raises(UserError, match="refuses the key .*environment variable TEACHER_API_KEY"):
         teacher()
+    monkeypatch.setenv("TEACHER_API_KEY", KEY)
+    monkeypatch.setenv("VLLM_API_KEY", "of-another-server")
+    teacher().logps(ROWS[:1])
+    assert all(f"Bearer {KEY}" in headers.values() for _, _, headers in server.seen[1:])
     assert not any("of-another-server" in str(headers) for _, _, headers in server.seen)
     server.key = "another"
-    with pytest.raises(UserError, match="refuses the key .*environment variable TEACHERS_KEY") as caught:
-        teacher(key_env="TEACHERS_KEY")
+    with pytest.raises(UserError, match="refuses the key .*environment variable TEACHER_API_KEY") as caught:
+        teacher()
     assert KEY not in str(caught.value) and "***" in str(caught.value)
     server.script["/v1/models"] = [answers(400, {"error": {"message": "x" * 290 + KEY}})]  # where it is cut
     with pytest.raises(UserError, match="HTTP 400") as caught:
-        teacher(key_env="TEACHERS_KEY")
+        teacher()
     assert KEY[:4] not in str(caught.value) and KEY not in str(said)
-    monkeypatch.setenv("TEACHERS_KEY", KEY + "\n\nx")
-    with pytest.raises(UserError, match="TEACHERS_KEY has line breaks") as caught:
-        teacher(key_env="TEACHERS_KEY")
+    monkeypatch.setenv("TEACHER_API_KEY", KEY + "\n\nx")
+    with pytest.raises(UserError, match="TEACHER_API_KEY has line breaks") as caught:
+        teacher()
     assert KEY not in str(caught.value)
 
 
@@ -291,7 +290,7 @@ def test_the_key_of_the_named_variable_is_sent_and_never_shown(server, teacher, 
 
 
 def test_a_served_teacher_moves_advantages_by_its_log_probs_less_the_policys(server, trained, said):
-    cfg = RLAIFConfig(model=trained.options.name, teacher=url_of(server), teacher_weight=0.5, teacher_cap=2.0,
+    cfg = RLAIFConfig(model=trained.options.name, teacher=url_of(server), teacher_weight=0.5,
                       max_prompt_len=64, max_new_tokens=12, device="cpu", dtype="fp32")  # fmt: skip
     trained.prompt = cfg.prompt
     prompt = trained.prompt_ids("12 + 7 =")
@@ -302,6 +301,6 @@ def test_a_served_teacher_moves_advantages_by_its_log_probs_less_the_policys(ser
     told = taught.teach(batch, [group], None)
     gaps = [torch.tensor(each) + 2.0 for each in wanted(server, [(prompt, s.ids) for s in samples])]
     for advantage, gap in zip(batch.advantage, gaps, strict=True):
-        assert torch.allclose(advantage, 0.5 * gap.clamp(-2.0, 2.0), atol=1e-5)
-    assert told["teacher/kl"] == pytest.approx(-float(torch.cat(gaps).mean()), abs=1e-4)
+        assert torch.allclose(advantage, 0.5 * gap.clamp(-CAP, CAP), atol=1e-5)
+    assert told["teacher/kl"] == pytest.approx(-float(torch.cat(gaps).clamp(-CAP, CAP).mean()), abs=1e-4)
     taught.server.close()
