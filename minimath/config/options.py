@@ -2,6 +2,7 @@
 import ast
 import contextlib
 import dataclasses
+import datetime
 import importlib
 import inspect
 import math
@@ -15,7 +16,7 @@ from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
 from minimath.config.renamed import REMOVED, RENAMED, RENAMED_VALUES
 from minimath.core.errors import UserError
-from minimath.core.text import KEEPS_SECRETS_OUT, comma_list, did_you_mean, mask, url_fault
+from minimath.core.text import KEEPS_SECRETS_OUT, comma_list, did_you_mean, mask, named_values, url_fault
 
 HOOK = re.compile(r"python:([^\W\d]\w*\.)+[^\W\d]\w*")
 
@@ -131,9 +132,17 @@ def budgets_fault(value: str) -> str:
     return "" if whole or not value.strip() else "must be a comma list of token counts (128,256)"
 
 
+def template_args_fault(value: str) -> str:
+    try:
+        day = named_values(value).get("date", datetime.date.min)
+    except ValueError:
+        return "must be a comma list of NAME=VALUE (reasoning_effort=high,date=2026-01-31)"
+    return "" if type(day) is datetime.date else "must give its date as YYYY-MM-DD"
+
+
 CHECKS = {"judge_url": url_fault, "vllm_url": url_fault, "prompt_template": template_fault,
           "teacher": lambda value: url_fault(value) if "://" in value else "", "judge_key_env": key_env_fault,
-          "budgets": budgets_fault}
+          "budgets": budgets_fault, "template_args": template_args_fault}
 
 
 # ---- the user's own functions: python:module.fn on the command line, a callable in Python

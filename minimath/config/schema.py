@@ -44,7 +44,14 @@ class PromptOptions:
     """user message; {problem} is replaced, other braces are doubled"""
     max_prompt_len: Count = 1024
     """longest prompt in tokens, longer problems are left out (and wrong in an evaluation)"""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """whether the model thinks before it answers, by the switch of its chat template; auto: as that has it"""
+    template_args: str = ""
+    """comma list of NAME=VALUE for the chat template (reasoning_effort=high); date=YYYY-MM-DD: the one it writes"""
 
+    def asked(self) -> dict:
+        """What makes a prompt what it is."""
+        return {name: value for name, value in vars(self).items() if name != "max_prompt_len"}
 
 @dataclass
 class AdapterPath:

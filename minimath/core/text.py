@@ -3,12 +3,25 @@ import difflib
 import re
 import urllib.parse
 
+import yaml
+
 KEEPS_SECRETS_OUT = {"judge_url", "vllm_url", "teacher", "judge_key_env"}  # options: a wrong value is not shown
 
 
 def comma_list(text: str) -> list[str]:
     """"a, b," -> ["a", "b"]."""
     return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def named_values(text: str) -> dict:
+    """"a=true, b=high" -> {"a": True, "b": "high"}. ValueError: a part is no name and value."""
+    parts = [item.partition("=") for item in comma_list(text)]
+    if not all(name.strip().isidentifier() and sign for name, sign, _ in parts):
+        raise ValueError(text)
+    try:
+        return {name.strip(): yaml.safe_load(value) for name, _, value in parts}
+    except yaml.YAMLError as error:
+        raise ValueError(text) from error
 
 
 def did_you_mean(name: str, options) -> str:

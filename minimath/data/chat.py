@@ -1,21 +1,37 @@
 """Turn examples into token ids and a loss mask, by the model's chat template.
 
-Trained are the tokens of the assistant and the token that ends its turn. Prompt and solution are tokenised together
-when the prompt's ids are a prefix of the whole; when a merge crosses the border, or the template changes the solution
-(some cut the thinking out), apart, as generation sees them. Without a template: "problem\\n\\nsolution<eos>".
+Trained are the tokens of the assistant and the token that ends its turn, not what the template puts into the prompt
+(template.py). Prompt and solution are tokenised together when the prompt's ids are a prefix of the whole; when a merge
+crosses the border, or the template changes the solution (some cut the thoughts out), apart, as generation sees them.
+Without a template: "problem\\n\\nsolution<eos>".
 """
 import itertools
+import re
 from functools import lru_cache
 from typing import NamedTuple
 
 from minimath.core.errors import UserError
 from minimath.data.rows import Example, hashes_answer
+from minimath.data.template import (
+    CLOSE,
+    OPEN,
+    chat_args,
+    has_template,
+    in_field,
+    is_closed,
+    is_open,
+    render,
+    split_thought,
+    thought_of,
+    written_out,
+)
 
 IGNORE = -100
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>", "<|endoftext|>",
              "<turn|>")
 MARK = "MINIMATH-MARK"  # stands for a text, to find what a template writes after it
 SHOWN_CHARS = 1600
+EMPTY = re.compile(rf"({OPEN})?\s*{CLOSE}")
 
 
 class Encoded(NamedTuple):
@@ -35,10 +51,6 @@ class Encoded(NamedTuple):
         return [i if trained else IGNORE for i, trained in zip(self.ids[1:], self.loss_mask[1:])] + [IGNORE]
 
 
-def has_template(tokenizer) -> bool:
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
 def user_text(problem: str, prompt_template: str) -> str:
     """Return the user message of a problem. UserError: a bad template."""
     if "{problem}" not in prompt_template:
@@ -50,15 +62,17 @@ def user_text(problem: str, prompt_template: str) -> str:
                         "write other braces twice, {{ and }}") from error
 
 
-def prompt_ids(tokenizer, problem: str | Example, *, system: str = "", prompt_template: str) -> list[int]:
+def prompt_ids(tokenizer, problem: str | Example, *, system: str = "", prompt_template: str, thinking: str = "auto",
+               template_args: str = "") -> list[int]:
     """Return the ids of the prompt, up to where the assistant begins; one BOS at most.
 
     Of an example with messages those are the prompt, all turns up to the last answer, without the prompt_template.
+    thinking, template_args: as the options (PromptOptions). UserError: the template has no such switch.
     """
     messages = _talk(tokenizer, problem, system, prompt_template)
     if messages[-1]["role"] == "assistant":
         del messages[-1]
-    return _tokens(tokenizer, _render(tokenizer, messages, generate=True))
+    return _tokens(tokenizer, render(tokenizer, messages, chat_args(tokenizer, thinking, template_args), generate=True))
 
 
 def _talk(tokenizer, problem: str | Example, system: str, prompt_template: str) -> list[dict]:
@@ -71,17 +85,6 @@ def _talk(tokenizer, problem: str | Example, system: str, prompt_template: str) 
         text = user_text(problem.problem if isinstance(problem, Example) else problem, prompt_template)
         talk = [{"role": "user", "content": neutral(tokenizer, text)}]
     return [{"role": "system", "content": system}, *talk] if system else talk
-
-
-def _render(tokenizer, messages: list[dict], *, generate: bool = False) -> str:
-    if not has_template(tokenizer):
-        return "\n\n".join(m["content"] for m in messages) + ("\n\n" if generate else "")
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    except Exception as error:  # a template is a program of the model's
-        roles = ", ".join(m["role"] for m in messages)
-        raise UserError(f"the model's chat template refuses messages from {roles}: {error}; "
-                        "try without a system message (system=)") from error
 
 
 def _tokens(tokenizer, text: str) -> list[int]:
@@ -99,7 +102,7 @@ def neutral(tokenizer, text: str, *, trained: bool = False) -> str:
     """
     ends = eos_ids(tokenizer) if trained else ()
     for token, (number, special) in control_tokens(tokenizer).items():
-        if special or not trained or number in ends:
+        if (special and token not in (OPEN, CLOSE)) or not trained or number in ends:
             text = text.replace(token, token[:1] + " " + token[1:])
     return text
 
@@ -121,7 +124,7 @@ def turn_end(tokenizer) -> int:
 def _turn_end(tokenizer, template: str) -> int:  # the template is part of the key: users may set another one
     if has_template(tokenizer):
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
-        after = tokenizer(_render(tokenizer, talk).rpartition(MARK)[2], add_special_tokens=False)["input_ids"]
+        after = tokenizer(render(tokenizer, talk).rpartition(MARK)[2], add_special_tokens=False)["input_ids"]
         known = dict(control_tokens(tokenizer).values())
         if ends := sorted((i for i in after if i in known), key=lambda i: not known[i]):  # special ones first
             return ends[0]
@@ -150,59 +153,82 @@ def final_text(solution: str, answer: str) -> str:
     return f"{solution}\n\\boxed{{{answer}}}" if answer else solution
 
 
-def encode(tokenizer, example: Example, *, system: str = "", prompt_template: str, max_len: int) -> Encoded:
+def encode(tokenizer, example: Example, *, system: str = "", prompt_template: str, thinking: str = "auto",
+           template_args: str = "", max_len: int) -> Encoded:
     """Encode prompt, solution and turn end, cut at max_len from the right.
 
     Rows with messages train every assistant turn; where the template rewrites earlier turns as the talk goes on, only
-    the last. Raises UserError without a solution.
+    the last. Raises UserError without a solution, and for one that thinks behind a prompt that ends the thoughts.
     """
-    messages = _talk(tokenizer, example, system, prompt_template)
+    messages, args = _talk(tokenizer, example, system, prompt_template), chat_args(tokenizer, thinking, template_args)
+    where = example.where or example.id or "example"
     if not example.messages:
         solution = neutral(tokenizer, final_text(example.solution, example.answer), trained=True)
         messages.append({"role": "assistant", "content": solution})
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise UserError(f"{example.where or example.id or 'example'}: no solution to train on; add one")
-    ids, loss_mask = _whole(tokenizer, messages) or _apart(tokenizer, with_thoughts(messages))
-    return Encoded(ids[:max_len], loss_mask[:max_len], len(ids) > max_len)
+        raise UserError(f"{where}: no solution to train on; add one")
+    prompt, last = render(tokenizer, messages[:-1], args, generate=True), messages[-1]
+    if has_template(tokenizer) and is_closed(prompt) and thought_of(last)[0]:
+        advice = "set thinking=on, or take" if thinking != "on" else "take"
+        raise UserError(f"{where}: the solution thinks, but under thinking={thinking} the chat template ends the "
+                        f"thoughts before it begins: {advice} the thoughts out of the data")
+    forms = [messages, *([*messages[:-1], form] for form in (written_out(last), in_field(last)) if form is not last)]
+    plain = written_out(last)["content"]
+    if is_open(prompt) and CLOSE in plain and not plain.lstrip().startswith(OPEN):
+        forms = []  # a completion of this prompt: the ids that were sampled
+    row = next(filter(None, (_whole(tokenizer, form, args) for form in forms)), None)
+    if row is None:
+        written = (_behind(tokenizer, prompt, form, args) for form in forms)
+        row = _apart(tokenizer, prompt, next(filter(None, written), None) or _continued(prompt, plain))
+    return Encoded(row[0][:max_len], row[1][:max_len], len(row[0]) > max_len)
 
 
-def with_thoughts(messages: list[dict]) -> list[dict]:
-    """Write thoughts that stand in a field of their own into the text."""
-    return [{"role": m["role"], "content": f"<think>\n{m['reasoning_content']}\n</think>\n\n{m['content']}"}
-            if "reasoning_content" in m else m for m in messages]
-
-
-def _whole(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]] | None:
+def _whole(tokenizer, messages: list[dict], args: dict) -> tuple[list[int], list[bool]] | None:
     """Tokenise the whole talk once; None when an assistant turn is changed in it."""
     if not has_template(tokenizer):
         return None
-    end, ids, mask = turn_end(tokenizer), _tokens(tokenizer, _render(tokenizer, messages)), []
+    end, ids, mask = turn_end(tokenizer), _tokens(tokenizer, render(tokenizer, messages, args)), []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _tokens(tokenizer, _render(tokenizer, messages[:turn], generate=True))
+        prompt = _tokens(tokenizer, render(tokenizer, messages[:turn], args, generate=True))
         if ids[:len(prompt)] != prompt or end not in ids[len(prompt):]:
             return None
         stop = ids.index(end, len(prompt)) + 1
-        written, content = tokenizer.decode(ids[len(prompt):stop - 1]).strip(), message["content"].strip()
-        before = written.removesuffix(content).strip()
-        if not written.endswith(content) or message.get("reasoning_content", "") not in before:
-            return None
-        if before and "</think>" in content:  # thoughts that began in the prompt, wrapped again
+        if not _holds(tokenizer.decode(ids[len(prompt):stop - 1]), message):
             return None
         mask += [False] * (len(prompt) - len(mask)) + [True] * (stop - len(prompt))
     return ids[:len(mask)], mask  # what the template writes after the last turn end is never generated
 
 
-def _apart(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]]:
+def _holds(written: str, message: dict) -> bool:
+    """Tell whether what stands in a turn are a message's thought and answer."""
+    (thought, answer), (thought_there, answer_there) = thought_of(message), split_thought(written)
+    return thought_there == thought and answer_there.endswith(answer)
+
+
+def _behind(tokenizer, prompt: str, messages: list[dict], args: dict) -> str | None:
+    """Find how the template writes the last turn, where that has thoughts and follows the prompt."""
+    if not has_template(tokenizer):
+        return None
+    text, end = render(tokenizer, messages, args), tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
+    written, ended, _ = text[len(prompt):].partition(end)
+    thinks = is_open(prompt) or is_closed(prompt) or CLOSE in written
+    return written if thinks and ended and text.startswith(prompt) and _holds(written, messages[-1]) else None
+
+
+def _continued(prompt: str, solution: str) -> str:
+    """Make a solution go on where a prompt ends that may have opened the thoughts."""
+    if not is_open(prompt):
+        return solution
+    return solution.removeprefix(OPEN).lstrip() if CLOSE in solution else f"\n{CLOSE}\n\n{solution}"
+
+
+def _apart(tokenizer, prompt: str, solution: str) -> tuple[list[int], list[bool]]:
     """Tokenise the prompt and the last assistant turn on their own."""
-    text = _render(tokenizer, messages[:-1], generate=True)
-    solution = messages[-1]["content"]
-    if text.rstrip().endswith("<think>"):  # reasoning templates open the thinking in the prompt
-        solution = solution.removeprefix("<think>").lstrip()
-    prompt = _tokens(tokenizer, text)
+    ids = _tokens(tokenizer, prompt)
     done = [*tokenizer(solution, add_special_tokens=False)["input_ids"], turn_end(tokenizer)]
-    return prompt + done, [False] * len(prompt) + [True] * len(done)
+    return ids + done, [False] * len(ids) + [True] * len(done)
 
 
 def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
@@ -230,6 +256,9 @@ def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
         lost = sum(not any(row.loss_mask) for row in rows)
         lines.append(f"{cut} rows truncated at max_len, {lost} of them to nothing trained; raise max_len to keep them "
                      "whole")
+    if EMPTY.match(tokenizer.decode([i for i, trained in zip(shown.ids, shown.loss_mask) if trained])):
+        lines.append("the chat template writes an empty thought before this solution, and the model learns to skip it: "
+                     "thinking=off puts that into the prompt, if the template has such a switch")
     if not has_template(tokenizer):
         lines.append("the tokenizer has no chat template: plain text, problem, blank line, solution, EOS")
     return "\n".join(lines)
@@ -240,7 +269,7 @@ def _bos_opens_turns(tokenizer) -> bool:
     if tokenizer.bos_token is None or not has_template(tokenizer):
         return False
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
-    return _render(tokenizer, talk).count(tokenizer.bos_token) > 1
+    return render(tokenizer, talk).count(tokenizer.bos_token) > 1
 
 
 def marked(tokenizer, row: Encoded) -> str:

@@ -1,7 +1,7 @@
 """What a trained judge is, beside its adapter: judge.json, written by `minimath judge train`."""
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from minimath.config.schema import PromptOptions
@@ -21,6 +21,8 @@ class JudgeCard:
     form: str = ""
     system: str | None = None
     prompt_template: str = ""
+    thinking: str = "auto"
+    template_args: str = ""
     rubric: str = ""
     calibration: Calibration = Calibration()
     problems: list[str] = field(default_factory=list)
@@ -36,8 +38,8 @@ class JudgeCard:
 
     def prompt_options(self, policy: PromptOptions) -> PromptOptions:
         """How problems are put to the judge: as in its training."""
-        return policy if self.system is None else PromptOptions(self.system, self.prompt_template,
-                                                                policy.max_prompt_len)
+        return policy if self.system is None else replace(policy, **{name: getattr(self, name)
+                                                                     for name in policy.asked()})
 
 
 def write_card(folder: Path, card: JudgeCard) -> None:

@@ -45,8 +45,7 @@ class Policy:
 
     def prompt_ids(self, problem: str | Example) -> list[int]:
         """Encode the prompt of a problem, up to where the solution begins."""
-        return self.known(prompt_ids(self.tokenizer, problem, system=self.prompt.system,
-                                     prompt_template=self.prompt.prompt_template))
+        return self.known(prompt_ids(self.tokenizer, problem, **self.prompt.asked()))
 
     def known(self, ids: list[int]) -> list[int]:
         """Return ids; UserError where the embedding has no row for one."""

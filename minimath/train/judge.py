@@ -118,8 +118,7 @@ def judge_train(cfg: JudgeConfig) -> dict:
             with step.timed("step"):
                 step.log(learn(policy, trainer.optimizer, cfg.form, batches[step.number - 1]))
         if not trainer.interrupted_by:  # max_minutes may have ended it early
-            card = JudgeCard(form=cfg.form, system=cfg.prompt.system, prompt_template=cfg.prompt.prompt_template,
-                             rubric=reader.rubric if cfg.form == "pair" else "",
+            card = JudgeCard(form=cfg.form, **cfg.prompt.asked(), rubric=reader.rubric if cfg.form == "pair" else "",
                              problems=sorted(problem_hash(each.example.problem) for each in train))
             judge = SelfJudge(JudgeOptions(), policy, card=card, say=say,
                               micro_batch_tokens=cfg.optimizer.micro_batch_tokens)

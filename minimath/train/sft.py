@@ -53,8 +53,7 @@ def sft(cfg: SFTConfig) -> dict:
 
 def encode_examples(cfg: SFTConfig, policy: Policy, examples, say) -> list[Encoded]:
     """Tokenize the examples; leave out those of which nothing is trained."""
-    rows = [encode(policy.tokenizer, example, system=cfg.prompt.system, prompt_template=cfg.prompt.prompt_template,
-                   max_len=cfg.max_len) for example in examples]
+    rows = [encode(policy.tokenizer, example, **cfg.prompt.asked(), max_len=cfg.max_len) for example in examples]
     policy.known([i for row in rows for i in row.ids])
     say(preflight(policy.tokenizer, rows, eos=policy.eos))
     return [row for row in rows if any(row.loss_mask)]

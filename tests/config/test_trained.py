@@ -20,7 +20,7 @@ def trained(here, tiny_dir, tmp_path):
     data = write_problems(tmp_path / "p.jsonl", n=4)
     say_once.cache_clear()
     assert here("sft", f"model={tiny_dir}", f"data={data}", "steps=1", "batch_size=2", f"prompt_template={TEMPLATE}",
-                f"system={SYSTEM}", "out=sft", *SMALL)[0] == 0
+                f"system={SYSTEM}", "thinking=off", "out=sft", *SMALL)[0] == 0
     return f"data={data}"
 
 
@@ -39,7 +39,7 @@ def test_every_command_takes_over_what_its_adapter_was_trained_with(here, traine
         status, _, err = here(*words)
         assert status == 0 or "no solution is left" in err, err
         assert err.count("taking over") == 1 and "warning" not in err
-        for part in (f"system={SYSTEM!r}", f"prompt_template={TEMPLATE!r}", f"model={tiny_dir!r}"):
+        for part in (f"system={SYSTEM!r}", "thinking='off'", f"prompt_template={TEMPLATE!r}", f"model={tiny_dir!r}"):
             assert part in err
     for folder in ("two", "again", "three", "four"):
         found = options(folder)
@@ -49,7 +49,8 @@ def test_every_command_takes_over_what_its_adapter_was_trained_with(here, traine
     monkeypatch.setattr("minimath.models.policy.prompt_ids", lambda tokenizer, problem, **prompt:
                         asked.append(prompt) or [1, 2])
     status, _, err = here("solve", "1+1?", "adapter=sft", *small)
-    assert (status, asked) == (0, [{"system": SYSTEM, "prompt_template": TEMPLATE}]) and "taking over" in err
+    assert (status, asked) == (0, [{"system": SYSTEM, "prompt_template": TEMPLATE, "thinking": "off",
+                                     "template_args": ""}]) and "taking over" in err
 
 
 def test_another_prompt_is_a_warning_that_shows_both(here, trained, tiny_dir):
@@ -61,7 +62,7 @@ def test_another_prompt_is_a_warning_that_shows_both(here, trained, tiny_dir):
     assert "'A: {problem}'" in line and repr(TEMPLATE) in line
     say_once.cache_clear()
     same = here("eval", trained, f"model={tiny_dir}/.", "adapter=sft", f"prompt_template={TEMPLATE}",
-                f"system={SYSTEM}", "max_new_tokens=4", "out=same", *SMALL)
+                f"system={SYSTEM}", "thinking=off", "max_new_tokens=4", "out=same", *SMALL)
     assert same[0] == 0 and "warning" not in same[2] and "taking over" not in same[2]
 
 

@@ -126,7 +126,7 @@ def test_every_assistant_turn_of_a_talk_is_trained_with_its_turn_end(tiny_tokeni
 def test_a_template_that_rewrites_earlier_turns_trains_the_last_one_only():
     tokenizer = make_tokenizer(THINKING)
     row = encoded(tokenizer, Example("", messages=talk("u", "t</think>a1", "u", "a2")))
-    assert trained_text(tokenizer, row) == "a2<|im_end|>"
+    assert trained_text(tokenizer, row) == "\n</think>\n\na2<|im_end|>"  # the prompt has opened a thought
 
 
 def test_special_tokens_inside_a_row_neither_end_nor_open_a_turn(tiny_tokenizer):

@@ -1,0 +1,110 @@
+"""Run a model's chat template: its thinking switch, its date, and the thoughts in what it writes.
+
+Templates differ in where <think> comes from: the model writes it (Qwen3, SmolLM3), the prompt ends in it (R1-Distill,
+Qwen3.5), or with thinking off the prompt holds an empty block.
+"""
+import datetime
+import random
+import re
+from functools import lru_cache
+
+from minimath.core.errors import UserError
+from minimath.core.run_folder import say_once
+from minimath.core.text import named_values
+
+OPEN, CLOSE = "<think>", "</think>"
+SWITCHES = ("enable_thinking", "thinking")  # Qwen3, SmolLM3, GLM; Granite, DeepSeek-V3.1
+DAY = datetime.date(2026, 1, 1)  # of every template that asks for today's: a run, its resume, its evaluation and its
+DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # export put the same prompts
+
+
+def has_template(tokenizer) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def chat_args(tokenizer, thinking: str = "auto", template_args: str = "") -> dict:
+    """Return what the template gets besides messages. UserError: it reads no such thing."""
+    return _chat_args(tokenizer, str(getattr(tokenizer, "chat_template", None)), thinking, template_args)
+
+
+@lru_cache(maxsize=8)
+def _chat_args(tokenizer, template: str, thinking: str, template_args: str) -> dict:
+    given = named_values(template_args)
+    for name in given:
+        if ("strftime_now" if name == "date" else name) not in template:
+            raise UserError(f"template_args={template_args}: the model's chat template reads no {name}")
+    if thinking == "auto":
+        return given
+    args, on = dict.fromkeys(SWITCHES, thinking == "on") | given, thinking == "on"
+    asked = [{"role": "user", "content": "a"}]
+    prompt, other = (render(tokenizer, asked, dict.fromkeys(SWITCHES, switch) | given, generate=True)
+                     for switch in (on, not on))
+    does_so = is_open(prompt) if on else OPEN not in template  # without being told
+    if prompt == other and not does_so:
+        raise UserError(f"thinking={thinking}, but the model's chat template has no switch for it: leave thinking=auto "
+                        "or set a switch of another name by template_args=NAME=VALUE")
+    return args
+
+
+def render(tokenizer, messages: list[dict], args: dict | None = None, *, generate: bool = False) -> str:
+    """Write messages as text, always the same. UserError: the template refuses them.
+
+    generate: with what begins an answer."""
+    if not has_template(tokenizer):
+        return "\n\n".join(m["content"] for m in messages) + ("\n\n" if generate else "")
+    template, args, state = tokenizer.chat_template, dict(args or {}), random.getstate()
+    day = args.pop("date", DAY)
+    if "strftime_now" in template:
+        say_once(f"the model's chat template writes the date: here it is always {day}; template_args=date=YYYY-MM-DD "
+                 "sets another")
+        args["chat_template"] = DATE.sub(lambda found: repr(day.strftime(found[2])), template)
+    try:
+        random.seed(0)  # of jinja's filter `random`
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate, **args)
+    except Exception as error:  # a template is a program of the model's
+        roles = ", ".join(m["role"] for m in messages)
+        raise UserError(f"the model's chat template refuses messages from {roles}: {error}; "
+                        "try without a system message (system=)") from error
+    finally:
+        random.setstate(state)
+
+
+# ---- thoughts
+
+def is_open(prompt: str) -> bool:
+    """Tell whether an answer to a prompt begins inside a thought."""
+    return prompt.rstrip().endswith(OPEN)
+
+
+def is_closed(prompt: str) -> bool:
+    """Tell whether a prompt ends with a thought that is over, mostly an empty one."""
+    return prompt.rstrip().endswith(CLOSE)
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """Split a text into thought and answer, both stripped; no thought is ""."""
+    before, end, after = text.partition(CLOSE)
+    return (before.rpartition(OPEN)[2].strip(), after.strip()) if end else ("", text.strip())
+
+
+def thought_of(message: dict) -> tuple[str, str]:
+    """Return thought and answer of an assistant's message, both stripped."""
+    if "reasoning_content" in message:
+        return message["reasoning_content"].strip(), message["content"].strip()
+    return split_thought(message["content"])
+
+
+def written_out(message: dict) -> dict:
+    """Write a thought that stands in a field of its own into the text."""
+    if "reasoning_content" not in message:
+        return message
+    text = f"{OPEN}\n{message['reasoning_content']}\n{CLOSE}\n\n{message['content']}"
+    return {"role": message["role"], "content": text}
+
+
+def in_field(message: dict) -> dict:
+    """Move a thought that stands in the text into a field of its own."""
+    if not message["content"].lstrip().startswith(OPEN) or CLOSE not in message["content"]:
+        return message
+    thought, answer = split_thought(message["content"])
+    return {"role": message["role"], "reasoning_content": thought, "content": answer}
