@@ -158,6 +158,8 @@ class Trainer:
                 is_best = bool(self.held_out) and step.due(cfg.evaluation.eval_every) and self._evaluate()
                 if is_best or step.due(cfg.run.save_every):
                     self._save(best=is_best)
+            if self.done >= total and self.keeps_best() and self.done > self._evaluated_at():
+                self._save(best=self._evaluate())  # the last one may be the best, also where no evaluation was due
 
     def _check_trainable(self) -> None:
         if other := self._trainable ^ self.policy.trainable():
@@ -178,6 +180,10 @@ class Trainer:
     def keeps_best(self) -> bool:
         """Tell whether the best checkpoint is handed on at the end, not the last one."""
         return bool(self.held_out and self.cfg.evaluation.eval_every) and self.cfg.evaluation.final == "best"
+
+    def _evaluated_at(self) -> int:
+        """Name the step of the newest evaluation; -1: none."""
+        return self.evaluation["step"] if self.evaluation else -1
 
     def _evaluate(self) -> bool:
         """Evaluate on the held-out problems; tell whether it is the best so far."""
@@ -237,11 +243,16 @@ class Trainer:
         try:
             self._write(best)
         except UserError as error:
-            saved = checkpoint.best_checkpoint(self.log.run_dir)
-            lost = saved is None or checkpoint.verify(saved)
-            known = {"best": None, "highest": 0.0} if lost else read_json(saved / "state.json")
-            self.best, self.highest = known["best"], known["highest"]  # what is not saved is no mark for the next
+            self._recall()  # what is not saved is no mark for the next
             self.log.say(f"step {self.done} is not saved; the run goes on, and tries again at the next save: {error}")
+
+    def _recall(self, state: dict | None = None) -> None:
+        """Take the best evaluation from a state, or from its own checkpoint; none if that is not sound."""
+        saved = checkpoint.best_checkpoint(self.log.run_dir)
+        sound = saved is not None and not checkpoint.verify(saved)
+        known = (state or read_json(saved / "state.json")) if sound else {}
+        known = known if "highest" in known else {}  # of an older minimath `best` is a number
+        self.best, self.highest = known.get("best"), known.get("highest", 0.0)
 
     def _write(self, best: bool = False) -> None:
         state = {"done": self.done, "best": self.best, "highest": self.highest, "evaluation": self.evaluation,
@@ -277,7 +288,10 @@ class Trainer:
         """Leave the adapter that the options ask for in the run folder."""
         folder = self.log.run_dir / ADAPTER
         best = checkpoint.best_checkpoint(self.log.run_dir) if self.keeps_best() else None
-        if best is None or checkpoint.step_of(best) == self.done:
+        if best and (faults := checkpoint.verify(best)):
+            self.log.say(f"{best}, the best, is damaged ({faults[0]}): the adapter left is that after step {self.done}")
+            best = None
+        if best is None or checkpoint.step_of(best) == self.done or self._evaluated_at() < 1:  # 0: nothing to compare
             return checkpoint.save_adapter(self.policy.model, folder)
         self.log.say(f"the adapter left is that after step {checkpoint.step_of(best)}, the shortest within a standard "
                      f"error of the highest accuracy; final=last leaves that after step {self.done}")
@@ -294,8 +308,8 @@ class Trainer:
         if state is None:
             self.log.say("no checkpoint yet: starting from step 0")
             return
-        self.best, self.owed = state["best"], state["owed"]
-        self.highest, self.evaluation = state["highest"], state["evaluation"]
+        self._recall(state)
+        self.owed, self.evaluation = state["owed"], state.get("evaluation")  # an older minimath kept none
         for name, each in self.tracked.items():
             if name in state["tracked"]:
                 each.load_state_dict(state["tracked"][name])

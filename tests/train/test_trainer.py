@@ -1,4 +1,5 @@
 """What both stages need around their algorithm: commit and rollback, checkpoints, evaluation, resume, ways to end."""
+import hashlib
 import json
 import os
 import random
@@ -442,3 +443,63 @@ def test_a_function_of_the_user_s_that_fails_late_costs_no_step(rl, where):
     broken = rl("broken", resume=True, **options)
     assert without_times(metrics(broken)) == without_times(metrics(unbroken))
     assert same_tensors(adapter(broken), adapter(unbroken))
+
+
+# ---- the best checkpoint: what may come between
+
+def test_the_end_is_evaluated_before_the_best_is_handed_on_also_where_no_evaluation_was_due(go, data, evaluations):
+    """With eval_every=3 and 2 steps that before the first step would be the best of one."""
+    for scores, best in (([(0.5, 90), (0.6, 80)], 2), ([(0.5, 90), (0.1, 80)], 0)):
+        asked = evaluations(scores)
+        trainer = go(f"best-{best}", total=2, eval_data=data, **BEST | {"eval_every": 3})
+        assert len(asked) == 2 and best_checkpoint(trainer.log.run_dir).name == f"step-00000{best}"
+
+
+def test_stopped_before_anything_but_the_beginning_was_evaluated_the_last_is_handed_on(go, data, evaluations):
+    evaluations([(0.5, 90)])
+    trainer = go(total=9, eval_data=data, hook=at(2, lambda: os.kill(os.getpid(), signal.SIGINT)),
+                 **BEST | {"eval_every": 5})
+    assert same_tensors(adapter(trainer.log.run_dir),
+                        load_file(list_checkpoints(trainer.log.run_dir)[0] / "adapter_model.safetensors"))
+    assert names(trainer.log.run_dir)[0] == "step-000002"
+
+
+def test_a_damaged_best_checkpoint_is_said_and_not_handed_on(go, data, evaluations, tmp_path, capsys):
+    def spoil():
+        (tmp_path / "run" / "checkpoints" / "step-000000" / "adapter_model.safetensors").write_bytes(b"")
+    evaluations([(0.9, 10), (0.1, 90)])
+    trainer = go(total=2, eval_data=data, hook=at(2, spoil), **BEST)
+    assert "step-000000, the best, is damaged (adapter_model" in capsys.readouterr().out
+    assert same_tensors(adapter(trainer.log.run_dir),
+                        load_file(list_checkpoints(trainer.log.run_dir)[0] / "adapter_model.safetensors"))
+
+
+def rewritten(run_dir, change):
+    """Rewrite the state of all checkpoints, their manifests too."""
+    for folder in list_checkpoints(run_dir):
+        state = json.loads((folder / "state.json").read_text())
+        change(state)
+        (folder / "state.json").write_text(json.dumps(state))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        data = (folder / "state.json").read_bytes()
+        del manifest["sha256"]  # as before manifests held their own hash
+        manifest["files"]["state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_run_of_an_older_minimath_goes_on_and_its_next_evaluation_is_the_first(go, data, tmp_path, evaluations,
+                                                                                     full_disk):
+    """Its states have a number as `best`, and neither `highest` nor `evaluation`."""
+    def older(state):
+        del state["highest"], state["evaluation"]
+        state["best"] = 0.493
+    evaluations([(0.5, 90), (0.6, 80), (0.3, 95), (0.2, 95), (0.3, 95)])
+    with pytest.raises(OSError):
+        go(total=5, eval_data=data, hook=at(3, fail), **BEST)
+    run_dir = tmp_path / "run"
+    rewritten(run_dir, older)
+    full_disk.add(3)  # and the state of the best checkpoint, to which it goes back then, is as old
+    evaluations([(0.3, 95), (0.2, 90), (0.3, 80)])
+    again = go(total=5, eval_data=data, resume=True, **BEST)
+    assert again.done == 5 and again.best == {"step": 5, "accuracy": 0.3, "tokens": 80, "problems": 24}
+    assert best_checkpoint(run_dir).name == "step-000005"
