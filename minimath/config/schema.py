@@ -53,6 +53,7 @@ class PromptOptions:
         """What makes a prompt what it is."""
         return {name: value for name, value in vars(self).items() if name != "max_prompt_len"}
 
+
 @dataclass
 class AdapterPath:
     path: Annotated[str, Main] = ""
@@ -257,8 +258,12 @@ class RLAIFConfig(Stage):
             return (f"judge_weight={reward.judge_weight:g}, brevity_weight={brevity.weight:g}, format_weight="
                     f"{reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5 (judge_weight alone with "
                     "brevity_scale=apart) and format_weight < 0.5, so that a correct answer always beats a wrong one")
-        if reward.name != "judge" and (brevity.control != "none" or self.loss.scale_advantage == "maxrl"):
-            return f"brevity_control and scale_advantage=maxrl are for reward=judge, not for reward={reward.name}"
+        if reward.name != "judge" and (brevity.control != "none" or brevity.scale == "apart"
+                                       or self.loss.scale_advantage == "maxrl"):
+            return ("brevity_control, brevity_scale=apart and scale_advantage=maxrl are for reward=judge, not for "
+                    f"reward={reward.name}")
+        if self.loss.scale_advantage == "maxrl" and reward.overlong == "penalty":
+            return "scale_advantage=maxrl divides by a mean reward above 0: use overlong=mask or none, not penalty"
         if brevity.name != "truncate":
             return "brevity_limit is for brevity=truncate" if brevity.limit else ""
         if not 0 < brevity.limit < self.sampling.max_new_tokens:
@@ -271,6 +276,8 @@ class RLAIFConfig(Stage):
         teacher = self.teacher
         if self.reward.name == "none" and not teacher.name:
             return "reward=none needs a teacher= to learn from"
+        if teacher.system and not teacher.name:
+            return "teacher_system= is the prompt of a teacher=, and there is none: teacher=policy is the policy itself"
         if teacher.name == "policy" and not teacher.system:
             return "teacher=policy is the policy itself: give it another prompt by teacher_system="
         if teacher.name and self.model.shard:

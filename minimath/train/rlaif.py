@@ -93,7 +93,8 @@ def collect_groups(cfg: RLAIFConfig, engine, sampler: ProblemSampler, verifier: 
                        reward.control.in_advantage())
         taken += [problem.index for problem in drawn]
         seen += groups
-        kept += [group for group in groups if group.has_signal() or cfg.teacher.name]
+        kept += [group for group in groups if group.has_signal()
+                 or cfg.teacher.name and any(in_loss(sample, cfg) for sample in group.samples)]
         if len(kept) == cfg.prompts_per_step:
             break
     return kept, seen

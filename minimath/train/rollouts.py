@@ -25,6 +25,10 @@ def encode_problems(cfg: RLAIFConfig, policy: Policy, examples: list[Example], r
                     say: Callable[[str], None]) -> list[tuple[Example, list[int]]]:
     """Pair examples with prompts that fit, and say so; UserError if too few do."""
     longest = cfg.prompt.max_prompt_len
+    own = sum(bool(example.messages) and example.messages[0]["role"] == "system" for example in examples)
+    if cfg.teacher.system and own:
+        raise UserError(f"teacher_system= has no place in {own} chat rows that begin with a system message: take it "
+                        "out of them, or leave teacher_system= out")
     prompts = [policy.prompt_ids(example) for example in examples]
     problems = [(e, p) for e, p in zip(examples, prompts, strict=True) if len(p) <= longest]
     if len(problems) < cfg.prompts_per_step:

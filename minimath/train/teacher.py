@@ -137,8 +137,11 @@ def open_teacher(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]) -
     if cfg.teacher.kl == "full":
         raise UserError(f"teacher_kl=full needs a teacher on the policy's own base, and teacher={name} is another "
                         "model: use teacher_kl=sampled")
-    other = load_policy(EvalConfig(**cfg.shared(EvalConfig, "model", "prompt") | {
-        "model": name, "quant": teacher_quant(policy.device.type)}), train=False)
+    try:
+        other = load_policy(EvalConfig(**cfg.shared(EvalConfig, "model", "prompt") | {
+            "model": name, "quant": teacher_quant(policy.device.type)}), train=False)
+    except UserError as error:
+        raise UserError(f"teacher={name} is no folder of an adapter, and as a model: {error}") from None
     refuse_other_tokens(policy.tokenizer, other.tokenizer, name)
     return LocalTeacher(cfg, other, contextlib.nullcontext)
 

@@ -125,6 +125,8 @@ def test_together_it_is_multiplied_into_the_reward():
     (["brevity_limit=60"], "is for brevity=truncate"),
     (["reward=paper", "brevity_control=accuracy"], "are for reward=judge"),
     (["reward=paper", "scale_advantage=maxrl"], "are for reward=judge"),
+    (["reward=paper", "brevity_scale=apart"], "are for reward=judge"),  # no other reward scores lengths
+    (["scale_advantage=maxrl", "overlong=penalty"], "mean reward above 0"),  # else it was divided by 1e-12
     (["brevity=rato"], "did you mean 'ratio'"),
 ])
 def test_options_that_do_not_go_together_are_refused_with_what_to_do(words, said):

@@ -173,7 +173,30 @@ def test_stopped_with_a_teacher_and_a_controller_and_resumed_equals_unbroken(rl,
     assert states[0]["tracked"] == states[1]["tracked"] and states[0]["best"] == states[1]["best"]
 
 
+@pytest.mark.parametrize("options", [{}, {"teacher_kl": "full"}, {"loss": "gspo", "updates_per_rollout": 2}])
+def test_a_step_without_a_sample_that_counts_changes_nothing_beside_a_teacher_either(rl, options):
+    for record in metrics(rl(teacher="base", max_new_tokens=1, group_size=2, max_refill=0, **options)):
+        assert record["optim/skipped"] == 0 and (record["rollout/finished"] or record["rollout/groups"] == 0)
+    assert any(record["rollout/groups"] == 0 for record in metrics(rl("none", teacher="base", max_new_tokens=1,
+                                                                      group_size=2, max_refill=0, steps=4, **options)))
+
+
 # ---- what can't be asked
+
+def test_a_teacher_s_system_message_is_refused_where_rows_have_their_own(rl, tmp_path):
+    talk = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 2?"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": [*talk[i % 2:], {"role": "assistant", "content": "3"}],
+                                        "answer": "3"}) + "\n" for i in range(4)))
+    with pytest.raises(UserError, match="no place in 2 chat rows that begin with a system message"):
+        rl(data=str(path), teacher="policy", teacher_system=SYSTEM)
+
+
+def test_a_teacher_that_is_not_there_is_told_from_the_policy(ending_dir):
+    cfg, policy, *_ = taught(ending_dir, teacher="./runs/nope")
+    with pytest.raises(UserError, match="^teacher=./runs/nope is no folder of an adapter, and as a model: model="):
+        open_teacher(cfg, policy, print)
+
 
 def test_a_teacher_with_other_tokens_is_one_line(ending_dir, tmp_path):
     other = tmp_path / "other-tokens"
@@ -201,6 +224,7 @@ def test_another_model_has_no_full_kl(ending_dir):
     (["teacher=http://x/v1", "temperature=0.8"], "use temperature=1 and teacher_kl=sampled"),
     (["teacher=http://x/v1", "teacher_kl=full"], "use temperature=1 and teacher_kl=sampled"),
     (["teacher=base", "shard=true"], "shard=true"),
+    (["teacher_system=Be concise."], "there is none"),
 ])
 def test_options_that_do_not_go_together_are_refused_with_what_to_do(words, said):
     with pytest.raises(UserError, match=said):
