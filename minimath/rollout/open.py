@@ -68,8 +68,9 @@ class OwnEngine(Engine):
         if not jobs:
             return
         model = self.policy.model
-        kept, self._kept = self._kept, None
-        batch = kept if kept and kept.max_new_tokens == self.max_new_tokens else Decode(self)
+        if self._kept and self._kept.max_new_tokens != self.max_new_tokens:
+            self._kept = None  # before there is another: there is no room for both
+        batch, self._kept = self._kept or Decode(self), None
         longest, (copy, copied) = len(jobs[0].prompt) + self.max_new_tokens, room_for_copies(model)
         most = min(self.max_num_seqs, len(jobs)) or fitting_slots(model, longest, len(jobs), self.how,
                                                                   held=batch.held_bytes() - copied)

@@ -310,6 +310,21 @@ def test_what_was_recorded_is_forgotten_when_a_tensor_has_moved(llama, monkeypat
     assert ids == rollout(engine_of(*llama, **OPTIONS), prompts)[0]
 
 
+def test_what_stays_goes_before_a_rollout_of_other_lengths_takes_memory(llama, monkeypatch):
+    """brevity=truncate lowers max_new_tokens at every step: two caches side by side have no room."""
+    Card(monkeypatch).install(monkeypatch)
+    engine, model = engine_of(*llama, **OPTIONS), llama[0]
+    for seed in (2, 3):
+        train(model, seed)
+        rollout(engine)
+    held, engine.max_new_tokens = weakref.ref(engine._kept), engine.max_new_tokens - 1
+    parts = engine.stream(prompts_of(), 4)
+    next(parts)
+    gc.collect()
+    assert held() is None
+    parts.close()
+
+
 def test_copies_of_weights_are_no_part_of_what_stays(llama, monkeypatch):
     """A copy is made anew for every rollout: steps that read it are recorded anew."""
     card = Card(monkeypatch).install(monkeypatch)
