@@ -61,6 +61,8 @@ class BrevityOptions:
     """how the length of a correct sample is scored (train/brevity.py), or truncate: not, but max_new_tokens falls"""
     weight: Share = 0.25
     """weight of brevity among correct answers; with brevity_control the most that it rises to"""
+    counts: Literal["all", "thought"] = "all"
+    """tokens that are a sample's length: all of them, or those of its thought alone"""
     yardstick: Literal["mean", "shortest"] = "mean"
     """ratio and log: the length of a group's correct samples that each is held against"""
     limit: int = 0

@@ -3,6 +3,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from minimath.data.examples import Example
+from minimath.data.template import CLOSE
 from minimath.grading.steps import StepCount, check_steps
 
 
@@ -19,6 +20,8 @@ class Sample:
     """the tokens as text, without special tokens"""
     full_logp: list[float] | None = None
     """after temperature, before top-k, top-p and min-p; None: the same as logp"""
+    thought: int = 0
+    """tokens up to the end of its thought, the tags among them; all, if that never ends; 0: it does not think"""
     correct: bool = False
     """by the verifier"""
     win: float | None = None
@@ -33,6 +36,11 @@ class Sample:
     @property
     def tokens(self) -> int:
         return len(self.ids)
+
+    @property
+    def cut_thinking(self) -> bool:
+        """Whether it was cut before its thought ended: a box in there is no answer."""
+        return not self.finished and 0 < self.thought == self.tokens and not self.text.rstrip().endswith(CLOSE)
 
     @cached_property
     def steps(self) -> StepCount:

@@ -71,6 +71,17 @@ def render(tokenizer, messages: list[dict], args: dict | None = None, *, generat
 
 # ---- thoughts
 
+def opens_thought(tokenizer, thinking: str = "auto", template_args: str = "") -> bool:
+    """Tell whether completions of the prompts that the template writes begin inside a thought."""
+    return _opens_thought(tokenizer, str(getattr(tokenizer, "chat_template", None)), thinking, template_args)
+
+
+@lru_cache(maxsize=8)
+def _opens_thought(tokenizer, template: str, thinking: str, template_args: str) -> bool:
+    args = _chat_args(tokenizer, template, thinking, template_args)
+    return OPEN in template and is_open(render(tokenizer, [{"role": "user", "content": "a"}], args, generate=True))
+
+
 def is_open(prompt: str) -> bool:
     """Tell whether an answer to a prompt begins inside a thought."""
     return prompt.rstrip().endswith(OPEN)

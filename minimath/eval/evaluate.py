@@ -91,6 +91,10 @@ def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str,
             part.path.unlink(missing_ok=True)
         name = cfg.adapter.path or cfg.model.name
         log.table(f"{name} on {len(examples)} problems", COLUMNS, [table_row(name, summary)])
+        if "thinking" in summary:
+            log.say(f"{100 * summary['thinking']:.0f}% of the completions think; on average "
+                    f"{summary['mean_thought_tokens']:.1f} tokens of thought, {summary['mean_answer_tokens']:.1f} of "
+                    "answer")
         for name, value in summary.items():
             if "@" in name:
                 log.say(f"{name}: {value:.3f}")
@@ -214,11 +218,12 @@ def sample_completions(policy: Policy, prompts: dict[int, list[int]], cfg: EvalC
 
 def grade(number: int, s: int, example: Example, sample: Sample, checker: AnswerChecker) -> dict:
     """Make the record of one completion."""
-    answer = final_answer(sample.text, sample.finished)
+    answer = None if sample.cut_thinking else final_answer(sample.text, sample.finished)
     return {"number": number, "id": example.id, "problem": example.problem, "gold": example.answer, "sample": s,
             "text": sample.text, "answer": answer,
             "correct": answer is not None and checker.equal(answer, example.answer), "tokens": sample.tokens,
             "finished": sample.finished, "correct_steps": sample.steps.right, "steps": sample.steps.total,
+            **({"thought_tokens": sample.thought} if sample.thought else {}),
             **({"messages": example.asked()} if example.messages else {})}
 
 

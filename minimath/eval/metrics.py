@@ -1,8 +1,8 @@
 """Compute the figures of an evaluation from its records.
 
 A record is one completion, a line of completions.jsonl: number (the problem's place in the data), id, problem, gold,
-sample, text, answer, correct, tokens, finished, correct_steps, steps. Step consistency (every `a op b = c`) is a
-tripwire, not a quality score: most wrong solutions pass it too."""
+sample, text, answer, correct, tokens, finished, correct_steps, steps, and of one that thinks thought_tokens. Step
+consistency (every `a op b = c`) is a tripwire, not a quality score: most wrong solutions pass it too."""
 import json
 import statistics
 from pathlib import Path
@@ -31,6 +31,9 @@ def summarise(records: list[dict], cfg: EvalConfig, checker: AnswerChecker) -> d
         "correct_steps": sum(r["correct_steps"] for r in records) / max(1, steps), "checked_steps": steps,
         "finished": statistics.fmean(r["finished"] for r in records),
     }
+    if thoughts := [r["thought_tokens"] for r in records if "thought_tokens" in r]:
+        summary |= {"thinking": len(thoughts) / len(records), "mean_thought_tokens": sum(thoughts) / len(records),
+                    "mean_answer_tokens": (sum(tokens) - sum(thoughts)) / len(records)}
     if k > 1:
         summary[f"avg@{k}"] = summary["accuracy"]
         for n in sorted({2 ** i for i in range(k.bit_length())} | {k}):

@@ -67,6 +67,7 @@ def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy
             write_whole(folder / PART, "".join(part_line(n, s, c) for (n, s), c in done.items()))
         for completion in done.values():
             completion.text = policy.decode(completion.ids)
+            completion.thought = policy.thought_tokens(completion.ids, completion.text)
         log.say(f"going on after {len(done)} of {problems * cfg.samples} completions")
     elif cfg.run.resume:
         log.say(f"no completion in {folder} yet: starting with the first")

@@ -1,4 +1,5 @@
 """The one model in memory with its tokenizer: policy, reference, judge and evaluated model are all this."""
+import bisect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ from minimath.config.trained import base_of, same_place
 from minimath.core.errors import UserError
 from minimath.core.hub import without_network
 from minimath.core.run_folder import find_adapter, say_once
-from minimath.data.chat import eos_ids, prompt_ids
+from minimath.data.chat import control_tokens, eos_ids, prompt_ids
 from minimath.data.rows import Example
+from minimath.data.template import CLOSE, OPEN, opens_thought
 from minimath.models.forward import base_causal_lm
 from minimath.models.load import add_adapter, load_model
 
@@ -59,6 +61,18 @@ class Policy:
         """Decode tokens to text without special tokens and what ends the turn."""
         ids = ids[:-1] if ids and ids[-1] in self.eos else ids  # not every token that ends a turn is called special
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def thought_tokens(self, ids: list[int], text: str) -> int:
+        """Count the tokens of a completion up to the end of its thought.
+
+        text: what `decode` makes of them. All, where the thought does not end; 0 where there is none."""
+        close, _ = control_tokens(self.tokenizer).get(CLOSE, (None, False))
+        if close in ids:
+            return ids.index(close) + 1
+        if CLOSE not in text:
+            begun = opens_thought(self.tokenizer, self.prompt.thinking, self.prompt.template_args)
+            return len(ids) if begun or text.lstrip().startswith(OPEN) else 0
+        return bisect.bisect_left(range(len(ids)), True, key=lambda n: CLOSE in self.decode(ids[:n]))
 
     def add_adapter(self, folder: Path, name: str) -> None:
         """Load a saved LoRA adapter, frozen and not active, beside the policy's. Raises UserError."""

@@ -76,4 +76,6 @@ class Engine(contextlib.AbstractContextManager):
 
     def sample(self, ids: list[int], logp: list[float], finished: bool, full_logp=None) -> Sample:
         """Make the sample of what was decoded; full_logp only where it is another than logp."""
-        return Sample(ids, logp, finished, self.policy.decode(ids), None if self.how.full() else full_logp)
+        text = self.policy.decode(ids)
+        return Sample(ids, logp, finished, text, None if self.how.full() else full_logp,
+                      self.policy.thought_tokens(ids, text))

@@ -1,7 +1,8 @@
 """Length control: how short each correct sample is for its problem, and how much that counts.
 
 Wrong samples have no length: penalising theirs ends in collapse (ACOER, arXiv 2606.22716). n are the lengths of a
-group's correct samples, in tokens; L is max_new_tokens; y is the yardstick, mean n (or min n).
+group's correct samples, in tokens, with brevity_counts=thought of their thoughts alone; L is max_new_tokens; y is the
+yardstick, mean n (or min n).
 """
 from __future__ import annotations
 
@@ -67,10 +68,10 @@ def brevity(samples: list[Sample], options: BrevityOptions, longest: int) -> lis
 
     All 0.0 for truncate, where max_new_tokens falls instead (DLER, arXiv 2510.15110), and under control where few are
     correct (as GRPO-lambda, arXiv 2505.18086, does). longest: max_new_tokens."""
-    n = np.array([s.tokens for s in samples if s.correct], dtype=float)
+    n = np.array([s.thought if options.counts == "thought" else s.tokens for s in samples if s.correct], dtype=float)
     solved = len(n) / len(samples)
     few = options.control != "none" and solved < LEAST_CORRECT
-    if not len(n) or few or options.name == "truncate":
+    if not n.any() or few or options.name == "truncate":  # nor is there a thought to shorten
         return [0.0] * len(samples)
     terms = {"ratio": lambda: ratio(n, options), "log": lambda: log(n, options), "cosine": lambda: cosine(n, longest),
              "minmax": lambda: minmax(n), "alp": lambda: alp(n, longest, solved)}
@@ -147,8 +148,8 @@ class BrevityControl:
         return {name: dict(vars(value)) if isinstance(value, Mean) else value for name, value in own.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on with the weight of before; of a constant one the option speaks."""
-        if self.options.control != "none":
+        """Go on with the weight of before, if it was controlled; of a constant one the option speaks."""
+        if self.options.control != "none" and state["steps"]:
             for name, value in state.items():
                 setattr(self, name, Mean(**value) if isinstance(value, dict) else value)
             self.weight = min(self.weight, self.options.weight)

@@ -79,6 +79,8 @@ def rollout_metrics(kept: list[Group], seen: list[Group], engine) -> dict:
     correct = [sample.tokens for sample in samples if sample.correct]
     of_engine = engine.metrics()
     rewards = [s.reward for s in samples if s.reward is not None]
+    thoughts = {"rollout/thought_tokens": statistics.fmean(s.thought for s in samples),
+                "rollout/answer_tokens": statistics.fmean(s.tokens - s.thought for s in samples)}
     return {"reward/mean": statistics.fmean(rewards) if rewards else None,
             "rollout/correct": statistics.fmean(s.correct for s in samples),
             "rollout/tokens": statistics.fmean(s.tokens for s in samples),
@@ -86,7 +88,8 @@ def rollout_metrics(kept: list[Group], seen: list[Group], engine) -> dict:
             "rollout/finished": statistics.fmean(s.finished for s in samples), "rollout/samples": len(samples),
             "rollout/groups": len(kept), "rollout/dropped_groups": len(seen) - len(kept),
             "rollout/surprisal": statistics.fmean(-logp for s in samples for logp in s.logp),
-            **part_metrics(seen), **{f"rollout/{k}": of_engine[k] for k in ENGINE_METRICS if k in of_engine}}
+            **(thoughts if any(s.thought for s in samples) else {}), **part_metrics(seen),
+            **{f"rollout/{k}": of_engine[k] for k in ENGINE_METRICS if k in of_engine}}
 
 
 def token_metrics(options: LossOptions, rows: PolicyRows, stats, full_logp: torch.Tensor,

@@ -77,6 +77,8 @@ class Verifier(contextlib.AbstractContextManager):
                 sample.correct = self.verdict(sample, group.example)
 
     def verdict(self, sample: Sample, example: Example) -> bool:
+        if sample.cut_thinking and self.kind in NEEDS_ANSWER:
+            return False
         if self.kind == "exact":
             return self.checker.check(sample.text, example.answer, sample.finished)
         if self.kind == "regex":
@@ -180,7 +182,7 @@ class Verifier(contextlib.AbstractContextManager):
 
 def answer_of(sample: Sample) -> str:
     """Return the final answer, or "" for none that can be compared."""
-    answer = final_answer(sample.text, sample.finished) or ""
+    answer = "" if sample.cut_thinking else final_answer(sample.text, sample.finished) or ""
     return answer if len(answer) <= MAX_ANSWER_CHARS and key(typeset(answer)) else ""
 
 
