@@ -240,6 +240,9 @@ def test_a_controller_that_goes_on_from_its_state_is_the_same_and_its_state_is_j
     lower = BrevityControl(BrevityOptions(control="accuracy", weight=0.001))
     lower.load_state_dict(whole.state_dict())
     assert lower.weight == 0.001 < whole.weight
+    begun = BrevityControl(BrevityOptions(control="accuracy", weight=0.4))
+    begun.load_state_dict(BrevityControl(BrevityOptions(weight=0.4)).state_dict())  # control is new: it begins low
+    assert begun.weight == pytest.approx(0.04)
     constant = BrevityControl(BrevityOptions(weight=0.2))
     constant.load_state_dict(whole.state_dict())
     assert constant.weight == 0.2
