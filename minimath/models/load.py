@@ -168,9 +168,12 @@ def _new_adapter(model, cfg):
         rank, alpha, init = 2 * rank, alpha * (2 ** 0.5 if options.rslora else 2), True
     elif init not in (True, False, "gaussian", "orthogonal"):
         raise UserError(f"lora_init={init!r}: use default, gaussian, orthogonal, pissa, pissa_niter_4 or olora")
+    # Mamba's fused training kernel reads this weight past its adapter, and peft refuses it in some families
+    mamba = targets == "all-linear" and any(hasattr(m, "A_log") and hasattr(m, "D") for m in model.modules())
+    left_out = ["out_proj"] if mamba else None
     try:
         model = get_peft_model(model, LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=options.lora_dropout,
+            r=rank, lora_alpha=alpha, lora_dropout=options.lora_dropout, exclude_modules=left_out,
             target_modules=targets if targets == "all-linear" else targets.split(","), use_rslora=options.rslora,
             use_dora=options.dora, init_lora_weights=init, task_type="CAUSAL_LM"))
     except ValueError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from minimath.models.forward import base_causal_lm, head_module
+from minimath.models.state import NEITHER, STATE, layer_kinds, state_bytes
 
 MOST_SLOTS = {"cpu": 128, "cuda": 512}  # beyond, a step takes longer in proportion: nothing is gained
 KEEP = 0.8  # of the free memory that may be needed where a rollout's buffers stay
@@ -40,11 +41,14 @@ def free_bytes(device: torch.device) -> int:
 
 
 def cache_bytes_per_token(model) -> int:
-    """Count the bytes of keys and values of one token in all layers."""
-    config = base_causal_lm(model).config.get_text_config()
+    """Count the bytes of keys and values of one token in all layers that attend."""
+    config, kinds = base_causal_lm(model).config.get_text_config(), layer_kinds(model)
+    attend = sum(kind not in (STATE | NEITHER) - {"hybrid"} for kind in kinds) if kinds else config.num_hidden_layers
+    if not attend:
+        return 0
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * dim * base_causal_lm(model).dtype.itemsize
+    return 2 * attend * heads * dim * base_causal_lm(model).dtype.itemsize
 
 
 def sampling_bytes(vocab: int, how, device: str) -> int:
@@ -57,9 +61,9 @@ def sampling_bytes(vocab: int, how, device: str) -> int:
 
 
 def slot_bytes(model, length: int, how) -> int:
-    """Count the bytes of one sequence: keys and values, and what choosing a token takes."""
+    """Count the bytes of one sequence: keys and values, state, and what choosing a token takes."""
     vocab, device = head_module(model).weight.shape[0], base_causal_lm(model).device.type
-    return length * cache_bytes_per_token(model) + sampling_bytes(vocab, how, device)
+    return length * cache_bytes_per_token(model) + state_bytes(model) + sampling_bytes(vocab, how, device)
 
 
 def fitting_slots(model, length: int, wanted: int, how, *, free: int | None = None, held: int = 0) -> int:

@@ -20,6 +20,7 @@ from minimath.kernels.common import tile_shape
 from minimath.models.load import DTYPES, first_line
 from minimath.models.memory import cache_bytes_per_token, sampling_bytes
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
+from minimath.models.state import state_bytes
 from minimath.plan.footprint import Model
 from minimath.rollout.sampling import Sampling
 from minimath.train.teacher import teacher_kind, teacher_quant
@@ -188,6 +189,7 @@ class Planner:
         together = max(1, min(PREFILL_TOKENS // prompt, seqs, cfg.prompts_per_step if train else seqs))
         logits = seqs * sampling_bytes(model.head.shape[0], Sampling.of(cfg.sampling), self.device)
         keys = -(-(prompt + new) // PLACES) * PLACES * cache_bytes_per_token(model.empty)
+        keys += state_bytes(model.empty)
         rows["keys and values"] = seqs * (keys + 20 * new + 8 * prompt)
         rows["prefill, or a step's logits"] = max(logits, model.prefill(together, prompt)) + self.dequantised(base)
         return self.on_card(rows)

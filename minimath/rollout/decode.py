@@ -4,19 +4,19 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import DynamicCache
 
 from minimath.core.errors import UserError
 from minimath.core.threads import follow_load
 from minimath.models.block_attention import on_device
-from minimath.models.forward import additive_mask, base_causal_lm, head, not_looked_at
+from minimath.models.forward import additive_mask, base_causal_lm, head
 from minimath.models.linears import IN_PLACE
 from minimath.models.memory import give_back
-from minimath.rollout import kv_cache
+from minimath.models.state import STATE, fresh_cache, layer_kinds
 from minimath.rollout.ends import BoxWatch, Flight, in_loop
 from minimath.rollout.engine import Engine, Job
 from minimath.rollout.graphs import StepGraphs, addresses
-from minimath.rollout.kv_cache import Seen, SlotCache, softcap_of, windows_of
+from minimath.rollout.kv_cache import SlotCache, softcap_of
+from minimath.rollout.passes import Step, prefill
 from minimath.rollout.sampling import logits_of, sample_tokens, stream_noise
 
 BLOCK, ROUND = 32, 32  # rows that attention treats alike on a CPU; places that it reads are a multiple of this
@@ -59,14 +59,15 @@ class Decode:
         self.sync = SYNC.get(self.device.type, 1)
         self.ends = self.put(torch.tensor(sorted(set(engine.eos)), dtype=torch.long))
         self.back = self.put(torch.arange(4 * self.sync, 0, -1))
-        self.windows, self.graphs = windows_of(model), StepGraphs(model)
+        self.graphs, self.keeps_state = StepGraphs(model), bool(STATE & set(layer_kinds(model)))
         self.graphs.usable &= engine.records
         self.slots, self.cache, self.where, self.rows = 0, None, None, []
 
     def start(self, queue: list[Row], max_num_seqs: int, fast: Fast) -> None:
         """Begin a rollout of the rows in queue, max_num_seqs of them at a time."""
         self.queue, self.max_num_seqs, self.fast = queue, max_num_seqs, fast
-        self.fixed = fast.attends and self.device.type in kv_cache.FIXED_SHAPES
+        self.forward = Step(self.model, fast.attends)
+        self.fixed = self.forward.fixed
         self.longest = max(len(row.job.prompt) for row in queue) + self.max_new_tokens
         self.steps = self.used = self.idle = self.halved = self.graphs.replays = 0
         if self.cache is None or self.slots < max_num_seqs or self.cache.places < self.longest:
@@ -92,7 +93,6 @@ class Decode:
         self.alive = torch.zeros(slots, dtype=torch.bool, **here)
         self.ids = torch.zeros(slots, self.max_new_tokens, dtype=torch.long, **here)
         self.noise, self.logp, self.full_logp = (torch.zeros(slots, self.max_new_tokens, **here) for _ in range(3))
-        self.no_mask = not_looked_at(self.model) if self.fixed else None
 
     @property
     def state(self) -> tuple[torch.Tensor, ...]:
@@ -100,9 +100,7 @@ class Decode:
 
     def held_bytes(self) -> int:
         """Count the bytes of state and cache, which a next rollout may use; 0 before the first."""
-        layers = self.cache.layers if self.cache else ()
-        return sum(each.nbytes for each in [*(self.state if layers else ()),
-                                            *(part for layer in layers for part in (layer.keys, layer.values))])
+        return self.cache.nbytes + sum(each.nbytes for each in self.state) if self.cache else 0
 
     def metrics(self) -> dict:
         """Tell how it went: seq_fill is the share of slots in use, over all steps."""
@@ -165,15 +163,7 @@ class Decode:
 
         length: of the longest row, spans: see slot_attention; both where shapes are not fixed."""
         pos, alive = self.pos[:n], self.alive[:n]
-        if self.fixed:
-            self.cache.at(pos, self.cache.places)
-            mask, more = self.no_mask, {"seen": Seen(pos * alive + 1, self.windows)}  # a dead row reads one place
-        else:
-            self.cache.at(pos, length)
-            age = pos[:, None, None, None] - torch.arange(length, device=self.device)  # (n, 1, 1, T)
-            mask, more = additive_mask(self.model, age, age >= 0), {"spans": spans} if spans else {}
-        hidden = self.decoder(input_ids=self.token[:n, None], position_ids=pos[:, None], attention_mask=mask,
-                              past_key_values=self.cache, use_cache=True, **more).last_hidden_state[:, 0]
+        hidden = self.forward(self.cache, self.token[:n], pos, alive, length=length, spans=spans)
         pos += alive
         self.choose(hidden, slice(0, n))
 
@@ -272,7 +262,8 @@ class Decode:
         batches: list[list[tuple]] = [[]]
         ranked = sorted(by_tokens, key=len)  # prompts of like length in a forward: little padding
         for tokens in ranked:
-            if batches[-1] and (len(batches[-1]) + 1) * len(tokens) > PREFILL_TOKENS:
+            if batches[-1] and ((len(batches[-1]) + 1) * len(tokens) > PREFILL_TOKENS
+                                or not self.engine.pads and len(tokens) != len(batches[-1][0])):
                 batches.append([])
             batches[-1].append(tokens)
         self.seat([row for tokens in ranked for row in by_tokens[tokens]])
@@ -293,27 +284,30 @@ class Decode:
     def prefill(self, batch: list[tuple], groups: list[list[Row]]) -> None:
         """Fill the next slots with the rows that begin with each prompt of a batch, and choose their tokens."""
         lengths, width = torch.tensor([len(tokens) for tokens in batch]), max(map(len, batch))
-        if self.fixed:
+        if self.fixed and self.engine.pads:
             width = max(width, min(-(-width // PREFILL_ROUND) * PREFILL_ROUND, self.longest))
-        ids = torch.full((len(batch), width), self.pad)
-        for row, tokens in zip(ids, batch, strict=True):
-            row[:len(tokens)] = torch.tensor(tokens)
+        padding = width - lengths if self.keeps_state else torch.zeros_like(lengths)  # before each prompt: what stands
+        ids = torch.full((len(batch), width), self.pad)                               # behind it would change its state
+        for row, tokens, start in zip(ids, batch, padding.tolist(), strict=True):
+            row[start:start + len(tokens)] = torch.tensor(tokens)
         rows = [row for group in groups for row in group]
         source = torch.arange(len(batch)).repeat_interleave(torch.tensor([len(group) for group in groups]))
-        numbers = torch.stack([source, lengths[source], torch.tensor([len(row.ids) for row in rows])])
-        ids, numbers = self.put(torch.cat([ids.flatten(), numbers.flatten()])).split([ids.numel(), numbers.numel()])
-        (source, pos, count), prefilled = numbers.view(3, -1), DynamicCache()  # without a config: full length in every
-        hidden = self.decoder(input_ids=ids.view(-1, width), attention_mask=self.prefill_mask(lengths, width),  # layer
-                              past_key_values=prefilled, use_cache=True).last_hidden_state
+        numbers = torch.stack([source, lengths[source], torch.tensor([len(row.ids) for row in rows]), padding[source],
+                               source * width + (padding + lengths)[source] - 1])
+        sizes = [ids.numel(), numbers.numel(), len(batch)]
+        ids, numbers, padding = self.put(torch.cat([ids.flatten(), numbers.flatten(), padding])).split(sizes)
+        (source, pos, count, start, last), prefilled = numbers.view(5, -1), fresh_cache(self.model)
+        how = {"padding": padding} if self.keeps_state else {"mask": self.prefill_mask(lengths, width)}
+        hidden = prefill(self.model, ids.view(-1, width), prefilled, **how)
         if self.cache is None:
             self.cache = SlotCache(prefilled, self.slots, self.longest)
         slots = slice(len(self.rows), len(self.rows) + len(rows))
-        self.cache.fill(slots.start, prefilled, source)
+        self.cache.fill(slots.start, prefilled, source, start if self.keeps_state else None)
         self.pos[slots], self.count[slots], self.alive[slots] = pos, count, True
         for row, tokens in zip(rows, [tokens for tokens, group in zip(batch, groups) for _ in group], strict=True):
             row.length = len(tokens)
         self.rows += rows
-        self.choose(hidden.flatten(0, 1)[source * width + pos - 1], slots)
+        self.choose(hidden.flatten(0, 1)[last], slots)
 
     def prefill_mask(self, lengths: torch.Tensor, width: int):
         """Make the mask of a right-padded batch; on a card none, as no token sees what is to its right."""

@@ -8,41 +8,19 @@ from typing import NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from minimath.core.errors import UserError
 from minimath.kernels.decode_attention import decode_attention
 from minimath.models.attention import probabilities
-from minimath.models.forward import base_causal_lm, compute_dtype, inference, sliding_window
+from minimath.models.forward import base_causal_lm, sliding_window
+from minimath.models.state import keeps_state
+from minimath.rollout.slots import slots_of
 
 ALIGN = 64  # places are a multiple of this, which keeps the rows of a mask aligned
-FIXED_SHAPES = ("cuda",)  # devices whose steps have one shape for each number of rows, as recording needs it
 ATTENTION = "minimath_slots"
-
-
-class SlotLayer(DynamicLayer):
-    """Keys and values of one layer, [S, H, T, Dh]; of the keys T is innermost where products read them."""
-
-    def __init__(self, prefilled, slots: int, places: int):
-        super().__init__()
-        self.keys, self.values = (old.new_zeros(slots, old.shape[1], places, old.shape[3])
-                                  for old in (prefilled.keys, prefilled.values))
-        if self.keys.device.type not in FIXED_SHAPES:
-            self.keys = self.keys.view(*self.keys.shape[:2], -1, places).transpose(2, 3)
-        self.is_initialized = True
-        self.rows = self.pos = self.length = None  # set by SlotCache.at for the coming forward
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Write one token [n, H, 1, Dh] per row at its position; return the part in use."""
-        n = key_states.shape[0]
-        self.keys[self.rows, :, self.pos] = key_states[:, :, 0]
-        self.values[self.rows, :, self.pos] = value_states[:, :, 0]
-        return self.keys[:n, :, :self.length], self.values[:n, :, :self.length]
-
-    def get_seq_length(self) -> int:
-        return self.length - 1  # without the token that the coming forward adds
 
 
 class SlotCache(Cache):
@@ -53,49 +31,43 @@ class SlotCache(Cache):
 
         Once: buffers that grow leave holes in the heap, and recorded steps hold their addresses."""
         self.places = -(-length // ALIGN) * ALIGN
-        super().__init__(layers=[SlotLayer(layer, slots, self.places) for layer in prefilled.layers])
+        super().__init__(layers=[slots_of(layer, slots, self.places) for layer in prefilled.layers])
 
-    def fill(self, first: int, prefilled: DynamicCache, source: torch.Tensor) -> None:
-        """Copy rows `source` [k] of a right-padded batch into the slots from `first` on; what is padding is unseen."""
-        slots, places = slice(first, first + len(source)), prefilled.layers[0].keys.shape[2]
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for layer in self.layers for each in layer.tensors())
+
+    def fill(self, first: int, prefilled: DynamicCache, source: torch.Tensor, padding=None) -> None:
+        """Copy rows `source` [k] of a batch into the slots from `first` on; what is padding is unseen.
+
+        padding [k]: how much stands before each of them; None: the batch is padded at the right."""
+        width = next((layer.keys.shape[2] for layer in prefilled.layers if getattr(layer, "keys", None) is not None), 0)
+        order = None
+        if padding is not None and width:
+            order = (torch.arange(width, device=source.device) + padding[:, None]) % width
         for mine, theirs in zip(self.layers, prefilled.layers, strict=True):
-            mine.keys[slots, :, :places] = theirs.keys.index_select(0, source)
-            mine.values[slots, :, :places] = theirs.values.index_select(0, source)
+            mine.fill(slice(first, first + len(source)), theirs, source, order)
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Move rows `sources`, their first `length` places, to `targets` all at once."""
         for layer in self.layers:
-            for buffer in (layer.keys, layer.values):
-                buffer[targets, :, :length] = buffer[sources, :, :length]
+            layer.move(sources, targets, length)
 
     def at(self, pos: torch.Tensor, length: int) -> None:
         """Set the places [n] of the rows' next tokens; attention sees the first `length`."""
         rows = torch.arange(len(pos), device=pos.device)
         for layer in self.layers:
-            layer.rows, layer.pos, layer.length = rows, pos, length
-
-
-class NoStandardCache(UserError):
-    """The model keeps something else than keys and values in every layer."""
-
-
-def check_model(model) -> None:
-    """Raise NoStandardCache unless all layers attend as we know, and keep keys and values."""
-    base, cache = base_causal_lm(model), DynamicCache()
-    kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
-    if kinds <= {"full_attention", "sliding_attention"} and not getattr(base, "_is_stateful", False):
-        with inference(model), compute_dtype(model):
-            ids = torch.zeros(1, 1, dtype=torch.long, device=base.device)
-            base.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    keys = [getattr(layer, "keys", None) for layer in cache.layers]
-    if not keys or any(each is None or each.dim() != 4 for each in keys):
-        raise NoStandardCache(f"{type(base).__name__} has no standard KV cache")
+            layer.at(rows, pos, length)
 
 
 class Seen(NamedTuple):
     """What the rows of a step see of their slots: their last places."""
     length: torch.Tensor  # (n,) places in use, the new token's included
     windows: list[int]  # of each layer; 0: none
+
+
+class NoStandardCache(UserError):
+    """The model keeps something else than keys and values, or state that our slots can hold."""
 
 
 def windows_of(model) -> list[int]:
@@ -141,6 +113,8 @@ def decoding_attention(model):
     config = base.config.get_text_config()
     before = config._attn_implementation
     serves = getattr(base, "_supports_attention_backend", False) and (base._supports_sdpa or softcap_of(model))
+    # most models with state do not say so, but ask transformers for a function; check_state tries it
+    serves = serves or keeps_state(model) and hasattr(sys.modules[type(base).__module__], "ALL_ATTENTION_FUNCTIONS")
     config._attn_implementation = ATTENTION if serves else before
     try:
         yield bool(serves)

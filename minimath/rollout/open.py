@@ -18,7 +18,8 @@ from minimath.models.policy import Policy
 from minimath.models.variants import is_sharded
 from minimath.rollout.decode import Decode, Fast, Row
 from minimath.rollout.engine import Engine
-from minimath.rollout.kv_cache import NoStandardCache, check_model, decoding_attention
+from minimath.rollout.kv_cache import NoStandardCache, decoding_attention
+from minimath.rollout.passes import check_model
 from minimath.rollout.transformers_engine import TransformersEngine
 from minimath.rollout.vllm import VLLMEngine
 
@@ -55,7 +56,7 @@ class OwnEngine(Engine):
 
     def __init__(self, *options, **more):
         super().__init__(*options, **more)
-        check_model(self.policy.model)
+        self.pads = check_model(self.policy.model)  # whether prompts of unlike length share a prefill
         self.max_num_seqs = self.options.max_num_seqs  # 0: as many as memory allows; less once it ran out
         self._batch, self._metrics = None, {}
         self._kept, self._version, self._trained = None, None, False

@@ -20,11 +20,10 @@ from minimath.models.forward import base_causal_lm, compute_dtype, head, hidden_
 from minimath.models.memory import give_back
 from minimath.models.variants import in_step, is_sharded
 from minimath.rollout.engine import Engine, Job
-from minimath.rollout.kv_cache import check_model
+from minimath.rollout.passes import PADDING_TOLERANCE, check_model
 from minimath.rollout.sampling import Sampling, sample_tokens, stream_noise
 
 ROWS = 64  # of a batch, with max_num_seqs=0
-PADDING_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the log-probs' spread
 LOGP_TOLERANCE = {torch.float32: 0.01}  # median difference from the training forward; 0.1 in 16 bits
 
 
@@ -53,7 +52,7 @@ class TransformersEngine(Engine):
         """Yield batches of jobs, sorted by length, of one length where they must."""
         model, most = self.policy.model, self.options.max_num_seqs or ROWS
         if is_sharded(model):  # a look would be work of all processes; recurrent models are refused
-            check_model(model)
+            check_model(model, state=False)
             mixed = True
         else:
             mixed = len({len(job.prompt) for job in jobs}) < 2 or padding_is_harmless(

@@ -38,6 +38,22 @@ FAMILIES = {  # what each adds to a plain Llama: the head, bias and attention va
     "granite": {"logits_scaling": 4.0},
     "cohere": {"logit_scale": 0.25},
 }
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+         "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+STATEFUL = {  # those that keep state beside keys and values, or in place of them
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    "qwen3_next": {**DELTA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                   "shared_expert_intermediate_size": 16},
+    "qwen3_5_text": DELTA,
+    "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 0,
+                         "num_experts_per_tok": 0, "shared_intermediate_size": 32},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64, "head_dim": 8},  # both in every layer
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "nemotron_h": {"layer_types": ["linear_attention", "full_attention", "mlp"], "head_dim": 8, "ssm_state_size": 8,
+                   "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "chunk_size": 16},
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 16},
+}
 
 
 def tiny_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
@@ -64,7 +80,7 @@ def _save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, family: str, s
         "tie_word_embeddings": True, "use_cache": True,
         "initializer_range": 0.2,  # at the usual 0.02 logits are almost uniform, and tests could not fail
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    config = AutoConfig.for_model(kind, **{**fields, **FAMILIES[family]})
+    config = AutoConfig.for_model(kind, **{**fields, **(FAMILIES | STATEFUL)[family]})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

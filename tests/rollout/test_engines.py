@@ -26,13 +26,13 @@ def llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def mamba():
-    """The policy of a model that keeps a recurrent state."""
+def rwkv():
+    """The policy of a model whose state has no place in transformers' cache."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "mamba", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=3,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, use_mambapy=False)
+        "rwkv", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, attention_hidden_size=32,
+        intermediate_size=64, pad_token_id=3, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     return policy_with(model, tokenizer)
 
@@ -62,19 +62,19 @@ def test_both_engines_draw_the_same_completions(llama):
     assert told[0] == told[1]
 
 
-def test_a_model_without_kv_cache_goes_to_transformers_and_says_so_once(mamba):
+def test_a_model_without_kv_cache_goes_to_transformers_and_says_so_once(rwkv):
     said = []
-    with opened(mamba, say=said.append) as engine:
+    with opened(rwkv, say=said.append, max_num_seqs=1) as engine:
         for _ in range(2):
             groups = engine.generate(prompts_of((5, 9)), 2)
     assert [len(group) for group in groups] == [2, 2] and type(engine) is TransformersEngine
-    assert len(said) == 1 and "MambaForCausalLM" in said[0] and "slower" in said[0]
+    assert len(said) == 1 and "RwkvForCausalLM" in said[0] and "slower" in said[0]
 
 
 @pytest.mark.parametrize("name, value", [("stop_boxed", True), ("loop_guard", 32)])
-def test_options_of_the_own_engine_are_never_ignored(llama, mamba, name, value):
+def test_options_of_the_own_engine_are_never_ignored(llama, rwkv, name, value):
     assert name in OWN_ENGINE_ONLY
-    for policy, options in ((llama, {"rollout": "transformers"}), (mamba, {}), (llama, {"rollout": "vllm"})):
+    for policy, options in ((llama, {"rollout": "transformers"}), (rwkv, {}), (llama, {"rollout": "vllm"})):
         with pytest.raises(UserError, match=f"{name}={value} needs minimath's own engine"):
             opened(policy, **options, **{name: value})
 

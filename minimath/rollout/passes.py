@@ -1,0 +1,114 @@
+"""Passes of the model that fill and read the slot cache, and whether a model's passes can."""
+import torch
+
+from minimath.core.errors import is_out_of_memory
+from minimath.models.forward import additive_mask, base_causal_lm, compute_dtype, inference, not_looked_at
+from minimath.models.state import ATTEND, NEITHER, STATE, cache_argument, fresh_cache, layer_kinds
+from minimath.rollout import slots
+from minimath.rollout.kv_cache import NoStandardCache, Seen, SlotCache, decoding_attention, softcap_of, windows_of
+
+PADDING_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the values' spread
+STEP_TOLERANCE = {torch.float32: 0.01}  # of the same, between a scan and a step; 0.1 in 16 bits
+TRIED = 8  # tokens of a prompt
+
+
+class Step:
+    """The forward of a step: what the model takes beside the newest tokens."""
+
+    def __init__(self, model, attends: bool):
+        base = base_causal_lm(model)
+        self.model, self.decoder, self.windows = model, base.base_model, windows_of(model)
+        self.fixed = attends and base.device.type in slots.FIXED_SHAPES
+        self.argument, self.no_mask = cache_argument(model), None
+        if self.fixed:
+            self.no_mask = masks_by_kind(model, not_looked_at(model))
+
+    def __call__(self, cache: SlotCache, token: torch.Tensor, pos: torch.Tensor, alive: torch.Tensor, *,
+                 length: int = 0, spans=None) -> torch.Tensor:
+        """Compute the hidden states [n, D] of n tokens at their places, without a read-back.
+
+        length: of the longest row, spans: see slot_attention; both where shapes are not fixed."""
+        if self.fixed:
+            cache.at(pos, cache.places)
+            mask, more = self.no_mask, {"seen": Seen(pos * alive + 1, self.windows)}  # a dead row reads one place
+        else:
+            cache.at(pos, length)
+            age = pos[:, None, None, None] - torch.arange(length, device=pos.device)  # (n, 1, 1, T)
+            mask = masks_by_kind(self.model, additive_mask(self.model, age, age >= 0))
+            more = {"spans": spans} if spans else {}
+        return self.decoder(input_ids=token[:, None], position_ids=pos[:, None], attention_mask=mask, use_cache=True,
+                            **{self.argument: cache}, **more).last_hidden_state[:, 0]
+
+
+def masks_by_kind(model, mask):
+    """Give each kind of layer its mask where some keep state, which takes none in a step."""
+    kinds = set(layer_kinds(model))
+    if not STATE & kinds:
+        return mask
+    if not kinds & (ATTEND | {"hybrid"}):
+        return None
+    attends = mask if isinstance(mask, dict) else dict.fromkeys(ATTEND, mask)
+    return attends | dict.fromkeys(STATE | NEITHER)
+
+
+def prefill(model, ids: torch.Tensor, cache, *, mask=None, padding: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute the hidden states [B, T, D] of prompts, and fill a fresh cache with them.
+
+    padding [B]: how many tokens of padding stand before each; None: they are padded at the right, or not."""
+    more = {cache_argument(model): cache}
+    if padding is not None:
+        place = torch.arange(ids.shape[1], device=ids.device) - padding[:, None]
+        mask, more["position_ids"] = (place >= 0).long(), place.clamp(min=0)
+    return base_causal_lm(model).base_model(input_ids=ids, attention_mask=mask, use_cache=True,
+                                            **more).last_hidden_state
+
+
+def check_model(model, *, state: bool = True) -> bool:
+    """Raise NoStandardCache unless layers attend as we know, or keep state that slots hold.
+
+    state: whether they may. Returns whether prompts of unlike length share a prefill: not every recurrent model leaves
+    masked tokens out of its state, and no config says so."""
+    base, cache, kinds = base_causal_lm(model), fresh_cache(model), set(layer_kinds(model))
+    if state and STATE & kinds:
+        return check_state(model)
+    if kinds <= ATTEND and not getattr(base, "_is_stateful", False):
+        with inference(model), compute_dtype(model):
+            prefill(model, torch.zeros(1, 1, dtype=torch.long, device=base.device), cache)
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    if not keys or any(each is None or each.dim() != 4 for each in keys):
+        raise NoStandardCache(f"{type(base).__name__} has no standard KV cache")
+    return True
+
+
+def check_state(model) -> bool:
+    """Do so for a model with state: compare a step from slots with the whole sequence."""
+    base, name = base_causal_lm(model), type(base_causal_lm(model)).__name__
+    if softcap_of(model) or not set(layer_kinds(model)) <= ATTEND | STATE | NEITHER:
+        raise NoStandardCache(f"{name} has layers of a kind that our cache does not know")
+    try:
+        with inference(model), compute_dtype(model):
+            alone, padded = (_difference(model, padding) for padding in (0, 3))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise NoStandardCache(f"{name} does not decode from our cache ({str(error).splitlines()[0]})") from error
+    if not alone <= STEP_TOLERANCE.get(base.dtype, 0.1):
+        raise NoStandardCache(f"{name} decodes from our cache {alone:.2g} away from a whole pass")
+    return abs(padded - alone) <= PADDING_TOLERANCE.get(base.dtype, 1e-4)
+
+
+def _difference(model, padding: int) -> float:
+    """Find how far a step behind a prompt, with padding before it, is from a whole pass."""
+    base = base_causal_lm(model)
+    ids = torch.arange(1, TRIED + 2, device=base.device)[None] * 7 % base.get_input_embeddings().weight.shape[0]
+    whole = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -2:]
+    with decoding_attention(model) as attends:
+        before, source, cache = ids[:, :1].expand(1, padding), torch.zeros_like(ids[0, :2]), fresh_cache(model)
+        last = prefill(model, torch.cat([before, ids[:, :-1]], 1), cache, padding=source[:1] + padding)[:, -1]
+        rows = SlotCache(cache, 2, TRIED + 1)
+        rows.fill(0, cache, source, source + padding)
+        spans = [(0, 2, rows.places)] if attends else None
+        new = Step(model, attends)(rows, ids[0, -1:].expand(2), source + TRIED, source == 0, length=rows.places,
+                                   spans=spans)
+    apart = torch.cat([last, new]) - whole[[0, 1, 1]]
+    return float(apart.abs().mean() / whole.std())
