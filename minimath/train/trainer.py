@@ -304,7 +304,7 @@ class Trainer:
         if dist.all_reduce_max(self.done) > self.done:
             raise UserError(f"process {dist.rank()} found {self.done} steps in {self.log.run_dir}, another one more: "
                             "all machines need the same run folder, on a drive that they share")
-        truncate_metrics(self.log.run_dir, self.done)
+        truncate_metrics(self.log.run_dir, self.done if state else -1)  # what it began with is evaluated again
         if state is None:
             self.log.say("no checkpoint yet: starting from step 0")
             return

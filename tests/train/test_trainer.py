@@ -474,6 +474,17 @@ def test_a_damaged_best_checkpoint_is_said_and_not_handed_on(go, data, evaluatio
                         load_file(list_checkpoints(trainer.log.run_dir)[0] / "adapter_model.safetensors"))
 
 
+def test_a_first_evaluation_that_is_not_saved_is_made_again_and_stands_in_the_metrics_once(go, data, evaluations,
+                                                                                           full_disk):
+    asked = evaluations([(0.5, 90), (0.5, 90), (0.6, 80)])
+    full_disk.add(0)
+    with pytest.raises(OSError):
+        go(total=1, eval_data=data, hook=at(1, fail), **BEST)
+    full_disk.clear()
+    again = go(total=1, eval_data=data, resume=True, **BEST)
+    assert len(asked) == 3 and [r["step"] for r in metrics(again.log.run_dir) if "eval/tokens" in r] == [0, 1]
+
+
 def rewritten(run_dir, change):
     """Rewrite the state of all checkpoints, their manifests too."""
     for folder in list_checkpoints(run_dir):
