@@ -15,6 +15,7 @@ from minimath.core.entry import run_command
 from minimath.core.errors import UserError
 from minimath.core.log import printable
 from minimath.core.run import keep_freed_memory
+from minimath.eval.budget import limited_stream
 from minimath.grading.answer import final_answer
 from minimath.grading.steps import check_steps
 from minimath.models.load import describe
@@ -65,9 +66,10 @@ def solve(problem: str, cfg: EvalConfig, policy: Policy, engine) -> None:
     prompt = policy.prompt_ids(problem)
     if len(prompt) > cfg.prompt.max_prompt_len:
         raise UserError(f"the problem has {len(prompt)} tokens, max_prompt_len={cfg.prompt.max_prompt_len}: raise that")
-    shown, started, live, samples = Shown(), time.perf_counter(), cfg.samples == 1, {}
+    shown, started, samples = Shown(), time.perf_counter(), {}
+    live = cfg.samples == 1 and not cfg.thinking_budget  # what runs then is the rest of a completion
     print()
-    for finished in engine.stream([prompt], cfg.samples):
+    for finished in limited_stream(engine, cfg.thinking_budget, [prompt], cfg.samples):
         samples |= {s: sample for _, s, sample in finished}
         for _, _, ids in engine.running() if live else ():
             shown.add(policy.decode(ids))
@@ -76,8 +78,9 @@ def solve(problem: str, cfg: EvalConfig, policy: Policy, engine) -> None:
         shown.add(sample.text + "\n")
         cut = "" if sample.finished else f", cut at max_new_tokens={cfg.sampling.max_new_tokens}"
         speed = f", {sample.tokens / seconds:.0f} tokens/s" if live else ""
-        answer = printable(str(final_answer(sample.text, sample.finished)))
-        print(f"answer: {answer} ({sample.tokens} tokens{cut}{speed})", flush=True)
+        answer = printable(str(None if sample.cut_thinking else final_answer(sample.text, sample.finished)))
+        thought = f", {sample.thought} of thought" if sample.thought else ""
+        print(f"answer: {answer} ({sample.tokens} tokens{thought}{cut}{speed})", flush=True)
         shown = Shown()
 
 

@@ -315,6 +315,8 @@ class EvalConfig(Stage):
     """completions per problem (k of pass@k and maj@k)"""
     budgets: str = ""
     """comma list of token budgets at which accuracy is reported too"""
+    thinking_budget: int = 0
+    """tokens of thought after which </think> and the answer's beginning are put in; 0: no limit"""
     suite: str = ""
     """comma list of gsm8k, math500, aime24, aime25, svamp and NAME=FILE, one by one; data= may name their folder"""
 
@@ -322,6 +324,8 @@ class EvalConfig(Stage):
         """What is wrong with options together, or ""."""
         if self.samples > 1 and self.sampling.temperature == 0:
             return f"samples={self.samples} with temperature=0 would repeat one text; set temperature=0.6, or samples=1"
+        if self.thinking_budget >= self.sampling.max_new_tokens:
+            return f"thinking_budget={self.thinking_budget} needs a larger max_new_tokens, which is that of all tokens"
         return ""
 
 

@@ -31,6 +31,7 @@ from minimath.core.run_folder import EVAL, PART, SUITE, held_run, stop_files
 from minimath.core.text import comma_list
 from minimath.data.examples import Example, describe_report, load_examples
 from minimath.data.sample import Sample
+from minimath.eval.budget import limited_stream
 from minimath.eval.metrics import COLUMNS, at_budgets, by_problem, read_records, summarise, table_row, write_results
 from minimath.eval.partial import PartFile, fingerprint, model_hash, open_part, refuse_changes
 from minimath.eval.suite import Problems, mean_of, read_sets, suite_table
@@ -94,7 +95,8 @@ def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str,
         if "thinking" in summary:
             log.say(f"{100 * summary['thinking']:.0f}% of the completions think; on average "
                     f"{summary['mean_thought_tokens']:.1f} tokens of thought, {summary['mean_answer_tokens']:.1f} of "
-                    "answer")
+                    "answer" + (f"; {100 * summary['forced']:.0f}% reached thinking_budget={cfg.thinking_budget}"
+                                if "forced" in summary else ""))
         for name, value in summary.items():
             if "@" in name:
                 log.say(f"{name}: {value:.3f}")
@@ -205,7 +207,8 @@ def sample_completions(policy: Policy, prompts: dict[int, list[int]], cfg: EvalC
     opened = contextlib.nullcontext(engine) if engine else open_engine(
         cfg.engine, cfg.sampling, policy, seed=cfg.run.seed, run_dir=log.run_dir, say=log.say)
     with log.progress(len(prompts) * cfg.samples, "evaluating", done=count) as advance, opened as engine, \
-            contextlib.closing(engine.stream(list(prompts.values()), cfg.samples, keys=numbers, skip=skip)) as stream:
+            contextlib.closing(limited_stream(engine, cfg.thinking_budget, list(prompts.values()), cfg.samples,
+                                              keys=numbers, skip=skip)) as stream:
         for finished in stream:
             for p, s, sample in finished:
                 part.add(numbers[p], s, sample)

@@ -34,6 +34,8 @@ def summarise(records: list[dict], cfg: EvalConfig, checker: AnswerChecker) -> d
     if thoughts := [r["thought_tokens"] for r in records if "thought_tokens" in r]:
         summary |= {"thinking": len(thoughts) / len(records), "mean_thought_tokens": sum(thoughts) / len(records),
                     "mean_answer_tokens": (sum(tokens) - sum(thoughts)) / len(records)}
+        if cfg.thinking_budget:
+            summary["forced"] = sum(n > cfg.thinking_budget for n in thoughts) / len(records)
     if k > 1:
         summary[f"avg@{k}"] = summary["accuracy"]
         for n in sorted({2 ** i for i in range(k.bit_length())} | {k}):

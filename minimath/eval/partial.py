@@ -123,6 +123,8 @@ def refuse_changes(folder: Path, decides: dict) -> None:
     except (OSError, ValueError, TypeError):
         raise UserError(f"{folder / FINGERPRINT} is missing or damaged, so the options that the evaluation was "
                         "begun with are unknown; start anew with another out=") from None
+    known = options_of(EvalConfig)  # an older version lacked some of them
+    before = {name: known[name].default for name in decides if name in known} | before
     if changed := [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in decides.items()
                    if before.get(name) != value]:
         raise UserError(f"the evaluation in {folder} was begun with something else: {', '.join(changed)}; give the "

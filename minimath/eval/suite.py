@@ -31,7 +31,8 @@ SETS = {
     "svamp": KnownSet("ChilleD/SVAMP", "test", 300, "Body, Question and Answer"),
 }
 OWN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # it becomes a folder
-AVERAGED = ("accuracy", "mean_tokens", "tokens_per_correct", "correct_steps", "finished")
+AVERAGED = ("accuracy", "mean_tokens", "tokens_per_correct", "correct_steps", "finished", "thinking",
+            "mean_thought_tokens", "mean_answer_tokens")
 SUMMED = ("problems", "checker_timeouts", "bad_gold")
 
 
