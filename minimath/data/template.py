@@ -4,6 +4,7 @@ Templates differ in where <think> comes from: the model writes it (Qwen3, SmolLM
 Qwen3.5), or with thinking off the prompt holds an empty block.
 """
 import datetime
+import json
 import random
 import re
 from functools import lru_cache
@@ -57,7 +58,7 @@ def render(tokenizer, messages: list[dict], args: dict | None = None, *, generat
     if "strftime_now" in template:
         say_once(f"the model's chat template writes the date: here it is always {day}; template_args=date=YYYY-MM-DD "
                  "sets another")
-        args["chat_template"] = DATE.sub(lambda found: repr(day.strftime(found[2])), template)
+        args["chat_template"] = dated(template, day)
     try:
         random.seed(0)  # of jinja's filter `random`
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate, **args)
@@ -67,6 +68,21 @@ def render(tokenizer, messages: list[dict], args: dict | None = None, *, generat
                         "try without a system message (system=)") from error
     finally:
         random.setstate(state)
+
+
+def template_as_asked(tokenizer, thinking: str, template_args: str) -> str | None:
+    """Return the template with date and switches of a run as its own defaults, for who asks without minimath."""
+    args, template = dict(chat_args(tokenizer, thinking, template_args)), tokenizer.chat_template
+    if not isinstance(template, str):
+        return template
+    template = dated(template, args.pop("date", DAY))
+    return "".join(f"{{%- if {name} is not defined -%}}{{%- set {name} = {json.dumps(value)} -%}}{{%- endif -%}}"
+                   for name, value in args.items() if name in template) + template
+
+
+def dated(template: str, day: datetime.date) -> str:
+    """Write a day in the place of today's date."""
+    return DATE.sub(lambda found: repr(day.strftime(found[2])), template)
 
 
 # ---- thoughts

@@ -1,6 +1,8 @@
 """Merge an adapter into its base and write a model that other programs run."""
 import contextlib
+import copy
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -21,6 +23,7 @@ from minimath.config.trained import PROMPT, base_of, run_options
 from minimath.core.errors import UserError
 from minimath.core.files import flush_to_disk, free_bytes, read_json
 from minimath.core.run_folder import ADAPTER, EVAL, evaluation_folder, find_adapter
+from minimath.data.template import chat_args, template_as_asked
 from minimath.export.drift import Drift, compare, completion_logits, drift_texts
 from minimath.export.model_card import card, modelfile
 from minimath.models.load import describe
@@ -191,20 +194,26 @@ def usage(cfg: ExportConfig, policy: Policy, folder: str) -> str:
     if cfg.to == "safetensors":
         prompt = policy.prompt
         words = [f"model={folder}", f"system={prompt.system}", f"prompt_template={prompt.prompt_template}"]
+        words += [f"thinking={prompt.thinking}"] if prompt.thinking != "auto" else []  # the rest is in the template
         return f'minimath solve "PROBLEM" {shlex.join(words)}'
-    name = file_name(cfg)
-    return (f"llama-server -m {shlex.quote(f'{folder}/{name}-{cfg.gguf_type}.gguf')}   # llama.cpp alone\n"
+    name, template = file_name(cfg), str(policy.tokenizer.chat_template)
+    args = chat_args(policy.tokenizer, policy.prompt.thinking, policy.prompt.template_args)
+    args = {key: value for key, value in args.items() if key in template and key != "date"}
+    switches = f" --jinja --chat-template-kwargs {shlex.quote(json.dumps(args))}" if args else ""
+    return (f"llama-server -m {shlex.quote(f'{folder}/{name}-{cfg.gguf_type}.gguf')}{switches}   # llama.cpp alone\n"
             f"cd {shlex.quote(folder)} && ollama create {name} -f Modelfile && ollama run {name} \"PROBLEM\"")
 
 
 def write_model(policy: Policy, folder: Path, cfg: ExportConfig) -> None:
-    """Write what transformers reads, or a GGUF file and a Modelfile."""
+    """Write what transformers reads, or a GGUF file and a Modelfile; the template asks as the run did."""
+    tokenizer, prompt = copy.copy(policy.tokenizer), policy.prompt
+    tokenizer.chat_template = template_as_asked(tokenizer, prompt.thinking, prompt.template_args)
     if cfg.to == "gguf":
         from minimath.export.gguf import write_gguf  # needs the extra
         name = file_name(cfg)
         file = folder / f"{name}-{cfg.gguf_type}.gguf"
-        write_gguf(policy.model, policy.tokenizer, file, kind=cfg.gguf_type, name=name)
-        (folder / "Modelfile").write_text(modelfile(policy.tokenizer, file.name, policy.prompt), encoding="utf-8")
+        write_gguf(policy.model, tokenizer, file, kind=cfg.gguf_type, name=name)
+        (folder / "Modelfile").write_text(modelfile(policy.tokenizer, file.name, prompt), encoding="utf-8")
         return
     policy.model.config.use_cache = True  # load_model switches it off
     options = policy.model.generation_config
@@ -214,4 +223,4 @@ def write_model(policy: Policy, folder: Path, cfg: ExportConfig) -> None:
     except ValueError:
         options.do_sample = True  # a temperature without it: transformers reads such a file but does not save it
     policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -6,7 +6,8 @@ from textwrap import indent
 
 from minimath.config.schema import PromptOptions
 from minimath.core.errors import UserError
-from minimath.data.chat import has_template, turn_end, user_text
+from minimath.data.chat import turn_end, user_text
+from minimath.data.template import chat_args, has_template, render
 
 CARD = """\
 ---
@@ -51,6 +52,7 @@ def card(*, name: str, base: str, adapter: dict, run: dict, prompt: PromptOption
     facts = {"base model": shown(base),
              "adapter": f"{', '.join(shape)}, on {', '.join(sorted(targets))}",
              **{key: shown(str(run[key])) for key in ("data", "quant", "steps", "lr") if run.get(key)},
+             **({"thinking": prompt.thinking} if prompt.thinking != "auto" else {}),
              **{f"{key} before the merge": evaluation[key] for key in FIGURES if key in evaluation}}
     texts = {"system": prompt.system or "(none)", "user": prompt.prompt_template, "usage": usage}
     return CARD.format(
@@ -70,12 +72,14 @@ def modelfile(tokenizer, gguf_name: str, prompt: PromptOptions) -> str:
     Greedy, and without Ollama's penalty on repeated tokens: in a sum numbers recur.
     """
     user = user_text("\0", prompt.prompt_template).replace("{{", '{{ "{{" }}')  # {{ would begin an action of Go's
-    system, template, default = prompt.system, "", chatml_system(tokenizer)
-    if default is not None:
-        note, system = "ChatML, each problem in the words of the run's prompt_template", system or default
-        template = ("{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}{{ range .Messages }}"
+    system, template, chatml = prompt.system, "", chatml_parts(tokenizer, prompt)
+    if chatml is not None:
+        note, system = "ChatML, each problem in the words of the run's prompt_template", system or chatml[0]
+        begun = chatml[1] and f"{{{{ if eq (len (slice $.Messages $i)) 1 }}}}{chatml[1]}{{{{ end }}}}"
+        every = "{{ range $i, $_ := .Messages }}" if begun else "{{ range .Messages }}"
+        template = ("{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}" + every +
                     '{{ if eq .Role "user" }}<|im_start|>user\n' + user.replace("\0", "{{ .Content }}") +
-                    "<|im_end|>\n<|im_start|>assistant\n"
+                    f"<|im_end|>\n<|im_start|>assistant\n{begun}"
                     '{{ else if eq .Role "assistant" }}{{ .Content }}<|im_end|>\n{{ end }}{{ end }}')
     elif not has_template(tokenizer):
         note = "the model has no chat template: plain text, as it was trained"
@@ -90,21 +94,21 @@ def modelfile(tokenizer, gguf_name: str, prompt: PromptOptions) -> str:
     return "".join(f"{line}\n" for line in lines if line)
 
 
-def chatml_system(tokenizer) -> str | None:
-    """Find the template's own system message; None when it isn't ChatML."""
+def chatml_parts(tokenizer, prompt: PromptOptions) -> tuple[str, str] | None:
+    """Find the template's own system message and what begins an answer, such as <think>; None: it isn't ChatML."""
     if not has_template(tokenizer):
         return None
     system, user = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}
+    args = chat_args(tokenizer, prompt.thinking, prompt.template_args)
     try:
-        given, default = (tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-                          for messages in ([system, user], [user]))
-    except Exception:  # a template is a program of the model's: one that refuses a system message is not ChatML
+        given, default = (render(tokenizer, messages, args, generate=True) for messages in ([system, user], [user]))
+    except UserError:  # one that refuses a system message is not ChatML
         return None
     end = "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
-    found = re.fullmatch(r"(?:<\|im_start\|>system\n(.*)<\|im_end\|>\n)?" + re.escape(end), default, re.DOTALL)
-    if not found or given != f"<|im_start|>system\nS<|im_end|>\n{end}":
+    found = re.fullmatch(r"(?:<\|im_start\|>system\n(.*)<\|im_end\|>\n)?" + re.escape(end) + "(.*)", default, re.DOTALL)
+    if not found or given != f"<|im_start|>system\nS<|im_end|>\n{end}{found[2]}":
         return None
-    return found[1] or ""
+    return found[1] or "", found[2]
 
 
 def quoted(text: str) -> str:

@@ -1,6 +1,7 @@
 """A GGUF file holds the merged model, llama.cpp runs it as it was trained, and the Modelfile asks as in training."""
 import copy
 import json
+import shutil
 import urllib.request
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 from awake import PLAIN, SMALL, awake_run, live, texts_of
+from thinking import QWEN35, SMOLLM3, thinker
 from tiny import CHATML, CORPUS, SPECIALS, tiny_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -18,7 +20,7 @@ from minimath.core.errors import UserError
 from minimath.data.chat import prompt_ids
 from minimath.export.drift import completion_logits
 from minimath.export.merge import export, merge
-from minimath.export.model_card import chatml_system, modelfile
+from minimath.export.model_card import chatml_parts, modelfile
 from minimath.models.policy import Policy
 from minimath.rollout.open import open_engine
 
@@ -149,11 +151,46 @@ def test_the_modelfile_asks_as_in_training(tiny_tokenizer):
         assert line in text.splitlines()
 
 
+@pytest.mark.parametrize("thinking, begun", [("off", "<think>\n\n</think>\n\n"), ("on", "<think>\n")])
+def test_the_modelfile_begins_the_last_answer_as_the_run_did(thinking, begun):
+    tokenizer, asked = thinker(QWEN35), {"prompt_template": PLAIN, "thinking": thinking}
+    template = modelfile(tokenizer, "m.gguf", PromptOptions(**asked)).split('TEMPLATE """')[1].split('"""')[0]
+    condition = "{{ if eq (len (slice $.Messages $i)) 1 }}"
+    assert "{{ range $i, $_ := .Messages }}" in template and template.count(condition) == 1
+    body = template.split('{{ if eq .Role "user" }}')[1].split("{{ else")[0]
+    body = body.replace(condition, "").replace("{{ end }}", "").replace("{{ .Content }}", "1 + 1?")
+    assert body == tokenizer.decode(prompt_ids(tokenizer, "1 + 1?", **asked)) and body.endswith("assistant\n" + begun)
+
+
+def test_the_exported_template_asks_as_the_run_did_whoever_asks(tmp_path, tiny_dir, here):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_dir, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = SMOLLM3
+    tokenizer.save_pretrained(base)
+    run = awake_run(tmp_path / "run", base, thinking="off", template_args="date=2027-03-04")
+    for to in ("safetensors", "gguf"):
+        status, out, err = here("export", f"adapter={run}", f"out={to}", f"to={to}", *SMALL)
+        assert status == 0, err
+        assert ("thinking=off" if to == "safetensors" else "--jinja --chat-template-kwargs '{\"enable_thinking\": false"
+                ) in out
+    asked = prompt_ids(tokenizer, "1 + 1?", prompt_template=PLAIN, thinking="off", template_args="date=2027-03-04")
+    held = gguf.GGUFReader(next((tmp_path / "gguf").glob("*.gguf"))).fields["tokenizer.chat_template"].contents()
+    question = [{"role": "user", "content": "1 + 1?"}]
+    for template in (AutoTokenizer.from_pretrained(tmp_path / "safetensors").chat_template, held):
+        text = tokenizer.apply_chat_template(question, chat_template=template, tokenize=False,
+                                             add_generation_prompt=True)
+        assert text == tokenizer.decode(asked) and "04 March 2027 /no_think" in text
+        thinks = tokenizer.apply_chat_template(question, chat_template=template, tokenize=False, enable_thinking=True)
+        assert "04 March 2027 /think" in thinks  # still a switch
+
+
 def test_a_default_system_message_of_the_template_is_kept(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = ("{% if messages[0]['role'] != 'system' %}"
                                "{{ '<|im_start|>system\nYou are T.<|im_end|>\n' }}{% endif %}" + CHATML)
-    assert chatml_system(tiny_tokenizer) == "" and chatml_system(tokenizer) == "You are T."
+    assert chatml_parts(tiny_tokenizer, PromptOptions()) == ("", "")
+    assert chatml_parts(tokenizer, PromptOptions()) == ("You are T.", "")
     text = modelfile(tokenizer, "m.gguf", PromptOptions("", PLAIN))
     assert 'SYSTEM """You are T."""' in text
     tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
