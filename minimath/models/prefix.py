@@ -1,17 +1,21 @@
 """Completions of one prompt behind a single copy of it: an update computes a group's prompt once.
 
 A sequence is prompt, completion 1, completion 2, ...; every completion's positions go on from the prompt's end, and its
-tokens see the prompt and themselves: loss and gradient are those of the rows computed apart."""
+tokens see the prompt and themselves: loss and gradient are those of the rows computed apart. A model that keeps state
+computes them apart."""
+import functools
 from collections.abc import Iterator
 
 import torch
 
 from minimath.core import dist
+from minimath.core.run_folder import say_once
 from minimath.data.batch import micro_batches, tail_length
 from minimath.data.chat import IGNORE, Encoded
 from minimath.models.attention import Segment
-from minimath.models.forward import takes_rows
+from minimath.models.forward import base_causal_lm, takes_rows
 from minimath.models.policy import Policy
+from minimath.models.state import keeps_state
 
 LEAST_SAVED = 0.15  # share of the tokens; below, the longer attention of shared sequences outweighs it
 EAGER_TOKENS = 1024  # of a shared sequence under eager attention, which keeps (heads, T, T) scores of every layer
@@ -24,6 +28,18 @@ def prompt_length(row: Encoded) -> int:
 def own_rows(groups: list[int]) -> list[int]:
     """Find the indices of the rows that this process computes: every world-th group's."""
     return [i for i, group in enumerate(groups) if group % dist.world() == dist.rank()]
+
+
+def rows_apart(model) -> bool:
+    """Tell whether rows of an update must not share a sequence; says so once."""
+    if apart := keeps_state(model):
+        _say_apart(type(base_causal_lm(model)).__name__)
+    return apart
+
+
+@functools.cache
+def _say_apart(name: str) -> None:
+    say_once(f"{name} keeps state from token to token: updates neither pack rows nor share prompts, which takes longer")
 
 
 def shared_packs(rows: list[Encoded], groups: list[int], micro_batch_tokens: int) -> list[list[int]]:
@@ -86,7 +102,8 @@ def forward_batches(policy: Policy, rows: list[Encoded], groups: list[int],
     if attn == "eager":
         most = min(most, EAGER_TOKENS)
     # else flash_attention_2 takes no mask of ours
-    packs = shared_packs(rows, groups, most) if by_rows or attn != "flash_attention_2" else []
+    may = (by_rows or attn != "flash_attention_2") and not rows_apart(policy.model)
+    packs = shared_packs(rows, groups, most) if may else []
     if packs and share_saved(rows, packs) >= LEAST_SAVED:
         for pack in packs:
             yield pack, shared_batch([rows[i] for i in pack], most)

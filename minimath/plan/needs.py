@@ -20,7 +20,7 @@ from minimath.kernels.common import tile_shape
 from minimath.models.load import DTYPES, first_line
 from minimath.models.memory import cache_bytes_per_token, sampling_bytes
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
-from minimath.models.state import state_bytes
+from minimath.models.state import keeps_state, state_bytes
 from minimath.plan.footprint import Model
 from minimath.rollout.sampling import Sampling
 from minimath.train.teacher import teacher_kind, teacher_quant
@@ -53,18 +53,18 @@ def longest_row(cfg) -> int:
     return cfg.max_len if isinstance(cfg, SFTConfig) else cfg.prompt.max_prompt_len + cfg.sampling.max_new_tokens
 
 
-def shapes(cfg, by_rows: bool) -> list[tuple[float, int, int, bool]]:
+def shapes(cfg, by_rows: bool, apart: bool = False) -> list[tuple[float, int, int, bool]]:
     """List the largest passes: rows, length, common prompt, whether behind one another.
 
-    by_rows: rows do not see each other, so that an update packs them."""
+    by_rows: rows do not see each other, so that an update packs them. apart: it never does, as with state."""
     budget, longest = cfg.optimizer.micro_batch_tokens, longest_row(cfg)
     sft, prompt = isinstance(cfg, SFTConfig), cfg.prompt.max_prompt_len
     every = cfg.batch_size if sft else cfg.prompts_per_step * cfg.group_size
-    packed = cfg.packing if sft else by_rows
+    packed = not apart and (cfg.packing if sft else by_rows)
     tokens = min(max(budget, longest), every * longest)
     rows = (tokens + tail_length(tokens, budget)) / longest if packed else max(1, min(budget // longest, every))
     found = [(rows, longest, 0, packed)]
-    if not sft and cfg.model.attn != "flash_attention_2":
+    if not sft and not apart and cfg.model.attn != "flash_attention_2":
         new = int(prompt * ((1 - 1 / cfg.group_size) / LEAST_SAVED - 1))  # behind longer completions they go apart
         new = min(new, cfg.sampling.max_new_tokens)
         budget = min(budget, EAGER_TOKENS) if cfg.model.attn == "eager" else budget
@@ -162,7 +162,7 @@ class Planner:
     def training(self, cfg) -> dict[str, int]:
         rows, peak, model = self.stays(cfg, optimizer=True), 0, self.model(cfg)
         text, size = self.config.get_text_config(), self.dtype(cfg).itemsize
-        for many, length, prompt, together in shapes(cfg, model.by_rows):
+        for many, length, prompt, together in shapes(cfg, model.by_rows, keeps_state(model.empty)):
             kept, forward, backward = model.passes(many, length, prompt, together)
             tokens = int(prompt + many * length)
             # linear_token_loss: scratch; gradient of the hidden states, twice; a chunk's logits, hidden states, sums

@@ -12,7 +12,7 @@ from minimath.kernels import linear_logp
 from minimath.models.block_attention import on_device
 from minimath.models.forward import head, hidden_states, inference
 from minimath.models.policy import Policy
-from minimath.models.prefix import forward_batches, own_rows, trained_states
+from minimath.models.prefix import forward_batches, own_rows, rows_apart, trained_states
 from minimath.models.variants import in_step
 from minimath.train.losses import PolicyRows, token_weights
 
@@ -23,7 +23,7 @@ class SolutionBatch:
     groups: the number of each row's group, whose rows stand next to each other and share their prompt."""
 
     def __init__(self, policy: Policy, rows: list[Encoded], *, packing: bool, groups: list[int] | None = None):
-        self.policy, self.packing = policy, packing
+        self.policy, self.packing = policy, packing and not rows_apart(policy.model)
         self.mine, self.groups = dist.shard(rows), groups and dist.shard(groups)
         self.lengths = [len(row.ids) for row in self.mine]
         self.tokens = sum(len(row.ids) for row in rows)
