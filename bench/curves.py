@@ -7,9 +7,10 @@
 The demo's model, problems and SFT adapters (those of bench.ablate, if it has the same --work); stage 2 for 18 steps of
 8 x 8 samples at the demo's rate and at a third of it, one thing changed an arm: ARMS below. The curve is of 128
 held-out problems, evaluated greedily after every third step, by which stage 2 chooses the checkpoint that it hands on
-(`kept`); that and the last one answer the 256 other held-out problems of the ablation. Differences are to the SFT model of the
-same seed, problem by problem, with 95% intervals from a bootstrap over seeds and problems. The bar: after all steps
-accuracy not below SFT's (mean difference at least -1 point), half the tokens, no smaller share of right steps.
+(`kept`); that and the last one answer the 256 other held-out problems of the ablation. Differences are to the SFT
+model of the same seed, problem by problem, with 95% intervals from a bootstrap over seeds and problems. The bar: after
+all steps accuracy not below SFT's (mean difference at least -1 point), half the tokens, no smaller share of right
+steps.
 """
 import argparse
 import json

@@ -253,11 +253,13 @@ class RLAIFConfig(Stage):
 
     def _fault_of_reward(self) -> str:
         reward, brevity = self.reward, self.brevity
-        together = brevity.weight if brevity.scale == "together" else 0.0
+        free = brevity.scale == "apart" and self.loss.scale_advantage == "group"  # there correct is 2 above wrong
+        together = 0.0 if free else brevity.weight
         if reward.judge_weight + together > 0.5 or reward.format_weight >= 0.5:
             return (f"judge_weight={reward.judge_weight:g}, brevity_weight={brevity.weight:g}, format_weight="
-                    f"{reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5 (judge_weight alone with "
-                    "brevity_scale=apart) and format_weight < 0.5, so that a correct answer always beats a wrong one")
+                    f"{reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5 (the former alone with "
+                    "brevity_scale=apart scale_advantage=group) and format_weight < 0.5, so that a correct answer "
+                    "always beats a wrong one")
         if reward.name != "judge" and (brevity.control != "none" or brevity.scale == "apart"
                                        or self.loss.scale_advantage == "maxrl"):
             return ("brevity_control, brevity_scale=apart and scale_advantage=maxrl are for reward=judge, not for "

@@ -47,5 +47,5 @@ def url_fault(url: str) -> str:
         return "this is no URL; give one like http://127.0.0.1:8080/v1"
     if keeps:
         return ("leave user, password and everything from a ? on out of it, they would be saved with the run; a key "
-                "goes into the environment variable that judge_key_env names ($VLLM_API_KEY for vLLM)")
+                "goes into an environment variable: that of judge_key_env, $VLLM_API_KEY, $TEACHER_API_KEY")
     return ""

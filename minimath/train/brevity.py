@@ -13,14 +13,15 @@ import numpy as np
 
 from minimath.config.rl_options import BrevityOptions
 from minimath.data.sample import Group, Sample
+from minimath.train.best import standard_error
 
 CONCAVE = 5.0  # of `log`, as ACOER's code has it
 DEAD_ZONE = 0.05  # of the yardstick, by which a length differs without being another: 40 against 41 tokens is nothing
 LEAST_CORRECT = 0.25  # share of a group, below which a controlled weight is 0: first let it be solved
 RISE, MARGIN = 0.1, 0.02  # of a controlled weight in a step, of brevity_weight; drop of accuracy that makes it fall
 RUNNING, LONG = 0.7, 0.95  # what a step leaves of the means before it: over about the last 6 and 40 steps
-SIGMAS = 1.5  # standard errors of the running accuracy that are no drop
-FIRST_STEPS = 3  # in which the weight stays where it begins
+SIGMAS = 1.5  # standard errors of a drop that is none
+FIRST_STEPS = 3  # in which the weight does not rise
 
 
 # ---- the terms: lengths of the correct samples (C,) -> scores (C,) in [-1, 1]
@@ -85,23 +86,23 @@ class BrevityControl:
     """Weighs brevity: constant, or rising while the accuracy of the rollouts holds.
 
     control=accuracy, after A-DLP (arXiv 2505.18298) and ACOER: the weight begins at RISE x brevity_weight. The mean
-    solve rate of the last steps is held against that of many, which learns nothing from a drop: while it is less than
-    half a margin below, a step adds RISE x brevity_weight, up to that; while it is more than a margin below, a step
-    takes half, and so does an evaluation within training that is more than a margin below the best one. The margin is
-    MARGIN, but at least SIGMAS standard errors of the mean, or one of the evaluation: no lucky step moves it far."""
+    solve rate of the last steps is held against that of many: while it is less than half a margin below, a step adds
+    RISE x brevity_weight, up to that; while it is more than a margin below, a step takes half. So does an evaluation
+    within training that is more than a margin below the highest one, and until one is not, nothing is added. The margin
+    is MARGIN, but at least SIGMAS standard errors of the difference, or one of the evaluation: no lucky step moves the
+    weight far."""
 
     def __init__(self, options: BrevityOptions):
         self.options = options
         self.weight = options.weight * (RISE if options.control != "none" else 1.0)
         self.steps, self.running, self.long = 0, Mean(RUNNING), Mean(LONG)
         self.variance = Mean(LONG)  # of a step's solve rate
-        self.evaluated, self.best = -1, 0.0  # step of the newest evaluation, accuracy of the best
+        self.evaluated, self.held = -1, False  # step of the newest evaluation; whether it was too low
 
-    def limit(self, step: int, steps: int, longest: int) -> int:
-        """Give max_new_tokens of a step, from 1 to steps."""
-        if self.options.name != "truncate":
-            return longest
-        return round(longest + (self.options.limit - longest) * min(1.0, (step - 1) / max(1, steps - 1)))
+    def limit(self, progress: float, longest: int) -> int:
+        """Give max_new_tokens of a step; progress: 0 in the first step, 1 in the last."""
+        end = self.options.limit if self.options.name == "truncate" else longest
+        return round(longest + (end - longest) * min(1.0, progress))
 
     def in_advantage(self) -> float:
         """Give the weight of brevity that is added to advantages; 0.0 where it is in the reward."""
@@ -110,7 +111,7 @@ class BrevityControl:
     def metrics(self, groups: list[Group], evaluation: dict | None) -> dict:
         """Take in a step's groups, and the newest evaluation; move the weight; return metrics.
 
-        evaluation: step, accuracy and problems of it."""
+        evaluation: step, accuracy, problems, and the highest accuracy so far."""
         if self.options.control == "none":
             return {}
         used, solved = self.weight, [statistics.fmean(s.correct for s in g.samples) for g in groups if g.decided]
@@ -125,23 +126,20 @@ class BrevityControl:
         self.steps += 1
         self.variance.add(statistics.pvariance(solved) / len(solved))
         self.running.add(statistics.fmean(solved))
-        margin = max(MARGIN, SIGMAS * (self.variance.value * self.running.squares()) ** 0.5)
-        drop = (self.long.value or 0.0) - self.running.value
-        if drop <= margin:
-            self.long.add(statistics.fmean(solved))
-        if self.steps <= FIRST_STEPS:
-            return
+        self.long.add(statistics.fmean(solved))
+        apart = ((self.running.weights() - self.long.weights()) ** 2).sum()  # variance of the difference, of 1 each
+        drop, margin = self.long.value - self.running.value, max(MARGIN, SIGMAS * (self.variance.value * apart) ** 0.5)
         if drop > margin:
             self.weight /= 2
-        elif drop <= margin / 2:
+        elif drop <= margin / 2 and self.steps > FIRST_STEPS and not self.held:
             self.weight = min(self.options.weight, self.weight + RISE * self.options.weight)
 
     def heed(self, evaluation: dict) -> None:
-        """Halve the weight after an evaluation that is a margin below the best one."""
-        accuracy, self.evaluated = evaluation["accuracy"], evaluation["step"]
-        best = self.best = max(accuracy, self.best)
-        if accuracy < best - max(MARGIN, (best * (1 - best) / evaluation["problems"]) ** 0.5):
-            self.weight /= 2
+        """Halve the weight after an evaluation that is a margin below the highest, and hold it there."""
+        self.evaluated, highest = evaluation["step"], evaluation["highest"]
+        margin = max(MARGIN, standard_error(highest, evaluation["problems"]))
+        self.held = evaluation["accuracy"] < highest - margin
+        self.weight /= 1 + self.held
 
     def state_dict(self) -> dict:
         own = {name: value for name, value in vars(self).items() if name != "options"}
@@ -168,7 +166,7 @@ class Mean:
     def value(self) -> float | None:
         return self.total * (1 - self.memory) / (1 - self.memory ** self.count) if self.count else None
 
-    def squares(self) -> float:
-        """Sum the squares of the values' weights: the variance of the mean, of values of variance 1."""
-        a, n = self.memory, self.count
-        return (1 - a) / (1 + a) * (1 + a ** n) / (1 - a ** n)
+    def weights(self) -> np.ndarray:
+        """Give the weight of each value, the oldest first."""
+        weights = self.memory ** np.arange(self.count - 1, -1, -1.0)
+        return weights / weights.sum()

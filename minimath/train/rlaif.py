@@ -64,11 +64,11 @@ def rlaif(cfg: RLAIFConfig) -> dict:
                 cfg.engine, cfg.sampling, policy, seed=cfg.run.seed, run_dir=trainer.log.run_dir, say=say) as engine:
             trainer.track(sampler=sampler, monitor=monitor, engine=engine, judge=refresh, brevity=brevity)
             for step in trainer.steps(cfg.steps):
-                engine.max_new_tokens = brevity.limit(step.number, cfg.steps, cfg.sampling.max_new_tokens)
+                engine.max_new_tokens = brevity.limit(step.progress, cfg.sampling.max_new_tokens)
                 with step.timed("rollout"):
                     kept, seen = collect_groups(cfg, engine, sampler, verifier, reward)
                 step.log(rollout_metrics(kept, seen, engine), verifier.metrics(), reward.metrics(), sampler.metrics(),
-                         canary.metrics(step, kept), brevity.metrics(seen, trainer.evaluation))
+                         canary.metrics(step, kept), brevity.metrics(seen, trainer.best.newest))
                 if kept and step.due(cfg.run.sample_every):
                     show_group(kept[0], step.number, trainer.log)
                 with step.timed("update"):

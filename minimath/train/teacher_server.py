@@ -25,7 +25,8 @@ class TeacherServer(Client):
         try:
             served = self.served()
             bases = [card for card in served if not card.get("parent")]
-            self.model = self.pick(bases if len(bases) == 1 else [], served, ": start one that serves the teacher alone",
+            otherwise = ": start one that serves the teacher alone"
+            self.model = self.pick(bases if len(bases) == 1 else [], served, otherwise,
                                    policy.prompt.max_prompt_len + max_new_tokens + 1)  # it must generate one
             self._refuse_other_tokens(policy.tokenizer, say)
         except UserError:

@@ -34,10 +34,12 @@ from minimath.data.examples import load_examples
 from minimath.eval.evaluate import evaluate_policy
 from minimath.models.load import describe, first_line
 from minimath.models.policy import load_policy
+from minimath.train.best import Best
 from minimath.train.optimizer import Optimizer, check_finite, settings_to_try
 from minimath.train.schedule import Schedule, lr_at
 
 KEPT = 3  # newest checkpoints; the best one is kept besides
+HELD_OUT = ("eval_data", "eval_limit", "eval_max_new_tokens")  # options that make an evaluation another one
 BAR = {"loss": "loss", "time/tokens_per_s": "tok_s", "reward/mean": "reward", "rollout/correct": "correct",
        "rollout/tokens": "tokens"}  # metrics beside the progress bar, and what they are called there
 
@@ -45,8 +47,9 @@ BAR = {"loss": "loss", "time/tokens_per_s": "tok_s", "reward/mean": "reward", "r
 class Step:
     """One step of the loop: its number from 1, and the metrics it has so far."""
 
-    def __init__(self, number: int, log: RunLog):
+    def __init__(self, number: int, log: RunLog, progress: float):
         self.number, self.metrics, self._log = number, {}, log
+        self.progress = progress  # of the schedule: 0 in the first step, 1 in the last
 
     def log(self, *metrics: dict) -> None:
         for each in metrics:
@@ -77,8 +80,7 @@ class Trainer:
         self.held_out = load_held_out(cfg)
         self.tracked: dict[str, object] = {}
         self.done = self.saved = self.total = 0  # steps committed, in the newest checkpoint, wanted
-        self.best = self.evaluation = None  # the evaluation of the best checkpoint, and the newest: see evaluated
-        self.highest = 0.0  # accuracy of all evaluations
+        self.best = Best(margin=cfg.evaluation.final == "best" if hasattr(cfg, "evaluation") else False)
         self.owed = False  # an evaluation was interrupted: the run that goes on begins with it
         self.interrupted_by = 0
         self._state = self._rng = None  # states of what is tracked, and random generators, at the last commit
@@ -135,7 +137,7 @@ class Trainer:
         self.track(schedule=schedule)
         if cfg.run.resume:
             self._resume()
-        if self.evaluation is None and not self.done and self.keeps_best():  # what it began with may stay the best
+        if not self.done and not self.best.newest and self.keeps_best():  # what it began with may stay the best
             self.owed = True
         self._commit_state()
         with self.log.progress(total, self.stage, done=self.done) as advance:
@@ -143,7 +145,7 @@ class Trainer:
                 self._save(best=self._evaluate())  # also when it is not the best: it is owed no longer
             schedule.begin(self._left())
             while self.done < total and not self._ends():
-                step = Step(self.done + 1, self.log)
+                step = Step(self.done + 1, self.log, schedule.place(self.done) / max(1, total - 1))
                 # by the step, so that dropout after a resume is what it would have been
                 torch.manual_seed(stream_seed(cfg.run.seed, self.done) + dist.rank())
                 self.optimizer.lr = lr_at(schedule.place(self.done), total, lr=cfg.optimizer.lr,
@@ -158,7 +160,7 @@ class Trainer:
                 is_best = bool(self.held_out) and step.due(cfg.evaluation.eval_every) and self._evaluate()
                 if is_best or step.due(cfg.run.save_every):
                     self._save(best=is_best)
-            if self.done >= total and self.keeps_best() and self.done > self._evaluated_at():
+            if self.done >= total and self.keeps_best() and self.done > self.best.newest_step():
                 self._save(best=self._evaluate())  # the last one may be the best, also where no evaluation was due
 
     def _check_trainable(self) -> None:
@@ -181,10 +183,6 @@ class Trainer:
         """Tell whether the best checkpoint is handed on at the end, not the last one."""
         return bool(self.held_out and self.cfg.evaluation.eval_every) and self.cfg.evaluation.final == "best"
 
-    def _evaluated_at(self) -> int:
-        """Name the step of the newest evaluation; -1: none."""
-        return self.evaluation["step"] if self.evaluation else -1
-
     def _evaluate(self) -> bool:
         """Evaluate on the held-out problems; tell whether it is the best so far."""
         cfg = self.cfg
@@ -203,22 +201,8 @@ class Trainer:
         low, high = summary["interval"]
         self.log.say(f"step {self.done}: accuracy {summary['accuracy']:.3f} ({low:.3f} to {high:.3f}), "
                      f"{summary['mean_tokens']:.0f} tokens on {summary['problems']} held-out problems")
-        return self.evaluated({"step": self.done, "accuracy": summary["accuracy"], "tokens": summary["mean_tokens"],
-                               "problems": summary["problems"]})
-
-    def evaluated(self, new: dict) -> bool:
-        """Take in an evaluation: step, accuracy, tokens, problems; tell whether it is the best so far.
-
-        Accuracy comes first, then tokens: where the best is handed on, of those within one standard error of the
-        highest accuracy the shortest is the best, else of those of equal accuracy; of equals the newest."""
-        self.evaluation, best = new, self.best
-        highest = self.highest = max(self.highest, new["accuracy"])
-        error = (highest * (1 - highest) / new["problems"]) ** 0.5 if self.cfg.evaluation.final == "best" else 0.0
-        is_best = new["accuracy"] >= highest - error and (
-            best is None or best["accuracy"] < highest - error or new["tokens"] <= best["tokens"])
-        if is_best:
-            self.best = new
-        return is_best
+        return self.best.take(step=self.done, accuracy=summary["accuracy"], tokens=summary["mean_tokens"],
+                              problems=summary["problems"])
 
     # ---- commit, save, resume
 
@@ -247,16 +231,15 @@ class Trainer:
             self.log.say(f"step {self.done} is not saved; the run goes on, and tries again at the next save: {error}")
 
     def _recall(self, state: dict | None = None) -> None:
-        """Take the best evaluation from a state, or from its own checkpoint; none if that is not sound."""
+        """Take what is known of evaluations from a state, or from the best checkpoint; nothing if that is not sound."""
         saved = checkpoint.best_checkpoint(self.log.run_dir)
         sound = saved is not None and not checkpoint.verify(saved)
-        known = (state or read_json(saved / "state.json")) if sound else {}
-        known = known if "highest" in known else {}  # of an older minimath `best` is a number
-        self.best, self.highest = known.get("best"), known.get("highest", 0.0)
+        known = (state or read_json(saved / "state.json"))["best"] if sound else None
+        self.best.load_state_dict(known if isinstance(known, dict) else {})  # of an older minimath it is a number
 
     def _write(self, best: bool = False) -> None:
-        state = {"done": self.done, "best": self.best, "highest": self.highest, "evaluation": self.evaluation,
-                 "owed": self.owed, "config": plain_values(self.cfg), "tracked": self._state}
+        state = {"done": self.done, "best": self.best.state_dict(), "owed": self.owed,
+                 "config": plain_values(self.cfg), "tracked": self._state}
         checkpoint.save_checkpoint(self.log.run_dir, self.done, model=self.policy.model, state=state, keep=KEPT,
                                    optimizer=self.optimizer.inner, best=best)
         self.saved = self.done
@@ -289,9 +272,9 @@ class Trainer:
         folder = self.log.run_dir / ADAPTER
         best = checkpoint.best_checkpoint(self.log.run_dir) if self.keeps_best() else None
         if best and (faults := checkpoint.verify(best)):
-            self.log.say(f"{best}, the best, is damaged ({faults[0]}): the adapter left is that after step {self.done}")
+            self.log.say(f"{best}, the best, is damaged ({faults[0]}): that of step {self.done} is left")
             best = None
-        if best is None or checkpoint.step_of(best) == self.done or self._evaluated_at() < 1:  # 0: nothing to compare
+        if best is None or checkpoint.step_of(best) == self.done or self.best.newest_step() < 1:  # 0: nothing to compare
             return checkpoint.save_adapter(self.policy.model, folder)
         self.log.say(f"the adapter left is that after step {checkpoint.step_of(best)}, the shortest within a standard "
                      f"error of the highest accuracy; final=last leaves that after step {self.done}")
@@ -309,13 +292,15 @@ class Trainer:
             self.log.say("no checkpoint yet: starting from step 0")
             return
         self._recall(state)
-        self.owed, self.evaluation = state["owed"], state.get("evaluation")  # an older minimath kept none
+        self.owed = state["owed"]
         for name, each in self.tracked.items():
             if name in state["tracked"]:
                 each.load_state_dict(state["tracked"][name])
         before = state["config"]
         changed = [f"{name} {before.get(name)} -> {value}" for name, value in plain_values(self.cfg).items()
                    if before.get(name) != value and name not in ("resume", "out")]
+        if any(before.get(name) != value for name, value in plain_values(self.cfg).items() if name in HELD_OUT):
+            self.best.load_state_dict({})  # it was of other problems
         if changed:
             self.log.say("options changed since the checkpoint: " + ", ".join(changed))
         self.log.say(f"resumed after step {self.done}")

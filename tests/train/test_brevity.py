@@ -140,9 +140,8 @@ def test_apart_a_weight_of_one_is_taken():
 
 def test_truncate_lets_max_new_tokens_fall_evenly_from_the_first_step_to_the_last():
     control = BrevityControl(BrevityOptions(name="truncate", limit=100))
-    assert [control.limit(step, 4, 400) for step in (1, 2, 3, 4, 5)] == [400, 300, 200, 100, 100]
-    assert control.limit(1, 1, 400) == 400
-    assert BrevityControl(BrevityOptions()).limit(3, 4, 400) == 400
+    assert [control.limit(progress / 3, 400) for progress in (0, 1, 2, 3, 4)] == [400, 300, 200, 100, 100]
+    assert BrevityControl(BrevityOptions()).limit(0.7, 400) == 400
 
 
 # ---- the controller
@@ -157,7 +156,9 @@ def run_control(shares, evaluations=(), **options):
     control = BrevityControl(BrevityOptions(control="accuracy", **options))
     weights = []
     for step, share in enumerate(shares, 1):
-        newest = next(({"step": s, "accuracy": a, "problems": 100} for s, a in reversed(evaluations) if s < step), None)
+        before = [(at, accuracy) for at, accuracy in evaluations if at < step]
+        newest = {"step": before[-1][0], "accuracy": before[-1][1], "problems": 100,
+                  "highest": max(accuracy for _, accuracy in before)} if before else None
         control.metrics(groups_of(share), newest)
         weights.append(control.weight)
     return control, weights
@@ -175,10 +176,9 @@ def test_the_weight_rises_step_by_step_to_its_most_while_accuracy_holds():
 
 
 def test_the_weight_falls_by_half_while_accuracy_is_a_margin_below_and_rises_when_it_is_back():
-    control, weights = run_control([0.75] * 8 + [0.5] * 4 + [0.75] * 12, weight=0.4)
+    _, weights = run_control([0.75] * 8 + [0.5] * 4 + [0.75] * 12, weight=0.4)
     before, after = weights[7], weights[11]
     assert weights[8] == before / 2 and after == pytest.approx(before / 16)
-    assert control.long.value == pytest.approx(0.75)  # it learnt nothing from the drop
     assert weights[-1] > 4 * after and max(np.diff(weights)) < 0.041
 
 
@@ -202,20 +202,29 @@ def test_noise_within_a_standard_error_does_not_move_it_down():
     assert falls < 20
 
 
-def test_a_mean_and_its_squares_are_those_of_its_weights():
+def test_after_a_lucky_beginning_the_weight_rises_all_the_same():
+    """As in a run of the demo: 0.58 and 0.77, then eleven steps around a half; a reference that kept to its first
+    steps halved the weight to nothing."""
+    rng, control = np.random.default_rng(1), BrevityControl(BrevityOptions(control="accuracy", weight=0.2))
+    for share in (0.58, 0.77, 0.36, 0.34, 0.34, 0.34, 0.61, 0.41, 0.47, 0.47, 0.45, 0.45, 0.59, 0.5, 0.6, 0.6):
+        spread = [min(1, max(0, share + each)) for each in rng.permutation([-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4])]
+        control.metrics([groups_of(each, problems=1)[0] for each in spread], None)
+    assert control.weight > 0.1
+
+
+def test_a_mean_is_that_of_its_weights():
     values, mean = [0.2, 0.9, 0.4, 0.6], Mean(0.7)
     for value in values:
         mean.add(value)
-    weights = 0.7 ** np.arange(3, -1, -1.0)
-    assert mean.value == pytest.approx(np.average(values, weights=weights))
-    assert mean.squares() == pytest.approx(np.sum((weights / weights.sum()) ** 2))
+    assert mean.value == pytest.approx(np.dot(values, mean.weights())) and mean.weights().sum() == pytest.approx(1)
+    assert mean.weights()[0] / mean.weights()[1] == pytest.approx(0.7)
 
 
-def test_an_evaluation_a_margin_below_the_best_takes_half_once():
-    _, weights = run_control([0.5] * 12, [(0, 0.8), (6, 0.6)], weight=0.4)
+def test_an_evaluation_a_margin_below_the_highest_takes_half_once_and_holds_until_another_is_not():
+    _, weights = run_control([0.5] * 12, [(0, 0.8), (6, 0.6), (9, 0.78)], weight=0.4)
     _, without = run_control([0.5] * 12, weight=0.4)
     assert weights[5] == without[5] and weights[6] == pytest.approx(without[6] / 2)
-    assert weights[7] == pytest.approx(weights[6] + 0.04)
+    assert weights[6] == weights[7] == weights[8] == weights[9] and weights[10] == pytest.approx(weights[9] + 0.04)
     _, near = run_control([0.5] * 12, [(0, 0.8), (6, 0.77)], weight=0.4)  # a standard error is 0.04
     assert near == without
 
@@ -235,7 +244,7 @@ def test_a_controller_that_goes_on_from_its_state_is_the_same_and_its_state_is_j
     again = BrevityControl(BrevityOptions(control="accuracy"))
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for share in shares[4:]:
-        again.metrics(groups_of(share), {"step": 2, "accuracy": 0.7, "problems": 100})
+        again.metrics(groups_of(share), {"step": 2, "accuracy": 0.7, "problems": 100, "highest": 0.7})
     assert again.state_dict() == whole.state_dict()
     lower = BrevityControl(BrevityOptions(control="accuracy", weight=0.001))
     lower.load_state_dict(whole.state_dict())

@@ -274,6 +274,8 @@ BEST = {"cls": RLAIFConfig, "eval_every": 1, "save_every": 1}  # 24 problems: a 
     ([(0.5, 90), (0.2, 10), (0.1, 10), (0.1, 10)], 0),  # what it began with, where nothing holds its accuracy
     ([(0.5, 90), (0.6, 90), (0.55, 90), (0.5, 95)], 2),  # of equals the newest
     ([(0.5, 90), (0.6, 70), (0.58, 60), (0.6, 50)], 3),
+    ([(1.0, 90), (0.97, 40), (0.8, 10), (0.8, 10)], 1),  # an accuracy of 1 has an error, too
+    ([(0.08, 90), (0.04, 3), (0.0, 3), (0.04, 3)], 0),  # a small one allows no half of it
 ])
 def test_the_shortest_within_a_standard_error_of_the_highest_accuracy_is_handed_on(go, data, evaluations, scores, best,
                                                                                    capsys):
@@ -305,7 +307,7 @@ def test_resumed_after_the_first_evaluation_it_is_not_made_again_and_the_best_is
     with pytest.raises(OSError):
         go("broken", total=3, eval_data=data, hook=at(3, fail), resume=True, **BEST)
     again = go("broken", total=3, eval_data=data, resume=True, **BEST)
-    assert len(asked) == 4 and again.best == unbroken.best and again.best["tokens"] == 60
+    assert len(asked) == 4 and vars(again.best) == vars(unbroken.best) and again.best.best["tokens"] == 60
     assert_same(again, unbroken)
 
 
@@ -498,11 +500,19 @@ def rewritten(run_dir, change):
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def test_evaluations_of_other_problems_are_forgotten(go, data, evaluations):
+    evaluations([(0.9, 90), (0.8, 80)])
+    with pytest.raises(OSError):
+        go(total=3, eval_data=data, hook=at(2, fail), **BEST)
+    evaluations([(0.3, 95), (0.2, 99)])
+    again = go(total=3, eval_data=data, eval_limit=5, resume=True, **BEST)
+    assert again.best.highest == 0.3 and best_checkpoint(again.log.run_dir).name == "step-000002"
+
+
 def test_a_run_of_an_older_minimath_goes_on_and_its_next_evaluation_is_the_first(go, data, tmp_path, evaluations,
                                                                                      full_disk):
-    """Its states have a number as `best`, and neither `highest` nor `evaluation`."""
+    """Its states have a number as `best`."""
     def older(state):
-        del state["highest"], state["evaluation"]
         state["best"] = 0.493
     evaluations([(0.5, 90), (0.6, 80), (0.3, 95), (0.2, 95), (0.3, 95)])
     with pytest.raises(OSError):
@@ -512,5 +522,6 @@ def test_a_run_of_an_older_minimath_goes_on_and_its_next_evaluation_is_the_first
     full_disk.add(3)  # and the state of the best checkpoint, to which it goes back then, is as old
     evaluations([(0.3, 95), (0.2, 90), (0.3, 80)])
     again = go(total=5, eval_data=data, resume=True, **BEST)
-    assert again.done == 5 and again.best == {"step": 5, "accuracy": 0.3, "tokens": 80, "problems": 24}
+    assert again.done == 5 and again.best.best == {"step": 5, "accuracy": 0.3, "tokens": 80, "problems": 24,
+                                                   "highest": 0.3}
     assert best_checkpoint(run_dir).name == "step-000005"
