@@ -1,7 +1,7 @@
 """Rollouts by transformers' `generate`, for models that minimath's own decode loop cannot serve.
 
-Mamba, RWKV and the hybrids of attention and a recurrence keep other state than keys and values; `generate` of each
-model knows its own (transformers' continuous batching serves full and sliding-window attention alone). Tokens are
+RWKV, RecurrentGemma and models with code of their own keep state outside of transformers' cache, or layers of other
+kinds in it; `generate` of each model knows its own. Tokens are
 chosen by a logits processor with our own sampler, which lets one token through: options, random streams and recorded
 log-probs mean the same in both engines, and of each step only (n,) numbers are kept, not logits."""
 import contextlib
@@ -123,7 +123,7 @@ def greedy(model, prompts: list[list[int]], length: int, pad: int, *processors, 
     """Generate without sampling, from prompts left-padded to a length."""
     base = base_causal_lm(model)
     inputs = {"input_ids": torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])}
-    if any(len(prompt) < length for prompt in prompts):  # not every model takes a mask
+    if takes_padding(model):  # without a mask, generate takes a pad token of the prompt itself for padding
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         inputs["attention_mask"] = (torch.arange(length) >= length - lengths[:, None]).long()
     config = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=pad, **config)
@@ -131,12 +131,17 @@ def greedy(model, prompts: list[list[int]], length: int, pad: int, *processors, 
                          logits_processor=LogitsProcessorList(processors), synced_gpus=is_sharded(model))
 
 
+def takes_padding(model) -> bool:
+    """Tell whether the model has an argument for a mask; RWKV has none."""
+    return "attention_mask" in inspect.signature(base_causal_lm(model).forward).parameters
+
+
 def padding_is_harmless(model, pad: int, prompt: list[int], length: int) -> bool:
     """Tell whether log-probs stay when `prompt` is left-padded to `length`.
 
     Not all recurrent models leave masked tokens out of their state, and no config says so."""
     base = base_causal_lm(model)
-    if "attention_mask" not in inspect.signature(base.forward).parameters:
+    if not takes_padding(model):
         return False
     plain, padded = (greedy(model, [prompt], n, pad, max_new_tokens=1, output_logits=True,  # position ids include
                             return_dict_in_generate=True).logits[0].log_softmax(-1) for n in (len(prompt), length))

@@ -244,6 +244,16 @@ def test_what_is_there_is_not_sampled_again_and_each_completion_is_told(llama):
     assert generate_hf(model, tokenizer, [], samples=2, max_new_tokens=6) == []
 
 
+def test_a_pad_token_of_a_prompt_is_a_token_and_nothing_is_said_of_masks(llama, caplog):
+    """Without a mask generate left it out: log-probs 0.2 away from the training forward's, an error of ours."""
+    model, tokenizer = llama
+    prompts = [[5, tokenizer.pad_token_id, 7], [8, 9, 10]]
+    options = {"max_new_tokens": 6, "eos": [], "seed": 1}
+    theirs = generate_hf(model, tokenizer, prompts, **options)
+    assert [g[0].ids for g in theirs] == [g[0].ids for g in generate(model, tokenizer, prompts, **options)]
+    assert "attention mask" not in caplog.text
+
+
 def test_batches_hold_at_most_max_num_seqs(llama, monkeypatch):
     model, tokenizer = llama
     sizes = []
