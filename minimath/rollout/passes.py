@@ -91,7 +91,8 @@ def check_state(model) -> bool:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise NoStandardCache(f"{name} does not decode from our cache ({str(error).splitlines()[0]})") from error
+        raise NoStandardCache(f"{name} does not decode from our cache ({type(error).__name__}: "
+                              f"{' '.join(str(error).split())[:200]})") from error
     if not alone <= STEP_TOLERANCE.get(base.dtype, 0.1):
         raise NoStandardCache(f"{name} decodes from our cache {alone:.2g} away from a whole pass")
     return abs(padded - alone) <= PADDING_TOLERANCE.get(base.dtype, 1e-4)
@@ -110,5 +111,5 @@ def _difference(model, padding: int) -> float:
         spans = [(0, 2, rows.places)] if attends else None
         new = Step(model, attends)(rows, ids[0, -1:].expand(2), source + TRIED, source == 0, length=rows.places,
                                    spans=spans)
-    apart = torch.cat([last, new]) - whole[[0, 1, 1]]
-    return float(apart.abs().mean() / whole.std())
+    apart = torch.cat([last, new]).float() - whole[[0, 1, 1]].float()
+    return float(apart.abs().mean() / whole.float().std())

@@ -1,4 +1,6 @@
 """Models that keep convolution or recurrent state of a row: decoded in slots, prompts never seen by another row."""
+import sys
+
 import pytest
 import tiny
 import torch
@@ -9,10 +11,11 @@ from toy import load, wake_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minimath.core.errors import UserError
+from minimath.models.forward import base_causal_lm
 from minimath.models.memory import cache_bytes_per_token
 from minimath.models.state import state_bytes
 from minimath.rollout import decode as decoding
-from minimath.rollout import passes
+from minimath.rollout import passes, slots
 from minimath.rollout.transformers_engine import TransformersEngine
 
 PROMPTS = prompts_of((5, 41, 23, 12, 70))
@@ -71,6 +74,15 @@ def test_prompts_stay_apart_where_padding_would_reach_the_state(family, monkeypa
     assert sorted(widths) == [(1, 5), (1, 12), (1, 23), (1, 70), (2, 41)]
 
 
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text", "granitemoehybrid"])
+def test_padding_that_reaches_the_state_is_noticed(family, name, monkeypatch):
+    model, tokenizer = family(name)
+    assert engine_of(model, tokenizer).pads
+    module = sys.modules[type(base_causal_lm(model)).__module__]
+    monkeypatch.setattr(module, "apply_mask_to_padding_states", lambda hidden_states, attention_mask: hidden_states)
+    assert not engine_of(model, tokenizer).pads
+
+
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text", "falcon_h1"])
 def test_out_of_memory_halves_the_rows_and_changes_no_completion(family, name, monkeypatch):
     options, said, step, steps = {"max_new_tokens": 10, "eos": [], "seed": 5}, [], decoding.Decode.run_step, []
@@ -118,6 +130,12 @@ def test_a_recorded_step_waits_for_nothing(tmp_path, name, monkeypatch):
         batch.step()
         assert batch.fixed and not waits(work) and not copies(work)
         assert places == [each.data_ptr() for layer in batch.cache.layers for each in layer.tensors()]
+
+
+def test_a_layer_that_forgets_its_state_is_noticed(family, monkeypatch):
+    monkeypatch.setattr(slots.StateLayer, "fill", lambda *rows: None)
+    with pytest.raises(UserError, match="FalconH1ForCausalLM decodes from our cache .* away from a whole pass"):
+        engine_of(*family("falcon_h1"))
 
 
 def test_a_cache_that_a_model_passes_by_is_noticed():
