@@ -145,7 +145,7 @@ def eos_ids(tokenizer, model=None) -> list[int]:
 
 def final_text(solution: str, answer: str) -> str:
     """Put the final answer in \\boxed{}: rewrite "#### x", append a missing answer."""
-    if "\\boxed" in solution:
+    if "\\boxed" in solution.rpartition(CLOSE)[2]:  # one in a thought is none
         return solution
     if final := hashes_answer(solution):
         body = solution.rsplit("####", 1)[0]

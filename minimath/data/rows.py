@@ -10,6 +10,7 @@ The shape is read off a row's columns; the first of these that fits counts:
     question, answer   an answer with "#### 72" (GSM8K) is split in solution and answer, one with \\boxed or of
                        more than 8 words is a worked solution, any other a final answer
     problem, solution  or generation (+ answer; else from "#### x" or \\boxed{x}), as in Fast-Math-R1-SFT and -GRPO
+Thoughts before a solution are in its text, in <think> and </think>, or in reasoning_content or thinking beside it.
 """
 import re
 import unicodedata
@@ -19,6 +20,7 @@ from decimal import Decimal
 
 from minimath.core.text import did_you_mean
 from minimath.data.readers import BadRow
+from minimath.data.template import CLOSE, OPEN
 from minimath.grading.answer import extract_answer
 
 COLUMNS = {
@@ -34,6 +36,7 @@ VERDICTS, WHOLE = ("correctness_math_verify", "correctness_llama"), ("is_reasoni
 ROLES = ("system", "user", "assistant")
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of a message
+THOUGHT_COLUMNS = ("reasoning_content", "thinking")  # beside a solution; a column `reasoning` is often a solution
 ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator marks
 COMMAND = re.compile(r"\\[A-Za-z]+(\{[A-Za-z* ]*\})*")
 WORD = re.compile(r"(?<![A-Za-z])[A-Za-z]{2,}(?![A-Za-z,])")
@@ -179,7 +182,12 @@ def _from_columns(row: Columns, where: str) -> Example:
     if name == "instruction" and _filled(more := row.values.get("input")):
         row.read.add("input")
         problem += "\n\n" + plain_text(more, "input")
-    return Example(problem, *_solution_answer(row), _identity(row), where=where)
+    solution, answer = _solution_answer(row)
+    name = next((n for n in THOUGHT_COLUMNS if _filled(row.values.get(n))), "")
+    if name and solution and CLOSE not in solution:
+        row.read.add(name)
+        solution = f"{OPEN}\n{plain_text(row.values[name], name)}\n{CLOSE}\n\n{solution}"
+    return Example(problem, solution, answer, _identity(row), where=where)
 
 
 def _solution_answer(row: Columns, solution: str = "") -> tuple[str, str]:

@@ -136,7 +136,9 @@ def test_special_tokens_inside_a_row_neither_end_nor_open_a_turn(tiny_tokenizer)
 
 
 @pytest.mark.parametrize("solution, answer, expected", [
-    ("so \\boxed{5}", "5", "so \\boxed{5}"), ("2 + 3 = 5", "5", "2 + 3 = 5\n\\boxed{5}"),
+    ("so \\boxed{5}", "5", "so \\boxed{5}"),
+    ("<think>\\boxed{4}?</think>5", "5", "<think>\\boxed{4}?</think>5\n\\boxed{5}"),
+    ("2 + 3 = 5", "5", "2 + 3 = 5\n\\boxed{5}"),
     ("2 + 3 = 5", "", "2 + 3 = 5"),
     ("2 + 3 = 5\n#### 5", "", "2 + 3 = 5\n\\boxed{5}"), ("#### 5", "", "\\boxed{5}"),
     ("#### Step 1\n2 + 3 = 5", "5", "#### Step 1\n2 + 3 = 5\n\\boxed{5}")])

@@ -165,6 +165,15 @@ def test_thoughts_in_a_field_of_their_own_are_kept(field):
     assert "reasoning_content" not in one({"messages": [ASK, {**row["messages"][1], field: None}]})[0].messages[1]
 
 
+@pytest.mark.parametrize("column", ["thinking", "reasoning_content", "Thinking"])
+def test_thoughts_in_a_column_beside_the_solution_come_before_it(column):
+    example, report = one({"problem": "2+3?", "solution": "5\n#### 5", column: "hm \\boxed{4}"}, "solution", "answer")
+    assert (example.solution, example.answer) == ("<think>\nhm \\boxed{4}\n</think>\n\n5", "5")
+    assert not report.unread
+    example, report = one({"problem": "2+3?", "solution": "<think>a</think>5", column: "hm"}, "solution")
+    assert example.solution == "<think>a</think>5" and report.unread
+
+
 def test_other_fields_of_messages_are_said():
     _, report = one({"messages": [{**ASK, "thinking": "hm"}, {"role": "assistant", "content": "5", "weight": 0,
                                                              "tool_calls": [{}], "name": None}]}, "solution")
