@@ -274,7 +274,7 @@ class Trainer:
         if best and (faults := checkpoint.verify(best)):
             self.log.say(f"{best}, the best, is damaged ({faults[0]}): that of step {self.done} is left")
             best = None
-        if best is None or checkpoint.step_of(best) == self.done or self.best.newest_step() < 1:  # 0: nothing to compare
+        if best is None or checkpoint.step_of(best) == self.done or self.best.newest_step() < 1:  # nothing to compare
             return checkpoint.save_adapter(self.policy.model, folder)
         self.log.say(f"the adapter left is that after step {checkpoint.step_of(best)}, the shortest within a standard "
                      f"error of the highest accuracy; final=last leaves that after step {self.done}")

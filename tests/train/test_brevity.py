@@ -207,7 +207,7 @@ def test_after_a_lucky_beginning_the_weight_rises_all_the_same():
     steps halved the weight to nothing."""
     rng, control = np.random.default_rng(1), BrevityControl(BrevityOptions(control="accuracy", weight=0.2))
     for share in (0.58, 0.77, 0.36, 0.34, 0.34, 0.34, 0.61, 0.41, 0.47, 0.47, 0.45, 0.45, 0.59, 0.5, 0.6, 0.6):
-        spread = [min(1, max(0, share + each)) for each in rng.permutation([-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4])]
+        spread = np.clip(share + rng.permutation([-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4]), 0, 1)
         control.metrics([groups_of(each, problems=1)[0] for each in spread], None)
     assert control.weight > 0.1
 
