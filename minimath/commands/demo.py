@@ -133,7 +133,7 @@ def write_problems(made: DemoConfig, folder: Path, share: float) -> None:
     For RL they come without worked solutions: it has to find its own."""
     kind = {"steps": tuple(map(int, comma_list(made.step_counts))), "largest": made.largest,
             "style_weights": {"plain": 1 - made.verbose, "verbose": made.verbose}}
-    count, valid = (max(16, round(n * min(1, share))) for n in (made.test_problems, made.valid_problems))
+    count, valid = (n if share >= 1 else max(16, round(n * share)) for n in (made.test_problems, made.valid_problems))
     train = make_problems(made.train_problems + made.rl_problems, seed=made.train_seed, **kind)
     held_out = make_problems(count + 2 * valid, seed=made.test_seed, split="test", **kind)
     assert_disjoint(train, held_out)
