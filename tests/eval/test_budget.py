@@ -44,9 +44,15 @@ def test_a_thought_ends_at_its_budget_and_the_answer_goes_on_within_max_new_toke
         assert "\\boxed{" in sample.text
     again = sampled(opened, 9, ["2 + 3 = ?"], keys=[1], skip={(0, 1)})  # alone, as a resume samples what is left
     assert again.keys() == {(0, 0)} and again[0, 0].ids == limited[1, 0].ids
-    rests = [sample.ids[9 + len(put_in):][:4] for sample in limited.values()]
-    assert all(rest != sample.ids[:4] for rest, sample in zip(rests, limited.values())) and len(set(map(
-        tuple, rests))) > 1
+
+
+def test_the_rest_of_a_completion_has_random_numbers_of_its_own(engine, monkeypatch):
+    opened, asked = engine(R1), []
+    jobs = opened.jobs
+    monkeypatch.setattr(opened, "jobs", lambda *args: asked.append(jobs(*args)) or asked[-1])
+    sampled(opened, 9)
+    seeds = [job.seed for jobs in asked for job in jobs]
+    assert len(set(seeds)) == len(seeds) == 8  # of 2 problems, 2 samples and 2 parts
 
 
 def test_a_completion_without_a_thought_is_the_same_under_any_budget(engine):
