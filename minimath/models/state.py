@@ -7,7 +7,7 @@ import weakref
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from minimath.models.forward import base_causal_lm, compute_dtype, inference
+from minimath.models.forward import adapter_off, base_causal_lm, compute_dtype, inference
 
 ATTEND = {"full_attention", "sliding_attention"}
 STATE = {"conv", "linear_attention", "hybrid"}  # hybrid: state, and keys and values
@@ -56,7 +56,8 @@ def state_bytes(model) -> int:
         return 0
     if base not in _BYTES:
         cache, ids = fresh_cache(model), torch.zeros(1, 1, dtype=torch.long, device=base.device)
-        with inference(model), compute_dtype(model):
+        # autocast knows no meta device, and peft asks for it around experts
+        with inference(model), adapter_off(model) if base.device.type == "meta" else compute_dtype(model):
             base.base_model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
         _BYTES[base] = sum(each.nbytes for layer in cache.layers for each in states_of(layer))
     return _BYTES[base]

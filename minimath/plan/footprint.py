@@ -4,6 +4,7 @@ The model's own code runs on tensors that have shapes and no data (torch's FakeT
 for two and three times the pattern of its layers, as each further one adds the same. On a card a pass costs a constant,
 its length and its square: three lengths tell. Fused layers on a CPU attend row by row: few rows tell what more cost.
 Rows need masks, and gradients are there from the micro-batch before."""
+import contextlib
 import copy
 import functools
 import warnings
@@ -16,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minimath.core.errors import UserError
@@ -25,6 +25,7 @@ from minimath.models import load
 from minimath.models.attention import Segment
 from minimath.models.forward import base_causal_lm, compute_dtype, head_module, hidden_states, inference, rows_mask
 from minimath.models.fused import fused_layers
+from minimath.models.state import fresh_cache, keeps_state
 
 LENGTHS = (512, 2048, 8192)  # at which passes are followed
 ROWS = 4  # and twice as many in a pass foretell more of them
@@ -99,7 +100,8 @@ def traceable(config, cfg, dtype: torch.dtype, layers: int, fake: FakeTensorMode
     text = short.get_text_config()
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = layers, 512, None
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+        with contextlib.suppress(AttributeError):  # some derive it from the number of layers
+            text.layer_types = text.layer_types[:layers]
     model = empty_model(short, cfg, dtype).train()
     if cfg.optimizer.gradient_checkpointing:
         load.checkpoint_activations(model, preserve_rng_state=False)
@@ -172,8 +174,9 @@ class Model:
         with self.fake, Live() as live, mock.patch.dict(vars(elementwise), self.one_pass):
             ids, places = (torch.empty(1, tokens, dtype=torch.long) for _ in range(2))
             if not rows:
+                mask = None if keeps_state(model) else places  # which such a model looks at
                 with inference(model):
-                    hidden_states(model, ids, attention_mask=places, past_key_values=DynamicCache())
+                    hidden_states(model, ids, attention_mask=mask, past_key_values=fresh_cache(model))
                 return 0, live.peak, 0
             if self.by_rows:
                 segments = [Segment(at, min(length, tokens - at), 0, prompt) for at in range(prompt, tokens, length)]

@@ -188,10 +188,11 @@ class Planner:
         prompt, new = cfg.prompt.max_prompt_len, cfg.sampling.max_new_tokens
         together = max(1, min(PREFILL_TOKENS // prompt, seqs, cfg.prompts_per_step if train else seqs))
         logits = seqs * sampling_bytes(model.head.shape[0], Sampling.of(cfg.sampling), self.device)
+        prefill = model.prefill(together, prompt)  # first: it refuses models that nothing can be counted on
         keys = -(-(prompt + new) // PLACES) * PLACES * cache_bytes_per_token(model.empty)
         keys += state_bytes(model.empty)
         rows["keys and values"] = seqs * (keys + 20 * new + 8 * prompt)
-        rows["prefill, or a step's logits"] = max(logits, model.prefill(together, prompt)) + self.dequantised(base)
+        rows["prefill, or a step's logits"] = max(logits, prefill) + self.dequantised(base)
         return self.on_card(rows)
 
     def most_tokens(self, cfg, card: int, limit: int = MOST_TOKENS) -> int:
