@@ -52,6 +52,8 @@ STATEFUL = {  # those that keep state beside keys and values, or in place of the
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
     "nemotron_h": {"layer_types": ["linear_attention", "full_attention", "mlp"], "head_dim": 8, "ssm_state_size": 8,
                    "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "chunk_size": 16},
+    "olmo_hybrid": {**DELTA, "linear_num_key_heads": 4},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "num_experts": 2},
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 16},
 }
 
