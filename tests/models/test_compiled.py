@@ -87,10 +87,10 @@ def test_two_steps_have_the_same_loss_and_gradient(tmp_path, monkeypatch, family
     assert_same_records(tmp_path, ("loss", "optim/grad_norm", "eval/tokens"))
 
 
-def assert_same_records(folder, names) -> None:
-    """Of two steps and the evaluation after each."""
+def assert_same_records(folder, names, count: int = 4) -> None:
+    """Of two steps and the evaluation after each, in stage 2 of one before them, too."""
     compiled, fused = (metrics(folder / name, *names) for name in ("compiled", "fused"))
-    assert len(compiled) == len(fused) == 4
+    assert len(compiled) == len(fused) == count
     for one, other in zip(compiled, fused, strict=True):
         assert {k: v for k, v in one.items() if v is not None} == pytest.approx(
             {k: v for k, v in other.items() if v is not None}, rel=1e-5)
@@ -105,7 +105,7 @@ def test_rollouts_updates_judge_and_reference_are_the_same(tmp_path):
                           eval_data=data, eval_every=1, eval_max_new_tokens=8, compile=name == "compiled",
                           out=str(tmp_path / name)))
     assert_same_records(tmp_path, ("loss", "optim/grad_norm", "policy/kl", "reward/mean", "rollout/tokens",
-                                   "judge/prompt_tokens", "eval/tokens"))
+                                   "judge/prompt_tokens", "eval/tokens"), count=5)
 
 
 def test_a_compiler_that_fails_is_said_with_what_to_do(tmp_path, monkeypatch):
