@@ -49,6 +49,7 @@ ARMS = {  # name -> what it changes in the demo's rlaif section
     "ratio-apart-control": [*PLAIN, "brevity=ratio", *APART, *CONTROL],
     "log-apart-control": [*PLAIN, "brevity=log", *APART, *CONTROL],
     "judge-apart-control": ["brevity=ratio", *APART, *CONTROL],  # right steps first, then shorter
+    "judge-half-apart-control": ["judge_weight=0.5", "brevity=ratio", *APART, *CONTROL],
     "teacher-concise": ["teacher={sft}", *CONCISE],  # no answers: the SFT model, asked to be concise
     "teacher-concise-full": ["teacher={sft}", *CONCISE, "teacher_kl=full"],
     "teacher-longer": ["teacher={longer}", "reward=none", "verifier=none"],  # SFT for twice the steps
