@@ -1,0 +1,48 @@
+"""bench.curves: every arm is one that can run, and its table holds the bar against the SFT model of the same seed."""
+import json
+
+import pytest
+
+from bench import curves
+from minimath.config.load import load_config
+from minimath.config.schema import RLAIFConfig
+
+
+def of(correct, tokens, steps):
+    return {"correct": correct, "tokens": tokens, "correct_steps": steps, "accuracy": 0.5, "mean_tokens": 9.0}
+
+
+def row(seed, correct, tokens, steps):
+    kept = of(correct, tokens, steps)
+    return {"arm": "ratio", "rate": "1e-4", "seed": seed, "curve": [[0, 0.5, 90.0], [3, 0.6, 50.0]], "last": kept,
+            "kept": kept}
+
+
+SFT = {0: of("1100", [10, 10, 10, 10], 0.8), 1: of("1000", [20, 20, 20, 20], 0.8)}
+
+
+@pytest.mark.parametrize("arm", curves.ARMS)
+def test_an_arm_is_options_that_go_together(arm):
+    words = [word.format(sft="runs/sft", longer="runs/longer") if word.startswith("teacher={") else word
+             for word in [*curves.UNTIL_NOW, *curves.ARMS[arm]]]
+    load_config(RLAIFConfig, "demo", words, "rlaif", allow_other=True)
+
+
+def test_differences_are_to_the_sft_model_of_the_same_seed():
+    facts = curves.figures([row(0, "1110", [4, 4, 4, 4], 0.9), row(1, "1000", [6, 6, 6, 6], 0.8)], SFT, "last")
+    assert facts["correct"] == 50.0 and facts["correct_gap"] == 12.5 and facts["tokens_gap"] == -10.0
+    assert facts["saved"] == pytest.approx(100 * (1 - 5 / 15)) and facts["steps_gap"] == pytest.approx(5.0)
+    assert facts["meets"]
+
+
+@pytest.mark.parametrize("correct, tokens, steps", [("1000", 4, 0.9), ("1110", 8, 0.9), ("1110", 4, 0.7)])
+def test_less_accuracy_or_more_than_half_the_tokens_or_fewer_right_steps_miss_the_bar(correct, tokens, steps):
+    assert not curves.figures([row(0, correct, [tokens] * 4, steps)], SFT, "last")["meets"]
+
+
+def test_the_table_and_the_picture_are_made_of_the_result_file(tmp_path, capsys):
+    out = tmp_path / "curves.json"
+    out.write_text(json.dumps({"sft": {str(seed): each for seed, each in SFT.items()},
+                               "rows": {"ratio/1e-4/0": row(0, "1110", [4, 4, 4, 4], 0.9)}}))
+    assert curves.main(["--table", "--out", str(out)]) == 0
+    assert "ratio" in capsys.readouterr().out and out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
