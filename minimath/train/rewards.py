@@ -10,6 +10,8 @@ import math
 import statistics
 from collections.abc import Callable
 
+import numpy as np
+
 from minimath.config.options import as_number, user_function
 from minimath.config.rl_options import BrevityOptions, RewardOptions
 from minimath.config.schema import RLAIFConfig
@@ -19,7 +21,7 @@ from minimath.data.sample import Group, Sample
 from minimath.grading.answer import extract_answer
 from minimath.judges.judge import Judge, judge_groups, make_judge
 from minimath.models.policy import Policy
-from minimath.train.brevity import BrevityControl, brevity
+from minimath.train.brevity import BrevityControl, brevity, minmax
 
 PENALTY_SHARE = 0.2  # of max_new_tokens, over which overlong=penalty grows
 SUMS = ("comparisons", "no_votes", "skipped", "fallbacks", "seconds")  # of the judge's calls of a step
@@ -211,10 +213,7 @@ def length_reward(tokens: list[int], correct: list[bool]) -> list[float]:
 
     lambda_i = 1/2 - (n_i - min) / (max - min) over the whole group; a correct sample gets lambda_i, a wrong one
     min(0, lambda_i). 0.0 when all are equally long."""
-    low, high = min(tokens, default=0), max(tokens, default=0)
-    if low == high:
-        return [0.0] * len(tokens)
-    terms = [0.5 - (n - low) / (high - low) for n in tokens]
+    terms = (minmax(np.array(tokens, dtype=float)) / 2).tolist() if tokens else []
     return [term if ok else min(0.0, term) for term, ok in zip(terms, correct, strict=True)]
 
 

@@ -39,7 +39,7 @@ from minimath.train.optimizer import Optimizer, check_finite, settings_to_try
 from minimath.train.schedule import Schedule, lr_at
 
 KEPT = 3  # newest checkpoints; the best one is kept besides
-HELD_OUT = ("eval_data", "eval_limit", "eval_max_new_tokens")  # options that make an evaluation another one
+HELD_OUT = {"eval_data", "eval_limit", "eval_max_new_tokens"}  # options that make an evaluation another one
 BAR = {"loss": "loss", "time/tokens_per_s": "tok_s", "reward/mean": "reward", "rollout/correct": "correct",
        "rollout/tokens": "tokens"}  # metrics beside the progress bar, and what they are called there
 
@@ -80,7 +80,7 @@ class Trainer:
         self.held_out = load_held_out(cfg)
         self.tracked: dict[str, object] = {}
         self.done = self.saved = self.total = 0  # steps committed, in the newest checkpoint, wanted
-        self.best = Best(margin=cfg.evaluation.final == "best" if hasattr(cfg, "evaluation") else False)
+        self.best = Best(margin=bool(self.held_out) and cfg.evaluation.final == "best")
         self.owed = False  # an evaluation was interrupted: the run that goes on begins with it
         self.interrupted_by = 0
         self._state = self._rng = None  # states of what is tracked, and random generators, at the last commit
@@ -145,10 +145,11 @@ class Trainer:
                 self._save(best=self._evaluate())  # also when it is not the best: it is owed no longer
             schedule.begin(self._left())
             while self.done < total and not self._ends():
-                step = Step(self.done + 1, self.log, schedule.place(self.done) / max(1, total - 1))
+                place = schedule.place(self.done)
+                step = Step(self.done + 1, self.log, place / max(1, total - 1))
                 # by the step, so that dropout after a resume is what it would have been
                 torch.manual_seed(stream_seed(cfg.run.seed, self.done) + dist.rank())
-                self.optimizer.lr = lr_at(schedule.place(self.done), total, lr=cfg.optimizer.lr,
+                self.optimizer.lr = lr_at(place, total, lr=cfg.optimizer.lr,
                                           schedule=cfg.optimizer.lr_schedule, warmup=cfg.optimizer.warmup)
                 yield step
                 self._check_trainable()
@@ -297,12 +298,12 @@ class Trainer:
             if name in state["tracked"]:
                 each.load_state_dict(state["tracked"][name])
         before = state["config"]
-        changed = [f"{name} {before.get(name)} -> {value}" for name, value in plain_values(self.cfg).items()
-                   if before.get(name) != value and name not in ("resume", "out")]
-        if any(before.get(name) != value for name, value in plain_values(self.cfg).items() if name in HELD_OUT):
+        changed = {name: f"{name} {before.get(name)} -> {value}" for name, value in plain_values(self.cfg).items()
+                   if before.get(name) != value and name not in ("resume", "out")}
+        if changed.keys() & HELD_OUT:
             self.best.load_state_dict({})  # it was of other problems
         if changed:
-            self.log.say("options changed since the checkpoint: " + ", ".join(changed))
+            self.log.say("options changed since the checkpoint: " + ", ".join(changed.values()))
         self.log.say(f"resumed after step {self.done}")
 
     def summary(self) -> dict:
