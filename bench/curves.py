@@ -121,6 +121,9 @@ def figures(rows: list[dict], sft: dict[int, dict], name: str) -> dict:
     out["saved"] = 100 * (1 - out["tokens"] / float(np.mean([values_of(row, "tokens") for row in theirs])))
     steps = [100 * float(np.mean([row["correct_steps"] for row in each])) for each in (mine, theirs)]
     out["steps"], out["steps_gap"] = steps[0], steps[0] - steps[1]
+    wrong = [float(np.mean([(1 - row["correct_steps"]) * row["checked_steps"] / row["problems"] for row in each]))
+             for each in (mine, theirs)]
+    out["wrong"], out["wrong_gap"] = wrong[0], wrong[0] - wrong[1]
     out["meets"] = out["correct_gap"] >= -1 and out["correct_interval"][1] >= 0 and out["saved"] >= 50 \
         and out["steps_gap"] >= 0
     return out
@@ -137,7 +140,7 @@ def groups(rows: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
 def table(rows: dict[str, dict], sft: dict[int, dict]) -> Table:
     out = Table(title=f"after {STEPS} steps, against the SFT model of the same seed (95% intervals)")
     for name in ("arm", "rate", "seeds", "checkpoint", "accuracy, %", "difference", "tokens", "fewer", "right steps",
-                 "meets the bar"):
+                 "wrong steps a problem", "meets the bar"):
         out.add_column(name, justify="left" if name in ("arm", "checkpoint") else "right")
     for (arm, rate), mine in groups(rows).items():
         for name in ("last", "kept"):
@@ -145,7 +148,8 @@ def table(rows: dict[str, dict], sft: dict[int, dict]) -> Table:
             low, high = f["correct_interval"]
             out.add_row(arm, rate, str(f["seeds"]), name, f"{f['correct']:.1f}",
                         f"{f['correct_gap']:+.1f} ({low:+.1f} to {high:+.1f})", f"{f['tokens']:.1f}",
-                        f"{f['saved']:.0f}%", f"{f['steps']:.1f}% ({f['steps_gap']:+.1f})", "yes" if f["meets"] else "")
+                        f"{f['saved']:.0f}%", f"{f['steps']:.1f}% ({f['steps_gap']:+.1f})",
+                        f"{f['wrong']:.2f} ({f['wrong_gap']:+.2f})", "yes" if f["meets"] else "")
     return out
 
 
@@ -200,7 +204,7 @@ def main(words: list[str] | None = None) -> int:
                 failed.append(key)
                 print(f"{key}: {error}", flush=True)
     if rows:
-        Console(width=None if sys.stdout.isatty() else 180).print(table(rows, {int(s): row for s, row in sft.items()}))
+        Console(width=None if sys.stdout.isatty() else 200).print(table(rows, {int(s): row for s, row in sft.items()}))
         plot(rows, options.out.with_suffix(".png"))
     return 1 if failed else 0
 

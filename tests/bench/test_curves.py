@@ -9,7 +9,8 @@ from minimath.config.schema import RLAIFConfig
 
 
 def of(correct, tokens, steps):
-    return {"correct": correct, "tokens": tokens, "correct_steps": steps, "accuracy": 0.5, "mean_tokens": 9.0}
+    return {"correct": correct, "tokens": tokens, "correct_steps": steps, "accuracy": 0.5, "mean_tokens": 9.0,
+            "checked_steps": 10, "problems": 4}
 
 
 def row(seed, correct, tokens, steps):
@@ -32,6 +33,7 @@ def test_differences_are_to_the_sft_model_of_the_same_seed():
     facts = curves.figures([row(0, "1110", [4, 4, 4, 4], 0.9), row(1, "1000", [6, 6, 6, 6], 0.8)], SFT, "last")
     assert facts["correct"] == 50.0 and facts["correct_gap"] == 12.5 and facts["tokens_gap"] == -10.0
     assert facts["saved"] == pytest.approx(100 * (1 - 5 / 15)) and facts["steps_gap"] == pytest.approx(5.0)
+    assert facts["wrong"] == pytest.approx((1 + 2) / 2 / 4) and facts["wrong_gap"] == pytest.approx(-0.5 / 4)
     assert facts["meets"]
 
 
