@@ -16,7 +16,7 @@ from minimath.core.errors import UserError
 from minimath.kernels.decode_attention import decode_attention
 from minimath.models.attention import probabilities
 from minimath.models.forward import base_causal_lm, sliding_window
-from minimath.models.state import keeps_state
+from minimath.models.state import keeps_state, layer_kinds
 from minimath.rollout.slots import slots_of
 
 ALIGN = 64  # places are a multiple of this, which keeps the rows of a mask aligned
@@ -72,9 +72,8 @@ class NoStandardCache(UserError):
 
 def windows_of(model) -> list[int]:
     """List how many places each layer sees, by the rule of additive_mask; 0 is all."""
-    config = base_causal_lm(model).config.get_text_config()
-    kinds, window = getattr(config, "layer_types", None), sliding_window(model) or 0
-    kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
+    layers, window = base_causal_lm(model).config.get_text_config().num_hidden_layers, sliding_window(model) or 0
+    kinds = layer_kinds(model) or ["sliding_attention"] * layers
     return [window if kind == "sliding_attention" else 0 for kind in kinds]
 
 

@@ -3,7 +3,7 @@ import torch
 
 from minimath.core.errors import is_out_of_memory
 from minimath.models.forward import additive_mask, base_causal_lm, compute_dtype, inference, not_looked_at
-from minimath.models.state import ATTEND, NEITHER, STATE, cache_argument, fresh_cache, layer_kinds
+from minimath.models.state import ATTEND, NEITHER, STATE, cache_argument, fresh_cache, keeps_state, layer_kinds
 from minimath.rollout import slots
 from minimath.rollout.kv_cache import NoStandardCache, Seen, SlotCache, decoding_attention, softcap_of, windows_of
 
@@ -71,7 +71,7 @@ def check_model(model, *, state: bool = True) -> bool:
     base, cache, kinds = base_causal_lm(model), fresh_cache(model), set(layer_kinds(model))
     if state and STATE & kinds:
         return check_state(model)
-    if kinds <= ATTEND and not getattr(base, "_is_stateful", False):
+    if kinds <= ATTEND and not keeps_state(model):
         with inference(model), compute_dtype(model):
             prefill(model, torch.zeros(1, 1, dtype=torch.long, device=base.device), cache)
     keys = [getattr(layer, "keys", None) for layer in cache.layers]
