@@ -34,6 +34,7 @@ STEPS, EVERY = 18, 3
 PLAIN = ["judge_weight=0"]  # length alone beside right or wrong
 CONTROL, APART = ["brevity_control=accuracy"], ["brevity_scale=apart", "brevity_weight=1"]
 CONCISE = ["teacher_system=Be concise. Put the final answer in \\boxed{}.", "reward=none", "verifier=none"]
+JUDGED = ["judge=self", "judge_adapter={judge}"]  # the ablation's: single solutions, trained on the policy's own
 ARMS = {  # name -> what it changes in the demo's rlaif section
     "minmax-judge": [],  # the demo's settings until now
     "right-only": [*PLAIN, "brevity_weight=0"],  # the control: correct or wrong
@@ -54,6 +55,11 @@ ARMS = {  # name -> what it changes in the demo's rlaif section
     "teacher-concise-full": ["teacher={sft}", *CONCISE, "teacher_kl=full"],
     "teacher-longer": ["teacher={longer}", "reward=none", "verifier=none"],  # SFT for twice the steps
     "teacher-longer-right": ["teacher={longer}", "teacher_weight=0.1", *PLAIN, "brevity_weight=0"],
+    "trained-apart-control": [*JUDGED, "brevity=ratio", *APART, *CONTROL],  # by a judge that was trained, not by rules
+    "majority": ["verifier=majority", *PLAIN, "brevity=ratio", *APART, *CONTROL],  # no answers, as the next three
+    "majority-share": ["verifier=majority", "majority_share=0.65", *PLAIN, "brevity=ratio", *APART, *CONTROL],
+    "majority+judge": ["verifier=majority+judge", *JUDGED, *PLAIN, "brevity=ratio", *APART, *CONTROL],
+    "judge-verifier": ["verifier=judge", *JUDGED, *PLAIN, "brevity=ratio", *APART, *CONTROL],
 }
 UNTIL_NOW = ["brevity=minmax", "brevity_control=none", "brevity_scale=together", "brevity_weight=0.2",
              "judge_weight=0.2", "overlong=mask"]  # of the demo, which every arm begins from
@@ -79,6 +85,11 @@ def run_arm(arm: str, rate: str, seed: int, options) -> dict:
     common = [f"model={demo_model()}", f"seed={seed}"]
     sft = stage_1(work, "sft", common, [], options.threads)
     changes = [word.replace("{sft}", str(sft)) for word in ARMS[arm]]
+    if any("{judge}" in word for word in changes):
+        judge = work / f"judge-single-{seed}"
+        run_stage(judge, ["judge", "train", "demo", f"data={data / 'train.jsonl'}", *common, f"adapter={sft}"],
+                  options.threads)
+        changes = [word.replace("{judge}", str(judge)) for word in changes]
     if any("{longer}" in word for word in changes):
         longer = stage_1(work, "longer", common, ["steps=300"], options.threads)
         changes = [word.replace("{longer}", str(longer)) for word in changes]

@@ -1,5 +1,6 @@
 """bench.curves: every arm is one that can run, and its table holds the bar against the SFT model of the same seed."""
 import json
+import re
 
 import pytest
 
@@ -24,8 +25,7 @@ SFT = {0: of("1100", [10, 10, 10, 10], 0.8), 1: of("1000", [20, 20, 20, 20], 0.8
 
 @pytest.mark.parametrize("arm", curves.ARMS)
 def test_an_arm_is_options_that_go_together(arm):
-    words = [word.format(sft="runs/sft", longer="runs/longer") if word.startswith("teacher={") else word
-             for word in [*curves.UNTIL_NOW, *curves.ARMS[arm]]]
+    words = [re.sub(r"=\{(\w+)\}", r"=runs/\1", word) for word in [*curves.UNTIL_NOW, *curves.ARMS[arm]]]
     load_config(RLAIFConfig, "demo", words, "rlaif", allow_other=True)
 
 
