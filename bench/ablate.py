@@ -1,11 +1,11 @@
-"""What each part of the recipe is worth: the demo's recipe with one thing changed at a time, several seeds each.
+"""What each part of the recipe is worth: one thing changed at a time, several seeds each.
 
     python -m bench.ablate                          # every arm, seeds 0 1 2; hours, and goes on where it was stopped
     python -m bench.ablate --arms heuristic no-judge --seeds 0
     python -m bench.ablate --table                  # table and picture of what has been measured so far
 
-Made word problems as in `minimath demo`; a seed has one SFT run, from which its arms start, and decides the order of
-data and samples. Every stage is the command line in a process of its own. All models answer the same held-out
+The demo's model, made word problems and settings, stage 2 as it was before length control (BEGUN below). A seed has one
+SFT run, from which its arms start, and decides the order of data and samples. Every stage is the command line in a process of its own. All models answer the same held-out
 problems, greedily. What every arm changes: ARMS below.
 
 Accuracy and tokens are means over seeds; the 95% intervals come from a bootstrap over seeds and problems, and the
@@ -50,11 +50,13 @@ JUDGES = {  # judges trained beside each seed's SFT model: name -> what it chang
     "pair": ["form=pair"],
     "made": ["sampled=30", "held_out=1", "made=0.75"],  # the policy's own are held out: made faults alone teach
 }
+BEGUN = ["lr=3e-4", "steps=6", "brevity=minmax", "brevity_weight=0.2", "brevity_scale=together",
+         "brevity_control=none", "eval_every=0"]  # the demo's stage 2 when this was first measured
 TWO = ["updates_per_rollout=2"]
 ARMS = {  # name -> (the model it starts from, what it changes in the recipe); None: no training
     "base": ("", None),
     "sft": ("sft", None),
-    "heuristic": ("sft", []),  # the recipe: SFT + RLAIF with the heuristic judge
+    "heuristic": ("sft", []),  # what the arms begin from: SFT + RLAIF with the heuristic judge
     "self": ("sft", ["judge=self", "judge_pairs=4"]),  # judged by the model itself, adapter off
     "endpoint": ("sft", ["judge=openai", "judge_model=SmolLM2-135M-Instruct", "judge_key_env=", "judge_pairs=4",
                          "judge_timeout_s=600"]),  # by SmolLM2 behind llama.cpp's server
@@ -138,7 +140,8 @@ def run_arm(arm: str, seed: int, options, url: str, threads: int) -> dict:
                 learnt = ["judge", "train", "demo", f"data={data / 'train.jsonl'}"]
                 run_stage(judge, [*learnt, *common, *adapter, *options.set, *of_judge], threads)
                 changes = [word.replace(f"{{{name}}}", str(judge)) for word in changes]
-        words = ["rlaif", "demo", *common, f"data={data / 'rl.jsonl'}", *adapter, *options.set, *changes, *served]
+        words = ["rlaif", "demo", *common, f"data={data / 'rl.jsonl'}", *adapter, *BEGUN, *options.set, *changes,
+                 *served]
         run_stage(out, words, threads)
         adapter = [f"adapter={out}"]
     folder = work / f"eval-{arm}-{seed}"

@@ -139,8 +139,8 @@ def run_arms(out: Path, sft_cfg: SFTConfig, judge_cfg: JudgeConfig | None, rl_cf
     if full:
         arm("rlaif-only", rlaif, rl_cfg.replace(adapter=sft_cfg.adapter.path), f" ({judged})")
         arm("paper", rlaif, rl_cfg.replace(
-            adapter=after_sft, reward="paper", judge_refresh=0, brevity="minmax", brevity_control="none",
-            brevity_scale="together", brevity_limit=0, teacher="", teacher_system="", scale_advantage="group"))
+            adapter=after_sft, reward="paper", judge_refresh=0, brevity="ratio", brevity_limit=0, teacher="",
+            teacher_system="", scale_advantage="group"))
     return rows
 
 

@@ -57,19 +57,19 @@ class RewardOptions:
 @dataclass
 class BrevityOptions:
     prefix = "brevity_"
-    name: Annotated[Literal["ratio", "log", "cosine", "minmax", "alp", "truncate"], Main] = "minmax"
+    name: Annotated[Literal["ratio", "log", "cosine", "minmax", "alp", "truncate"], Main] = "ratio"
     """how the length of a correct sample is scored (train/brevity.py), or truncate: not, but max_new_tokens falls"""
-    weight: Share = 0.25
-    """weight of brevity among correct answers; with brevity_control the most that it rises to"""
+    weight: Share = 1.0
+    """weight of brevity among correct answers, of reward=judge; with brevity_control the most that it rises to"""
     counts: Literal["all", "thought"] = "all"
     """tokens that are a sample's length: all of them, or those of its thought alone"""
     yardstick: Literal["mean", "shortest"] = "mean"
     """ratio and log: the length of a group's correct samples that each is held against"""
     limit: int = 0
     """truncate: max_new_tokens of the last step, to which it falls evenly"""
-    scale: Literal["together", "apart"] = "together"
+    scale: Literal["together", "apart"] = "apart"
     """in the reward, and scaled with it; or added to the advantage undivided, so that a token more is a token more"""
-    control: Literal["none", "accuracy"] = "none"
+    control: Literal["none", "accuracy"] = "accuracy"
     """constant weight; or one that rises while accuracy holds, falls when it drops, and is 0 for hard problems"""
 
 

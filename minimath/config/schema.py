@@ -255,23 +255,19 @@ class RLAIFConfig(Stage):
         reward, brevity = self.reward, self.brevity
         free = brevity.scale == "apart" and self.loss.scale_advantage == "group"  # there correct is 2 above wrong
         together = 0.0 if free else brevity.weight
-        if reward.judge_weight + together > 0.5 or reward.format_weight >= 0.5:
+        if reward.name == "judge" and (reward.judge_weight + together > 0.5 or reward.format_weight >= 0.5):
             return (f"judge_weight={reward.judge_weight:g}, brevity_weight={brevity.weight:g}, format_weight="
-                    f"{reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5 (the former alone with "
-                    "brevity_scale=apart scale_advantage=group) and format_weight < 0.5, so that a correct answer "
-                    "always beats a wrong one")
-        if reward.name != "judge" and (brevity.control != "none" or brevity.scale == "apart"
-                                       or self.loss.scale_advantage == "maxrl"):
-            return ("brevity_control, brevity_scale=apart and scale_advantage=maxrl are for reward=judge, not for "
-                    f"reward={reward.name}")
-        if self.loss.scale_advantage == "maxrl" and reward.overlong == "penalty":
-            return "scale_advantage=maxrl divides by a mean reward above 0: use overlong=mask or none, not penalty"
+                    f"{reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5, as brevity_weight=0.25 does "
+                    "(the former alone with brevity_scale=apart scale_advantage=group) and format_weight < 0.5, so "
+                    "that a correct answer always beats a wrong one")
+        if self.loss.scale_advantage == "maxrl" and (reward.name != "judge" or reward.overlong == "penalty"):
+            return "scale_advantage=maxrl divides by a mean reward above 0: use reward=judge with overlong=mask or none"
         if brevity.name != "truncate":
             return "brevity_limit is for brevity=truncate" if brevity.limit else ""
         if not 0 < brevity.limit < self.sampling.max_new_tokens:
             return f"brevity=truncate needs a brevity_limit below max_new_tokens={self.sampling.max_new_tokens}"
-        if reward.overlong != "none" or brevity.control != "none":
-            return "brevity=truncate needs overlong=none, so that what is cut is wrong, and has no weight to control"
+        if reward.overlong != "none":
+            return "brevity=truncate needs overlong=none, so that what is cut is wrong"
         return ""
 
     def _fault_of_teacher(self) -> str:

@@ -94,7 +94,8 @@ class BrevityControl:
 
     def __init__(self, options: BrevityOptions):
         self.options = options
-        self.weight = options.weight * (RISE if options.control != "none" else 1.0)
+        self.controlled = options.control != "none" and options.name != "truncate"
+        self.weight = options.weight * (RISE if self.controlled else 1.0)
         self.steps, self.running, self.long = 0, Mean(RUNNING), Mean(LONG)
         self.variance = Mean(LONG)  # of a step's solve rate
         self.evaluated, self.held = -1, False  # step of the newest evaluation; whether it was too low
@@ -112,7 +113,7 @@ class BrevityControl:
         """Take in a step's groups, and the newest evaluation; move the weight; return metrics.
 
         evaluation: step, accuracy, problems, and the highest accuracy so far."""
-        if self.options.control == "none":
+        if not self.controlled:
             return {}
         used, solved = self.weight, [statistics.fmean(s.correct for s in g.samples) for g in groups if g.decided]
         if solved:
@@ -142,12 +143,12 @@ class BrevityControl:
         self.weight /= 1 + self.held
 
     def state_dict(self) -> dict:
-        own = {name: value for name, value in vars(self).items() if name != "options"}
+        own = {name: value for name, value in vars(self).items() if name not in ("options", "controlled")}
         return {name: dict(vars(value)) if isinstance(value, Mean) else value for name, value in own.items()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on with the weight of before, if it was controlled; of a constant one the option speaks."""
-        if self.options.control != "none" and state["steps"]:
+        if self.controlled and state["steps"]:
             for name, value in state.items():
                 setattr(self, name, Mean(**value) if isinstance(value, dict) else value)
             self.weight = min(self.weight, self.options.weight)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -169,9 +170,10 @@ def training_judge(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None])
 
 def make_reward(cfg: RLAIFConfig, judge: Judge | None) -> Reward:
     """Make the reward that cfg.reward.name says. Raises UserError."""
-    longest, control = cfg.sampling.max_new_tokens, BrevityControl(cfg.brevity)
+    longest = cfg.sampling.max_new_tokens
     if cfg.reward.name == "judge":
-        return JudgeReward(cfg.reward, longest, judge if cfg.judges_rewards() else None, control)
+        return JudgeReward(cfg.reward, longest, judge if cfg.judges_rewards() else None, BrevityControl(cfg.brevity))
+    control = BrevityControl(replace(cfg.brevity, scale="together", control="none"))  # no length term to weigh
     return {"paper": PaperReward, "none": NoReward}.get(cfg.reward.name, HookReward)(cfg.reward, longest, control)
 
 

@@ -116,7 +116,7 @@ def test_a_class_of_its_own_reads_its_section(tmp_path):
 
 
 @pytest.mark.parametrize("cls,words,says", [
-    (RLAIFConfig, ["judge_weight=0.4", "brevity_weight=0.3"], "correct answer always beats"),
+    (RLAIFConfig, ["judge_weight=0.4", "brevity_weight=0.3", "brevity_scale=together"], "correct answer always beats"),
     (RLAIFConfig, ["group_size=1"], "at least 2"), (RLAIFConfig, ["temperature=0"], "temperature"),
     (RLAIFConfig, ["judge=openai"], "judge_url"), (EvalConfig, ["samples=4"], "temperature"),
     (EvalConfig, ["budgets=128,x"], "comma list"),

@@ -24,7 +24,7 @@ def samples_of(tokens=TOKENS, correct=CORRECT):
 
 
 def scores(tokens=TOKENS, correct=CORRECT, **options):
-    return brevity(samples_of(tokens, correct), BrevityOptions(**options), LONGEST)
+    return brevity(samples_of(tokens, correct), BrevityOptions(**({"control": "none"} | options)), LONGEST)
 
 
 def laid_out(values, correct=CORRECT):
@@ -102,7 +102,7 @@ def scored(**options):
 
 
 def test_apart_the_reward_has_no_length_and_the_advantage_has_it_undivided():
-    samples = scored(brevity="ratio", brevity_scale="apart", brevity_weight=0.8)
+    samples = scored(brevity="ratio", brevity_scale="apart", brevity_weight=0.8, brevity_control="none")
     assert [s.reward for s in samples] == [float(ok) for ok in CORRECT]
     base = (np.array(CORRECT, float) - 4 / 6) / np.std(CORRECT)
     short = np.array(laid_out(numpy_ratio(185.0, 0.05)))
@@ -112,21 +112,19 @@ def test_apart_the_reward_has_no_length_and_the_advantage_has_it_undivided():
 
 
 def test_together_it_is_multiplied_into_the_reward():
-    samples = scored(brevity="log", brevity_weight=0.4)
+    samples = scored(brevity="log", brevity_weight=0.4, brevity_scale="together", brevity_control="none")
     expected = [float(ok) + 0.4 * score for ok, score in zip(CORRECT, scores(name="log"), strict=True)]
     assert [s.reward for s in samples] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("words, said", [
-    (["brevity_weight=0.6", "judge_weight=0"], "correct answer always beats"),
+    (["brevity_weight=0.6", "brevity_scale=together", "judge_weight=0"], "correct answer always beats"),
     (["brevity=truncate", "overlong=none"], "brevity=truncate needs a brevity_limit below max_new_tokens=512"),
     (["brevity=truncate", "overlong=none", "brevity_limit=600"], "below max_new_tokens=512"),
     (["brevity=truncate", "brevity_limit=60"], "needs overlong=none"),
     (["brevity_limit=60"], "is for brevity=truncate"),
-    (["reward=paper", "brevity_control=accuracy"], "are for reward=judge"),
-    (["reward=paper", "scale_advantage=maxrl"], "are for reward=judge"),
-    (["reward=paper", "brevity_scale=apart"], "are for reward=judge"),  # no other reward scores lengths
-    (["scale_advantage=maxrl", "overlong=penalty"], "mean reward above 0"),  # else it was divided by 1e-12
+    (["reward=paper", "scale_advantage=maxrl"], "use reward=judge"),
+    (["scale_advantage=maxrl", "brevity_weight=0.1", "overlong=penalty"], "mean reward above 0"),  # else: by 1e-12
     (["brevity=rato"], "did you mean 'ratio'"),
 ])
 def test_options_that_do_not_go_together_are_refused_with_what_to_do(words, said):
@@ -165,7 +163,7 @@ def run_control(shares, evaluations=(), **options):
 
 
 def test_a_constant_weight_is_constant_and_says_nothing():
-    control = BrevityControl(BrevityOptions(weight=0.3))
+    control = BrevityControl(BrevityOptions(weight=0.3, control="none"))
     assert control.metrics(groups_of(0.5), None) == {} and control.weight == 0.3
 
 
@@ -250,8 +248,9 @@ def test_a_controller_that_goes_on_from_its_state_is_the_same_and_its_state_is_j
     lower.load_state_dict(whole.state_dict())
     assert lower.weight == 0.001 < whole.weight
     begun = BrevityControl(BrevityOptions(control="accuracy", weight=0.4))
-    begun.load_state_dict(BrevityControl(BrevityOptions(weight=0.4)).state_dict())  # control is new: it begins low
+    constant = BrevityControl(BrevityOptions(weight=0.4, control="none"))
+    begun.load_state_dict(constant.state_dict())  # control is new: it begins low
     assert begun.weight == pytest.approx(0.04)
-    constant = BrevityControl(BrevityOptions(weight=0.2))
+    constant = BrevityControl(BrevityOptions(weight=0.2, control="none"))
     constant.load_state_dict(whole.state_dict())
     assert constant.weight == 0.2

@@ -40,7 +40,8 @@ def group_of(tokens=TOKENS, correct=CORRECT, win=WIN, box=BOX, finished=True):
 
 def rewards_of(group, max_new_tokens=400, **options):
     """Rewards of a group whose wins are set."""
-    cfg = RLAIFConfig(max_new_tokens=max_new_tokens, **options)
+    together = {"brevity": "minmax", "brevity_weight": 0.25, "brevity_scale": "together", "brevity_control": "none"}
+    cfg = RLAIFConfig(max_new_tokens=max_new_tokens, **(together | options))
     reward = make_reward(cfg, None)
     reward.score([group])
     return [sample.reward for sample in group.samples]
@@ -86,7 +87,7 @@ def test_correct_always_beats_wrong_whatever_the_judge_and_the_lengths_say():
 def test_weights_that_let_a_wrong_answer_win_are_refused(weights):
     names = ("judge_weight", "brevity_weight", "format_weight")
     with pytest.raises(UserError, match="correct answer always beats"):
-        load_config(RLAIFConfig, None, [f"{n}={w}" for n, w in zip(names, weights)])
+        load_config(RLAIFConfig, None, ["brevity_scale=together", *(f"{n}={w}" for n, w in zip(names, weights))])
 
 
 class Counting(HeuristicJudge):

@@ -130,7 +130,8 @@ def test_the_reference_is_the_base_model(rl):
 
 @pytest.mark.parametrize("options", [
     JUDGED, {**JUDGED, "judge_pairs": 2}, {"reward": "paper"},
-    {"verifier": "none", "overlong": "none"}, {"scale_advantage": "rloo"}, {"overlong": "penalty"},
+    {"verifier": "none", "overlong": "none"}, {"scale_advantage": "rloo", "brevity_weight": 0.25},
+    {"overlong": "penalty"},
     {"top_p": 0.9, "min_p": 0.02, "temperature": 1.2}, {"max_num_seqs": 3}, {"gradient_checkpointing": True},
     {"rollout": "transformers"}, {"curriculum": "learnable"}])
 def test_other_options_train(rl, options):
@@ -346,7 +347,8 @@ def test_overlong_penalty_and_none_train_on_the_cut_completion():
 
 
 def test_brevity_is_rewarded_among_the_correct():
-    rewards = [s.reward for s in scored("mask", judge_weight=0.0)[0].samples]
+    rewards = [s.reward for s in scored("mask", judge_weight=0.0, brevity_weight=0.5, brevity_scale="together",
+                                         brevity_control="none")[0].samples]
     assert rewards[0] > rewards[1] > rewards[2]
 
 
