@@ -5,8 +5,8 @@
     python -m bench.ablate --table                  # table and picture of what has been measured so far
 
 The demo's model, made word problems and settings, stage 2 as it was before length control (BEGUN below). A seed has one
-SFT run, from which its arms start, and decides the order of data and samples. Every stage is the command line in a process of its own. All models answer the same held-out
-problems, greedily. What every arm changes: ARMS below.
+SFT run, from which its arms start, and decides the order of data and samples. Every stage is the command line in a
+process of its own. All models answer the same held-out problems, greedily. What every arm changes: ARMS below.
 
 Accuracy and tokens are means over seeds; the 95% intervals come from a bootstrap over seeds and problems, and the
 differences to `heuristic` from one over the same draws of both. readable: how often a judge held out of training finds
