@@ -1,0 +1,233 @@
+"""GSM8K before and after each stage: LoRA on SmolLM2-135M-Instruct, with the accuracy-only control.
+
+    python -m bench.gsm8k DATA --plan             # what it takes, in tokens and hours
+    python -m bench.gsm8k DATA                    # seed 0; stopped by Ctrl-C or SIGTERM, the same command goes on
+    python -m bench.gsm8k DATA --seeds 0 1 2
+    python -m bench.gsm8k --table                 # table and picture of what has been measured so far
+
+DATA holds gsm8k_train.jsonl and gsm8k_test.jsonl (problem, solution, answer). The recipe is
+minimath/recipes/gsm8k.yaml. The last 200 training problems are left out of training: they make the curve over epochs,
+and choose the checkpoint that stage 2 hands on. All models answer every test problem greedily, and the first 200 four
+times at temperature 0.7. Intervals, and differences to SFT problem by problem, are from a bootstrap over seeds and
+problems. Before it begins, it says how many test problems share 13 words in a row with a training row. Every stage is
+the command line in a process of its own. What every arm changes: ARMS below.
+"""
+import argparse
+import json
+import re
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench.ablate import interval, row_of, run_stage, values_of
+from bench.measure import RESULTS, ROOT
+from minimath.commands.demo import demo_model
+from minimath.core.errors import UserError
+from minimath.core.files import write_whole
+from minimath.core.run_folder import EVAL, METRICS
+from minimath.report.figures import COLOURS, INK, new_figure, save_png
+
+HELD_OUT, FEW = 200, 200
+EPOCHS, STEPS, SAMPLES = 4, 36, 64  # of the recipe: stage 1; steps of stage 2, and samples in one
+ARMS = {  # name -> (the stage, the arm that it starts from, what it changes in the recipe)
+    "base": None,
+    "sft-1": ("sft", "", ["epochs=1"]),
+    "sft": ("sft", "", []),
+    "rlaif": ("rlaif", "sft", []),
+    "right-only": ("rlaif", "sft", ["judge_weight=0", "brevity_weight=0"]),
+    "paper": ("rlaif", "sft", ["reward=paper"]),
+    "sft-own": ("sft", "", ["steps=1820", "data={own}"]),  # SFT's steps, on its data and the policy's own solutions
+}
+NGRAM = 13
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gsm8k", description=__doc__.split("\n")[0])
+    parser.add_argument("data", type=Path, nargs="?", help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[a for a in ARMS if a != "sft-own"], metavar="ARM")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of every stage")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gsm8k", help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gsm8k-cpu.json")
+    parser.add_argument("--plan", action="store_true", help="only say what the arms take")
+    parser.add_argument("--table", action="store_true", help="only the table and picture of what the result file holds")
+    options = parser.parse_args(words)
+    if not options.data and not options.table:
+        parser.error("DATA is missing: the folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
+    return options
+
+
+# ---- data
+
+def write_data(source: Path, folder: Path) -> dict:
+    """Write train, valid and test problems; return how many, and how many test problems overlap.
+
+    A row is left as it is; train holds none of valid's problems."""
+    train, test = (read(source / f"gsm8k_{name}.jsonl") for name in ("train", "test"))
+    sets = {"train": train[:-HELD_OUT], "valid": train[-HELD_OUT:], "test": test}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in sets.items():
+        write_whole(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    seen = set().union(*(ngrams(f"{row['problem']} {row['solution']}") for row in train))
+    return {name: len(rows) for name, rows in sets.items()} | {
+        "overlap": [row["id"] for row in test if ngrams(row["problem"]) & seen]}
+
+
+def read(path: Path) -> list[dict]:
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def ngrams(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i:i + NGRAM]) for i in range(len(words) - NGRAM + 1)}
+
+
+# ---- running
+
+def run_arm(arm: str, seed: int, options) -> dict:
+    """Train one arm and evaluate it; return its row."""
+    work, data = options.work, options.work / "data"
+    common = [f"model={demo_model()}", f"seed={seed}", *options.set]
+    out = work / f"{arm}-{seed}"
+    if ARMS[arm]:
+        stage, start, changes = ARMS[arm]
+        if any("{own}" in word for word in changes):
+            changes = [word.replace("{own}", str(own_solutions(seed, common, options))) for word in changes]
+        held = [f"eval_data={data / 'valid.jsonl'}", "sample_every=0"]
+        if stage == "sft":
+            rows = sum(1 for _ in open(data / "train.jsonl", encoding="utf-8"))
+            held += [f"eval_every={-(-rows // 16)}", f"eval_limit={HELD_OUT}", "eval_max_new_tokens=256"]
+        run_stage(out, [stage, "gsm8k", f"data={data / 'train.jsonl'}", *common, *held, *changes,
+                        *([f"adapter={work / f'{start}-{seed}'}"] if start else [])], options.threads)
+    adapter = [f"adapter={out}"] if ARMS[arm] else []
+    words = ["eval", "gsm8k", f"data={data / 'test.jsonl'}", *common, *adapter]
+    run_stage(work / f"eval-{arm}-{seed}", words, options.threads)
+    few = work / f"eval-{arm}-{seed}-4"
+    run_stage(few, [*words, "samples=4", "temperature=0.7", f"limit={FEW}"], options.threads)
+    row = row_of(arm, seed, work / f"eval-{arm}-{seed}", None)
+    summary = json.loads((work / f"eval-{arm}-{seed}" / EVAL).read_text(encoding="utf-8"))
+    row |= {name: summary[name] for name in summary if name.startswith("accuracy@")}
+    row |= {name: json.loads((few / EVAL).read_text(encoding="utf-8"))[name] for name in ("avg@4", "pass@4", "maj@4")}
+    if ARMS[arm]:
+        metrics = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+        row["curve"] = [[m["step"], m["eval/accuracy"], m["eval/tokens"]] for m in metrics if "eval/accuracy" in m]
+        row["steps"] = metrics[-1]["step"]
+    return row
+
+
+def own_solutions(seed: int, common: list[str], options) -> Path:
+    """Sample the SFT model's own solutions of 2,000 problems; return training rows and theirs in a file."""
+    data, folder = options.work / "data", options.work / f"own-{seed}"
+    run_stage(folder, ["sample", "gsm8k", f"data={data / 'train.jsonl'}", *common, "samples=4", "temperature=1",
+                       "limit=2000", f"adapter={options.work / f'sft-{seed}'}"], options.threads)
+    both = folder / "with-train.jsonl"
+    write_whole(both, "".join((each / "train.jsonl").read_text(encoding="utf-8") for each in (data, folder)))
+    return both
+
+
+def plan(options, held: dict) -> Table:
+    """Say what a seed's arms take: tokens, and hours at the rates of this machine."""
+    from transformers import AutoTokenizer
+    tokenizer, rows = AutoTokenizer.from_pretrained(demo_model()), read(options.work / "data" / "train.jsonl")
+    epoch = sum(len(ids) for ids in tokenizer([f"{r['problem']} {r['solution']}" for r in rows]).input_ids)
+    epoch += 30 * len(rows)  # of the template and the answer's box
+    answers = 130 * held["test"] + 4 * 130 * FEW
+    sampled = STEPS * SAMPLES * 110 + 4 * HELD_OUT * 110
+    out = Table(title="tokens, and hours at 840 trained and 550 sampled tokens/s (2 cores of an AMD EPYC with bf16)")
+    for name in ("arm", "trained, M", "sampled, M", "hours"):
+        out.add_column(name, justify="left" if name == "arm" else "right")
+    for arm in options.arms:
+        epochs = {"sft-1": 1, "sft": EPOCHS, "sft-own": EPOCHS}.get(arm, 0)
+        rl = bool(ARMS[arm]) and ARMS[arm][0] == "rlaif"
+        trained = epochs * epoch + rl * STEPS * SAMPLES * 110
+        drawn = answers + rl * sampled + epochs * HELD_OUT * 110
+        out.add_row(arm, f"{trained / 1e6:.1f}", f"{drawn / 1e6:.1f}", f"{(trained / 840 + drawn / 550) / 3600:.1f}")
+    return out
+
+
+# ---- figures
+
+def table(rows: dict[str, dict]) -> Table:
+    out = Table(title="GSM8K test, greedy; 95% intervals; differences to SFT of the same seed, in points")
+    budgets = sorted({name for row in rows.values() for name in row if name.startswith("accuracy@")},
+                     key=lambda name: int(name.split("@")[1]))
+    for name in ("model", "seeds", "accuracy, %", "against SFT", "tokens", "per correct", "right steps", "avg@4, %",
+                 *budgets):
+        out.add_column(name, justify="left" if name == "model" else "right")
+    for arm in ARMS:
+        mine = sorted((row for row in rows.values() if row["arm"] == arm), key=lambda row: row["seed"])
+        if not mine:
+            continue
+        correct, tokens = (np.array([values_of(row, what) for row in mine]) for what in ("correct", "tokens"))
+        low, high = interval(correct)
+        gap, theirs = "", {row["seed"]: row for row in rows.values() if row["arm"] == "sft"}
+        if arm != "sft" and (both := [row for row in mine if row["seed"] in theirs]):
+            values = np.array([values_of(r, "correct") - values_of(theirs[r["seed"]], "correct") for r in both])
+            gap = f"{values.mean():+.1f} ({interval(values)[0]:+.1f} to {interval(values)[1]:+.1f})"
+        out.add_row(arm, str(len(mine)), f"{correct.mean():.1f} ({low:.1f} to {high:.1f})", gap, f"{tokens.mean():.0f}",
+                    f"{100 * tokens.sum() / max(1.0, correct.sum()):.0f}",
+                    *(f"{100 * np.mean([r[name] for r in mine]):.1f}" for name in ("correct_steps", "avg@4", *budgets)))
+    return out
+
+
+def plot(rows: dict[str, dict], path: Path) -> None:
+    """Draw accuracy and tokens on the held-out training problems: over epochs, and over steps of stage 2."""
+    figure, axes = new_figure(9, 3.2, ncols=2)
+    panels = (("epoch of SFT", ("sft",)), ("step of stage 2", ("rlaif", "right-only", "paper")))
+    for axis, (label, arms) in zip(axes, panels, strict=True):
+        right = axis.twinx()
+        for colour, arm in zip(COLOURS, arms):
+            curves = [row["curve"] for row in rows.values() if row["arm"] == arm]
+            if curves and curves[0]:
+                steps, accuracy, tokens = np.mean(curves, axis=0).T
+                if arm == "sft":
+                    steps = steps * EPOCHS / next(row["steps"] for row in rows.values() if row["arm"] == arm)
+                axis.plot(steps, 100 * accuracy, "-o", markersize=3, color=colour, label=arm)
+                right.plot(steps, tokens, ":", color=colour)
+        axis.set(xlabel=label, ylim=(0, None))
+        axis.legend(fontsize=8)
+        right.set(ylim=(0, None))
+    axes[0].set_ylabel(f"accuracy, % of {HELD_OUT} held-out (solid)", color=INK)
+    figure.suptitle("dotted, right: mean tokens", fontsize=9)
+    save_png(figure, path)
+
+
+def main(words: list[str] | None = None) -> int:
+    options = parse(words)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    held = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"rows": {}}
+    rows = held["rows"]
+    try:
+        if not options.table:
+            held |= write_data(options.data, options.work / "data")
+            print(f"{held['train']} training problems, {held['valid']} held out, {held['test']} of the test; "
+                  f"{len(held['overlap'])} test problems share {NGRAM} words in a row with a training row: "
+                  f"{', '.join(held['overlap'][:8]) or 'none'}", flush=True)
+            if options.plan:
+                Console(width=None if sys.stdout.isatty() else 120).print(plan(options, held))
+                return 0
+            for seed, arm in ((seed, arm) for seed in options.seeds for arm in options.arms):
+                rows[f"{arm}/{seed}"] = row = rows.get(f"{arm}/{seed}") or run_arm(arm, seed, options)
+                write_whole(options.out, json.dumps(held) + "\n")
+                print(f"{arm}/{seed}: {100 * row['accuracy']:.1f}%, {row['mean_tokens']:.0f} tokens", flush=True)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", flush=True)
+        return 130
+    except UserError as error:
+        print(error, flush=True)
+        return 1
+    if rows:
+        Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
+        plot(rows, options.out.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

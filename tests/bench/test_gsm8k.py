@@ -1,0 +1,53 @@
+"""bench.gsm8k: its arms can run, what overlaps is named, and its table holds differences to SFT."""
+import json
+
+import pytest
+
+from bench import gsm8k
+from minimath.config.load import load_config
+from minimath.config.schema import STAGES, EvalConfig
+
+LONG = "Tom buys 3 bags of 4 red apples and 5 green pears at the market on Monday"
+
+
+def write(folder, name, rows):
+    made = [{"id": f"{name}/{i}", "problem": p, "solution": s, "answer": "1"} for i, (p, s) in enumerate(rows)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+    (folder / f"gsm8k_{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def row(arm, correct, **more):
+    return {"arm": arm, "seed": 0, "correct": correct, "tokens": [10] * len(correct), "accuracy": 0.5, "avg@4": 0.4,
+            "accuracy@64": 0.3, "accuracy@128": 0.4, "mean_tokens": 10.0, "correct_steps": 0.9, **more}
+
+
+@pytest.mark.parametrize("arm", [arm for arm, what in gsm8k.ARMS.items() if what])
+def test_an_arm_is_options_of_the_recipe(arm):
+    stage, _, changes = gsm8k.ARMS[arm]
+    cfg = load_config(STAGES[stage], "gsm8k", ["data=x.jsonl", "model=m", *changes], stage)
+    assert stage == "sft" or (cfg.steps, cfg.prompts_per_step * cfg.group_size) == (gsm8k.STEPS, gsm8k.SAMPLES)
+    assert arm != "sft" or cfg.epochs == gsm8k.EPOCHS
+    assert load_config(EvalConfig, "gsm8k", [], "eval").budgets == "64,128,256"
+
+
+def test_a_test_problem_that_shares_13_words_with_a_training_row_is_named(tmp_path):
+    write(tmp_path, "train", [("one", "a"), ("two\u2028lines", LONG + ".")] + [("x", "y")] * gsm8k.HELD_OUT)
+    write(tmp_path, "test", [("another problem", ""), (LONG.upper() + "?", ""), (LONG[:40], "")])
+    held = gsm8k.write_data(tmp_path, tmp_path / "out")
+    assert held == {"train": 2, "valid": gsm8k.HELD_OUT, "test": 3, "overlap": ["test/1"]}
+    assert gsm8k.read(tmp_path / "out" / "train.jsonl")[1]["problem"] == "two\u2028lines"
+
+
+def test_the_table_and_the_picture_are_made_of_the_result_file(tmp_path, capsys):
+    out = tmp_path / "gsm8k.json"
+    curve = {"curve": [[0, 0.1, 90.0], [10, 0.2, 60.0]], "steps": 10}
+    rows = {"sft/0": row("sft", "1100", **curve), "rlaif/0": row("rlaif", "1110", **curve)}
+    out.write_text(json.dumps({"rows": rows}))
+    assert gsm8k.main(["--table", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "75.0" in said and "+25.0" in said and out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_data_is_named(tmp_path, capsys):
+    assert gsm8k.main([str(tmp_path), "--work", str(tmp_path / "w"), "--out", str(tmp_path / "x.json")]) == 1
+    assert "gsm8k_train.jsonl is missing" in capsys.readouterr().out
