@@ -32,7 +32,7 @@ from minimath.core.run import keep_freed_memory
 from minimath.core.run_folder import new_run_folder
 from minimath.core.text import comma_list
 from minimath.data.examples import load_examples
-from minimath.data.problems import assert_disjoint, canonical, make_problems
+from minimath.data.problems import canonical, make_problems
 from minimath.train.judge import JudgeConfig
 
 MINUTES = 15.0  # what the steps in the recipes are made for
@@ -136,7 +136,6 @@ def write_problems(made: DemoConfig, folder: Path, share: float) -> None:
     count, valid = (n if share >= 1 else max(16, round(n * share)) for n in (made.test_problems, made.valid_problems))
     train = make_problems(made.train_problems + made.rl_problems, seed=made.train_seed, **kind)
     held_out = make_problems(count + 2 * valid, seed=made.test_seed, split="test", **kind)
-    assert_disjoint(train, held_out)
     test = {canonical(example.problem) for example in held_out[:count]}
     others = [example for example in held_out[count:] if canonical(example.problem) not in test]
     folder.mkdir(parents=True, exist_ok=True)

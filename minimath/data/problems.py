@@ -30,15 +30,10 @@ SCENES = json.loads(Path(__file__).with_name("scenes.json").read_text(encoding="
 EVENTS, STORIES, FORMULAS, WORDING = (SCENES[key] for key in ("events", "stories", "formulas", "solutions"))
 NAMES = [(name, sex) for sex in "mf" for name in SCENES["names"][sex]]
 STYLE_WEIGHTS = {"terse": 0.25, "plain": 0.35, "verbose": 0.40}
-REGISTERS = tuple(STYLE_WEIGHTS)
 TEST_SHARE_PERCENT = 20  # share of all possible problem texts that is reserved for split="test"
 PEOPLE = {name.lower() for name, _ in NAMES} | {"he", "she", "his", "her", "him"}
 VERBS = {"+": "add {b} to {a}", "-": "subtract {b} from {a}", "*": "multiply {a} by {b}", "/": "divide {a} by {b}"}
 INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 class Step(NamedTuple):
@@ -49,11 +44,13 @@ class Step(NamedTuple):
     value: int
     phrase: str
 
+    def equation(self, gap: str = " ") -> str:
+        return gap.join((str(self.a), self.op, str(self.b), "=", str(self.value)))
+
 
 class Problem(NamedTuple):
-    """Problem text without its question, the question, and the steps that solve it."""
-    story: str
-    question: str
+    """The sentences of a problem, the last of which asks, and the steps that solve it."""
+    sentences: list[str]
     steps: list[Step]
 
 
@@ -66,33 +63,28 @@ def make_problems(n: int, *, seed: int, steps: tuple[int, ...] = (1, 2, 3), spli
     "<split>-<seed>-<index>-<register>-<steps>". Raises UserError on a bad argument.
     """
     weights = STYLE_WEIGHTS if style_weights is None else style_weights
-    _check_arguments(n, steps, split, weights, largest)
+    for name, value, good, need in (
+            ("n", n, 0 <= n <= 200_000, "a number from 0 to 200000"),
+            ("steps", steps, steps and set(steps) <= {1, 2, 3}, "one or more of 1, 2, 3"),
+            ("split", split, split in ("train", "test"), "'train' or 'test'"),
+            ("largest", largest, largest >= 20, "20 or more: below it there are too few problems"),
+            ("style_weights", weights, weights.keys() <= STYLE_WEIGHTS.keys() and sum(weights.values()) > 0
+             and min(weights.values()) >= 0, f"weights >= 0, not all 0, for {', '.join(STYLE_WEIGHTS)}")):
+        if not good:
+            raise UserError(f"make_problems: {name}={value!r}; give {need}")
     rng = random.Random(f"minimath problems {split} {seed}")
     examples: dict[str, Example] = {}  # by text
     while len(examples) < n:
         problem = _draw(rng, rng.choice(steps))
         if any(max(step.a, step.b, step.value) > largest for step in problem.steps):
             continue
-        text = f"{problem.story} {problem.question}"
+        text = " ".join(problem.sentences)
         register = rng.choices(list(weights), list(weights.values()))[0]
         if text not in examples and split_of(text) == split:
             ident = f"{split}-{seed}-{len(examples)}-{register}-{len(problem.steps)}"
             examples[text] = Example(text, write_solution(problem, register, rng), str(problem.steps[-1].value), ident,
                                      where=f"generated:{ident}")
     return list(examples.values())
-
-
-def _check_arguments(n: int, steps: tuple[int, ...], split: str, weights: dict[str, float], largest: int) -> None:
-    known = set(weights) <= set(REGISTERS)
-    for name, value, good, need in (
-            ("n", n, 0 <= n <= 200_000, "a number from 0 to 200000"),
-            ("steps", steps, steps and set(steps) <= {1, 2, 3}, "one or more of 1, 2, 3"),
-            ("split", split, split in ("train", "test"), "'train' or 'test'"),
-            ("largest", largest, largest >= 20, "20 or more: below it there are too few problems"),
-            ("style_weights", weights, known and min(weights.values(), default=-1) >= 0 and sum(weights.values()) > 0,
-             f"weights >= 0, not all 0, for {', '.join(REGISTERS)}")):
-        if not good:
-            raise UserError(f"make_problems: {name}={value!r}; give {need}")
 
 
 def canonical(text: str) -> str:
@@ -107,22 +99,13 @@ def split_of(text: str) -> str:
     return "test" if bucket < TEST_SHARE_PERCENT else "train"
 
 
-def assert_disjoint(train: list[Example], test: list[Example]) -> None:
-    """Raise UserError when a test problem, apart from names, is also a train problem."""
-    known = {canonical(e.problem): e for e in train}
-    for example in test:
-        if other := known.get(canonical(example.problem)):
-            raise UserError(f"held-out problem {example.id} is the same as training problem {other.id} "
-                            f"({example.problem[:80]!r}); remove it from one set")
-
-
 # ---- from a scene to numbers
 
 def apply(a: int, op: str, b: int) -> int | None:
     """Compute a op b; None when it is too hard for a small model."""
-    if op == "*" and (min(a, b) > 9 or max(a, b) > 20 or min(a, b) < 2):
+    if op == "*" and (min(a, b) not in range(2, 10) or max(a, b) > 20):
         return None
-    if op == "/" and (b < 2 or a % b or b > 10 or a // b > 30):
+    if op == "/" and (b not in range(2, 11) or a % b or a // b > 30):
         return None
     value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b else 0}[op]
     return value if 1 <= value <= 199 else None
@@ -158,8 +141,8 @@ def _draw_formula(rng: random.Random, formula: dict) -> Problem | None:
             return None
         results.append(Step(a, op, b, value, phrase.format(**words, **values, eq="{eq}")))
         known[f"r{len(results)}"] = value
-    story = rng.choice(formula["texts"]).format(**words, **values)
-    return Problem(_sentence(story), _sentence(rng.choice(formula["asks"]).format(**words, **values)), results)
+    texts = rng.choice(formula["texts"]), rng.choice(formula["asks"])
+    return Problem([_sentence(text.format(**words, **values)) for text in texts], results)
 
 
 def _draw_story(rng: random.Random, steps: int) -> Problem | None:
@@ -193,54 +176,41 @@ def _draw_story(rng: random.Random, steps: int) -> Problem | None:
         sentences.append(("" if "ask" in event else joiner) + text)
         question = event["ask"].format(**words, n=n) if "ask" in event else question
         value = result
-    return Problem(" ".join(map(_sentence, sentences)), _sentence(question), results)
+    return Problem([_sentence(text) for text in (*sentences, question)], results)
 
 
 def _operand(rng: random.Random, value: int, op: str) -> int | None:
     """Draw the n of `value op n`; None when there is none."""
-    if op == "-":
-        return rng.randint(2, min(20, value - 1)) if value > 2 else None
-    if op == "/":
-        divisors = [d for d in range(2, 11) if value % d == 0 and value > d]
-        return rng.choice(divisors) if divisors else None
-    return rng.randint(2, 5) if op == "*" else rng.randint(2, 20)
+    fitting = {"+": range(2, 21), "-": range(2, min(20, value - 1) + 1), "*": range(2, 6),
+               "/": [n for n in range(2, 11) if value % n == 0 and value > n]}[op]
+    return rng.choice(fitting) if fitting else None
 
 
-# ---- from numbers to a worked solution
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
 
 def write_solution(problem: Problem, register: str, rng: random.Random) -> str:
     """Write a worked solution in a register; it ends with \\boxed{answer}."""
-    write = {"terse": _terse, "plain": _plain, "verbose": _verbose}[register]
-    return write(problem, f"\\boxed{{{problem.steps[-1].value}}}", WORDING[register], rng)
-
-
-def _equation(step: Step, gap: str = " ") -> str:
-    return gap.join((str(step.a), step.op, str(step.b), "=", str(step.value)))
-
-
-def _terse(problem: Problem, boxed: str, wording: dict, rng: random.Random) -> str:
-    gap, between, end = rng.choice(wording["forms"])
-    return between.join(_equation(step, gap) for step in problem.steps) + end + boxed
-
-
-def _plain(problem: Problem, boxed: str, wording: dict, rng: random.Random) -> str:
-    lines = [_sentence(opener + step.phrase.format(eq=_equation(step))) + "."
-             for opener, step in zip(rng.choice(wording["openers"]), problem.steps)]
-    end = rng.choice(wording["ends"]).format(boxed)
-    return rng.choice((" ", "\n")).join([*lines, end])
-
-
-def _verbose(problem: Problem, boxed: str, wording: dict, rng: random.Random) -> str:
-    numbers = re.findall(r"\d+", f"{problem.story} {problem.question}")
-    known = " and ".join(part for part in (", ".join(numbers[:-1]), numbers[-1]) if part)
-    lines = [rng.choice(wording["openings"]).format(q=problem.question, known=known)]
-    heads, body = rng.choice(wording["heads"]), rng.choice(wording["bodies"])
-    for head, step in zip(heads, problem.steps):
-        text = body.format(verb=VERBS[step.op].format(a=step.a, b=step.b), eq=_equation(step),
-                           so=step.phrase.format(eq=step.value))
-        lines.append(head + (text if head.endswith(", ") else _sentence(text)))
-    last = problem.steps[-1]
-    check = rng.choice(wording["checks"][len(problem.steps) - 1:])  # fewer checks with two steps, none with three
-    lines.append(check.format(back=f"{last.value} {INVERSE[last.op]} {last.b} = {last.a}"))
+    steps, wording, last = problem.steps, WORDING[register], problem.steps[-1]
+    boxed = f"\\boxed{{{last.value}}}"
+    if register == "terse":
+        gap, between, end = rng.choice(wording["forms"])
+        return between.join(step.equation(gap) for step in steps) + end + boxed
+    if register == "plain":
+        openers = rng.choice(wording["openers"])
+        lines = [_sentence(opener + step.phrase.format(eq=step.equation())) + "."
+                 for opener, step in zip(openers, steps)]
+    else:
+        numbers = re.findall(r"\d+", " ".join(problem.sentences))
+        known = " and ".join(filter(None, (", ".join(numbers[:-1]), numbers[-1])))
+        lines = [rng.choice(wording["openings"]).format(q=problem.sentences[-1], known=known)]
+        heads, body = rng.choice(wording["heads"]), rng.choice(wording["bodies"])
+        for head, step in zip(heads, steps):
+            text = body.format(verb=VERBS[step.op].format(a=step.a, b=step.b), eq=step.equation(),
+                               so=step.phrase.format(eq=step.value))
+            lines.append(head + (text if head.endswith(", ") else _sentence(text)))
+        check = rng.choice(wording["checks"][len(steps) - 1:])  # fewer checks with two steps, none with three
+        lines.append(check.format(back=f"{last.value} {INVERSE[last.op]} {last.b} = {last.a}"))
     lines.append(rng.choice(wording["ends"]).format(boxed))
     return rng.choice((" ", "\n")).join(filter(None, lines))

@@ -6,15 +6,7 @@ import pytest
 
 from minimath.core.errors import UserError
 from minimath.data.examples import Example
-from minimath.data.problems import (
-    FORMULAS,
-    REGISTERS,
-    STORIES,
-    assert_disjoint,
-    canonical,
-    make_problems,
-    split_of,
-)
+from minimath.data.problems import FORMULAS, STORIES, STYLE_WEIGHTS, canonical, make_problems, split_of
 
 EQUATION = re.compile(r"(\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)")
 
@@ -79,28 +71,25 @@ def test_the_same_seed_gives_the_same_problems_and_another_seed_others():
 
 def test_train_and_test_never_overlap_even_with_other_names():
     train, test = make_problems(3000, seed=1), make_problems(600, seed=1, split="test")
-    assert_disjoint(train, test)
     assert not {canonical(e.problem) for e in train} & {canonical(e.problem) for e in test}
     assert all(split_of(e.problem) == "test" for e in test)
 
 
-def test_assert_disjoint_refuses_the_same_problem_under_another_name():
-    train = [Example(problem="Tom has 3 apples. He eats 2 of them. How many are left?", id="a")]
-    test = [Example(problem="Anna has 3 apples. She eats 2 of them. How many are left?", id="b")]
-    with pytest.raises(UserError, match="held-out problem b is the same as training problem a"):
-        assert_disjoint(train, test)
+def test_a_problem_under_another_name_is_the_same_problem():
+    one, other = ("Tom has 3 apples. He eats 2 of them.", "Anna has 3 apples. She eats 2 of them.")
+    assert canonical(one) == canonical(other) and split_of(one) == split_of(other)
 
 
 def test_step_counts_and_registers_follow_the_arguments():
     two = make_problems(200, seed=0, steps=(2,), style_weights={"plain": 1.0})
     assert {register_and_steps(e) for e in two} == {("plain", 2)}
     mixed = make_problems(2000, seed=0)
-    share = {r: sum(register_and_steps(e)[0] == r for e in mixed) / 2000 for r in REGISTERS}
+    share = {r: sum(register_and_steps(e)[0] == r for e in mixed) / 2000 for r in STYLE_WEIGHTS}
     assert share == pytest.approx({"terse": 0.25, "plain": 0.35, "verbose": 0.40}, abs=0.05)
 
 
 def test_registers_differ_in_length(examples):
-    mean = {r: sum(len(e.solution) for e in chosen) / len(chosen) for r in REGISTERS
+    mean = {r: sum(len(e.solution) for e in chosen) / len(chosen) for r in STYLE_WEIGHTS
             if (chosen := [e for e in examples if register_and_steps(e)[0] == r])}
     assert mean["terse"] * 2 < mean["plain"] and mean["plain"] * 1.8 < mean["verbose"]
 
