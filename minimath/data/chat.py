@@ -16,12 +16,13 @@ from minimath.data.template import (
     CLOSE,
     OPEN,
     chat_args,
-    has_template,
     in_field,
     is_closed,
     is_open,
+    per_template,
     render,
     split_thought,
+    template_of,
     thought_of,
     written_out,
 )
@@ -115,14 +116,10 @@ def control_tokens(tokenizer) -> dict[str, tuple[int, bool]]:
             if token.special or len(token.content.strip()) > 1 and not token.content.strip().isalnum()}
 
 
+@per_template
 def turn_end(tokenizer) -> int:
     """Return the token that ends the assistant's turn: the template's, else EOS."""
-    return _turn_end(tokenizer, str(getattr(tokenizer, "chat_template", None)))
-
-
-@lru_cache(maxsize=4)
-def _turn_end(tokenizer, template: str) -> int:  # the template is part of the key: users may set another one
-    if has_template(tokenizer):
+    if template_of(tokenizer):
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
         after = tokenizer(render(tokenizer, talk).rpartition(MARK)[2], add_special_tokens=False)["input_ids"]
         known = dict(control_tokens(tokenizer).values())
@@ -168,25 +165,27 @@ def encode(tokenizer, example: Example, *, system: str = "", prompt_template: st
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise UserError(f"{where}: no solution to train on; add one")
     prompt, last = render(tokenizer, messages[:-1], args, generate=True), messages[-1]
-    if has_template(tokenizer) and is_closed(prompt) and thought_of(last)[0]:
+    if template_of(tokenizer) and is_closed(prompt) and thought_of(last)[0]:
         advice = "set thinking=on, or take" if thinking != "on" else "take"
         raise UserError(f"{where}: the solution thinks, but under thinking={thinking} the chat template ends the "
                         f"thoughts before it begins: {advice} the thoughts out of the data")
     forms = [messages, *([*messages[:-1], form] for form in (written_out(last), in_field(last)) if form is not last)]
     plain = written_out(last)["content"]
-    if is_open(prompt) and CLOSE in plain and not plain.lstrip().startswith(OPEN):
-        forms = []  # a completion of this prompt: the ids that were sampled
+    if not template_of(tokenizer) or is_open(prompt) and CLOSE in plain and not plain.lstrip().startswith(OPEN):
+        forms = []  # text, or a completion of this prompt: the ids that were sampled
     row = next(filter(None, (_whole(tokenizer, form, args) for form in forms)), None)
     if row is None:
-        written = (_behind(tokenizer, prompt, form, args) for form in forms)
-        row = _apart(tokenizer, prompt, next(filter(None, written), None) or _continued(prompt, plain))
+        written = next(filter(None, (_behind(tokenizer, prompt, form, args) for form in forms)), None)
+        if written is None and is_open(prompt):
+            written = plain.removeprefix(OPEN).lstrip() if CLOSE in plain else f"\n{CLOSE}\n\n{plain}"
+        begun = _tokens(tokenizer, prompt)
+        done = [*tokenizer(written or plain, add_special_tokens=False)["input_ids"], turn_end(tokenizer)]
+        row = begun + done, [False] * len(begun) + [True] * len(done)
     return Encoded(row[0][:max_len], row[1][:max_len], len(row[0]) > max_len)
 
 
 def _whole(tokenizer, messages: list[dict], args: dict) -> tuple[list[int], list[bool]] | None:
     """Tokenise the whole talk once; None when an assistant turn is changed in it."""
-    if not has_template(tokenizer):
-        return None
     end, ids, mask = turn_end(tokenizer), _tokens(tokenizer, render(tokenizer, messages, args)), []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -201,34 +200,18 @@ def _whole(tokenizer, messages: list[dict], args: dict) -> tuple[list[int], list
     return ids[:len(mask)], mask  # what the template writes after the last turn end is never generated
 
 
-def _holds(written: str, message: dict) -> bool:
-    """Tell whether what stands in a turn are a message's thought and answer."""
-    (thought, answer), (thought_there, answer_there) = thought_of(message), split_thought(written)
-    return thought_there == thought and answer_there.endswith(answer)
-
-
 def _behind(tokenizer, prompt: str, messages: list[dict], args: dict) -> str | None:
     """Find how the template writes the last turn, where that has thoughts and follows the prompt."""
-    if not has_template(tokenizer):
-        return None
     text, end = render(tokenizer, messages, args), tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
     written, ended, _ = text[len(prompt):].partition(end)
     thinks = is_open(prompt) or is_closed(prompt) or CLOSE in written
     return written if thinks and ended and text.startswith(prompt) and _holds(written, messages[-1]) else None
 
 
-def _continued(prompt: str, solution: str) -> str:
-    """Make a solution go on where a prompt ends that may have opened the thoughts."""
-    if not is_open(prompt):
-        return solution
-    return solution.removeprefix(OPEN).lstrip() if CLOSE in solution else f"\n{CLOSE}\n\n{solution}"
-
-
-def _apart(tokenizer, prompt: str, solution: str) -> tuple[list[int], list[bool]]:
-    """Tokenise the prompt and the last assistant turn on their own."""
-    ids = _tokens(tokenizer, prompt)
-    done = [*tokenizer(solution, add_special_tokens=False)["input_ids"], turn_end(tokenizer)]
-    return ids + done, [False] * len(ids) + [True] * len(done)
+def _holds(written: str, message: dict) -> bool:
+    """Tell whether what stands in a turn are a message's thought and answer."""
+    (thought, answer), (thought_there, answer_there) = thought_of(message), split_thought(written)
+    return thought_there == thought and answer_there.endswith(answer)
 
 
 def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
@@ -241,7 +224,9 @@ def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
     if not trained:
         raise UserError(f"no trained tokens in {len(rows)} rows ({cut} truncated, longest {longest} tokens); "
                         "raise max_len if the prompts fill it, or check that the rows have solutions")
-    bos, opens_turns = tokenizer.bos_token_id, _bos_opens_turns(tokenizer)
+    bos, talk = tokenizer.bos_token_id, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    opens_turns = bos is not None and template_of(tokenizer) \
+        and render(tokenizer, talk).count(tokenizer.bos_token) > 1  # as in SmolLM2 and Llama 2
     for number, row in enumerate(rows, 1):
         if bos is not None and (row.ids[:2] == [bos, bos] or row.ids.count(bos) > 1 and not opens_turns):
             raise UserError(f"example {number} has more than one BOS ({tokenizer.bos_token}): "
@@ -259,17 +244,9 @@ def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
     if EMPTY.match(tokenizer.decode([i for i, trained in zip(shown.ids, shown.loss_mask) if trained])):
         lines.append("the chat template writes an empty thought before this solution, and the model learns to skip it: "
                      "thinking=off puts that into the prompt, if the template has such a switch")
-    if not has_template(tokenizer):
+    if not template_of(tokenizer):
         lines.append("the tokenizer has no chat template: plain text, problem, blank line, solution, EOS")
     return "\n".join(lines)
-
-
-def _bos_opens_turns(tokenizer) -> bool:
-    """Tell whether the template opens turns with BOS, as SmolLM2 and Llama 2 do."""
-    if tokenizer.bos_token is None or not has_template(tokenizer):
-        return False
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
-    return render(tokenizer, talk).count(tokenizer.bos_token) > 1
 
 
 def marked(tokenizer, row: Encoded) -> str:

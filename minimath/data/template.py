@@ -4,10 +4,10 @@ Templates differ in where <think> comes from: the model writes it (Qwen3, SmolLM
 Qwen3.5), or with thinking off the prompt holds an empty block.
 """
 import datetime
+import functools
 import json
 import random
 import re
-from functools import lru_cache
 
 from minimath.core.errors import UserError
 from minimath.core.run_folder import say_once
@@ -19,39 +19,51 @@ DAY = datetime.date(2026, 1, 1)  # of every template that asks for today's: a ru
 DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # export put the same prompts
 
 
-def has_template(tokenizer) -> bool:
-    return bool(getattr(tokenizer, "chat_template", None))
+def template_of(tokenizer) -> str:
+    """Return the chat template; "" when there is none."""
+    return str(getattr(tokenizer, "chat_template", None) or "")
 
 
+def per_template(function):
+    """Cache what a function finds in a tokenizer and its chat template, which users may replace."""
+    cached = functools.lru_cache(maxsize=8)(lambda template, *args: function(*args))
+    return functools.wraps(function)(lambda tokenizer, *args: cached(template_of(tokenizer), tokenizer, *args))
+
+
+@per_template
 def chat_args(tokenizer, thinking: str = "auto", template_args: str = "") -> dict:
     """Return what the template gets besides messages. UserError: it reads no such thing."""
-    return _chat_args(tokenizer, str(getattr(tokenizer, "chat_template", None)), thinking, template_args)
-
-
-@lru_cache(maxsize=8)
-def _chat_args(tokenizer, template: str, thinking: str, template_args: str) -> dict:
-    given = named_values(template_args)
+    given, template = named_values(template_args), template_of(tokenizer)
     for name in given:
         if ("strftime_now" if name == "date" else name) not in template:
             raise UserError(f"template_args={template_args}: the model's chat template reads no {name}")
     if thinking == "auto":
         return given
-    args, on = dict.fromkeys(SWITCHES, thinking == "on") | given, thinking == "on"
-    asked = [{"role": "user", "content": "a"}]
-    prompt, other = (render(tokenizer, asked, dict.fromkeys(SWITCHES, switch) | given, generate=True)
-                     for switch in (on, not on))
-    does_so = is_open(prompt) if on else OPEN not in template  # without being told
-    if prompt == other and not does_so:
+    off, on = (dict.fromkeys(SWITCHES, switch) | given for switch in (False, True))
+    silent, thinks = (prompt_text(tokenizer, args) for args in (off, on))
+    does_so = is_open(thinks) if thinking == "on" else OPEN not in template  # without being told
+    if silent == thinks and not does_so:
         raise UserError(f"thinking={thinking}, but the model's chat template has no switch for it: leave thinking=auto "
                         "or set a switch of another name by template_args=NAME=VALUE")
-    return args
+    return on if thinking == "on" else off
+
+
+@per_template
+def opens_thought(tokenizer, thinking: str = "auto", template_args: str = "") -> bool:
+    """Tell whether completions of the prompts that the template writes begin inside a thought."""
+    args = chat_args(tokenizer, thinking, template_args)
+    return OPEN in template_of(tokenizer) and is_open(prompt_text(tokenizer, args))
+
+
+def prompt_text(tokenizer, args: dict) -> str:
+    return render(tokenizer, [{"role": "user", "content": "a"}], args, generate=True)
 
 
 def render(tokenizer, messages: list[dict], args: dict | None = None, *, generate: bool = False) -> str:
     """Write messages as text, always the same. UserError: the template refuses them.
 
     generate: with what begins an answer."""
-    if not has_template(tokenizer):
+    if not template_of(tokenizer):
         return "\n\n".join(m["content"] for m in messages) + ("\n\n" if generate else "")
     template, args, state = tokenizer.chat_template, dict(args or {}), random.getstate()
     day = args.pop("date", DAY)
@@ -86,17 +98,6 @@ def dated(template: str, day: datetime.date) -> str:
 
 
 # ---- thoughts
-
-def opens_thought(tokenizer, thinking: str = "auto", template_args: str = "") -> bool:
-    """Tell whether completions of the prompts that the template writes begin inside a thought."""
-    return _opens_thought(tokenizer, str(getattr(tokenizer, "chat_template", None)), thinking, template_args)
-
-
-@lru_cache(maxsize=8)
-def _opens_thought(tokenizer, template: str, thinking: str, template_args: str) -> bool:
-    args = _chat_args(tokenizer, template, thinking, template_args)
-    return OPEN in template and is_open(render(tokenizer, [{"role": "user", "content": "a"}], args, generate=True))
-
 
 def is_open(prompt: str) -> bool:
     """Tell whether an answer to a prompt begins inside a thought."""

@@ -7,7 +7,7 @@ from textwrap import indent
 from minimath.config.schema import PromptOptions
 from minimath.core.errors import UserError
 from minimath.data.chat import turn_end, user_text
-from minimath.data.template import chat_args, has_template, render
+from minimath.data.template import chat_args, render, template_of
 
 CARD = """\
 ---
@@ -81,7 +81,7 @@ def modelfile(tokenizer, gguf_name: str, prompt: PromptOptions) -> str:
                     '{{ if eq .Role "user" }}<|im_start|>user\n' + user.replace("\0", "{{ .Content }}") +
                     f"<|im_end|>\n<|im_start|>assistant\n{begun}"
                     '{{ else if eq .Role "assistant" }}{{ .Content }}<|im_end|>\n{{ end }}{{ end }}')
-    elif not has_template(tokenizer):
+    elif not template_of(tokenizer):
         note = "the model has no chat template: plain text, as it was trained"
         template = "{{ if .System }}{{ .System }}\n\n{{ end }}" + user.replace("\0", "{{ .Prompt }}") + "\n\n"
     else:
@@ -96,7 +96,7 @@ def modelfile(tokenizer, gguf_name: str, prompt: PromptOptions) -> str:
 
 def chatml_parts(tokenizer, prompt: PromptOptions) -> tuple[str, str] | None:
     """Find the template's own system message and what begins an answer, such as <think>; None: it isn't ChatML."""
-    if not has_template(tokenizer):
+    if not template_of(tokenizer):
         return None
     system, user = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}
     args = chat_args(tokenizer, prompt.thinking, prompt.template_args)
