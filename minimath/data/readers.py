@@ -16,10 +16,10 @@ from minimath.core.hub import without_network
 from minimath.core.text import did_you_mean
 
 MAX_ROW_BYTES = 1_000_000  # longer is a broken file (a lost line end or quote), no problem with a solution
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 BOM = b"\xef\xbb\xbf"
 OBJECT_ON_LINE_1 = re.compile(rb'\s*\{(?!\s*"data"\s*:)[^\r\n]*\}\s*([\r\n]|$)')  # jsonl under another name
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*(:\w[\w.-]*)?")
+ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 
 
 @dataclass(eq=False)
@@ -34,7 +34,6 @@ TOO_LONG = BadRow("row longer than 1 MB", "split it, or look for a missing line 
 NUL = BadRow("NUL byte", "rewrite the file: it was damaged or is not text")
 NOT_UTF8 = BadRow("not UTF-8", "save the file as UTF-8")
 EMPTY = BadRow("empty row", "delete the blank line")
-ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 OPEN_QUOTE = BadRow("quote not closed", "close it, or write the last row again: the file ends inside a cell")
 
 
@@ -45,8 +44,7 @@ def rows_of(source: str | list, split: str) -> Iterator[Row]:
     their name, if any. Raises UserError when nothing is there, or a file is spoiled.
     """
     if isinstance(source, list):
-        for number, row in enumerate(source, 1):
-            yield f"row {number}", row if isinstance(row, BadRow) else _object(row, "")
+        yield from ((f"row {number}", _object(row, "")) for number, row in enumerate(source, 1))
         return
     if not source:
         raise UserError("no data given; set data= to a file, a folder or a data set name owner/name")
@@ -63,16 +61,12 @@ def rows_of(source: str | list, split: str) -> Iterator[Row]:
     elif HUB_NAME.fullmatch(source) and path.suffix.lower() not in SUFFIXES and not os.path.isdir(path.parent):
         yield from _hub_rows(source, split)
     else:
-        raise UserError(_missing(source, path))
-
-
-def _missing(source: str, path: Path) -> str:
-    while not os.path.isdir(folder := path.parent):
-        path = folder  # at last the first part of the path that does not exist
-    there = sorted(p.name for p in folder.iterdir() if p.is_dir() or p.suffix.lower() in SUFFIXES)
-    near = did_you_mean(path.name, there)
-    listing = f"; {folder} has {', '.join(there[:8])}" if there and not near else ""
-    return f"data={source}: {path} does not exist{near}{listing}"
+        while not os.path.isdir(folder := path.parent):
+            path = folder  # at last the first part of the path that does not exist
+        there = sorted(p.name for p in folder.iterdir() if p.is_dir() or p.suffix.lower() in SUFFIXES)
+        near = did_you_mean(path.name, there)
+        listing = f"; {folder} has {', '.join(there[:8])}" if there and not near else ""
+        raise UserError(f"data={source}: {path} does not exist{near}{listing}")
 
 
 def _hub_rows(name: str, split: str) -> Iterator[Row]:
@@ -89,20 +83,16 @@ def _hub_rows(name: str, split: str) -> Iterator[Row]:
         text = " ".join(str(error).split())[:300]
         raise UserError(f"data={name}: is no file here, and as a hub data set (split {split!r}) it can't be "
                         f"loaded: {type(error).__name__}: {text}. Check the name and the network") from error
-    for number, row in enumerate(rows, 1):
-        yield f"{name}:{split}:row {number}", row
+    yield from ((f"{name}:{split}:row {number}", row) for number, row in enumerate(rows, 1))
 
-
-# ---- files
 
 def read_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a file, each with its place.
 
     That is "file:line" in jsonl and "file:row N", from 1, elsewhere. Raises UserError for a spoiled file.
     """
-    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv, ".tsv": _csv}
     suffix = path.suffix.lower()
-    if suffix not in readers:
+    if suffix not in READERS:
         raise UserError(f"{path}: unknown kind of file {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
     try:
         with path.open("rb") as file:
@@ -112,11 +102,10 @@ def read_rows(path: Path) -> Iterator[Row]:
         if suffix == ".json" and OBJECT_ON_LINE_1.match(head):
             suffix = ".jsonl"
         place, blank = f"{path}:" if suffix == ".jsonl" else f"{path}:row ", []
-        for number, row in enumerate(readers[suffix](path), 1):
-            if row is EMPTY:  # at the end of a file it is no row
-                blank.append((f"{place}{number}", row))
-            else:
-                yield from (*blank, (f"{place}{number}", row))
+        for number, row in enumerate(READERS[suffix](path, head), 1):
+            blank.append((f"{place}{number}", row))
+            if row is not EMPTY:  # at the end of a file it is no row
+                yield from blank
                 blank.clear()
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror or error}); check path and rights") from error
@@ -124,53 +113,38 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _object(value, kind: str = "a JSON ") -> dict | BadRow:
     if isinstance(value, dict):
-        return value if _size(value) <= MAX_ROW_BYTES else TOO_LONG
+        return value if len(str(value)) <= MAX_ROW_BYTES else TOO_LONG
     return BadRow(f"{kind}{type(value).__name__} instead of an object",
                   'write each row as {"problem": "...", "solution": "..."}')
 
 
-def _size(value) -> int:
-    """Count the characters and bytes in a row, nested ones too."""
-    if isinstance(value, (str, bytes)):
-        return len(value)
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return sum(map(_size, parts))
+# ---- one reader per kind of file: of its path and its first bytes
 
-
-def _jsonl(path: Path) -> Iterator[dict | BadRow]:
+def _jsonl(path: Path, head: bytes) -> Iterator[dict | BadRow]:
     with path.open("rb") as file:
-        head = file.read(MAX_ROW_BYTES)
-    end = "\r" if b"\r" in head and b"\n" not in head else "\n"
-    with path.open(encoding="utf-8", errors="surrogateescape", newline=end) as file:
-        while line := file.readline(MAX_ROW_BYTES + 1):
-            too_long = len(line) > MAX_ROW_BYTES
-            while too_long and line and not line.endswith(end):
-                line = file.readline(MAX_ROW_BYTES)
-            yield TOO_LONG if too_long else _jsonl_row(line)
+        yield from map(_jsonl_row, file.read().splitlines(True) if b"\r" in head and b"\n" not in head else file)
 
 
-def _jsonl_row(line: str) -> dict | BadRow:
-    line = line.removeprefix("\ufeff")  # on any line: files are often joined
-    if "\0" in line:
+def _jsonl_row(line: bytes) -> dict | BadRow:
+    if len(line) > MAX_ROW_BYTES:
+        return TOO_LONG
+    if b"\0" in line:
         return NUL
-    if not line.strip():
+    if not line.removeprefix(BOM).strip():  # on any line: files are often joined
         return EMPTY
-    broken = ESCAPED.search(line)
     try:
-        if not broken:
-            return _object(json.loads(line))
+        return _object(json.loads(line.decode("utf-8-sig")))
     except RecursionError:
         return BadRow("JSON nested too deep", "flatten the row")
-    except ValueError as error:  # JSONDecodeError, and integers with thousands of digits
-        if line.endswith(("\n", "\r")):
-            return BadRow("not JSON", f"{error}; one complete object per line")
-    if not line.endswith(("\n", "\r")):
-        return BadRow("truncated last line", "write the last row again: the file ends inside it")
-    place = f"character {broken.start() + 1} is the byte 0x{ord(broken[0]) - 0xdc00:02x}"
-    return BadRow("not UTF-8", f"{place}; {NOT_UTF8.fix}")
+    except ValueError as error:  # of json, of decode, and of integers with thousands of digits
+        if not line.endswith((b"\n", b"\r")):
+            return BadRow("truncated last line", "write the last row again: the file ends inside it")
+        if isinstance(error, UnicodeDecodeError):
+            return BadRow("not UTF-8", f"{error}; {NOT_UTF8.fix}")
+        return BadRow("not JSON", f"{error}; one complete object per line")
 
 
-def _json(path: Path) -> Iterator[dict | BadRow]:
+def _json(path: Path, _) -> Iterator[dict | BadRow]:
     """Read a list of objects, or {"data": [...]}."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -183,7 +157,7 @@ def _json(path: Path) -> Iterator[dict | BadRow]:
     yield from map(_object, rows)
 
 
-def _csv(path: Path) -> Iterator[dict | BadRow]:
+def _csv(path: Path, _) -> Iterator[dict | BadRow]:
     """Read every cell as text; the header tells what stands between them."""
     csv.field_size_limit(MAX_ROW_BYTES)
     ended = []  # filled behind the last line: a quote that is not closed takes in the rest of the file
@@ -212,9 +186,9 @@ def _csv(path: Path) -> Iterator[dict | BadRow]:
 
 
 def _csv_row(names: list[str], cells: list[str]) -> dict | BadRow:
-    text = "".join(cells)
     if not cells:
         return EMPTY
+    text = "".join(cells)
     if "\0" in text:
         return NUL
     if ESCAPED.search(text):
@@ -225,7 +199,7 @@ def _csv_row(names: list[str], cells: list[str]) -> dict | BadRow:
     return _object(dict(zip(names, cells))) if text else BadRow("empty row", "fill it in or delete it")
 
 
-def _parquet(path: Path) -> Iterator[dict | BadRow]:
+def _parquet(path: Path, _) -> Iterator[dict | BadRow]:
     try:
         import pyarrow.parquet
     except ImportError:
@@ -251,3 +225,7 @@ def _batch_rows(batch) -> list[dict | BadRow]:
         if batch.num_rows > 1:
             return [row for i in range(batch.num_rows) for row in _batch_rows(batch.slice(i, 1))]
         return [NOT_UTF8 if isinstance(error, UnicodeDecodeError) else BadRow("value can't be read", str(error))]
+
+
+READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv, ".tsv": _csv}
+SUFFIXES = tuple(READERS)

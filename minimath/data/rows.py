@@ -6,7 +6,7 @@ The shape is read off a row's columns; the first of these that fits counts:
     messages           messages: [{role, content}, ...] with roles system, user, assistant; an assistant's thoughts may
                        be in reasoning_content. Also ShareGPT's conversations: [{from, value}, ...]
     prompt, completion each a text or a list of messages; verl's answer is in reward_model.ground_truth
-    instruction, input Alpaca's: the problem is both
+    instruction, input Alpaca's, and SVAMP's body, question: the problem is both
     question, answer   an answer with "#### 72" (GSM8K) is split in solution and answer, one with \\boxed or of
                        more than 8 words is a worked solution, any other a final answer
     problem, solution  or generation (+ answer; else from "#### x" or \\boxed{x}), as in Fast-Math-R1-SFT and -GRPO
@@ -20,7 +20,7 @@ from decimal import Decimal
 
 from minimath.core.text import did_you_mean
 from minimath.data.readers import BadRow
-from minimath.data.template import CLOSE, OPEN
+from minimath.data.template import CLOSE, written_out
 from minimath.grading.answer import extract_answer
 
 COLUMNS = {
@@ -28,6 +28,7 @@ COLUMNS = {
     "solution": ("solution", "completion", "response", "output", "generation", "generations"),
     "answer": ("answer", "final_answer", "expected_answer", "ground_truth"),
 }
+BESIDE = {"instruction": ("{0}\n\n{1}", "input"), "question": ("{1} {0}", "body")}  # the other half of the problem
 CHATS = ("messages", "conversations", "conversation")
 NESTED = (("reward_model", "ground_truth"), ("extra_info", "answer"))  # verl's place of the answer
 OURS = ("id", "tokens", "solve_rate")  # of the rows that minimath writes: nothing to learn from
@@ -57,16 +58,16 @@ class Example:
         return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
 
 
+def blank(text: str) -> bool:
+    """Tell whether a text has nothing but space, zero-width and control characters."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cf", "Cc") for c in text)
+
+
 def _filled(value) -> bool:
     """Tell whether a cell holds anything: no NaN, no blank, no program's word for nothing."""
     if isinstance(value, str):
         return not (blank(value) or value.strip() in MISSING)
     return value is not None and value == value and value != [] and value != {}
-
-
-def blank(text: str) -> bool:
-    """Tell whether a text has nothing but space, zero-width and control characters."""
-    return all(c.isspace() or unicodedata.category(c) in ("Cf", "Cc") for c in text)
 
 
 class Columns:
@@ -76,28 +77,31 @@ class Columns:
         self.row, self.read = row, set(OURS)
         self.values = {str(name).strip().lower(): value for name, value in row.items()}
         self.values |= {name: value for name, value in row.items() if name in self.values and _filled(value)}
-        self.inside: list[str] = []  # fields of its messages that were not read
+        self.inside: dict[str, None] = {}  # fields of its messages that were not read, in order
+
+    def first(self, names: Iterable[str], kind: type | None = None) -> str:
+        """Name the first column that holds something, or anything of a kind; "" when there is none."""
+        cells = ((name, self.values.get(name)) for name in names)
+        return next((name for name, value in cells if (isinstance(value, kind) if kind else _filled(value))), "")
 
     def take(self, what: str) -> tuple[str, object]:
         """Return the first column for `what` that holds something, and its value, or None."""
-        for name in COLUMNS[what]:
-            if name not in self.read and _filled(self.values.get(name)):
-                self.read.add(name)
-                return name, self.values[name]
-        return what, None
+        name = self.first(name for name in COLUMNS[what] if name not in self.read)
+        self.read.add(name)
+        return name or what, self.values.get(name)
 
     def nested_answers(self) -> list:
         """Return what verl's columns hold in the place of the answer."""
-        found = [(outer, self.values[outer].get(inner)) for outer, inner in NESTED
-                 if isinstance(self.values.get(outer), dict)]
-        self.read |= {outer for outer, value in found if _filled(value)}
-        return [value for _, value in found if _filled(value)]
+        cells = {outer: self.values[outer].get(inner) for outer, inner in NESTED if self.first([outer], dict)}
+        found = {outer: value for outer, value in cells.items() if _filled(value)}
+        self.read |= found.keys()
+        return list(found.values())
 
     def unread(self) -> list[str]:
         """Name the columns that hold something and that nobody asked for."""
-        return [str(name)[:60] for name, value in self.row.items() if _filled(value)
-                and (str(name).strip().lower() not in self.read or self.values[str(name).strip().lower()] is not value)
-                ] + self.inside
+        keys = {name: str(name).strip().lower() for name, value in self.row.items() if _filled(value)}
+        return [str(name)[:60] for name, key in keys.items()
+                if key not in self.read or self.values[key] is not self.row[name]] + list(self.inside)
 
     def missing(self, what: str, fix: str) -> BadRow:
         """Say that there is no solution or answer, and which columns could be meant."""
@@ -111,10 +115,17 @@ def to_example(row: Columns, where: str, need: Iterable[str]) -> Example | BadRo
     """Make an example of a row in any accepted shape; BadRow when it can't be used."""
     try:
         _take_best_generation(row, "solution" in need)
-        chat = _chat_messages(row)
-        example = _from_messages(row, chat, where) if chat else _from_columns(row, where)
+        talk = _messages(row)
+        problem = _asked(talk) if talk else _problem(row)
+        written = talk[-1]["content"] if talk and talk[-1]["role"] == "assistant" else ""
+        solution, answer = _solution_answer(row, written)
     except BadRow as bad:
         return bad
+    if talk and solution and not written:  # in a column of its own
+        talk.append({"role": "assistant", "content": solution})
+    name = row.values.get("id")
+    name = str(name).encode(errors="backslashreplace").decode() if isinstance(name, (str, int)) else ""
+    example = Example(problem, written or solution, answer, name, talk, where)
     if not example.answer and example.solution:
         example.answer = hashes_answer(example.solution) or extract_answer(example.solution, strict=True) or ""
     if "solution" in need and not example.solution:
@@ -129,28 +140,27 @@ def _take_best_generation(row: Columns, needed: bool) -> None:
 
     Raises BadRow when there is none and it is needed.
     """
-    values = row.values
-    name = next((n for n in ("generations", "generation") if isinstance(values.get(n), list)), None)
-    if name is None:
+    values, name = row.values, row.first(("generations", "generation"), list)
+    if not name:
         return
-    verdicts, whole = ([n for n in names if isinstance(values.get(n), list)][:1] for names in (VERDICTS, WHOLE))
-    row.read |= {name, *verdicts, *whole}
-    marked = zip(values[name], *(values[n] for n in verdicts + whole))
+    verdicts, whole = row.first(VERDICTS, list), row.first(WHOLE, list)
+    row.read |= {name, verdicts, whole}
+    marked = zip(values[name], *(values[n] for n in (verdicts, whole) if n))
     right = [text for text, *marks in marked if isinstance(text, str) and all(marks)] if verdicts else []
     if needed and not verdicts:
         raise BadRow(f"{name} without verdicts", f"add {VERDICTS[0]}, a list of true and false, or keep one; minimath "
                      "sample checks answers and keeps the shortest right solution")
     if needed and not right:
         raise BadRow("no right generation", f"none of {len(values[name])} is right and whole: drop it, or sample more")
-    for other in ("messages", *COLUMNS["solution"]):
-        values.pop(other, None) if other != name else None
+    for other in {"messages", *COLUMNS["solution"]} - {name}:
+        values.pop(other, None)
     values["solution"] = values[name] = min(right, key=len, default="")
 
 
 def hashes_answer(solution: str) -> str:
     """Return what follows the last "####"; "" where it opened a Markdown heading."""
-    final = solution.rsplit("####", 1)[1].strip() if "####" in solution else ""
-    return "" if "\n" in final else final
+    _, mark, final = solution.rpartition("####")
+    return final.strip() if mark and "\n" not in final.strip() else ""
 
 
 def plain_text(value, name: str, *, number: bool = False) -> str:
@@ -172,29 +182,23 @@ def plain_text(value, name: str, *, number: bool = False) -> str:
     return "" if blank(value) else value.strip()
 
 
-def _from_columns(row: Columns, where: str) -> Example:
+def _problem(row: Columns) -> str:
     if not any(c in row.values for c in COLUMNS["problem"]):
         raise _unknown_columns(row.row)
     name, value = row.take("problem")
     problem = plain_text(value, name)
     if not problem:
         raise BadRow("empty problem", "fill it in or delete the row")
-    if name == "instruction" and _filled(more := row.values.get("input")):
-        row.read.add("input")
-        problem += "\n\n" + plain_text(more, "input")
-    solution, answer = _solution_answer(row)
-    name = next((n for n in THOUGHT_COLUMNS if _filled(row.values.get(n))), "")
-    if name and solution and CLOSE not in solution:
-        row.read.add(name)
-        solution = f"{OPEN}\n{plain_text(row.values[name], name)}\n{CLOSE}\n\n{solution}"
-    return Example(problem, solution, answer, _identity(row), where=where)
+    form, other = BESIDE.get(name, ("", ""))
+    if row.first([other]):
+        row.read.add(other)
+        problem = form.format(problem, plain_text(row.values[other], other))
+    return problem
 
 
-def _solution_answer(row: Columns, solution: str = "") -> tuple[str, str]:
-    """Read solution, unless it is known, and answer off the columns."""
-    if not solution:
-        name, value = row.take("solution")
-        solution = plain_text(value, name)
+def _solution_answer(row: Columns, written: str) -> tuple[str, str]:
+    """Read solution, unless a message has it, and answer off the columns."""
+    solution = written or plain_text(*row.take("solution")[::-1])
     name, value = row.take("answer")
     answers = [value] if value is not None else row.nested_answers()
     texts = [plain_text(v[0] if isinstance(v, list) and len(v) == 1 else v, name, number=True) for v in answers]
@@ -203,7 +207,14 @@ def _solution_answer(row: Columns, solution: str = "") -> tuple[str, str]:
         solution, texts = worked, [text for text in texts if not is_worked(text)]
     answer = texts[0].rsplit("####", 1)[-1].strip() if texts else ""
     body, final = solution.rsplit("####", 1)[0].strip(), hashes_answer(solution)
-    return (ANNOTATION.sub("", body).strip(), answer or final) if body and final else (solution, answer)
+    if body and final:
+        solution, answer = ANNOTATION.sub("", body).strip(), answer or final
+    thoughts = row.first(THOUGHT_COLUMNS)
+    if thoughts and solution and not written and CLOSE not in solution:
+        row.read.add(thoughts)
+        thoughts = plain_text(row.values[thoughts], thoughts)
+        solution = written_out({"role": "", "content": solution, "reasoning_content": thoughts})["content"]
+    return solution, answer
 
 
 def is_worked(answer: str) -> bool:
@@ -212,31 +223,25 @@ def is_worked(answer: str) -> bool:
     return "####" in answer or "\\boxed" in answer or words > 8 or "\n" in answer and words > 2
 
 
-def _identity(row: Columns) -> str:
-    name = row.values.get("id")
-    return str(name).encode(errors="backslashreplace").decode() if isinstance(name, (str, int)) else ""
-
-
 def _unknown_columns(row: dict) -> BadRow:
     accepted = [*COLUMNS["problem"], *CHATS]
     known = {c for names in COLUMNS.values() for c in names}
-    near = {c: did_you_mean(c, accepted) for c in map(str, list(row)[:60]) if len(c) <= 60 and c not in known}
-    nested = next((str(k)[:60] for k, v in row.items() if isinstance(v, dict) and set(v) & {*known, *accepted}), None)
-    if nested is not None:
-        hint = f"the row is nested: move the content of {nested!r} up"
-    else:
-        hint = ", ".join(c + said for c, said in near.items() if said) or \
-            f"call the column with the problem one of {', '.join(accepted)}"
+    near = [c + did_you_mean(c, accepted) for c in map(str, list(row)[:60]) if len(c) <= 60 and c not in known]
+    hint = ", ".join(c for c in near if c.endswith(")")) or \
+        f"call the column with the problem one of {', '.join(accepted)}"
+    for name, value in row.items():
+        if isinstance(value, dict) and set(value) & {*known, *accepted}:
+            hint = f"the row is nested: move the content of {str(name)[:60]!r} up"
+            break
     names = ", ".join(str(name)[:60] for name in list(row)[:12]) or "none"
     return BadRow("no column with the problem", f"columns are {names}; {hint}")
 
 
 # ---- chat rows
 
-def _chat_messages(row: Columns) -> list[dict] | None:
+def _messages(row: Columns) -> list[dict] | None:
     """Return the clean messages of a chat row; None when the row has another shape."""
-    values = row.values
-    name = next((n for n in CHATS if isinstance(values.get(n), list) or n == "messages" and _filled(values.get(n))), "")
+    values, name = row.values, row.first(CHATS, list) or row.first(["messages"])
     raw = values.get(name)
     if raw is None and isinstance(values.get("prompt"), list):
         name, done = "prompt", values.get("completion")
@@ -249,22 +254,21 @@ def _chat_messages(row: Columns) -> list[dict] | None:
     row.read.add(name)
     if not isinstance(raw, list) or not raw:
         raise BadRow("malformed messages", 'write a list of {"role": ..., "content": ...}')
-    messages: list[dict] = []
+    talk: list[dict] = []
     for number, message in enumerate(raw, 1):
-        messages.append(_message(message, number, messages[-1]["role"] if messages else "start"))
-        row.inside += [f"{key} of messages" for key in message if _filled(message[key]) and key not in
-                       ("role", "from", "content", "value", *(THOUGHTS if "reasoning_content" in messages[-1] else ()))]
-    row.inside = list(dict.fromkeys(row.inside))
-    return messages
+        talk.append(_message(message, number, talk[-1]["role"] if talk else "start"))
+        read = {"role", "from", "content", "value", *(THOUGHTS if "reasoning_content" in talk[-1] else ())}
+        row.inside |= {f"{key} of messages": None for key in message if _filled(message[key]) and key not in read}
+    return talk
 
 
 def _message(message, number: int, last: str) -> dict:
     bad = "malformed messages"
-    role, content = (next((message[k] for k in keys if k in message), None) if isinstance(message, dict) else None
-                     for keys in (("role", "from"), ("content", "value")))
+    message = message if isinstance(message, dict) else {}
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     if role is None or content is None:
         raise BadRow(bad, f"message {number} needs role and content")
-    role = SPEAKERS.get(str(role).lower(), str(role).lower()) if role not in ROLES else role
+    role = SPEAKERS.get(str(role).lower(), str(role).lower())
     if role not in ROLES:
         raise BadRow(bad, f"message {number} has role {role[:60]!r}{did_you_mean(role[:60], ROLES)}; use "
                      f"{', '.join(ROLES)}")
@@ -276,19 +280,15 @@ def _message(message, number: int, last: str) -> dict:
     if role not in {"start": ("system", "user"), "user": ("assistant",)}.get(last, ("user",)):
         raise BadRow(bad, f"message {number} is from {role} after {last}; system may come first, then user and "
                      "assistant take turns")
-    thoughts = next((message[k] for k in THOUGHTS if _filled(message.get(k))), None) if role == "assistant" else None
-    more = {} if thoughts is None else {"reasoning_content": plain_text(thoughts, f"thoughts of message {number}")}
+    thoughts = [message[key] for key in THOUGHTS if _filled(message.get(key))] if role == "assistant" else []
+    more = {"reasoning_content": plain_text(thoughts[0], f"thoughts of message {number}")} if thoughts else {}
     return {"role": role, "content": text, **more}
 
 
-def _from_messages(row: Columns, messages: list[dict], where: str) -> Example:
-    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+def _asked(talk: list[dict]) -> str:
+    """Write what a talk asks as one text: its only question, or all turns up to the last answer."""
+    asked = Example("", messages=talk).asked()
     users = [m["content"] for m in asked if m["role"] == "user"]
     if not users:
         raise BadRow("malformed messages", "no message from user")
-    written = messages[-1]["content"] if asked is not messages else ""
-    solution, answer = _solution_answer(row, written)
-    if solution and not written:  # in a column of its own
-        messages = [*messages, {"role": "assistant", "content": solution}]
-    problem = users[0] if len(users) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in asked)
-    return Example(problem, written or solution, answer, _identity(row), messages, where)
+    return users[0] if len(users) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in asked)
