@@ -12,15 +12,14 @@ from minimath.data.chat import IGNORE, Encoded
 
 
 def step_indices(step: int, size: int, batch_size: int, seed: int) -> list[int]:
-    """Return the batch_size indices of step 0, 1, ... into data of `size` rows.
-
-    They come from an endless stream of permutations, one per epoch. A batch may reach into the next epoch.
-    """
+    """Return the batch_size indices of step 0, 1, ... into data of `size` rows."""
     return stream_indices(step * batch_size, batch_size, size, seed)
 
 
 def stream_indices(start: int, count: int, size: int, seed: int) -> list[int]:
-    """Return places start to start + count - 1 of the stream of step_indices."""
+    """Return places start to start + count - 1 of an endless stream of indices into `size` rows.
+
+    It is one permutation per epoch after another, so a batch may reach into the next epoch."""
     order: list[int] = []
     for epoch in range(start // size, (start + count - 1) // size + 1):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -37,19 +36,15 @@ def micro_batches(rows: list[Encoded], *, packing: bool, micro_batch_tokens: int
     (B*T,) and, when padded, attention_mask (B, T), all int64, and rows: (start, length) of each among the B*T tokens.
     """
     lengths = [len(row.ids) for row in rows]
-    for indices in (pack(lengths, micro_batch_tokens) if packing else like_lengths(lengths, micro_batch_tokens)):
+    for indices in (pack if packing else like_lengths)(lengths, micro_batch_tokens):
         chosen = [rows[i] for i in indices]
         yield indices, collate_packed(chosen, micro_batch_tokens) if packing else collate_padded(chosen, pad_id)
-
-
-def _longest_first(lengths: list[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
 def like_lengths(lengths: list[int], budget: int) -> list[list[int]]:
     """Group indices by descending length; a group padded to its longest fits `budget`."""
     groups: list[list[int]] = []
-    for index in _longest_first(lengths):
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
             groups[-1].append(index)
         else:
@@ -64,7 +59,7 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
     """
     bins: list[list[int]] = []
     room: list[int] = []
-    for index in _longest_first(lengths):
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = next((b for b, left in enumerate(room) if left >= lengths[index]), len(bins))
         if place == len(bins):
             bins.append([])
@@ -92,17 +87,12 @@ def collate_packed(rows: list[Encoded], most: int = 0) -> dict:
     }
 
 
-def rounded(tokens: int) -> int:
-    """Round a number of tokens up to a multiple of 64, of 128 above 1,024, and so on.
+def tail_length(tokens: int, most: int) -> int:
+    """Count the tokens that round a pass up, within `most`, to a multiple of 64, of 128 above 1,024, and so on.
 
     Every new size costs: oneDNN compiles and keeps its products, cuDNN plans its attention."""
     step = 64 << max(0, (tokens - 1).bit_length() - 10)
-    return -(-tokens // step) * step
-
-
-def tail_length(tokens: int, most: int) -> int:
-    """Count the tokens that round a pass up, within the budget of a pass."""
-    return max(0, min(rounded(tokens), most) - tokens)
+    return max(0, min(-(-tokens // step) * step, most) - tokens)
 
 
 def collate_padded(rows: list[Encoded], pad_id: int) -> dict:
