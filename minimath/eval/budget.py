@@ -15,7 +15,7 @@ FORCED = f"\n{CLOSE}\n\nThe final answer is \\boxed{{"
 
 def limited_stream(engine, budget: int, prompts: list[list[int]], n: int = 1, *, keys=None,
                    skip=()) -> Iterator[list[tuple[int, int, Sample]]]:
-    """Stream completions as Engine.stream does, none with more than `budget` tokens of thought; 0: without a limit.
+    """Stream as Engine.stream does, no thought above `budget` tokens; 0: no limit.
 
     Those that reach it come last; max_new_tokens holds for the whole. Raises as Engine.stream, and UserError where
     max_new_tokens leaves no room for an answer."""

@@ -29,12 +29,12 @@ from minimath.core.log import RunLog
 from minimath.core.run import open_run
 from minimath.core.run_folder import EVAL, PART, SUITE, held_run, stop_files
 from minimath.core.text import comma_list
-from minimath.data.examples import Example, describe_report, load_examples
+from minimath.data.examples import Example
 from minimath.data.sample import Sample
 from minimath.eval.budget import limited_stream
 from minimath.eval.metrics import COLUMNS, at_budgets, by_problem, read_records, summarise, table_row, write_results
 from minimath.eval.partial import PartFile, fingerprint, model_hash, open_part, refuse_changes
-from minimath.eval.suite import Problems, mean_of, read_sets, suite_table
+from minimath.eval.suite import Problems, mean_of, read_own, read_sets, suite_table
 from minimath.grading.answer import AnswerChecker, final_answer
 from minimath.models.load import describe
 from minimath.models.policy import Policy, load_policy
@@ -44,16 +44,13 @@ from minimath.rollout.open import open_engine
 def evaluate(cfg: EvalConfig) -> dict:
     """Evaluate a model on problems with known answers, or on a suite of them.
 
-    Returns the summary, of a suite what suite.json holds. With resume, a complete evaluation in the run folder is
-    returned as it is. Raises Interrupted, after it has said what is done and how to go on, and UserError also when what
-    decides the completions is not what the evaluation to go on with was begun with."""
+    Returns what eval.json or suite.json holds; with resume, of a complete evaluation as it is. Raises Interrupted,
+    after it has said what is done and how to go on, and UserError also when what decides the completions is not what
+    the evaluation to go on with was begun with."""
     if fault := cfg.check():
         raise UserError(fault)
     cfg = as_trained(cfg)
-    if cfg.suite:
-        return evaluate_suite(cfg)
-    examples, report = load_examples(cfg.data, need=("answer",))
-    return evaluate_examples(cfg, examples, describe_report(report))
+    return evaluate_suite(cfg) if cfg.suite else evaluate_set(read_own(cfg))
 
 
 def load_and_say(cfg: EvalConfig, log: RunLog) -> Policy:
@@ -63,12 +60,11 @@ def load_and_say(cfg: EvalConfig, log: RunLog) -> Policy:
     return policy
 
 
-def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str,
-                      load: Callable[[], Policy] | None = None) -> dict:
-    """Evaluate on examples that are loaded; returns the summary.
+def evaluate_set(problems: Problems, load: Callable[[], Policy] | None = None) -> dict:
+    """Evaluate on one set of problems; returns the summary.
 
-    note: what is said of the examples. load: gives the model within a suite, which says how to go on. Raises as
-    `evaluate` does."""
+    load: gives the model within a suite, which says how to go on. Raises as `evaluate` does."""
+    cfg, examples, note = problems
     decides, out = fingerprint(cfg, examples), Path(cfg.run.out)
     if cfg.run.resume and cfg.run.out and "evaluation" in held_run(out):
         refuse_changes(out, decides)  # now, not after a large model has loaded
@@ -76,7 +72,7 @@ def evaluate_examples(cfg: EvalConfig, examples: list[Example], note: str,
             return complete(out, cfg)
     with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume,
                   deterministic=cfg.run.deterministic) as log:
-        log.say(note or f"{len(examples)} problems")
+        log.say(note)
         policy = load() if load else load_and_say(cfg, log)
         part = open_part(log, decides | {"model files": model_hash(policy)}, len(examples), cfg, policy)
         try:
@@ -122,8 +118,16 @@ def evaluate_suite(cfg: EvalConfig) -> dict:
     Raises Interrupted; UserError before anything is sampled for an unknown set, problems that are nowhere, and a folder
     that holds something else."""
     sets = read_sets(cfg)
-    if cfg.run.out:
-        refuse_folder(Path(cfg.run.out), sets, cfg.run.resume)
+    for name, problems in {"": None, **sets}.items() if cfg.run.out else ():
+        out = Path(cfg.run.out)
+        held = held_run(out / name)
+        if held and not name:
+            raise UserError(f"{out} already holds {held} that is no suite; choose another out=")
+        if held and not cfg.run.resume:
+            raise UserError(f"{out} already holds a suite ({name}: {held}); add resume=true to go on with it, or "
+                            "choose another out=")
+        if held:
+            refuse_changes(out / name, fingerprint(problems.cfg, problems.examples))
     with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume,
                   deterministic=cfg.run.deterministic) as log:
         load = functools.cache(lambda: load_and_say(cfg, log))  # called by the first set that is not complete
@@ -135,7 +139,7 @@ def evaluate_suite(cfg: EvalConfig) -> dict:
                 if number := interrupt.requested():
                     raise Interrupted(number)
                 log.say(f"{name}, {len(summaries) + 1} of {len(sets)}:")
-                summaries[name] = evaluate_examples(set_cfg, problems.examples, problems.note, load)
+                summaries[name] = evaluate_set(problems._replace(cfg=set_cfg), load)
             except Interrupted:
                 log.say(f"{len(summaries)} of {len(sets)} sets are complete; the same command with out={log.run_dir} "
                         "resume=true goes on")
@@ -144,19 +148,6 @@ def evaluate_suite(cfg: EvalConfig) -> dict:
         write_whole(log.run_dir / SUITE, json.dumps(result, indent=1) + "\n")
         log.table(f"{cfg.adapter.path or cfg.model.name} (in the mean each set counts the same)", *suite_table(result))
     return result
-
-
-def refuse_folder(out: Path, sets: dict[str, Problems], resume: bool) -> None:
-    """Raise UserError when the run folder can't be filled or gone on with."""
-    if held := held_run(out):
-        raise UserError(f"{out} already holds {held} that is no suite; choose another out=")
-    for name, problems in sets.items():
-        held = held_run(out / name)
-        if held and not resume:
-            raise UserError(f"{out} already holds a suite ({name}: {held}); add resume=true to go on with it, or "
-                            "choose another out=")
-        if held:
-            refuse_changes(out / name, fingerprint(problems.cfg, problems.examples))
 
 
 def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, log: RunLog,
@@ -187,11 +178,11 @@ def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, lo
         counts = dist.all_reduce_sum({"timeouts": checker.timeouts, "tokens": new_tokens})  # before those of maj@k
         records += [grade(i, s, examples[i], Sample([], [], False), checker)
                     for i, prompt in enumerate(prompts) if len(prompt) > longest for s in range(cfg.samples)]
-        given_up = {"checker_timeouts": int(counts["timeouts"]), "bad_gold": len(unreadable)}
-        summary = summarise(records, cfg, checker) | given_up
-    if any(given_up.values()):
-        log.say(worded_given_up(given_up["checker_timeouts"], unreadable))
-    summary["tokens_per_s"] = counts["tokens"] / seconds  # of this process, when an earlier one left completions
+        summary = summarise(records, cfg, checker)
+    summary |= {"checker_timeouts": int(counts["timeouts"]), "bad_gold": len(unreadable),
+                "tokens_per_s": counts["tokens"] / seconds}  # of this process, when an earlier one left completions
+    if said := given_up(summary["checker_timeouts"], unreadable):
+        log.say(f"the answer checker gave up: {'; '.join(said)}")
     return summary, records
 
 
@@ -230,15 +221,15 @@ def grade(number: int, s: int, example: Example, sample: Sample, checker: Answer
             **({"messages": example.asked()} if example.messages else {})}
 
 
-def worded_given_up(timeouts: int, unreadable: list[Example]) -> str:
+def given_up(timeouts: int, unreadable: list[Example]) -> list[str]:
     """Say what was not compared in time, and which gold answers no one can read."""
-    parts = [f"{timeouts} comparison{'s' * (timeouts > 1)} of answers took too long and counted as wrong"]
-    parts = parts if timeouts else []
+    late = f"{timeouts} comparison{'s' * (timeouts > 1)} of answers took too long and counted as wrong"
+    said = [late] if timeouts else []
     if unreadable:
         shown = ", ".join(f"{e.answer[:40]!r} ({e.id or e.where or e.problem[:40]})" for e in unreadable[:3])
-        parts.append(f"no one can read the gold answer of {len(unreadable)} problem{'s' * (len(unreadable) > 1)}, so "
-                     f"that no answer is correct; mend it in the data: {shown}{', ...' * (len(unreadable) > 3)}")
-    return "the answer checker gave up: " + "; ".join(parts)
+        said.append(f"no one can read the gold answer of {len(unreadable)} problem{'s' * (len(unreadable) > 1)}, so "
+                    f"that no answer is correct; mend it in the data: {shown}{', ...' * (len(unreadable) > 3)}")
+    return said
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ sample, text, answer, correct, tokens, finished, correct_steps, steps, and of on
 consistency (every `a op b = c`) is a tripwire, not a quality score: most wrong solutions pass it too."""
 import json
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 from minimath.config.schema import EvalConfig
@@ -46,9 +47,9 @@ def summarise(records: list[dict], cfg: EvalConfig, checker: AnswerChecker) -> d
 
 def by_problem(records: list[dict]) -> dict[int, list[dict]]:
     """Group records by their problem's place in the data, not by its text."""
-    problems: dict[int, list[dict]] = {}
+    problems = defaultdict(list)
     for record in records:
-        problems.setdefault(record["number"], []).append(record)
+        problems[record["number"]].append(record)
     return problems
 
 
@@ -83,10 +84,10 @@ def majority_correct(group: list[dict], checker: AnswerChecker) -> bool:
 def table_row(name: str, summary: dict) -> list[str]:
     """Word one row of the table whose columns are COLUMNS."""
     low, high = summary["interval"]
-    per_correct = summary.get("tokens_per_correct")
+    per_correct = f"{summary['tokens_per_correct']:.1f}" if summary.get("tokens_per_correct") else "-"
     return [name, f"{100 * summary['accuracy']:.1f}%", f"{100 * low:.1f} to {100 * high:.1f}",
-            f"{summary['mean_tokens']:.1f}", f"{per_correct:.1f}" if per_correct else "-",
-            f"{100 * summary['correct_steps']:.1f}%", f"{100 * summary['finished']:.1f}%"]
+            f"{summary['mean_tokens']:.1f}", per_correct, f"{100 * summary['correct_steps']:.1f}%",
+            f"{100 * summary['finished']:.1f}%"]
 
 
 def write_results(folder: Path, summary: dict, records: list[dict]) -> None:

@@ -41,16 +41,16 @@ class PartFile:
         try:
             if self.path and dist.is_main():  # what other processes sample is sampled again after an interrupt
                 with open(self.path, "a", encoding="ascii") as file:
-                    file.write(part_line(number, sample, completion))
+                    file.write(part_lines({(number, sample): completion}))
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; free some space, then go on with "
                             "resume=true") from None
 
 
-def part_line(number: int, sample: int, completion: Sample) -> str:
-    """Write one completion as a line of the part file."""
-    row = {"number": number, "sample": sample, "ids": completion.ids, "finished": completion.finished}
-    return json.dumps(row) + "\n"
+def part_lines(done: dict[Job, Sample]) -> str:
+    """Write completions as lines of the part file."""
+    return "".join(json.dumps({"number": number, "sample": sample, "ids": one.ids, "finished": one.finished}) + "\n"
+                   for (number, sample), one in done.items())
 
 
 def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy: Policy) -> PartFile:
@@ -64,7 +64,7 @@ def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy
         if dropped:
             log.say(f"{folder / PART}: {dropped} line{'s' * (dropped > 1)} cut off or damaged, as a kill or a "
                     "crash leaves them: dropped, and sampled again")
-            write_whole(folder / PART, "".join(part_line(n, s, c) for (n, s), c in done.items()))
+            write_whole(folder / PART, part_lines(done))
         for completion in done.values():
             completion.text = policy.decode(completion.ids)
             completion.thought = policy.thought_tokens(completion.ids, completion.text)

@@ -69,22 +69,21 @@ def kept_rows(records: list[dict], cfg: SampleConfig) -> tuple[list[dict], dict]
     problems = by_problem(records)
     counts, rows = {"problems": len(problems), "never_correct": 0, "outside_rates": 0, "unsound": 0, "cut": 0}, []
     for number, group in sorted(problems.items()):
-        rate = statistics.fmean(r["correct"] for r in group)
-        if rate == 0 or not cfg.min_solve_rate <= rate <= cfg.max_solve_rate:
-            counts["outside_rates" if rate else "never_correct"] += 1
+        correct = [r | {"text": r["text"].strip()} for r in group if r["correct"]]
+        rate = len(correct) / len(group)
+        if not correct or not cfg.min_solve_rate <= rate <= cfg.max_solve_rate:
+            counts["outside_rates" if correct else "never_correct"] += 1
             continue
-        # one that was cut would teach not to end
-        correct = [r for r in group if r["correct"] and r["finished"] and r["text"].strip()]
-        sound = [r for r in correct if not cfg.sound or r["correct_steps"] == r["steps"]]
-        counts["cut"] += sum(r["correct"] for r in group) - len(correct)
-        counts["unsound"] += len(correct) - len(sound)
+        whole = [r for r in correct if r["finished"] and r["text"]]  # one that was cut would teach not to end
+        sound = [r for r in whole if not cfg.sound or r["correct_steps"] == r["steps"]]
+        counts["cut"] += len(correct) - len(whole)
+        counts["unsound"] += len(whole) - len(sound)
         different: dict[str, dict] = {}
         for r in sorted(sound, key=lambda r: (r["tokens"], r["sample"])):
-            different.setdefault(r["text"].strip(), r)
+            different.setdefault(r["text"], r)
         for r in list(different.values())[:cfg.keep]:
-            text = r["text"].strip()
-            asked = {"messages": [*r["messages"], {"role": "assistant", "content": text}]} if "messages" in r else \
-                {"problem": r["problem"], "solution": text}
+            asked = {"problem": r["problem"], "solution": r["text"]} if "messages" not in r else \
+                {"messages": [*r["messages"], {"role": "assistant", "content": r["text"]}]}
             rows.append({"id": f"{r['id'] or number}" + (f"-{r['sample']}" if cfg.keep > 1 else ""), **asked,
                          "answer": r["gold"], "tokens": r["tokens"], "solve_rate": round(rate, 4)})
     return rows, counts

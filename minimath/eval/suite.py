@@ -12,14 +12,15 @@ from minimath.config.schema import DataOptions, EvalConfig
 from minimath.core.errors import UserError
 from minimath.core.text import comma_list, did_you_mean
 from minimath.data.examples import Example, describe_report, load_examples
-from minimath.data.readers import SUFFIXES, rows_of
+from minimath.data.readers import SUFFIXES
 from minimath.eval.metrics import COLUMNS, table_row
 
 
 class KnownSet(NamedTuple):
-    source: str  # hub id, and its configuration
+    """Where a set is on the hub (id, and its configuration), and how many problems it has as published."""
+    source: str
     split: str
-    size: int    # problems, as published
+    size: int
     columns: str = "problem and answer"
 
 
@@ -37,10 +38,10 @@ SUMMED = ("problems", "checker_timeouts", "bad_gold")
 
 
 class Problems(NamedTuple):
-    """The problems of one set."""
-    cfg: EvalConfig  # of their evaluation
+    """The problems of one set, the options of their evaluation, and what is to be said of them."""
+    cfg: EvalConfig
     examples: list[Example]
-    note: str        # what is to be said of them
+    note: str
 
 
 def read_sets(cfg: EvalConfig) -> dict[str, Problems]:
@@ -49,15 +50,8 @@ def read_sets(cfg: EvalConfig) -> dict[str, Problems]:
     if folder and not (isinstance(folder, str) and Path(folder).expanduser().is_dir()):
         raise UserError(f"data={folder}: no such folder; with suite= it is to hold files such as {next(iter(chosen))}"
                         f".jsonl. Problems of your own are a set: suite={cfg.suite},NAME=FILE")
-    sets = {}
-    for name, file in chosen.items():
-        if file:
-            own = cfg.replace(suite="", data=file)
-            examples, report = load_examples(own.data, need=("answer",))
-            sets[name] = Problems(own, examples, describe_report(report))
-        else:
-            sets[name] = read_known(name, cfg)
-    return sets
+    return {name: read_own(cfg.replace(suite="", data=file)) if file else read_known(name, cfg)
+            for name, file in chosen.items()}
 
 
 def chosen_sets(text: str) -> dict[str, str]:
@@ -77,36 +71,28 @@ def chosen_sets(text: str) -> dict[str, str]:
     return chosen
 
 
+def read_own(cfg: EvalConfig) -> Problems:
+    """Read problems of the user's; a row that can't be used is told."""
+    examples, report = load_examples(cfg.data, need=("answer",))
+    return Problems(cfg, examples, describe_report(report) or f"{len(examples)} problems")
+
+
 def read_known(name: str, cfg: EvalConfig) -> Problems:
     """Read a set that has a name in the field; a row that can't be used is a UserError."""
     known, folder = SETS[name], Path(cfg.data.source or "FOLDER")
-    path = local_file(name, folder.expanduser()) if cfg.data.source else None
-    source, limit = str(path or known.source), cfg.data.limit
+    places = [folder.expanduser() / f"{stem}{suffix}" for stem in (name, f"{name}_test") for suffix in SUFFIXES]
+    local = next((str(path) for path in places if path.is_file()), "") if cfg.data.source else ""
+    source = local or known.source
     try:
-        rows = svamp_rows(source, known.split) if name == "svamp" else source
-        examples, _ = load_examples(DataOptions(rows, known.split, strict=True), need=("answer",))
+        examples, _ = load_examples(DataOptions(source, known.split, strict=True), need=("answer",))
     except UserError as error:
-        if path:
+        if local:
             raise
         raise UserError(f"{name}: {error}. Without a hub, put its {known.split} split, rows with {known.columns}, in "
                         f"{folder / name}.jsonl{'' if cfg.data.source else ' and add data=FOLDER'}") from error
-    note = "" if len(examples) == known.size else \
+    note = f"{len(examples)} problems" if len(examples) == known.size else \
         f"{source}: {len(examples)} problems, {name} as published has {known.size}"
-    return Problems(cfg.replace(suite="", data=source, split=known.split), examples[:limit or None], note)
-
-
-def svamp_rows(source: str, split: str) -> list[dict]:
-    """Read SVAMP's rows, Body and Question put together as the problem."""
-    rows = [row for _, row in rows_of(source, split)]
-    return [row | {"problem": f"{row['Body'].strip()} {row['Question'].strip()}", "answer": row.get("Answer")}
-            if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("Body", "Question")) else row
-            for row in rows]
-
-
-def local_file(name: str, folder: Path) -> Path | None:
-    """Find NAME or NAME_test in the folder, with a suffix that data/readers.py reads."""
-    places = (folder / f"{stem}{suffix}" for stem in (name, f"{name}_test") for suffix in SUFFIXES)
-    return next((path for path in places if path.is_file()), None)
+    return Problems(cfg.replace(suite="", data=source, split=known.split), examples[:cfg.data.limit or None], note)
 
 
 def mean_of(summaries: dict[str, dict]) -> dict:
