@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from minimath.config.load import load_config, read_recipe, save_config, words_of_own_judge
+from minimath.config.load import config_text, load_config, read_recipe, read_words, words_of_own_judge
 from minimath.config.schema import BY_JUDGE, EvalConfig, RLAIFConfig, SFTConfig
 from minimath.core import dist, interrupt, run_folder
 from minimath.core.errors import Interrupted, UserError
@@ -52,7 +52,7 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
         if dist.is_main():
             for name, cfg in (("sft.yaml", sft_cfg), *([("judge.yaml", judge_cfg)] if judge_cfg else []),
                               ("rlaif.yaml", rl_cfg), (run_folder.EVAL_CONFIG, eval_cfg)):
-                save_config(cfg, out / name)
+                write_whole(out / name, config_text(cfg))
         rows = run_arms(out, sft_cfg, judge_cfg, rl_cfg, eval_cfg, full)
         summary = {"rows": rows, "minutes": (time.monotonic() - started) / 60, "model": sft_cfg.model.name,
                    "problems": rows["base"]["problems"]}
@@ -98,8 +98,7 @@ def judge_config(recipe: str, words: list[str], sft_cfg: SFTConfig, rl_cfg: RLAI
         raise UserError("a judge is trained by one process: train it first with minimath judge train, then give its "
                         "folder as judge_adapter=")
     cfg = load_config(JudgeConfig, recipe, words, "judge_train", allow_other=True)
-    given = [word.removeprefix("--").partition("=")[0].replace("-", "_").partition(".") for word in words]
-    own = {*read_recipe(recipe)[1].get("judge_train", {}), *(name for part, _, name in given if part == "judge_train")}
+    own = {name for settings in (read_recipe(recipe), read_words(words)) for name in settings.get("judge_train", ())}
     taken = rl_cfg.shared(JudgeConfig, "model", "prompt", "engine", "sampling") | (
         {} if "data" in own else sft_cfg.shared(JudgeConfig, "data"))  # the split of other data is its own
     load_rubric(cfg.rubric)

@@ -23,8 +23,9 @@ SECTIONS = (*STAGES, "demo", "sample", "judge_train")  # the classes of the last
 
 class Setting(NamedTuple):
     """One value as written, before it gets its type."""
-    text: str | None  # None: a list or a mapping stood where one value belongs
-    where: str        # file:line, or the word of the command line
+    text: str | None     # None: a list or a mapping stood where one value belongs
+    where: str           # file:line, or the word of the command line
+    bare: bool = False   # a word without =
 
 
 def load_config(cls, recipe: str | None, words: list[str], section: str = "", *, allow_other=False):
@@ -34,23 +35,17 @@ def load_config(cls, recipe: str | None, words: list[str], section: str = "", *,
     sections are checked and ignored. allow_other: so are words of other stages (for `run`, which loads several stages
     from one command line). Raises UserError."""
     section = section or next((name for name, stage in STAGES.items() if stage is cls), "")
-    classes = {**STAGES, **({section: cls} if section else {})}
-    shared, sections = read_recipe(recipe) if recipe else ({}, {})
-    values, own = {}, {}
-    for key, setting in shared.items():
-        owner = next((c for c in (cls, *classes.values()) if key in options_of(c)), None)
-        if owner is None:
-            known = [*SECTIONS, *{name for c in (cls, *classes.values()) for name in options_of(c)}]
-            raise UserError(f"{setting.where}: {unknown_option(key, known)}")
-        value = typed(owner, key, setting)  # a wrong value is reported now, not when its stage starts
-        if owner is cls:
-            values[key] = value
-    for name, settings in sections.items():
-        if name in classes:
-            of_section = {key: typed(classes[name], key, setting, name) for key, setting in settings.items()}
-            own = of_section if name == section else own
-    plain, qualified = read_words(cls, words, section, classes, allow_other)
-    cfg = cls(**values | own | plain | qualified)
+    classes, values = STAGES | ({section: cls} if section else {}), {}
+    for settings, of_any in ((read_recipe(recipe), True), (read_words(words), allow_other)):
+        for part in sorted(settings, key=lambda part: part == section):  # its own section wins
+            if part and part not in classes:  # another command reads it
+                continue
+            owners = [classes[part]] if part else [cls, *(classes.values() if of_any else ())]
+            for name, setting in settings[part].items():  # a wrong value is reported now, not when its stage starts
+                owner, value = typed(owners, name, setting, part)
+                if owner is cls and part in ("", section):
+                    values[name] = value
+    cfg = cls(**values)
     if fault := cfg.check():
         raise UserError(fault)
     return cfg
@@ -60,12 +55,10 @@ def words_of_own_judge(recipe: str | None, words: list[str], folder) -> list[str
     """Words by which RLAIF asks the judge that a whole run trains in `folder`.
 
     None without a section judge_train, where the words name another judge, or anything a judge_adapter."""
-    shared, sections = read_recipe(recipe) if recipe else ({}, {})
-    pairs = (word.removeprefix("--").partition("=") for word in words)
-    said = {name.removeprefix("rlaif.").replace("-", "_"): text for name, _, text in pairs}
-    if "judge_train" not in sections and not any(name.startswith("judge_train.") for name in said):
-        return []
-    if said.get("judge", "self") != "self" or "judge_adapter" in {*said, *shared, *sections.get("rlaif", {})}:
+    made, said = read_recipe(recipe), read_words(words)
+    asked = said.get("", {}) | said.get("rlaif", {})
+    if "judge_train" not in {*made, *said} or "judge" in asked and asked["judge"].text != "self" or \
+            "judge_adapter" in {*asked, *made.get("", {}), *made.get("rlaif", {})}:
         return []
     return ["judge=self", f"judge_adapter={folder}"]
 
@@ -85,8 +78,10 @@ def is_option(word: str) -> bool:
     return word.startswith("--") or "=" in word and not os.path.exists(word)
 
 
-def read_recipe(recipe: str) -> tuple[dict[str, Setting], dict[str, dict[str, Setting]]]:
-    """Read the untyped settings of a recipe: those of the top level, and by section."""
+def read_recipe(recipe: str | None) -> dict[str, dict[str, Setting]]:
+    """Read the untyped settings of a recipe by section; "": those of the top level."""
+    if not recipe:
+        return {}
     path = find_recipe(recipe)
     try:
         text = path.read_text(encoding="utf-8")
@@ -100,15 +95,15 @@ def read_recipe(recipe: str) -> tuple[dict[str, Setting], dict[str, dict[str, Se
     for token in tokens:  # it would be ignored, and its value with it
         if isinstance(token, yaml.TagToken):
             raise UserError(f"{path}:{token.start_mark.line + 1}: a recipe takes no YAML tags; write the value alone")
-    shared, sections = {}, {}
-    for key, node, where in mapping_items(root, path):
+    settings = {"": {}}
+    for key, (node, where) in mapping_items(root, path).items():
         if key not in SECTIONS:
-            shared[key] = Setting(scalar_text(node), where)
+            settings[""][key] = Setting(scalar_text(node), where)
         elif isinstance(node, yaml.MappingNode) or scalar_text(node) == "":
-            sections[key] = {k: Setting(scalar_text(n), w) for k, n, w in mapping_items(node, path)}
+            settings[key] = {k: Setting(scalar_text(n), w) for k, (n, w) in mapping_items(node, path).items()}
         else:
             raise UserError(f"{where}: {key!r} is a section: indent its 'key: value' lines below it")
-    return shared, sections
+    return settings
 
 
 def find_recipe(recipe: str) -> Path:
@@ -123,22 +118,21 @@ def find_recipe(recipe: str) -> Path:
                     f"({', '.join(sorted(shipped)) or 'none'}){did_you_mean(name, shipped)}")
 
 
-def mapping_items(node, path):
-    """Yield each key, value node and "file:line" of a YAML mapping."""
+def mapping_items(node, path) -> dict[str, tuple[yaml.Node, str]]:
+    """Map each key of a YAML mapping to its value's node and "file:line"."""
+    items = {}
     if node is None or scalar_text(node) == "":
-        return
+        return items
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}:{node.start_mark.line + 1}: expected lines of 'key: value'")
-    seen = set()
     for key_node, value in node.value:
-        where = f"{path}:{key_node.start_mark.line + 1}"
-        key = scalar_text(key_node)
+        where, key = f"{path}:{key_node.start_mark.line + 1}", scalar_text(key_node)
         if not key:
             raise UserError(f"{where}: a key must be a plain word")
-        if key in seen:
+        if key in items:
             raise UserError(f"{where}: key {key!r} appears twice; keep one of the two lines")
-        seen.add(key)
-        yield key, value, where
+        items[key] = value, where
+    return items
 
 
 def scalar_text(node) -> str | None:
@@ -148,44 +142,36 @@ def scalar_text(node) -> str | None:
     return "" if node.style is None and node.value in ("null", "~") else node.value
 
 
-def read_words(cls, words, section, classes, allow_other):
-    """Read the command line's values: without a section, and of this section."""
-    plain, qualified = {}, {}
+def read_words(words: list[str]) -> dict[str, dict[str, Setting]]:
+    """Read the untyped values of the command line by section; "": those without one."""
+    settings: dict[str, dict[str, Setting]] = {}
     for word in words:
         key, equals, text = word.removeprefix("--").partition("=")
-        prefix, dot, name = key.partition(".")
-        if dot and prefix not in SECTIONS:
-            raise UserError(f"{mask(word)!r}: unknown section {prefix!r}{did_you_mean(prefix, SECTIONS)}")
-        name = (name if dot else key).replace("-", "_")
-        owner = classes.get(prefix) if dot else cls
-        if not dot and allow_other and name not in options_of(cls):
-            owner = next((c for c in classes.values() if name in options_of(c)), cls)
-        if not equals:  # `--resume` means resume=true; for anything but a switch the value is missing
-            if owner is None or name not in options_of(owner) or options_of(owner)[name].kind is not bool:
-                raise UserError(f"{mask(word)!r}: expected key=value")
-            text = "true"
-        if owner is None:  # a section that another command reads
-            continue
-        where = name if name in KEEPS_SECRETS_OUT else f"{mask(word)!r}"
-        value = typed(owner, name, Setting(text, where), prefix if dot else "")
-        if owner is cls and (not dot or prefix == section):
-            (qualified if dot else plain)[name] = value
-    return plain, qualified
+        section, dot, name = key.rpartition(".")
+        if dot and section not in SECTIONS:
+            raise UserError(f"{mask(word)!r}: unknown section {section!r}{did_you_mean(section, SECTIONS)}")
+        name = name.replace("-", "_")
+        where = name if name in KEEPS_SECRETS_OUT else repr(mask(word))
+        settings.setdefault(section, {})[name] = Setting(text, where, bare=not equals)
+    return settings
 
 
-def typed(cls, key: str, setting: Setting, section: str = ""):
-    """The value of option `key` of `cls` that a setting stands for. Raises UserError."""
-    known = options_of(cls)
-    if key not in known:
-        stages = [name for name, stage in STAGES.items() if key in options_of(stage) and stage is not cls]
-        inside = f" in section {section!r}" if section else ""
-        hint = f"unknown key {key!r} (it is an option of {', '.join(stages)})" if stages else unknown_option(key, known)
-        raise UserError(f"{setting.where}: {hint}{inside}")
-    option = known[key]
+def typed(owners: list, name: str, setting: Setting, section: str):
+    """Find whose option a setting is: the class, and the option's value. Raises UserError."""
+    owner = next((cls for cls in owners if name in options_of(cls)), None)
+    option = options_of(owner)[name] if owner else None
+    if setting.bare and (option is None or option.kind is not bool):
+        raise UserError(f"{setting.where}: expected key=value")
+    if option is None:
+        stages = [stage for stage, cls in STAGES.items() if name in options_of(cls)]
+        known = [*(SECTIONS if len(owners) > 1 else ()), *(name for cls in owners for name in options_of(cls))]
+        hint = f"unknown key {name!r} (it is an option of {', '.join(stages)})" if stages else \
+            unknown_option(name, known)
+        raise UserError(f"{setting.where}: {hint}" + (f" in section {section!r}" if section else ""))
     if setting.text is None:
         comma = "; write a comma list: a,b" if option.kind is str else ""
-        raise UserError(f"{setting.where}: {key} takes one value ({option.kind.__name__}), no list or mapping{comma}")
-    return option.parse(setting.text, setting.where)
+        raise UserError(f"{setting.where}: {name} takes one value ({option.kind.__name__}), no list or mapping{comma}")
+    return owner, option.parse("true" if setting.bare else setting.text, setting.where)
 
 
 def plain_values(cfg: Stage) -> dict:
@@ -200,11 +186,3 @@ def plain_values(cfg: Stage) -> dict:
 def config_text(cfg: Stage) -> str:
     """Write the resolved options as YAML: a recipe, without a judge's key."""
     return yaml.safe_dump(plain_values(cfg), sort_keys=False, allow_unicode=True, width=1000)
-
-
-def save_config(cfg: Stage, path) -> None:
-    """Write `config_text` to a file. Raises UserError."""
-    try:
-        Path(path).write_text(config_text(cfg), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; check the folder and free space") from None

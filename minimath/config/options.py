@@ -1,8 +1,8 @@
 """What an option is: its place in a stage's config, its type with choices and bounds, its default and its help."""
 import ast
-import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib
 import inspect
 import math
@@ -11,22 +11,18 @@ import re
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
 from minimath.config.renamed import REMOVED, RENAMED, RENAMED_VALUES
 from minimath.core.errors import UserError
-from minimath.core.text import KEEPS_SECRETS_OUT, comma_list, did_you_mean, mask, named_values, url_fault
+from minimath.core.text import KEEPS_SECRETS_OUT, comma_list, did_you_mean, is_plain_url, mask, named_values
 
-HOOK = re.compile(r"python:([^\W\d]\w*\.)+[^\W\d]\w*")
+HOOK = re.compile(r"python:([^\W\d]\w*\.)+[^\W\d]\w*")  # what stands for a callable outside of Python
 
 
 class Main:
     """Marks the field of a group that goes by the name of the group."""
-
-
-class Hook(str):
-    """The type of an option that may be `python:module.fn`, or in Python a callable."""
 
 
 class Bound(NamedTuple):
@@ -57,26 +53,30 @@ class Option(NamedTuple):
     attribute: str
     kind: type
     choices: tuple[str, ...]
-    hook: bool
     listed: bool  # a comma list of choices
     in_python: tuple[type, ...]  # further types that only Python code can give
     bound: Bound
     default: object
     doc: str
 
+    @property
+    def hook(self) -> bool:
+        """Whether it may be python:module.fn, or in Python a callable."""
+        return Callable in self.in_python
+
     def parse(self, text: str, where: str):
         """Return the value that a text stands for, or raise UserError with `where`."""
+        read, expected = READERS[self.kind]
         try:
-            value = PARSERS[self.kind](text)
+            value = read(text)
         except (ValueError, KeyError):
-            expected = {bool: "true or false", int: "a whole number", float: "a number"}[self.kind]
             raise UserError(f"{where}: {self.name} must be {expected}, not {mask(text)!r}") from None
         return self.check(value, where)
 
     def check(self, value, where: str):
         """Return a value of the right type, bounds and choices, or raise UserError."""
         where = where and f"{where}: "
-        if isinstance(value, self.in_python) or (self.hook and callable(value)):
+        if isinstance(value, self.in_python):
             return value
         if self.kind is float and type(value) is int:
             value = float(value)
@@ -90,15 +90,18 @@ class Option(NamedTuple):
             if now := RENAMED_VALUES.get((self.name, item)):
                 raise UserError(f"{where}{self.name}={item} is now called {self.name}={now}")
             allowed = ", ".join([*self.choices, *(["python:module.function"] if self.hook else [])])
-            near = did_you_mean(item, self.choices)
-            raise UserError(f"{where}{self.name} must be one of {allowed}, not {item!r}{near}")
-        if (check := CHECKS.get(self.name)) and (fault := check(value)):
-            secret = self.name in KEEPS_SECRETS_OUT
-            raise UserError(f"{self.name}: {fault}" if secret else f"{where}{self.name} {fault}")
-        return value
+            raise UserError(f"{where}{self.name} must be one of {allowed}, not {item!r}"
+                            f"{did_you_mean(item, self.choices)}")
+        has_form, form = FORMS.get(self.name, (lambda _: True, ""))
+        try:
+            if has_form(value):
+                return value
+        except (LookupError, ValueError, AttributeError):
+            pass
+        raise UserError(f"{'' if self.name in KEEPS_SECRETS_OUT else where}{self.name} must {form}")
 
 
-def parse_int(text: str) -> int:
+def whole_number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
@@ -109,40 +112,23 @@ def parse_int(text: str) -> int:
 
 
 BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-PARSERS = {str: str, bool: lambda text: BOOLS[text.strip().lower()], int: parse_int, float: float}
-
-
-# ---- texts that must have a form
-
-def template_fault(value: str) -> str:
-    with contextlib.suppress(LookupError, ValueError, AttributeError):
-        if "problem-text" in value.format(problem="problem-text"):
-            return ""
-    return "must contain {problem}, and other braces doubled, as in \\boxed{{}}"
-
-
-def key_env_fault(value: str) -> str:
-    return "" if not value or value.isascii() and value.isidentifier() else (
-        "must be the NAME of an environment variable (what you gave is not shown, it may be the key): export the key "
-        "under a name of letters, digits and _")
-
-
-def budgets_fault(value: str) -> str:
-    whole = all(item.strip().isdecimal() for item in value.split(","))
-    return "" if whole or not value.strip() else "must be a comma list of token counts (128,256)"
-
-
-def template_args_fault(value: str) -> str:
-    try:
-        day = named_values(value).get("date", datetime.date.min)
-    except ValueError:
-        return "must be a comma list of NAME=VALUE (reasoning_effort=high,date=2026-01-31)"
-    return "" if type(day) is datetime.date else "must give its date as YYYY-MM-DD"
-
-
-CHECKS = {"judge_url": url_fault, "vllm_url": url_fault, "prompt_template": template_fault,
-          "teacher": lambda value: url_fault(value) if "://" in value else "", "judge_key_env": key_env_fault,
-          "budgets": budgets_fault, "template_args": template_args_fault}
+READERS = {str: (str, "a text"), bool: (lambda text: BOOLS[text.strip().lower()], "true or false"),
+           int: (whole_number, "a whole number"), float: (float, "a number")}
+URL = (is_plain_url, "be a URL like http://127.0.0.1:8080/v1, without user, password and everything from a ? on, which "
+       "would be saved with the run (so what you gave is not shown); a key goes into an environment variable: that of "
+       "judge_key_env, $VLLM_API_KEY, $TEACHER_API_KEY")
+FORMS = {  # of texts: whether one has it, by False or an error, and what it must be
+    "judge_url": URL, "vllm_url": URL, "teacher": (lambda text: "://" not in text or is_plain_url(text), URL[1]),
+    "judge_key_env": (lambda text: not text or text.isascii() and text.isidentifier(),
+                      "be the NAME of an environment variable (what you gave is not shown, it may be the key): export "
+                      "the key under a name of letters, digits and _"),
+    "prompt_template": (lambda text: "problem-text" in text.format(problem="problem-text"),
+                        "contain {problem}, and other braces doubled, as in \\boxed{{}}"),
+    "budgets": (lambda text: not text.strip() or all(item.strip().isdecimal() for item in text.split(",")),
+                "be a comma list of token counts (128,256)"),
+    "template_args": (lambda text: type(named_values(text).get("date", datetime.date.min)) is datetime.date,
+                      "be a comma list of NAME=VALUE (reasoning_effort=high,date=2026-01-31), the date as YYYY-MM-DD"),
+}
 
 
 # ---- the user's own functions: python:module.fn on the command line, a callable in Python
@@ -181,10 +167,18 @@ def user_function(value: str | Callable, option: str) -> tuple[Callable, str]:
 class Stage:
     """Holds the groups of options of a config as attributes, and its own options."""
 
+    def __init_subclass__(cls):
+        """Make it a dataclass, of groups that are made of their defaults."""
+        for name, kind in inspect.get_annotations(cls).items():
+            if dataclasses.is_dataclass(kind) and name not in vars(cls):
+                setattr(cls, name, dataclasses.field(default_factory=kind))
+        dataclasses.dataclass(init=False, repr=False)(cls)
+
     def __init__(self, **options):
         """Take options by their names; the rest have their defaults. Raises UserError."""
-        for name, (_, default) in _members(type(self)).items():
-            setattr(self, name, default() if callable(default) else default)
+        for member in dataclasses.fields(self):
+            if dataclasses.is_dataclass(member.type):
+                setattr(self, member.name, member.default_factory())
         known = options_of(type(self))
         for name, value in options.items():
             if name not in known:
@@ -215,20 +209,35 @@ class Stage:
         """What is wrong with options together, or ""."""
         return ""
 
-    def __eq__(self, other) -> bool:
-        return type(self) is type(other) and self.to_dict() == other.to_dict()
-
     def __repr__(self) -> str:
-        defaults = {name: option.default for name, option in options_of(type(self)).items()}
-        changed = [f"{name}={value!r}" for name, value in self.to_dict().items() if value != defaults[name]]
+        changed = [f"{name}={self.value(name)!r}" for name, option in options_of(type(self)).items()
+                   if self.value(name) != option.default]
         return f"{type(self).__name__}({', '.join(changed)})"
 
 
+@functools.cache
 def options_of(cls) -> dict[str, Option]:
     """The options of a stage by name, in the order of its help."""
-    if "_options" not in cls.__dict__:
-        cls._options = {option.name: option for option in _walk(cls)}
-    return cls._options
+    options = {}
+    for member in dataclasses.fields(cls):
+        group, prefix, holder, fields, defaults = "", "", cls, [member], cls
+        if dataclasses.is_dataclass(member.type):
+            group, holder, defaults = member.name, member.type, member.default_factory()
+            prefix, fields = getattr(holder, "prefix", ""), dataclasses.fields(holder)
+        for field in fields:
+            name = group if Main in get_args(field.type) else prefix + field.name
+            options[name] = _option(name, group, field, getattr(defaults, field.name), _docs(holder))
+    return options
+
+
+def _option(name: str, group: str, field: dataclasses.Field, default, docs: dict[str, str]) -> Option:
+    inner, *extras = get_args(field.type) if get_origin(field.type) is Annotated else [field.type]
+    parts = get_args(inner) if get_origin(inner) in (Union, types.UnionType) else (inner,)
+    choices = next((part for part in (*parts, *extras) if get_origin(part) is Literal), None)
+    kind, *others = [str if part is choices else part for part in parts]
+    bound = next((extra for extra in extras if isinstance(extra, Bound)), Bound())
+    return Option(name, group, field.name, kind, get_args(choices), listed=choices in extras, in_python=tuple(others),
+                  bound=bound, default=default, doc=docs.get(field.name, ""))
 
 
 def unknown_option(name: str, known) -> str:
@@ -240,49 +249,12 @@ def unknown_option(name: str, known) -> str:
     return f"unknown key {name!r}{did_you_mean(name, known)}"
 
 
-def _members(cls) -> dict[str, tuple]:
-    """Map each attribute of a stage and its bases to its annotation and default."""
-    members = {}
-    for base in reversed(cls.__mro__):
-        for name, kind in inspect.get_annotations(base).items():
-            default = base.__dict__.get(name, kind)  # a group without a default makes itself
-            if isinstance(default, dataclasses.Field):
-                default = default.default_factory
-            members[name] = (kind, default)
-    return members
-
-
-def _walk(cls) -> Iterator[Option]:
-    docs = _docs(cls)
-    for name, (kind, default) in _members(cls).items():
-        if not dataclasses.is_dataclass(kind):
-            yield _option(name, "", name, kind, default, docs.get(name, ""))
-            continue
-        group, docs_of_group, prefix = default(), _docs(kind), getattr(kind, "prefix", "")
-        for field in dataclasses.fields(kind):
-            own = name if Main in get_args(field.type) else prefix + field.name
-            yield _option(own, name, field.name, field.type, getattr(group, field.name),
-                          docs_of_group.get(field.name, ""))
-
-
-def _option(name: str, group: str, attribute: str, annotation, default, doc: str) -> Option:
-    annotated = get_origin(annotation) is Annotated
-    inner, *extras = get_args(annotation) if annotated else [annotation]
-    parts = get_args(inner) if get_origin(inner) in (Union, types.UnionType) else (inner,)
-    literals = [part for part in (*parts, *extras) if get_origin(part) is Literal]
-    kind, *others = [part for part in parts if isinstance(part, type) and part is not Hook] or [str]
-    bound = next((extra for extra in extras if isinstance(extra, Bound)), Bound())
-    return Option(name, group, attribute, kind, get_args(literals[0]) if literals else (), hook=Hook in parts,
-                  listed=bool(literals) and literals[0] in extras, in_python=tuple(others), bound=bound,
-                  default=default, doc=doc)
-
-
+@functools.cache
 def _docs(cls) -> dict[str, str]:
     """Field -> the text below it, read from the source of a class and its bases."""
     docs = {}
     for base in reversed(cls.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
-        for field, text in zip(body, body[1:]):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                docs[field.target.id] = text.value.value
+        docs |= {field.target.id: text.value.value for field, text in zip(body, body[1:])
+                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)}
     return docs

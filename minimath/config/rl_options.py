@@ -1,8 +1,9 @@
 """The groups of options of stage 2 alone: judge, reward, brevity, teacher, loss. schema.py says how to read them."""
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from minimath.config.options import Count, Hook, Main, Positive, Share
+from minimath.config.options import Count, Main, Positive, Share
 
 
 @dataclass
@@ -44,7 +45,7 @@ class JudgeOptions:
 
 @dataclass
 class RewardOptions:
-    name: Annotated[Literal["judge", "paper", "none"] | Hook, Main] = "judge"
+    name: Annotated[Literal["judge", "paper", "none"] | Callable, Main] = "judge"
     """judge (correct, judge wins, brevity), paper (the authors' stage 2), none (a teacher alone) or python:module.fn"""
     judge_weight: Share = 0.25
     """weight of judge wins; judge_weight + brevity_weight <= 0.5, so that correct always beats wrong"""

@@ -7,10 +7,11 @@ name of its field (`lr=1e-4`), the `Main` field of a group by the group (`judge=
     cfg = RLAIFConfig(model="Qwen/Qwen2.5-0.5B-Instruct", lr=1e-5, judge="heuristic")
     cfg.optimizer.lr, cfg.judge.name
 """
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from minimath.config.options import Bound, Count, Fraction, Hook, Main, Positive, Share, Stage
+from minimath.config.options import Bound, Count, Fraction, Main, Positive, Share, Stage
 from minimath.config.rl_options import BrevityOptions, JudgeOptions, LossOptions, RewardOptions, TeacherOptions
 
 BY_JUDGE = ("judge", "majority+judge")  # verifiers
@@ -216,7 +217,7 @@ class RLAIFConfig(Stage):
     brevity: BrevityOptions
     teacher: TeacherOptions
     loss: LossOptions
-    verifier: Literal["exact", "regex", "none", "majority", "judge", "majority+judge"] | Hook = "exact"
+    verifier: Literal["exact", "regex", "none", "majority", "judge", "majority+judge"] | Callable = "exact"
     """what is correct: equal answers, the answer as a pattern, all; without answers: most of a group, judge, both"""
     majority_share: Share = 0.5
     """least share of a group's votes that the winning answer needs, for verifier=majority and majority+judge"""
@@ -235,55 +236,47 @@ class RLAIFConfig(Stage):
 
     def check(self) -> str:
         """What is wrong with options together, or ""."""
-        if self.sampling.temperature <= 0:
-            return "temperature must be above 0 in rlaif: a group of greedy completions is one text"
-        return self._fault_of_judge() or self._fault_of_reward() or self._fault_of_teacher()
+        return next((fault for wrong, fault in self._faults() if wrong), "")
 
-    def _fault_of_judge(self) -> str:
-        judge = self.judge
-        if self.uses_judge() and judge.name == "openai" and not (judge.url and judge.model):
-            return "judge=openai needs judge_url=http://.../v1 and judge_model=NAME"
-        if self.uses_judge() and judge.name == "self" and self.model.shard:
-            return "judge=self can't ask a model of shard=true: use judge=openai or judge=heuristic"
-        if (judge.adapter or judge.form in ("single", "steps")) and judge.name != "self":
-            return f"judge_adapter and judge_form are for judge=self, not for judge={judge.name}"
-        if judge.refresh and not (judge.adapter and self.uses_judge()) or judge.refresh and self.verifier in BY_JUDGE:
-            return "judge_refresh trains a judge_adapter= in use by a verifier= that marks without it"
-        return ""
-
-    def _fault_of_reward(self) -> str:
-        reward, brevity = self.reward, self.brevity
+    def _faults(self) -> list[tuple[object, str]]:
+        """List what would be wrong, if its first part is true."""
+        judge, reward, brevity, teacher = self.judge, self.reward, self.brevity, self.teacher
+        own, truncates = judge.name == "self", brevity.name == "truncate"
         free = brevity.scale == "apart" and self.loss.scale_advantage == "group"  # there correct is 2 above wrong
-        together = 0.0 if free else brevity.weight
-        if reward.name == "judge" and (reward.judge_weight + together > 0.5 or reward.format_weight >= 0.5):
-            return (f"judge_weight={reward.judge_weight:g}, brevity_weight={brevity.weight:g}, format_weight="
-                    f"{reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5, as brevity_weight=0.25 does "
-                    "(the former alone with brevity_scale=apart scale_advantage=group) and format_weight < 0.5, so "
-                    "that a correct answer always beats a wrong one")
-        if self.loss.scale_advantage == "maxrl" and (reward.name != "judge" or reward.overlong == "penalty"):
-            return "scale_advantage=maxrl divides by a mean reward above 0: use reward=judge with overlong=mask or none"
-        if brevity.name != "truncate":
-            return "brevity_limit is for brevity=truncate" if brevity.limit else ""
-        if not 0 < brevity.limit < self.sampling.max_new_tokens:
-            return f"brevity=truncate needs a brevity_limit below max_new_tokens={self.sampling.max_new_tokens}"
-        if reward.overlong != "none":
-            return "brevity=truncate needs overlong=none, so that what is cut is wrong"
-        return ""
-
-    def _fault_of_teacher(self) -> str:
-        teacher = self.teacher
-        if self.reward.name == "none" and not teacher.name:
-            return "reward=none needs a teacher= to learn from"
-        if teacher.system and not teacher.name:
-            return "teacher_system= is the prompt of a teacher=, and there is none: teacher=policy is the policy itself"
-        if teacher.name == "policy" and not teacher.system:
-            return "teacher=policy is the policy itself: give it another prompt by teacher_system="
-        if teacher.name and self.model.shard:
-            return "teacher= can't be asked beside a model of shard=true"
-        if self.teacher_is_server() and (teacher.kl == "full" or self.sampling.temperature != 1):
-            return (f"teacher={teacher.name} tells log-probs at temperature 1, and of single tokens: use temperature=1 "
-                    "and teacher_kl=sampled")
-        return ""
+        longest = self.sampling.max_new_tokens
+        return [
+            (self.sampling.temperature <= 0,
+             "temperature must be above 0 in rlaif: a group of greedy completions is one text"),
+            (self.uses_judge() and judge.name == "openai" and not (judge.url and judge.model),
+             "judge=openai needs judge_url=http://.../v1 and judge_model=NAME"),
+            (self.uses_judge() and own and self.model.shard,
+             "judge=self can't ask a model of shard=true: use judge=openai or judge=heuristic"),
+            ((judge.adapter or judge.form in ("single", "steps")) and not own,
+             f"judge_adapter and judge_form are for judge=self, not for judge={judge.name}"),
+            (judge.refresh and not (judge.adapter and self.uses_judge() and self.verifier not in BY_JUDGE),
+             "judge_refresh trains a judge_adapter= in use by a verifier= that marks without it"),
+            (reward.name == "judge" and (reward.judge_weight + (0.0 if free else brevity.weight) > 0.5
+                                         or reward.format_weight >= 0.5),
+             f"judge_weight={reward.judge_weight:g}, brevity_weight={brevity.weight:g}, format_weight="
+             f"{reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5, as brevity_weight=0.25 does (the "
+             "former alone with brevity_scale=apart scale_advantage=group) and format_weight < 0.5, so that a correct "
+             "answer always beats a wrong one"),
+            (self.loss.scale_advantage == "maxrl" and (reward.name != "judge" or reward.overlong == "penalty"),
+             "scale_advantage=maxrl divides by a mean reward above 0: use reward=judge with overlong=mask or none"),
+            (brevity.limit and not truncates, "brevity_limit is for brevity=truncate"),
+            (truncates and not 0 < brevity.limit < longest,
+             f"brevity=truncate needs a brevity_limit below max_new_tokens={longest}"),
+            (truncates and reward.overlong != "none",
+             "brevity=truncate needs overlong=none, so that what is cut is wrong"),
+            (reward.name == "none" and not teacher.name, "reward=none needs a teacher= to learn from"),
+            (teacher.system and not teacher.name,
+             "teacher_system= is the prompt of a teacher=, and there is none: teacher=policy is the policy itself"),
+            (teacher.name == "policy" and not teacher.system,
+             "teacher=policy is the policy itself: give it another prompt by teacher_system="),
+            (teacher.name and self.model.shard, "teacher= can't be asked beside a model of shard=true"),
+            (self.teacher_is_server() and (teacher.kl == "full" or self.sampling.temperature != 1),
+             f"teacher={teacher.name} tells log-probs at temperature 1, and of single tokens: use temperature=1 and "
+             "teacher_kl=sampled")]
 
     def teacher_is_server(self) -> bool:
         return "://" in self.teacher.name

@@ -38,14 +38,7 @@ def mask(word: str) -> str:
     return re.sub(r"\b(?:sk-|hf_|gh[a-z]_|github_pat_|xox[a-z]-)[\w-]{8,}", "***", word)
 
 
-def url_fault(url: str) -> str:
-    """Say, without showing it, why a URL could hold a secret or is none, or ""."""
-    try:
-        parts = urllib.parse.urlsplit(url if "//" in url else f"//{url}")
-        keeps = "@" in parts.netloc or parts.query or parts.fragment
-    except ValueError:  # whose text may hold the URL
-        return "this is no URL; give one like http://127.0.0.1:8080/v1"
-    if keeps:
-        return ("leave user, password and everything from a ? on out of it, they would be saved with the run; a key "
-                "goes into an environment variable: that of judge_key_env, $VLLM_API_KEY, $TEACHER_API_KEY")
-    return ""
+def is_plain_url(url: str) -> bool:
+    """Tell whether a URL has no place for a secret. ValueError: it is none."""
+    parts = urllib.parse.urlsplit(url if "//" in url else f"//{url}")
+    return not ("@" in parts.netloc or parts.query or parts.fragment)

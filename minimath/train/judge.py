@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from minimath.config.load import config_of_words, save_config
+from minimath.config.load import config_of_words, config_text
 from minimath.config.options import Bound, Stage
 from minimath.config.schema import (
     AdapterOptions,
@@ -37,6 +37,7 @@ from minimath.config.schema import (
 from minimath.config.trained import as_trained
 from minimath.core.entry import run_command
 from minimath.core.errors import Interrupted, UserError
+from minimath.core.files import write_whole
 from minimath.core.run_folder import ADAPTER, EVAL, EVAL_CONFIG, new_run_folder, refuse_held, stop_files
 from minimath.data.batch import stream_indices
 from minimath.data.chat import Encoded
@@ -162,7 +163,8 @@ def own_solutions(cfg: JudgeConfig, examples: list[Example]) -> list[Solved]:
                      out=str(out / ROLLOUTS), resume=cfg.run.resume and (out / ROLLOUTS).exists())
     if not (own.run.resume and (out / ROLLOUTS / EVAL).exists()):
         out.mkdir(parents=True, exist_ok=True)
-        save_config(own, out / EVAL_CONFIG)  # makes its folder a part of this run: one stop file, one way to go on
+        # makes its folder a part of this run: one stop file, one way to go on
+        write_whole(out / EVAL_CONFIG, config_text(own))
     try:
         evaluate(own)
     except Interrupted:

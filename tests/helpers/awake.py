@@ -5,7 +5,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minimath.config.load import save_config
+from minimath.config.load import config_text
 from minimath.config.schema import SFTConfig
 from minimath.core.checkpoint import save_adapter
 from minimath.data.chat import prompt_ids
@@ -25,7 +25,7 @@ def awake_run(folder: Path, base, *, size: float = 0.1, **options) -> Path:
         if "lora_B" in name:
             weight.data.normal_(std=size)
     save_adapter(model, folder / "adapter")
-    save_config(cfg, folder / "config.yaml")
+    (folder / "config.yaml").write_text(config_text(cfg), encoding="utf-8")
     return folder
 
 
