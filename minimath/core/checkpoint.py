@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.core.files import discard, finish_rename, read_json, read_manifest, sha256, write_atomically
-from minimath.core.state import optimizer_state, restore_optimizer, restore_rng, rng_state
+from minimath.core.state import on_cpu, optimizer_state, restore_optimizer, restore_rng, rng_state
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -36,27 +36,28 @@ def save_checkpoint(run_dir, step: int, *, model, optimizer, state: dict, keep: 
     target = checkpoint_folder(run_dir, step)
     if not dist.is_main():
         return target
-    tensors, numbers = optimizer_state(optimizer)
-    rng_tensors, rng_numbers = rng_state()
-    state, tracked = split_tensors(state)
-    numbers_of = {"optimizer": numbers, "rng": rng_numbers, "state": state | {"step": step}}
+    tensors, numbers, state = {"tracked": {}}, {}, state | {"step": step}
+    tensors["optimizer"], numbers["optimizer"] = optimizer_state(optimizer)
+    tensors["rng"], numbers["rng"] = rng_state()
+    for name, each in state.get("tracked", {}).items():
+        if "tensors" in each:  # names in their place: safetensors keeps no order
+            tensors["tracked"] |= on_cpu({f"{name}.{key}": tensor for key, tensor in each["tensors"].items()})
+            state["tracked"] = state["tracked"] | {name: each | {"tensors": list(each["tensors"])}}
 
     def write(folder: Path) -> None:
         write_adapter(model, folder)
-        save_file(tensors, folder / "optimizer.safetensors")
-        save_file(rng_tensors, folder / "rng.safetensors")
-        if tracked:
-            save_file(tracked, folder / "tracked.safetensors")
-        for name, content in numbers_of.items():
+        for name, group in tensors.items():
+            if group:
+                save_file(group, folder / f"{name}.safetensors")
+        for name, content in (numbers | {"state": state}).items():
             (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
     finish_renames(run_dir)
-    size = bytes_of(adapter_tensors(model), tensors, tracked)
-    write_atomically(target, write, {"step": step, "best": best}, bytes_needed=size)
+    write_atomically(target, write, {"step": step, "best": best},
+                     bytes_needed=bytes_of(adapter_tensors(model), *tensors.values()))
     # newer ones are damaged (load_checkpoint went past them): they don't count, and their steps come again
     folders = [folder for folder in list_checkpoints(run_dir) if step_of(folder) <= step]
-    kept = {*folders[:keep], best_checkpoint(run_dir), target}
-    for folder in {*folders} - kept:
+    for folder in {*folders} - {*folders[:keep], best_checkpoint(run_dir), target}:
         discard(folder)
     return target
 
@@ -75,9 +76,7 @@ def load_checkpoint(run_dir, *, model, optimizer=None) -> dict | None:
             warnings.warn(f"checkpoint {folder} is damaged ({problems[0]}); trying the one before", stacklevel=2)
             continue
         try:
-            state = join_tensors(folder)
-            restore(folder, model, optimizer)
-            return state
+            return restore(folder, model, optimizer)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder} is whole, but not what minimath writes ({type(error).__name__}: "
                             f"{str(error)[:100]}). Start again with another out=") from None
@@ -85,6 +84,29 @@ def load_checkpoint(run_dir, *, model, optimizer=None) -> dict | None:
         raise UserError(f"none of the {len(folders)} checkpoints of {run_dir} is intact; start again with another "
                         "out=, or copy one back from a backup")
     return None
+
+
+def restore(folder: Path, model, optimizer) -> dict:
+    """Copy a verified checkpoint into model, optimizer and generators; return its state."""
+    def tensors_of(name: str) -> dict[str, torch.Tensor]:
+        path = folder / f"{name}.safetensors"
+        return load_file(path) if path.is_file() else {}
+
+    state, tracked = read_json(folder / "state.json"), tensors_of("tracked")
+    for name, each in state.get("tracked", {}).items():
+        if "tensors" in each:
+            each["tensors"] = {key: tracked[f"{name}.{key}"] for key in each["tensors"]}
+    saved, own = load_file(folder / "adapter_model.safetensors"), adapter_tensors(model)
+    left, right = ({name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (saved, own))
+    differing = [name for name in {**left, **right} if left.get(name) != right.get(name)]
+    if differing:
+        raise UserError(f"{folder} was saved by another adapter ({len(differing)} tensors differ, first "
+                        f"{differing[0]}); use its model, dtype and lora_* options, or a new out=")
+    if optimizer is not None:
+        restore_optimizer(optimizer, tensors_of("optimizer"), read_json(folder / "optimizer.json"), where=folder)
+    peft.set_peft_model_state_dict(model, saved)
+    restore_rng(tensors_of("rng"), read_json(folder / "rng.json"))
+    return state
 
 
 def verify(folder) -> list[str]:
@@ -112,14 +134,23 @@ def checkpoint_folder(run_dir, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step-{step:06d}"
 
 
+def step_of(folder: Path) -> int:
+    return int(folder.name[5:])
+
+
 def list_checkpoints(run_dir) -> list[Path]:
     """Checkpoint folders, newest first."""
     found = (Path(run_dir) / "checkpoints").glob("step-*")
     return sorted((path for path in found if path.name[5:].isdecimal()), key=step_of, reverse=True)
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name[5:])
+def best_checkpoint(run_dir) -> Path | None:
+    """The newest checkpoint that was saved as the best so far."""
+    for folder in list_checkpoints(run_dir):
+        with contextlib.suppress(OSError, ValueError):
+            if read_manifest(folder).get("best"):
+                return folder
+    return None
 
 
 def finish_renames(run_dir) -> None:
@@ -132,41 +163,11 @@ def finish_renames(run_dir) -> None:
                             "undone; check the permissions") from None
 
 
-def best_checkpoint(run_dir) -> Path | None:
-    """The newest checkpoint that was saved as the best so far."""
-    for folder in list_checkpoints(run_dir):
-        with contextlib.suppress(OSError, ValueError):
-            if read_manifest(folder).get("best"):
-                return folder
-    return None
-
-
-def split_tensors(state: dict) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Take the tensors out of state["tracked"]: (state for json, what tracked.safetensors holds)."""
-    having = {name: each for name, each in state.get("tracked", {}).items() if "tensors" in each}
-    tensors = {f"{name}.{key}": tensor.detach().to("cpu", copy=True).contiguous()
-               for name, each in having.items() for key, tensor in each["tensors"].items()}
-    if having:  # names in their place: safetensors keeps no order
-        named = {name: each | {"tensors": list(each["tensors"])} for name, each in having.items()}
-        state = state | {"tracked": state["tracked"] | named}
-    return state, tensors
-
-
-def join_tensors(folder: Path) -> dict:
-    """Read the state of a checkpoint, with the tensors that split_tensors took out."""
-    state, path = read_json(folder / "state.json"), folder / "tracked.safetensors"
-    tensors = load_file(path) if path.is_file() else {}
-    for name, each in state.get("tracked", {}).items():
-        if "tensors" in each:
-            each["tensors"] = {key: tensors[f"{name}.{key}"] for key in each["tensors"]}
-    return state
-
-
 def save_adapter(model, path, name: str = "default") -> Path:
     """Write an adapter alone, atomically, as a folder that peft reads."""
     if dist.is_main():
-        size = bytes_of(adapter_tensors(model, name))
-        write_atomically(Path(path), lambda folder: write_adapter(model, folder, name), {}, bytes_needed=size)
+        write_atomically(Path(path), lambda folder: write_adapter(model, folder, name), {},
+                         bytes_needed=bytes_of(adapter_tensors(model, name)))
     return Path(path)
 
 
@@ -197,18 +198,3 @@ def adapter_tensors(model, name: str = "default") -> dict[str, torch.Tensor]:
 def bytes_of(*groups: dict[str, torch.Tensor]) -> int:
     """Bound the size of these tensors' files, with room for the small ones."""
     return (1 << 18) + sum(tensor.nbytes for group in groups for tensor in group.values())
-
-
-def restore(folder: Path, model, optimizer) -> None:
-    """Copy a verified checkpoint into model, optimizer and generators, or UserError."""
-    saved, own = load_file(folder / "adapter_model.safetensors"), adapter_tensors(model)
-    left, right = ({name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (saved, own))
-    differing = [name for name in {**left, **right} if left.get(name) != right.get(name)]
-    if differing:
-        raise UserError(f"{folder} was saved by another adapter ({len(differing)} tensors differ, first "
-                        f"{differing[0]}); use its model, dtype and lora_* options, or a new out=")
-    if optimizer is not None:
-        restore_optimizer(optimizer, load_file(folder / "optimizer.safetensors"),
-                          read_json(folder / "optimizer.json"), where=folder)
-    peft.set_peft_model_state_dict(model, saved)
-    restore_rng(load_file(folder / "rng.safetensors"), read_json(folder / "rng.json"))

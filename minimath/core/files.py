@@ -14,8 +14,8 @@ from minimath.core.errors import UserError
 
 def cache_home() -> Path:
     """Find $MINIMATH_CACHE, else minimath/ in $XDG_CACHE_HOME or ~/.cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimath"
-    return Path(os.environ.get("MINIMATH_CACHE") or home)
+    given, home = os.environ.get("MINIMATH_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(given or Path(home or Path.home() / ".cache") / "minimath")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -50,8 +50,7 @@ def write_atomically(target: Path, write, facts: dict, *, bytes_needed: int) -> 
         write(temp)
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(temp.iterdir())}
         manifest = {**facts, "files": files}
-        manifest["sha256"] = manifest_digest(manifest)
-        (temp / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (temp / "manifest.json").write_text(json.dumps(manifest | {"sha256": manifest_digest(manifest)}, indent=1))
         for path in (*temp.iterdir(), temp):
             flush_to_disk(path)
         if target.exists():  # a folder can't be renamed over a filled one
@@ -95,10 +94,8 @@ def free_bytes(path: Path) -> int:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync a file, or a folder where the system can."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -57,9 +57,6 @@ class RunLog(contextlib.AbstractContextManager):
         self.trackers = {name: start_tracker(name, self.run_dir) for name in comma_list(trackers)}
         self.say(f"{title} -> {self.run_dir}")
 
-    def __exit__(self, *error):
-        self.close()
-
     def say(self, text: str) -> None:
         """Print a text, with control characters as '?'."""
         if self.console:
@@ -141,10 +138,12 @@ class RunLog(contextlib.AbstractContextManager):
             self.trackers.pop(name, None)
             warnings.warn(f"{name} failed and is switched off for the rest of the run: {error}", stacklevel=3)
 
-    def close(self) -> None:
+    def close(self, *_) -> None:
         for name, (_, finish) in list(self.trackers.items()):
             self.try_tracker(name, finish)
         self.trackers = {}
+
+    __exit__ = close
 
 
 def start_tracker(name: str, run_dir: Path):
@@ -180,15 +179,8 @@ def truncate_metrics(run_dir, step: int) -> None:
 
 def clean(value):
     """Copy for json: tensors and numpy become numbers, NaN and infinities None."""
-    if isinstance(value, dict):
-        return {str(key): clean(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [clean(item) for item in value]
-    if hasattr(value, "tolist"):
-        return clean(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
+    text = json.dumps(value, default=lambda each: each.tolist() if hasattr(each, "tolist") else str(each))
+    return json.loads(text, parse_constant=lambda _: None)
 
 
 def environment() -> dict:

@@ -30,17 +30,10 @@ from minimath.core.errors import UserError
 from minimath.core.files import read_json
 from minimath.core.text import did_you_mean
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: two writers are not noticed there
-    fcntl = None
-
-CONFIG, ENVIRONMENT, SUMMARY = "config.yaml", "environment.json", "summary.json"
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-ADAPTER, STOP = "adapter", "stop"
-EVAL, COMPLETIONS, PART, FINGERPRINT = "eval.json", "completions.jsonl", "completions.part.jsonl", "fingerprint.json"
-SUITE = "suite.json"
-REPORT = "report.html"
+CONFIG, ENVIRONMENT, SUMMARY, STOP = "config.yaml", "environment.json", "summary.json", "stop"
+METRICS, SAMPLES, ADAPTER, REPORT = "metrics.jsonl", "samples.jsonl", "adapter", "report.html"
+EVAL, COMPLETIONS, SUITE = "eval.json", "completions.jsonl", "suite.json"
+PART, FINGERPRINT = "completions.part.jsonl", "fingerprint.json"
 STAGE_FOLDERS = ("rlaif", "sft")  # of a run of the whole recipe that leave the policy's adapter, the best first
 EVAL_CONFIG = "eval.yaml"  # in the folder of a whole run: the options of its evaluations
 ARMS = {"base": "base", "sft": "SFT", "judge": "judge", "rlaif": "SFT + RLAIF", "rlaif-only": "RL only",
@@ -96,6 +89,7 @@ def lock_run(run_dir):
     if not dist.is_main():
         yield
         return
+    import fcntl  # Windows has none, and runs minimath in WSL
     path = Path(run_dir) / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,15 +97,14 @@ def lock_run(run_dir):
     except OSError as error:
         raise UserError(f"cannot write to {run_dir}: {error.strerror}; choose another out=") from None
     with file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise UserError(f"{run_dir} is in use by process {file.read().strip()}; wait for it, or choose another "
-                                "out=") from None
-            except OSError as error:  # some network file systems have no locks
-                warnings.warn(f"{run_dir} can't be locked ({error.strerror}); start one writer only", stacklevel=3)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{run_dir} is in use by process {file.read().strip()}; wait for it, or choose another "
+                            "out=") from None
+        except OSError as error:  # some network file systems have no locks
+            warnings.warn(f"{run_dir} can't be locked ({error.strerror}); start one writer only", stacklevel=3)
         with contextlib.suppress(OSError):  # on a full disk only the name of the owner is lost
             os.truncate(file.fileno(), 0)
             os.write(file.fileno(), f"{os.getpid()}\n".encode())

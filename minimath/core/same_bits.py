@@ -27,23 +27,40 @@ def same_bits(asked: bool) -> Iterator[None]:
     os.environ.setdefault(WORKSPACE, SIZES[0])
     switches = ((torch.backends.cudnn, "deterministic", True), (torch.backends.cudnn, "benchmark", False),
                 (torch.utils.deterministic, "fill_uninitialized_memory", False))  # with NaN, in every empty tensor
-    before = [getattr(where, name) for where, name, _ in switches]
-    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = [(where, name, getattr(where, name)) for where, name, _ in switches]
     try:
-        for where, name, value in switches:
-            setattr(where, name, value)
-        torch.use_deterministic_algorithms(True)
-        if given not in (None, *SIZES) or has_begun():
-            why = f"it is {given!r}" if given else "products have run without it"
-            raise UserError(f"deterministic=true needs the environment variable {WORKSPACE}={SIZES[0]} from the start, "
-                            f"and {why}: export {WORKSPACE}={SIZES[0]}, then start again")
-        yield
+        for switch in switches:
+            setattr(*switch)
+        with deterministic(True):
+            if given not in (None, *SIZES) or has_begun():
+                why = f"it is {given!r}" if given else "products have run without it"
+                raise UserError(f"deterministic=true needs the environment variable {WORKSPACE}={SIZES[0]} from the "
+                                f"start, and {why}: export {WORKSPACE}={SIZES[0]}, then start again")
+            yield
     finally:
-        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
-        for (where, name, _), value in zip(switches, before, strict=True):
-            setattr(where, name, value)
+        for switch in before:
+            setattr(*switch)
         if given is None and not torch.cuda.is_initialized():
             del os.environ[WORKSPACE]
+
+
+@contextlib.contextmanager
+def deterministic(asked: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(asked)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextlib.contextmanager
+def in_any_order() -> Iterator[None]:
+    """Let torch run inside what it does not call deterministic: running sums on a card.
+
+    Those of many rows, one block of threads each, are; a single long one is added up by many blocks at once."""
+    with deterministic(False) if torch.are_deterministic_algorithms_enabled() else contextlib.nullcontext():
+        yield
 
 
 def has_begun() -> bool:
@@ -58,19 +75,3 @@ def has_begun() -> bool:
             raise
         return True
     return False
-
-
-@contextlib.contextmanager
-def in_any_order() -> Iterator[None]:
-    """Let torch run inside what it does not call deterministic: running sums on a card.
-
-    Those of many rows, one block of threads each, are; a single long one is added up by many blocks at once."""
-    asked = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if not asked[0]:
-        yield
-        return
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(asked[0], warn_only=asked[1])

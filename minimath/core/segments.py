@@ -5,7 +5,7 @@ reads the setting when it first uses a card. It warns where it has no such segme
 drivers fail at them, and torch does not test them on Jetson: there nothing is set."""
 import importlib.util
 import os
-import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -37,9 +37,7 @@ def fix_segments() -> None:
             torch.cuda.memory._set_allocator_settings("expandable_segments:False")
 
 
-def torch_build() -> dict[str, str]:
+def torch_build() -> dict:
     """Read the versions that torch was built with, without importing it; {} without torch."""
     spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.origin or not (file := Path(spec.origin).with_name("version.py")).is_file():
-        return {}
-    return dict(re.findall(r"^(\w+)(?:: [^=\n]+)? = ['\"](.*)['\"]", file.read_text(encoding="utf-8"), re.M))
+    return runpy.run_path(str(Path(spec.origin).with_name("version.py"))) if spec else {}

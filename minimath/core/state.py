@@ -8,16 +8,18 @@ import torch
 from minimath.core.errors import UserError
 
 
+def on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy for safetensors, which takes no two that share memory, as the code tables of bitsandbytes do."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
 def optimizer_state(optimizer) -> tuple[dict[str, torch.Tensor], dict]:
     """Take tensors "<param index>.<name>" on the CPU, and the class with its numbers."""
-    tensors, numbers = {}, {}
-    for index, param in enumerate(optimizer_params(optimizer)):
-        for name, value in optimizer.state.get(param, {}).items():
-            if torch.is_tensor(value):  # copied: bitsandbytes shares its code tables between tensors
-                tensors[f"{index}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
-            else:
-                numbers[f"{index}.{name}"] = value
-    return tensors, {"class": type(optimizer).__name__, "numbers": numbers}
+    state = {f"{index}.{name}": value for index, param in enumerate(optimizer_params(optimizer))
+             for name, value in optimizer.state.get(param, {}).items()}
+    tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
+    numbers = {name: value for name, value in state.items() if name not in tensors}
+    return on_cpu(tensors), {"class": type(optimizer).__name__, "numbers": numbers}
 
 
 def optimizer_params(optimizer) -> list[torch.nn.Parameter]:
@@ -60,9 +62,8 @@ def seed_rng(seed: int) -> None:
 
 def rng_state() -> tuple[dict[str, torch.Tensor], dict]:
     """Take the states of all generators: tensors of torch, numbers of the others."""
-    tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    tensors = {"cpu": torch.get_rng_state()} | {f"cuda:{i}": state for i, state in enumerate(cards)}
     name, keys, *rest = np.random.get_state()
     return tensors, {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
 

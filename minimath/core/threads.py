@@ -1,14 +1,12 @@
 """Follow the machine: no more threads than cores that others leave free.
 
 OpenMP's threads meet thousands of times in a decode step. If one has no core the others spin there for it, and spinning
-they hold the cores: beside one busy process, two threads on two cores decode SmolLM2 at 100 to 280 tokens/s where one
-thread does 540 and two on a quiet machine 750; beside two, at 1 to 40. So `follow_load`, asked between decode steps and
-micro-batches, looks at what other processes use of this one's cores, on Linux (time stolen from a virtual machine
-counts, a container's limit too), and sets torch's number of threads. core.entry shortens the spinning.
+they hold the cores. So `follow_load`, asked between decode steps and micro-batches, looks at what other processes use
+of this one's cores, on Linux (time stolen from a virtual machine counts, a container's limit too), and sets torch's
+number of threads. core.entry shortens the spinning.
 
 Who sets OMP_NUM_THREADS, or calls torch.set_num_threads, decides: nothing is changed then, nor with several processes.
-With another number of threads some sums are added in another order: the last bits of a step differ (a loss by 4e-7 in
-fp32); runs that must agree bit by bit need a fixed number.
+With another number of threads some sums are added in another order: runs that must agree bit by bit need a fixed one.
 """
 import os
 import sys
@@ -46,12 +44,9 @@ class Load:
         if torch.get_num_threads() != self.now or not used or not before:  # someone else has a say; no figures
             self.on = False
             return
-        own, others = ((after - start) / elapsed for start, after in zip(before, used, strict=True))
-        if own > 0.25 or elapsed < WAITED_S:
-            self.follow(now, others, say)
-
-    def follow(self, now: float, others: float, say) -> None:
-        """Choose between 1 and `most`; others: cores used by them."""
+        own, others = ((after - start) / elapsed for start, after in zip(before, used, strict=True))  # in cores
+        if own <= 0.25 and elapsed >= WAITED_S:
+            return
         cores = len(os.sched_getaffinity(0))
         free = min(self.limit, cores - others)
         threads = max(1, int(free + 0.4))
