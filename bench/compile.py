@@ -45,7 +45,7 @@ ROUND += ("half", "gate_up_stride", "dh_stride")
 # Arrays that a block of a layer's kernels loads and stores, each as long as its tile.
 MOVED = {"norm_kernel": (2, 1), "norm_backward_kernel": (4, 1), "rotate_kernel": (4, 2), "gated_kernel": (3, 3)}
 # Of minimath.kernels, where the Triton functions live.
-MODULES = ("linear_logp", "linear_kl_triton", "tile_triton", "elementwise_triton", "decode_attention_triton")
+MODULES = ("linear_logp", "linear_kl", "tile_triton", "elementwise", "decode_attention_triton")
 
 
 class Case(NamedTuple):
@@ -133,7 +133,7 @@ def logp_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
 
 def layer_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
     """List the cases of a decoder layer's kernels: rows of heads, of a hidden size, and of the longest."""
-    layer = import_module("minimath.kernels.elementwise_triton")
+    layer = import_module("minimath.kernels.elementwise")
     forward = {"dh": None, "grad": None}
     gates = [{"GELU": True}, {"GELU": False}, {"GELU": True} | forward][:1 if quick else 3]
     wanted = [("gated_kernel", layer.gated_config(arch), flags) for flags in gates]

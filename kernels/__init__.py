@@ -22,7 +22,7 @@ if __name__ == "kernels":
     else:
         __file__ = None
 else:
-    from .common import TokenStats
+    from .head import TokenStats
     from .linear_cross_entropy import linear_cross_entropy
     from .linear_kl import linear_kl
     from .linear_logp import linear_logp

@@ -18,20 +18,8 @@ from .linear_token_loss import linear_token_loss
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def linear_cross_entropy(
-    input,
-    linear_weight,
-    target,
-    *,
-    linear_bias=None,
-    weight=None,
-    reduction="mean",
-    ignore_index=None,
-    label_smoothing=0.0,
-    softcap=0.0,
-    logit_scale=1.0,
-    workspace_bytes=None,
-):
+def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean",
+                         ignore_index=None, label_smoothing=0.0, softcap=0.0, logit_scale=1.0, workspace_bytes=None):
     """Cross-entropy of target under softmax(input @ linear_weight.T + linear_bias).
 
     input (..., D) and linear_weight (V, D) floating point, target (...) int64, linear_bias (V,) or None,
@@ -71,30 +59,21 @@ def linear_cross_entropy(
 
 def check(input, linear_weight, target, weight, reduction, label_smoothing) -> None:
     """ValueError for what this function does not take; shapes of one row and one head are checked further down."""
+    torchs = "use torch.nn.functional.linear_cross_entropy"
     if linear_weight.dim() != 2:
-        raise ValueError(
-            f"linear_weight must be (V, D), got {tuple(linear_weight.shape)}; for a head with more class dimensions "
-            "use torch.nn.functional.linear_cross_entropy"
-        )
+        raise ValueError(f"linear_weight must be (V, D), got {tuple(linear_weight.shape)}; for a head with more class "
+                         f"dimensions {torchs}")
     if target.dtype.is_floating_point:
-        raise ValueError(
-            "target must hold class indices (int64); for class probabilities use "
-            "torch.nn.functional.linear_cross_entropy"
-        )
+        raise ValueError(f"target must hold class indices (int64); for class probabilities {torchs}")
     if input.shape[:-1] != target.shape:
-        raise ValueError(
-            f"input (..., D) and target (...) must agree, got {tuple(input.shape)} and {tuple(target.shape)}"
-        )
+        raise ValueError(f"input (..., D) and target (...) must agree, got {tuple(input.shape)} and "
+                         f"{tuple(target.shape)}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if weight is None:
-        return
-    if label_smoothing:
-        raise ValueError(
-            "label_smoothing with class weights needs the log-prob of every class; leave one of the two away, "
-            "or use torch.nn.functional.linear_cross_entropy"
-        )
-    if weight.shape != linear_weight.shape[:1]:
+    if weight is not None and label_smoothing:
+        raise ValueError("label_smoothing with class weights needs the log-prob of every class; leave one of the two "
+                         f"away, or {torchs}")
+    if weight is not None and weight.shape != linear_weight.shape[:1]:
         raise ValueError(f"weight must be ({linear_weight.shape[0]},), got {tuple(weight.shape)}")

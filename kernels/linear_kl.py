@@ -19,45 +19,148 @@ Rows come in pairs: C of x and C of hidden - teacher_hidden are one product with
 pass leaves e s and e x s in their places, and a second product pulls the weight's rows together under both. That is
 four products of N V D, and nothing is made twice. Above 88 nats, where exp(-x) is over fp32, the first form is used.
 """
-
 from __future__ import annotations
 
 import torch
 
-from .common import (
-    Chunk,
-    Scaling,
-    cast_operands,
-    check_arguments,
-    empty_gradients,
-    empty_sum,
-    kernel_factors,
-    runs_as_it_is,
-    runs_triton,
-    slack_and_lift,
-    tile_shape,
-    wide,
-)
-from .linear_kl_triton import triton_kl, triton_kl_pull
-from .tile_torch import blocks_of, torch_scratch
-from .tiles import LOWEST, tiles
+from .common import architecture, differentiable, jit, on_device, runs_as_it_is, runs_triton, tl, triton, wide
+from .head import Chunk, Gradients, Scaling, cast_operands, check_arguments, slack_and_lift
+from .tile_torch import blocks_of
+from .tile_triton import pull_config, row_config, touchable
+from .tiles import LOWEST, room, tiles
 
 # Rows of the running numbers of a chunk, (SUMS, C): m, sum e, c, sum e phi; the teacher's shift and sum; and of the
 # last tile exp(old m - m), old c - c, and what its e x s were divided by.
 SUMS = 9
 
 
-def torch_kl(logits, bias, sums, scratch, scaling: Scaling, *, keep: bool) -> None:
+@jit()
+def tanh(x):
+    """By its series below 0.2, which keeps the digits of a small x."""
+    square = x * x
+    series = x * (1.0 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
+    return tl.where(square < 0.04, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+
+
+@jit()
+def phi(x):
+    """exp(-x) - 1 + x; by its series below 1/2."""
+    series = x * x * (0.5 - x * (1 / 6 - x * (1 / 24 - x * (1 / 120 - x * (1 / 720 - x * (1 / 5040 - x / 40320))))))
+    return tl.where(tl.abs(x) < 0.5, series, tl.exp(-x) - 1.0 + x)
+
+
+@jit("sums_stride", "columns")
+def kl_kernel(logits, bias, sums, row_stride, sums_stride, columns, whole, inner, outer, slack, lift,
+              HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per pair of rows: a tile of raw logits (2 C, K) into the running numbers `sums` (9, C) fp32.
+
+    Rows C and up hold the products of hidden - teacher_hidden, without the bias (K,). With KEEP the pair becomes e s
+    and e x s / its unit. columns, whole, slack and lift as in tile_kernel; the numbers' order: SUMS.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < columns
+    place = logits + row * row_stride + lanes
+    apart = place + tl.num_programs(0).to(tl.int64) * row_stride
+    old_other = tl.load(sums + 4 * sums_stride + row)  # both shifts before a reduction: each warp has read them then,
+    old = tl.load(sums + row)  # and one of them may write
+    z = tl.load(place, mask=lanes < whole, other=0.0).to(tl.float32)
+    x = tl.load(apart, mask=lanes < whole, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)
+    z = tl.where(inside, z, 0.0) * inner
+    x = tl.where(inside, x, 0.0) * inner
+    slope = 1.0
+    if HAS_CAP:
+        other = tanh(z - x)
+        z = tanh(z)
+        x = tanh(x) * (1.0 - z * other) * outer
+        slope = 1.0 - z * z
+        z = z * outer
+    u = z - x
+    top = tl.max(tl.where(inside, u, -1e30), 0)
+    new = tl.where(top > old_other + slack, top, old_other)
+    e = tl.where(inside, tl.exp(u - new), 0.0)
+    tl.store(sums + 4 * sums_stride + row, new)
+    place_total = sums + 5 * sums_stride + row
+    tl.store(place_total, tl.load(place_total) * tl.exp(old_other - new) + tl.sum(e, 0))
+
+    top = tl.max(tl.where(inside, z, -1e30), 0)
+    new = tl.where(top > old + slack, top + lift, old)
+    e = tl.where(inside, tl.exp(z - new), 0.0)
+    before = tl.load(sums + sums_stride + row) * tl.exp(old - new)
+    total = before + tl.sum(e, 0)
+    mean = tl.load(sums + 2 * sums_stride + row)
+    x = x - mean
+    step = tl.sum(e * x, 0) / total
+    x = x - step
+    bent = tl.load(sums + 3 * sums_stride + row) * tl.exp(old - new + step)
+    bent += tl.where(before > 0.0, before * phi(-step), 0.0) + tl.sum(tl.where(inside, e * phi(x), 0.0), 0)
+    tl.store(sums + row, new)
+    tl.store(sums + sums_stride + row, total)
+    tl.store(sums + 2 * sums_stride + row, mean + step)
+    tl.store(sums + 3 * sums_stride + row, bent)
+    if KEEP:
+        e = e * slope
+        x = tl.where(inside, e * x, 0.0)
+        unit = tl.maximum(64.0 * tl.max(tl.abs(x), 0), 1e-30)
+        tl.store(sums + 6 * sums_stride + row, tl.exp(old - new))
+        tl.store(sums + 7 * sums_stride + row, -step)
+        tl.store(sums + 8 * sums_stride + row, unit)
+        tl.store(place, e.to(logits.dtype.element_ty), mask=lanes < whole)
+        tl.store(apart, (x / unit).to(logits.dtype.element_ty), mask=lanes < whole)
+
+
+@jit("sums_stride")
+def kl_pull_kernel(pulled, part, sums, pulled_stride, part_stride, sums_stride, width, blocks, BLOCK: tl.constexpr):
+    """One program per (pair of rows, block of D): pulled (2 C, D) fp32 moves to the new shift and mean, + part."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    apart = (tl.num_programs(0) // blocks).to(tl.int64)
+    lane = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = lane < width
+    rescale = tl.load(sums + 6 * sums_stride + row)
+    moved = tl.load(sums + 7 * sums_stride + row)
+    unit = tl.load(sums + 8 * sums_stride + row)
+    place, crossed = pulled + row * pulled_stride + lane, pulled + (row + apart) * pulled_stride + lane
+    place_part = part + row * part_stride + lane
+    old = tl.load(place, mask=inside, other=0.0)
+    new = tl.load(place_part, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, old * rescale + new, mask=inside)
+    new = tl.load(place_part + apart * part_stride, mask=inside, other=0.0).to(tl.float32) * unit
+    tl.store(crossed, (tl.load(crossed, mask=inside, other=0.0) + moved * old) * rescale + new, mask=inside)
+
+
+def triton_kl(chunk: Chunk, logits, bias, sums, *, keep: bool) -> None:
+    """kl_kernel on a tile of pairs (2 C, K) raw, bias (K,) or None, sums (9, C) fp32."""
+    assert logits.stride(1) == 1 and sums.stride(1) == 1 and (bias is None or bias.stride(0) == 1)
+    with on_device(logits):
+        kl_kernel[(len(logits) // 2,)](
+            logits, logits if bias is None else bias, sums, logits.stride(0), sums.stride(0), logits.shape[1],
+            touchable(logits), *chunk.scaling.factors, *slack_and_lift(logits.dtype), HAS_BIAS=bias is not None,
+            HAS_CAP=chunk.scaling.softcap > 0, KEEP=keep, **row_config(chunk.columns, architecture(logits.device)))
+
+
+def triton_kl_pull(pulled, part, sums) -> None:
+    """kl_pull_kernel: pulled (2 C, D) fp32, part (2 C, D), sums (9, C) fp32."""
+    assert pulled.stride(1) == part.stride(1) == sums.stride(1) == 1
+    width, config = pulled.shape[1], pull_config(pulled.shape[1])
+    blocks = triton.cdiv(width, config["BLOCK"])
+    with on_device(pulled):
+        kl_pull_kernel[(len(pulled) // 2 * blocks,)](pulled, part, sums, pulled.stride(0), part.stride(0),
+                                                     sums.stride(0), width, blocks, **config)
+
+
+def torch_kl(chunk: Chunk, logits, bias, sums, *, keep: bool) -> None:
     """What kl_kernel does, in torch, block by block of rows in the cache."""
-    half = len(logits) // 2
-    (inner, outer), (slack, lift) = kernel_factors(scaling), slack_and_lift(logits.dtype)
-    for block, (z, x, e, slope) in blocks_of(logits[:half], scratch):
+    half, capped = len(logits) // 2, chunk.scaling.softcap
+    (inner, outer), (slack, lift) = chunk.scaling.factors, slack_and_lift(logits.dtype)
+    for block, (z, x, e, slope) in blocks_of(logits[:half], chunk.scratch):
         shift, total, mean, bent, other, other_total, rescale, moved, unit = sums[:, block]
         first, second = logits[:half][block], logits[half:][block]
         z.copy_(first)
         (z if bias is None else z.add_(bias)).mul_(inner)
         x.copy_(second).mul_(inner)
-        if scaling.softcap:
+        if capped:
             torch.sub(z, x, out=e).tanh_()
             z.tanh_()
             x.tanh_().mul_(e.mul_(z).neg_().add_(1.0)).mul_(outer)
@@ -84,7 +187,7 @@ def torch_kl(logits, bias, sums, scratch, scaling: Scaling, *, keep: bool) -> No
         bent.mul_(gap.add_(step).exp_()).add_(bend)
         bent.add_(torch.neg(x, out=z).expm1_().add_(x).mul_(e).sum(-1))
         if keep:
-            if scaling.softcap:
+            if capped:
                 e.mul_(slope)
             low, high = x.mul_(e).aminmax(dim=-1)
             torch.maximum(-low, high, out=unit).mul_(64.0).clamp_(min=1e-30)
@@ -92,57 +195,46 @@ def torch_kl(logits, bias, sums, scratch, scaling: Scaling, *, keep: bool) -> No
             second.copy_(x.div_(unit[:, None]))
 
 
-def kl_tiles(chunk: Chunk, bias, scaling: Scaling, *, pull: bool):
-    """(running numbers (SUMS, C), their sums under e s and e x s (2 C, D) or None) of a chunk of C pairs of rows."""
-    pairs, on_triton = chunk.x, runs_triton(chunk.x)
-    half = len(pairs) // 2
-    sums = torch.zeros((SUMS, half), dtype=wide(pairs.dtype), device=pairs.device)
-    sums[0] = sums[4] = LOWEST
-    pulled = empty_sum(pairs) if pull else None
-    scratch = None if on_triton else torch_scratch(chunk, 4)
-    for first, part, logits in tiles(chunk):
-        shift = None if bias is None else bias[first : first + len(part)]
-        if on_triton:
-            triton_kl(logits, shift, sums, chunk.columns, scaling, keep=pull)
-        else:
-            torch_kl(logits, shift, sums, scratch, scaling, keep=pull)
-        if pull and on_triton:
-            triton_kl_pull(pulled, logits @ part, sums)
-        elif pull:
-            under, (plain, crossed) = logits @ part, pulled.split(half)
-            rescale, moved, unit = sums[6:, :, None]
-            crossed.addcmul_(plain, moved).mul_(rescale).addcmul_(under[half:].to(crossed.dtype), unit)
-            plain.mul_(rescale).add_(under[:half])
-    return sums, pulled
+def torch_kl_pull(pulled, part, sums) -> None:
+    """What kl_pull_kernel does, in torch."""
+    half = len(part) // 2
+    (plain, crossed), (rescale, moved, unit) = pulled.split(half), sums[6:, :, None]
+    crossed.addcmul_(plain, moved).mul_(rescale).addcmul_(part[half:].to(crossed.dtype), unit)
+    plain.mul_(rescale).add_(part[:half])
 
 
 def sweep(hidden, teacher_hidden, weight, bias, scaling: Scaling, workspace_bytes, grad) -> torch.Tensor:
     """KL of each row, (N,) wide; fills grad (N, D) with its gradient in hidden, if not None."""
-    out = torch.zeros(len(hidden), dtype=wide(hidden.dtype), device=hidden.device)
-    kind, pair_bytes = hidden.device.type, 2 * hidden.element_size()
-    sizes, columns = tile_shape(len(hidden), len(weight), pair_bytes, workspace_bytes, kind)
-    workspace = torch.empty(2 * max(sizes, default=0) * columns, dtype=hidden.dtype, device=hidden.device)
-    walked = hidden, teacher_hidden, out, hidden if grad is None else grad
+    pull, dtype = grad is not None, wide(hidden.dtype)
+    add, add_pull = (triton_kl, triton_kl_pull) if runs_triton(hidden) else (torch_kl, torch_kl_pull)
+    out = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
+    sizes, place = room(hidden, weight, len(hidden), workspace_bytes, logits=2, scratch=4)
+    walked = hidden, teacher_hidden, out, grad if pull else out
     for x, teacher, kl, into in zip(*(each.split(sizes) for each in walked)):
-        chunk = Chunk(torch.cat((x, x - teacher)), weight, None, None, None, workspace, columns)
-        sums, pulled = kl_tiles(chunk, bias, scaling, pull=grad is not None)
+        chunk = Chunk(torch.cat((x, x - teacher)), weight, None, None, None, scaling, *place)
+        sums = torch.zeros((SUMS, len(x)), dtype=dtype, device=x.device)
+        sums[0] = sums[4] = LOWEST
+        pulled = torch.zeros_like(chunk.x, dtype=dtype) if pull else None  # sums under e s, and under e x s
+        for first, part, logits in tiles(chunk):
+            add(chunk, logits, None if bias is None else bias[first:first + len(part)], sums, keep=pull)
+            if pull:
+                add_pull(pulled, logits @ part, sums)
         shift, total, mean, bent, other, other_total = sums[:6]
         near = torch.log1p(bent / total)
         far = mean + other - shift + (other_total / total).log()
         kl.copy_(torch.where(near.isfinite(), near, far).clamp_(min=0.0))  # below it there is rounding only
-        if grad is not None:
-            chain = scaling.logit_scale / scaling.temperature
-            into.copy_(pulled[len(x) :].mul_((chain / total)[:, None]))
+        if pull:
+            into.copy_(pulled[len(x):].mul_((scaling.chain / total)[:, None]))
     return out
 
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, teacher_hidden, weight, bias, scaling, workspace_bytes):
-        grad = empty_gradients(hidden, weight, bias, (True, False, False)).hidden
+    def forward(ctx, hidden, *others):
+        grad = Gradients.zeros((hidden, None, None), (True, False, False)).hidden
         ctx.save_for_backward(grad)
         ctx.dtype = hidden.dtype
-        return sweep(hidden, teacher_hidden, weight, bias, scaling, workspace_bytes, grad)
+        return sweep(hidden, *others, grad)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -152,9 +244,8 @@ class _LinearKL(torch.autograd.Function):
 
 
 @runs_as_it_is
-def linear_kl(
-    hidden, teacher_hidden, weight, *, bias=None, temperature=1.0, softcap=0.0, logit_scale=1.0, workspace_bytes=None
-):
+def linear_kl(hidden, teacher_hidden, weight, *, bias=None, temperature=1.0, softcap=0.0, logit_scale=1.0,
+              workspace_bytes=None):
     """KL(student || teacher) of each row over the vocabulary, without the (N, V) logits of either.
 
     hidden and teacher_hidden (N, D), weight (V, D) floating point, bias (V,) or None: the head, and what follows it, is
@@ -173,17 +264,16 @@ def linear_kl(
     if teacher_hidden.shape != hidden.shape or not teacher_hidden.dtype.is_floating_point:
         got = f"{tuple(teacher_hidden.shape)} {teacher_hidden.dtype}"
         raise ValueError(f"teacher_hidden must be floating point {tuple(hidden.shape)}, as hidden, got {got}")
-    frozen = {"teacher_hidden": teacher_hidden, "weight": weight, "bias": bias}
     if teacher_hidden.device != hidden.device:
         raise ValueError(f"teacher_hidden must be on {hidden.device}, got {teacher_hidden.device}")
-    for name, each in frozen.items():
-        if torch.is_grad_enabled() and each is not None and each.requires_grad:
+    for name, each in {"teacher_hidden": teacher_hidden, "weight": weight, "bias": bias}.items():
+        if differentiable(each):
             raise ValueError(f"linear_kl has a gradient in hidden alone: pass {name}.detach(), or freeze it")
     other, _, _ = cast_operands(teacher_hidden, weight, bias)
     hidden, weight, bias = cast_operands(hidden, weight, bias)
     arguments = hidden, other.to(hidden.dtype), weight, bias, scaling, workspace_bytes
     with torch.autocast(hidden.device.type, enabled=False):
-        if torch.is_grad_enabled() and hidden.requires_grad:
+        if differentiable(hidden):
             return _LinearKL.apply(*arguments)
         with torch.no_grad():
             return sweep(*arguments, None)

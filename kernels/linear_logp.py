@@ -1,41 +1,19 @@
-"""Log-probability (and entropy, log-sum-exp, mean log-prob) of targets under softmax(hidden @ weight.T /
-temperature).
+"""Log-probability (and entropy, log-sum-exp, mean log-prob) of targets under a linear head's softmax.
 
 Forward-only it is what the reference policy, the judge and evaluation need: on a GPU one kernel whose logits never
 leave the registers. Where a gradient is needed, forward and backward make the same tiles of logits (`tiles`), so that
 the probabilities of backward sum to 1, and nothing but (N,) numbers is kept between the two.
 """
-
 from __future__ import annotations
 
 import torch
 
-from .common import (
-    INTERPRET,
-    Coefficients,
-    Scaling,
-    TokenStats,
-    architecture,
-    cast_operands,
-    check_arguments,
-    dot_precision,
-    empty_gradients,
-    jit,
-    kept_rows,
-    kernel_factors,
-    on_device,
-    processors,
-    runs_as_it_is,
-    runs_triton,
-    tl,
-    triton,
-    wide,
-)
+from . import common
+from .common import architecture, differentiable, jit, on_device, runs_as_it_is, runs_triton, tl, triton, wide
+from .head import Gradients, Scaling, TokenStats, cast_operands, check_arguments, kept_rows
 from .tiles import chunks, forward_tiles, gradient_tiles
 
-PARTIALS = (
-    5  # running numbers of a (row, part of the vocabulary): maximum, sum, weighted sum, plain sum, target
-)
+PARTIALS = 5  # running numbers of a (row, part of the vocabulary): maximum, sum, weighted sum, plain sum, target
 
 
 @jit("rows", "out_stride")
@@ -111,12 +89,10 @@ OTHER_TILE = (128, 128, 64, 8, 3)
 
 
 def logp_config(arch: str, dtype: torch.dtype, aligned: bool) -> dict:
-    """Tile of logp_kernel for a chip ("sm_86", "gfx1100", ...): one for each, so that no user waits for a search;
-    bench.compile shows that none spills and that each fits the chip's shared memory.
+    """Tile of logp_kernel for a chip: one for each, so that no user waits for a search.
 
-    aligned: hidden size and strides are multiples of 16. Else loads go through registers one element at a
-    time, and the deeper tiles spill.
-    """
+    bench.compile shows that none spills and that each fits the chip's shared memory. aligned: hidden size and strides
+    are multiples of 16. Else loads go through registers one element at a time, and the deeper tiles spill."""
     unaligned = (64 if arch == "sm_100" else 128, 64, 32, 8, 2)
     tile = TILES.get(arch, OTHER_TILE) if aligned else unaligned
     if dtype == torch.float32:
@@ -126,8 +102,9 @@ def logp_config(arch: str, dtype: torch.dtype, aligned: bool) -> dict:
 
 
 def keeps_registers(arch: str) -> bool:
-    """Whether logp_kernel is the better forward on a chip: for Volta and Turing Triton 3.7 makes no tensor-core
-    instructions, and the library's products over tiles use them."""
+    """Whether logp_kernel is the better forward on a chip.
+
+    Not on Volta and Turing: Triton 3.7 makes no tensor-core instructions for them, and the library's products do."""
     return arch not in ("sm_70", "sm_72", "sm_75")
 
 
@@ -145,70 +122,48 @@ def merge(partials: torch.Tensor, vocab: int) -> torch.Tensor:
 
 def triton_forward(x, weight, bias, target, scaling: Scaling) -> torch.Tensor:
     """(4, M): TokenStats rows of x (M, D), all of whose targets count."""
-    rows, width = x.shape
-    vocab = weight.shape[0]
+    (rows, width), vocab, arch = x.shape, len(weight), architecture(x.device)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     assert x.stride(1) == 1 and target.is_contiguous() and (bias is None or bias.is_contiguous())
-    aligned = all(number % 16 == 0 for number in (width, x.stride(0), weight.stride(0)))
-    arch = architecture(x.device)
-    config = logp_config(arch, x.dtype, aligned)
+    config = logp_config(arch, x.dtype, all(number % 16 == 0 for number in (width, x.stride(0), weight.stride(0))))
     row_blocks, columns = triton.cdiv(rows, config["BLOCK_N"]), triton.cdiv(vocab, config["BLOCK_V"])
-    # few rows would leave most of the chip idle: cut the vocabulary until there are two programs per
-    # processor
-    splits = max(1, min(columns, -(-2 * processors(x.device) // row_blocks)))
+    # few rows would leave most of the chip idle: cut the vocabulary until there are two programs per processor
+    splits = max(1, min(columns, -(-2 * common.processors(x.device) // row_blocks)))
     per_split = triton.cdiv(columns, splits) * config["BLOCK_V"]
     splits = triton.cdiv(vocab, per_split)
     out = torch.empty((splits, PARTIALS, rows), dtype=torch.float32, device=x.device)
-    inner, outer = kernel_factors(scaling)
     with on_device(x):
         logp_kernel[(row_blocks * splits,)](
-            x,
-            weight,
-            x if bias is None else bias,
-            target,
-            out,
-            rows,
-            vocab,
-            width,
-            per_split,
-            x.stride(0),
-            weight.stride(0),
-            out.stride(1),
-            inner,
-            outer,
-            HAS_BIAS=bias is not None,
-            HAS_CAP=scaling.softcap > 0,
-            PRECISION=dot_precision(x.dtype, arch),
-            UPCAST=INTERPRET,
-            EVEN_D=width % config["BLOCK_D"] == 0,
-            **config,
-        )
+            x, weight, x if bias is None else bias, target, out, rows, vocab, width, per_split, x.stride(0),
+            weight.stride(0), out.stride(1), *scaling.factors, HAS_BIAS=bias is not None, HAS_CAP=scaling.softcap > 0,
+            PRECISION=common.dot_precision(x.dtype, arch), UPCAST=common.INTERPRET,
+            EVEN_D=width % config["BLOCK_D"] == 0, **config)
     return merge(out, vocab)
 
 
-def forward_stats(
-    hidden, weight, bias, target, scaling: Scaling, rows, workspace_bytes, *, all_four=True, in_tiles=False
-) -> torch.Tensor:
-    """(4, N): the TokenStats rows, 0 where not in `rows` (M,) int64. Without all_four, entropy and mean_logp may be
-    left at 0. in_tiles: from the logits that gradient_tiles will make, else on a GPU from fp32 logits in registers."""
-    out = torch.zeros((4, hidden.shape[0]), dtype=wide(hidden.dtype), device=hidden.device)
+def forward_stats(hidden, weight, bias, target, rows, scaling: Scaling, workspace_bytes, *, all_four=True,
+                  in_tiles=False) -> torch.Tensor:
+    """(4, N): the TokenStats rows, 0 where not in `rows` (M,) int64.
+
+    Without all_four, entropy and mean_logp may be left at 0. in_tiles: from the logits that gradient_tiles will make,
+    else on a GPU from fp32 logits in registers."""
+    out = torch.zeros((4, len(hidden)), dtype=wide(hidden.dtype), device=hidden.device)
     if runs_triton(hidden) and not in_tiles and keeps_registers(architecture(hidden.device)):
         if len(rows):
             x, wanted = hidden.index_select(0, rows), target.index_select(0, rows)
             out.index_copy_(1, rows, triton_forward(x, weight, bias, wanted, scaling))
         return out
-    for index, chunk in chunks(hidden, weight, bias, target, rows, workspace_bytes):
-        stats, _, _ = forward_tiles(chunk, scaling, pull=False, all_four=all_four)
-        out.index_copy_(1, index, torch.stack(stats))
+    for index, chunk in chunks(hidden, weight, bias, target, rows, scaling, workspace_bytes):
+        out.index_copy_(1, index, torch.stack(forward_tiles(chunk, pull=False, all_four=all_four)[0]))
     return out
 
 
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, scaling, rows, workspace_bytes, all_four):
-        options = {"all_four": all_four, "in_tiles": True}
-        out = forward_stats(hidden, weight, bias, target, scaling, rows, workspace_bytes, **options)
-        ctx.save_for_backward(hidden, weight, bias, target, rows, out)
+    def forward(ctx, *arguments):
+        *operands, scaling, workspace_bytes, all_four = arguments
+        out = forward_stats(*operands, scaling, workspace_bytes, all_four=all_four, in_tiles=True)
+        ctx.save_for_backward(*operands, out)
         ctx.options = scaling, workspace_bytes
         ctx.set_materialize_grads(False)
         return tuple(out)
@@ -216,27 +171,19 @@ class _LinearLogp(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grad_stats):
-        hidden, weight, bias, target, rows, out = ctx.saved_tensors
-        scaling, workspace_bytes = ctx.options
-        grads = empty_gradients(hidden, weight, bias, tuple(ctx.needs_input_grad[:3]))
+        *operands, out = ctx.saved_tensors
+        grads = Gradients.zeros(operands[:3], ctx.needs_input_grad)
         if any(each is not None for each in grad_stats):
-            for index, chunk in chunks(hidden, weight, bias, target, rows, workspace_bytes):
-                stats = TokenStats(*out.index_select(1, index))
-                coefs = Coefficients(
-                    *(None if each is None else each.index_select(0, index) for each in grad_stats)
-                )
-                gradient_tiles(chunk, index, stats, coefs, scaling, grads)
-        cast = (
-            None if grad is None else grad.to(like.dtype) for grad, like in zip(grads, (hidden, weight, bias))
-        )
+            for index, chunk in chunks(*operands, *ctx.options):
+                coefs = TokenStats(*(None if each is None else each.index_select(0, index) for each in grad_stats))
+                gradient_tiles(chunk, index, TokenStats(*out.index_select(1, index)), coefs, grads)
+        cast = (None if grad is None else grad.to(like.dtype) for grad, like in zip(grads, operands))
         return *cast, None, None, None, None, None
 
 
 @runs_as_it_is
-def linear_logp(
-    hidden, weight, target, *, bias=None, temperature=1.0, softcap=0.0, logit_scale=1.0,
-    ignore_index=-100, rows=None, return_stats=False, workspace_bytes=None
-):
+def linear_logp(hidden, weight, target, *, bias=None, temperature=1.0, softcap=0.0, logit_scale=1.0, ignore_index=-100,
+                rows=None, return_stats=False, workspace_bytes=None):
     """Per-token log-prob of target under the model's head, without the (N, V) logits.
 
     hidden (N, D) and weight (V, D) floating point, bias (V,) or None, target (N,) int64. Returns logp (N,),
@@ -247,13 +194,10 @@ def linear_logp(
     scaling = Scaling(float(temperature), float(softcap), float(logit_scale))
     check_arguments(hidden, weight, target, bias, scaling)
     hidden, weight, bias = cast_operands(hidden, weight, bias)
-    rows = kept_rows(target, ignore_index, weight.shape[0], rows)
-    arguments = hidden, weight, bias, target, scaling, rows, workspace_bytes
-    differentiable = torch.is_grad_enabled() and any(
-        each is not None and each.requires_grad for each in (hidden, weight, bias)
-    )
+    rows = kept_rows(target, ignore_index, len(weight), rows)
+    arguments = hidden, weight, bias, target, rows, scaling, workspace_bytes
     with torch.autocast(hidden.device.type, enabled=False):
-        if differentiable:
+        if differentiable(hidden, weight, bias):
             stats = TokenStats(*_LinearLogp.apply(*arguments, return_stats))
         else:
             with torch.no_grad():

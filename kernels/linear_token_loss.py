@@ -7,100 +7,79 @@ those numbers alone gives the derivative in each statistic, and the gradient in 
 already. With a frozen weight that is two products of N * V * D, the least there is, and nothing of size N x V exists.
 Backward is a multiplication by the incoming scalar.
 """
-
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
 
-from .common import (
-    Coefficients,
-    Gradients,
-    Scaling,
-    TokenStats,
-    cast_operands,
-    check_arguments,
-    empty_gradients,
-    kept_rows,
-    runs_as_it_is,
-    wide,
-)
+from .common import differentiable, runs_as_it_is, wide
+from .head import Gradients, Scaling, TokenStats, cast_operands, check_arguments, kept_rows
 from .linear_logp import forward_stats
-from .tiles import chunks, covers, forward_tiles, gradient_tiles, pulled_gradient
+from .tiles import chunks, forward_tiles, gradient_tiles, pulled_gradient
 
 LossFn = Callable[[TokenStats, torch.Tensor], torch.Tensor]
 
 
-def loss_and_coefficients(loss_fn: LossFn, stats: TokenStats, rows, *, need_grad: bool):
-    """Sum of loss_fn over one chunk, and its derivative in each of the four statistics (None if unused)."""
-    leaves = TokenStats(*(each.detach().requires_grad_(need_grad) for each in stats))
-    with torch.set_grad_enabled(need_grad):
-        per_token = loss_fn(leaves, rows)
-        if per_token.shape != rows.shape:
-            raise ValueError(
-                f"loss_fn must return one loss per row, {tuple(rows.shape)}, got {tuple(per_token.shape)}"
-            )
-        loss = per_token.sum()
-    if not need_grad or not loss.requires_grad:
-        return loss.detach(), None
-    coefs = Coefficients(*torch.autograd.grad(loss, leaves, allow_unused=True))
-    return loss.detach(), None if all(each is None for each in coefs) else coefs
+def summed(loss_fn: LossFn, stats: TokenStats, rows) -> torch.Tensor:
+    """Sum of loss_fn over some rows."""
+    per_token = loss_fn(stats, rows)
+    if per_token.shape != rows.shape:
+        raise ValueError(f"loss_fn must return one loss per row, {tuple(rows.shape)}, got {tuple(per_token.shape)}")
+    return per_token.sum()
 
 
-def sweep(
-    hidden, weight, bias, target, loss_fn, scaling: Scaling, rows, workspace_bytes, all_stats: bool, grads: Gradients
-):
-    """One pass over the rows that count, (M,) int64. Returns (loss scalar, TokenStats of (N,)), and fills `grads`."""
-    dtype, device = wide(hidden.dtype), hidden.device
-    # what a head that trains needs, or a loss that uses the entropy, takes the logits a second time
-    pull = grads.hidden is not None and grads.weight is None and grads.bias is None
-    out = torch.zeros((4, hidden.shape[0]), dtype=dtype, device=device)
-    loss = torch.zeros((), dtype=dtype, device=device)
-    for index, chunk in chunks(hidden, weight, bias, target, rows, workspace_bytes):
-        stats, end, pulled = forward_tiles(chunk, scaling, pull=pull, all_four=all_stats)
-        part, coefs = loss_and_coefficients(loss_fn, stats, index, need_grad=True)
-        if coefs is not None and not all_stats and (coefs.entropy is not None or coefs.mean_logp is not None):
-            raise ValueError("loss_fn uses entropy or mean_logp, which all_stats=False leaves at 0: leave it at True")
-        loss += part
-        out.index_copy_(1, index, torch.stack(stats))
-        if coefs is None:
-            continue
-        if pull and covers(coefs, scaling):
-            grad = pulled_gradient(chunk, pulled, end, coefs, scaling)
-            grads.hidden.index_copy_(0, index, grad.to(grads.hidden.dtype))
-        else:
-            pull = False  # the loss will use the same statistics of the next chunk
-            gradient_tiles(chunk, index, stats, coefs, scaling, grads)
-    return loss, TokenStats(*out)
+def loss_and_coefficients(loss_fn: LossFn, stats: TokenStats, rows) -> tuple[torch.Tensor, TokenStats]:
+    """Sum of loss_fn over one chunk, and its derivative in each of the four statistics, None if unused."""
+    leaves = TokenStats(*(each.detach().requires_grad_() for each in stats))
+    with torch.enable_grad():
+        loss = summed(loss_fn, leaves, rows)
+    found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * 4
+    return loss.detach(), TokenStats(*found)
 
 
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, loss_fn, scaling, rows, workspace_bytes, all_stats):
-        needs = tuple(ctx.needs_input_grad[:3])
-        grads = empty_gradients(hidden, weight, bias, needs)
-        loss, stats = sweep(hidden, weight, bias, target, loss_fn, scaling, rows, workspace_bytes, all_stats, grads)
+    def forward(ctx, loss_fn, all_stats, *arguments):
+        """One pass over the rows that count; arguments as of `chunks`."""
+        hidden, scaling, needs = arguments[0], arguments[5], ctx.needs_input_grad[2:5]
+        grads = Gradients.zeros(arguments[:3], needs)
+        # what a head that trains needs, or a loss that uses the entropy, takes the logits a second time
+        pull = needs == (True, False, False)
+        out = torch.zeros((4, len(hidden)), dtype=wide(hidden.dtype), device=hidden.device)
+        loss = out.new_zeros(())
+        for index, chunk in chunks(*arguments):
+            stats, end, pulled = forward_tiles(chunk, pull=pull, all_four=all_stats)
+            part, coefs = loss_and_coefficients(loss_fn, stats, index)
+            if not all_stats and (coefs.entropy is not None or coefs.mean_logp is not None):
+                raise ValueError("loss_fn uses entropy or mean_logp, which all_stats=False leaves at 0: "
+                                 "leave it at True")
+            loss += part
+            out.index_copy_(1, index, torch.stack(stats))
+            if all(each is None for each in coefs):
+                continue
+            if pull and coefs.entropy is None and (coefs.mean_logp is None or not scaling.softcap):
+                grad = pulled_gradient(chunk, pulled, end, coefs)
+                grads.hidden.index_copy_(0, index, grad.to(grads.hidden.dtype))
+            else:
+                pull = False  # the loss will use the same statistics of the next chunk
+                gradient_tiles(chunk, index, stats, coefs, grads)
         ctx.save_for_backward(*grads)
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(*stats)
+        ctx.dtypes = [each if each is None else each.dtype for each in arguments[:3]]
+        ctx.mark_non_differentiable(*(stats := out.unbind()))
         return loss, *stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
-        grads = (
-            None if grad is None else (grad * grad_loss).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
-        )
-        return *grads, None, None, None, None, None, None
+        grads = (None if grad is None else (grad * grad_loss).to(dtype)
+                 for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        return None, None, *grads, None, None, None, None
 
 
 @runs_as_it_is
-def linear_token_loss(
-    hidden, weight, target, loss_fn: LossFn, *, bias=None, temperature=1.0, softcap=0.0, logit_scale=1.0,
-    ignore_index=-100, rows=None, all_stats=True, workspace_bytes=None
-):
+def linear_token_loss(hidden, weight, target, loss_fn: LossFn, *, bias=None, temperature=1.0, softcap=0.0,
+                      logit_scale=1.0, ignore_index=-100, rows=None, all_stats=True, workspace_bytes=None):
     """Sum over rows of loss_fn(statistics of the target), with its gradient, without the (N, V) logits.
 
     hidden (N, D) and weight (V, D) floating point, bias (V,) or None, target (N,) int64; rows whose target is
@@ -119,19 +98,14 @@ def linear_token_loss(
     """
     scaling = Scaling(float(temperature), float(softcap), float(logit_scale))
     check_arguments(hidden, weight, target, bias, scaling)
-    rows = kept_rows(target, ignore_index, weight.shape[0], rows)
+    rows = kept_rows(target, ignore_index, len(weight), rows)
     hidden, weight, bias = cast_operands(hidden, weight, bias)
+    arguments = hidden, weight, bias, target, rows, scaling, workspace_bytes
     with torch.autocast(hidden.device.type, enabled=False):
-        if torch.is_grad_enabled() and any(
-            each is not None and each.requires_grad for each in (hidden, weight, bias)
-        ):
-            loss, *stats = _LinearTokenLoss.apply(
-                hidden, weight, bias, target, loss_fn, scaling, rows, workspace_bytes, all_stats
-            )
+        if differentiable(hidden, weight, bias):
+            loss, *stats = _LinearTokenLoss.apply(loss_fn, all_stats, *arguments)
             return loss, TokenStats(*stats)
         with torch.no_grad():
-            out = forward_stats(hidden, weight, bias, target, scaling, rows, workspace_bytes, all_four=all_stats)
-        loss = out.new_zeros(())
-        if len(rows):
-            loss, _ = loss_and_coefficients(loss_fn, TokenStats(*out[:, rows]), rows, need_grad=False)
+            out = forward_stats(*arguments, all_four=all_stats)
+            loss = summed(loss_fn, TokenStats(*out[:, rows]), rows) if len(rows) else out.new_zeros(())
         return loss, TokenStats(*out)

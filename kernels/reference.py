@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import torch
 
-from .common import TokenStats, wide
+from .common import wide
+from .head import TokenStats
 
 
 def full_logits(hidden, weight, *, bias=None, temperature=1.0, softcap=0.0, logit_scale=1.0) -> torch.Tensor:
@@ -21,22 +22,9 @@ def full_logits(hidden, weight, *, bias=None, temperature=1.0, softcap=0.0, logi
     return logits / temperature
 
 
-def linear_logp(
-    hidden,
-    weight,
-    target,
-    *,
-    bias=None,
-    temperature=1.0,
-    softcap=0.0,
-    logit_scale=1.0,
-    ignore_index=-100,
-    return_stats=False,
-):
+def linear_logp(hidden, weight, target, *, ignore_index=-100, return_stats=False, **head):
     """See kernels.linear_logp.linear_logp; differentiable by autograd."""
-    logits = full_logits(
-        hidden, weight, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
-    )
+    logits = full_logits(hidden, weight, **head)
     kept = target != ignore_index
     log_softmax = torch.log_softmax(logits, -1)  # (N, V)
     picked = log_softmax.gather(1, target.masked_fill(~kept, 0)[:, None]).squeeze(1)
@@ -46,31 +34,9 @@ def linear_logp(
     return stats if return_stats else stats.logp
 
 
-def linear_token_loss(
-    hidden,
-    weight,
-    target,
-    loss_fn,
-    *,
-    bias=None,
-    temperature=1.0,
-    softcap=0.0,
-    logit_scale=1.0,
-    ignore_index=-100,
-):
-    """See kernels.linear_token_loss.linear_token_loss; the loss function is called once, on all rows that
-    count."""
-    stats = linear_logp(
-        hidden,
-        weight,
-        target,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        return_stats=True,
-    )
+def linear_token_loss(hidden, weight, target, loss_fn, *, ignore_index=-100, **head):
+    """See kernels.linear_token_loss.linear_token_loss; calls the loss function once, on all rows that count."""
+    stats = linear_logp(hidden, weight, target, ignore_index=ignore_index, return_stats=True, **head)
     rows = (target != ignore_index).nonzero().squeeze(1)
     loss = loss_fn(TokenStats(*(each[rows] for each in stats)), rows).sum()
     return loss, TokenStats(*(each.detach() for each in stats))

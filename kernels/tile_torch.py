@@ -1,33 +1,28 @@
-"""The elementwise passes over one tile of logits (C rows, K columns of the vocabulary) in torch: the path of the CPU
-and of devices without Triton. `tiles` says what they compute."""
-
+"""The passes over one tile of logits (C rows, K columns of the vocabulary) in torch: the path of the CPU and of devices
+without Triton. `tiles` says what they compute."""
 from __future__ import annotations
 
 import math
 
 import torch
 
-from .common import BLOCK_BYTES, Chunk, Scaling, kernel_factors, scaled, slack_and_lift, wide
+from .common import BLOCK_BYTES, wide
+from .head import Chunk, slack_and_lift
 
 LOG_TINY = -80.0  # exp of it is nothing in fp32; keeps 0 * log 0 finite
 
 
-def block_rows(columns: int, dtype: torch.dtype) -> int:
-    """Rows of a tile whose wide copy fits BLOCK_BYTES."""
-    return max(1, BLOCK_BYTES // (columns * wide(dtype).itemsize))
-
-
-def torch_scratch(chunk: Chunk, count: int = 3) -> torch.Tensor:
-    """(count, R, K), flat, for the elementwise passes in torch; the system gives memory only to what is written."""
-    rows, columns = len(chunk.x), min(chunk.columns, chunk.weight.shape[0])
-    shape = count, min(rows, block_rows(columns, chunk.x.dtype)) * columns
-    return torch.empty(shape, dtype=wide(chunk.x.dtype), device=chunk.x.device)
+def new_scratch(like: torch.Tensor, rows: int, columns: int, count: int) -> torch.Tensor:
+    """(count, R * K) for blocks of R of the rows of a tile that stay in the cache."""
+    dtype = wide(like.dtype)
+    rows = min(rows, max(1, BLOCK_BYTES // (columns * dtype.itemsize)))
+    return torch.empty((count, rows * columns), dtype=dtype, device=like.device)
 
 
 def blocks_of(logits, scratch):
-    """Yield (slice of rows, scratch (3 or so, R, K)) for blocks of rows of a tile (C, K) that stay in the cache."""
+    """Yield (slice of rows, scratch (count, R, K)) for blocks of rows of a tile (C, K)."""
     columns = logits.shape[1]
-    step = min(block_rows(columns, logits.dtype), scratch.shape[1] // columns)
+    step = scratch.shape[1] // columns
     for start in range(0, len(logits), step):
         block = slice(start, min(start + step, len(logits)))
         count = block.stop - start
@@ -40,25 +35,24 @@ def hits_of(target, first: int, columns: int) -> tuple[torch.Tensor, torch.Tenso
     return rows, target.index_select(0, rows) - first
 
 
-def torch_tile(chunk: Chunk, logits, first, sums, factor, scratch, scaling: Scaling, *, keep, all_four) -> None:
-    """What tile_kernel does, in torch, block by block of rows in the cache; but the shift is looked for in the first
-    tile only, and then where a sum shows that a logit has outgrown it. Without all_four, weighted and plain are left
-    at 0, which saves two passes of five."""
-    wide_raw, (slack, lift) = logits.dtype == wide(logits.dtype), slack_and_lift(logits.dtype)
-    inner, outer = kernel_factors(scaling)
-    rows, places = hits_of(chunk.target, first, logits.shape[1])
-    for block, (z, e, slope) in blocks_of(logits, scratch):
+def tile(chunk: Chunk, logits, first: int, sums, factor, *, keep: bool, all_four: bool) -> None:
+    """Do what tile_kernel does, but look for the shift in the first tile only.
+
+    And then where a sum shows that a logit has outgrown it. Without all_four, weighted and plain are left at 0, which
+    saves two passes of five."""
+    scaling = chunk.scaling
+    wide_raw, (slack, lift), (inner, outer) = logits.dtype == sums.dtype, slack_and_lift(logits.dtype), scaling.factors
+    for block, (z, e, slope) in blocks_of(logits, chunk.scratch):
         raw, (shift, rest, weighted, plain) = logits[block], sums[:, block]
-        here = (rows >= block.start) & (rows < block.stop)
-        hit = rows[here] - block.start, places[here]
+        hit = hits_of(chunk.target[block], first, logits.shape[1])
+        source = raw if wide_raw and inner == 1.0 and not scaling.softcap else z.copy_(raw)
+        if inner != 1.0:
+            z.mul_(inner)
         if scaling.softcap:
-            z.copy_(raw).mul_(inner).tanh_()
+            z.tanh_()
             if keep:
                 torch.mul(z, z, out=slope).neg_().add_(1.0)
             z.mul_(outer)
-        elif inner != 1.0 or not wide_raw:
-            z.copy_(raw).mul_(inner) if inner != 1.0 else z.copy_(raw)
-        source = raw if wide_raw and inner == 1.0 and not scaling.softcap else z
         new = shift
         if first == 0 or slack == 0.0:
             top = source.amax(-1)
@@ -73,7 +67,7 @@ def torch_tile(chunk: Chunk, logits, first, sums, factor, scratch, scaling: Scal
             total = exp_without(hit, z.sub_(rise[:, None]), e)
         rescale = torch.exp(shift - new, out=factor[block])
         if all_four:
-            z[hit] = scaled(chunk.raw_target[block][hit[0]], scaling) - new[hit[0]]
+            z[hit] = scaling.of(chunk.raw_target[block][hit[0]]) - new[hit[0]]
             plain.add_(z.sum(-1)).add_(new, alpha=logits.shape[1])
             weighted.add_(rest * (shift - new)).mul_(rescale).add_(z.mul_(e).sum(-1))
         rest.mul_(rescale).add_(total)
@@ -91,19 +85,27 @@ def exp_without(hit, z, e) -> torch.Tensor:
     return e.sum(-1)
 
 
-def torch_gradient(chunk: Chunk, logits, first: int, numbers, coefs, scratch, scaling: Scaling) -> None:
-    """What gradient_kernel does, in torch: logits (C, K) raw become their gradient; numbers (3, C), coefs (4, C)."""
-    chain, (inner, outer) = scaling.logit_scale / scaling.temperature, kernel_factors(scaling)
-    rows, places = hits_of(chunk.target, first, logits.shape[1])
+def pull(pulled, logits, part, factor) -> None:
+    """pulled (C, D) <- factor (C,) * pulled + logits (C, K) @ part (K, D)."""
+    if (factor != 1.0).any():
+        pulled.mul_(factor[:, None])
+    if logits.dtype == pulled.dtype:
+        torch.addmm(pulled, logits, part, out=pulled)
+    else:
+        pulled.add_(logits @ part)
+
+
+def gradient(chunk: Chunk, logits, first: int, numbers, coefs) -> None:
+    """Do what gradient_kernel does: logits (C, K) raw become their gradient; numbers (3, C), coefs (4, C)."""
+    inner, outer = chunk.scaling.factors
     miss, entropy, lse = numbers
-    a, b, c, d = (each * chain for each in coefs)
-    for block, (logp, p, slope) in blocks_of(logits, scratch):
-        here = (rows >= block.start) & (rows < block.stop)
-        hit = rows[here] - block.start, places[here]
+    a, b, c, d = coefs * chunk.scaling.chain
+    for block, (logp, p, slope) in blocks_of(logits, chunk.scratch):
+        hit = hits_of(chunk.target[block], first, logits.shape[1])
         logp.copy_(logits[block])
         logp[hit] = chunk.raw_target[block][hit[0]]
         logp.mul_(inner)
-        if scaling.softcap:
+        if chunk.scaling.softcap:
             logp.tanh_()
             torch.mul(logp, logp, out=slope).neg_().add_(1.0)
             logp.mul_(outer)
@@ -113,4 +115,4 @@ def torch_gradient(chunk: Chunk, logits, first: int, numbers, coefs, scratch, sc
         logp[hit] += a[block][hit[0]]  # a (1 - p_t) is added whole: in parts it would lose its digits at p_t near 1
         p.mul_(logp).add_((d / chunk.weight.shape[0])[block, None])
         p[hit] += (a * miss)[block][hit[0]]
-        logits[block].copy_(p.mul_(slope) if scaling.softcap else p)
+        logits[block].copy_(p.mul_(slope) if chunk.scaling.softcap else p)

@@ -1,43 +1,14 @@
 """Triton kernels over one tile of logits (C rows, K columns of the vocabulary), and their launchers. `tiles` says what
 they compute, `tile_torch` does the same on a CPU."""
-
 from __future__ import annotations
 
-from .common import (
-    PAD,
-    Chunk,
-    Scaling,
-    architecture,
-    jit,
-    kernel_factors,
-    on_device,
-    padded,
-    slack_and_lift,
-    tl,
-    triton,
-)
+from .common import PAD, architecture, jit, on_device, padded, tl, triton
+from .head import Chunk, slack_and_lift
 
 
 @jit("sums_stride", "first", "columns")
-def tile_kernel(
-    logits,
-    target,
-    raw_target,
-    sums,
-    factor,
-    row_stride,
-    sums_stride,
-    first,
-    columns,
-    whole,
-    inner,
-    outer,
-    slack,
-    lift,
-    HAS_CAP: tl.constexpr,
-    KEEP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def tile_kernel(logits, target, raw_target, sums, factor, row_stride, sums_stride, first, columns, whole, inner, outer,
+                slack, lift, HAS_CAP: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr):
     """One program per row: one tile of raw logits (C, K), read once, into the running sums; with KEEP the tile becomes
     exp(z - m) cap'(z), 0 at the target.
 
@@ -88,24 +59,8 @@ def pull_kernel(pulled, part, factor, pulled_stride, part_stride, width, blocks,
 
 
 @jit("numbers_stride", "first", "columns")
-def gradient_kernel(
-    logits,
-    target,
-    raw_target,
-    numbers,
-    coefs,
-    row_stride,
-    numbers_stride,
-    first,
-    columns,
-    whole,
-    vocab,
-    inner,
-    outer,
-    chain,
-    HAS_CAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def gradient_kernel(logits, target, raw_target, numbers, coefs, row_stride, numbers_stride, first, columns, whole,
+                    vocab, inner, outer, chain, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
     """One program per row: a tile of raw logits (C, K) becomes the gradient in the raw logits, in place.
 
     numbers (3, C) fp32: 1 - p_t, entropy, lse; coefs (4, C) fp32 in the order of TokenStats; first, columns and whole
@@ -139,11 +94,11 @@ def gradient_kernel(
 
 
 def row_config(columns: int, arch: str) -> dict:
-    """Block and warps of the kernels that keep a row of a tile in registers: 8 elements a thread, so that loads are
-    16 bytes wide and the few arrays of that length fit the registers of every chip."""
+    """Block and warps of the kernels that keep a row of a tile in registers.
+
+    8 elements a thread: loads are 16 bytes wide, and the few arrays of that length fit the registers of every chip."""
     block = triton.next_power_of_2(columns)
-    warp_size = 64 if arch.startswith("gfx9") else 32
-    return {"BLOCK": block, "num_warps": max(1, block // (8 * warp_size))}
+    return {"BLOCK": block, "num_warps": max(1, block // (512 if arch.startswith("gfx9") else 256))}
 
 
 def pull_config(width: int) -> dict:
@@ -158,39 +113,34 @@ def touchable(logits) -> int:
     return padded(columns) if stride % PAD == 0 and stride >= columns else columns
 
 
-def triton_tile(chunk: Chunk, logits, first: int, sums, factor, scaling: Scaling, *, keep: bool) -> None:
+def tile(chunk: Chunk, logits, first: int, sums, factor, *, keep: bool, all_four: bool = True) -> None:
     """tile_kernel on a tile (C, K) raw; sums (4, C), factor (C,) fp32."""
     target, raw_target = chunk.target, chunk.raw_target
     assert logits.stride(1) == 1 and target.is_contiguous() and raw_target.is_contiguous() and sums.stride(1) == 1
-    inner, outer = kernel_factors(scaling)
     with on_device(logits):
         tile_kernel[(len(logits),)](
             logits, target, raw_target, sums, factor, logits.stride(0), sums.stride(0), first, logits.shape[1],
-            touchable(logits), inner, outer, *slack_and_lift(logits.dtype), HAS_CAP=scaling.softcap > 0, KEEP=keep,
-            **row_config(chunk.columns, architecture(logits.device)),
-        )  # fmt: skip
+            touchable(logits), *chunk.scaling.factors, *slack_and_lift(logits.dtype),
+            HAS_CAP=chunk.scaling.softcap > 0, KEEP=keep, **row_config(chunk.columns, architecture(logits.device)))
 
 
-def triton_pull(pulled, part, factor) -> None:
-    """pull_kernel: pulled (C, D) fp32, part (C, D), factor (C,)."""
+def pull(pulled, logits, part, factor) -> None:
+    """pulled (C, D) fp32 <- factor (C,) * pulled + logits (C, K) @ part (K, D), by pull_kernel."""
+    part, width = logits @ part, pulled.shape[1]
     assert pulled.stride(1) == part.stride(1) == 1
-    config = pull_config(pulled.shape[1])
-    blocks = triton.cdiv(pulled.shape[1], config["BLOCK"])
+    config = pull_config(width)
+    blocks = triton.cdiv(width, config["BLOCK"])
     with on_device(pulled):
-        pull_kernel[(len(pulled) * blocks,)](
-            pulled, part, factor, pulled.stride(0), part.stride(0), pulled.shape[1], blocks, **config
-        )
+        pull_kernel[(len(pulled) * blocks,)](pulled, part, factor, pulled.stride(0), part.stride(0), width, blocks,
+                                             **config)
 
 
-def triton_gradient(chunk: Chunk, logits, first: int, numbers, coefs, scaling: Scaling) -> None:
+def gradient(chunk: Chunk, logits, first: int, numbers, coefs) -> None:
     """gradient_kernel in place on a tile (C, K) raw; numbers (3, C) and coefs (4, C) fp32."""
-    target, raw_target = chunk.target, chunk.raw_target
-    assert logits.stride(1) == 1 and target.is_contiguous() and raw_target.is_contiguous()
-    assert numbers.is_contiguous() and coefs.is_contiguous()
-    inner, outer = kernel_factors(scaling)
+    target, raw_target, scaling = chunk.target, chunk.raw_target, chunk.scaling
+    assert all(each.is_contiguous() for each in (target, raw_target, numbers, coefs)) and logits.stride(1) == 1
     with on_device(logits):
         gradient_kernel[(len(logits),)](
             logits, target, raw_target, numbers, coefs, logits.stride(0), numbers.stride(0), first, logits.shape[1],
-            touchable(logits), chunk.weight.shape[0], inner, outer, scaling.logit_scale / scaling.temperature,
-            HAS_CAP=scaling.softcap > 0, **row_config(chunk.columns, architecture(logits.device)),
-        )  # fmt: skip
+            touchable(logits), chunk.weight.shape[0], *scaling.factors, scaling.chain, HAS_CAP=scaling.softcap > 0,
+            **row_config(chunk.columns, architecture(logits.device)))

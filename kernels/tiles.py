@@ -14,70 +14,64 @@ target is left out of the sums: 1 - p_t = rest / total keeps its relative accura
 `gradient_tiles` makes the logits again, for what that does not cover: the entropy, a trainable head, backward of
 linear_logp.
 """
-
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
 
-from .common import (
-    Chunk,
-    Coefficients,
-    Gradients,
-    Scaling,
-    TokenStats,
-    empty_sum,
-    kernel_factors,
-    power_of_two,
-    raw_logits,
-    raw_target_logit,
-    row_spans,
-    runs_triton,
-    scaled,
-    tile_shape,
-    wide,
-)
-from .tile_torch import torch_gradient, torch_scratch, torch_tile
-from .tile_triton import triton_gradient, triton_pull, triton_tile
+from . import tile_torch, tile_triton
+from .common import runs_triton, tile_shape, wide
+from .head import Chunk, Gradients, Scaling, TokenStats, raw_target_logit, row_spans
 
 LOWEST = -1e30  # shift of a row before its first tile: finite, so that 0 * (LOWEST - m) is 0
 
 
 class RowEnd(NamedTuple):
     """What is left of the running sums after the last tile, relative to max(m, z_t); each (C,)."""
-
     total: torch.Tensor  # sum_j exp(z_j - max)
     target_exp: torch.Tensor  # exp(z_t - max)
     rest: torch.Tensor  # total - target_exp, summed without the target
     lift: torch.Tensor  # exp(m - max): puts `pulled` on the same scale
 
 
-def chunks(hidden, weight, bias, target, rows, workspace_bytes: int | None):
+def room(hidden, weight, rows: int, workspace_bytes: int | None, *, logits: int = 1, scratch: int = 3):
+    """(rows of each chunk, (workspace, columns, scratch) of a Chunk) for so many `logits` a row and column."""
+    itemsize, kind = logits * hidden.element_size(), hidden.device.type
+    sizes, columns = tile_shape(rows, len(weight), itemsize, workspace_bytes, kind)
+    most = max(sizes, default=0)
+    workspace = torch.empty(logits * most * columns, dtype=hidden.dtype, device=hidden.device)
+    blocks = None if runs_triton(hidden) else tile_torch.new_scratch(hidden, most, min(columns, len(weight)), scratch)
+    return sizes, (workspace, columns, blocks)
+
+
+def chunks(hidden, weight, bias, target, rows, scaling: Scaling, workspace_bytes: int | None):
     """Yield (rows of the chunk (C,) int64, Chunk) for the given rows of hidden (N, D) and target (N,)."""
-    sizes, columns = tile_shape(len(rows), weight.shape[0], hidden.element_size(), workspace_bytes, hidden.device.type)
-    workspace = torch.empty(max(sizes, default=0) * columns, dtype=hidden.dtype, device=hidden.device)
+    sizes, place = room(hidden, weight, len(rows), workspace_bytes)
     for index in rows.split(sizes):
         x, wanted = hidden.index_select(0, index), target.index_select(0, index)
-        yield index, Chunk(x, weight, bias, wanted, raw_target_logit(x, weight, bias, wanted), workspace, columns)
+        yield index, Chunk(x, weight, bias, wanted, raw_target_logit(x, weight, bias, wanted), scaling, *place)
 
 
 def tiles(chunk: Chunk):
     """Yield (first, weight[first : first + K] (K, D), logits (C, K) raw) for each tile of the vocabulary."""
-    rows, vocab = len(chunk.x), chunk.weight.shape[0]
+    rows, vocab = len(chunk.x), len(chunk.weight)
     for first in range(0, vocab, chunk.columns):
         columns = min(chunk.columns, vocab - first)
         stride = chunk.columns if runs_triton(chunk.x) else columns  # see PAD
         logits = chunk.workspace[: rows * stride].view(rows, stride)[:, :columns]
-        span = slice(first, first + columns)
-        raw_logits(chunk.x, chunk.weight[span], None if chunk.bias is None else chunk.bias[span], logits)
-        yield first, chunk.weight[span], logits
+        part = chunk.weight[first:first + columns]
+        if chunk.bias is None:
+            torch.mm(chunk.x, part.t(), out=logits)
+        else:
+            torch.addmm(chunk.bias[first:first + columns], chunk.x, part.t(), out=logits)
+        yield first, part, logits
 
 
-def finish(chunk: Chunk, sums, scaling: Scaling, *, all_four: bool) -> tuple[TokenStats, RowEnd]:
+def finish(chunk: Chunk, sums, *, all_four: bool) -> tuple[TokenStats, RowEnd]:
     """The statistics of each row from its running sums (4, C)."""
     shift, rest, weighted, plain = sums
-    target_z = scaled(chunk.raw_target, scaling)
+    target_z = chunk.scaling.of(chunk.raw_target)
     top = torch.maximum(shift, target_z)
     gap = shift - top
     lift = gap.exp()
@@ -91,81 +85,59 @@ def finish(chunk: Chunk, sums, scaling: Scaling, *, all_four: bool) -> tuple[Tok
     entropy, mean_logp = torch.zeros_like(rest), torch.zeros_like(rest)
     if all_four:
         entropy = log_total - (weighted + target_exp * offset) / total
-        mean_logp = plain / chunk.weight.shape[0] - (top + log_total)
+        mean_logp = plain / len(chunk.weight) - (top + log_total)
     return TokenStats(logp, entropy, top + log_total, mean_logp), RowEnd(total, target_exp, rest, lift)
 
 
-def forward_tiles(chunk: Chunk, scaling: Scaling, *, pull: bool, all_four: bool = True):
-    """(TokenStats, RowEnd, pulled (C, D) or None without `pull`) of a chunk. Without all_four, entropy and mean_logp
-    may come back as 0."""
+def forward_tiles(chunk: Chunk, *, pull: bool, all_four: bool = True):
+    """(TokenStats, RowEnd, pulled (C, D) or None without `pull`) of a chunk.
+
+    Without all_four, entropy and mean_logp may come back as 0."""
     x, dtype, on_triton = chunk.x, wide(chunk.x.dtype), runs_triton(chunk.x)
+    on = tile_triton if on_triton else tile_torch
     sums = torch.zeros((4, len(x)), dtype=dtype, device=x.device)
     sums[0] = LOWEST
     factor = torch.ones(len(x), dtype=dtype, device=x.device)
-    pulled = empty_sum(x) if pull else None
-    scratch = None if on_triton else torch_scratch(chunk)
+    pulled = torch.zeros_like(x, dtype=dtype) if pull else None
     for first, part, logits in tiles(chunk):
-        if on_triton:
-            triton_tile(chunk, logits, first, sums, factor, scaling, keep=pull)
-            if pull:
-                triton_pull(pulled, logits @ part, factor)
-            continue
-        torch_tile(chunk, logits, first, sums, factor, scratch, scaling, keep=pull, all_four=all_four)
+        on.tile(chunk, logits, first, sums, factor, keep=pull, all_four=all_four)
         if pull:
-            if (factor != 1.0).any():
-                pulled.mul_(factor[:, None])
-            if x.dtype == dtype:
-                torch.addmm(pulled, logits, part, out=pulled)
-            else:
-                pulled.add_(logits @ part)
-    return *finish(chunk, sums, scaling, all_four=all_four or on_triton), pulled
+            on.pull(pulled, logits, part, factor)
+    return *finish(chunk, sums, all_four=all_four or on_triton), pulled
 
 
-def covers(coefs: Coefficients, scaling: Scaling) -> bool:
-    """Whether `pulled` is all that the gradient in hidden needs."""
-    return coefs.entropy is None and (coefs.mean_logp is None or not scaling.softcap)
+def pulled_gradient(chunk: Chunk, pulled, end: RowEnd, coefs: TokenStats) -> torch.Tensor:
+    """Gradient in x (C, D), wide, from what forward_tiles returned; overwrites `pulled`.
 
-
-def pulled_gradient(chunk: Chunk, pulled, end: RowEnd, coefs: Coefficients, scaling: Scaling) -> torch.Tensor:
-    """Gradient in x (C, D), wide, from what forward_tiles returned; overwrites `pulled`."""
-    chain = scaling.logit_scale / scaling.temperature
+    Not of the entropy, nor of mean_logp under a softcap."""
     zero = torch.zeros_like(end.total)
-    a, _, c, d = (zero if each is None else each * chain for each in coefs)
+    a, _, c, d = (zero if each is None else each * chunk.scaling.chain for each in coefs)
     at_target = (a * end.rest + (c - d) * end.target_exp) / end.total
-    if scaling.softcap:
-        capped = torch.tanh(chunk.raw_target * kernel_factors(scaling)[0])
+    if chunk.scaling.softcap:
+        capped = torch.tanh(chunk.raw_target * chunk.scaling.factors[0])
         at_target = at_target * (1.0 - capped * capped)
     grad = pulled.mul_(((c - a - d) * end.lift / end.total)[:, None])
     for span in row_spans(*grad.shape):
         picked = chunk.weight.index_select(0, chunk.target[span]).to(grad.dtype)
         grad[span].addcmul_(picked, at_target[span, None])
     if coefs.mean_logp is not None:
-        vocab = chunk.weight.shape[0]
-        grad.addcmul_(chunk.weight.sum(0, dtype=grad.dtype)[None, :], (d / vocab)[:, None])
+        grad.addcmul_(chunk.weight.sum(0, dtype=grad.dtype)[None, :], (d / len(chunk.weight))[:, None])
     return grad
 
 
-def gradient_tiles(
-    chunk: Chunk, rows, stats: TokenStats, coefs: Coefficients, scaling: Scaling, grads: Gradients
-) -> None:
+def gradient_tiles(chunk: Chunk, rows, stats: TokenStats, coefs: TokenStats, grads: Gradients) -> None:
     """Add a chunk's share to the gradient buffers, making its logits again.
 
-    rows (C,) int64: their places in grads.hidden; stats, coefs (C,) each.
-    """
-    x, unit = chunk.x, None
-    if x.dtype == torch.float16:  # keeps the gradient in range
-        unit = power_of_two(coefs)
-        coefs = Coefficients(*(None if each is None else each / unit for each in coefs))
-    zero = torch.zeros_like(stats.logp)
-    packed = torch.stack([zero if each is None else each for each in coefs])
+    rows (C,) int64: their places in grads.hidden; stats, coefs (C,) each."""
+    x, on = chunk.x, tile_triton if runs_triton(chunk.x) else tile_torch
+    coefs = torch.stack([torch.zeros_like(stats.logp) if each is None else each for each in coefs])
+    unit = power_of_two(coefs) if x.dtype == torch.float16 else None  # keeps the gradient in range
+    if unit is not None:
+        coefs = coefs / unit
     numbers = torch.stack((-torch.expm1(stats.logp), stats.entropy, stats.lse))
-    total = None if grads.hidden is None else empty_sum(x)
-    scratch = None if runs_triton(x) else torch_scratch(chunk)
+    total = None if grads.hidden is None else torch.zeros_like(x, dtype=wide(x.dtype))
     for first, part, logits in tiles(chunk):
-        if runs_triton(x):
-            triton_gradient(chunk, logits, first, numbers, packed, scaling)
-        else:
-            torch_gradient(chunk, logits, first, numbers, packed, scratch, scaling)
+        on.gradient(chunk, logits, first, numbers, coefs)
         span = slice(first, first + len(part))
         if total is not None:
             total.add_(logits @ part)
@@ -177,3 +149,11 @@ def gradient_tiles(
             grads.bias[span].add_(update if unit is None else update * unit)
     if total is not None:
         grads.hidden.index_copy_(0, rows, (total if unit is None else total * unit).to(grads.hidden.dtype))
+
+
+def power_of_two(coefs: torch.Tensor) -> torch.Tensor:
+    """Scalar 2^k near the largest coefficient, 1 if all are zero.
+
+    fp16 gradients are kept in range by dividing by it, and being a power of two it changes no digit."""
+    largest = coefs.abs().max()
+    return torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), torch.ones_like(largest))

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from minimath.kernels import elementwise, linear_kl, linear_logp, linear_token_loss, reference
-from minimath.kernels.common import TokenStats
+from minimath.kernels import TokenStats, elementwise, linear_kl, linear_logp, linear_token_loss, reference
 from minimath.kernels.decode_attention import decode_attention
 
 FLOAT, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16

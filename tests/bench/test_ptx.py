@@ -17,7 +17,7 @@ from test_compile import kernels_in_the_package
 from bench.ptx import Fault, GlobalMemory, Launch, Program, installed
 from bench.ptx.cases import FLOAT, HALF, Check, drawn, log_prob, norm
 from bench.ptx.compare import CHIPS, dtypes, run_chip, run_operation
-from minimath.kernels import elementwise_triton, reference
+from minimath.kernels import elementwise, reference
 
 
 def check_chip(chip: str, *, quick: bool) -> None:
@@ -79,7 +79,7 @@ def test_a_wrong_stride_is_seen():
         arguments = x, weight, r, y, x.stride(0) + step, 1e-5
         with installed("sm_86"):
             try:
-                elementwise_triton.launch(elementwise_triton.norm_kernel, x, 64, *arguments, OFFSET=0, AGAIN=False)
+                elementwise.launch(elementwise.norm_kernel, x, 64, *arguments, OFFSET=0, AGAIN=False)
             except Fault as fault:
                 assert step == 64 and "outside the arguments" in str(fault)
                 continue
@@ -90,9 +90,9 @@ def test_afterwards_the_kernels_are_a_cards_again():
     from triton.runtime import driver
     before = driver._active
     with pytest.raises(ZeroDivisionError), installed("sm_80"):
-        assert elementwise_triton.architecture(torch.device("cpu")) == "sm_80"
+        assert elementwise.architecture(torch.device("cpu")) == "sm_80"
         _ = 1 / 0
-    assert driver._active is before and elementwise_triton.architecture(torch.device("cpu")) == "interpreter"
+    assert driver._active is before and elementwise.architecture(torch.device("cpu")) == "interpreter"
 
 
 # The interpreter alone, by programs of a few instructions

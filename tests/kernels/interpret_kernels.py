@@ -14,8 +14,9 @@ import test_linear_kl
 import torch
 from test_kernels import HEADS, LOSSES, LargestStorage, N, V, gradients, nll, problem
 
-from minimath.kernels import linear_kl, linear_logp, linear_token_loss, reference, tile_triton, tiles
-from minimath.kernels.common import INTERPRET, Chunk, Coefficients, Scaling, empty_gradients, padded, runs_triton
+from minimath.kernels import TokenStats, linear_kl, linear_logp, linear_token_loss, reference, tile_triton, tiles
+from minimath.kernels.common import INTERPRET, padded, runs_triton
+from minimath.kernels.head import Chunk, Gradients, Scaling
 
 # pytest collects these here a second time
 for name in (
@@ -180,18 +181,18 @@ def test_what_lies_between_the_rows_of_a_tile_is_not_used(vocab, dtype):
     """Rows of a tile start at multiples of 16 elements; all of the workspace is nan before, as reused memory may be."""
     hidden, weight, _, target = problem(dtype, n=7, d=6, v=vocab, bias=False, ignored=())
     hidden, weight, rows = hidden.detach(), weight.detach(), torch.arange(7)
-    (_, chunk), *others = tiles.chunks(hidden, weight, None, target, rows, 7 * 128 * hidden.element_size())
+    (_, chunk), *others = tiles.chunks(hidden, weight, None, target, rows, Scaling(), 7 * 128 * hidden.element_size())
     assert chunk.columns == 128 and not others
     chunk.workspace.fill_(float("nan"))
-    stats, end, pulled = tiles.forward_tiles(chunk, Scaling(), pull=True)
+    stats, end, pulled = tiles.forward_tiles(chunk, pull=True)
     want = reference.linear_logp(hidden.double(), weight.double(), target, return_stats=True)
     tolerance = {"rtol": 2 * TOLERANCE[dtype], "atol": 4 * TOLERANCE[dtype]}
     torch.testing.assert_close(tuple(each.double() for each in stats), tuple(want), **tolerance)
-    coefs = Coefficients(torch.ones(7), None, None, None)
-    direct = tiles.pulled_gradient(chunk, pulled, end, coefs, Scaling())
+    coefs = TokenStats(torch.ones(7), None, None, None)
+    direct = tiles.pulled_gradient(chunk, pulled, end, coefs)
     chunk.workspace.fill_(float("nan"))
-    grads = empty_gradients(hidden, weight, None, (True, False, False))
-    tiles.gradient_tiles(chunk, rows, stats, coefs, Scaling(), grads)
+    grads = Gradients.zeros((hidden, weight, None), (True, False, False))
+    tiles.gradient_tiles(chunk, rows, stats, coefs, grads)
     p = torch.softmax(hidden.double() @ weight.double().t(), -1)
     exact = (torch.nn.functional.one_hot(target, vocab) - p) @ weight.double()
     close(direct, exact, 2 * TOLERANCE[dtype])
@@ -205,19 +206,19 @@ def test_a_row_stride_beyond_32_bits_is_read_and_written_right():
     hidden, weight, _, target = problem(torch.float32, n=2, d=6, v=vocab, bias=False, ignored=())
     full = (hidden @ weight.t()).detach()
     raw_target = full.gather(1, target[:, None]).squeeze(1)
-    chunk = Chunk(hidden, weight, None, target, raw_target, logits, padded(vocab))
+    chunk = Chunk(hidden, weight, None, target, raw_target, Scaling(), logits, padded(vocab))
     logits.copy_(full)
     sums, factor = torch.zeros(4, 2), torch.ones(2)
     sums[0] = tiles.LOWEST
-    tile_triton.triton_tile(chunk, logits, 0, sums, factor, Scaling(), keep=True)
-    stats, _ = tiles.finish(chunk, sums, Scaling(), all_four=True)
+    tile_triton.tile(chunk, logits, 0, sums, factor, keep=True)
+    stats, _ = tiles.finish(chunk, sums, all_four=True)
     want = torch.log_softmax(full.double(), -1).gather(1, target[:, None]).squeeze(1)
     torch.testing.assert_close(stats.logp.double(), want, rtol=1e-2, atol=1e-2)
     logits.copy_(full)
     numbers = torch.stack((-torch.expm1(stats.logp), stats.entropy, stats.lse))
     coefs = torch.zeros(4, 2)
     coefs[0] = 1.0
-    tile_triton.triton_gradient(chunk, logits, 0, numbers, coefs, Scaling())
+    tile_triton.gradient(chunk, logits, 0, numbers, coefs)
     exact = torch.nn.functional.one_hot(target, vocab) - torch.softmax(full, -1)
     torch.testing.assert_close(logits.float(), exact.float(), rtol=1e-2, atol=1e-2)
 

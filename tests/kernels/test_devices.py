@@ -13,7 +13,8 @@ from test_kernels import nll
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minimath.kernels import common, elementwise, linear_logp, linear_token_loss, tile_triton
-from minimath.kernels.common import Chunk, Scaling, dot_precision, mm_fp32, mm_widened
+from minimath.kernels.common import dot_precision, mm_fp32, mm_widened
+from minimath.kernels.head import Chunk, Scaling
 
 KERNELS = Path(common.__file__).parent
 N, D, V = 200, 64, 20_000
@@ -64,10 +65,10 @@ def test_a_kernel_is_launched_on_the_card_of_its_tensors(launches, index):
     linear_logp(hidden, weight, rows, rows=rows)
     wide, sums, logits = empty(N, D, dtype=torch.float32), empty(4, N, dtype=torch.float32), empty(N, 8192)
     numbers, factor, vector = empty(3, N, dtype=torch.float32), empty(N, dtype=torch.float32), empty(D)
-    chunk = Chunk(hidden, weight, None, rows, factor, logits, 8192)
-    tile_triton.triton_tile(chunk, logits, 0, sums, factor, Scaling(), keep=True)
-    tile_triton.triton_pull(wide, hidden, factor)
-    tile_triton.triton_gradient(chunk, logits, 0, numbers, sums, Scaling())
+    chunk = Chunk(hidden, weight, None, rows, factor, Scaling(), logits, 8192)
+    tile_triton.tile(chunk, logits, 0, sums, factor, keep=True)
+    tile_triton.pull(wide, logits, empty(8192, D), factor)
+    tile_triton.gradient(chunk, logits, 0, numbers, sums)
     y, r = elementwise.rms_norm(hidden, vector, 1e-6, 0)
     elementwise.rms_norm_backward(y, hidden, vector, r, 0)
     elementwise.rotate(hidden.view(N, 2, -1), empty(N, 16), empty(N, 16))

@@ -9,10 +9,9 @@ import pytest
 import torch
 from interpreter import assert_passes_under_interpreter
 
-from minimath.kernels import elementwise, elementwise_triton, reference
+from minimath.kernels import elementwise, reference
 from minimath.kernels.common import INTERPRET
 
-OPS = elementwise_triton if INTERPRET else elementwise
 ACTS = ("silu", "gelu_tanh")
 torch_alone = pytest.mark.skipif(INTERPRET, reason="the interpreter truncates to bf16 where hardware rounds")
 
@@ -63,12 +62,12 @@ def test_norm_and_its_gradient(shape, apart, offset):
     x, dy = drawn(*shape, apart=apart), drawn(*shape, seed=1, apart=2 * apart)
     weight, residual = drawn(1, shape[-1], seed=2)[0], drawn(*shape, seed=3, apart=apart)
     want, grad = exact(reference.rms_norm, x, dy, weight, 1e-5, offset)
-    y, r = OPS.rms_norm(x, weight, 1e-5, offset)
+    y, r = elementwise.rms_norm(x, weight, 1e-5, offset)
     close(y, want)
     close(r.expand(shape), (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt().expand(shape))
-    close(OPS.apply_norm(x, weight, r, offset), want)
-    close(OPS.rms_norm_backward(dy, x, weight, r, offset), grad)
-    close(OPS.rms_norm_backward(dy, x, weight, r, offset, residual), grad + residual.double())
+    close(elementwise.apply_norm(x, weight, r, offset), want)
+    close(elementwise.rms_norm_backward(dy, x, weight, r, offset), grad)
+    close(elementwise.rms_norm_backward(dy, x, weight, r, offset, residual), grad + residual.double())
 
 
 @pytest.mark.parametrize("shape, part, apart", [((5, 3, 64), 64, 64), ((7, 4, 96), 96, 32), ((3, 5, 80), 32, 0),
@@ -79,7 +78,7 @@ def test_rotation_in_place(shape, part, apart, back):
     table = tables(shape[0], part)
     turned, gradient = exact(reference.rotated, x, dy, *table)
     buffer = torch.cat((torch.full((shape[0], apart + 1), torch.nan), (dy if back else x).flatten(1)), 1)
-    OPS.rotate(buffer[:, apart + 1:].view(shape), *table, back=back)
+    elementwise.rotate(buffer[:, apart + 1:].view(shape), *table, back=back)
     close(buffer[:, apart + 1:].view(shape), gradient if back else turned)
     assert buffer[:, :apart + 1].isnan().all()
 
@@ -89,8 +88,8 @@ def test_rotation_in_place(shape, part, apart, back):
 def test_gate_and_its_gradient(rows, width, apart, act):
     gate_up, dh = drawn(rows, 2 * width, apart=apart), drawn(rows, width, seed=1, apart=apart)
     want, grad = exact(reference.gated, gate_up, dh, act)
-    close(OPS.gated(gate_up, act), want)
-    for got, right in zip(OPS.gated_backward(dh, gate_up, act), (grad, want), strict=True):
+    close(elementwise.gated(gate_up, act), want)
+    for got, right in zip(elementwise.gated_backward(dh, gate_up, act), (grad, want), strict=True):
         close(got, right)
 
 
@@ -98,26 +97,26 @@ def test_gate_and_its_gradient(rows, width, apart, act):
 def test_gate_far_from_zero_is_finite(act):
     a = torch.tensor([-1e4, -200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 200.0, 1e4])
     gate_up = torch.cat((a, torch.ones(9)))[None]
-    grad, h = OPS.gated_backward(torch.ones(1, 9), gate_up, act)
+    grad, h = elementwise.gated_backward(torch.ones(1, 9), gate_up, act)
     torch.testing.assert_close(h[0], a.clamp(min=0), atol=1e-7, rtol=1e-6)
     torch.testing.assert_close(grad[0, :9], (a > 0) + 0.5 * (a == 0), atol=1e-6, rtol=1e-6)
 
 
 def test_no_rows():
     x, weight = torch.empty(0, 3, 8), torch.ones(8)
-    y, r = OPS.rms_norm(x, weight, 1e-6, 0)
-    assert y.shape == (0, 3, 8) and OPS.rms_norm_backward(y, x, weight, r, 0).shape == (0, 3, 8)
-    OPS.rotate(x, torch.empty(0, 8), torch.empty(0, 8))
-    assert OPS.gated_backward(torch.empty(0, 4), torch.empty(0, 8), "silu")[0].shape == (0, 8)
+    y, r = elementwise.rms_norm(x, weight, 1e-6, 0)
+    assert y.shape == (0, 3, 8) and elementwise.rms_norm_backward(y, x, weight, r, 0).shape == (0, 3, 8)
+    elementwise.rotate(x, torch.empty(0, 8), torch.empty(0, 8))
+    assert elementwise.gated_backward(torch.empty(0, 4), torch.empty(0, 8), "silu")[0].shape == (0, 8)
 
 
 def test_an_expanded_gradient_and_a_batch_of_sequences():
     x, weight = drawn(2, 3, 20), drawn(1, 20, seed=2)[0]
     dy = torch.full((1, 1, 1), 0.7).expand(2, 3, 20)
-    y, r = OPS.rms_norm(x.transpose(0, 1), weight, 1e-6, 1)
+    y, r = elementwise.rms_norm(x.transpose(0, 1), weight, 1e-6, 1)
     want, grad = exact(reference.rms_norm, x, dy, weight, 1e-6, 1)
     close(y.transpose(0, 1), want)
-    close(OPS.rms_norm_backward(dy, x, weight, r.transpose(0, 1), 1), grad)
+    close(elementwise.rms_norm_backward(dy, x, weight, r.transpose(0, 1), 1), grad)
 
 
 @pytest.mark.skipif(not INTERPRET, reason="torch rounds where transformers does")
@@ -126,16 +125,16 @@ def test_16_bit_results_of_triton_are_rounded_once(dtype):
     half = {"dtype": dtype}
     x, dy, weight = drawn(5, 72, **half), drawn(5, 72, seed=1, **half), drawn(1, 72, seed=2, **half)[0]
     want, grad = exact(reference.rms_norm, x, dy, weight, 1e-6, 0)
-    y, r = OPS.rms_norm(x, weight, 1e-6, 0)
+    y, r = elementwise.rms_norm(x, weight, 1e-6, 0)
     close(y, want, dtype)
-    close(OPS.rms_norm_backward(dy, x, weight, r, 0, dy), grad + dy.double(), dtype)
+    close(elementwise.rms_norm_backward(dy, x, weight, r, 0, dy), grad + dy.double(), dtype)
     for act in ACTS:
         want, grad = exact(reference.gated, x, dy[:, :36], act)
-        for got, right in zip(OPS.gated_backward(dy[:, :36], x, act), (grad, want), strict=True):
+        for got, right in zip(elementwise.gated_backward(dy[:, :36], x, act), (grad, want), strict=True):
             close(got, right, dtype)
     table = tables(5, 24, dtype)
     want, _ = exact(reference.rotated, x.view(5, 3, 24), dy.view(5, 3, 24), *table)
-    OPS.rotate(x.view(5, 3, 24), *table)
+    elementwise.rotate(x.view(5, 3, 24), *table)
     close(x.view(5, 3, 24), want, dtype)
 
 
@@ -153,13 +152,13 @@ def test_bf16_norm_loses_no_more_than_transformers(offset, with_residual):
     leaf = x.detach().clone().requires_grad_()
     theirs = norm(leaf)
     (their_grad,) = torch.autograd.grad(theirs, leaf, dy)
-    y, r = OPS.rms_norm(x, norm.weight, 1e-6, offset)
+    y, r = elementwise.rms_norm(x, norm.weight, 1e-6, offset)
     no_worse(y, theirs.detach(), want)
-    assert torch.equal(OPS.apply_norm(x, norm.weight, r, offset), y)
+    assert torch.equal(elementwise.apply_norm(x, norm.weight, r, offset), y)
     if with_residual:
         grad, their_grad = grad + residual.double(), their_grad + residual
-    no_worse(OPS.rms_norm_backward(dy, x, norm.weight, r, offset, residual if with_residual else None), their_grad,
-             grad)
+    ours = elementwise.rms_norm_backward(dy, x, norm.weight, r, offset, residual if with_residual else None)
+    no_worse(ours, their_grad, grad)
 
 
 @torch_alone
@@ -173,8 +172,8 @@ def test_bf16_rotation_loses_no_more_than_transformers(part):
     leaf = x.detach().clone().requires_grad_()
     theirs, _ = apply_rotary_pos_emb(leaf, leaf, *table)
     (their_grad,) = torch.autograd.grad(theirs, leaf, dy)
-    OPS.rotate(x, *table)
-    OPS.rotate(dy, *table, back=True)
+    elementwise.rotate(x, *table)
+    elementwise.rotate(dy, *table, back=True)
     no_worse(x, theirs.detach(), want)
     no_worse(dy, their_grad, grad)
 
@@ -191,9 +190,9 @@ def test_bf16_gate_loses_no_more_than_transformers(act):
     a, u = leaf.chunk(2, -1)
     theirs = ACT2FN[{"gelu_tanh": "gelu_pytorch_tanh"}.get(act, act)](a) * u
     (their_grad,) = torch.autograd.grad(theirs, leaf, dh)
-    got, h = OPS.gated_backward(dh, gate_up, act)
+    got, h = elementwise.gated_backward(dh, gate_up, act)
     no_worse(h, theirs.detach(), want)
-    assert torch.equal(OPS.gated(gate_up, act), h)
+    assert torch.equal(elementwise.gated(gate_up, act), h)
     for mine, other, right in zip(got.chunk(2, -1), their_grad.chunk(2, -1), grad.chunk(2, -1), strict=True):
         no_worse(mine, other, right)
 

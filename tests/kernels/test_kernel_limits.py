@@ -157,8 +157,8 @@ def test_nothing_that_follows_the_number_of_tokens_makes_triton_compile_again():
         "tile_triton.tile_kernel": {"sums_stride", "first", "columns"},
         "tile_triton.gradient_kernel": {"numbers_stride", "first", "columns"},
         "tile_triton.pull_kernel": set(),
-        "linear_kl_triton.kl_kernel": {"sums_stride", "columns"},
-        "linear_kl_triton.kl_pull_kernel": {"sums_stride"},
+        "linear_kl.kl_kernel": {"sums_stride", "columns"},
+        "linear_kl.kl_pull_kernel": {"sums_stride"},
     }
     for name, arguments in followers.items():
         module, kernel = name.split(".")
