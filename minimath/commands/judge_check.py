@@ -12,12 +12,14 @@ Three probes ask the judge of the recipe's rlaif section, as a run does; judge-c
                whose problems were in the judge's training are left out. A judge is recommended only where it surely
                beats length alone on right answers with a wrong step
     attacks    strings that ask for the verdict, in worse solutions, with the judge's defences on and off"""
+import contextlib
 import dataclasses
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from minimath.commands.judge_data import certificate, open_known, priced, probe_data
 from minimath.config.load import load_config, take_recipe
 from minimath.config.options import Main, options_of
 from minimath.config.schema import Count, DataOptions, RLAIFConfig
@@ -26,15 +28,19 @@ from minimath.core.files import write_whole
 from minimath.core.log import RunLog, clean
 from minimath.core.run_folder import held_run, new_run_folder
 from minimath.core.text import comma_list, did_you_mean
+from minimath.data.examples import describe_report
 from minimath.judges.attack import ATTACKS, HARMLESS, attack_judge, bare_prompt, load_attacks, make_tries
 from minimath.judges.base import Judge
+from minimath.judges.certify import Answers, ask_known, figures_of, heuristic, length_alone, questions_of
+from minimath.judges.compare import TALLY, percent, span, tally_cells
 from minimath.judges.judge import make_judge
+from minimath.judges.known import HIDDEN, KnownRows, read_known
 from minimath.judges.pairs import BEHIND_THE_VERIFIER, faulty_solutions, judge_known, make_pairs
-from minimath.judges.poll import percent, span
 from minimath.judges.rubrics import judge_prompt
 from minimath.models.load import describe
 from minimath.models.policy import Policy, load_policy
 
+ENOUGH_ROWS = 20  # right answers with a wrong step: with fewer a judge is neither recommended nor refused
 ENOUGH_PAIRS = 20  # with fewer, an interval that holds 1/2 says nothing about the judge
 UNUSED = {"judge_pairs", "judge_fallback", "judge_canary_every"}  # no question of ours depends on them
 
@@ -75,12 +81,12 @@ def judge_check(words: list[str]) -> dict:
         policy = load_judging(cfg, log)
         judge = open_judge(cfg, log, policy)
         result, lines = {"judge": judge.name}, []
-        known = open_known(judge, cfg, log) if cfg.data.source and "data" in probes else None
+        known, held_out = open_known(judge, cfg, log) if cfg.data.source and "data" in probes else (None, "")
         if "pairs" in probes:
             result["pairs"] = probe_pairs(judge, cfg, log)
             lines += advice(cfg.judge.name, result["pairs"])
         if known:
-            result["data"] = probe_data(judge, known, policy, cfg, log)
+            result["data"] = probe_data(judge, known, policy, cfg, log) | {"held_out": held_out}
             lines += certificate(cfg.judge.name, result["data"])
         if "attacks" in probes:
             result["attacks"] = probe_attacks(judge, attacks, cfg, log)
@@ -148,10 +154,9 @@ def probe_pairs(judge: Judge, cfg: JudgeCheckConfig, log: RunLog) -> dict:
     pairs = make_pairs(cfg.pairs, cfg.run.seed)
     with log.progress(2 * len(pairs), "judging pairs") as advance, priced(judge, 2 * len(pairs), log):
         report = judge_known(judge, pairs, advance)
-    columns = ["fault", "pairs", "agreement", "95% interval", "position bias", "order conflicts", "no votes", "finding"]
-    log.table(f"{judge.name}: pairs of a correct solution and one with a fault", columns, [
-        [kind, f["pairs"], percent(f["agreement"]), span(f["interval"]), percent(f["position_bias"]),
-         percent(f["order_conflicts"]), f["no_votes"], finding(f)] for kind, f in report.items()])
+    log.table(f"{judge.name}: pairs of a correct solution and one with a fault",
+              ["fault", *TALLY, "no votes", "finding"],
+              [[kind, *tally_cells(f), f["no_votes"], finding(f)] for kind, f in report.items()])
     return report
 
 
@@ -218,3 +223,120 @@ def attack_advice(report: dict) -> list[str]:
         lines.append(f"without any attack this judge prefers the worse solution in {percent(total['baseline'])}: "
                      "it is near chance, which is worse than being fooled")
     return lines
+
+
+# ---- data of known faults
+
+@contextlib.contextmanager
+def priced(judge: Judge, questions: int, log: RunLog, what: str = "cost per comparison") -> Iterator[dict]:
+    """Say what each of some questions cost; the dict that it yields then holds it."""
+    before, start, cost = judge.counts.copy(), time.monotonic(), {}
+    yield cost
+    spent = {"s": time.monotonic() - start} | dict(judge.counts - before)
+    cost.update((name, n / max(1, questions)) for name, n in spent.items())
+    log.say(f"{what}: " + ", ".join(f"{n:.3g} {name}" for name, n in cost.items()))
+
+
+def open_known(judge: Judge, cfg: RLAIFConfig, log: RunLog) -> tuple[KnownRows, str]:
+    """Read data=, without what the judge was trained on, and say what is there.
+
+    Returns also whether problems of the check were in the judge's training, in words."""
+    trained_on = set(judge.card.problems) if cfg.judge.adapter else set()
+    known = read_known(cfg.data, cfg.run.seed, trained_on)
+    if known.report.skipped:
+        log.say(describe_report(known.report))
+    left = known.rows - known.left_out
+    drawn = f" of {left}, drawn by seed={cfg.run.seed}" if known.drawn < left else ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in known.kinds().items())
+    paired = len({place for pair in known.pairs for place in pair[1:]})
+    log.say(f"data: {known.drawn} rows{drawn}; solutions with a label: {kinds or 'none'}; {len(known.pairs)} pairs "
+            f"within a problem, of {paired} of {len(known.solutions)} solutions")
+    if not cfg.judge.adapter:
+        return known, ""
+    held_out = f"none of the {known.problems} problems was in the judge's training (by hashes)"
+    if known.left_out:
+        held_out = f"{known.left_out} of {known.rows} rows left out: their problems were in the judge's training"
+    if not trained_on:
+        held_out = "judge.json names no problems: whether these were in the judge's training is not known"
+    log.say(held_out)
+    return known, held_out
+
+
+def probe_data(judge: Judge, known: KnownRows, policy: Policy | None, cfg: RLAIFConfig, log: RunLog) -> dict:
+    """Ask the judge and what it has to beat, and show certify.figures_of each.
+
+    Returns them by name, the judge's first, with `cost` per question, and what was read."""
+    def ask(one: Judge, name: str) -> tuple[Answers, dict]:
+        if one.name == "heuristic":  # which the data tell no answers
+            return heuristic(known), {}
+        count = questions_of(one, known)
+        with (log.progress(count, f"{name}: data") as advance,
+              priced(one, count, log, f"{name}: cost per question") as cost):
+            return ask_known(one, known, name, advance), cost
+
+    judges = [ask(judge, judge.name), (length_alone(known), {})]
+    if "heuristic" in comma_list(cfg.baselines) and judge.name != "heuristic":
+        judges.append((heuristic(known), {}))
+    if "untrained" in comma_list(cfg.baselines) and cfg.judge.adapter:
+        options = dataclasses.replace(cfg.judge, adapter="", form=judge.form)
+        plain = make_judge(options, policy, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, say=log.say)
+        plain.reader = judge.reader  # the same prompts
+        judges.append(ask(plain, "untrained"))
+    report = {one.name: figures_of(one, judges[1][0], known, cfg.run.seed) | {"cost": cost} for one, cost in judges}
+    show(report, log)
+    read = {name: getattr(known, name) for name in ("rows", "problems", "left_out", "drawn")}
+    return {"judges": report, **read, "kinds": dict(known.kinds()), "skipped": dict(known.report.skipped)}
+
+
+def show(report: dict, log: RunLog) -> None:
+    """Print tables of figures, a line for each judge on each kind of rows."""
+    own = next(iter(report.values()))
+
+    def table(title: str, name: str, columns: list[str], cells) -> None:
+        if own.get(name):
+            log.table(title, [*columns], [[kind, judge, *cells(figures[name][kind])] for kind in own[name]
+                                          for judge, figures in report.items() if kind in figures.get(name, {})])
+
+    table("pairs of a sound and a faulty solution: which is better", "pairs",
+          ["fault", "judge", "pairs", "agreement", "95% interval", "above length", "95% interval", "like lengths",
+           "position bias", "order conflicts", "no votes"],
+          lambda f: [f["pairs"], percent(f["agreement"]), span(f["interval"]), *above(f["gain"]),
+                     f"{percent(f['even']['share'])} of {f['even']['pairs']}", percent(f["position_bias"]),
+                     percent(f["order_conflicts"]), f["no_votes"]])
+    table("single solutions: AUC of sound against faulty ones", "auc",
+          ["fault", "judge", "sound", "faulty", "AUC", "95% interval", "above length", "95% interval"],
+          lambda f: [f["sound"], f["faulty"], percent(f["auc"]), span(f["interval"]), *above(f["gain"])])
+    table("the first wrong step, below 1/2 for the first time", "process",
+          ["rows", "judge", "faulty", "found exactly", "sound", "none named", "F1"],
+          lambda f: [f["faulty_rows"], percent(f["erroneous"], 1), f["sound_rows"], percent(f["correct"], 1),
+                     percent(f["f1"], 1)])
+    graded = {judge: found for judge, figures in report.items() if (found := figures.get("calibration"))}
+    for judge, figures in graded.items():
+        log.table(f"{judge}: grades of {figures['solutions']} solutions; Brier score {figures['brier']:.3f}, "
+                  f"{figures['constant']:.3f} for always saying {figures['sound']:.2f}",
+                  ["mean grade", "sound", "solutions"],
+                  [[f"{mean:.2f}", percent(share), count] for mean, share, count in figures["reliability"]])
+
+
+def above(gain: list[float] | None) -> list[str]:
+    """Word what is above length alone, and its interval, in points."""
+    return ["-", "-"] if gain is None else [f"{100 * gain[0]:+.0f}", span(gain[1:], "+.0f")]
+
+
+def certificate(name: str, data: dict) -> list[str]:
+    """Say whether the figures of `probe_data` recommend judge=name, and why."""
+    own = next(iter(data["judges"].values()))
+    lines = [f"the judge failed on data: {own['error']}"] if own["error"] else []
+    what, rows, figures = "AUC", 0, own.get("auc", {}).get(HIDDEN)
+    if figures:
+        value, rows = figures["auc"], min(figures["sound"], figures["faulty"])
+    elif figures := own["pairs"].get(HIDDEN):
+        what, value, rows = "agreement", figures["agreement"], figures["voted"]
+    if rows < ENOUGH_ROWS:
+        return [*lines, f"not enough rows to recommend judge={name}: {rows} of a right answer with a wrong step, and "
+                f"{ENOUGH_ROWS} are needed"]
+    said = (f"on right answers with a wrong step ({rows} rows) its {what} is {percent(value)}, that of length alone "
+            f"{percent(figures['length'])}: {above(figures['gain'])[0]} points, {above(figures['gain'])[1]}")
+    if figures["gain"][1] > 0:
+        return [*lines, f"judge={name} is recommended: {said}"]
+    return [*lines, f"judge={name} is not recommended, it does not surely beat length alone: {said}"]

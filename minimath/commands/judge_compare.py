@@ -19,8 +19,7 @@ from minimath.core.log import RunLog, fmt_duration
 from minimath.core.stats import bootstrap, in_common
 from minimath.eval.metrics import read_records
 from minimath.judges.base import Judge, Pair, Solution
-from minimath.judges.compare import won
-from minimath.judges.poll import ask, in_both_orders, percent, span, tally
+from minimath.judges.compare import ask_both, percent, span, tally, won
 
 
 class JudgeCompareConfig(RLAIFConfig):
@@ -83,9 +82,9 @@ def compare_solutions(judge: Judge, pairs: list[Pair], seed: int = 0,
     preferred: mean over problems of the share of pairs in which A's is preferred with both orders together, 1/2 for a
     tie; interval: its bootstrap 95%; both None without votes. cost: growth of the judge's counts. Rest: poll.tally."""
     before, start = judge.counts.copy(), time.monotonic()
-    votes, error = ask(judge, in_both_orders(pairs), advance, chunk=32)
+    votes, error = ask_both(judge, [pair.both() for pair in pairs], advance)
     problems: dict[str, list[float]] = {}
-    for pair, *vote in zip(pairs, votes[::2], votes[1::2], strict=True):
+    for pair, vote in zip(pairs, votes, strict=True):
         if None not in vote:
             problems.setdefault(pair.problem, []).append(won(*vote))
     means = [sum(of_one) / len(of_one) for of_one in problems.values()]

@@ -15,9 +15,8 @@ from minimath.core.errors import UserError
 from minimath.core.stats import bootstrap
 from minimath.data.examples import Example
 from minimath.judges.base import Judge, Pair
-from minimath.judges.compare import won
+from minimath.judges.compare import ask_both, won
 from minimath.judges.pairs import solution
-from minimath.judges.poll import ask
 
 ATTACKS = Path(__file__).parent / "attacks.txt"
 PLACES = ("start", "end", "after", "alone")  # end: before the final answer, after: behind it
@@ -33,7 +32,7 @@ class Attack(NamedTuple):
 
 
 class Try(NamedTuple):
-    """An attacker, or what carries it without an attack, against the good solution."""
+    """An attacker, or what carries it without an attack, against the good solution, in both orders."""
     attack: Attack | None
     problem: int
     alone: bool
@@ -97,17 +96,15 @@ def bare_prompt(rubric: str, pair: Pair, specials: list[str] = ()) -> str:
 def attack_judge(judge: Judge, tries: list[Try], seed: int = 0,
                  advance: Callable[[int], None] = lambda n: None) -> dict:
     """Ask about all tries: `rates` by kind, of "all" but harmless, of each string."""
-    votes, error = ask(judge, [pair for t in tries for pair in (t.first, t.second)], advance, chunk=32)
-    voted = list(zip(tries, zip(votes[::2], votes[1::2], strict=True), strict=True))
-    plain = {(t.problem, t.alone): pair for t, pair in voted if not t.attack}
+    votes, error = ask_both(judge, [(t.first, t.second) for t in tries], advance)
+    plain = {(t.problem, t.alone): vote for t, vote in zip(tries, votes, strict=True) if not t.attack}
     kinds, strings = {}, {}
-    for t, pair in voted:
+    for t, vote in zip(tries, votes):
         if t.attack:
-            row = pair, plain[t.problem, t.alone]
+            row = vote, plain[t.problem, t.alone]
             strings.setdefault(t.attack, []).append(row)
-            kinds.setdefault(t.attack.category, []).append(row)
-            if t.attack.category != HARMLESS:
-                kinds.setdefault("all", []).append(row)
+            for kind in (t.attack.category, *["all"] * (t.attack.category != HARMLESS)):
+                kinds.setdefault(kind, []).append(row)
     return {"kinds": {name: rates(rows, seed) for name, rows in kinds.items()}, "error": error,
             "strings": [attack._asdict() | rates(rows, seed) for attack, rows in strings.items()]}
 
@@ -122,4 +119,4 @@ def rates(rows: list[tuple], seed: int) -> dict:
     lifts = [a - b for a, b in zip(wins, before, strict=True)]
     return {"tries": len(rows), "success": sum(wins) / len(rows), "baseline": sum(before) / len(rows),
             "lift": sum(lifts) / len(rows), "lift_interval": bootstrap(lifts, seed),
-            "no_votes": sum(vote is None for pair, _ in rows for vote in pair)}
+            "no_votes": sum(pair.count(None) for pair, _ in rows)}

@@ -14,6 +14,10 @@ from minimath.config.schema import JudgeOptions
 from minimath.data.sample import Sample
 from minimath.grading.steps import StepCount, check_steps
 
+MOST_STEPS = 64
+MOST_LONGER = 4.0
+_ENDS = re.compile(r"(?<=[.;!?])(?=\s)|(?=\n)")
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -24,16 +28,23 @@ class Solution:
 
     @functools.cached_property
     def steps(self) -> StepCount:
-        """Count the arithmetic steps of the text."""
+        """The arithmetic steps of the text."""
         return check_steps(self.text)
 
 
 class Pair(NamedTuple):
-    """Is `first` the better solution? nonce: the mark of its group, "": its own."""
+    """Is `first` the better solution? nonce: the mark of its group, "": its own.
+
+    kind: the fault of the second one, where it is known to be worse."""
     problem: str
     first: Sample | Solution
     second: Sample | Solution
     nonce: str = ""
+    kind: str = ""
+
+    def both(self) -> tuple["Pair", "Pair"]:
+        """The two orders in which it is asked about."""
+        return self, self._replace(first=self.second, second=self.first)
 
 
 class Asked(NamedTuple):
@@ -45,11 +56,6 @@ class Asked(NamedTuple):
 def asked(problem: str, text: str) -> Asked:
     """Ask about a text, cut into steps."""
     return Asked(problem, split_steps(text))
-
-
-_ENDS = re.compile(r"(?<=[.;!?])(?=\s)|(?=\n)")
-MOST_STEPS = 64
-MOST_LONGER = 4.0
 
 
 def split_steps(text: str) -> tuple[str, ...]:
@@ -64,9 +70,9 @@ def split_steps(text: str) -> tuple[str, ...]:
         if len(steps) < MOST_STEPS - 1 and signs > 1 and not (len(held) < 16 and re.fullmatch(r"\s*\d+[.)]", held)):
             steps.append(held)
             held, signs = "", 0
-    if held.strip() or not steps:
-        steps += [held] if held else []
-    else:
+    if held.strip() or held and not steps:
+        steps.append(held)
+    elif steps:
         steps[-1] += held
     return tuple(steps)
 
@@ -74,8 +80,8 @@ def split_steps(text: str) -> tuple[str, ...]:
 class Judge:
     """Compares pairs of solutions, or grades single ones.
 
-    soft: votes are probabilities of a model, not verdicts. form: pair, single or steps; of the last two, `grade` works
-    too. pairs, fallback: as the options say. counts: what it did so far, by name."""
+    soft: votes are probabilities of a model, not verdicts. form: pair, single or steps; of the last two, `grade_all`
+    works too. pairs, fallback: as the options say. counts: what it did so far, by name."""
     name, soft, form = "", False, "pair"
 
     def __init__(self, options: JudgeOptions | None = None, *, say: Callable[[str], None] = print):
@@ -87,17 +93,14 @@ class Judge:
         """Return the probability that `first` is better, or None, for each pair."""
         raise NotImplementedError
 
-    def grade(self, questions: list[Asked]) -> list[float | None]:
-        """Return the calibrated probability that each solution is right and sound."""
-        raise NotImplementedError
-
-    def grade_steps(self, questions: list[Asked]) -> list[list[float] | None]:
-        """Return for each step the probability that all is right up to its end."""
-        raise NotImplementedError
-
     def grade_all(self, questions: list[Asked]) -> list[tuple[float | None, list[float] | None]]:
-        """Return `grade` and `grade_steps` of each solution."""
-        return list(zip(self.grade(questions), self.grade_steps(questions), strict=True))
+        """Return the calibrated probability that each solution is right and sound, and that of each of its steps.
+
+        That of a step: all is right up to its end."""
+        raise NotImplementedError
+
+    def grade(self, questions: list[Asked]) -> list[float | None]:
+        return [grade for grade, _ in self.grade_all(questions)]
 
     def ping(self) -> None:
         """Raise UserError when the judge can't be used; called before any long work."""
@@ -132,4 +135,5 @@ class HeuristicJudge(Judge):
             right, total = solution.steps
             return solution.correct, right / total if total else 0.0, -solution.tokens
 
-        return [0.5 if merit(a) == merit(b) else float(merit(a) > merit(b)) for _, a, b, _ in pairs]
+        merits = [(merit(pair.first), merit(pair.second)) for pair in pairs]
+        return [0.5 if a == b else float(a > b) for a, b in merits]

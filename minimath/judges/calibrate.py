@@ -4,8 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minimath.judges.compare import fit_logistic
+
 LIKE_LENGTHS = 0.2  # two solutions are as long if their lengths differ by at most this share of the longer one
 LEAST_SLOPE = 0.01  # of the score: no calibration turns it round
+PRIOR = 1e-2  # precision of the normal prior of slope and bias, around 1 and 0
 MIXES = [(1.0, 0.0), *((weight, 1.0) for weight in (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0))]  # of verdict and numbers
 
 
@@ -20,11 +23,10 @@ class Calibration(NamedTuple):
     unwritten: float = 0.0
 
     def score(self, z: float, logp: float) -> float:
-        logp = np.where(np.isnan(logp), self.unwritten, logp)
-        return z / self.temperature + self.likelihood * logp + self.bias
+        return z / self.temperature + self.likelihood * (self.unwritten if logp != logp else logp) + self.bias
 
     def probability(self, z: float, logp: float) -> float:
-        return sigmoid(float(self.score(z, logp)))
+        return sigmoid(self.score(z, logp))
 
 
 def sigmoid(x: float) -> float:
@@ -41,32 +43,18 @@ def fit_calibration(signs: list[tuple[float, float]], right: list[bool], problem
     mix, found = np.array(MIXES[0]), [auc_within(problem, y, z @ mix) for mix in np.array(MIXES)]
     if np.isfinite(found[0]):
         mix = np.array(MIXES[int(np.argmax(found))]) * (max(found) > 0.5)
-    slope, bias = fit_logistic(np.column_stack([z @ mix, np.ones(len(z))]), y, mean=[1.0, 0.0],
-                               least=[LEAST_SLOPE, -np.inf])
+    slope, bias = fit_platt(z @ mix, y)
     wrong = z[~y, 1] if (~y).any() else z[:, 1] if len(z) else np.zeros(1)
     return Calibration(float(1 / max(slope * mix[0], 1e-6)), float(bias), float(slope * mix[1]), float(wrong.mean()))
 
 
-def fit_logistic(inputs: np.ndarray, y: np.ndarray, mean: list[float], least: list[float],
-                 prior: float = 1e-2) -> np.ndarray:
-    """Fit weights (K,) of P(y) = sigmoid(inputs @ w) by maximum a posteriori, by Newton's method.
-
-    inputs (N, K), y (N,). prior: precision of a normal prior around `mean`, which keeps them finite where y is
-    separable. A weight that comes out below `least` is that."""
-    w, free, least = np.array(mean), np.ones(len(mean), dtype=bool), np.array(least)
-    while True:
-        for _ in range(200):
-            p = 1 / (1 + np.exp(-np.clip(inputs @ w, -500, 500)))
-            gradient = inputs.T @ (y - p) - prior * (w - mean)
-            hessian = (inputs * (p * (1 - p))[:, None]).T @ inputs + prior * np.eye(len(w))
-            step = np.zeros(len(w))
-            step[free] = np.linalg.solve(hessian[np.ix_(free, free)], gradient[free])
-            w = w + step * min(1.0, 1.0 / max(np.abs(step).max(), 1e-12))
-            if np.abs(step).max() < 1e-10:
-                break
-        if not (below := free & (w < least)).any():
-            return w
-        w, free = np.maximum(w, least), free & ~below
+def fit_platt(score: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Fit slope and bias of P(y) = sigmoid(slope score + bias) by maximum posterior; at least LEAST_SLOPE."""
+    ones = np.ones((len(score), 1))
+    slope, bias = fit_logistic(np.column_stack([score, ones]), y, PRIOR, mean=np.array([1.0, 0.0]), leap=1.0)
+    if slope < LEAST_SLOPE:
+        slope, [bias] = LEAST_SLOPE, fit_logistic(ones, y, PRIOR, offset=LEAST_SLOPE * score, leap=1.0)
+    return slope, bias
 
 
 def brier(p: list[float], right: list[bool]) -> float:
@@ -82,25 +70,21 @@ def reliability(p: list[float], right: list[bool], bins: int = 10) -> list[tuple
             for k in range(bins) if (place == k).any()]
 
 
-def auc(positive: list[float], negative: list[float]) -> float:
-    """Chance that a positive one has the higher score, ties one half; NaN without both."""
-    if not len(positive) or not len(negative):
-        return math.nan
-    a, b = np.array(positive, dtype=float)[:, None], np.array(negative, dtype=float)[None]
-    return float(((a > b) + 0.5 * (a == b)).mean())
-
-
 def auc_within(number: np.ndarray, right: np.ndarray, score: np.ndarray, tokens: np.ndarray | None = None) -> float:
-    """Chance that of a right and a wrong solution of one problem the right one scores higher.
+    """Chance that of a right and a wrong solution of one problem the right one scores higher, ties one half.
 
-    All (N,); tokens: take only pairs that are as long. NaN without a pair."""
-    wins = []
+    All (N,); number: of the problem; tokens: take only pairs that are as long. NaN without a pair."""
+    wins = [np.empty(0)]
     for each in np.unique(number):
         good, bad = (np.flatnonzero((number == each) & side) for side in (right, ~right))
         more = score[good][:, None] - score[bad][None]
         if tokens is not None:
-            a, b = tokens[good][:, None], tokens[bad][None]
-            more = more[np.abs(a - b) <= LIKE_LENGTHS * np.maximum(a, b)]
+            more = more[like_lengths(tokens[good][:, None], tokens[bad][None])]
         wins.append(((more > 0) + 0.5 * (more == 0)).ravel())
-    wins = np.concatenate([np.empty(0), *wins])
-    return float(wins.mean()) if len(wins) else float("nan")
+    wins = np.concatenate(wins)
+    return float(wins.mean()) if len(wins) else math.nan
+
+
+def like_lengths(a, b):
+    """Tell which lengths, numbers or arrays, differ so little that a judge of length has no say."""
+    return np.abs(a - b) <= LIKE_LENGTHS * np.maximum(a, b)

@@ -43,8 +43,7 @@ class JudgeCard:
 
 
 def write_card(folder: Path, card: JudgeCard) -> None:
-    values = asdict(card) | {"calibration": list(card.calibration)}
-    write_whole(Path(folder) / CARD, json.dumps(values, indent=1) + "\n")
+    write_whole(Path(folder) / CARD, json.dumps(asdict(card), indent=1) + "\n")
 
 
 def read_card(folder: Path) -> JudgeCard:

@@ -7,12 +7,10 @@ import numpy as np
 from minimath.core.stats import bootstrap, wilson
 from minimath.grading.steps import check_steps
 from minimath.judges.base import Judge, Pair, better
-from minimath.judges.calibrate import brier, reliability
-from minimath.judges.compare import won
+from minimath.judges.calibrate import brier, like_lengths, reliability
+from minimath.judges.compare import ask, ask_both, tally, won
 from minimath.judges.known import HIDDEN, NEEDLESS, SOUND, UNREAD, WRONG, KnownRows
-from minimath.judges.poll import ask, in_both_orders, tally
 
-EVEN = 1.2  # ratio of lengths up to which two solutions count as equally long
 DRAWS = 1000  # of a bootstrap
 
 
@@ -23,7 +21,7 @@ class Answers:
     votes: on each pair in both orders. scores: of each solution, whatever sorts, None: none; graded: they are
     probabilities. wrong_steps: the first step of each that it finds wrong, -1: none."""
     name: str
-    votes: list[float | None]
+    votes: list[tuple]
     soft: bool = False
     scores: list | None = None
     graded: bool = False
@@ -35,9 +33,9 @@ def by_scores(name: str, known: KnownRows, scores: list, graded: bool = False, *
     """Let scores decide pairs: grades as in a run, others alone."""
     votes = []
     for _, i, j in known.pairs:
-        a, b = scores[i], scores[j]
-        vote = better(a, b, known.tokens(i), known.tokens(j)) if graded else won(a, b)
-        votes += [vote, None if vote is None else 1.0 - vote]
+        vote = better(scores[i], scores[j], *(known.solutions[n].solution.tokens for n in (i, j))) if graded else \
+            won(scores[i], scores[j])
+        votes.append((vote, None if vote is None else 1.0 - vote))
     return Answers(name, votes, graded, scores, graded, **more)
 
 
@@ -53,9 +51,13 @@ def heuristic(known: KnownRows) -> Answers:
     for each in known.solutions:
         right, total = each.solution.steps
         scores.append((right / total if total else 0.0, -each.solution.tokens))
-        counts = [check_steps(step) for step in each.steps]
-        wrong_steps.append(next((k for k, count in enumerate(counts) if count.right < count.total), -1))
+        wrong_steps.append(first([count.right < count.total for count in map(check_steps, each.steps)]))
     return by_scores("heuristic", known, scores, wrong_steps=wrong_steps)
+
+
+def first(found: Iterable[bool]) -> int:
+    """The index of the first True, -1 for none."""
+    return next((k for k, wrong in enumerate(found) if wrong), -1)
 
 
 def ask_known(judge: Judge, known: KnownRows, name: str, advance: Callable[[int], None] = lambda n: None) -> Answers:
@@ -65,16 +67,15 @@ def ask_known(judge: Judge, known: KnownRows, name: str, advance: Callable[[int]
     if judge.form == "pair":
         pairs = [Pair(known.solutions[i].problem, known.solutions[i].solution, known.solutions[j].solution)
                  for _, i, j in known.pairs]
-        votes, error = ask(judge, in_both_orders(pairs), advance, chunk=32)
+        votes, error = ask_both(judge, [pair.both() for pair in pairs], advance)
         return Answers(name, votes, judge.soft, error=error)
     questions = list(dict.fromkeys(each.question for each in known.solutions))
     told, error = ask(judge, questions, lambda n: advance(2 * n), chunk=32, put=judge.grade_all)
-    grades, of_steps = zip(*((None, None) if one is None else one for one in told))
-    grades = {question: None if p != p else p for question, p in zip(questions, grades, strict=True)}  # NaN
-    firsts = {question: None if steps is None else next((k for k, p in enumerate(steps) if p < 0.5), -1)
-              for question, steps in zip(questions, of_steps, strict=True)}
-    return by_scores(name, known, [grades[each.question] for each in known.solutions], graded=True,
-                     wrong_steps=[firsts[each.question] for each in known.solutions], error=error)
+    told = dict(zip(questions, told, strict=True))
+    grades, of_steps = zip(*(told[each.question] or (None, None) for each in known.solutions))
+    firsts = [None if steps is None else first(p < 0.5 for p in steps) for steps in of_steps]
+    return by_scores(name, known, [None if p != p else p for p in grades], graded=True,  # NaN
+                     wrong_steps=firsts, error=error)
 
 
 def questions_of(judge: Judge, known: KnownRows) -> int:
@@ -102,29 +103,25 @@ def figures_of(answers: Answers, length: Answers, known: KnownRows, seed: int = 
 
 def in_order(kinds: Iterable[str]) -> list[str]:
     """Sort kinds of fault, what a judge behind the verifier decides first."""
-    first = [HIDDEN, NEEDLESS, WRONG, UNREAD]
-    return sorted(set(kinds) - {SOUND}, key=lambda kind: (first.index(kind) if kind in first else len(first), kind))
+    order = [HIDDEN, NEEDLESS, WRONG, UNREAD]
+    return sorted(set(kinds) - {SOUND}, key=lambda kind: (order.index(kind) if kind in order else len(order), kind))
 
 
 def pair_figures(answers: Answers, length: Answers, known: KnownRows, kind: str, seed: int) -> dict:
-    """Compute poll.tally of the pairs of a kind, and more.
+    """Compute compare.tally of the pairs of a kind, and more.
 
-    even: of pairs whose lengths differ by at most 20%, the share in which the better one has the higher score (or
-    more votes), ties one half. length, gain: as in `auc_figures`, of agreement; None without votes."""
-    places = [n for n, pair in enumerate(known.pairs) if pair[0] == kind]
-    votes, theirs = ([one.votes[k] for n in places for k in (2 * n, 2 * n + 1)] for one in (answers, length))
-    figures, base = tally(votes, answers.soft), tally(theirs, False)["agreement"]
+    even: of pairs of like lengths, the share in which the better one has the higher score (or more votes), ties one
+    half. length, gain: as in `auc_figures`, of agreement; None without votes."""
+    of_kind = [n for n, pair in enumerate(known.pairs) if pair[0] == kind]
+    figures, base = (tally([one.votes[n] for n in of_kind], one.soft) for one in (answers, length))
+    base, even, gaps = base["agreement"], [], {}
     turned = base < 0.5 and answers is not length
-    even, gaps = [], {}
-    for n in places:
+    for n in (n for n in of_kind if None not in answers.votes[n]):
         _, i, j = known.pairs[n]
-        if None in (vote := answers.votes[2 * n:2 * n + 2]):
-            continue
-        short, long = sorted((known.tokens(i), known.tokens(j)))
-        if long <= EVEN * short:
-            even.append(won(answers.scores[i], answers.scores[j]) if answers.scores else won(*vote))
-        other = won(*length.votes[2 * n:2 * n + 2])
-        gaps.setdefault(known.solutions[i].problem, []).append(won(*vote) - (1 - other if turned else other))
+        mine, theirs = won(*answers.votes[n]), won(*length.votes[n])
+        if like_lengths(*(known.solutions[k].solution.tokens for k in (i, j))):
+            even.append(won(answers.scores[i], answers.scores[j]) if answers.scores else mine)
+        gaps.setdefault(known.solutions[i].problem, []).append(mine - (1 - theirs if turned else theirs))
     means = [sum(gap) / len(gap) for gap in gaps.values()]
     return figures | {
         "even": {"pairs": len(even), "share": sum(even) / len(even) if even else None,
@@ -140,14 +137,13 @@ def auc_figures(answers: Answers, length: Answers, known: KnownRows, kind: str, 
     its 95% interval by bootstrap over problems, as `interval`. None where no source has both."""
     rows = [n for n, each in enumerate(known.solutions)
             if each.kind in (SOUND, kind) and answers.scores[n] is not None]
-    both = {source for source in {known.solutions[n].source for n in rows}
-            if len({known.solutions[n].kind for n in rows if known.solutions[n].source == source}) == 2}
-    rows = [n for n in rows if known.solutions[n].source in both]
+    sources = [{known.solutions[n].source for n in rows if known.solutions[n].kind == side} for side in (SOUND, kind)]
+    rows = [n for n in rows if known.solutions[n].source in sources[0] & sources[1]]
     if not rows:
         return None
     sound = np.array([known.solutions[n].kind == SOUND for n in rows])
-    strata, problems = (np.unique([value(known.solutions[n]) for n in rows], return_inverse=True)[1]
-                        for value in (lambda each: each.source, lambda each: each.problem))
+    strata, problems = (np.unique([getattr(known.solutions[n], name) for n in rows], return_inverse=True)[1]
+                        for name in ("source", "problem"))
     mine, theirs = (auc_draws([one.scores[n] for n in rows], sound, strata, problems, seed)
                     for one in (answers, length))
     best = 1 - theirs if theirs[0] < 0.5 and answers is not length else theirs
@@ -167,8 +163,8 @@ def auc_draws(scores: list, sound: np.ndarray, strata: np.ndarray, problems: np.
     Only solutions of one stratum are compared. Returns (1 + DRAWS,); NaN for a draw that lacks either side."""
     rank = {score: n for n, score in enumerate(sorted(set(scores)))}
     places = np.array([rank[score] for score in scores]) + len(rank) * strata  # (N,): the strata one after the other
-    _, first, places = np.unique(places, return_index=True, return_inverse=True)
-    firsts = strata[first]  # the stratum of each place
+    _, begins, places = np.unique(places, return_index=True, return_inverse=True)
+    firsts = strata[begins]  # the stratum of each place
     rng, count, out = np.random.default_rng(seed), problems.max() + 1, []
     for draw in range(DRAWS + 1):
         weight = np.bincount(rng.integers(0, count, count), minlength=count)[problems] if draw else np.ones(len(scores))
@@ -190,12 +186,11 @@ def process_figures(answers: Answers, known: KnownRows) -> dict[str, dict]:
         if each.wrong_step is not None:
             hits.setdefault(each.source, {True: [], False: []})[each.wrong_step >= 0].append(said == each.wrong_step)
     report = {}
-    for source, of_source in hits.items():
-        faulty, sound = (sum(of_source[side]) / len(of_source[side]) if of_source[side] else None
-                         for side in (True, False))
+    for source, sides in hits.items():
+        faulty, sound = (sum(side) / len(side) if side else None for side in (sides[True], sides[False]))
         f1 = None if None in (faulty, sound) else 2 * faulty * sound / (faulty + sound) if faulty + sound else 0.0
-        report[source] = {"faulty_rows": len(of_source[True]), "erroneous": faulty,
-                          "sound_rows": len(of_source[False]), "correct": sound, "f1": f1}
+        report[source] = {"faulty_rows": len(sides[True]), "erroneous": faulty, "sound_rows": len(sides[False]),
+                          "correct": sound, "f1": f1}
     return report
 
 

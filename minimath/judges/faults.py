@@ -1,13 +1,15 @@
 """Make faults in worked solutions, with equations and without: what a judge is trained on.
 
-What follows from a fault is computed again (rewrite.carry), so that a copy differs from the right text in its fault and
-not in how it sounds. Texts are hostile input: at most MAX_CHARS, and TRIES attempts of linear time.
+A fault is a generator: it reads a right solution and yields drafts, likely ones first, and the first that holds what
+it must is the copy. What follows from a fault is computed again (Reading.carry), so that a copy differs from the right
+text in its fault and not in how it sounds. Texts are hostile input: at most MAX_CHARS, TRIES attempts of linear time.
 """
-import functools
+import json
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 from minimath.data.problems import INVERSE, VERBS
@@ -15,43 +17,14 @@ from minimath.grading.answer import extract_answer
 from minimath.grading.numbers import plain_number, same_number
 from minimath.grading.steps import Token, check_steps
 from minimath.judges.base import split_steps
-from minimath.judges.rewrite import (
-    ENDING,
-    LABEL,
-    SEQUEL,
-    Edits,
-    Line,
-    Reading,
-    carry,
-    computed,
-    gaps,
-    inserted,
-    number_of,
-    numbers_in,
-    put,
-    read,
-    result_edit,
-    shown,
-    without,
-    written,
-)
+from minimath.judges.rewrite import ENDING, LABEL, SEQUEL, Edits, Line, Reading, number_of, numbers_in, put, read, shown
 
 MAX_CHARS, TRIES = 1 << 14, 12
 SIZES = (-10, -5, -3, -2, -1, 1, 2, 3, 5, 10)  # of a mistake
-_TWO_WAYS = ("more/less", "greater/smaller", "even/odd", "positive/negative", "increases/decreases", "above/below",
-             "increasing/decreasing", "always/never", "maximum/minimum", "rational/irrational", "convex/concave",
-             "converges/diverges", "is/is not", "are/are not", "does/does not", "can/cannot")
-_SWAPS = {"larger": "smaller"} | {a: b for two in _TWO_WAYS for a, b in (two.split("/"), two.split("/")[::-1])}
+PHRASES = json.loads((Path(__file__).parent / "phrases.json").read_text(encoding="utf-8"))
+_TWO = [two.split("/") for two in PHRASES["two ways"]]
+_SWAPS = {"larger": "smaller", **dict(_TWO), **{b: a for a, b in _TWO}}
 _SWAP = re.compile(rf"\b(?:{'|'.join(sorted(_SWAPS, key=len, reverse=True))})\b")
-_TALK = ("Let us keep going carefully.", "This is an important part of the solution.", "We take our time here.",
-         "Now we can go on to what comes next.", "It is good to write every part down.", "So far, so good.",
-         "Let us think about what this means.", "We want to be sure that nothing is missed.",
-         "With this in mind, we go on.", "We do one thing after the other.", "That is what the problem tells us to do.")
-_REMARKS = ("Note that {x} is an {parity} number.", "Note that {eq}.", "By the way, {eq}.", "For comparison, {eq}.",
-            "We could also see that {eq}.", "The order of the numbers in a sum does not matter.")
-_AGAIN = ("{}", "To say it again: {}", "Once more: {}")
-_ASSUMED = ("Since the answer is {}, ", "The result has to be {}, and so ", "We know that it comes to {}, so ")
-_CLAIMED = ("Since what we want to show is true, ",)
 
 
 class Faulty(NamedTuple):
@@ -59,6 +32,13 @@ class Faulty(NamedTuple):
     kind: str
     text: str
     first_wrong: int | None
+
+
+class Draft(NamedTuple):
+    """A copy to be made: so many equations must fail in it, and its answer be the same, another, or (None) either."""
+    edits: Edits | None
+    failing: int = 0
+    same: bool | None = True
 
 
 def make_faults(problem: str, text: str, answer: str, rng: random.Random, kinds: Iterable[str] = ()) -> list[Faulty]:
@@ -69,27 +49,25 @@ def make_faults(problem: str, text: str, answer: str, rng: random.Random, kinds:
     right, total = check_steps(text[:MAX_CHARS])
     if right < total or (plain_number(answer) and not same(extract_answer(text), answer)):
         return []
-    return [made for kind in kinds or FAULTS if (made := FAULTS[kind](problem, text, rng))]
+    return [made for kind in kinds or FAULTS if (made := make_fault(kind, problem, text, rng))]
+
+
+def make_fault(kind: str, problem: str, text: str, rng: random.Random) -> Faulty | None:
+    """Make the first draft of a kind that holds what it must; None without any."""
+    if not text.strip() or len(text) > MAX_CHARS:
+        return None
+    for edits, failing, same_answer in FAULTS[kind](read(problem, text), rng):
+        if edits and (copy := put(text, edits)) != text:
+            right, total = check_steps(copy)
+            if total - right == failing and same_answer in (None, same(extract_answer(copy), extract_answer(text))):
+                return Faulty(kind, copy, None if kind in ("needless", "repeated", "padding") else min(edits))
+    return None
 
 
 def same(a: str | None, b: str | None) -> bool:
     """Tell whether two answers are the same text or number."""
     x, y = plain_number(a or ""), plain_number(b or "")
     return a == b or bool(x and y and same_number(x, y))
-
-
-def copy(reading: Reading, edits: Edits | None, *, failing: int = 0, answer: bool | None = True) -> Faulty | None:
-    """Make the copy; None unless so many equations fail, and it has the same answer, or (False) another."""
-    if not edits or (text := put(reading.text, edits)) == reading.text:
-        return None
-    right, total = check_steps(text)
-    if total - right != failing or answer not in (None, same(extract_answer(text), extract_answer(reading.text))):
-        return None
-    return Faulty("", text, min(edits))
-
-
-def first(copies: Iterable[Faulty | None]) -> Faulty | None:
-    return next(filter(None, copies), None)
 
 
 def drawn(reading: Reading, rng: random.Random, choices: Callable[[Line], list]) -> list[tuple]:
@@ -137,30 +115,32 @@ def swapped(reading: Reading, piece: int, rng: random.Random) -> Edits:
     return rng.choice(edits) if edits else {}
 
 
-def wrong(reading: Reading, rng: random.Random) -> Faulty | None:
+# ---- the kinds
+
+def wrong(reading: Reading, rng: random.Random) -> Iterator[Draft]:
     """Turn a + b = c into a + b = c', carried on to the answer; else change the answer wherever it stands."""
-    if made := first(copy(reading, carry(reading, k, word, {}), failing=1, answer=False)
-                     for k, word in drawn(reading, rng, mistakes)):
-        return made
+    for k, word in drawn(reading, rng, mistakes):
+        yield Draft(reading.carry(k, word, {}), failing=1, same=False)
     text, answer, edits = reading.text, extract_answer(reading.text) or "", {}
     opposite = swapped(reading, len(reading.pieces) - 1, rng)
     if "=" not in text and not ENDING.search(text) and opposite:
-        return copy(reading, opposite, answer=None)
+        yield Draft(opposite, same=None)
+        return
     for number in numbers_in(answer)[:1]:
         word = shown(answer[number.start:number.end], number.value + rng.choice(SIZES[5:])) or ""
         spots = [m.start() for m in re.finditer(rf"(?<![\w.]){re.escape(answer)}(?!\w|\.\d)", text)]
         spots = [at for at in spots if at > text.rfind("=") and number.value not in reading.given] or spots[-1:]
         edits = {at + number.start: (at + number.end, word) for at in spots}
-    return first(copy(reading, some, failing=n, answer=False) for some in (edits, opposite) for n in (1, 0))
+    yield from (Draft(some, failing, same=False) for some in (edits, opposite) for failing in (1, 0))
 
 
-def operation(reading: Reading, rng: random.Random) -> Faulty | None:
+def operation(reading: Reading, rng: random.Random) -> Iterator[Draft]:
     """Turn a - b = c into a + b = c', rightly computed and carried on to a wrong answer."""
     text = reading.text
 
     def choices(line: Line) -> list[tuple[bool, Token, str, str]]:
-        old, tokens = number_of(line.result.text), line.expression
-        made = [(t, op, computed(line, {t.start: (t.end, op)})) for before, t in zip(tokens, tokens[1:])
+        old, tokens = line.value, line.expression
+        made = [(t, op, line.computed({t.start: (t.end, op)})) for before, t in zip(tokens, tokens[1:])
                 if before.kind in ("num", "close") and re.fullmatch(r"\\?[a-z]+|\W", text[t.start:t.end])
                 for op in INVERSE if t.text in INVERSE and op != t.text]
         return [(not old / 8 < number_of(word) < old * 8, t, op, word) for t, op, word in made
@@ -179,27 +159,23 @@ def operation(reading: Reading, rng: random.Random) -> Faulty | None:
         said, instead = announced(line, old.text), announced(line, op)
         if said and (at := text.find(said, reading.starts[step(reading, line)[0]], line.start)) >= 0:
             edits[at] = at + len(said), instead
-        if made := copy(reading, carry(reading, k, word, edits), answer=False):
-            return made
-    return None
+        yield Draft(reading.carry(k, word, edits), same=False)
 
 
-def unsound(reading: Reading, rng: random.Random) -> Faulty | None:
+def unsound(reading: Reading, rng: random.Random) -> Iterator[Draft]:
     """Turn a + b = c into a + b = c' in one sentence alone, the answer stays right; else swap a word."""
     inside = {t.start for line in reading.lines for t in (*line.expression, line.result)}
-
-    def alone(k: int, word: str) -> Edits:
-        line, old = reading.lines[k], number_of(reading.lines[k].result.text)
-        end = line.end + 4 if old in reading.given else reading.starts[step(reading, line)[1]]
-        return result_edit(line, word) | {n.start: written(reading, n, word) for n in reading.numbers if n.value == old
-                                          and line.end <= n.start < end and n.start not in inside}
-
     pieces = rng.sample(range(len(reading.pieces) - 1), max(0, len(reading.pieces) - 1))
-    return first(copy(reading, alone(k, word), failing=1) for k, word in drawn(reading, rng, mistakes)) or first(
-        copy(reading, swapped(reading, piece, rng)) for piece in pieces[:TRIES])
+    for k, word in drawn(reading, rng, mistakes):
+        line, old = reading.lines[k], reading.lines[k].value
+        end = line.end + 4 if old in reading.given else reading.starts[step(reading, line)[1]]
+        again = {n.start: reading.written(n, word) for n in reading.numbers
+                 if n.value == old and line.end <= n.start < end and n.start not in inside}
+        yield Draft(line.with_result(word) | again, failing=1)
+    yield from (Draft(swapped(reading, piece, rng)) for piece in pieces[:TRIES])
 
 
-def missing(reading: Reading, rng: random.Random) -> Faulty | None:
+def missing(reading: Reading, rng: random.Random) -> Iterator[Draft]:
     """Leave a step out, and compute what follows from its first operand instead, where that is possible."""
     crowd = [line.piece for line in reading.lines]
     steps = [(k, piece) for k, piece in enumerate(crowd) if crowd.count(piece) == 1 and piece < crowd[-1]]
@@ -207,74 +183,67 @@ def missing(reading: Reading, rng: random.Random) -> Faulty | None:
         steps = [(-1, piece) for piece in range(1, len(reading.pieces) - 1)]
     for k, piece in rng.sample(steps, min(TRIES, len(steps))):
         begin, after = step(reading, reading.lines[k]) if k >= 0 else (piece, piece + 1)
-        edits = without(reading, begin, after)
+        edits = reading.without(begin, after)
         if label := LABEL.match(reading.pieces[begin]):        # the labels of later steps count on from it
             for at, words in zip(reading.starts[after:], reading.pieces[after:]):
                 if (m := LABEL.match(words)) and int(m[m.lastindex]) > int(label[label.lastindex]):
                     edits[at + m.start(m.lastindex)] = at + m.end(m.lastindex), str(int(m[m.lastindex]) - 1)
         expression = reading.lines[k].expression if k >= 0 else []
-        carried = carry(reading, k, expression[0].text, edits) if len(expression) == 3 else None
-        if made := first(copy(reading, some, answer=None) for some in (carried, edits)):
-            return made
-    return None
+        if len(expression) == 3:
+            yield Draft(reading.carry(k, expression[0].text, edits), same=None)
+        yield Draft(edits, same=None)
 
 
-def needless(reading: Reading, rng: random.Random) -> Faulty | None:
+def needless(reading: Reading, rng: random.Random) -> Iterator[Draft]:
     """Insert a true equation of numbers that are there, or a remark, that nobody needs."""
-    places = gaps(reading)
+    places = reading.gaps()
     for at in rng.sample(places, min(TRIES, len(places))):
         known = reading.given | {n.value for n in reading.numbers if n.start < reading.starts[at]}
         values = sorted(int(value) for value in known if value == int(value) < 1000)
         y, x = sorted(rng.sample(values, 2)) if len(values) > 1 else (2, 3)
         op, terse = rng.choice("+-*"), at and not re.search("[A-Za-z]{2}", reading.pieces[at - 1])
-        told = f"We recall what is given: {split_steps(reading.problem)[0].strip()}" if reading.problem.strip() else ""
         words = f"{x} {op} {y} = {dict(zip('+-*', (x + y, x - y, x * y)))[op]}"
         if " = " not in reading.text and "=" in reading.text:
             words = words.replace(" ", "")
-        if len(values) < 2 and told:
-            words = told
+        if len(values) < 2 and reading.problem.strip():
+            words = f"We recall what is given: {split_steps(reading.problem)[0].strip()}"
         elif terse:
             words += re.search(r"[.;,]?\Z", reading.pieces[at - 1].rstrip())[0]
         else:
-            words = rng.choice(_REMARKS).format(x=x, parity=("even", "odd")[x % 2], eq=words)
-        if made := copy(reading, inserted(reading, at, words)):
-            return made
-    return None
+            words = rng.choice(PHRASES["remarks"]).format(x=x, parity=("even", "odd")[x % 2], eq=words)
+        yield Draft(reading.inserted(at, words))
 
 
-def repeated(reading: Reading, rng: random.Random) -> Faulty | None:
+def repeated(reading: Reading, rng: random.Random) -> Iterator[Draft]:
     """Say a step again, in the same words or as c = a + b for a + b = c."""
-    pieces, places = reading.pieces, [*gaps(reading), len(reading.pieces)]
+    pieces, places = reading.pieces, [*reading.gaps(), len(reading.pieces)]
     steps = {line.piece: line for line in reading.lines} or dict.fromkeys(range(len(pieces)))
     for i in rng.sample(sorted(steps), min(TRIES, len(steps))):
         own = pieces[i][label.end():] if (label := LABEL.match(pieces[i])) else pieces[i].strip()
         if re.search("[A-Za-z]{2}", own):
-            own = rng.choice(_AGAIN).format(own)
+            own = rng.choice(PHRASES["again"]).format(own)
             if (line := steps[i]) and rng.random() < 0.3:
                 sides = line.expression[0].start, line.expression[-1].end
                 own = f"We have {line.result.text} = {reading.text[slice(*sides)]}."
         later = [at for at in places if i < at and (at < len(pieces) or i == len(pieces) - 1)][:3]
-        if made := later and not ENDING.search(own) and copy(reading, inserted(reading, rng.choice(later), own)):
-            return made
-    return None
+        if later and not ENDING.search(own):
+            yield Draft(reading.inserted(rng.choice(later), own))
 
 
-def padding(reading: Reading, rng: random.Random) -> Faulty | None:
+def padding(reading: Reading, rng: random.Random) -> Iterator[Draft]:
     """Pad to 2 to 4 times the length: the problem again, and talk between the steps."""
-    places, length = gaps(reading), (rng.choice((2, 3, 4)) - 1) * len(reading.text)
+    places, length = reading.gaps(), (rng.choice((2, 3, 4)) - 1) * len(reading.text)
     for again in (f"We read the problem carefully once more: {reading.problem[:MAX_CHARS].strip()}", ""):
         talk, edits = [], {}
         while sum(map(len, (again, *talk))) < length:
-            talk += rng.sample(_TALK, 5)
+            talk += rng.sample(PHRASES["talk"], 5)
         for n, at in enumerate(places):
             words = [again] * (n == 0 and bool(again)) + talk[n::len(places)]
-            edits |= inserted(reading, at, " ".join(words)) if words else {}
-        if made := copy(reading, edits):
-            return made
-    return None
+            edits |= reading.inserted(at, " ".join(words)) if words else {}
+        yield Draft(edits)
 
 
-def circular(reading: Reading, rng: random.Random) -> Faulty | None:
+def circular(reading: Reading, rng: random.Random) -> Iterator[Draft]:
     """Turn "a = ..., a + b = c" into "since the answer is c, c - b = a": a step takes the answer as known."""
     answer, steps, pieces = extract_answer(reading.text), [], reading.pieces
     for line in reading.lines[-1:] if reading.lines and same(reading.lines[-1].result.text, answer) else []:
@@ -293,18 +262,8 @@ def circular(reading: Reading, rng: random.Random) -> Faulty | None:
         steps = [(rng.randrange(len(pieces) - 1), "this is what we must have here")]
     for piece, words in rng.sample(steps, len(steps)):
         start = reading.starts[piece] + (LABEL.match(pieces[piece]) or re.match(r"\s*", pieces[piece])).end()
-        for assumed in rng.sample(_ASSUMED, len(_ASSUMED)) if answer else _CLAIMED:
-            edits = {start: (reading.starts[piece + 1], assumed.format(answer) + words + ".")}
-            if made := copy(reading, edits):
-                return made
-    return None
+        for assumed in rng.sample(PHRASES["assumed"], len(PHRASES["assumed"])) if answer else PHRASES["claimed"]:
+            yield Draft({start: (reading.starts[piece + 1], assumed.format(answer) + words + ".")})
 
 
-def _of(make: Callable, sound: bool, problem: str, text: str, rng: random.Random) -> Faulty | None:
-    made = make(read(problem, text), rng) if text.strip() and len(text) <= MAX_CHARS else None
-    return made and made._replace(kind=make.__name__, first_wrong=None if sound else made.first_wrong)
-
-
-FAULTS: dict[str, Callable[[str, str, random.Random], Faulty | None]] = {
-    make.__name__: functools.partial(_of, make, make in (needless, repeated, padding))
-    for make in (wrong, operation, unsound, missing, needless, repeated, padding, circular)}
+FAULTS = {make.__name__: make for make in (wrong, operation, unsound, missing, needless, repeated, padding, circular)}

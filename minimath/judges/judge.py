@@ -7,9 +7,8 @@ from minimath.core.errors import UserError
 from minimath.data.sample import Group, Sample
 from minimath.judges.base import HeuristicJudge, Judge, Pair
 from minimath.judges.cache import ReplyCache, cache_folder
-from minimath.judges.compare import both_orders, choose_pairs, win_probabilities
+from minimath.judges.compare import ask_both, both_orders, choose_pairs, percent, tally, win_probabilities
 from minimath.judges.endpoint import EndpointJudge, is_fault
-from minimath.judges.poll import ask, in_both_orders, percent, tally
 from minimath.judges.rubrics import make_nonce
 from minimath.judges.self_judge import SelfJudge
 from minimath.models.policy import Policy
@@ -25,26 +24,6 @@ def make_judge(options: JudgeOptions, policy: Policy | None = None, *, micro_bat
     return EndpointJudge(options, say=say, cache=ReplyCache(cache_folder(), say))
 
 
-class Contest:
-    """The correct samples of a group, one of each text.
-
-    place: of each sample of the group in texts, None: wrong; copies: how many samples have each text."""
-
-    def __init__(self, group: Group):
-        texts: dict[str, Sample] = {}
-        for sample in group.samples:
-            if sample.correct:
-                texts.setdefault(sample.text.strip(), sample)
-        names = list(texts)
-        self.problem, self.texts = group.example.problem, list(texts.values())
-        self.place = [names.index(s.text.strip()) if s.correct else None for s in group.samples]
-        self.copies = [self.place.count(k) for k in range(len(texts))]
-        self.nonce = make_nonce(self.problem, *texts)
-
-    def pair(self, i: int, j: int) -> Pair:
-        return Pair(self.problem, self.texts[i], self.texts[j], self.nonce)
-
-
 def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | None]], dict]:
     """Judge all groups in one batch of questions; returns wins and stats.
 
@@ -53,34 +32,49 @@ def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | N
     heuristic judge's vote (judge.fallback).
 
     stats: comparisons (questions, two per pair), skipped (groups with fewer than two different correct texts),
-    no_votes, position_bias and order_conflicts (poll.tally), fallbacks (pairs that the heuristic judge took over),
+    no_votes, position_bias and order_conflicts (compare.tally), fallbacks (pairs that the heuristic judge took over),
     counts (what the judge's counts grew by), error ("" or the judge's exception), seconds.
 
     Raises UserError with judge_fallback=stop when the judge is down; any other failure costs votes and is said once."""
     start, before = time.monotonic(), judge.counts.copy()
-    contests = [Contest(group) for group in groups]
-    due = [(g, pair) for g, contest in enumerate(contests)
-           for pair in choose_pairs(len(contest.texts), judge.pairs, contest.nonce)]
-    votes, error = ask(judge, in_both_orders([contests[g].pair(*pair) for g, pair in due]))
+    contests, due = [], []  # the different correct texts of each group; (group, i, j, pair)
+    for number, group in enumerate(groups):
+        contests.append(texts := different(group))
+        samples, nonce = list(texts.values()), make_nonce(group.example.problem, *texts)
+        due += [(number, i, j, Pair(group.example.problem, samples[i], samples[j], nonce))
+                for i, j in choose_pairs(len(samples), judge.pairs, nonce)]
+    votes, error = ask_both(judge, [pair.both() for *_, pair in due], chunk=0)
     results: list[list[tuple[int, int, float]]] = [[] for _ in contests]
     fallbacks = 0
-    for (g, (i, j)), forward, backward in zip(due, votes[::2], votes[1::2], strict=True):
+    for (number, i, j, pair), (forward, backward) in zip(due, votes, strict=True):
         if forward is not None and backward is not None:  # one order alone would carry the position bias
-            results[g].append((i, j, both_orders(forward, backward, judge.soft)))
+            results[number].append((i, j, both_orders(forward, backward, judge.soft)))
         elif judge.fallback == "heuristic":  # for both orders: half of two judges would be biased by the first's
-            results[g].append((i, j, HeuristicJudge().compare([contests[g].pair(i, j)])[0]))
+            results[number].append((i, j, HeuristicJudge().compare([pair])[0]))
             fallbacks += 1
-    wins = []
-    for contest, own in zip(contests, results, strict=True):
-        of_text = win_probabilities(len(contest.texts), own, contest.copies)
-        wins.append([None if place is None else of_text[place] for place in contest.place])
     figures = tally(votes, judge.soft)
-    stats = {"comparisons": len(votes), "skipped": sum(len(c.texts) < 2 for c in contests), "fallbacks": fallbacks,
+    stats = {"comparisons": 2 * len(votes), "skipped": sum(len(c) < 2 for c in contests), "fallbacks": fallbacks,
              "no_votes": figures["no_votes"], "position_bias": figures["position_bias"] or 0.0,
              "order_conflicts": figures["order_conflicts"] or 0.0, "counts": dict(judge.counts - before),
              "error": error, "seconds": time.monotonic() - start}
     see_to_lost_votes(judge, stats)
-    return wins, stats
+    return [wins_of(*each) for each in zip(groups, contests, results)], stats
+
+
+def different(group: Group) -> dict[str, Sample]:
+    """The first correct sample of each text."""
+    texts: dict[str, Sample] = {}
+    for sample in group.samples:
+        if sample.correct:
+            texts.setdefault(sample.text.strip(), sample)
+    return texts
+
+
+def wins_of(group: Group, texts: dict[str, Sample], results: list[tuple[int, int, float]]) -> list[float | None]:
+    """Give each sample the wins of its text; None for wrong ones."""
+    own = [sample.text.strip() if sample.correct else None for sample in group.samples]
+    wins = dict(zip(texts, win_probabilities(len(texts), results, [own.count(text) for text in texts])))
+    return [wins.get(text) for text in own]
 
 
 def see_to_lost_votes(judge: Judge, stats: dict) -> None:

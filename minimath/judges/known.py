@@ -12,7 +12,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -38,8 +38,6 @@ def problem_hash(problem: str) -> str:
     """Hash a problem's words and numbers, names apart: 16 hex digits of a sha256."""
     return hashlib.sha256((canonical(problem) or problem).encode()).hexdigest()[:16]
 
-
-# ---- rows
 
 @dataclass(frozen=True)
 class Known:
@@ -67,20 +65,17 @@ class KnownRows:
 
     pairs: (kind, index of the better solution, of the worse one). rows, problems: how many were read; left_out: rows
     whose problem the judge was trained on; drawn: rows that are used."""
-    solutions: list[Known] = field(default_factory=list)
-    pairs: list[tuple[str, int, int]] = field(default_factory=list)
-    report: DataReport = field(default_factory=DataReport)
-    rows: int = 0
-    problems: int = 0
-    left_out: int = 0
-    drawn: int = 0
+    solutions: list[Known]
+    pairs: list[tuple[str, int, int]]
+    report: DataReport
+    rows: int
+    problems: int
+    left_out: int
+    drawn: int
 
     def kinds(self) -> Counter:
         """Count the solutions of each kind, pairs of the user's apart."""
         return Counter(known.kind for known in self.solutions if known.kind)
-
-    def tokens(self, index: int) -> int:
-        return self.solutions[index].solution.tokens
 
 
 def read_known(data: DataOptions, seed: int = 0, trained_on: set[str] = frozenset()) -> KnownRows:
@@ -88,55 +83,50 @@ def read_known(data: DataOptions, seed: int = 0, trained_on: set[str] = frozense
 
     trained_on: hashes of problems whose rows are left out. Raises UserError as load_examples does, and when no row is
     left."""
-    found, rows = KnownRows(), []
+    rows, report = [], DataReport()
     listed = isinstance(data.source, list) or os.path.exists(data.source)
     for source in [data.source] if listed else comma_list(data.source) or [""]:
         name = "rows" if isinstance(source, list) else Path(source).stem
         for where, row in rows_of(source, data.split):
             try:
-                rows.append(solutions_of(Columns(refused(row)), name))
+                if isinstance(row, BadRow):
+                    raise row
+                rows.append(solutions_of(Columns(row), name))
             except BadRow as bad:
-                found.report.refuse(where, bad, data.strict)
-    found.report.kept = found.rows = len(rows)
+                report.refuse(where, bad, data.strict)
+    report.kept = len(rows)
     if not rows:
-        raise UserError(f"data={data.source}: no usable row. {describe_report(found.report) or 'It is empty'}")
-    found.problems = len({row[0].problem for row in rows})
+        raise UserError(f"data={data.source}: no usable row. {describe_report(report) or 'It is empty'}")
     kept = [row for row in rows if not trained_on or problem_hash(row[0].problem) not in trained_on]
     if not kept:
         raise UserError(f"data={data.source}: the judge was trained on the problems of all {len(rows)} rows; check it "
                         "on others")
-    found.left_out, found.drawn = len(rows) - len(kept), min(data.limit or len(kept), len(kept))
-    chosen = random.Random(f"minimath judge check {seed}").sample(range(len(kept)), found.drawn)
-    place: dict[Known, int] = {}
-    found.pairs = list(dict.fromkeys(pairs_of([kept[i] for i in sorted(chosen)], place)))
-    found.solutions = list(place)
-    return found
+    drawn = min(data.limit or len(kept), len(kept))
+    chosen = random.Random(f"minimath judge check {seed}").sample(range(len(kept)), drawn)
+    used = [kept[i] for i in sorted(chosen)]
+    place = {known: n for n, known in enumerate(dict.fromkeys(known for row in used for known in row))}
+    pairs = dict.fromkeys((kind, place[good], place[bad]) for kind, good, bad in pairs_of(used))
+    return KnownRows(list(place), list(pairs), report, len(rows), len({row[0].problem for row in rows}),
+                     len(rows) - len(kept), drawn)
 
 
-def refused(row: dict | BadRow) -> dict:
-    """Return a row, or raise the BadRow that stands for one."""
-    if isinstance(row, BadRow):
-        raise row
-    return row
-
-
-def pairs_of(rows: list[list[Known]], place: dict[Known, int]) -> Iterator[tuple[str, int, int]]:
-    """Pair the solutions of a row, or sound with faulty ones of a problem; fill `place`."""
+def pairs_of(rows: list[list[Known]]) -> Iterator[tuple[str, Known, Known]]:
+    """Pair the solutions of a row, or sound with faulty ones of a problem: (kind, better, worse)."""
     single: dict[tuple[str, str], list[Known]] = {}
-    for row in rows:
-        for known in row:
-            place.setdefault(known, len(place))
-        if len(row) == 1:
-            single.setdefault((row[0].source, row[0].problem), []).append(row[0])
-        elif row[1].kind != SOUND:
-            yield row[1].kind or row[1].source, place[row[0]], place[row[1]]
+    for known, *worse in rows:
+        if not worse:
+            single.setdefault((known.source, known.problem), []).append(known)
+        elif worse[0].kind != SOUND:
+            yield worse[0].kind or worse[0].source, known, worse[0]
     for of_one in single.values():
         for good in (known for known in of_one if known.kind == SOUND):
-            yield from ((bad.kind, place[good], place[bad]) for bad in of_one if bad.kind != SOUND)
+            yield from ((bad.kind, good, bad) for bad in of_one if bad.kind != SOUND)
 
+
+# ---- rows; all raise BadRow
 
 def solutions_of(row: Columns, source: str) -> list[Known]:
-    """Read one row: a labelled solution, or a better and a worse one. Raises BadRow."""
+    """Read one row: a labelled solution, or a better and a worse one."""
     values = row.values
     first = next((name for name, second in SHAPES.items() if values.get(name) is not None
                   and values.get(second) is not None), "")
@@ -148,22 +138,21 @@ def solutions_of(row: Columns, source: str) -> list[Known]:
     name, value = row.take("problem")
     if value is None and isinstance(values[first], list):  # a chat that holds the question
         value = values[first][:-1]
-    problem = written(value, name)
+    problem, second = written(value, name), SHAPES[first]
     if first == "steps":
         return [labelled(problem, steps_of(values, first), values, source)]
-    if SHAPES[first].startswith("modified"):
-        return original_and_modified(problem, *(steps_of(values, name) for name in (first, SHAPES[first])), values,
-                                     source)
-    texts = [written(values[name], name) for name in (first, SHAPES[first])]
-    if texts[0] == texts[1]:
-        raise BadRow("both solutions are the same", f"{first} and {SHAPES[first]} must differ")
+    stepwise = second.startswith("modified")
+    good, bad = (steps_of(values, name) if stepwise else written(values[name], name) for name in (first, second))
+    if good == bad:
+        raise BadRow("both solutions are the same", f"{first} and {second} must differ")
+    if stepwise:
+        return [Known(problem, good, SOUND, -1, source), modified(problem, good, bad, values, source)]
     kind = plain_text(values.get("kind"), "kind") or PAIR
-    good, bad = (Known(problem, split_steps(text), "", source=kind) for text in texts)
-    return [good, bad]
+    return [Known(problem, split_steps(text), "", source=kind) for text in (good, bad)]
 
 
 def written(value, name: str) -> str:
-    """Read a text, or the last message of a chat. Raises BadRow."""
+    """Read a text, or the last message of a chat."""
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")
     if not (text := plain_text(value, name)):
@@ -172,7 +161,7 @@ def written(value, name: str) -> str:
 
 
 def steps_of(values: dict, name: str) -> tuple[str, ...]:
-    """Read a list of steps, a line each. Raises BadRow."""
+    """Read a list of steps, a line each."""
     steps = values[name]
     if not isinstance(steps, list) or not steps:
         raise BadRow(f"{name} is no list of steps", 'write ["first step", "second step"]')
@@ -184,7 +173,7 @@ def steps_of(values: dict, name: str) -> tuple[str, ...]:
 
 
 def place_of(value, name: str, least: int, most: int) -> int:
-    """Read a step's number. Raises BadRow."""
+    """Read a step's number."""
     value = int(value) if isinstance(value, float) and value.is_integer() else value
     if type(value) is not int:
         raise BadRow(f"{name} is no whole number", f"{type(value).__name__} instead of {least} to {most}")
@@ -194,7 +183,7 @@ def place_of(value, name: str, least: int, most: int) -> int:
 
 
 def labelled(problem: str, steps: tuple[str, ...], values: dict, source: str) -> Known:
-    """Make a solution of ProcessBench's columns. Raises BadRow."""
+    """Make a solution of ProcessBench's columns."""
     label, right = place_of(values["label"], "label", -1, len(steps) - 1), values.get("final_answer_correct")
     if right is not None and not isinstance(right, bool):
         raise BadRow("final_answer_correct has the wrong type", f"{type(right).__name__} instead of true or false")
@@ -204,20 +193,16 @@ def labelled(problem: str, steps: tuple[str, ...], values: dict, source: str) ->
     return Known(problem, steps, kind, label, source)
 
 
-def original_and_modified(problem: str, original: tuple[str, ...], modified: tuple[str, ...], values: dict,
-                          source: str) -> list[Known]:
-    """Make two solutions of PRMBench's columns. Raises BadRow.
+def modified(problem: str, original: tuple[str, ...], steps: tuple[str, ...], values: dict, source: str) -> Known:
+    """Make the second solution of PRMBench's columns.
 
-    Without error_steps both are sound, as in its class of multiple solutions."""
+    Without error_steps it is sound, as in its class of multiple solutions."""
     marks = values.get("error_steps")
     if not isinstance(marks, list):
         raise BadRow("error_steps is no list", "give the numbers of the wrong steps of modified, from 1")
-    marks = [place_of(mark, "error_steps", 1, len(modified)) for mark in marks]
-    if original == modified:
-        raise BadRow("both solutions are the same", "original and modified must differ")
+    marks = [place_of(mark, "error_steps", 1, len(steps)) for mark in marks]
     fault = plain_text(values.get("class") or values.get("classification"), "class")
-    answers = [extract_answer("".join(steps)) for steps in (original, modified)]
+    answers = [extract_answer("".join(each)) for each in (original, steps)]
     kind = SOUND if not marks else NEEDLESS if fault.startswith("redund") else UNREAD if None in answers else \
         HIDDEN if answers[0] == answers[1] else WRONG
-    wrong_step = {SOUND: -1, NEEDLESS: None}.get(kind, min(marks, default=0) - 1)
-    return [Known(problem, original, SOUND, -1, source), Known(problem, modified, kind, wrong_step, source)]
+    return Known(problem, steps, kind, {SOUND: -1, NEEDLESS: None}.get(kind, min(marks, default=0) - 1), source)

@@ -1,4 +1,10 @@
-"""What a judge's adapter is trained on: the policy's own solutions, made faults beside them, attacked copies."""
+"""What a judge's adapter is trained on: the policy's own solutions, made faults beside them, attacked copies.
+
+From the end of a solution alone little is learnt, so every step is labelled, where no one has said which are right. Two
+sources cost nothing: the exact arithmetic of every equation, and what became of other samples of the problem that had
+computed the same so far, as Math-Shepherd counts it by rolling on from each prefix (arXiv 2312.08935); here the samples
+of a group are the rollouts.
+"""
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -6,12 +12,12 @@ from typing import NamedTuple
 
 from minimath.data.chat import IGNORE, Encoded, final_text
 from minimath.data.examples import Example
+from minimath.grading.answer import answer_end
+from minimath.grading.steps import equations
 from minimath.judges.attack import ATTACKS, bare_prompt, load_attacks, plant
-from minimath.judges.base import Pair, Solution, asked
+from minimath.judges.base import Asked, Pair, Solution, asked
 from minimath.judges.faults import FAULTS, make_faults
-from minimath.judges.labels import Prefixes, labels_from, step_labels
-from minimath.judges.pairs import KnownPair, solution
-from minimath.judges.poll import in_both_orders
+from minimath.judges.pairs import solution
 from minimath.judges.rows import Reader, pair_row, single_row
 from minimath.judges.rubrics import judge_prompt
 
@@ -21,6 +27,7 @@ LONGER = 1.25  # than the shortest right solution: long
 MOST, FAULTS_OF_ONE = 9, 3  # rows of a set, made faults in it
 SERIOUS = ("wrong", "operation", "unsound", "missing", "circular")  # kinds of faults that make a solution unsound
 LONGEST_ATTACK = 400  # characters
+LEAST_SEEN = 2  # samples behind the same equations, all of them wrong: then the last of these is
 
 
 class Solved(NamedTuple):
@@ -58,8 +65,8 @@ class Lessons:
         """Make the rows of all problems.
 
         made: made rows for each own or worked one; attacked: share of the rows that carry an attack string."""
-        own = [each for one in solved for each in (self.own_pairs if self.form == "pair" else self.own)(one)]
-        sets = own + self.drawn(self.made, solved, made * (sum(map(len, own)) or WITHOUT_OWN * len(solved)))
+        sets = [each for one in solved for each in self.own(one)]
+        sets += self.drawn(self.made, solved, made * (sum(map(len, sets)) or WITHOUT_OWN * len(solved)))
         sets += self.drawn(self.attacked, solved, attacked / (1 - attacked) * sum(map(len, sets)))
         self.counts["cut at max_len"] = sum(row.truncated for rows in sets for row in rows)
         taught = [[row for row in rows if set(row.targets()) != {IGNORE}] for rows in sets]
@@ -78,53 +85,47 @@ class Lessons:
     def described(self) -> str:
         return "rows: " + ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count)
 
-    # ---- the policy's own
+    def single(self, kind: str, question: Asked, right: list[bool | None]) -> Encoded:
+        self.counts[kind] += 1
+        return single_row(self.reader, question, right, self.max_len)
+
+    def pair(self, kind: str, orders: tuple[Pair, Pair], first_wins: bool = True) -> list[Encoded]:
+        self.counts[kind] += 2
+        return [pair_row(self.reader, pair, wins, self.max_len)
+                for pair, wins in zip(orders, (first_wins, not first_wins))]
 
     def own(self, solved: Solved) -> list[list[Encoded]]:
-        """Make a row of each solution, the data's own first, with the steps that are known labelled."""
-        prefixes = Prefixes([(r["text"], r["correct"]) for r in solved.records])
-        rows, worked = [], solved.worked()
+        """Make a row of each solution, the data's own first, with the steps that are known labelled; or of pairs."""
+        if self.form == "pair":
+            return [self.pair(pair.kind, pair.both()) for pair in own_pairs(solved)]
+        problem, rows, worked = solved.example.problem, [], solved.worked()
+        prefixes = Prefixes([(asked(problem, r["text"]), r["correct"]) for r in solved.records])
         if worked and worked.strip() not in (r["text"].strip() for r in solved.records):
-            rows.append(self.labelled("worked", solved.example.problem, worked, None))
+            rows.append(self.labelled("worked", problem, worked))
         for record in solved.different():
-            question = asked(solved.example.problem, record["text"])
-            right = record["correct"] and record["finished"]
-            rows.append(single_row(self.reader, question, step_labels(question, right, prefixes), self.max_len))
-            self.counts["own right" if right else "own wrong"] += 1
+            question, right = asked(problem, record["text"]), record["correct"] and record["finished"]
+            rows.append(self.single("own right" if right else "own wrong", question,
+                                    step_labels(question, right, prefixes)))
         return [rows[start:start + MOST] for start in range(0, len(rows), MOST)]
-
-    def own_pairs(self, solved: Solved) -> list[list[Encoded]]:
-        """Make both orders of right against wrong, and of short against long."""
-        return [self.of_pair(pair) for pair in own_pairs(solved)]
-
-    def of_pair(self, known: KnownPair) -> list[Encoded]:
-        self.counts[known.kind] += 2
-        return [pair_row(self.reader, pair, pair.first is known.better, self.max_len)
-                for pair in in_both_orders([Pair(known.problem, known.better, known.worse)])]
-
-    # ---- made
 
     def made(self, solved: Solved) -> list[Encoded]:
         """Make rows of a right text and of faults made in it; of form single each with another right one."""
         texts, problem, answer = solved.right_texts(), solved.example.problem, solved.example.answer
         if not texts:
             return []
-        text = self.rng.choice(texts)
-        kinds = self.rng.sample(list(FAULTS), len(FAULTS))
-        faults = make_faults(problem, text, answer, self.rng, kinds)[:1 if self.form == "pair" else FAULTS_OF_ONE]
+        text, kinds = self.rng.choice(texts), self.rng.sample(list(FAULTS), len(FAULTS))
+        faults = make_faults(problem, text, answer, self.rng, kinds)
         if self.form == "pair":
-            return self.of_pair(KnownPair(f"made {faults[0].kind}", problem, solution(text, answer),
-                                          solution(faults[0].text, answer))) if faults else []
+            return [row for fault in faults[:1] for row in self.pair(
+                f"made {fault.kind}", Pair(problem, solution(text, answer), solution(fault.text, answer)).both())]
         rights = self.rng.sample(texts, min(len(texts), FAULTS_OF_ONE))
-        return [self.labelled("made right", problem, each, None) for each in rights] + [
-            self.labelled(f"made {fault.kind}", problem, fault.text, fault.first_wrong) for fault in faults]
+        return [self.labelled("made right", problem, each) for each in rights] + [
+            self.labelled(f"made {fault.kind}", problem, fault.text, fault.first_wrong)
+            for fault in faults[:FAULTS_OF_ONE]]
 
-    def labelled(self, kind: str, problem: str, text: str, first_wrong: int | None) -> Encoded:
-        self.counts[kind] += 1
+    def labelled(self, kind: str, problem: str, text: str, first_wrong: int | None = None) -> Encoded:
         question = asked(problem, text)
-        return single_row(self.reader, question, labels_from(question, first_wrong), self.max_len)
-
-    # ---- attacked
+        return self.single(kind, question, labels_from(question, first_wrong))
 
     def attacked(self, solved: Solved) -> list[Encoded]:
         """Make rows with an attack string, shown defused or as it is; it changes no label.
@@ -135,48 +136,98 @@ class Lessons:
         faults = make_faults(example.problem, texts[0], example.answer, self.rng, SERIOUS) if texts else []
         if not faults:
             return []
-        attack, fault = self.rng.choice(self.attacks), self.rng.choice(faults)
+        attack, right, faulty = self.rng.choice(self.attacks), texts[0], self.rng.choice(faults).text
         alone = attack.place == "alone"
-        self.counts["attacked"] += 2
         self.reader.prompt = self.rng.choice([judge_prompt, bare_prompt])
         try:
             if self.form == "pair":  # the better or the worse one attacks, in the place that it names
                 worse = alone or self.rng.random() < 0.5
-                text, other = (fault.text, texts[0]) if worse else (texts[0], fault.text)
-                as_a, as_b = (solution(plant(attack, text, *letters), example.answer) for letters in ("AB", "BA"))
-                other = solution(other, example.answer)
-                return [pair_row(self.reader, Pair(example.problem, as_a, other), not worse, self.max_len),
-                        pair_row(self.reader, Pair(example.problem, other, as_b), worse, self.max_len)]
-            rows, of_right = [], attack._replace(place="start") if alone else attack
-            for string, text, right in ((of_right, texts[0], True), (attack, fault.text, False)):
+                text, other = (faulty, right) if worse else (right, faulty)
+                as_a, as_b, other = (solution(each, example.answer) for each in (
+                    plant(attack, text, "A", "B"), plant(attack, text, "B", "A"), other))
+                return self.pair("attacked", (Pair(example.problem, as_a, other), Pair(example.problem, other, as_b)),
+                                 not worse)
+            rows = []
+            for string, text, sound in ((attack._replace(place="start") if alone else attack, right, True),
+                                        (attack, faulty, False)):
                 question = asked(example.problem, plant(string, text, "A", "B"))
-                known = [None] * len(question.steps) + [right]  # which of its steps the string is, nobody says
-                rows.append(single_row(self.reader, question, known, self.max_len))
+                known = [None] * len(question.steps) + [sound]  # which of its steps the string is, nobody says
+                rows.append(self.single("attacked", question, known))
             return rows
         finally:
             self.reader.prompt = judge_prompt
 
 
-def own_pairs(solved: Solved) -> list[KnownPair]:
+def own_pairs(solved: Solved) -> list[Pair]:
     """Pair a policy's own solutions of a problem: right against wrong, short against long.
 
     Wrong answers on which most samples agree come first: they are the hardest. Of those the right solution of the most
     similar length is taken, else length would tell."""
-    problem, records = solved.example.problem, solved.different()
+    records, votes = solved.different(), Counter(r["answer"] for r in solved.records)
     right = [r for r in records if r["correct"] and r["finished"]]
-    votes = Counter(r["answer"] for r in solved.records)
     wrong = sorted((r for r in records if not r["correct"]),
                    key=lambda r: (-votes[r["answer"]] if r["answer"] else 0, r["tokens"]))
-    pairs = []
-    for bad in wrong[:PAIRS] if right else []:
-        good = min(right, key=lambda r: abs(r["tokens"] - bad["tokens"]))
-        pairs.append(KnownPair("own wrong", problem, as_solution(good), as_solution(bad)))
+    found = [("own wrong", min(right, key=lambda r: abs(r["tokens"] - bad["tokens"])), bad)
+             for bad in wrong[:PAIRS] if right]
     sound = [r for r in right if r["correct_steps"] == r["steps"]]
     short, long = (pick(sound, key=lambda r: r["tokens"], default=None) for pick in (min, max))
     if sound and long["tokens"] >= LONGER * short["tokens"]:
-        pairs.append(KnownPair("own long", problem, as_solution(short), as_solution(long)))
-    return pairs
+        found.append(("own long", short, long))
+    return [Pair(solved.example.problem, *(Solution(r["text"], r["correct"], r["tokens"]) for r in both), kind=kind)
+            for kind, *both in found]
 
 
-def as_solution(record: dict) -> Solution:
-    return Solution(record["text"], record["correct"], record["tokens"])
+# ---- labels of steps
+
+def computed(step: str) -> list[tuple[str, bool]]:
+    """List the equations of a step: as they are written, and whether they hold."""
+    return [("=".join("".join(token.text for token in side) for side in equation[:2]), equation.holds)
+            for equation in equations(step[:20_000])]
+
+
+class Prefixes:
+    """Counts how often samples of one problem end right behind the same equations."""
+
+    def __init__(self, samples: list[tuple[Asked, bool]]):
+        """samples: each, and whether it is correct."""
+        self.right, self.seen = Counter(), Counter()
+        for question, correct in samples:
+            so_far = ()
+            for equation, _ in (each for step in question.steps for each in computed(step)):
+                so_far += equation,
+                self.seen[so_far] += 1
+                self.right[so_far] += correct
+
+    def leads_to_right(self, so_far: tuple[str, ...]) -> bool | None:
+        """Tell whether a right end follows the equations so far; None: not known."""
+        return True if self.right[so_far] else False if self.seen[so_far] >= LEAST_SEEN else None
+
+
+def step_labels(question: Asked, correct: bool, prefixes: Prefixes | None = None) -> list[bool | None]:
+    """Label each step of a sample, and its whole; None: not known.
+
+    A step is wrong from the first equation on that does not hold. Without one, all steps of a right solution are right;
+    those of a wrong one are as `prefixes` tells. What stands behind the answer is not shown, and changes nothing."""
+    labels, so_far, sound, left = [], (), True, answer_end("".join(question.steps))
+    for step in question.steps:
+        step, left = step[:max(0, left)], left - len(step)
+        if not step and labels:
+            labels.append(labels[-1])
+            continue
+        found = computed(step)
+        so_far += tuple(equation for equation, _ in found)
+        sound &= all(holds for _, holds in found)
+        known = True if correct else prefixes.leads_to_right(so_far) if prefixes else None
+        if known is not True and labels and labels[-1] is False:  # nothing mends what is wrong
+            known = False
+        labels.append(known if sound else False)
+    return [*labels, correct and sound]
+
+
+def labels_from(question: Asked, first_wrong: int | None) -> list[bool]:
+    """Label each step, and the whole, of a text whose first fault is at an offset; None: it has none."""
+    labels, end = [], 0
+    for step in question.steps:
+        end += len(step)
+        labels.append(first_wrong is None or end <= first_wrong)
+    return [*labels, first_wrong is None]

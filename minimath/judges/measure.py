@@ -3,10 +3,10 @@ import numpy as np
 
 from minimath.core.log import RunLog, clean
 from minimath.judges.base import asked
-from minimath.judges.calibrate import Calibration, auc, auc_within, brier, fit_calibration, reliability, sigmoid
+from minimath.judges.calibrate import Calibration, auc_within, brier, fit_calibration, reliability, sigmoid
+from minimath.judges.compare import TALLY, percent, tally_cells
 from minimath.judges.lessons import Solved, own_pairs
 from minimath.judges.pairs import judge_known
-from minimath.judges.poll import percent, span
 from minimath.judges.self_judge import SelfJudge
 
 KEPT_PAIRS = 64  # held-out pairs for the canary
@@ -16,7 +16,7 @@ def measure_judge(judge: SelfJudge, held_out: list[Solved], log: RunLog) -> None
     """Fill in the card of a judge: calibration, figures, canary pairs; and show them.
 
     The calibration is fitted to all; the figures are those of two, each fitted to one half of the problems and measured
-    on the other. figures: pairs (poll.tally by kind) and, of form single, grades: auc over all solutions, auc_within
+    on the other. figures: pairs (compare.tally by kind) and, of form single, grades: auc over all solutions, auc_within
     over right and wrong ones of one problem, auc_like_lengths over those of them that are as long, the same of either
     sign alone, brier before and after, reliability (calibrate.py)."""
     card = judge.card
@@ -26,11 +26,9 @@ def measure_judge(judge: SelfJudge, held_out: list[Solved], log: RunLog) -> None
     pairs = [pair for each in held_out for pair in own_pairs(each)]
     card.figures["pairs"] = report = judge_known(judge, pairs)
     card.figures = clean(card.figures)  # NaN, where there is only right or only wrong, is not JSON
-    card.pairs = [[p.problem, p.better.text, p.worse.text] for p in pairs if p.kind == "own wrong"][:KEPT_PAIRS]
+    card.pairs = [[p.problem, p.first.text, p.second.text] for p in pairs if p.kind == "own wrong"][:KEPT_PAIRS]
     log.table(f"the policy's own solutions of {len(held_out)} held-out problems",
-              ["kind", "pairs", "agreement", "95% interval", "position bias", "order conflicts"],
-              [[kind, f["pairs"], percent(f["agreement"]), span(f["interval"]), percent(f["position_bias"]),
-                percent(f["order_conflicts"])] for kind, f in report.items()])
+              ["kind", *TALLY], [[kind, *tally_cells(f)] for kind, f in report.items()])
 
 
 def grade_figures(judge: SelfJudge, held_out: list[Solved]) -> tuple[Calibration, dict]:
@@ -44,22 +42,16 @@ def grade_figures(judge: SelfJudge, held_out: list[Solved]) -> tuple[Calibration
     if not known:
         return Calibration(), {"solutions": 0}
     number, right, tokens, z, logp = (np.array(column) for column in zip(*known))
-    signs = np.column_stack([z, logp])
-
-    def fit(chosen: np.ndarray) -> Calibration:
-        return fit_calibration(signs[chosen].tolist(), right[chosen].tolist(), number[chosen].tolist())
-
-    p = np.empty(len(right))
+    signs, p = np.column_stack([z, logp]), np.empty(len(right))
     for half in (number % 2 == 0, number % 2 == 1):  # each by what was fitted to the other one
-        other = fit(~half)
+        other = fit_calibration(signs[~half], right[~half], number[~half])
         p[half] = [other.probability(*each) for each in signs[half]]
-    truth = right.tolist()
-    return fit(right | True), {
-        "solutions": len(known), "right": float(right.mean()), "auc": auc(p[right], p[~right]),
+    return fit_calibration(signs, right, number), {
+        "solutions": len(known), "right": float(right.mean()), "auc": auc_within(0 * number, right, p),
         "auc_within": auc_within(number, right, p), "auc_like_lengths": auc_within(number, right, p, tokens),
         "auc_of_verdict": auc_within(number, right, z), "auc_of_numbers": auc_within(number, right, logp),
-        "brier_uncalibrated": brier([sigmoid(each) for each in z], truth), "brier": brier(p, truth),
-        "brier_of_the_mean": brier([right.mean()] * len(truth), truth), "reliability": reliability(p, truth)}
+        "brier_uncalibrated": brier([sigmoid(each) for each in z], right), "brier": brier(p, right),
+        "brier_of_the_mean": brier(np.full(len(right), right.mean()), right), "reliability": reliability(p, right)}
 
 
 def show_grades(f: dict, calibration: Calibration, log: RunLog) -> None:

@@ -30,6 +30,23 @@ class Line(NamedTuple):
     start: int
     end: int
 
+    @property
+    def value(self) -> Fraction:
+        return number_of(self.result.text)
+
+    def with_result(self, word: str) -> Edits:
+        return {self.result.start: (self.result.start + len(self.result.text.rstrip("%")), word)}
+
+    def computed(self, edits: Edits) -> str | None:
+        """Write the result as it is after the replacements in the expression."""
+        old = [token.text for token in self.expression]
+        new = [edits[t.start][1] + "%" * t.text.endswith("%") if t.start in edits else t.text for t in self.expression]
+        before, after = arithmetic(" ".join(old)), arithmetic(" ".join(new))
+        if before is None or after is None:
+            return None
+        scale = 100 if self.result.text.endswith("%") and before < self.value else 1
+        return shown(self.result.text, after * scale, exact=before * scale == self.value)
+
 
 class Number(NamedTuple):
     start: int
@@ -46,6 +63,58 @@ class Reading(NamedTuple):
     lines: list[Line]
     numbers: list[Number]
     given: frozenset[Fraction]
+
+    def written(self, number: Number, word: str) -> tuple[int, str]:
+        """Put the value of a word in place of a number, as that is written where it can."""
+        return number.end, shown(self.text[number.start:number.end], number_of(word)) or word
+
+    def carry(self, k: int, word: str, edits: Edits) -> Edits | None:
+        """Let the result of line k be `word`, and compute what follows; sentences that check it go.
+
+        None where that can't be written in the digits shown, or where it is not plain which later numbers stand for a
+        result: it is one of the problem's own numbers, or was there before."""
+        lines, edits, moved = self.lines, dict(edits), {}
+        seen = self.given | {n.value for n in self.numbers if n.start < lines[k].start}
+        numbers = [n for n in self.numbers if n.start >= lines[k].end][::-1]
+        for j, line in enumerate([*lines[k:], None], k):
+            while numbers and (line is None or numbers[-1].start < line.end):
+                n = numbers.pop()
+                if n.value in moved and n.start not in edits and not (line and n.start == line.result.start):
+                    edits[n.start] = self.written(n, moved[n.value])
+            if line is None:
+                break
+            new, old = word if j == k else line.computed(edits), line.value
+            if new is None or (number_of(new) == old and old in moved):
+                return None
+            if number_of(new) == old:
+                seen |= {old}
+            elif (old in seen and j < len(lines) - 1) or moved.get(old, new) != new:
+                return None
+            else:
+                moved[old] = new
+                edits |= line.with_result(new)
+        for piece in range(lines[k].piece + 1, len(self.pieces)):
+            if _CHECK.search(self.pieces[piece]) and not ENDING.search(self.pieces[piece]):
+                edits |= self.without(piece, piece + 1)
+        return edits
+
+    def without(self, begin: int, end: int) -> Edits:
+        """Take sentences out; with the first one the space behind them too."""
+        behind = "".join(self.pieces[end:end + 1]) if begin == 0 else ""
+        return {self.starts[begin]: (self.starts[end] + len(behind) - len(behind.lstrip()), "")}
+
+    def inserted(self, at: int, words: str) -> Edits:
+        """Put words before a sentence, apart from it as two sentences are."""
+        where = self.pieces[max(1, at)] if max(1, at) < len(self.pieces) else ""
+        space = where[:len(where) - len(where.lstrip())] or " "
+        return {self.starts[at]: (self.starts[at], words + space if at == 0 else space + words)}
+
+    def gaps(self) -> list[int]:
+        """List the sentences before which another may stand: not within a step or a displayed formula."""
+        texts = (self.text[:start] for start in self.starts[:-1])
+        return [i for i, text in enumerate(texts) if text.count(r"\[") == text.count(r"\]")
+                and text.count("$$") % 2 == 0 and text.count(r"\begin{") == text.count(r"\end{")
+                and not SEQUEL.match(self.pieces[i])] or [0]
 
 
 def number_of(word: str) -> Fraction:
@@ -96,76 +165,3 @@ def shown(old: str, value: Fraction, exact: bool = True) -> str | None:
         return None
     whole, part = divmod(units, 10 ** places)
     return (f"{whole:,}" if "," in old else str(whole)) + (f".{part:0{places}}" if places else "")
-
-
-def written(reading: Reading, number: Number, word: str) -> tuple[int, str]:
-    """Put the value of a word in place of a number, as that is written where it can."""
-    return number.end, shown(reading.text[number.start:number.end], number_of(word)) or word
-
-
-def result_edit(line: Line, word: str) -> Edits:
-    return {line.result.start: (line.result.start + len(line.result.text.rstrip("%")), word)}
-
-
-def computed(line: Line, edits: Edits) -> str | None:
-    """Write the result of a line as it is after the replacements in its expression."""
-    old = [token.text for token in line.expression]
-    new = [edits[t.start][1] + "%" * t.text.endswith("%") if t.start in edits else t.text for t in line.expression]
-    before, after, result = arithmetic(" ".join(old)), arithmetic(" ".join(new)), number_of(line.result.text)
-    if before is None or after is None:
-        return None
-    scale = 100 if line.result.text.endswith("%") and before < result else 1
-    return shown(line.result.text, after * scale, exact=before * scale == result)
-
-
-def carry(reading: Reading, k: int, word: str, edits: Edits) -> Edits | None:
-    """Let the result of line k be `word`, and compute what follows; sentences that check it go.
-
-    None where that can't be written in the digits shown, or where it is not plain which later numbers stand for a
-    result: it is one of the problem's own numbers, or was there before."""
-    lines, edits, moved = reading.lines, dict(edits), {}
-    seen = reading.given | {n.value for n in reading.numbers if n.start < lines[k].start}
-    later = iter([n for n in reading.numbers if n.start >= lines[k].end])
-    number = next(later, None)
-    for j, line in enumerate([*lines[k:], None], k):
-        while number and (line is None or number.start < line.end):
-            if number.value in moved and number.start not in edits and not (
-                    line and number.start == line.result.start):
-                edits[number.start] = written(reading, number, moved[number.value])
-            number = next(later, None)
-        if line is None:
-            break
-        new, old = word if j == k else computed(line, edits), number_of(line.result.text)
-        if new is None or (number_of(new) == old and old in moved):
-            return None
-        if number_of(new) == old:
-            seen |= {old}
-        elif (old in seen and j < len(lines) - 1) or moved.get(old, new) != new:
-            return None
-        else:
-            moved[old] = new
-            edits |= result_edit(line, new)
-    for piece in range(lines[k].piece + 1, len(reading.pieces)):
-        if _CHECK.search(reading.pieces[piece]) and not ENDING.search(reading.pieces[piece]):
-            edits |= without(reading, piece, piece + 1)
-    return edits
-
-
-def without(reading: Reading, begin: int, end: int) -> Edits:
-    """Take sentences out; with the first one the space behind them too."""
-    behind = "".join(reading.pieces[end:end + 1]) if begin == 0 else ""
-    return {reading.starts[begin]: (reading.starts[end] + len(behind) - len(behind.lstrip()), "")}
-
-
-def inserted(reading: Reading, at: int, words: str) -> Edits:
-    """Put words before a sentence, apart from it as two sentences are."""
-    where = reading.pieces[max(1, at)] if max(1, at) < len(reading.pieces) else ""
-    space = where[:len(where) - len(where.lstrip())] or " "
-    return {reading.starts[at]: (reading.starts[at], words + space if at == 0 else space + words)}
-
-
-def gaps(reading: Reading) -> list[int]:
-    """List the sentences before which another may stand: not within a step or a displayed formula."""
-    texts = (reading.text[:start] for start in reading.starts[:-1])
-    return [i for i, text in enumerate(texts) if text.count(r"\[") == text.count(r"\]") and text.count("$$") % 2 == 0
-            and text.count(r"\begin{") == text.count(r"\end{") and not SEQUEL.match(reading.pieces[i])] or [0]

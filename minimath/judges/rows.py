@@ -60,10 +60,10 @@ class Reader:
     role marks and hidden characters broken, up to their answer."""
 
     def __init__(self, policy: Policy, rubric: str):
-        self.policy, self.tokenizer, self.rubric, self.prompt = policy, policy.tokenizer, rubric, judge_prompt
+        self.tokenizer, self.rubric, self.prompt = policy.tokenizer, rubric, judge_prompt
         self.specials = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        self._prompts: dict[str, list[int]] = {}
-        self._is_number: dict[int, bool] = {}
+        self.is_number = functools.cache(self.is_number)
+        self.prompt_ids = functools.lru_cache(1)(policy.prompt_ids)
 
     def shown(self, question: Asked) -> tuple[str, ...]:
         """The steps as they are shown, as many as there are; nothing behind the answer."""
@@ -77,22 +77,19 @@ class Reader:
 
     def read(self, question: Asked) -> Reading:
         """Encode a single solution, step by step, so that a step's end is a token's end."""
-        if question.problem not in self._prompts:
-            self._prompts = {question.problem: self.policy.prompt_ids(question.problem)}
-        ids, ends = list(self._prompts[question.problem]), []
+        ids, ends = list(self.prompt_ids(question.problem)), []
+        first = len(ids)
         for step in self.shown(question):
             ids += self.tokenizer.encode(step, add_special_tokens=False)
             ends.append(len(ids) - 1)
-        first, behind = len(self._prompts[question.problem]), {end + 1 for end in ends}
+        behind = {end + 1 for end in ends}
         numbers = [place for place in range(first, len(ids)) if self.is_number(ids[place]) and place not in behind]
         return Reading([*ids, turn_end(self.tokenizer)], [*ends, len(ids)], first, numbers)
 
     def is_number(self, token: int) -> bool:
         """Tell whether a token is a number, or a part of one, or a sign of arithmetic."""
-        if token not in self._is_number:
-            text = self.tokenizer.decode([token]).strip()
-            self._is_number[token] = bool(text) and all(c.isdecimal() or c in SIGNS for c in text)
-        return self._is_number[token]
+        text = self.tokenizer.decode([token]).strip()
+        return bool(text) and all(c.isdecimal() or c in SIGNS for c in text)
 
     @functools.cached_property
     def letters(self) -> list[int]:
@@ -115,16 +112,16 @@ def single_row(reader: Reader, question: Asked, right: list[bool | None], max_le
     if all(right):
         targets = {place - 1: reading.ids[place] for place in range(reading.prompt, len(reading.ids))}
     targets |= {end: yes if known else no for end, known in zip(reading.ends, right, strict=True) if known is not None}
-    return row(reading, targets, max_len)
+    return row(reading.ids, reading.prompt, targets, max_len)
 
 
 def pair_row(reader: Reader, pair: Pair, first_wins: bool, max_len: int) -> Encoded:
     """Make a training row of a pair in this order."""
     ids, (a, b, _) = reader.pair(pair), reader.letters
-    return row(Reading(ids, [], len(ids) - 1, []), {len(ids) - 1: a if first_wins else b}, max_len)
+    return row(ids, len(ids) - 1, {len(ids) - 1: a if first_wins else b}, max_len)
 
 
-def row(reading: Reading, verdicts: dict[int, int], max_len: int) -> Encoded:
-    ids, targets = reading.ids[:max_len], [verdicts.get(place, IGNORE) for place in range(len(reading.ids))]
-    mask = [place >= reading.prompt for place in range(len(ids))]
-    return Encoded(ids, mask, len(reading.ids) > max_len, targets[:max_len])
+def row(ids: list[int], prompt: int, verdicts: dict[int, int], max_len: int) -> Encoded:
+    targets = [verdicts.get(place, IGNORE) for place in range(len(ids))]
+    return Encoded(ids[:max_len], [place >= prompt for place in range(min(len(ids), max_len))], len(ids) > max_len,
+                   targets[:max_len])

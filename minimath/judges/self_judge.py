@@ -8,6 +8,7 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Callable
+from os.path import commonprefix
 from typing import NamedTuple
 
 import torch
@@ -16,22 +17,16 @@ from minimath.config.schema import JudgeOptions
 from minimath.core import interrupt
 from minimath.core.errors import is_out_of_memory
 from minimath.core.run_folder import find_adapter
-from minimath.data.batch import like_lengths, tail_length
+from minimath.data.batch import collate_padded, like_lengths, tail_length
+from minimath.data.chat import Encoded
 from minimath.judges.base import Asked, Judge, Pair, asked, better
 from minimath.judges.card import JUDGE, JudgeCard, read_card
 from minimath.judges.rows import Reader
 from minimath.judges.rubrics import load_rubric
 from minimath.kernels import linear_logp
+from minimath.models import forward
 from minimath.models.block_attention import Branch, on_device
-from minimath.models.forward import (
-    adapter_named,
-    base_causal_lm,
-    head,
-    hidden_states,
-    inference,
-    sliding_window,
-    takes_mask,
-)
+from minimath.models.forward import base_causal_lm, hidden_states
 from minimath.models.memory import give_back
 from minimath.models.policy import Policy
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
@@ -75,41 +70,31 @@ class SelfJudge(Judge):
         config = base_causal_lm(self.model).config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", None) or 1 << 30
 
-    @property
-    def prompt(self) -> Callable:
-        """What fills the rubric: judge_prompt, or bare_prompt without its defences."""
-        return self.reader.prompt
-
-    @prompt.setter
-    def prompt(self, fill: Callable) -> None:
-        self.reader.prompt = fill
+    prompt = property(lambda self: self.reader.prompt, lambda self, fill: setattr(self.reader, "prompt", fill),
+                      doc="What fills the rubric: judge_prompt, or bare_prompt without its defences.")
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
         """Return a probability for each pair; None for a prompt beyond the context.
 
         Of grades: `better`; every solution is read once."""
         if self.form == "pair":
-            prompts = [self.reader.pair(pair) for pair in pairs]
             found = self.logps([Question(ids, [(len(ids) - 1, verdict) for verdict in self.verdicts])
-                                for ids in prompts])
-            votes = [None if each is None else each.softmax(0).tolist() for each in found]
-            return [None if vote is None else number(vote[0] + vote[2] / 2) for vote in votes]
+                                for ids in map(self.reader.pair, pairs)])
+            chances = [None if each is None else each.softmax(0).tolist() for each in found]
+            votes = [None if each is None else each[0] + each[2] / 2 for each in chances]
+            return [None if vote != vote else vote for vote in votes]  # NaN
         texts = list(dict.fromkeys((pair.problem, s.text) for pair in pairs for s in (pair.first, pair.second)))
         grades = dict(zip(texts, self.grade([asked(*text) for text in texts]), strict=True))
-        return [better(grades[p, a.text], grades[p, b.text], a.tokens, b.tokens) for p, a, b, _ in pairs]
-
-    def grade(self, questions: list[Asked]) -> list[float | None]:
-        """Return the calibrated probability that each solution is right and sound."""
-        return [grade for grade, _ in self.grade_all(questions)]
-
-    def grade_steps(self, questions: list[Asked]) -> list[list[float] | None]:
-        """Return for each step the probability that all is right up to its end."""
-        return [steps for _, steps in self.grade_all(questions)]
+        return [better(grades[p, a.text], grades[p, b.text], a.tokens, b.tokens) for p, a, b, *_ in pairs]
 
     def grade_all(self, questions: list[Asked]) -> list[tuple[float | None, list[float] | None]]:
-        """Return `grade` and `grade_steps` of each solution, from one forward."""
-        return [(None, None) if each is None else (min(each if self.form == "steps" else each[-1:]), each[:-1])
-                for each in self._probabilities(questions)]
+        """Return the grade of each solution and those of its steps, from one forward."""
+        found = []
+        for signs in self.signs(questions):
+            p = [self.card.calibration.probability(*each) for each in signs or [(math.nan, math.nan)]]
+            lost = any(map(math.isnan, p))
+            found.append((None, None) if lost else (min(p) if self.form == "steps" else p[-1], p[:-1]))
+        return found
 
     def signs(self, questions: list[Asked]) -> list[list[tuple[float, float]] | None]:
         """Return what speaks for each solution, after each step and after the end.
@@ -130,11 +115,6 @@ class SelfJudge(Judge):
             signs.append(logp)
         return signs
 
-    def _probabilities(self, questions: list[Asked]) -> list[list[float] | None]:
-        values = [each and [number(self.card.calibration.probability(*signs)) for signs in each]
-                  for each in self.signs(questions)]
-        return [None if each is None or None in each else each for each in values]
-
     def logps(self, readings: list[Question]) -> list[torch.Tensor | None]:
         """Compute the log-probs that each asks for; None beyond the context."""
         fitting = [i for i, reading in enumerate(readings) if len(reading.ids) <= self.context]
@@ -148,7 +128,7 @@ class SelfJudge(Judge):
         """Compute log-probs and count tokens, in smaller passes when memory runs out."""
         passes, tree, computed = plan_passes(self.model, [r.ids for r in readings], self.micro_batch_tokens)
         try:
-            with inference(self.model), adapter_named(self.model, self.adapter):
+            with forward.inference(self.model), forward.adapter_named(self.model, self.adapter):
                 return verdict_logps(self.model, readings, passes, tree), computed
         except (RuntimeError, MemoryError) as error:
             shared = [size for rows, size in passes if len(rows) > 1]
@@ -160,10 +140,6 @@ class SelfJudge(Judge):
         self.say_once("memory", "the judge self ran out of memory: from now on its passes are smaller, which gives the "
                       "same votes")
         return self._in_memory(readings)
-
-
-def number(value: float) -> float | None:
-    return value if value == value else None  # NaN
 
 
 def plan_passes(model, prompts: list[list[int]], micro_batch_tokens: int) -> tuple[list, bool, int]:
@@ -183,15 +159,15 @@ def plan_passes(model, prompts: list[list[int]], micro_batch_tokens: int) -> tup
 
 def takes_trees(model, longest: int) -> bool:
     """Tell whether attention takes what a tree's tokens see: no short window, either."""
-    window = sliding_window(model)
-    return takes_mask(model) and not (window and window < longest)
+    window = forward.sliding_window(model)
+    return forward.takes_mask(model) and not (window and window < longest)
 
 
 def tree_packs(prompts: list[list[int]], limit: int) -> list[tuple[list[int], int]]:
     """Pack prompts, sorted, into trees of at most `limit` tokens; with those tokens."""
     packs, last = [], []
     for index in sorted(range(len(prompts)), key=lambda i: prompts[i]):
-        more = len(prompts[index]) - common_length(last, prompts[index])
+        more = len(prompts[index]) - len(commonprefix([last, prompts[index]]))
         if packs and packs[-1][1] + more <= limit:
             packs[-1] = ([*packs[-1][0], index], packs[-1][1] + more)
         else:
@@ -200,13 +176,9 @@ def tree_packs(prompts: list[list[int]], limit: int) -> list[tuple[list[int], in
     return packs
 
 
-def common_length(a: list[int], b: list[int]) -> int:
-    return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
 def verdict_logps(model, questions: list[Question], passes: list, tree: bool) -> list[torch.Tensor]:
     """Compute the log-probs that each question asks for, (asks,) float64 on the CPU."""
-    lm_head, order, logps = head(model), [i for rows, _ in passes for i in rows], []
+    lm_head, order, logps = forward.head(model), [i for rows, _ in passes for i in rows], []
     for rows, _ in passes:
         interrupt.check()
         chosen = [questions[i] for i in rows]
@@ -222,17 +194,12 @@ def verdict_logps(model, questions: list[Question], passes: list, tree: bool) ->
 
 def row_states(model, questions: list[Question]) -> torch.Tensor:
     """Compute the final hidden states at the places of rows, right-padded: M, D."""
-    device = base_causal_lm(model).device
-    lengths = torch.tensor([len(each.ids) for each in questions])
-    first = torch.arange(len(questions)) * (width := int(lengths.max()))
-    input_ids = torch.zeros(len(questions), width, dtype=torch.long)  # (B, T)
-    for row, each in enumerate(questions):
-        input_ids[row, :len(each.ids)] = torch.tensor(each.ids)
-    mask = (torch.arange(width)[None] < lengths[:, None]).long()  # (B, T)
-    places = torch.tensor([start + place for start, each in zip(first.tolist(), questions) for place, _ in each.asks])
-    input_ids, mask, places = (on_device(each, device) for each in (input_ids, mask, places))
-    rows = list(zip(first.tolist(), lengths.tolist()))
-    return hidden_states(model, input_ids, attention_mask=mask, rows=rows).flatten(0, 1).index_select(0, places)
+    batch = collate_padded([Encoded(each.ids, [], False, []) for each in questions], pad_id=0)
+    places = torch.tensor([start + place for (start, _), each in zip(batch["rows"], questions)
+                           for place, _ in each.asks])
+    input_ids, mask, places = (on_device(each, base_causal_lm(model).device)
+                               for each in (batch["input_ids"], batch["attention_mask"], places))
+    return hidden_states(model, input_ids, attention_mask=mask, rows=batch["rows"]).flatten(0, 1)[places]
 
 
 def tree_states(model, questions: list[Question]) -> torch.Tensor:
@@ -241,7 +208,7 @@ def tree_states(model, questions: list[Question]) -> torch.Tensor:
     questions: sorted by their tokens. Returns (M, D)."""
     ids, position, places, path, branches, last = [], [], [], [], [], []
     for prompt, asks in questions:
-        common = common_length(last, prompt)
+        common = len(commonprefix([last, prompt]))
         if len(prompt) > common:  # else it is the last one, or its beginning
             branches.append(Branch(len(ids), len(prompt) - common, path[:common]))
         path = path[:common] + list(range(len(ids), len(ids) + len(prompt) - common))

@@ -33,7 +33,7 @@ from minimath.eval.metrics import COLUMNS, read_records, table_row
 from minimath.eval.suite import suite_table
 from minimath.grading.steps import check_steps
 from minimath.judges.card import CARD
-from minimath.judges.poll import percent
+from minimath.judges.compare import percent
 from minimath.report import figures
 from minimath.report.figures import read_metrics, series
 

@@ -10,8 +10,8 @@ import statistics
 from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
 from minimath.data.sample import Group
-from minimath.judges.canary import Canary
 from minimath.judges.judge import Judge
+from minimath.judges.pairs import Canary
 
 WINDOW = 10  # steps whose mean is compared with that of the first ones: single steps are noise
 WATCHED = {"entropy": "policy/entropy", "tokens": "rollout/tokens", "correct": "rollout/correct",

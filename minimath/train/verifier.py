@@ -14,7 +14,7 @@ from minimath.data.sample import Group, Sample
 from minimath.grading.answer import MAX_ANSWER_CHARS, AnswerChecker, final_answer
 from minimath.grading.typeset import key, typeset
 from minimath.judges.base import Judge, asked
-from minimath.judges.poll import ask
+from minimath.judges.compare import ask
 
 NEEDS_ANSWER, LABEL_FREE = ("exact", "regex"), ("majority", *BY_JUDGE)
 # Of a group with 64 answers of different wording: with all others, that were 2,016 comparisons of up to 2 s each

@@ -9,8 +9,8 @@ from judging import FakeJudge, judge_by
 from minimath.commands.judge_check import advice, finding
 from minimath.judges.attack import load_attacks
 from minimath.judges.base import HeuristicJudge
+from minimath.judges.compare import tally
 from minimath.judges.pairs import KINDS, judge_known, make_pairs
-from minimath.judges.poll import tally
 
 ORACLE = HeuristicJudge()  # its rules are the ones by which the pairs are made
 ALWAYS_A = judge_by(lambda p: 1.0)
@@ -76,7 +76,7 @@ def test_both_orders_are_scored_together():
 
 
 def test_no_votes_are_counted_and_left_out():
-    votes = [1.0, 0.0, None, 0.0, 0.2, 0.9]  # a win, a pair without a vote, a loss
+    votes = [(1.0, 0.0), (None, 0.0), (0.2, 0.9)]  # a win, a pair without a vote, a loss
     facts = tally(votes, False)
     assert (facts["pairs"], facts["voted"], facts["no_votes"], facts["agreement"]) == (3, 2, 1, 0.5)
     assert facts["first_wins"] == pytest.approx((1.0 + (0.2 + 1 - 0.9) / 2) / 2)
@@ -91,9 +91,9 @@ def test_a_judge_that_fails_costs_its_votes_and_is_named(broken):
 
 
 def test_few_pairs_are_called_too_few():
-    assert finding(tally([1.0, 1.0] * 6, False)) == "too few pairs"
-    assert finding(tally([1.0, 1.0] * 25, False)) == "near chance"
-    assert finding(tally([1.0, 0.0] * 6, False)) == "reliable"
+    assert finding(tally([(1.0, 1.0)] * 6, False)) == "too few pairs"
+    assert finding(tally([(1.0, 1.0)] * 25, False)) == "near chance"
+    assert finding(tally([(1.0, 0.0)] * 6, False)) == "reliable"
 
 
 # ---- the command

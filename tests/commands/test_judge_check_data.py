@@ -6,8 +6,7 @@ import pytest
 from judging import FakeJudge, judge_by
 
 from minimath.commands import judge_check as command
-from minimath.commands import judge_data
-from minimath.commands.judge_data import certificate
+from minimath.commands.judge_check import certificate
 from minimath.judges.known import HIDDEN, problem_hash
 
 
@@ -29,12 +28,10 @@ class Trained(FakeJudge):
         super().__init__(lambda pairs: 1 / 0)
         self.of, self.card, self.reader = grade, SimpleNamespace(problems=list(problems)), None
 
-    def grade(self, questions):
+    def grade_all(self, questions):
         self.counts.update(prompts=len(questions), prompt_tokens=50 * len(questions))
-        return [self.of("".join(question.steps)) for question in questions]
-
-    def grade_steps(self, questions):
-        return [[self.of("".join(q.steps[:k + 1])) for k in range(len(q.steps))] for q in questions]
+        return [(self.of("".join(q.steps)), [self.of("".join(q.steps[:k + 1])) for k in range(len(q.steps))])
+                for q in questions]
 
 
 def perfect(text: str) -> float:
@@ -49,8 +46,7 @@ def check(here, tmp_path, monkeypatch):
     def run(judge, *words):
         plain = Trained(lambda text: 0.5)
         monkeypatch.setattr(command, "load_judging", lambda cfg, log: None)
-        monkeypatch.setattr(command, "make_judge", lambda *args, **kwargs: judge)
-        monkeypatch.setattr(judge_data, "make_judge", lambda options, *args, **kwargs: plain)
+        monkeypatch.setattr(command, "make_judge", lambda options, *_, **__: judge if options.adapter else plain)
         judge.reader = object()
         status, out, err = here("judge", "check", "judge=self", "judge_adapter=x", "data=rows.jsonl", "probes=data",
                                 "out=check", *words)

@@ -23,7 +23,7 @@ from minimath.core.errors import UserError
 from minimath.data.examples import Example
 from minimath.data.sample import Group
 from minimath.judges.base import HeuristicJudge, Pair
-from minimath.judges.compare import all_pairs, both_orders
+from minimath.judges.compare import both_orders, choose_pairs
 from minimath.judges.compare import win_probabilities as wins_of
 from minimath.judges.endpoint import EndpointJudge, is_fault
 from minimath.judges.judge import judge_groups
@@ -38,7 +38,7 @@ SIZE = 4  # candidates of a group: 12 questions
 GROUPS = {0.01: 25, 0.1: 10, 0.5: 4, 1.0: 4}
 REWARD = rewards.JudgeReward(RLAIFConfig(judge_weight=0.25, brevity_weight=0.25).reward, 512, None)
 WITHOUT_REPLY = {"given_up", "out_of_time"}
-PAIRS = all_pairs(SIZE)
+PAIRS = choose_pairs(SIZE, 0, "")
 
 
 def run(full: bool, folder: Path) -> list[Tally]:

@@ -6,17 +6,16 @@ import pytest
 
 from minimath.judges.calibrate import (
     MIXES,
+    PRIOR,
     Calibration,
-    auc,
     auc_within,
     brier,
     fit_calibration,
-    fit_logistic,
+    fit_platt,
     reliability,
     sigmoid,
 )
-
-PRIOR = 1e-2
+from minimath.judges.compare import fit_logistic
 
 
 def loss(slope, bias, z, y):
@@ -47,7 +46,7 @@ def draws(seed, n=60, scale=2.0, offset=0.0, gap=1.0):
 
 
 def fitted(z, y):
-    return fit_logistic(np.column_stack([z, np.ones(len(z))]), y, mean=[1.0, 0.0], least=[0.01, -np.inf])
+    return fit_platt(z, y)
 
 
 @pytest.mark.parametrize("data", [draws(0), draws(1, scale=20.0), draws(2, offset=-30.0), draws(3, scale=0.1),
@@ -107,8 +106,8 @@ def test_a_few_far_values_of_the_numbers_do_not_give_all_to_the_verdict():
     assert got.likelihood * got.temperature >= 0.1999
     pairs = np.array([np.subtract(signs[i], signs[j]) for i in range(len(right)) for j in range(len(right))
                       if problem[i] == problem[j] and right[i] and not right[j]])
-    mix = fit_logistic(pairs, np.ones(len(pairs)), mean=[1.0, 0.0], least=[0.0, 0.0])
-    assert mix[1] / mix[0] < 0.02  # what the likelihood of the same pairs says
+    mix = fit_logistic(pairs, np.ones(len(pairs)), PRIOR, mean=np.array([1.0, 0.0]), leap=1.0)
+    assert 0 < mix[1] / mix[0] < 0.02  # what the likelihood of the same pairs says
 
 
 @pytest.mark.parametrize("turned, alone", [({"of_numbers": -2.0}, 1), ({"of_verdict": -2.0}, 0)])
@@ -162,9 +161,9 @@ def test_auc_counts_pairs_ties_one_half():
     rng = np.random.default_rng(3)
     a, b = rng.integers(0, 5, 30).tolist(), rng.integers(0, 4, 20).tolist()
     pairs = [1.0 if x > y else 0.5 if x == y else 0.0 for x in a for y in b]
-    assert auc(a, b) == pytest.approx(sum(pairs) / len(pairs))
-    assert auc([1.0, 1.0], [1.0]) == 0.5 and auc([2.0], [1.0]) == 1.0 and auc([0.0], [1.0]) == 0.0
-    assert math.isnan(auc([], [1.0])) and math.isnan(auc([1.0], []))
+    right = np.arange(50) < 30
+    assert auc_within(np.zeros(50), right, np.array(a + b)) == pytest.approx(sum(pairs) / len(pairs))
+    assert math.isnan(auc_within(np.zeros(50), right | True, np.array(a + b)))
 
 
 def test_a_solution_without_numbers_has_the_likelihood_of_wrong_ones():

@@ -2,14 +2,14 @@
 from judging import FakeJudge, Fixed, group, judge_by
 
 from minimath.judges.base import HeuristicJudge
-from minimath.judges.canary import Canary, canary_figures, rollout_pairs
+from minimath.judges.pairs import Canary, canary_figures, rollout_pairs
 
 
 def test_the_fixed_pairs_all_pass_the_verifier_and_depend_on_the_seed_alone():
     pairs = Canary(4, None).pairs
     assert pairs == Canary(4, None).pairs != Canary(5, None).pairs
     assert [p.kind for p in pairs[:3]] == ["unsound", "long", "unsound"] and len(pairs) == 24
-    assert all(p.better.correct and p.worse.correct and p.better.text != p.worse.text for p in pairs)
+    assert all(p.first.correct and p.second.correct and p.first.text != p.second.text for p in pairs)
 
 
 def test_the_canary_tells_an_oracle_a_coin_and_a_fooled_judge_apart():
@@ -36,7 +36,7 @@ def test_rollout_pairs_take_a_correct_and_a_wrong_sample_of_similar_length_per_g
     groups = [group("p", [one("a", True, 30), one("b", False, 5), one("c", False, 29), one(" ", False, 30)]),
               group("all correct", [one("d", True, 9)]), group("q", [one("e", False, 4), one("f", True, 40)])]
     pairs = rollout_pairs(groups)
-    assert [(p.problem, p.better.text, p.worse.text) for p in pairs] == [("p", "a", "c"), ("q", "f", "e")]
+    assert [(p.problem, p.first.text, p.second.text) for p in pairs] == [("p", "a", "c"), ("q", "f", "e")]
     assert rollout_pairs(groups, limit=1) == pairs[:1]
     assert canary_figures(HeuristicJudge(), pairs)["worse_wins_rollout"] == 0.0
 

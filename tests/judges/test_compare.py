@@ -7,7 +7,6 @@ import pytest
 
 from minimath.judges.compare import (
     PRIOR,
-    all_pairs,
     both_orders,
     choose_pairs,
     expected_score,
@@ -15,6 +14,10 @@ from minimath.judges.compare import (
     win_probabilities,
     won,
 )
+
+
+def all_pairs(n):
+    return list(itertools.combinations(range(n), 2))
 
 
 def sigmoid(x):

@@ -11,8 +11,8 @@ from minimath.config.schema import JudgeOptions, RLAIFConfig, SFTConfig
 from minimath.core.errors import Interrupted, UserError
 from minimath.grading.steps import StepCount
 from minimath.judges.base import HeuristicJudge, Pair, Solution
+from minimath.judges.compare import MOST_FAILURES, ask
 from minimath.judges.judge import judge_groups, make_judge
-from minimath.judges.poll import MOST_FAILURES, ask
 from minimath.judges.rubrics import judge_prompt, load_rubric
 
 GOOD = Fixed(r"5*3=15. \boxed{15}", tokens=8)

@@ -7,8 +7,8 @@ from minimath.config.schema import PromptOptions
 from minimath.core.errors import UserError
 from minimath.judges.base import HeuristicJudge
 from minimath.judges.calibrate import Calibration
-from minimath.judges.canary import HELD_OUT, Canary
 from minimath.judges.card import CARD, JudgeCard, read_card, write_card
+from minimath.judges.pairs import HELD_OUT, Canary
 
 FULL = JudgeCard(form="single", system="s", prompt_template="{problem}!", rubric="", calibration=Calibration(2.0, -0.5),
                  problems=["ab"], pairs=[["p", "r \ud800 \u2028", "w"]], figures={"pairs": {"all": {"voted": 0}}})
@@ -68,7 +68,7 @@ def test_the_canary_asks_a_trained_judge_about_its_held_out_pairs():
     many = [[f"p{k}", f"{k} \\boxed{{{k}}}", f"\\boxed{{{k + 1}}}"] for k in range(40)]
     judge.card = JudgeCard(form="single", pairs=many)
     pairs = [pair for pair in Canary(0, judge, problems=2).pairs if pair.kind == "held_out"]
-    assert len(pairs) == HELD_OUT and all(pair.better.correct and not pair.worse.correct for pair in pairs)
+    assert len(pairs) == HELD_OUT and all(pair.first.correct and not pair.second.correct for pair in pairs)
     judge.card.pairs = [["p", "no box, 3", "none, 4"]]
     [pair] = [pair for pair in Canary(0, judge, problems=2).pairs if pair.kind == "held_out"]
-    assert pair.better.correct and not pair.worse.correct
+    assert pair.first.correct and not pair.second.correct

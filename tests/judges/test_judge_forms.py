@@ -16,7 +16,7 @@ from minimath.judges import self_judge as self_judge_file
 from minimath.judges.base import Asked, HeuristicJudge, Pair, asked, better
 from minimath.judges.calibrate import Calibration
 from minimath.judges.card import JudgeCard, write_card
-from minimath.judges.poll import ask
+from minimath.judges.compare import ask
 from minimath.judges.self_judge import SelfJudge
 from minimath.models.forward import active_adapters
 
@@ -88,7 +88,7 @@ def expected(judge, alone, question):
 def test_grades_are_those_of_a_plain_forward_pass(judge, alone, form, tokens):
     own = judge(form, tokens)
     want = [expected(own, alone, question) for question in QUESTIONS]
-    steps, grades = own.grade_steps(QUESTIONS), own.grade(QUESTIONS)
+    steps, grades = [steps for _, steps in own.grade_all(QUESTIONS)], own.grade(QUESTIONS)
     for question, values, of_steps, grade in zip(QUESTIONS, want, steps, grades, strict=True):
         assert len(of_steps) == len(question.steps)
         assert of_steps == pytest.approx(values[:-1], abs=1e-5)
@@ -127,7 +127,7 @@ def test_pairs_are_compared_by_grades_and_each_text_is_read_once(judge, form):
     votes = own.compare(pairs)
     assert own.counts["prompts"] == len(TEXTS)
     grade = dict(zip(TEXTS, own.grade(QUESTIONS[:-1])))
-    assert votes == pytest.approx([better(grade[a.text], grade[b.text], a.tokens, b.tokens) for _, a, b, _ in pairs])
+    assert votes == pytest.approx([better(grade[a.text], grade[b.text], a.tokens, b.tokens) for _, a, b, *_ in pairs])
     own.compare([Pair(PROBLEM, solutions[0], solutions[1]), Pair("Another? " * 9, solutions[0], solutions[1])])
     assert own.counts["prompts"] == 2 * len(TEXTS) + 4               # of another problem it is another text
 
@@ -147,7 +147,7 @@ def test_an_untrained_judge_has_all_forms_and_pair_is_its_own(policy, tiny_dir, 
 
 
 def test_judges_without_grades_say_so():
-    for method in (HeuristicJudge().grade, HeuristicJudge().grade_steps):
+    for method in (HeuristicJudge().grade, HeuristicJudge().grade_all):
         with pytest.raises(NotImplementedError):
             method(QUESTIONS)
 
@@ -163,7 +163,7 @@ def test_a_logit_that_is_no_number_costs_the_grade_of_its_solution_alone(judge, 
         return found
     monkeypatch.setattr(self_judge_file, "verdict_logps", one_nan)
     got = own.grade(QUESTIONS)
-    assert got[2] is None is own.grade_steps(QUESTIONS)[2]           # it was 0.0
+    assert got[2] is None is own.grade_all(QUESTIONS)[2][1]          # it was 0.0
     assert [*got[:2], *got[3:]] == [*plain[:2], *plain[3:]]
     votes = own.compare([Pair(PROBLEM, *map(Fixed, of)) for of in ((TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[1]))])
     assert votes[0] is not None and votes[1] is None

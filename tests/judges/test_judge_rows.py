@@ -65,7 +65,7 @@ def test_a_solution_is_read_as_it_was_trained(policy, form, fill, name):
     judge, asks = judge_of(policy, form)
     judge.prompt = fill
     question = asked("Tom has 12 apples. How many?", TEXTS[name])
-    [probabilities] = judge.grade_steps([question])
+    [(_, probabilities)] = judge.grade_all([question])
     assert len(probabilities) == len(question.steps)
     row = single_row(judge.reader, question, [False] * (len(question.steps) + 1), 9999)
     [(ids, places)] = asks
@@ -174,7 +174,7 @@ def test_one_token_beyond_the_context_is_too_long(policy):
     judge.context = len(judge.reader.read(question).ids)
     assert judge.grade([question])[0] is not None
     judge.context -= 1
-    assert judge.grade([question]) == [None] == judge.grade_steps([question])
+    assert judge.grade_all([question]) == [(None, None)]
     assert judge.compare([Pair("p", Fixed(TEXTS["plain"]), Fixed("1"))]) == [None]
 
 

@@ -43,12 +43,10 @@ class Grader(FakeJudge):
         super().__init__(lambda pairs: 1 / 0)
         self.of, self.asked = grade, []
 
-    def grade(self, questions):
+    def grade_all(self, questions):
         self.asked += questions
-        return [self.of("".join(q.steps)) for q in questions]
-
-    def grade_steps(self, questions):
-        return [[self.of("".join(q.steps[:k + 1])) for k in range(len(q.steps))] for q in questions]
+        return [(self.of("".join(q.steps)), [self.of("".join(q.steps[:k + 1])) for k in range(len(q.steps))])
+                for q in questions]
 
 
 PERFECT = Grader(lambda text: 0.1 if "wrong" in text else 0.9)

@@ -7,11 +7,19 @@ from minimath.data.problems import make_problems
 from minimath.grading.answer import answer_end
 from minimath.judges.base import Asked, asked
 from minimath.judges.faults import make_faults
-from minimath.judges.labels import Prefixes, computed, labels_from, step_labels
+from minimath.judges.lessons import Prefixes, computed, labels_from, step_labels
 
 RIGHT = "6 * 5 = 30 pens.\n30 - 8 = 22 are left.\nSo it is \\boxed{22}."
 WRONG = "6 * 5 = 30 pens.\n30 + 8 = 38 are left.\nSo it is \\boxed{38}."
 UNSOUND = "6 * 5 = 31 pens.\n30 - 8 = 22 are left.\nSo it is \\boxed{22}."
+
+
+def written(text):
+    return tuple(equation for equation, _ in computed(text))
+
+
+def prefixes_of(samples):
+    return Prefixes([(asked("p", text), correct) for text, correct in samples])
 
 
 def labels(text, correct, prefixes=None):
@@ -32,11 +40,11 @@ def test_from_the_first_equation_on_that_does_not_hold_all_is_wrong(correct):
 
 def test_prefixes_count_what_samples_behind_the_same_equations_became():
     samples = [(RIGHT, True), (WRONG, False), (WRONG.replace("pens", "of them"), False), ("30 / 5 = 6. No", False)]
-    prefixes = Prefixes(samples)
-    assert prefixes.leads_to_right("6 * 5 = 30") is True       # one of three ended right
-    assert prefixes.leads_to_right("6*5=30, 30 + 8 = 38") is False  # both ended wrong
-    assert prefixes.leads_to_right("30 / 5 = 6") is None       # one sample is no evidence
-    assert prefixes.leads_to_right("7 * 5 = 35") is None and prefixes.leads_to_right("no equation") is None
+    prefixes = prefixes_of(samples)
+    assert prefixes.leads_to_right(written("6 * 5 = 30")) is True       # one of three ended right
+    assert prefixes.leads_to_right(written("6*5=30, 30 + 8 = 38")) is False  # both ended wrong
+    assert prefixes.leads_to_right(written("30 / 5 = 6")) is None       # one sample is no evidence
+    assert prefixes.leads_to_right(written("7 * 5 = 35")) is None is prefixes.leads_to_right(written("no equation"))
     assert labels(WRONG, False, prefixes) == [True, False, False, False]
     assert labels("Let us see.\n" + WRONG, False, prefixes) == [None, True, False, False, False]
 
@@ -45,23 +53,23 @@ def test_counts_are_those_of_a_plain_count_and_never_rise_along_a_solution():
     rng = random.Random(0)
     lines = ["2 + 3 = 5.", "5 * 2 = 10.", "10 - 4 = 6.", "6 / 2 = 3."]
     samples = [("\n".join(rng.sample(lines, rng.randint(1, 4))), rng.random() < 0.3) for _ in range(80)]
-    prefixes = Prefixes(samples)
+    prefixes = prefixes_of(samples)
     for text, _ in samples:
-        mine, told = computed(text), []
+        mine, told = written(text), []
         for k in range(1, len(mine) + 1):
-            ends = [ok for other, ok in samples if computed(other)[:k] == mine[:k]]
+            ends = [ok for other, ok in samples if written(other)[:k] == mine[:k]]
             told.append(True if any(ends) else False if len(ends) >= 2 else None)
-            assert prefixes.leads_to_right("\n".join(text.split("\n")[:k])) is told[-1]
+            assert prefixes.leads_to_right(mine[:k]) is told[-1]
         own = labels(text, False, prefixes)
         assert own[-1] is False and (False not in own or all(x is False for x in own[own.index(False):]))
 
 
 def test_nothing_mends_what_is_wrong():
-    prefixes = Prefixes([(RIGHT, True)])                        # says of both equations that they lead to a right end
+    prefixes = prefixes_of([(RIGHT, True)])                     # says of both equations that they lead to a right end
     mended = "6 * 5 = 31 pens.\n6 * 5 = 30 pens.\n30 - 8 = 22 are left.\n\\boxed{22}"
     assert labels(mended, True, prefixes) == [False] * 5
     two_wrong = [("1 + 1 = 2.\nSo.", False)] * 2
-    assert labels("1 + 1 = 2.\nWell then.\n9 + 9 = 18.", False, Prefixes(two_wrong)) == [False] * 4
+    assert labels("1 + 1 = 2.\nWell then.\n9 + 9 = 18.", False, prefixes_of(two_wrong)) == [False] * 4
 
 
 def test_what_stands_behind_the_answer_changes_no_label():

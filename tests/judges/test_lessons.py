@@ -177,7 +177,7 @@ def test_wrong_answers_that_many_samples_agree_on_come_first_and_no_answer_is_no
     often, once = [record(f"{k} so 4", False, "4") for k in range(3)], record("1", False, "5")
     silent = [record(f"... {k}", False, None, finished=False) for k in range(5)]
     pairs = own_pairs(Solved(Example("p", "", "3"), [right, once, *silent, *often]))
-    assert [pair.worse.text for pair in pairs if pair.kind == "own wrong"] == [*(r["text"] for r in often), "1"]
+    assert [pair.second.text for pair in pairs if pair.kind == "own wrong"] == [*(r["text"] for r in often), "1"]
 
 
 def test_the_right_solution_of_a_pair_is_the_most_similar_in_length_and_long_ones_lose():
@@ -185,7 +185,7 @@ def test_the_right_solution_of_a_pair_is_the_most_similar_in_length_and_long_one
     unsound = record("3 " * 30, True, "3", sound=False)
     wrong = record("4 " * 19, False, "4")
     pairs = own_pairs(Solved(Example("p", "", "3"), [short, long, unsound, wrong]))
-    assert [(p.kind, p.better.text, p.worse.text) for p in pairs] == [
+    assert [(p.kind, p.first.text, p.second.text) for p in pairs] == [
         ("own wrong", long["text"], wrong["text"]), ("own long", short["text"], long["text"])]
     near = record("3 3", True, "3") | {"tokens": 1}
     assert own_pairs(Solved(Example("p", "", "3"), [short, near])) == []

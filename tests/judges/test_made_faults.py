@@ -10,7 +10,7 @@ import pytest
 from minimath.data.problems import make_problems
 from minimath.grading.answer import extract_answer
 from minimath.grading.steps import check_steps, equations
-from minimath.judges.faults import FAULTS, MAX_CHARS, make_faults, same
+from minimath.judges.faults import FAULTS, MAX_CHARS, make_fault, make_faults, same
 from minimath.judges.pairs import faulty_solutions
 
 GSM8K = [
@@ -92,7 +92,7 @@ def test_a_result_is_carried_on_in_words_and_not_into_the_numbers_of_the_problem
             "matches. \\boxed{40}")
     seen = set()
     for seed in range(40):
-        copy = FAULTS["wrong"](problem, text, random.Random(seed))
+        copy = make_fault("wrong", problem, text, random.Random(seed))
         a, b = (int(word) for word in re.findall(r"= (\d+)", copy.text)[:2])
         c = re.search(r"boxed{(\d+)}", copy.text)[1]
         seen.add(a)
@@ -100,30 +100,30 @@ def test_a_result_is_carried_on_in_words_and_not_into_the_numbers_of_the_problem
         now = {"21": str(a), "42": str(b), "40": c}
         assert copy.text == re.sub("21|42|40", lambda match, now=now: now[match[0]], right)
     assert len(seen) > 5
-    twice = [FAULTS["unsound"](problem, text, random.Random(seed)).text for seed in range(40)]
+    twice = [make_fault("unsound", problem, text, random.Random(seed)).text for seed in range(40)]
     assert any("18 + 3 = 22. This means Kate has 22 glasses. Step 2: We double 21: 21 * 2" in copy for copy in twice)
-    left_out = {FAULTS["missing"](problem, text, random.Random(seed)).text for seed in range(20)}
+    left_out = {make_fault("missing", problem, text, random.Random(seed)).text for seed in range(20)}
     assert any(copy.startswith("Step 1: We double 18: 18 * 2 = 36.") for copy in left_out)     # and counts on
 
 
 def test_a_result_that_is_a_number_of_the_problem_too_is_left_alone():
     problem, text = "Tom has 5 cards and finds 2 red and 3 blue ones.", "2 + 3 = 5. Then 5 + 5 = 10. \\boxed{10}"
     for kind in ("wrong", "operation"):
-        copies = [FAULTS[kind](problem, text, random.Random(seed)).text for seed in range(20)]
+        copies = [make_fault(kind, problem, text, random.Random(seed)).text for seed in range(20)]
         assert all(copy.startswith("2 + 3 = 5. Then 5 ") for copy in copies)
 
 
 def test_a_copy_in_which_more_fails_than_its_fault_is_not_made():
     text = "So 2 * 3 + 4 = 6 + 4 = 10. \\boxed{10}"      # with 6 - 4 = 2 the first half of the chain fails
-    assert all(FAULTS["operation"]("", text, random.Random(seed)) is None for seed in range(20))
+    assert all(make_fault("operation", "", text, random.Random(seed)) is None for seed in range(20))
 
 
 def test_annotations_and_words_follow_another_operation():
     problem, text, _ = GSM8K[0]
-    copies = {FAULTS["operation"](problem, text, random.Random(seed)).text for seed in range(40)}
+    copies = {make_fault("operation", problem, text, random.Random(seed)).text for seed in range(40)}
     assert any("48-2 = <<48-2=46>>46 clips in May.\nNatalia sold 48+46 = <<48+46=94>>94" in copy for copy in copies)
     text = "We add 3 to 18: 18 + 3 = 21. \\boxed{21}"
-    copies = {FAULTS["operation"]("", text, random.Random(seed)).text for seed in range(9)}
+    copies = {make_fault("operation", "", text, random.Random(seed)).text for seed in range(9)}
     assert "We subtract 3 from 18: 18 - 3 = 15. \\boxed{15}" in copies
 
 

@@ -15,19 +15,19 @@ def pairs():
 
 def test_the_better_solution_is_correct_and_sound(pairs):
     for pair in (p for kind in KINDS for p in pairs[kind]):
-        assert pair.better.correct and pair.better.steps.total >= 2
-        assert pair.better.steps.right == pair.better.steps.total
+        assert pair.first.correct and pair.first.steps.total >= 2
+        assert pair.first.steps.right == pair.first.steps.total
 
 
 def test_each_kind_has_its_fault_and_no_other(pairs):
     for kind in KINDS:
         for pair in pairs[kind]:
-            worse, faults = pair.worse, pair.worse.steps.total - pair.worse.steps.right
+            worse, faults = pair.second, pair.second.steps.total - pair.second.steps.right
             assert worse.correct == (kind in ("unsound", "long"))
             assert faults == (kind != "long"), pair  # one wrong step: what follows from it is computed rightly
-            assert (worse.tokens > 2 * pair.better.tokens) == (kind in ("long", "wrong_long"))
+            assert (worse.tokens > 2 * pair.first.tokens) == (kind in ("long", "wrong_long"))
             if kind in ("wrong", "unsound"):
-                assert worse.tokens == pair.better.tokens
+                assert worse.tokens == pair.first.tokens
 
 
 def test_correct_and_wrong_is_what_the_answer_checker_says():
@@ -42,14 +42,14 @@ def test_correct_and_wrong_is_what_the_answer_checker_says():
 def test_a_wrong_result_is_carried_on_everywhere(pairs):
     """Where the right solution uses an earlier result, the wrong one uses its own result of that step."""
     for pair in pairs["wrong"]:
-        right, wrong = (re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", c.text) for c in (pair.better, pair.worse))
-        assert re.sub(r"\d+", "#", pair.better.text) == re.sub(r"\d+", "#", pair.worse.text)
+        right, wrong = (re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", c.text) for c in (pair.first, pair.second))
+        assert re.sub(r"\d+", "#", pair.first.text) == re.sub(r"\d+", "#", pair.second.text)
         given, mine = re.findall(r"\d+", pair.problem), {}
         for (a, _, b, value), (c, _, d, own) in zip(right, wrong, strict=True):
             for number, used in ((a, c), (b, d)):
-                assert used == (mine[number] if number in mine and number not in given else number), pair.worse
+                assert used == (mine[number] if number in mine and number not in given else number), pair.second
             mine[value] = own
-        assert wrong[-1][3] != right[-1][3] and f"boxed{{{wrong[-1][3]}}}" in pair.worse.text
+        assert wrong[-1][3] != right[-1][3] and f"boxed{{{wrong[-1][3]}}}" in pair.second.text
 
 
 def test_pairs_depend_on_the_arguments_alone(pairs):

@@ -11,8 +11,8 @@ from minimath.grading.steps import StepCount
 from minimath.judges import self_judge as self_judge_file
 from minimath.judges.attack import bare_prompt
 from minimath.judges.base import Pair
+from minimath.judges.compare import ask
 from minimath.judges.judge import judge_groups
-from minimath.judges.poll import ask
 from minimath.judges.rows import chat_ids, verdict_ids
 from minimath.judges.rubrics import judge_prompt, load_rubric
 from minimath.judges.self_judge import Question, SelfJudge, plan_passes, row_states, tree_packs, verdict_logps

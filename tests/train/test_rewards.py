@@ -94,7 +94,7 @@ class Counting(HeuristicJudge):
     """Prefers the second of the texts, and counts what it is asked."""
     def compare(self, pairs):
         self.counts["asked"] += len(pairs)
-        return [float(a.text > b.text) for _, a, b, _ in pairs]
+        return [float(a.text > b.text) for _, a, b, *_ in pairs]
 
 
 def test_the_judge_compares_the_correct_samples_of_all_groups_at_once_and_its_figures_are_of_the_step():

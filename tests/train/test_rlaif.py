@@ -14,7 +14,7 @@ from minimath.data.batch import stream_indices
 from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
 from minimath.judges.base import HeuristicJudge
-from minimath.judges.canary import Canary
+from minimath.judges.pairs import Canary
 from minimath.models.policy import Policy
 from minimath.rollout.engine import Engine
 from minimath.train import rewards
