@@ -1,7 +1,6 @@
 """Read an answer that is one number, whole or not at all, and compare such numbers. Exact (fractions.Fraction)."""
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from fractions import Fraction
@@ -36,20 +35,37 @@ NAME = (r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?|')?(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?"   
         r"|[A-Za-z]\^\{-1\}\([a-z]\)|\\frac\s*\{d ?\w+\}\{d ?\w\}|[A-Za-z]+(?: [A-Za-z]+){1,4})")
 LABEL = re.compile(rf"\s*({NAME})\s*(?<![<>!=\\])=(?!=)\s*")
 _SUM_LABEL = re.compile(r"\s*[A-Za-z](?:\s*[-+/]?\s*[A-Za-z]){1,6}\s*=\s*")
-_GROUPED = re.compile(r"(?<![\d.,])(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d?(?:,\d{2})+,\d{3}|[1-9]\d{0,2}(?: \d{3})+(?!\s?/)"
-                      r"|[1-9]\d{0,2}(?:, ?0\d{2})+)(?![\d,]|\s\d)")
-_DECIMAL_COMMA = re.compile(r"(?<![\d.,])(?:(?:(?<=^)|(?<=^[-+]))0,|([\d,]+)\{,\})(\d+)(?![\d,.]|\s\d)")
-_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)(?:\\overline\s*\{(\d{1,20})\}|\((\d{1,20})\)|"
-                        r"\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)(?!\d)")
-_E_NOTATION = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d{1,4})(?![\w.])")
-_MIXED = re.compile(r"(?<![\d.,^_}/\\])(\d{1,12})\s*(?:(?:and )?\\frac\s*\{(\d{1,12})\}\s*\{(\d{1,12})\}|"
-                    r"(?:(?<=\d) and | )(\d{1,12})\s*/\s*(\d{1,12}))(?![\d/.^])")
-_LATEX = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"\\frac\s*\{([^{}]{1,80})\}\s*\{([^{}]{1,80})\}", r"((\1)/(\2))"), (r"\^\s*\{([^{}]{1,40})\}", r"^(\1)"),
-    (r"\\cdot(?![A-Za-z])", "*"), (r"(?<=\d) [xX] (?=\d)", " * "))]
 _ARITHMETIC = re.compile(r"[-+*/^().\d\s]{1,400}")
 _DECIMAL = re.compile(r"[-+]?\s*(\d*)\.(\d+)(?:\s*\*\s*10\^\(?([-+]?\d{1,4})\)?)?")
 _DATE = re.compile(r"\d{1,4}([-/])\d{1,2}\1\d{1,4}")
+
+
+def _repeating(match: re.Match) -> str:
+    whole, first, *repeated = match.groups()
+    again = repeated[0] or repeated[1] or "".join(part or "" for part in repeated[2:])
+    top = int(whole + first + again or 0) - int(whole + first or 0)
+    return f"({top}/{(10 ** len(again) - 1) * 10 ** len(first)})"
+
+
+def _mixed(match: re.Match) -> str:
+    whole, *parts = match.groups()
+    top, bottom = (part for part in parts if part)
+    return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else "?"
+
+
+# 1,234,567, 12,34,567 and 1 234; 0,5; 1.5e-7; 0.\overline{3}; 3 1/2; LaTeX, twice for what is nested
+_RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"(?<![\d.,])(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d?(?:,\d{2})+,\d{3}|[1-9]\d{0,2}(?: \d{3})+(?!\s?/)"
+     r"|[1-9]\d{0,2}(?:, ?0\d{2})+)(?![\d,]|\s\d)", lambda match: re.sub("[, ]", "", match[0])),
+    (r"(?<![\d.,])(?:(?:(?<=^)|(?<=^[-+]))0,|([\d,]+)\{,\})(\d+)(?![\d,.]|\s\d)",
+     lambda match: f"{match[1] or 0}.{match[2]}"),
+    (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d{1,4})(?![\w.])", r"\1*10^(\2)"),
+    (r"(?<![\d.])(\d*)\.(\d*)(?:\\overline\s*\{(\d{1,20})\}|\((\d{1,20})\)|"
+     r"\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)(?!\d)", _repeating),
+    (r"(?<![\d.,^_}/\\])(\d{1,12})\s*(?:(?:and )?\\frac\s*\{(\d{1,12})\}\s*\{(\d{1,12})\}|"
+     r"(?:(?<=\d) and | )(\d{1,12})\s*/\s*(\d{1,12}))(?![\d/.^])", _mixed),
+    *((r"\\frac\s*\{([^{}]{1,80})\}\s*\{([^{}]{1,80})\}", r"((\1)/(\2))"), (r"\^\s*\{([^{}]{1,40})\}", r"^(\1)"),
+      (r"\\cdot(?![A-Za-z])", "*"), (r"(?<=\d) [xX] (?=\d)", " * ")) * 2)]
 
 
 def plain_number(text: str) -> Number | None:
@@ -78,60 +94,29 @@ def read_number(text: str) -> Number | None:
 
 
 def _one(text: str) -> Number | None:
-    found = split_unit(text)
-    percent = len(marks := _PERCENT.findall(text)) == 1
-    if percent:                 # 20% decrease
-        found = split_unit(_PERCENT.sub(" ", text).strip())
+    marks, scales = _PERCENT.findall(text), _SCALE.findall(text)
+    text = _SCALE.sub("", text)
+    found = split_unit(_PERCENT.sub(" ", text).strip() if marks else text)       # 20% decrease
     if found is None or len(marks) > 1 or _DATE.fullmatch(found[0].strip()):
         return None
-    core, unit = found
-    scales = _SCALE.findall(text)
-    if scales:
-        found = split_unit(_SCALE.sub("", text))
-        if found is None:
-            return None
-        core, unit = found
-    value, step, digits = _value(core)
-    if value is None:
-        return None
+    number, unit = _value(found[0]), found[1]
     scale = math.prod(_SCALES[word.lower()] for word in scales)
     if unit.known == "dozen":
         scale, unit = 12 * scale, Unit("", unit.nouns)
-    return Number(value * scale, percent, step * scale if step else None, digits, unit)
+    return number and _scaled(number, scale)._replace(percent=bool(marks), unit=unit)
 
 
-def _value(text: str) -> tuple[Fraction | None, Fraction | None, int]:
-    """Return a value, of a decimal that of its last digit, and the digits it shows."""
+def _value(text: str) -> Number | None:
     if text.startswith("(") and "," in text:
-        return None, None, 0                        # a pair
-    text = _GROUPED.sub(lambda match: re.sub("[, ]", "", match[0]), text)
-    text = _DECIMAL_COMMA.sub(lambda match: f"{match[1] or 0}.{match[2]}", text)
-    text = _E_NOTATION.sub(r"\1*10^(\2)", text)
-    text = _REPEATING.sub(_repeating, text)
-    text = _MIXED.sub(_mixed, text)
-    for pattern, replacement in _LATEX * 2:
+        return None                                 # a pair
+    for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    if not _ARITHMETIC.fullmatch(text):
-        return None, None, 0
-    value = arithmetic(re.sub(r"^\s*\+", "", text))
+    value = arithmetic(re.sub(r"^\s*\+", "", text)) if _ARITHMETIC.fullmatch(text) else None
     match = _DECIMAL.fullmatch(text.strip())
     if value is None or not match:
-        return value, None, 0
+        return None if value is None else Number(value)
     power = int(match[3] or 0) - len(match[2])
-    return value, Fraction(10) ** power, len((match[1] + match[2]).lstrip("0"))
-
-
-def _repeating(match: re.Match) -> str:
-    whole, first, *repeated = match.groups()
-    again = repeated[0] or repeated[1] or "".join(part or "" for part in repeated[2:])
-    top = int(whole + first + again or 0) - int(whole + first or 0)
-    return f"({top}/{(10 ** len(again) - 1) * 10 ** len(first)})"
-
-
-def _mixed(match: re.Match) -> str:
-    whole, *parts = match.groups()
-    top, bottom = (part for part in parts if part)
-    return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else "?"
+    return Number(value, step=Fraction(10) ** power, digits=len((match[1] + match[2]).lstrip("0")))
 
 
 def rounds_to(exact: Fraction, decimal: Number) -> bool:
@@ -144,10 +129,10 @@ def rounds_to(exact: Fraction, decimal: Number) -> bool:
 
 def same_number(a: Number, b: Number) -> bool:
     """Compare exactly, or to the digits of a decimal; 50% equals 50 and 0.5."""
-    if not agree(a.unit, b.unit):
-        return False
-    return any(_near(one, other) for first, second in itertools.product(_readings(a, b), _readings(b, a))
-               for one, other in ((first, second), (first, _of_percent(second, first))))
+    share = 1 if a.percent == b.percent else Fraction(1, 100) if b.percent else 100
+    return agree(a.unit, b.unit) and any(
+        _near(first, other) for first in _readings(a, b) for second in _readings(b, a)
+        for other in (second, _scaled(second, share)))
 
 
 def _readings(number: Number, other: Number) -> list[Number]:
@@ -157,15 +142,8 @@ def _readings(number: Number, other: Number) -> list[Number]:
     return [_scaled(number, Fraction(1, 100))] + [number] * (not other.unit.known)
 
 
-def _of_percent(number: Number, other: Number) -> Number:
-    """Return a number on the scale of another that is a percentage, or is not."""
-    if number.percent == other.percent:
-        return number
-    return _scaled(number, Fraction(1, 100) if number.percent else Fraction(100))
-
-
 def _scaled(number: Number, factor: Fraction) -> Number:
-    return number._replace(value=number.value * factor, step=number.step * factor if number.step else None)
+    return number._replace(value=number.value * factor, step=number.step and number.step * factor)
 
 
 def _near(a: Number, b: Number) -> bool:
@@ -173,4 +151,3 @@ def _near(a: Number, b: Number) -> bool:
         fine, coarse = (a, b) if a.step <= b.step else (b, a)
         return a.value == b.value or (fine.digits >= FLOAT_DIGITS and rounds_to(fine.value, coarse))
     return rounds_to(a.value, b) if b.step else rounds_to(b.value, a)
-

@@ -67,43 +67,32 @@ _LEAD_IN = {"so", "then", "thus", "is", "hence", "therefore", "and", "get", "hav
 _SCALES = {"half", "twice", "double", "triple", "thrice", "quarter", "third", "tenth", "mod", "sqrt", "log"}
 
 
-def _normal(text: str) -> str:
-    """Write signs and LaTeX as plain arithmetic."""
+def _normal(text: str, spans: list[tuple[int, int]] | None = None) -> str:
+    """Write signs and LaTeX as plain arithmetic; `spans` becomes where each character of it stands in `text`."""
+    if spans is not None:
+        spans[:] = [(i, i + 1) for i, char in enumerate(text) for _ in char.translate(_SIGNS)]
     text = text.translate(_SIGNS)
-    if "\\" in text or "{" in text or "&" in text:
-        for pattern, replacement in _LATEX:
-            text = pattern.sub(replacement, text)
+    for pattern, replacement in _LATEX if re.search(r"[\\{&]", text) else ():
+        if spans:
+            parts, places, end = re.split(r"\\(\d)", replacement), [], 0     # literal, group, literal, ...
+            for match in pattern.finditer(text):
+                places += spans[end:match.start()]
+                end = match.end()
+                for i, part in enumerate(parts):
+                    places += (spans[slice(*match.span(int(part)))] if i % 2
+                               else [(spans[match.start()][0], spans[end - 1][1])] * len(part))
+            spans[:] = places + spans[end:]
+        text = pattern.sub(replacement, text)
     return text
-
-
-def _normal_with_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """Do as _normal; with the span in `text` that each character stands for."""
-    spans = [(i, i + 1) for i, char in enumerate(text) for _ in char.translate(_SIGNS)]
-    text = text.translate(_SIGNS)
-    for pattern, replacement in _LATEX:
-        parts = re.split(r"\\(\d)", replacement)       # literal, group, literal, ...
-        words, places, end = [], [], 0
-        for match in pattern.finditer(text):
-            words.append(text[end:match.start()])
-            places += spans[end:match.start()]
-            end = match.end()
-            for i, part in enumerate(parts):
-                words.append(match[int(part)] if i % 2 else part)
-                places += (spans[slice(*match.span(int(part)))] if i % 2
-                           else [(spans[match.start()][0], spans[end - 1][1])] * len(part))
-        text, spans = "".join([*words, text[end:]]), places + spans[end:]
-    return text, spans
 
 
 def _tokens(text: str) -> list[Token]:
     """Cut normal text into tokens; "x" and "of" between two numbers are products."""
-    out: list[Token] = []
+    out = []
     for match in _TOKEN.finditer(text):
-        if match.lastgroup != "skip":
-            kind, value = match.lastgroup, match.group().strip(" \t\n") or match.group()
-            if kind == "num" and len(value) > MAX_DIGITS:
-                kind = "break"
-            out.append(Token(kind, value, match.start(), match.end()))
+        kind, value = match.lastgroup, match[0].strip(" \t\n") or match[0]
+        if kind != "skip":
+            out.append(Token("break" if kind == "num" and len(value) > MAX_DIGITS else kind, value, *match.span()))
     for i in range(1, len(out) - 1):
         between = out[i - 1].kind in ("num", "close") and out[i + 1].kind in ("num", "open")
         if between and out[i].text in ("x", "X", "of"):
@@ -149,17 +138,6 @@ def _evaluate(node: ast.expr) -> Fraction:
     return a ** int(b)
 
 
-def _sides(tokens: list[Token]) -> list[list[Token]]:
-    """Split tokens at each "=" or "~"."""
-    sides: list[list[Token]] = [[]]
-    for token in tokens:
-        if token.kind == "eq":
-            sides.append([])
-        else:
-            sides[-1].append(token)
-    return sides
-
-
 _UNITS = re.compile("(?<=[nc])w{1,3}(?=e)")  # of the kinds of tokens: words between a number and "="
 
 
@@ -171,16 +149,25 @@ def _chains(tokens: list[Token]) -> Iterator[tuple[list[list[Token]], list[str]]
     kinds = "".join("v" if token.kind == "word" and len(token.text) == 1 else token.kind[0] for token in tokens)
     units = {i for match in _UNITS.finditer(kinds) for i in range(*match.span())}  # "5 + 3 red apples = 8"
     tokens = [token for i, token in enumerate(tokens) if i not in units]
-    borders = [i for i, token in enumerate(tokens) if token.kind in ("word", "break")]
-    for start, stop in itertools.pairwise([-1, *borders, len(tokens)]):
-        chain = tokens[start + 1:stop]
-        signs = [token.text for token in chain if token.kind == "eq"]
-        if signs:
-            first, *others, last = _sides(chain)
+    for start, stop in _between(tokens, "word", "break"):
+        chain = tokens[start:stop]
+        first, *others = [chain[i:j] for i, j in _between(chain, "eq")]
+        if others:
             variable = stop < len(tokens) and len(tokens[stop].text) == 1 and tokens[stop].kind == "word"
             if variable and chain[-1].end == tokens[stop].start:
-                last = []                  # 7x is not 7
-            yield [_without_lead(first, tokens[max(0, start - 1):start + 1]), *others, last], signs
+                others[-1] = []            # 7x is not 7
+            first = _without_lead(first, tokens[max(0, start - 2):start])
+            yield [first, *others], [token.text for token in chain if token.kind == "eq"]
+
+
+def _between(tokens: list[Token], *kinds: str) -> Iterator[tuple[int, int]]:
+    """Yield the start and end of what stands between tokens of some kinds."""
+    start = 0
+    for i, token in enumerate(tokens):
+        if token.kind in kinds:
+            yield start, i
+            start = i + 1
+    yield start, len(tokens)
 
 
 def _without_lead(side: list[Token], before: list[Token]) -> list[Token]:
@@ -204,12 +191,8 @@ def _without_lead(side: list[Token], before: list[Token]) -> list[Token]:
 
 def _trim(side: list[Token], *, first: bool, last: bool) -> list[Token]:
     """Cut what is outside of unmatched brackets, as in "2) (5 * 3 = 15)"."""
-    start, stop = 0, len(side)
-    while start < stop and side[start].text == "**":       # bold type
-        start += 1
-    while start < stop and side[stop - 1].text == "**":
-        stop -= 1
-    side, opened, closed = side[start:stop], [], []
+    inside = [i for i, token in enumerate(side) if token.text != "**"] or [len(side)]
+    side, opened, closed = side[inside[0]:inside[-1] + 1], [], []          # without bold type
     for i, token in enumerate(side):
         if token.kind == "open":
             opened.append(i)
@@ -264,7 +247,7 @@ def check_steps(text: str) -> StepCount:
 
 def equations(text: str) -> list[Equation]:
     """List what check_steps counts; the tokens have offsets in the text, of at most MAX_TEXT_CHARS."""
-    normal, spans = _normal_with_spans(text[:MAX_TEXT_CHARS])
+    normal = _normal(text[:MAX_TEXT_CHARS], spans := [])
     return [Equation(*([t._replace(start=spans[t.start][0], end=spans[t.end - 1][1]) for t in side]
                        for side in equation[:2]), equation.holds) for equation in _equations(_tokens(normal))]
 
