@@ -5,15 +5,14 @@ verdict. math-verify gets expressions and equations alone.
 """
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 
-from minimath.grading.numbers import LABEL, plain_number, read_number, same_number
-from minimath.grading.objects import Parts, RealSet, as_latex, read_objects, same_objects, split
-from minimath.grading.special import CHOICE_GOLD, choice, clock, date, in_base, same_clock
+from minimath.grading.numbers import LABEL, read_number, same_number
+from minimath.grading.objects import Parts, RealSet, as_latex, read_objects, same_objects
+from minimath.grading.special import SPECIAL_FORMS
 from minimath.grading.typeset import key
-from minimath.grading.units import agree, split_unit
+from minimath.grading.units import Unit, agree, split_unit
 
 MAX_ASKED = 60                # questions to math-verify of one comparison: lists of lists ask many
 MAX_CHARS = 2000              # of two typeset answers: unicode fractions grow
@@ -27,7 +26,6 @@ _LETTERS = re.compile(r"(?=.*[A-Za-z])"             # brackets alone are no word
                       r"(?:\\(?:angle|triangle|overline|vec|widehat|overrightarrow|parallel|perp)|[A-Za-z{}\s'])+")
 _PRODUCT = re.compile(r"[abcdfghj-npq-z]{2}")       # xy is yx; no is not on
 _INEQUALITY = re.compile(r"[<>]|\\[lg]eq(?![A-Za-z])")
-_LETTER_LIST = re.compile(r"[A-J](?:(?:\s*[,;&]\s*|\s+|,?\s+and\s+)?[A-J]){1,9}")
 _LEFT_SIDE = re.compile(r"([^=<>]*[A-Za-z][^=<>]*)=")
 _EQUATION = re.compile(r"(?<![<>!=\\])=(?!=)")
 
@@ -46,9 +44,8 @@ class Comparison:
             return True
         if "..." in answer or "..." in gold:
             return False
-        for reader in (_same_choice, _same_base, _same_date, _same_time):
-            verdict = reader(answer, gold)
-            if verdict is not None:
+        for same_form in SPECIAL_FORMS:
+            if (verdict := same_form(answer, gold)) is not None:
                 return verdict
         exact, _, rounded = answer.partition("\\approx")
         if exact.strip() and rounded:
@@ -87,13 +84,11 @@ class Comparison:
         (answer, unit), (gold, gold_unit) = _without_unit(answer), _without_unit(gold)
         if not agree(unit, gold_unit):
             return False
-        name, gold_name = LABEL.match(answer), LABEL.match(gold)
-        if name and gold_name and not _other_names(answer, gold):
-            return self.same(answer[name.end():], gold[gold_name.end():], depth + 1)
-        if name and not _EQUATION.search(gold) and not _EQUATION.search(answer[name.end():]):
-            return self.same(answer[name.end():], gold, depth + 1)
-        if gold_name and not _EQUATION.search(answer) and not _EQUATION.search(gold[gold_name.end():]):
-            return self.same(answer, gold[gold_name.end():], depth + 1)
+        bare, gold_bare = (LABEL.sub("", text, count=1) if LABEL.match(text) else text for text in (answer, gold))
+        named = (bare != answer) + (gold_bare != gold)
+        if named == 2 and not _other_names(answer, gold) or (
+                named == 1 and not _EQUATION.search(bare) and not _EQUATION.search(gold_bare)):
+            return self.same(bare, gold_bare, depth + 1)
         if _is_words(answer) or _is_words(gold):
             return False
         return self._asked(gold, answer)
@@ -134,9 +129,7 @@ def _objects(text: str) -> list:
 def _without_unit(text: str):
     """Return an expression without a unit of the table, and the unit."""
     found = split_unit(text)
-    if found and found[1].known and not found[1].nouns:
-        return found
-    return text, split_unit("1")[1]
+    return found if found and found[1].known and not found[1].nouns else (text, Unit())
 
 
 def _canonical(answer: str, gold: str) -> tuple[str, str]:
@@ -154,63 +147,3 @@ def _canonical(answer: str, gold: str) -> tuple[str, str]:
     if all(letters):
         return tuple(_PARAMETER.sub("k", text) for text in texts)
     return answer, gold
-
-
-# ---- verdicts of the special forms; None where none of the two has it
-
-def _same_choice(answer: str, gold: str) -> bool | None:
-    if _LETTER_LIST.fullmatch(gold) and _LETTER_LIST.fullmatch(answer) and not gold.isalpha():   # A, C and AC
-        return sorted(re.findall("[A-J]", gold)) == sorted(re.findall("[A-J]", answer))
-    meant = choice(gold)
-    found = choice(answer) if meant else None
-    if not found or (meant[1] and not gold.lstrip("(").startswith(meant[0])):
-        return None
-    if CHOICE_GOLD.fullmatch(gold) or not found[1]:
-        return found[0] == meant[0]
-    return found[0] == meant[0] and key(found[1]) == key(meant[1])
-
-
-def _same_base(answer: str, gold: str) -> bool | None:
-    found, meant = in_base(answer), in_base(gold)
-    if found and meant:
-        return found == meant
-    if not found and not meant:
-        return None
-    digits, other = (found, gold) if found else (meant, answer)
-    return key(other).upper().lstrip("0") == digits[0]
-
-
-def _same_date(answer: str, gold: str) -> bool | None:
-    found, meant = date(answer), date(gold)
-    return None if not found and not meant else found == meant
-
-
-def _same_time(answer: str, gold: str) -> bool | None:
-    """Compare times and ratios: 7:10 is both, 10:05 and 12:30 are times."""
-    found, meant = clock(answer), clock(gold)
-    if found and meant:
-        return same_clock(found, meant)
-    for time, text, other in ((found, answer, gold), (meant, gold, answer)):
-        if not time:
-            continue
-        number = plain_number(other)
-        if not time[1] and ":" not in text:         # 5 pm and 5
-            return bool(number and number.value == time[0])
-        if time[3] or math.gcd(*time[:2]) != 1 or re.search(r":0\d", text):
-            return False
-    ratios = [_ratio(text) for text in (answer, gold)]
-    if not any(ratios):
-        return None
-    (a, b) = ratios
-    if a and b:
-        return len(a) == len(b) and all(x * b[0] == y * a[0] for x, y in zip(a, b))
-    ratio, number = a or b, plain_number(gold if a else answer)
-    return bool(number and len(ratio) == 2 and ratio[1] and number.value * ratio[1] == ratio[0])
-
-
-def _ratio(text: str) -> list | None:
-    parts = split(text, ":")
-    if not parts or len(parts) < 2:
-        return None
-    numbers = [read_number(part) for part in parts]
-    return None if None in numbers or not all(numbers) else [number.value for number in numbers]

@@ -78,60 +78,47 @@ def read_objects(text: str) -> list[Parts | RealSet]:
 def _real_set(text: str) -> RealSet | None:
     variable = ""
     if builder := _BUILDER.fullmatch(text):
-        text = builder[2].strip()
-        return found._replace(variable="") if (found := _real_set(text)) else None
+        return found._replace(variable="") if (found := _real_set(builder[2].strip())) else None
     if member := _MEMBER.match(text):
         variable, text = member[1], text[member.end():].strip()
     if _REALS.fullmatch(text):
-        return _ordered([Interval(r"-\infty", r"\infty", False, False)], variable)
+        return _punctured([], variable)
     if match := _WITHOUT.fullmatch(text):
-        points = split(match[1] or match[2])
-        return _punctured(points, variable) if points else None
+        return _punctured(split(match[1] or match[2]), variable)
     if differ := _DIFFERENT.match(text):            # x != 2 and x != 3; x != 2, 3
         points = split(re.sub(rf"(?<=[ ,]){re.escape(differ[1])}\s*\\neq", "", _AND.sub(", ", text[differ.end():])))
-        return _punctured(points, differ[1]) if points and not re.search(r"[<>=]|\\[lgn]eq", "".join(points)) else None
-    if re.search(r"\\cup(?![A-Za-z])|\bor\b", text):
-        parts = [_one_set(part.strip()) for part in re.split(r"\\cup(?![A-Za-z])|,?\s*\bor\b", text)]
-    else:
-        parts = [_one_set(text)]
-        if parts == [None] and (both := split(_AND.sub(", ", text))) and len(both) == 2:
-            return _intersection(*map(_one_set, both))
-    if None in parts or len({part.variable for part in parts} - {""}) > 1:
+        return None if re.search(r"[<>=]|\\[lgn]eq", "".join(points or "")) else _punctured(points, differ[1])
+    parts = [_one_set(part.strip()) for part in re.split(r"\\cup(?![A-Za-z])|,?\s*\bor\b", text)]
+    if parts == [None] and (both := split(_AND.sub(", ", text))) and len(both) == 2:
+        return _intersection(*map(_one_set, both))
+    names = {part and part.variable for part in parts} - {""}
+    if None in names or len(names) > 1:
         return None
-    variable = variable or next((part.variable for part in parts if part.variable), "")
-    return _ordered([interval for part in parts for interval in part.intervals], variable)
+    return _ordered([interval for part in parts for interval in part.intervals], variable or "".join(names))
 
 
 def _one_set(text: str) -> RealSet | None:
     """Read an interval, also ]a,b[, or an inequality that is solved for its variable."""
-    match = _INTERVAL.fullmatch(text)
-    if match and match[1] + match[3] != "()" or match and r"\infty" in text:
-        ends = split(match[2])
-        if ends and len(ends) == 2:
+    if match := _INTERVAL.fullmatch(text):
+        ends, a_pair = split(match[2]) or [], match[1] + match[3] == "()" and r"\infty" not in text
+        if len(ends) == 2 and not (a_pair and _RELATION.search(text)):
             return RealSet((Interval(*ends, match[1] == "[", match[3] == "]"),))
-        return None
-    if match and (ends := split(match[2])) and len(ends) == 2 and not _RELATION.search(text):
-        return RealSet((Interval(*ends, False, False),))
+        if not a_pair:
+            return None
     sides = [side.strip() for side in _RELATION.split(text)]
     if len(sides) not in (3, 5) or not all(sides):
         return None
-    if len(sides) == 3 and re.fullmatch(_VARIABLE, sides[2]) and not re.fullmatch(_VARIABLE, sides[0]):
-        sides = [sides[2], {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}[sides[1]], sides[0]]
-    variable = sides[0] if len(sides) == 3 else sides[2]
-    others = [side for side in sides[::2] if side != variable]
-    if not re.fullmatch(_VARIABLE, variable) or len(others) != len(sides) // 2 or any(
+    at = 0 if len(sides) == 3 and re.fullmatch(_VARIABLE, sides[0]) else 2
+    variable, others = sides[at], sides[:at:2] + sides[at + 2::2]
+    if not re.fullmatch(_VARIABLE, variable) or any(
             re.search(rf"(?<![\\A-Za-z]){re.escape(variable)}(?![A-Za-z])", side) for side in others):
         return None
-    if len(sides) == 3:
-        closed = "eq" in sides[1]
-        if sides[1] in (">", r"\geq"):
-            return RealSet((Interval(sides[2], r"\infty", closed, False),), variable)
-        return RealSet((Interval(r"-\infty", sides[2], False, closed),), variable)
     if sides[1] in (">", r"\geq"):
-        sides = [sides[4], sides[3].replace(">", "<").replace("geq", "leq"), variable,
-                 sides[1].replace(">", "<").replace("geq", "leq"), sides[0]]
-    if not {sides[1], sides[3]} <= {"<", r"\leq"}:
+        sides = [{">": "<", r"\geq": r"\leq", "<": ">", r"\leq": r"\geq"}.get(side, side) for side in reversed(sides)]
+    if not {*sides[1::2]} <= {"<", r"\leq"}:
         return None
+    if len(sides) == 3:
+        sides = [r"-\infty", "<", *sides] if sides[0] == variable else [*sides, "<", r"\infty"]
     return RealSet((Interval(sides[0], sides[4], "eq" in sides[1], "eq" in sides[3]),), variable)
 
 
@@ -144,29 +131,34 @@ def _place(end: str) -> tuple[int, Fraction] | None:
     return (0, number.value) if number else None
 
 
+def _cuts(each: Interval) -> list[tuple] | None:
+    """Return where an interval begins and ends, before or behind a number; None where an end is not read."""
+    places = [_place(each.low), _place(each.high)]
+    return None if None in places else [(places[0], not each.low_closed), (places[1], each.high_closed)]
+
+
 def _ordered(intervals: list[Interval], variable: str) -> RealSet | None:
     """Sort intervals and join those that touch, where their ends are numbers."""
     intervals = [Interval(*(end.replace(" ", "").lstrip("+") if "infty" in end else end for end in each[:2]),
                           *(closed and "infty" not in end for end, closed in zip(each[:2], each[2:])))
                  for each in intervals]
-    if any((_place(each.low), _place(each.high)).count(None) for each in intervals):
+    if None in map(_cuts, intervals):
         return RealSet(tuple(intervals), variable)
-    intervals.sort(key=lambda each: (_place(each.low), not each.low_closed))
-    joined = intervals[:1]
-    for each in intervals[1:]:
-        last = joined[-1]
-        gap = _place(each.low) > _place(last.high) or (
-            _place(each.low) == _place(last.high) and not (each.low_closed or last.high_closed))
-        if gap:
+    first, *others = sorted(intervals, key=lambda each: _cuts(each)[0])
+    joined = [first]
+    for each in others:
+        (begin, end), (_, last) = _cuts(each), _cuts(joined[-1])
+        if begin > last:
             joined.append(each)
-        else:
-            joined[-1] = last._replace(**max(
-                ({"high": one.high, "high_closed": one.high_closed} for one in (last, each)),
-                key=lambda one: (_place(one["high"]), one["high_closed"])))
+        elif end > last:
+            joined[-1] = joined[-1]._replace(high=each.high, high_closed=each.high_closed)
     return RealSet(tuple(joined), variable)
 
 
-def _punctured(points: list[str], variable: str) -> RealSet:
+def _punctured(points: list[str] | None, variable: str) -> RealSet | None:
+    """Return all numbers but some; None for points that were not read."""
+    if points is None:
+        return None
     points = [signed for point in points for signed in _signs(point)]
     if all(map(_place, points)):
         points = sorted(points, key=_place)
@@ -176,13 +168,12 @@ def _punctured(points: list[str], variable: str) -> RealSet:
 
 def _intersection(a: RealSet | None, b: RealSet | None) -> RealSet | None:
     """Return x > 1 and x < 3 as one interval, where the ends are numbers."""
-    if a is None or b is None or a.variable != b.variable or not a.variable:
+    if not a or not b or a.variable != b.variable or not a.variable:
         return None
-    one, two = a.intervals[0], b.intervals[0]
-    if any(_place(end) is None for end in (*one[:2], *two[:2])):
+    both = [a.intervals[0], b.intervals[0]]
+    if None in map(_cuts, both):
         return None
-    low = max(one, two, key=lambda each: (_place(each.low), not each.low_closed))
-    high = min(one, two, key=lambda each: (_place(each.high), each.high_closed))
+    low, high = max(both, key=lambda each: _cuts(each)[0]), min(both, key=lambda each: _cuts(each)[1])
     if _place(low.low) > _place(high.high):
         return None
     return RealSet((Interval(low.low, high.high, low.low_closed, high.high_closed),), a.variable)
@@ -215,11 +206,10 @@ def _list(text: str, kind: str = "list") -> Parts | None:
 
 
 def _signs(item: str) -> list[str]:
-    if len(re.findall(r"\\pm(?![A-Za-z])", item)) != 1 or r"\mp" in item:
+    before, *after = re.split(r"\s*\\pm(?![A-Za-z])\s*", item)
+    if len(after) != 1 or r"\mp" in item:
         return [item]
-    before, after = re.split(r"\s*\\pm(?![A-Za-z])\s*", item)
-    plus = "+" if before and not before.endswith("=") else ""
-    return [f"{before}{plus}{after}", f"{before}-{after}"]
+    return [f"{before}{'+' if before and not before.endswith('=') else ''}{after[0]}", f"{before}-{after[0]}"]
 
 
 def _enclosed(text: str) -> list[Parts]:
@@ -269,29 +259,27 @@ def as_latex(found: RealSet) -> str:
 
 # ---- comparison
 
+_ALIKE = [{"list", "tuple"}, {"tuple", "column"}, {"tuple", "row"}, {"bracket", "row"}, {"bracket", "column"},
+          {"bracket", "list"}]
+
+
 def same_objects(a: Parts | RealSet, b: Parts | RealSet, same: Same) -> bool:
     """Tell whether two objects are one; `same` compares two parts."""
-    if isinstance(a, RealSet) and isinstance(b, RealSet):
-        if a.variable and b.variable and a.variable != b.variable or len(a.intervals) != len(b.intervals):
-            return False
-        return _matched(a.intervals, b.intervals, lambda one, two: one[2:] == two[2:] and all(
-            x.replace(" ", "") == y.replace(" ", "") or (x not in INFINITE and y not in INFINITE and same(x, y))
-            for x, y in zip(one[:2], two[:2])))
     if isinstance(a, RealSet) or isinstance(b, RealSet):
-        return False
-    kinds = {a.kind, b.kind}
-    if a.labels and b.labels:
-        if sorted(a.labels) != sorted(b.labels):
+        if type(a) is not type(b) or a.variable and b.variable and a.variable != b.variable:
             return False
+        return len(a.intervals) == len(b.intervals) and _matched(
+            a.intervals, b.intervals, lambda one, two: one[2:] == two[2:] and all(
+                x.replace(" ", "") == y.replace(" ", "") or (x not in INFINITE and y not in INFINITE and same(x, y))
+                for x, y in zip(one[:2], two[:2])))
+    if a.labels and b.labels:
         items = dict(zip(b.labels, b.items))
-        return all(same(item, items[label]) for label, item in zip(a.labels, a.items))
+        return sorted(a.labels) == sorted(b.labels) and all(
+            same(item, items[label]) for label, item in zip(a.labels, a.items))
+    kinds = {a.kind, b.kind}
     if kinds <= {"list", "set"} and not a.labels and not b.labels:
         return _matched(a.items, b.items, same)
-    if kinds == {"bracket", "tuple"} and len(a.items) > 2:
-        return len(a.items) == len(b.items) and all(map(same, a.items, b.items))
-    if kinds == {"list", "set"} or not any(kinds <= group for group in (
-            {"list", "tuple"}, {"tuple", "column"}, {"tuple", "row"}, {"bracket", "row"}, {"bracket", "column"},
-            {"bracket", "list"}, kinds if len(kinds) == 1 else set())):
+    if len(kinds) > 1 and kinds not in _ALIKE and not (kinds == {"bracket", "tuple"} and len(a.items) > 2):
         return False
     return len(a.items) == len(b.items) and all(map(same, a.items, b.items))
 
@@ -300,8 +288,7 @@ def _matched(a: tuple, b: tuple, same: Callable) -> bool:
     """Tell whether each part of one has its own part in the other, in any order."""
     left = list(b)
     for part in a:
-        found = next((i for i, other in enumerate(left) if same(part, other)), None)
-        if found is None:
+        if (found := next((i for i, other in enumerate(left) if same(part, other)), None)) is None:
             return False
         del left[found]
     return not left
