@@ -7,6 +7,7 @@ limits. Nothing here is ever eval'd.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 
 from minimath.grading.compare import Comparison
@@ -59,19 +60,18 @@ def extract_answer(text: str, *, strict: bool = False) -> str | None:
     list. strict=True: \\boxed only.
     """
     text = text[-MAX_TAIL_CHARS:].rpartition(_THOUGHT)[2]
-    tagged = [] if strict else _ANSWER_TAG.findall(text)
-    boxed = _last_boxed(tagged[-1] if tagged else text)
+    tagged = [] if strict else _ANSWER_TAG.findall(text)[-1:]
+    boxed = _last_boxed((tagged or [text])[0])
     if boxed is not None or strict:
         return boxed
     if tagged:
-        said = _ANSWER_IS.findall(tagged[-1])
-        return (_said(said[-1].strip()) if said else tagged[-1]).strip() or None
+        said = _ANSWER_IS.findall(tagged[0])
+        return (_said(said[-1].strip()) if said else tagged[0]).strip() or None
     hashes = [found for found in _HASHES.findall(text) if not _HEADING.match(found)]
     for found, read in ((hashes, _of_line), (_ANSWER_IS.findall(text), _said)):
-        if found:
-            answer = _BOLD.sub("", read(found[-1].strip())).strip().strip("*").rstrip(".").strip()
-            if answer:
-                return answer
+        answer = _BOLD.sub("", read(found[-1].strip())).strip().strip("*").rstrip(".").strip() if found else ""
+        if answer:
+            return answer
     return _last_number(text)
 
 
@@ -98,25 +98,21 @@ def _said(answer: str) -> str:
 
     Else it is what follows the last "is" of their sentence; of a long sentence its last number.
     """
-    if match := _FIRST_FORMULA.match(answer):
-        return _with_neighbours([match, *_FORMULA.finditer(answer, match.end())], 0, answer)
-    if match := _TUPLE_OR_LIST.match(answer):
-        return _inside(match)
     sentence = _LAST_IS.sub("", _SENTENCE_END.split(answer, maxsplit=1)[0])
-    if match := _FORMULA.search(sentence):
-        return _with_neighbours([match, *_FORMULA.finditer(sentence, match.end())], 0, sentence)
+    if _FIRST_FORMULA.match(answer):
+        return _list_of(list(_FORMULA.finditer(answer)), 0, answer)
+    if match := _TUPLE_OR_LIST.match(answer):
+        return match[1]
+    if formulas := list(_FORMULA.finditer(sentence)):
+        return _list_of(formulas, 0, sentence)
     if letter := _LETTER.fullmatch(answer) or _LETTER.fullmatch(sentence):
         return letter[1]
-    if sentence[:1].isalpha() and (len(sentence.split()) > 5 or _counted(sentence)):
+    words = re.findall("[A-Za-z']+", sentence.lower())         # "She has 42 apples left": words around one number
+    counted = (re.fullmatch(r"(?:[A-Za-z']+ ){2,}[^\\={}]*", sentence) and not NOT_UNITS & set(words)
+               and len(_NUMBER.findall(sentence)) == 1)
+    if sentence[:1].isalpha() and (counted or len(sentence.split()) > 5):
         return _last_number(sentence) or sentence
     return sentence
-
-
-def _counted(sentence: str) -> bool:
-    """Tell whether a sentence is words around one number: "She has 42 apples left"."""
-    words = re.findall("[A-Za-z']+", sentence.lower())
-    return bool(re.fullmatch(r"(?:[A-Za-z']+ ){2,}[^\\={}]*", sentence) and not NOT_UNITS & set(words)
-                and len(_NUMBER.findall(sentence)) == 1)
 
 
 def _last_number(text: str) -> str | None:
@@ -129,27 +125,25 @@ def _last_number(text: str) -> str | None:
     formulas = list(_FORMULA.finditer(paragraph))
     for i, formula in enumerate(formulas):
         if formula.start() <= last.start() - start < formula.end():
-            inside, joined = _inside(formula), _with_neighbours(formulas, i, paragraph)
+            inside, joined = _inside(formula), _list_of(formulas, i, paragraph)
             if joined != inside:
                 return joined
             if _RELATION.search(inside):
                 return re.split(r"(?<![<>!])=", inside)[-1].strip() or inside
     parts, before = [last.group()], text[start:last.start()]
-    while earlier := _EARLIER.search(before[-60:]):     # 2 and 3: a list, and no chance to name two
+    while earlier := _EARLIER.search(before, max(0, len(before) - 60)):     # 2 and 3: a list, and no chance to name two
         if len(parts) == 1 and not re.search(r"(?:and|or)\s+(?:[A-Za-z]\s*=\s*)?\Z", before):
             break
         parts.append(earlier[1])
-        before = before[:len(before) - len(before[-60:]) + earlier.start()]
+        before = before[:earlier.start()]
     return ", ".join(reversed(parts))
 
 
-def _with_neighbours(formulas: list[re.Match], at: int, text: str) -> str:
+def _list_of(formulas: list[re.Match], at: int, text: str) -> str:
     """Return a formula and those that "and", "or" or commas join to it: one list."""
-    first = last = at
-    while first and _joins(text[formulas[first - 1].end():formulas[first].start()]):
-        first -= 1
-    while last + 1 < len(formulas) and _joins(text[formulas[last].end():formulas[last + 1].start()]):
-        last += 1
+    joined = [_joins(text[one.end():other.start()]) for one, other in itertools.pairwise(formulas)]
+    first = at - len(list(itertools.takewhile(bool, reversed(joined[:at]))))
+    last = at + len(list(itertools.takewhile(bool, joined[at:])))
     return ", ".join(dict.fromkeys(map(_inside, formulas[first:last + 1])))
 
 
@@ -157,25 +151,21 @@ def _joins(between: str) -> bool:
     return len(between) < 40 and bool(_BETWEEN.fullmatch(between) and re.search("[,;]|and|or|quad", between))
 
 
-def _inside(match: re.Match) -> str:
-    return next(group for group in match.groups() if group).strip()
+def _inside(formula: re.Match) -> str:
+    return formula[formula.lastindex].strip()
 
 
-def _boxes(text: str) -> list[tuple[str, int, int]]:
+def boxes(text: str) -> list[tuple[str, int, int]]:
     """Return (contents, start, end) of complete, non-empty \\boxed{...}, as they close."""
-    boxes = []
-    stack: list[tuple[int, int]] = []  # of a box its start and that of its contents, -1 for any other brace
+    found, stack = [], []       # stack: of a box its start and that of its contents, None for any other brace
     for token in _BRACE.finditer(text):
-        mark = token.group()
-        if mark == "}":
-            start, inner = stack.pop() if stack else (-1, -1)
-            if start >= 0 and token.start() - inner <= 4 * MAX_ANSWER_CHARS:
-                contents = text[inner:token.start()].strip()
-                if contents:
-                    boxes.append((contents, start, token.end()))
-        elif mark.endswith("{") and mark != "\\{":
-            stack.append((token.start(), token.end()) if len(mark) > 1 else (-1, -1))
-    return boxes
+        if token[0] == "}":
+            start, inner = (stack.pop() if stack else None) or (0, 0)
+            if inner and token.start() - inner <= 4 * MAX_ANSWER_CHARS and text[inner:token.start()].strip():
+                found.append((text[inner:token.start()].strip(), start, token.end()))
+        elif token[0].endswith("{") and token[0] != "\\{":
+            stack.append(token.span() if len(token[0]) > 1 else None)
+    return found
 
 
 def _last_boxed(text: str) -> str | None:
@@ -183,33 +173,25 @@ def _last_boxed(text: str) -> str | None:
 
     "\\boxed{1} and \\boxed{2}" is "1, 2": an answer of two parts, and no chance to name two and be right with one.
     """
-    boxes = _boxes(text)
-    if not boxes:
-        bare = _BARE_BOX.findall(text)
-        return bare[-1].rstrip(".,") if bare else None
     parts, first = [], len(text)
-    for contents, start, end in reversed(boxes):
+    for contents, start, end in reversed(boxes(text)):
         if end > first:  # inside the box that follows
             continue
-        between = text[end:first]
-        if parts and not _joins(between):
+        if parts and not _joins(text[end:first]):
             break
-        while re.match(r"\\(?:boxed|fbox)\s*\{", contents) and (inner := _boxes(contents)):
+        while re.match(r"\\(?:boxed|fbox)\s*\{", contents) and (inner := boxes(contents)):
             contents = inner[-1][0]
         parts.append(contents)
         first = start
-    return ", ".join(dict.fromkeys(reversed(parts)))
-
-
-def box_closed(text: str) -> bool:
-    """Tell whether a non-empty \\boxed{...} is complete in text."""
-    return bool(_boxes(text))
+    if not parts and (bare := _BARE_BOX.findall(text)):
+        return bare[-1].rstrip(".,")
+    return ", ".join(dict.fromkeys(reversed(parts))) or None
 
 
 def answer_end(text: str) -> int:
     """Return the offset after the box that first gives the final answer; len(text) without one."""
-    boxes = _boxes(text)
-    return next((end for contents, _, end in boxes if contents == boxes[-1][0]), len(text))
+    found = boxes(text)
+    return next((end for contents, _, end in found if contents == found[-1][0]), len(text))
 
 
 class AnswerChecker(BoundedChild):

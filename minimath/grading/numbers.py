@@ -1,6 +1,7 @@
 """Read an answer that is one number, whole or not at all, and compare such numbers. Exact (fractions.Fraction)."""
 from __future__ import annotations
 
+import functools
 import math
 import re
 from fractions import Fraction
@@ -76,6 +77,7 @@ def plain_number(text: str) -> Number | None:
     return read_number(typeset(text)) if len(text) <= MAX_CHARS else None
 
 
+@functools.lru_cache(maxsize=1024)
 def read_number(text: str) -> Number | None:
     """Read a typeset text."""
     text = LABEL.sub("", text, count=1) if LABEL.match(text) else _SUM_LABEL.sub("", text, count=1)

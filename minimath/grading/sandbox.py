@@ -51,8 +51,7 @@ class BoundedChild(contextlib.AbstractContextManager):
         self.timeout_s = timeout_s
         self.timeouts = self.starts = 0
         self.process: subprocess.Popen | None = None  # with _control, through which sockets for new workers go out
-        self._idle: list[socket.socket] = []
-        self._all: set[socket.socket] = set()       # the idle and the busy ones of this child
+        self._idle: list[socket.socket] = []        # sockets of its workers
         self._lock, self._free = threading.RLock(), threading.BoundedSemaphore(WORKERS)
 
     def __exit__(self, *_):
@@ -66,32 +65,30 @@ class BoundedChild(contextlib.AbstractContextManager):
         """
         question = json.dumps([ALARM_SHARE * self.timeout_s, kind, first, second]) + "\n"
         with self._free:
-            reply, worker = b"", self._worker()
+            reply, (process, worker) = b"", self._worker()
             with contextlib.suppress(OSError):      # TimeoutError too; b"" is a worker that died
                 worker.settimeout(WAIT_SHARE * self.timeout_s)
                 worker.sendall(question.encode())
                 reply = worker.recv(100)
             with self._lock:
                 self.timeouts += not reply
-                if reply and worker in self._all:
+                if reply and process is self.process:
                     self._idle.append(worker)
                 else:                               # its alarm ends it, if it still hangs
-                    self._all.discard(worker)
                     worker.close()
         return reply.decode() or LATE
 
-    def _worker(self) -> socket.socket:
-        """Return the socket of an idle worker, or of a new one."""
+    def _worker(self) -> tuple[subprocess.Popen, socket.socket]:
+        """Return the child and the socket of an idle worker of it, or of a new one."""
         with self._lock:
             if self.process is None or self.process.poll() is not None:
                 self._start()
             if self._idle:
-                return self._idle.pop()
+                return self.process, self._idle.pop()
             ours, theirs = socket.socketpair()
             with theirs, contextlib.suppress(OSError):  # the child died just now: no one will reply
                 socket.send_fds(self._control, [b"w"], [theirs.fileno()])
-            self._all.add(ours)
-            return ours
+            return self.process, ours
 
     def _start(self):
         if not hasattr(os, "fork"):
@@ -102,7 +99,8 @@ class BoundedChild(contextlib.AbstractContextManager):
         with theirs:                                # its cwd is where minimath is imported from
             self.process = subprocess.Popen([sys.executable, "-B", "-m", "minimath.grading.sandbox"], env=env,
                                             cwd=Path(__file__).resolve().parents[2], stdin=theirs,
-                                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                            start_new_session=True)  # Ctrl-C is for this process to hear
         self.starts += 1
         self._control.settimeout(START_S)
         with contextlib.suppress(OSError):
@@ -113,18 +111,16 @@ class BoundedChild(contextlib.AbstractContextManager):
                         "`python -c 'import math_verify'`, and reinstall math-verify if that fails")
 
     def close(self):
-        """End the child; the next question starts it again."""
+        """End the child and its workers; the next question starts it again."""
         with self._lock:
             if self.process is not None:
-                self.process.kill()
+                if self.process.poll() is None:
+                    os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
                 self._control.close()
-            for worker in self._all:
-                with contextlib.suppress(OSError):
-                    worker.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it, which closes it
             for worker in self._idle:
                 worker.close()
-            self.process, self._all, self._idle = None, set(), []
+            self.process, self._idle = None, []
 
 
 # ---- the child process
@@ -132,7 +128,6 @@ class BoundedChild(contextlib.AbstractContextManager):
 def _serve(control: socket.socket) -> None:
     """Fork a worker for each socket that comes, until the other end closes."""
     import resource  # not on Windows, where only this process would miss it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C at a terminal goes to all: the parent decides
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)   # dead workers leave no zombies
     for gold, answer in WARM_UP:
         _equal(gold, answer)
@@ -196,10 +191,9 @@ def _same_expression(right, read, gold: str, answer: str) -> bool:
     import sympy
     if right == read:
         return True
-    if right.free_symbols != read.free_symbols and not (right.free_symbols and read.free_symbols):
-        return sympy.simplify(right - read) == 0
-    if right.free_symbols:
-        return sympy.simplify(right - read) == 0 or _same_everywhere(right, read)
+    if right.free_symbols or read.free_symbols:
+        return sympy.simplify(right - read) == 0 or bool(
+            right.free_symbols and read.free_symbols) and _same_everywhere(right, read)
     for text, other in ((gold, read), (answer, right)):
         decimal = read_number(text)
         if decimal and decimal.step:

@@ -3,7 +3,7 @@ import functools
 
 import torch
 
-from minimath.grading.answer import box_closed
+from minimath.grading.answer import boxes
 
 
 class Flight:
@@ -38,7 +38,7 @@ class BoxWatch:
         return token in self.closing
 
     def closed(self, ids: list[int]) -> bool:
-        return box_closed(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return bool(boxes(self.tokenizer.decode(ids, skip_special_tokens=True)))
 
 
 def in_loop(ids: list[int]) -> bool:
