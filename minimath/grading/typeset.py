@@ -7,24 +7,28 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_WRAPPER = re.compile(r"\\(?:text|mathrm|textbf|textit|textrm|textnormal|mbox|mathbf|mathit|boldsymbol|operatorname"
-                      r"|emph|underline)\s*\{([^{}]*)\}")
 _SUPERSCRIPT = "\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207a\u207b\u207d\u207e\u207f\u2071"
 _SUBSCRIPT = "\u2080-\u208e"
-_MINUS = dict.fromkeys(map(ord, "\u2212\u2013\u2014\u2010\u2011\ufe63\uff0d"), "-")
-_SYMBOLS = {
-    "\u221e": r"\infty ", "\u03c0": r"\pi ", "\u00d7": r"\cdot ", "\u22c5": r"\cdot ", "\u00b7": r"\cdot ",
-    "\u2217": r"\cdot ", "\u00f7": "/", "\u2044": "/", "\u2215": "/", "\u2264": r"\leq ", "\u2265": r"\geq ",
-    "\u2a7d": r"\leq ", "\u2a7e": r"\geq ", "\u2260": r"\neq ", "\u222a": r"\cup ", "\u2229": r"\cap ",
-    "\u2205": r"\emptyset ", "\u2208": r"\in ", "\u2216": r"\setminus ", "\u00b1": r"\pm ", "\u2213": r"\mp ",
-    "\u2248": r"\approx ", "\u2026": "...", "\u22ef": "...", "\u00b0": " degrees ", "\u00ba": " degrees ",
-    "\u27e8": r"\langle ", "\u27e9": r"\rangle ", "\u2329": r"\langle ", "\u232a": r"\rangle ",
-    "\u3008": r"\langle ", "\u3009": r"\rangle ",
-    "\u2211": r"\sum ", "\u222b": r"\int ", "\u2220": r"\angle ", "\u25b3": r"\triangle ", "\u2032": "'",
-    "\u211d": r"\mathbb{R}", "\u2124": r"\mathbb{Z}", "\u2115": r"\mathbb{N}", "\u211a": r"\mathbb{Q}",
-    "\u2102": r"\mathbb{C}", "\u03b1": r"\alpha ", "\u03b2": r"\beta ", "\u03b3": r"\gamma ", "\u03b4": r"\delta ",
-    "\u03b8": r"\theta ", "\u03bb": r"\lambda ", "\u03c6": r"\phi ", "\u03c9": r"\omega ", "\u2227": " and ",
-    "\u2228": " or ", "\u00a2": " cents ", "\u20ac": " EUR ", "\u00a3": " GBP ", "\u00a5": " JPY ", "\u20b9": " INR "}
+_SYMBOLS = str.maketrans({sign: latex for latex, signs in {
+    "-": "\u2212\u2013\u2014\u2010\u2011\ufe63\uff0d", "/": "\u00f7\u2044\u2215", "...": "\u2026\u22ef", "'": "\u2032",
+    r"\cdot ": "\u00d7\u22c5\u00b7\u2217", r"\pm ": "\u00b1", r"\mp ": "\u2213", r"\infty ": "\u221e",
+    r"\leq ": "\u2264\u2a7d", r"\geq ": "\u2265\u2a7e", r"\neq ": "\u2260", r"\approx ": "\u2248",
+    r"\cup ": "\u222a", r"\cap ": "\u2229", r"\emptyset ": "\u2205", r"\in ": "\u2208", r"\setminus ": "\u2216",
+    r"\langle ": "\u27e8\u2329\u3008", r"\rangle ": "\u27e9\u232a\u3009", r"\sum ": "\u2211", r"\int ": "\u222b",
+    r"\angle ": "\u2220", r"\triangle ": "\u25b3", r"\mathbb{R}": "\u211d", r"\mathbb{Z}": "\u2124",
+    r"\mathbb{N}": "\u2115", r"\mathbb{Q}": "\u211a", r"\mathbb{C}": "\u2102", r"\pi ": "\u03c0",
+    r"\alpha ": "\u03b1", r"\beta ": "\u03b2", r"\gamma ": "\u03b3", r"\delta ": "\u03b4", r"\theta ": "\u03b8",
+    r"\lambda ": "\u03bb", r"\phi ": "\u03c6", r"\omega ": "\u03c9", " and ": "\u2227", " or ": "\u2228",
+    " degrees ": "\u00b0\u00ba", " cents ": "\u00a2", " EUR ": "\u20ac", " GBP ": "\u00a3", " JPY ": "\u00a5",
+    " INR ": "\u20b9"}.items() for sign in signs})
+
+
+def _braced(match: re.Match) -> str:
+    r"""Give \frac12 and \frac{11}2 their braces."""
+    top, bottom = (part if part.startswith("{") else f"{{{part}}}" for part in match.groups())
+    return rf"\frac{top}{bottom}" if match[2] != "{" else rf"\frac{top}{{"
+
+
 _NAMES = "pi|sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|ln|log|exp|theta|alpha|beta|infty"
 _RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\(?:left|right)\s*\.", ""),
@@ -49,12 +53,17 @@ _RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\(?:colon|ratio)(?![A-Za-z])", ":"), (r"\\(?:vert|lvert|rvert|mid)(?![A-Za-z])", "|"),
     (rf"(?<![\\A-Za-z])({_NAMES})(?![A-Za-z])", r"\\\1 "), (r"(?<=\d)(pi|sqrt)(?![A-Za-z])", r"\\\1 "),
     (r"\\(?:bar|overline)\s*\{(\d+)\}", r"\\overline{\1}"),
-)]
-_FRACTION_ARGUMENTS = re.compile(r"\\frac\s*(\d|\{[^{}]*\})\s*(\d|[a-z](?![a-z])|\{)")
-_ROOT_ARGUMENT = re.compile(r"\\sqrt\s*(?:(\d|[a-z](?![a-z]))|\(([^()]*)\))")
-_EXPONENTIAL = re.compile(r"\\exp\s*(?:\(([^()]*)\)|\{([^{}]*)\})")
-_POWER = re.compile(r"\^\s*\(([^()]*)\)")
-_BASIS = re.compile(r"\\(?:mathbf|vec|boldsymbol|hat)\s*\{(?:\\mathbf\{)?\\?([ijk])(?:math)?\}+(?=\s*(?:[-+]|$))")
+    (r"\\(?:mathbf|vec|boldsymbol|hat)\s*\{(?:\\mathbf\{)?\\?([ijk])(?:math)?\}+(?=\s*(?:[-+]|$))", r"\\hat{\1}"),
+    *[(r"\\(?:text|mathrm|textbf|textit|textrm|textnormal|mbox|mathbf|mathit|boldsymbol|operatorname|emph|underline)"
+       r"\s*\{([^{}]*)\}", r" \1 ")] * 4,                 # inside of each other
+    (r"\\text\s*\{([^{}]*)\}", r" \1 "), (r"\\%", "%"),
+    (r"(?<=\d)\s+[Rr](?:em\.?)?\s+(?=\d)", " remainder "), (r"\\?\$", " $ "),
+    (r"\A\s*\{([^{},]*)\}\s*\Z", r"\1"),
+    (r"\\frac\s*(\d|\{[^{}]*\})\s*(\d|[a-z](?![a-z])|\{)", _braced),
+    (r"\\sqrt\s*(?:(\d|[a-z](?![a-z]))|\(([^()]*)\))", lambda match: rf"\sqrt{{{match[1] or match[2]}}}"),
+    (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+    (r"\\exp\s*(?:\(([^()]*)\)|\{([^{}]*)\})", lambda match: f"e^{{{match[1] or match[2] or ''}}}"),
+    (r"\s+", " "))]
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.S)
 _DOLLARS = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)(?<!\\)\$\$?")
 
@@ -66,53 +75,32 @@ def typeset(answer: str) -> str:
         text = _DOLLARS.sub(lambda match: f" {match[1]} ", text).strip() if "$" in text else text
         text = re.sub(r"\\[\[\]()]", " ", text).strip() if re.match(r"\\[\[(]", text) else text
         text = match[1].strip() if (match := _BOX.fullmatch(text)) else text
-    text = _ascii(text)
+    text = text if text.isascii() else _ascii(text)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    text = _BASIS.sub(r"\\hat{\1}", text)
-    for _ in range(4):
-        text = _WRAPPER.sub(r" \1 ", text)
-    text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).replace("\\%", "%")
-    text = re.sub(r"\\?\$", " $ ", re.sub(r"(?<=\d)\s+[Rr](?:em\.?)?\s+(?=\d)", " remainder ", text))
-    text = match[1] if (match := re.fullmatch(r"\s*\{([^{},]*)\}\s*", text)) else text
-    text = _FRACTION_ARGUMENTS.sub(_braced, text)
-    for pattern, replacement in ((_ROOT_ARGUMENT, lambda m: rf"\sqrt{{{m[1] or m[2]}}}"), (_POWER, r"^{\1}"),
-                                 (_EXPONENTIAL, lambda m: f"e^{{{m[1] or m[2] or ''}}}")):
-        text = pattern.sub(replacement, text)
-    return re.sub(r"\s+", " ", text).strip().rstrip(".,;").strip() if not text.strip().endswith("...") else text.strip()
+    text = text.strip()
+    return text if text.endswith("...") else text.rstrip(".,;").strip()
 
 
 def _ascii(text: str) -> str:
     """Translate unicode: powers, roots, fractions, digits and signs of any script."""
-    if text.isascii():
-        return text
     for signs, mark in ((_SUPERSCRIPT, "^"), (_SUBSCRIPT, "_")):
-        text = re.sub(f"[{signs}]+", lambda run: f"{mark}{{{unicodedata.normalize('NFKC', run[0])}}}".translate(_MINUS),  # noqa: B023
-                      text)
+        text = re.sub(f"[{signs}]+",
+                      lambda run: f"{mark}{{{unicodedata.normalize('NFKC', run[0]).translate(_SYMBOLS)}}}", text)  # noqa: B023
     for sign, root in (("\u221a", r"\sqrt"), ("\u221b", r"\sqrt[3]")):
         text = re.sub(sign + r"\s*(?:([\d.]+|[^\W\d])|\(([^()]*)\))",
                       lambda m: f"{root}{{{m[1] or m[2]}}}", text).replace(sign, root)  # noqa: B023
-    return "".join(map(_character, text))
+    return re.sub(r"[^\0-\x7f]", _character, text.translate(_SYMBOLS))
 
 
-def _character(sign: str) -> str:
-    if sign.isascii():
-        return sign
-    if sign in _SYMBOLS or ord(sign) in _MINUS:
-        return _SYMBOLS.get(sign, "-")
+def _character(match: re.Match) -> str:
+    sign, plain = match[0], unicodedata.normalize("NFKC", match[0])
     if unicodedata.decimal(sign, None) is not None:
         return str(unicodedata.decimal(sign))
-    plain = unicodedata.normalize("NFKC", sign)
     if unicodedata.decomposition(sign).startswith("<fraction>"):
         top, _, bottom = plain.partition("\u2044")
         return rf"\frac{{{top}}}{{{bottom}}}" if bottom else sign
-    return "".join(_SYMBOLS.get(part, part) for part in plain.translate(_MINUS))
-
-
-def _braced(match: re.Match) -> str:
-    r"""Give \frac12 and \frac{11}2 their braces."""
-    top, bottom = (part if part.startswith("{") else f"{{{part}}}" for part in match.groups())
-    return rf"\frac{top}{bottom}" if match[2] != "{" else rf"\frac{top}{{"
+    return plain.translate(_SYMBOLS)
 
 
 _BETWEEN = re.compile(r"(?<=[\d.]) (?=\d)| ")

@@ -48,28 +48,24 @@ def without_lead(text: str) -> str:
 
 def split_unit(text: str) -> tuple[str, Unit] | None:
     """Return a text without its unit, and the unit; None where other words are."""
-    text = _ASIDE.sub("", without_lead(text))
-    before = _BEFORE.match(text)
-    money = ""
-    if before:
+    text, money = _ASIDE.sub("", without_lead(text)), ""
+    if before := _BEFORE.match(text):
         sign = (before[2] or "$").rstrip(".")
-        money = {"$": "USD", "Rs": "INR", "RS": "INR"}.get(sign, sign)
+        money = _CANONICAL.get(sign.lower(), sign)
         text = before[1] + before[3] + text[before.end():]
     after = _AFTER.fullmatch(text)
     if not after:
         return text, Unit(money)
-    unit = _unit(after[2])
-    if unit is None:
+    if (unit := _unit(after[2])) is None:
         return None
-    if money and unit.known not in ("", money):
-        unit = Unit(f"{money}{unit.known}" if unit.known.startswith("/") else unit.known, unit.nouns)
-    return after[1], Unit(unit.known or money, unit.nouns)
+    return after[1], Unit(money + unit.known if unit.known.startswith("/") else unit.known or money, unit.nouns)
 
 
 def _unit(tail: str) -> Unit | None:
     """Read a phrase as "square inches", "km/h", "miles per hour", "red apples"."""
-    spaced = tail[:1].isspace()
     words = re.findall(rf"{_WORD}|/", tail)
+    if len(words) == 1 and len(tail) == 1 and tail != "$":
+        return None                                 # 5m is a product
     parts, nouns, power, below = [], set(), "", False
     for word in words:
         name, _, raised = word.partition("^")
@@ -86,17 +82,14 @@ def _unit(tail: str) -> Unit | None:
             parts[-1] += "^2"
         elif lower in _COMPOUND:
             parts.append(_COMPOUND[lower])
-        elif found := _CANONICAL.get(name) or name in _CANONICAL.values() and name or (
-                _CANONICAL.get(single) if len(name) > 1 else None):
-            raised = f"^{raised.strip('{} ')}" if raised else power
-            parts.append(("/" if below else "*" if parts else "") + found + raised)
+        elif found := _CANONICAL.get(name) or len(name) > 1 and _CANONICAL.get(single):
+            parts.append(("/" if below else "*" if parts else "") + found + (
+                f"^{raised.strip('{} ')}" if raised else power))
             power, below = "", False
         elif len(name) == 1 or raised or name.startswith("'"):
             return None
         elif lower not in _FILLERS:
             nouns.add(single)
-    if len(words) == 1 and len(words[0]) == 1 and not spaced and words[0] != "$":
-        return None                                 # 5m is a product
     return Unit("".join(parts), frozenset(nouns))
 
 
