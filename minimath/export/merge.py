@@ -93,11 +93,14 @@ def export(words: list[str]) -> dict:
     with new_folder(out) as partial:
         write_model(policy, partial, cfg)
         made = folder.parent if folder.name == ADAPTER else Path(cfg.adapter.path)
+        evaluations = (made / EVAL, evaluation_folder(made.parent, made.name) / EVAL)    # the second of a whole run
         text = card(name=out.name, base=base, adapter=adapter, run=run, prompt=policy.prompt, drift=measured,
-                    evaluation=evaluation_of(made), usage=usage(cfg, policy, out.name))
+                    evaluation=next((read_json(path) for path in evaluations if path.is_file()), {}),
+                    usage=usage(cfg, policy, out.name))
         (partial / "README.md").write_text(text, encoding="utf-8")
-    size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"{cfg.out}: {', '.join(sorted(path.name for path in out.iterdir()))} ({size / 1e6:.0f} MB)\n"
+    files = sorted(out.iterdir())
+    size = sum(path.stat().st_size for path in files)
+    print(f"{cfg.out}: {', '.join(path.name for path in files)} ({size / 1e6:.0f} MB)\n"
           f"to share or use it:\nhf upload OWNER/NAME {shlex.quote(cfg.out)} --private\n{usage(cfg, policy, cfg.out)}")
     return {"folder": cfg.out, "drift": drift._asdict()}
 
@@ -121,31 +124,26 @@ def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[
         policy = load_policy(load, train=False)
     policy.model = merge(policy.model)
     if cfg.to == "gguf":
-        round_as_gguf(policy.model, cfg.gguf_type)
+        kind = cfg.gguf_type
+        round_as_gguf(policy.model, kind)
     else:
         config = AutoConfig.from_pretrained(load.model.name, trust_remote_code=load.model.trust_remote_code)
         dtype = config.dtype or torch.float32  # what the base's weights are saved in
+        kind = str(dtype).removeprefix("torch.")
         round_to(policy.model, dtype)
     drift = compare(trained, completion_logits(policy.model, texts))
-    kind = cfg.gguf_type if cfg.to == "gguf" else str(dtype).removeprefix("torch.")
-    before = "4-bit model in training" if quant == "nf4" else "live adapter"
+    before, why = {"none": ("live adapter", "A rate that was too high makes weights that no 16-bit type holds"),
+                   "nf4": ("4-bit model in training", "The base lacks the rounding of the 4-bit weights: evaluate the "
+                                                      "adapter with quant=none")}[quant]
     measured = f"drift, {before} to merged {kind} weights, on {source}: {drift}"
     print(measured)
     if not drift.kl <= cfg.max_drift:  # also nan
-        why = "The base lacks the rounding of the 4-bit weights: evaluate the adapter with quant=none" \
-            if quant == "nf4" else "A rate that was too high makes weights that no 16-bit type holds"
         raise UserError(f"the merged model is not the one that was trained: mean KL {drift.kl:.2e} is above max_drift="
                         f"{cfg.max_drift:g}, nothing was written. {why}. If its answers are good enough, raise "
                         "max_drift")
     if cfg.to == "safetensors":
         policy.model.to(dtype)
     return policy, drift, measured
-
-
-def evaluation_of(run: Path) -> dict:
-    """Read the evaluation in the run folder, or beside it in a whole run; {} for none."""
-    places = (run / EVAL, evaluation_folder(run.parent, run.name) / EVAL)
-    return next((read_json(place) for place in places if place.is_file()), {})
 
 
 def merge(model):

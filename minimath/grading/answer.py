@@ -1,9 +1,4 @@
-"""Extract final answers from texts and compare them.
-
-compare.py compares numbers and objects of parts exactly. Expressions and equations go to math-verify, which can hang
-or eat memory on hostile LaTeX: sandbox.py runs it, and the regular expressions of verifier=regex, in processes with
-limits. Nothing here is ever eval'd.
-"""
+"""Extract final answers from texts and compare them. Nothing here is ever eval'd."""
 from __future__ import annotations
 
 import functools

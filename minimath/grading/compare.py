@@ -1,7 +1,6 @@
 """Decide whether two answers are one: by their text, as numbers, as objects of parts, last by math-verify.
 
-Each reader reads an answer whole or not at all; what one of them has read is never handed on in the hope of another
-verdict. math-verify gets expressions and equations alone.
+What one reader has read is never handed on in the hope of another verdict.
 """
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-r"""Read answers that are made of parts: lists, tuples, sets, intervals, inequalities, matrices, systems.
+"""Read answers that are made of parts: lists, tuples, sets, intervals, inequalities, matrices, systems.
 
-The parts stay texts: whoever compares two objects compares their parts as answers. An object is read whole or not at
-all. What can be read in two ways, as (1,2), is read in both.
+The parts stay texts, to be compared as answers. What can be read in two ways, as (1,2), is read in both.
 """
 from __future__ import annotations
 
@@ -16,7 +15,6 @@ from minimath.grading.typeset import key
 
 MAX_PARTS = 64
 INFINITE = {r"\infty": 1, r"+\infty": 1, r"-\infty": -1}
-Same = Callable[[str, str], bool]
 
 
 class Parts(NamedTuple):
@@ -231,8 +229,7 @@ def _matrix(text: str) -> Parts | None:
     if match := _MATRIX.fullmatch(text):
         rows = [split(row.strip(), "&") for row in re.split(r"\\\\", re.sub(r"\\\\\s*$", "", match[1].strip()))]
     elif (match := re.fullmatch(r"\[\s*(\[.*\])\s*\]", text)) and (lists := split(match[1])):
-        rows = [split(row[1:-1]) for row in lists if row.startswith("[") and row.endswith("]")]
-        rows = rows if len(rows) == len(lists) else [None]
+        rows = [split(row[1:-1]) if row.startswith("[") and row.endswith("]") else None for row in lists]
     else:
         return None
     if None in rows or len({len(row) for row in rows}) != 1 or not rows:
@@ -263,7 +260,7 @@ _ALIKE = [{"list", "tuple"}, {"tuple", "column"}, {"tuple", "row"}, {"bracket", 
           {"bracket", "list"}]
 
 
-def same_objects(a: Parts | RealSet, b: Parts | RealSet, same: Same) -> bool:
+def same_objects(a: Parts | RealSet, b: Parts | RealSet, same: Callable[[str, str], bool]) -> bool:
     """Tell whether two objects are one; `same` compares two parts."""
     if isinstance(a, RealSet) or isinstance(b, RealSet):
         if type(a) is not type(b) or a.variable and b.variable and a.variable != b.variable:

@@ -7,7 +7,6 @@ bounded, and nothing is eval'd. Exact throughout (fractions.Fraction).
 from __future__ import annotations
 
 import ast
-import itertools
 import operator
 import re
 from collections.abc import Iterator
@@ -141,23 +140,27 @@ def _evaluate(node: ast.expr) -> Fraction:
 _UNITS = re.compile("(?<=[nc])w{1,3}(?=e)")  # of the kinds of tokens: words between a number and "="
 
 
-def _chains(tokens: list[Token]) -> Iterator[tuple[list[list[Token]], list[str]]]:
-    """Yield the sides of each chain "a = b = ..." and the signs between.
+def _equations(tokens: list[Token]) -> Iterator[Equation]:
+    """Yield the neighbours in each chain "a = b = ..." that can be read.
 
-    A side that touches a variable or a unit inside is an empty list.
+    A side that touches a variable or a unit inside can't.
     """
     kinds = "".join("v" if token.kind == "word" and len(token.text) == 1 else token.kind[0] for token in tokens)
     units = {i for match in _UNITS.finditer(kinds) for i in range(*match.span())}  # "5 + 3 red apples = 8"
     tokens = [token for i, token in enumerate(tokens) if i not in units]
     for start, stop in _between(tokens, "word", "break"):
         chain = tokens[start:stop]
-        first, *others = [chain[i:j] for i, j in _between(chain, "eq")]
-        if others:
-            variable = stop < len(tokens) and len(tokens[stop].text) == 1 and tokens[stop].kind == "word"
-            if variable and chain[-1].end == tokens[stop].start:
-                others[-1] = []            # 7x is not 7
-            first = _without_lead(first, tokens[max(0, start - 2):start])
-            yield [first, *others], [token.text for token in chain if token.kind == "eq"]
+        sides = [chain[i:j] for i, j in _between(chain, "eq")]
+        if len(sides) == 1:
+            continue
+        variable = stop < len(tokens) and len(tokens[stop].text) == 1 and tokens[stop].kind == "word"
+        if variable and chain[-1].end == tokens[stop].start:
+            sides[-1] = []                 # 7x is not 7
+        sides[0] = _without_lead(sides[0], tokens[max(0, start - 2):start])
+        sides = [_trim(side, first=i == 0, last=i == len(sides) - 1) for i, side in enumerate(sides)]
+        for a, b, sign in zip(sides, sides[1:], (token.text for token in chain if token.kind == "eq")):
+            if (holds := _agree(a, b, sign)) is not None:
+                yield Equation(a, b, holds)
 
 
 def _between(tokens: list[Token], *kinds: str) -> Iterator[tuple[int, int]]:
@@ -224,15 +227,6 @@ def _agree(a: list[Token], b: list[Token], sign: str) -> bool | None:
             if percent and value * 100 == other:           # "5 / 20 * 100 = 25%"
                 return True
     return left == right
-
-
-def _equations(tokens: list[Token]) -> Iterator[Equation]:
-    for sides, signs in _chains(tokens):
-        sides = [_trim(side, first=i == 0, last=i == len(signs)) for i, side in enumerate(sides)]
-        for (a, b), sign in zip(itertools.pairwise(sides), signs):
-            verdict = _agree(a, b, sign)
-            if verdict is not None:
-                yield Equation(a, b, verdict)
 
 
 def check_steps(text: str) -> StepCount:
