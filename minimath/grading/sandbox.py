@@ -14,6 +14,7 @@ import contextlib
 import functools
 import json
 import os
+import queue
 import re
 import resource
 import signal
@@ -52,8 +53,9 @@ class BoundedChild(contextlib.AbstractContextManager):
         self.timeout_s = timeout_s
         self.timeouts = self.starts = 0
         self.process: subprocess.Popen | None = None  # with _control, through which sockets for new workers go out
-        self._idle: list[socket.socket] = []        # sockets of its workers
-        self._lock, self._free = threading.RLock(), threading.BoundedSemaphore(WORKERS)
+        self._lock, self._slots = threading.RLock(), queue.LifoQueue()
+        for _ in range(WORKERS):
+            self._slots.put((None, None))           # the child that a worker is of, and the worker's socket
 
     def __exit__(self, *_):
         self.close()
@@ -65,31 +67,26 @@ class BoundedChild(contextlib.AbstractContextManager):
         only when the child can't start.
         """
         question = json.dumps([ALARM_SHARE * self.timeout_s, kind, first, second]) + "\n"
-        with self._free:
-            reply, (process, worker) = b"", self._worker()
+        (process, worker), reply = self._slots.get(), b""
+        try:
+            with self._lock:
+                if self.process is None or self.process.poll() is not None:
+                    self._start()
+                if process is not self.process:     # closed, dead, or none yet
+                    process, (worker, theirs) = self.process, socket.socketpair()
+                    with theirs, contextlib.suppress(OSError):  # the child died just now: no one will reply
+                        socket.send_fds(self._control, [b"w"], [theirs.fileno()])
             with contextlib.suppress(OSError):      # TimeoutError too; b"" is a worker that died
                 worker.settimeout(WAIT_SHARE * self.timeout_s)
                 worker.sendall(question.encode())
                 reply = worker.recv(100)
             with self._lock:
                 self.timeouts += not reply
-                if reply and process is self.process:
-                    self._idle.append(worker)
-                else:                               # its alarm ends it, if it still hangs
-                    worker.close()
+        finally:
+            if worker and not reply:                # it ends, by its alarm if it hangs
+                worker.close()
+            self._slots.put((process, worker) if reply else (None, None))
         return reply.decode() or LATE
-
-    def _worker(self) -> tuple[subprocess.Popen, socket.socket]:
-        """Return the child and the socket of an idle worker of it, or of a new one."""
-        with self._lock:
-            if self.process is None or self.process.poll() is not None:
-                self._start()
-            if self._idle:
-                return self.process, self._idle.pop()
-            ours, theirs = socket.socketpair()
-            with theirs, contextlib.suppress(OSError):  # the child died just now: no one will reply
-                socket.send_fds(self._control, [b"w"], [theirs.fileno()])
-            return self.process, ours
 
     def _start(self):
         self.close()                                # what a dead one left
@@ -117,9 +114,7 @@ class BoundedChild(contextlib.AbstractContextManager):
                     os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
                 self._control.close()
-            for worker in self._idle:
-                worker.close()
-            self.process, self._idle = None, []
+            self.process = None
 
 
 # ---- the child process
