@@ -44,8 +44,10 @@ def as_trained(cfg):
     trained["model"] = base_of(folder)
     for name, then in trained.items():
         now, given = cfg.value(name), cfg.value(name) != options_of(type(cfg))[name].default
-        if then == now or name == "model" and (given or not then or same_place(then, now) or is_gone(then)):
+        if then == now or name == "model" and (given or not then or same_place(then, now)):
             continue
+        if name == "model" and (then[0] in "./~" or then.count("/") > 1) and not os.path.isdir(then):
+            continue  # a folder that is gone
         if given:
             say_once(f"warning: {name}={now!r}, but adapter={cfg.adapter.path} was trained with {name}={then!r}")
         else:
@@ -59,8 +61,3 @@ def as_trained(cfg):
 
 def same_place(one: str, other: str) -> bool:
     return os.path.isdir(one) and os.path.realpath(one) == os.path.realpath(other)
-
-
-def is_gone(model: str) -> bool:
-    """Tell whether a name is that of a folder, and none is there."""
-    return (model.startswith((".", "/", "~")) or model.count("/") > 1) and not os.path.isdir(model)

@@ -70,20 +70,15 @@ def load_checkpoint(run_dir, *, model, optimizer=None) -> dict | None:
     if dist.is_main():
         finish_renames(run_dir)
     dist.barrier()
-    folders = list_checkpoints(run_dir)
-    for folder in folders:
-        if problems := verify(folder):
-            warnings.warn(f"checkpoint {folder} is damaged ({problems[0]}); trying the one before", stacklevel=2)
-            continue
-        try:
-            return restore(folder, model, optimizer)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder} is whole, but not what minimath writes ({type(error).__name__}: "
-                            f"{str(error)[:100]}). Start again with another out=") from None
-    if folders:
+    folder, folders = newest_sound(run_dir), list_checkpoints(run_dir)
+    if folders and not folder:
         raise UserError(f"none of the {len(folders)} checkpoints of {run_dir} is intact; start again with another "
                         "out=, or copy one back from a backup")
-    return None
+    try:
+        return restore(folder, model, optimizer) if folder else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} is whole, but not what minimath writes ({type(error).__name__}: "
+                        f"{str(error)[:100]}). Start again with another out=") from None
 
 
 def restore(folder: Path, model, optimizer) -> dict:
@@ -107,6 +102,15 @@ def restore(folder: Path, model, optimizer) -> dict:
     peft.set_peft_model_state_dict(model, saved)
     restore_rng(tensors_of("rng"), read_json(folder / "rng.json"))
     return state
+
+
+def newest_sound(run_dir) -> Path | None:
+    """The newest whole checkpoint; a damaged one is skipped with a warning."""
+    for folder in list_checkpoints(run_dir):
+        if not (problems := verify(folder)):
+            return folder
+        warnings.warn(f"checkpoint {folder} is damaged ({problems[0]}); trying the one before", stacklevel=3)
+    return None
 
 
 def verify(folder) -> list[str]:
@@ -140,7 +144,7 @@ def step_of(folder: Path) -> int:
 
 def list_checkpoints(run_dir) -> list[Path]:
     """Checkpoint folders, newest first."""
-    found = (Path(run_dir) / "checkpoints").glob("step-*")
+    found = Path(run_dir).glob("checkpoints/step-*")
     return sorted((path for path in found if path.name[5:].isdecimal()), key=step_of, reverse=True)
 
 

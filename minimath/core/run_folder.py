@@ -25,7 +25,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from minimath.core import dist
-from minimath.core.checkpoint import ADAPTER_FILES, list_checkpoints, verify
+from minimath.core.checkpoint import ADAPTER_FILES, list_checkpoints, newest_sound, verify
 from minimath.core.errors import UserError
 from minimath.core.files import read_json
 from minimath.core.text import did_you_mean
@@ -124,11 +124,8 @@ def find_adapter(path) -> Path:
         return check_adapter(path)
     if (path / ADAPTER).is_dir():
         return check_adapter(path / ADAPTER)
-    for folder in list_checkpoints(path):
-        try:
-            return check_adapter(folder)
-        except UserError as error:
-            warnings.warn(f"{error}; trying the checkpoint before", stacklevel=2)
+    if newest := newest_sound(path):
+        return newest
     begun = [path / stage for stage in STAGE_FOLDERS if (path / stage).is_dir()]
     for stage in begun:
         if (stage / SUMMARY).exists():
