@@ -11,21 +11,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from minimath.core.errors import UserError
-from minimath.data.rows import Example, hashes_answer
-from minimath.data.template import (
-    CLOSE,
-    OPEN,
-    chat_args,
-    in_field,
-    is_closed,
-    is_open,
-    per_template,
-    render,
-    split_thought,
-    template_of,
-    thought_of,
-    written_out,
-)
+from minimath.data import template
+from minimath.data.rows import Example, split_hashes
+from minimath.data.template import CLOSE, OPEN, render, template_of
 
 IGNORE = -100
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>", "<|endoftext|>",
@@ -73,7 +61,8 @@ def prompt_ids(tokenizer, problem: str | Example, *, system: str = "", prompt_te
     messages = _talk(tokenizer, problem, system, prompt_template)
     if messages[-1]["role"] == "assistant":
         del messages[-1]
-    return _tokens(tokenizer, render(tokenizer, messages, chat_args(tokenizer, thinking, template_args), generate=True))
+    args = template.chat_args(tokenizer, thinking, template_args)
+    return _tokens(tokenizer, render(tokenizer, messages, args, generate=True))
 
 
 def _talk(tokenizer, problem: str | Example, system: str, prompt_template: str) -> list[dict]:
@@ -90,17 +79,14 @@ def _talk(tokenizer, problem: str | Example, system: str, prompt_template: str) 
 
 def _tokens(tokenizer, text: str) -> list[int]:
     """Return the ids of a text, with the BOS that the tokenizer adds by itself, once."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    adds = bos is not None and tokenizer("a")["input_ids"][0] == bos
-    return [bos, *ids] if adds and ids[:1] != [bos] else ids
+    ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
+    return [bos, *ids] if bos not in (None, *ids[:1]) and tokenizer("a")["input_ids"][0] == bos else ids
 
 
 def neutral(tokenizer, text: str, *, trained: bool = False) -> str:
     """Break up control tokens: "<|im_end|>" inside a problem must not end the turn.
 
-    trained: of an assistant's text tokens such as </think> stay, which models write themselves.
-    """
+    trained: of an assistant's text tokens such as </think> stay, which models write themselves."""
     ends = eos_ids(tokenizer) if trained else ()
     for token, (number, special) in control_tokens(tokenizer).items():
         if (special and token not in (OPEN, CLOSE)) or not trained or number in ends:
@@ -116,7 +102,7 @@ def control_tokens(tokenizer) -> dict[str, tuple[int, bool]]:
             if token.special or len(token.content.strip()) > 1 and not token.content.strip().isalnum()}
 
 
-@per_template
+@template.per_template
 def turn_end(tokenizer) -> int:
     """Return the token that ends the assistant's turn: the template's, else EOS."""
     if template_of(tokenizer):
@@ -144,10 +130,8 @@ def final_text(solution: str, answer: str) -> str:
     """Put the final answer in \\boxed{}: rewrite "#### x", append a missing answer."""
     if "\\boxed" in solution.rpartition(CLOSE)[2]:  # one in a thought is none
         return solution
-    if final := hashes_answer(solution):
-        body = solution.rsplit("####", 1)[0]
-        return f"{body.rstrip()}\n\\boxed{{{answer or final}}}".lstrip()
-    return f"{solution}\n\\boxed{{{answer}}}" if answer else solution
+    body, final = split_hashes(solution)
+    return f"{body}\n\\boxed{{{answer or final}}}".lstrip() if answer or final else solution
 
 
 def encode(tokenizer, example: Example, *, system: str = "", prompt_template: str, thinking: str = "auto",
@@ -157,26 +141,26 @@ def encode(tokenizer, example: Example, *, system: str = "", prompt_template: st
     Rows with messages train every assistant turn; where the template rewrites earlier turns as the talk goes on, only
     the last. Raises UserError without a solution, and for one that thinks behind a prompt that ends the thoughts.
     """
-    messages, args = _talk(tokenizer, example, system, prompt_template), chat_args(tokenizer, thinking, template_args)
-    where = example.where or example.id or "example"
+    args, where = template.chat_args(tokenizer, thinking, template_args), example.where or example.id or "example"
+    messages = _talk(tokenizer, example, system, prompt_template)
     if not example.messages:
         solution = neutral(tokenizer, final_text(example.solution, example.answer), trained=True)
         messages.append({"role": "assistant", "content": solution})
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise UserError(f"{where}: no solution to train on; add one")
     prompt, last = render(tokenizer, messages[:-1], args, generate=True), messages[-1]
-    if template_of(tokenizer) and is_closed(prompt) and thought_of(last)[0]:
+    if template_of(tokenizer) and template.is_closed(prompt) and template.thought_of(last)[0]:
         advice = "set thinking=on, or take" if thinking != "on" else "take"
         raise UserError(f"{where}: the solution thinks, but under thinking={thinking} the chat template ends the "
                         f"thoughts before it begins: {advice} the thoughts out of the data")
-    forms = [messages, *([*messages[:-1], form] for form in (written_out(last), in_field(last)) if form is not last)]
-    plain = written_out(last)["content"]
-    if not template_of(tokenizer) or is_open(prompt) and CLOSE in plain and not plain.lstrip().startswith(OPEN):
+    plain, forms = template.written_out(last)["content"], [[*messages[:-1], m] for m in template.ways_to_write(last)]
+    completes = template.is_open(prompt) and CLOSE in plain and not plain.lstrip().startswith(OPEN)
+    if completes or not template_of(tokenizer):
         forms = []  # text, or a completion of this prompt: the ids that were sampled
     row = next(filter(None, (_whole(tokenizer, form, args) for form in forms)), None)
     if row is None:
         written = next(filter(None, (_behind(tokenizer, prompt, form, args) for form in forms)), None)
-        if written is None and is_open(prompt):
+        if written is None and template.is_open(prompt):
             written = plain.removeprefix(OPEN).lstrip() if CLOSE in plain else f"\n{CLOSE}\n\n{plain}"
         begun = _tokens(tokenizer, prompt)
         done = [*tokenizer(written or plain, add_special_tokens=False)["input_ids"], turn_end(tokenizer)]
@@ -204,13 +188,13 @@ def _behind(tokenizer, prompt: str, messages: list[dict], args: dict) -> str | N
     """Find how the template writes the last turn, where that has thoughts and follows the prompt."""
     text, end = render(tokenizer, messages, args), tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
     written, ended, _ = text[len(prompt):].partition(end)
-    thinks = is_open(prompt) or is_closed(prompt) or CLOSE in written
+    thinks = template.is_open(prompt) or template.is_closed(prompt) or CLOSE in written
     return written if thinks and ended and text.startswith(prompt) and _holds(written, messages[-1]) else None
 
 
 def _holds(written: str, message: dict) -> bool:
     """Tell whether what stands in a turn are a message's thought and answer."""
-    (thought, answer), (thought_there, answer_there) = thought_of(message), split_thought(written)
+    (thought, answer), (thought_there, answer_there) = template.thought_of(message), template.split_thought(written)
     return thought_there == thought and answer_there.endswith(answer)
 
 

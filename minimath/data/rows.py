@@ -127,7 +127,7 @@ def to_example(row: Columns, where: str, need: Iterable[str]) -> Example | BadRo
     name = str(name).encode(errors="backslashreplace").decode() if isinstance(name, (str, int)) else ""
     example = Example(problem, written or solution, answer, name, talk, where)
     if not example.answer and example.solution:
-        example.answer = hashes_answer(example.solution) or extract_answer(example.solution, strict=True) or ""
+        example.answer = split_hashes(example.solution)[1] or extract_answer(example.solution, strict=True) or ""
     if "solution" in need and not example.solution:
         return row.missing("solution", "add a worked solution (column solution, completion or messages)")
     if "answer" in need and not example.answer:
@@ -157,10 +157,11 @@ def _take_best_generation(row: Columns, needed: bool) -> None:
     values["solution"] = values[name] = min(right, key=len, default="")
 
 
-def hashes_answer(solution: str) -> str:
-    """Return what follows the last "####"; "" where it opened a Markdown heading."""
-    _, mark, final = solution.rpartition("####")
-    return final.strip() if mark and "\n" not in final.strip() else ""
+def split_hashes(solution: str) -> tuple[str, str]:
+    """Split off what follows the last "####"; "" where it opened a Markdown heading."""
+    body, _, final = solution.rpartition("####")
+    body, final = body.strip(), final.strip()
+    return (body, final) if "####" in solution and final and "\n" not in final else (solution, "")
 
 
 def plain_text(value, name: str, *, number: bool = False) -> str:
@@ -206,7 +207,7 @@ def _solution_answer(row: Columns, written: str) -> tuple[str, str]:
     if not solution and worked:
         solution, texts = worked, [text for text in texts if not is_worked(text)]
     answer = texts[0].rsplit("####", 1)[-1].strip() if texts else ""
-    body, final = solution.rsplit("####", 1)[0].strip(), hashes_answer(solution)
+    body, final = split_hashes(solution)
     if body and final:
         solution, answer = ANNOTATION.sub("", body).strip(), answer or final
     thoughts = row.first(THOUGHT_COLUMNS)

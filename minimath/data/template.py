@@ -130,9 +130,10 @@ def written_out(message: dict) -> dict:
     return {"role": message["role"], "content": text}
 
 
-def in_field(message: dict) -> dict:
-    """Move a thought that stands in the text into a field of its own."""
-    if not message["content"].lstrip().startswith(OPEN) or CLOSE not in message["content"]:
-        return message
-    thought, answer = split_thought(message["content"])
-    return {"role": message["role"], "reasoning_content": thought, "content": answer}
+def ways_to_write(message: dict) -> list[dict]:
+    """Give a message as it is, then with its thought in the text, or in a field of its own."""
+    other = written_out(message)
+    if other is message and message["content"].lstrip().startswith(OPEN) and CLOSE in message["content"]:
+        thought, answer = split_thought(message["content"])
+        other = {"role": message["role"], "reasoning_content": thought, "content": answer}
+    return [message] if other is message else [message, other]
