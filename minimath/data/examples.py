@@ -36,16 +36,14 @@ class DataReport:
 
 def load_examples(options: DataOptions | str | Path | list, *,
                   need: Iterable[str] = ()) -> tuple[list[Example], DataReport]:
-    """Load the examples of options.source, at most options.limit if that is not 0.
+    """Load the examples of options.source, or of a source alone; at most options.limit, 0: all.
 
-    options may be the source alone. need: what a row must have besides its problem, of "solution" (SFT) and "answer"
-    (RL, evaluation). Raises UserError: nothing there, no row kept, a spoiled file, or with options.strict the first bad
-    row.
+    need: what a row must have besides its problem, of "solution" (SFT) and "answer" (RL, evaluation). Raises UserError:
+    nothing there, no row kept, a spoiled file, or with options.strict the first bad row.
     """
     if not isinstance(options, DataOptions):
         options = DataOptions(source=options if isinstance(options, list) else str(options))
-    report, examples = DataReport(), []
-    seen: set[tuple[str, str]] = set()
+    report, examples, seen = DataReport(), [], set()
     for where, row in rows_of(options.source, options.split):
         made = row if isinstance(row, BadRow) else to_example(columns := Columns(row), where, need)
         if isinstance(made, BadRow):

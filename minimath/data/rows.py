@@ -34,7 +34,8 @@ NESTED = (("reward_model", "ground_truth"), ("extra_info", "answer"))  # verl's 
 OURS = ("id", "tokens", "solve_rate")  # of the rows that minimath writes: nothing to learn from
 MISSING = {"NULL", "Null", "null", "NaN", "nan", "NAN", "None", "N/A", "n/a", "NA", "<NA>", "#N/A"}  # as programs write
 VERDICTS, WHOLE = ("correctness_math_verify", "correctness_llama"), ("is_reasoning_complete",)  # first there counts
-ROLES = ("system", "user", "assistant")
+FOLLOWS = {"system": ("start",), "user": ("start", "system", "assistant"), "assistant": ("user",)}  # role after role
+BAD_CHAT = "malformed messages"
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of a message
 THOUGHT_COLUMNS = ("reasoning_content", "thinking")  # beside a solution; a column `reasoning` is often a solution
@@ -115,17 +116,18 @@ def to_example(row: Columns, where: str, need: Iterable[str]) -> Example | BadRo
     """Make an example of a row in any accepted shape; BadRow when it can't be used."""
     try:
         _take_best_generation(row, "solution" in need)
-        talk = _messages(row)
-        problem = _asked(talk) if talk else _problem(row)
+        talk = _talk(row)
+        example = Example("", messages=talk, where=where)
+        example.problem = _asked(example.asked()) if talk else _problem(row)
         written = talk[-1]["content"] if talk and talk[-1]["role"] == "assistant" else ""
-        solution, answer = _solution_answer(row, written)
+        solution, example.answer = _solution_answer(row, written)
     except BadRow as bad:
         return bad
+    example.solution = written or solution
     if talk and solution and not written:  # in a column of its own
         talk.append({"role": "assistant", "content": solution})
-    name = row.values.get("id")
-    name = str(name).encode(errors="backslashreplace").decode() if isinstance(name, (str, int)) else ""
-    example = Example(problem, written or solution, answer, name, talk, where)
+    if isinstance(name := row.values.get("id"), (str, int)):
+        example.id = str(name).encode(errors="backslashreplace").decode()
     if not example.answer and example.solution:
         example.answer = split_hashes(example.solution)[1] or extract_answer(example.solution, strict=True) or ""
     if "solution" in need and not example.solution:
@@ -226,21 +228,18 @@ def is_worked(answer: str) -> bool:
 
 def _unknown_columns(row: dict) -> BadRow:
     accepted = [*COLUMNS["problem"], *CHATS]
-    known = {c for names in COLUMNS.values() for c in names}
-    near = [c + did_you_mean(c, accepted) for c in map(str, list(row)[:60]) if len(c) <= 60 and c not in known]
-    hint = ", ".join(c for c in near if c.endswith(")")) or \
-        f"call the column with the problem one of {', '.join(accepted)}"
+    known, names = {*accepted, *sum(COLUMNS.values(), ())}, [str(name)[:60] for name in list(row)[:12]]
+    near = [name + said for name in names if name not in known and (said := did_you_mean(name, accepted))]
+    hint = ", ".join(near) or f"call the column with the problem one of {', '.join(accepted)}"
     for name, value in row.items():
-        if isinstance(value, dict) and set(value) & {*known, *accepted}:
+        if isinstance(value, dict) and known & value.keys():
             hint = f"the row is nested: move the content of {str(name)[:60]!r} up"
-            break
-    names = ", ".join(str(name)[:60] for name in list(row)[:12]) or "none"
-    return BadRow("no column with the problem", f"columns are {names}; {hint}")
+    return BadRow("no column with the problem", f"columns are {', '.join(names) or 'none'}; {hint}")
 
 
 # ---- chat rows
 
-def _messages(row: Columns) -> list[dict] | None:
+def _talk(row: Columns) -> list[dict] | None:
     """Return the clean messages of a chat row; None when the row has another shape."""
     values, name = row.values, row.first(CHATS, list) or row.first(["messages"])
     raw = values.get(name)
@@ -254,7 +253,7 @@ def _messages(row: Columns) -> list[dict] | None:
         return None
     row.read.add(name)
     if not isinstance(raw, list) or not raw:
-        raise BadRow("malformed messages", 'write a list of {"role": ..., "content": ...}')
+        raise BadRow(BAD_CHAT, 'write a list of {"role": ..., "content": ...}')
     talk: list[dict] = []
     for number, message in enumerate(raw, 1):
         talk.append(_message(message, number, talk[-1]["role"] if talk else "start"))
@@ -264,32 +263,31 @@ def _messages(row: Columns) -> list[dict] | None:
 
 
 def _message(message, number: int, last: str) -> dict:
-    bad = "malformed messages"
     message = message if isinstance(message, dict) else {}
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     if role is None or content is None:
-        raise BadRow(bad, f"message {number} needs role and content")
+        raise BadRow(BAD_CHAT, f"message {number} needs role and content")
     role = SPEAKERS.get(str(role).lower(), str(role).lower())
-    if role not in ROLES:
-        raise BadRow(bad, f"message {number} has role {role[:60]!r}{did_you_mean(role[:60], ROLES)}; use "
-                     f"{', '.join(ROLES)}")
+    if role not in FOLLOWS:
+        raise BadRow(BAD_CHAT, f"message {number} has role {role[:60]!r}{did_you_mean(role[:60], FOLLOWS)}; use "
+                     f"{', '.join(FOLLOWS)}")
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(p["text"] for p in content)  # the form with parts that hub data sets use
-    text = plain_text(content, f"content of message {number}")
-    if not text:
-        raise BadRow(bad, f"message {number} is empty")
-    if role not in {"start": ("system", "user"), "user": ("assistant",)}.get(last, ("user",)):
-        raise BadRow(bad, f"message {number} is from {role} after {last}; system may come first, then user and "
+    clean = {"role": role, "content": plain_text(content, f"content of message {number}")}
+    if not clean["content"]:
+        raise BadRow(BAD_CHAT, f"message {number} is empty")
+    if last not in FOLLOWS[role]:
+        raise BadRow(BAD_CHAT, f"message {number} is from {role} after {last}; system may come first, then user and "
                      "assistant take turns")
-    thoughts = [message[key] for key in THOUGHTS if _filled(message.get(key))] if role == "assistant" else []
-    more = {"reasoning_content": plain_text(thoughts[0], f"thoughts of message {number}")} if thoughts else {}
-    return {"role": role, "content": text, **more}
+    thoughts = [message[key] for key in THOUGHTS if _filled(message.get(key))]
+    if thoughts and role == "assistant":
+        clean["reasoning_content"] = plain_text(thoughts[0], f"thoughts of message {number}")
+    return clean
 
 
 def _asked(talk: list[dict]) -> str:
-    """Write what a talk asks as one text: its only question, or all turns up to the last answer."""
-    asked = Example("", messages=talk).asked()
-    users = [m["content"] for m in asked if m["role"] == "user"]
+    """Write what messages ask as one text: the only question, or all turns."""
+    users = [m["content"] for m in talk if m["role"] == "user"]
     if not users:
-        raise BadRow("malformed messages", "no message from user")
-    return users[0] if len(users) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in asked)
+        raise BadRow(BAD_CHAT, "no message from user")
+    return users[0] if len(users) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in talk)

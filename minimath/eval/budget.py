@@ -48,6 +48,6 @@ def limited_stream(engine, budget: int, prompts: list[list[int]], n: int = 1, *,
 
 def joined(engine, begun: Sample, put_in: list[int], rest: Sample) -> Sample:
     """Make one completion of two; what was put in was not sampled, and has log-prob 0."""
-    logp, full = (None if None in (one, other) else [*one, *[0.0] * len(put_in), *other] for one, other in (
-        (begun.logp, rest.logp), (begun.full_logp, rest.full_logp)))
+    logp, full = (None if None in (one, other) else [*one, *[0.0] * len(put_in), *other]
+                  for one, other in ((begun.logp, rest.logp), (begun.full_logp, rest.full_logp)))
     return engine.sample([*begun.ids, *put_in, *rest.ids], logp, rest.finished, full)

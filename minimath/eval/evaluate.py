@@ -13,16 +13,14 @@ import contextlib
 import functools
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from minimath.config.load import config_of_words, config_text
+from minimath.config.load import config_text
 from minimath.config.schema import EvalConfig
 from minimath.config.trained import as_trained
 from minimath.core import dist, interrupt
-from minimath.core.entry import run_command
 from minimath.core.errors import Interrupted, UserError
 from minimath.core.files import read_json, write_whole
 from minimath.core.log import RunLog
@@ -32,7 +30,7 @@ from minimath.core.text import comma_list
 from minimath.data.examples import Example
 from minimath.data.sample import Sample
 from minimath.eval.budget import limited_stream
-from minimath.eval.metrics import COLUMNS, at_budgets, by_problem, read_records, summarise, table_row, write_results
+from minimath.eval.metrics import COLUMNS, at_budgets, read_records, summarise, table_row, write_results
 from minimath.eval.partial import PartFile, fingerprint, model_hash, open_part, refuse_changes
 from minimath.eval.suite import Problems, mean_of, read_own, read_sets, suite_table
 from minimath.grading.answer import AnswerChecker, final_answer
@@ -61,9 +59,7 @@ def load_and_say(cfg: EvalConfig, log: RunLog) -> Policy:
 
 
 def evaluate_set(problems: Problems, load: Callable[[], Policy] | None = None) -> dict:
-    """Evaluate on one set of problems; returns the summary.
-
-    load: gives the model within a suite, which says how to go on. Raises as `evaluate` does."""
+    """Evaluate on one set; load gives the model within a suite, which says how to go on."""
     cfg, examples, note = problems
     decides, out = fingerprint(cfg, examples), Path(cfg.run.out)
     if cfg.run.resume and cfg.run.out and "evaluation" in held_run(out):
@@ -105,7 +101,7 @@ def complete(folder: Path, cfg: EvalConfig) -> dict:
     if dist.is_main():
         (folder / PART).unlink(missing_ok=True)  # killed just before it would have been removed
         if any(f"accuracy@{budget}" not in summary for budget in comma_list(cfg.budgets)):
-            summary |= at_budgets(list(by_problem(read_records(folder)).values()), cfg.budgets)
+            summary |= at_budgets(read_records(folder), cfg.budgets)
             write_whole(folder / EVAL, json.dumps(summary, indent=1) + "\n")
         print(f"{folder} holds the complete evaluation, nothing is left to do: accuracy {summary['accuracy']:.3f} "
               f"on {summary['problems']} problems")
@@ -115,8 +111,7 @@ def complete(folder: Path, cfg: EvalConfig) -> dict:
 def evaluate_suite(cfg: EvalConfig) -> dict:
     """Evaluate a model on each set of cfg.suite; returns what suite.json holds.
 
-    Raises Interrupted; UserError before anything is sampled for an unknown set, problems that are nowhere, and a folder
-    that holds something else."""
+    UserError, before anything is sampled: an unknown set, problems that are nowhere, a folder with something else."""
     sets = read_sets(cfg)
     for name, problems in {"": None, **sets}.items() if cfg.run.out else ():
         out = Path(cfg.run.out)
@@ -188,13 +183,10 @@ def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, lo
 
 def sample_completions(policy: Policy, prompts: dict[int, list[int]], cfg: EvalConfig, log: RunLog, part: PartFile,
                        engine) -> int:
-    """Sample what `part` lacks; returns the number of tokens sampled.
-
-    prompts: token ids by the problem's place in the data, which seeds its random streams."""
-    numbers = list(prompts)
+    """Sample what `part` lacks of prompts, by the problem's place in the data; count the tokens."""
+    numbers, started = list(prompts), time.perf_counter()
     skip = {(p, s) for p, i in enumerate(numbers) for s in range(cfg.samples) if (i, s) in part.done}
-    old_tokens, new_tokens = sum(part.done[numbers[p], s].tokens for p, s in skip), 0
-    count, started = len(skip), time.perf_counter()
+    old_tokens, new_tokens, count = sum(part.done[numbers[p], s].tokens for p, s in skip), 0, len(skip)
     opened = contextlib.nullcontext(engine) if engine else open_engine(
         cfg.engine, cfg.sampling, policy, seed=cfg.run.seed, run_dir=log.run_dir, say=log.say)
     with log.progress(len(prompts) * cfg.samples, "evaluating", done=count) as advance, opened as engine, \
@@ -230,7 +222,3 @@ def given_up(timeouts: int, unreadable: list[Example]) -> list[str]:
         said.append(f"no one can read the gold answer of {len(unreadable)} problem{'s' * (len(unreadable) > 1)}, so "
                     f"that no answer is correct; mend it in the data: {shown}{', ...' * (len(unreadable) > 3)}")
     return said
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(lambda: evaluate(config_of_words(EvalConfig, sys.argv[1:]))))

@@ -5,7 +5,7 @@ sample, text, answer, correct, tokens, finished, correct_steps, steps, and of on
 consistency (every `a op b = c`) is a tripwire, not a quality score: most wrong solutions pass it too."""
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from minimath.config.schema import EvalConfig
@@ -42,7 +42,7 @@ def summarise(records: list[dict], cfg: EvalConfig, checker: AnswerChecker) -> d
         for n in sorted({2 ** i for i in range(k.bit_length())} | {k}):
             summary[f"pass@{n}"] = statistics.fmean(pass_at(n, k, count) for count in counts)
         summary[f"maj@{k}"] = statistics.fmean(majority_correct(group, checker) for group in groups)
-    return summary | at_budgets(groups, cfg.budgets)
+    return summary | at_budgets(records, cfg.budgets)
 
 
 def by_problem(records: list[dict]) -> dict[int, list[dict]]:
@@ -53,11 +53,11 @@ def by_problem(records: list[dict]) -> dict[int, list[dict]]:
     return problems
 
 
-def at_budgets(groups: list[list[dict]], budgets: str) -> dict[str, float]:
+def at_budgets(records: list[dict], budgets: str) -> dict[str, float]:
     """Compute accuracy@N for a list of N: what did not finish by then is wrong."""
     return {f"accuracy@{budget}": statistics.fmean(
-        sum(r["correct"] and r["finished"] and r["tokens"] <= budget for r in group) / len(group) for group in groups)
-        for budget in map(int, comma_list(budgets))}
+        sum(r["correct"] and r["finished"] and r["tokens"] <= budget for r in group) / len(group)
+        for group in by_problem(records).values()) for budget in map(int, comma_list(budgets))}
 
 
 def majority_correct(group: list[dict], checker: AnswerChecker) -> bool:
@@ -69,16 +69,12 @@ def majority_correct(group: list[dict], checker: AnswerChecker) -> bool:
     correct = sum(r["correct"] for r in answered)
     if correct == 0 or 2 * correct > len(answered):
         return correct > 0
-    votes: list[list[dict]] = []  # of the same answer each, in the order seen first
+    votes = Counter()  # by the wording that came first, None for the correct ones
     for r in answered:
-        for same in votes:
-            if r["correct"] == same[0]["correct"] and (r["correct"] or r["answer"] == same[0]["answer"]
-                                                       or checker.equal(r["answer"], same[0]["answer"])):
-                same.append(r)
-                break
-        else:
-            votes.append([r])
-    return max(votes, key=len)[0]["correct"]
+        same = (other for other in votes if other is not None
+                and (other == r["answer"] or checker.equal(r["answer"], other)))
+        votes[None if r["correct"] else next(same, r["answer"])] += 1
+    return votes.most_common(1)[0][0] is None  # of several the first
 
 
 def table_row(name: str, summary: dict) -> list[str]:
@@ -92,8 +88,7 @@ def table_row(name: str, summary: dict) -> list[str]:
 
 def write_results(folder: Path, summary: dict, records: list[dict]) -> None:
     """Write completions.jsonl, then eval.json: where that is, both are whole."""
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_whole(folder / COMPLETIONS, lines)
+    write_whole(folder / COMPLETIONS, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     write_whole(folder / EVAL, json.dumps(summary, indent=1) + "\n")
 
 

@@ -57,22 +57,22 @@ def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy
     """Start the part file of log.run_dir, or with resume read what is there.
 
     Damaged lines are dropped and told. Raises UserError when `decides` differs from what the evaluation began with."""
-    folder, done = log.run_dir, {}
-    if cfg.run.resume and (folder / PART).exists():
-        refuse_changes(folder, decides)
-        done, dropped = read_part(folder / PART, problems, cfg.samples)
+    path, done = log.run_dir / PART, {}
+    if cfg.run.resume and path.exists():
+        refuse_changes(log.run_dir, decides)
+        done, dropped = read_part(path, problems, cfg.samples)
         if dropped:
-            log.say(f"{folder / PART}: {dropped} line{'s' * (dropped > 1)} cut off or damaged, as a kill or a "
-                    "crash leaves them: dropped, and sampled again")
-            write_whole(folder / PART, part_lines(done))
+            log.say(f"{path}: {dropped} line{'s' * (dropped > 1)} cut off or damaged, as a kill or a crash leaves "
+                    "them: dropped, and sampled again")
+            write_whole(path, part_lines(done))
         for completion in done.values():
             completion.text = policy.decode(completion.ids)
             completion.thought = policy.thought_tokens(completion.ids, completion.text)
         log.say(f"going on after {len(done)} of {problems * cfg.samples} completions")
     elif cfg.run.resume:
-        log.say(f"no completion in {folder} yet: starting with the first")
-    write_whole(folder / FINGERPRINT, json.dumps(decides, indent=1) + "\n")
-    return PartFile(folder / PART, done)
+        log.say(f"no completion in {log.run_dir} yet: starting with the first")
+    write_whole(log.run_dir / FINGERPRINT, json.dumps(decides, indent=1) + "\n")
+    return PartFile(path, done)
 
 
 def read_part(path: Path, problems: int, samples: int) -> tuple[dict[Job, Sample], int]:

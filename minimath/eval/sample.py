@@ -7,13 +7,10 @@ section 3.1), in train.jsonl, ready for `minimath sft data=`. Sampling is an eva
 with resume=true goes on."""
 import json
 import statistics
-import sys
 from dataclasses import field
 from pathlib import Path
 
-from minimath.config.load import config_of_words
 from minimath.config.schema import Count, DataOptions, EvalConfig, SamplingOptions, Share
-from minimath.core.entry import run_command
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
 from minimath.core.run_folder import COMPLETIONS
@@ -94,7 +91,3 @@ def worded(counts: dict) -> str:
     words = {"never_correct": "never solved", "outside_rates": "outside the solve rates",
              "unsound": "correct solutions with a wrong step", "cut": "correct but cut or empty"}
     return ", ".join([f"{counts['problems']} problems", *(f"{counts[k]} {w}" for k, w in words.items() if counts[k])])
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(lambda: sample(config_of_words(SampleConfig, sys.argv[1:], "sample"))))

@@ -42,6 +42,12 @@ def test_the_problem_of_alpaca_is_instruction_and_input():
     assert one({"input": "2+3?", "output": "5"}, "solution")[0].problem == "2+3?"
 
 
+def test_the_problem_of_svamp_is_body_and_question():
+    example, report = one({"Body": "Tom has 8 pens. ", "Question": "And with 7 more?", "Answer": "15.0"}, "answer")
+    assert (example.problem, example.answer) == ("Tom has 8 pens. And with 7 more?", "15.0") and not report.unread
+    assert one({"Body": " ", "Question": "2+3?"})[0].problem == "2+3?"
+
+
 @pytest.mark.parametrize("problem, solution", [
     ("query", "response"), ("Problem", "Solution"), ("QUESTION", "Output"), (" prompt ", "completion")])
 def test_columns_have_many_names_in_any_case(problem, solution):
