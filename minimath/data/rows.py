@@ -80,10 +80,10 @@ class Columns:
         self.values |= {name: value for name, value in row.items() if name in self.values and _filled(value)}
         self.inside: dict[str, None] = {}  # fields of its messages that were not read, in order
 
-    def first(self, names: Iterable[str], kind: type | None = None) -> str:
-        """Name the first column that holds something, or anything of a kind; "" when there is none."""
+    def first(self, names: Iterable[str], kind: type | None = None) -> str | None:
+        """Name the first column that holds something, or anything of a kind."""
         cells = ((name, self.values.get(name)) for name in names)
-        return next((name for name, value in cells if (isinstance(value, kind) if kind else _filled(value))), "")
+        return next((name for name, value in cells if (isinstance(value, kind) if kind else _filled(value))), None)
 
     def take(self, what: str) -> tuple[str, object]:
         """Return the first column for `what` that holds something, and its value, or None."""
@@ -192,7 +192,7 @@ def _problem(row: Columns) -> str:
     problem = plain_text(value, name)
     if not problem:
         raise BadRow("empty problem", "fill it in or delete the row")
-    form, other = BESIDE.get(name, ("", ""))
+    form, other = BESIDE.get(name, ("", None))
     if row.first([other]):
         row.read.add(other)
         problem = form.format(problem, plain_text(row.values[other], other))

@@ -42,6 +42,12 @@ def test_the_problem_of_alpaca_is_instruction_and_input():
     assert one({"input": "2+3?", "output": "5"}, "solution")[0].problem == "2+3?"
 
 
+def test_a_column_without_a_name_as_pandas_writes_its_index_is_never_taken_for_another(tmp_path):
+    (tmp_path / "a.csv").write_text(",question\n7,2+3?\n")
+    [example], report = load_examples(tmp_path / "a.csv")
+    assert (example.problem, example.solution, example.answer) == ("2+3?", "", "") and report.unread == {"": 1}
+
+
 def test_the_problem_of_svamp_is_body_and_question():
     example, report = one({"Body": "Tom has 8 pens. ", "Question": "And with 7 more?", "Answer": "15.0"}, "answer")
     assert (example.problem, example.answer) == ("Tom has 8 pens. And with 7 more?", "15.0") and not report.unread
