@@ -113,9 +113,17 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _object(value, kind: str = "a JSON ") -> dict | BadRow:
     if isinstance(value, dict):
-        return value if len(str(value)) <= MAX_ROW_BYTES else TOO_LONG
+        return value if _size(value) <= MAX_ROW_BYTES else TOO_LONG
     return BadRow(f"{kind}{type(value).__name__} instead of an object",
                   'write each row as {"problem": "...", "solution": "..."}')
+
+
+def _size(value) -> int:
+    """Count the characters and bytes of the texts in a row, nested ones too."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(_size, parts))
 
 
 # ---- one reader per kind of file: of its path and its first bytes
