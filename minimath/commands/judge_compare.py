@@ -80,7 +80,7 @@ def compare_solutions(judge: Judge, pairs: list[Pair], seed: int = 0,
     """Compare A's solutions with B's.
 
     preferred: mean over problems of the share of pairs in which A's is preferred with both orders together, 1/2 for a
-    tie; interval: its bootstrap 95%; both None without votes. cost: growth of the judge's counts. Rest: poll.tally."""
+    tie; interval: its bootstrap 95%; both None without votes. cost: growth of the judge's counts. Rest: tally."""
     before, start = judge.counts.copy(), time.monotonic()
     votes, error = ask_both(judge, [pair.both() for pair in pairs], advance)
     problems: dict[str, list[float]] = {}

@@ -94,9 +94,7 @@ class Judge:
         raise NotImplementedError
 
     def grade_all(self, questions: list[Asked]) -> list[tuple[float | None, list[float] | None]]:
-        """Return the calibrated probability that each solution is right and sound, and that of each of its steps.
-
-        That of a step: all is right up to its end."""
+        """Return P(right and sound) of each solution, and of what ends with each step."""
         raise NotImplementedError
 
     def grade(self, questions: list[Asked]) -> list[float | None]:
@@ -115,9 +113,8 @@ class Judge:
 def better(a: float | None, b: float | None, tokens_a: int, tokens_b: int) -> float | None:
     """Weigh two grades: P(first is the better solution); None without both.
 
-    Bradley-Terry of strengths odds / length, odds = p / (1 - p) of being right: the sounder one is better, of two that
-    are as sound the shorter, and twice the length costs as much as half the odds, but never more than MOST_LONGER: a
-    text of one word is not worth fifty times a solution."""
+    Bradley-Terry of strengths odds / length, odds = p / (1 - p) of being right: twice the length costs as much as half
+    the odds, but never more than MOST_LONGER: a text of one word is not worth fifty times a solution."""
     if a is None or b is None:
         return None
     a, b = (min(max(p, 1e-6), 1 - 1e-6) for p in (a, b))  # of two that are certain the shorter wins, too

@@ -37,9 +37,9 @@ class ReplyCache:
             self.path.touch(mode=0o600)  # for its owner only, before SQLite makes it for all
             try:
                 self._db = self._open()
+            except sqlite3.OperationalError:  # a lock, a full disk
+                raise
             except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError):  # a lock, a full disk
-                    raise
                 aside = self.path.replace(self.path.with_suffix(".damaged"))
                 say(f"the judge's kept replies are damaged ({error}): set aside as {aside}, a new file is begun")
                 self._db = self._open()
@@ -56,8 +56,7 @@ class ReplyCache:
         return db
 
     def get(self, key: str) -> str | None:
-        row = self._execute("SELECT value FROM replies WHERE key = ?", key)
-        return row[0] if row else None
+        return (self._execute("SELECT value FROM replies WHERE key = ?", key) or [None])[0]
 
     def put(self, key: str, value: str) -> None:
         """Keep a reply; the first one of a key stays."""
@@ -71,7 +70,6 @@ class ReplyCache:
             if not self.failed:
                 self.say(f"the judge's replies in {self.path} can't be used ({error}): they are paid for again")
             self.failed = True
-            return None
 
     def close(self) -> None:
         self._db.close()

@@ -28,12 +28,10 @@ def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | N
     """Judge all groups in one batch of questions; returns wins and stats.
 
     wins[g][i] is the mean score of sample i against the other correct samples of group g (identical texts tie); None
-    for wrong samples and for those without a vote. A pair without a vote in both orders drops out, or gets the
-    heuristic judge's vote (judge.fallback).
-
-    stats: comparisons (questions, two per pair), skipped (groups with fewer than two different correct texts),
-    no_votes, position_bias and order_conflicts (compare.tally), fallbacks (pairs that the heuristic judge took over),
-    counts (what the judge's counts grew by), error ("" or the judge's exception), seconds.
+    for wrong samples and for those without a vote. stats: comparisons (questions, two per pair), skipped (groups with
+    fewer than two different correct texts), no_votes, position_bias and order_conflicts (compare.tally), fallbacks
+    (pairs without both votes that the heuristic judge took over; else they drop out), counts (what the judge's counts
+    grew by), error ("" or the judge's exception), seconds.
 
     Raises UserError with judge_fallback=stop when the judge is down; any other failure costs votes and is said once."""
     start, before = time.monotonic(), judge.counts.copy()

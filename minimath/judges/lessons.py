@@ -1,10 +1,8 @@
 """What a judge's adapter is trained on: the policy's own solutions, made faults beside them, attacked copies.
 
-From the end of a solution alone little is learnt, so every step is labelled, where no one has said which are right. Two
-sources cost nothing: the exact arithmetic of every equation, and what became of other samples of the problem that had
-computed the same so far, as Math-Shepherd counts it by rolling on from each prefix (arXiv 2312.08935); here the samples
-of a group are the rollouts.
-"""
+From the end of a solution alone little is learnt, so its steps are labelled by two sources that cost nothing: the exact
+arithmetic of every equation, and what became of other samples of the problem that had computed the same so far, as
+Math-Shepherd counts it by rolling on from each prefix (arXiv 2312.08935)."""
 import random
 from collections import Counter
 from collections.abc import Callable

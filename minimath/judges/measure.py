@@ -15,10 +15,7 @@ KEPT_PAIRS = 64  # held-out pairs for the canary
 def measure_judge(judge: SelfJudge, held_out: list[Solved], log: RunLog) -> None:
     """Fill in the card of a judge: calibration, figures, canary pairs; and show them.
 
-    The calibration is fitted to all; the figures are those of two, each fitted to one half of the problems and measured
-    on the other. figures: pairs (compare.tally by kind) and, of form single, grades: auc over all solutions, auc_within
-    over right and wrong ones of one problem, auc_like_lengths over those of them that are as long, the same of either
-    sign alone, brier before and after, reliability (calibrate.py)."""
+    figures: pairs (compare.tally by kind) and, of form single, grades (grade_figures)."""
     card = judge.card
     if judge.form != "pair":
         card.calibration, card.figures["grades"] = grade_figures(judge, held_out)
@@ -32,7 +29,11 @@ def measure_judge(judge: SelfJudge, held_out: list[Solved], log: RunLog) -> None
 
 
 def grade_figures(judge: SelfJudge, held_out: list[Solved]) -> tuple[Calibration, dict]:
-    """Calibrate the grades of all held-out solutions; return that and the figures."""
+    """Calibrate the grades of all held-out solutions; return that and figures.
+
+    These are of two other calibrations, each fitted to one half of the problems and measured on the other: auc over all
+    solutions, auc_within over right and wrong ones of one problem, auc_like_lengths over those of them that are as
+    long, the same of either sign alone, brier before and after, reliability (calibrate.py)."""
     rows = [(number, each.example.problem, record) for number, each in enumerate(held_out)
             for record in each.records if record["text"].strip()]
     signs = judge.signs([asked(problem, record["text"]) for _, problem, record in rows])

@@ -7,8 +7,7 @@ A plain correct solution of a made problem stands against one with a fault, its 
     unsound     one step is wrong, the final answer is correct
     long        correct and sound, padded to several times the length
 
-Of a run's own: held_out, of a trained judge's card, and rollout, a wrong sample against a correct one of its group.
-"""
+Of a run's own: held_out, of a trained judge's card, and rollout, a wrong sample against a correct one of its group."""
 import random
 import re
 from collections.abc import Callable
@@ -49,10 +48,9 @@ def length(text: str) -> int:
 def judge_known(judge: Judge, pairs: list[Pair], advance: Callable[[int], None] = lambda n: None) -> dict[str, dict]:
     """Ask whether the better ones win: compare.tally by kind, and of "all" with `error`."""
     votes, error = ask_both(judge, [pair.both() for pair in pairs], advance)
-    by_kind: dict[str, list] = {}
-    for pair, vote in zip(pairs, votes, strict=True):
-        by_kind.setdefault(pair.kind, []).append(vote)
-    return {kind: tally(own, judge.soft) for kind, own in by_kind.items()} | {
+    of_kind = {kind: [vote for pair, vote in zip(pairs, votes) if pair.kind == kind]
+               for kind in dict.fromkeys(pair.kind for pair in pairs)}
+    return {kind: tally(own, judge.soft) for kind, own in of_kind.items()} | {
         "all": tally(votes, judge.soft) | {"error": error}}
 
 
@@ -72,17 +70,13 @@ class Canary:
                                    kind="held_out"))
 
     def metrics(self, groups: list[Group]) -> dict:
-        """Judge both sets of pairs; canary/* and canary/rollout_* are `canary_figures`.
-
-        When the policy learns to please the judge, canary/rollout_worse_wins rises while rollout/correct does not."""
+        """Judge both sets of pairs; canary/* and canary/rollout_* are `canary_figures`."""
         both = (("canary/", self.pairs), ("canary/rollout_", rollout_pairs(groups)))
         return {name + key: value for name, pairs in both for key, value in canary_figures(self.judge, pairs).items()}
 
 
 def rollout_pairs(groups: list[Group], limit: int = 16) -> list[Pair]:
-    """Pair a correct with a wrong sample, one pair per group that has both.
-
-    Of similar length, so that length alone does not decide; at most `limit`."""
+    """Pair a correct with a wrong sample of similar length, one of each mixed group."""
     pairs = []
     for group in groups:
         mixed = [(a, b) for a in group.samples if a.correct

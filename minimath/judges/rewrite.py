@@ -1,7 +1,6 @@
-"""Change a step of a worked solution, and compute all that follows from it.
+"""Change a step of a worked solution, and compute all that follows from it, in time linear in the text's length.
 
-Equations are read exactly (grading/steps.py); a change is a set of replacements, so that the rest of the text stays as
-it was. Everything runs in time linear in the length of the text.
+Equations are read exactly (grading/steps.py); a change is a set of replacements: the rest of the text stays as it was.
 """
 import functools
 import re

@@ -22,9 +22,7 @@ MAX_CHARS = 4000  # of a text that is shown
 
 
 def load_rubric(name: str | Path = "maths") -> str:
-    """Read a rubric: a file, or the shipped one of that name.
-
-    Raises UserError when there is neither, or when one of the four places is missing."""
+    """Read a rubric: a file, or the shipped one of that name; all places. UserError."""
     path = SHIPPED.get(str(name), Path(name))
     try:
         rubric = path.read_text(encoding="utf-8")
@@ -45,9 +43,7 @@ _HIDDEN = ("Cc", "Cf", "Co", "Cs", "Cn")  # Unicode categories: control, format,
 
 
 def defuse(text: str, specials: list[str] = ()) -> str:
-    """Break hidden characters, special tokens and role marks.
-
-    specials: the special tokens of the judge's tokenizer."""
+    """Break hidden characters, role marks and the tokenizer's special tokens."""
     text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in _HIDDEN)
     for special in specials:
         text = text.replace(special, f"{special[:1]} {special[1:]}")
