@@ -219,7 +219,7 @@ def read_all(options, rows: dict[str, dict], save) -> None:
     judge.ping()
     for row in due:
         pairs = readable_pairs(options.work, row)[:options.readers]
-        votes = judge.compare([each for a in pairs for each in (a, a._replace(first=a.second, second=a.first))])
+        votes = judge.compare([each for pair in pairs for each in pair.both()])
         both = [pair for pair in zip(votes[::2], votes[1::2], strict=True) if None not in pair]
         row["reader"] = f"{judge.name}, {Path(cfg.model.name).name}" if cfg.judge.name == "self" else judge.name
         row["readable"] = [round(both_orders(*pair, judge.soft), 4) for pair in both]
