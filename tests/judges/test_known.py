@@ -132,7 +132,7 @@ def test_a_bad_row_is_named_counted_and_skipped(row, said):
 
 
 def test_texts_of_a_million_characters_are_read():
-    texts = ["a" * 900_000, "1. " * 300_000, "\n\n1" * 300_000]
+    texts = ["a" * 900_000, "1. " * 300_000, "\n\n1" * 150_000]  # a row is measured as it is written, \n as two
     known = read(*({"problem": "p", "better": text, "worse": "b"} for text in texts),
                  *(STEPS | {"steps": [text, "x"]} for text in texts))
     length = length_alone(known)
