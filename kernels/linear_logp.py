@@ -85,7 +85,6 @@ TILES = {
     "gfx1100": (128, 128, 32, 8, 2),
     "gfx942": (128, 128, 64, 8, 2),
 }
-OTHER_TILE = (128, 128, 64, 8, 3)
 
 
 def logp_config(arch: str, dtype: torch.dtype, aligned: bool) -> dict:
@@ -94,7 +93,7 @@ def logp_config(arch: str, dtype: torch.dtype, aligned: bool) -> dict:
     bench.compile shows that none spills and that each fits the chip's shared memory. aligned: hidden size and strides
     are multiples of 16. Else loads go through registers one element at a time, and the deeper tiles spill."""
     unaligned = (64 if arch == "sm_100" else 128, 64, 32, 8, 2)
-    tile = TILES.get(arch, OTHER_TILE) if aligned else unaligned
+    tile = TILES.get(arch, (128, 128, 64, 8, 3)) if aligned else unaligned
     if dtype == torch.float32:
         stages = 1 if arch == "sm_120" and not aligned else 2
         tile = (64, 64, 16, 4 if arch == "gfx942" else 8, stages)

@@ -29,15 +29,6 @@ def summed(loss_fn: LossFn, stats: TokenStats, rows) -> torch.Tensor:
     return per_token.sum()
 
 
-def loss_and_coefficients(loss_fn: LossFn, stats: TokenStats, rows) -> tuple[torch.Tensor, TokenStats]:
-    """Sum of loss_fn over one chunk, and its derivative in each of the four statistics, None if unused."""
-    leaves = TokenStats(*(each.detach().requires_grad_() for each in stats))
-    with torch.enable_grad():
-        loss = summed(loss_fn, leaves, rows)
-    found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * 4
-    return loss.detach(), TokenStats(*found)
-
-
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss_fn, all_stats, *arguments):
@@ -50,11 +41,15 @@ class _LinearTokenLoss(torch.autograd.Function):
         loss = out.new_zeros(())
         for index, chunk in chunks(*arguments):
             stats, end, pulled = forward_tiles(chunk, pull=pull, all_four=all_stats)
-            part, coefs = loss_and_coefficients(loss_fn, stats, index)
+            leaves = TokenStats(*(each.detach().requires_grad_() for each in stats))
+            with torch.enable_grad():
+                part = summed(loss_fn, leaves, index)
+            found = torch.autograd.grad(part, leaves, allow_unused=True) if part.requires_grad else [None] * 4
+            coefs = TokenStats(*found)  # derivatives, None where the loss does not use a statistic
             if not all_stats and (coefs.entropy is not None or coefs.mean_logp is not None):
                 raise ValueError("loss_fn uses entropy or mean_logp, which all_stats=False leaves at 0: "
                                  "leave it at True")
-            loss += part
+            loss += part.detach()
             out.index_copy_(1, index, torch.stack(stats))
             if all(each is None for each in coefs):
                 continue

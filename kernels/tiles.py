@@ -131,8 +131,10 @@ def gradient_tiles(chunk: Chunk, rows, stats: TokenStats, coefs: TokenStats, gra
     rows (C,) int64: their places in grads.hidden; stats, coefs (C,) each."""
     x, on = chunk.x, tile_triton if runs_triton(chunk.x) else tile_torch
     coefs = torch.stack([torch.zeros_like(stats.logp) if each is None else each for each in coefs])
-    unit = power_of_two(coefs) if x.dtype == torch.float16 else None  # keeps the gradient in range
-    if unit is not None:
+    unit = None
+    if x.dtype == torch.float16:  # in range by a power of two near the largest coefficient, which changes no digit
+        largest = coefs.abs().max()
+        unit = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), torch.ones_like(largest))
         coefs = coefs / unit
     numbers = torch.stack((-torch.expm1(stats.logp), stats.entropy, stats.lse))
     total = None if grads.hidden is None else torch.zeros_like(x, dtype=wide(x.dtype))
@@ -149,11 +151,3 @@ def gradient_tiles(chunk: Chunk, rows, stats: TokenStats, coefs: TokenStats, gra
             grads.bias[span].add_(update if unit is None else update * unit)
     if total is not None:
         grads.hidden.index_copy_(0, rows, (total if unit is None else total * unit).to(grads.hidden.dtype))
-
-
-def power_of_two(coefs: torch.Tensor) -> torch.Tensor:
-    """Scalar 2^k near the largest coefficient, 1 if all are zero.
-
-    fp16 gradients are kept in range by dividing by it, and being a power of two it changes no digit."""
-    largest = coefs.abs().max()
-    return torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), torch.ones_like(largest))

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from minimath.config.load import config_text, load_config, read_recipe, read_words, words_of_own_judge
+from minimath.config.options import Stage
 from minimath.config.schema import BY_JUDGE, EvalConfig, RLAIFConfig, SFTConfig
 from minimath.core import dist, interrupt, run_folder
 from minimath.core.errors import Interrupted, UserError
@@ -43,20 +44,18 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
 
     full: add RL without SFT, and RL with the paper's rewards. A signal ends the run with the stage's checkpoint or the
     evaluation's completions saved. Raises UserError, and Interrupted after a signal."""
-    out, sft_cfg, judge_cfg, rl_cfg, eval_cfg = load_stages(recipe, overrides, command)
+    out, cfgs = load_stages(recipe, overrides, command)
     dist.barrier()  # until all have chosen the same folder, the first must not begin to fill it
-    if dist.is_main() and any(out.glob(f"*/{run_folder.CONFIG}")) and not sft_cfg.run.resume:
+    if dist.is_main() and any(out.glob(f"*/{run_folder.CONFIG}")) and not cfgs["sft"].run.resume:
         raise UserError(f"{out} already holds a run; add resume=true to go on with it, or choose another out=")
     started = time.monotonic()
     with RunLog(out, f"minimath {command}") as log, how_to_go_on(log, command):
-        if dist.is_main():
-            for name, cfg in (("sft.yaml", sft_cfg), *([("judge.yaml", judge_cfg)] if judge_cfg else []),
-                              ("rlaif.yaml", rl_cfg), (run_folder.EVAL_CONFIG, eval_cfg)):
-                write_whole(out / name, config_text(cfg))
-        rows = run_arms(out, sft_cfg, judge_cfg, rl_cfg, eval_cfg, full)
-        summary = {"rows": rows, "minutes": (time.monotonic() - started) / 60, "model": sft_cfg.model.name,
+        for name, cfg in cfgs.items() if dist.is_main() else ():
+            write_whole(out / f"{name}.yaml", config_text(cfg))
+        rows = run_arms(out, cfgs, full)
+        summary = {"rows": rows, "minutes": (time.monotonic() - started) / 60, "model": cfgs["sft"].model.name,
                    "problems": rows["base"]["problems"]}
-        if judge_cfg:
+        if "judge" in cfgs:
             summary["judge"] = read_json(out / "judge" / run_folder.SUMMARY)["held_out"]
             log.table("the trained judge, on held-out problems of its training", *judge_facts(summary["judge"]))
         write_whole(out / run_folder.SUMMARY, json.dumps(summary, indent=1) + "\n")
@@ -67,27 +66,26 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
     return summary
 
 
-def load_stages(recipe: str | None, words: list[str], command: str) -> tuple[
-        Path, SFTConfig, JudgeConfig | None, RLAIFConfig, EvalConfig]:
+def load_stages(recipe: str | None, words: list[str], command: str) -> tuple[Path, dict[str, Stage]]:
     """Read the options of all stages, and find out now what would fail later.
 
-    Returns the run folder before them; no judge is trained where its options are None. Raises UserError."""
+    Returns the run folder, and options by stage: sft, rlaif, eval, and judge where one is trained. Raises UserError."""
     if recipe is None:
         raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
-    # limit= is for the training problems, eval.limit= for the others
-    held_out = [word for word in words if not word.startswith("limit=")]
     sft_cfg = load_config(SFTConfig, recipe, words, allow_other=True)
     out = run_folder.new_run_folder(sft_cfg.run.out, command)
     own = words_of_own_judge(recipe, words, out / "judge")
     rl_cfg = load_config(RLAIFConfig, recipe, own + words, allow_other=True)
-    judge_cfg = judge_config(recipe, words, sft_cfg, rl_cfg) if own and rl_cfg.uses_judge() else None
-    eval_cfg = load_config(EvalConfig, recipe, held_out, allow_other=True)
-    cfgs = [cfg for cfg in (sft_cfg, judge_cfg, rl_cfg, eval_cfg) if cfg]
-    if not all(cfg.data.source for cfg in cfgs):
+    # limit= is for the training problems, eval.limit= for the others
+    held_out = [word for word in words if not word.startswith("limit=")]
+    cfgs = {"sft": sft_cfg, "rlaif": rl_cfg, "eval": load_config(EvalConfig, recipe, held_out, allow_other=True)}
+    if own and rl_cfg.uses_judge():
+        cfgs["judge"] = judge_config(recipe, words, sft_cfg, rl_cfg)
+    if not all(cfg.data.source for cfg in cfgs.values()):
         raise UserError("a run needs training and held-out problems: set sft.data=, rlaif.data= and eval.data=")
     make_reward(rl_cfg, None)  # functions of the user's that can't be loaded
     Verifier(rl_cfg.verifier)
-    return out, sft_cfg, judge_cfg, rl_cfg, eval_cfg
+    return out, cfgs
 
 
 def judge_config(recipe: str, words: list[str], sft_cfg: SFTConfig, rl_cfg: RLAIFConfig) -> JudgeConfig:
@@ -108,35 +106,30 @@ def judge_config(recipe: str, words: list[str], sft_cfg: SFTConfig, rl_cfg: RLAI
     return cfg.replace(**{name: value for name, value in taken.items() if name not in own})
 
 
-def run_arms(out: Path, sft_cfg: SFTConfig, judge_cfg: JudgeConfig | None, rl_cfg: RLAIFConfig, eval_cfg: EvalConfig,
-             full: bool) -> dict[str, dict]:
+def run_arms(out: Path, cfgs: dict[str, Stage], full: bool) -> dict[str, dict]:
     """Train and evaluate what is to be compared: name -> summary of the evaluation."""
-    reward = rl_cfg.reward.name
-    judge = "trained" if rl_cfg.judge.adapter else rl_cfg.judge.name
-    judged = {"judge": f"{judge} judge", "paper": "paper's rewards"}.get(reward, reward)
-    rows, after_sft = {}, str(out / "sft")
+    rl_cfg, rows, after_sft = cfgs["rlaif"], {}, str(out / "sft")
+    judge, reward = "trained" if rl_cfg.judge.adapter else rl_cfg.judge.name, rl_cfg.reward.name
+    judged = {"judge": f" ({judge} judge)", "paper": " (paper's rewards)"}.get(reward, f" ({reward})")
 
-    def evaluated(name: str, adapter: str, note: str = "") -> None:
-        cfg = eval_cfg.replace(adapter=adapter)
-        rows[run_folder.ARMS[name] + note] = part(evaluate, cfg, run_folder.evaluation_folder(out, name))
-
-    def trained(name: str, stage, cfg) -> None:
+    def trained(name: str, stage, cfg) -> str:
         summary = out / name / run_folder.SUMMARY
         if not dist.broadcast(summary.exists()):
             write_whole(summary, json.dumps(part(stage, cfg, out / name), indent=1) + "\n")
             dist.barrier()  # for the adapter, which the first process writes
+        return str(out / name)
 
-    def arm(name: str, stage, cfg, note: str = "") -> None:
-        trained(name, stage, cfg)
-        evaluated(name, str(out / name), note)
+    def arm(name: str, stage=None, cfg=None, note: str = "") -> None:
+        cfg = cfgs["eval"].replace(adapter=trained(name, stage, cfg) if stage else "")
+        rows[run_folder.ARMS[name] + note] = part(evaluate, cfg, run_folder.evaluation_folder(out, name))
 
-    evaluated("base", "")
-    arm("sft", sft, sft_cfg)
-    if judge_cfg:
-        trained("judge", judge_train, judge_cfg.replace(adapter=after_sft))
-    arm("rlaif", rlaif, rl_cfg.replace(adapter=after_sft), f" ({judged})")
+    arm("base")
+    arm("sft", sft, cfgs["sft"])
+    if "judge" in cfgs:
+        trained("judge", judge_train, cfgs["judge"].replace(adapter=after_sft))
+    arm("rlaif", rlaif, rl_cfg.replace(adapter=after_sft), judged)
     if full:
-        arm("rlaif-only", rlaif, rl_cfg.replace(adapter=sft_cfg.adapter.path), f" ({judged})")
+        arm("rlaif-only", rlaif, rl_cfg.replace(adapter=cfgs["sft"].adapter.path), judged)
         arm("paper", rlaif, rl_cfg.replace(
             adapter=after_sft, reward="paper", judge_refresh=0, brevity="ratio", brevity_limit=0, teacher="",
             teacher_system="", scale_advantage="group"))

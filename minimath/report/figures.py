@@ -130,32 +130,27 @@ def judged(rows: list[dict]) -> Figure | None:
 
 
 def draw_gap(axis, rows: list[dict]) -> None:
-    """Draw the upper axis; its bars are Wilson's intervals of one standard error."""
+    """Draw the upper axis, with Wilson's intervals of one standard error as bars.
+
+    Shaded where wrong completions win more than at first, and no more are correct."""
     correct = draw_curve(axis, series(rows, "rollout/correct"), COLOURS[1], "correct completions, up is good")
     for prefix, colour, label in CANARIES:
         wins, pairs = series(rows, f"{prefix}worse_wins"), dict(series(rows, f"{prefix}pairs"))
         for x, y in wins:
             axis.vlines(x, *wilson(y * pairs[x], pairs[x], z=1.0), color=colour, lw=1, alpha=0.35)
         mean = draw_curve(axis, wins, colour, label, half=1)
-    if correct and len(mean) > 1:
-        shade_gap(axis, wins, mean, correct)
+    if correct and len(mean) > 1:  # of the rollout's pairs
+        first, before = np.transpose(wins[:3])
+        before, correct_before = before.mean(), np.interp(first, *zip(*correct)).mean()
+        steps = np.linspace(wins[0][0], wins[-1][0], 500)
+        now, correct_now = np.interp(steps, *zip(*mean)), np.interp(steps, *zip(*correct))
+        gap = (now > before + GAP_SHOWN) & (correct_now <= correct_before + CORRECT_RISEN)
+        if gap.any():
+            axis.fill_between(steps, before, now, where=gap, color=COLOURS[2], alpha=0.18, lw=0,
+                              label="gap: judge fooled more than at first, no more are correct")
     axis.axhline(0.5, color=COLOURS[0], lw=1, ls="--", label="chance: the judge cannot tell worse from better")
     axis.set(ylim=(-0.03, 1.03), ylabel="share of completions or wins")
     axis.yaxis.set_major_formatter(PercentFormatter(1))
-
-
-def shade_gap(axis, wins: list[tuple], mean: list[tuple], correct: list[tuple]) -> None:
-    """Fill where wrong completions win more than at first, and no more are correct.
-
-    wins: of the rollout's pairs; mean, correct: running means of draw_curve."""
-    first, before = np.transpose(wins[:3])
-    before, correct_before = before.mean(), np.interp(first, *zip(*correct)).mean()
-    steps = np.linspace(wins[0][0], wins[-1][0], 500)
-    now, correct_now = np.interp(steps, *zip(*mean)), np.interp(steps, *zip(*correct))
-    gap = (now > before + GAP_SHOWN) & (correct_now <= correct_before + CORRECT_RISEN)
-    if gap.any():
-        axis.fill_between(steps, before, now, where=gap, color=COLOURS[2], alpha=0.18, lw=0,
-                          label="gap: judge fooled more than at first, no more are correct")
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -14,20 +14,9 @@ import jinja2
 import yaml
 
 from minimath.config.load import is_option
+from minimath.core import run_folder as folder
 from minimath.core.errors import UserError
 from minimath.core.files import read_json, write_whole
-from minimath.core.run_folder import (
-    ADAPTER,
-    ARMS,
-    COMPLETIONS,
-    CONFIG,
-    ENVIRONMENT,
-    EVAL,
-    METRICS,
-    REPORT,
-    SUITE,
-    evaluation_folder,
-)
 from minimath.core.stats import paired
 from minimath.eval.metrics import COLUMNS, read_records, table_row
 from minimath.eval.suite import suite_table
@@ -70,21 +59,24 @@ def write_page(runs: list[Path], out: Path) -> Path:
     Raises UserError for a folder with nothing to report."""
     evaluations, stages, suites = {}, {}, {}
     for run in runs:
-        if (run / SUITE).is_file():
+        if (run / folder.SUITE).is_file():
             suites[run.name if sum(other.name == run.name for other in runs) == 1 else str(run)] = run
             continue
         prefix = f"{run.name}: " if len(runs) > 1 else ""
         # an evaluation or a stage, or a whole run, which has folders of both
-        places = [(run.name, run, run), *((name, evaluation_folder(run, arm), run / arm) for arm, name in ARMS.items())]
-        found = {prefix + name: at for name, at, _ in places if (at / EVAL).is_file()}
-        trained = {prefix + name.removeprefix("SFT + "): at for name, _, at in places if (at / METRICS).is_file()}
+        places = [(run.name, run, run), *((name, folder.evaluation_folder(run, arm), run / arm)
+                                          for arm, name in folder.ARMS.items())]
+        found = {prefix + name: at for name, at, _ in places if (at / folder.EVAL).is_file()}
+        trained = {prefix + name.removeprefix("SFT + "): at for name, _, at in places
+                   if (at / folder.METRICS).is_file()}
         if not (found or trained):
             raise UserError(f"{run}: no evaluation and no training to report (a folder of minimath run, demo, sft, "
-                            f"rlaif or eval is expected; of a suite, one with {SUITE}: its last set is complete)")
+                            f"rlaif or eval is expected; of a suite, one with {folder.SUITE}: its last set is "
+                            "complete)")
         evaluations, stages = evaluations | found, stages | trained
     (out / PICTURES).mkdir(parents=True, exist_ok=True)
     try:
-        results = {name: read_json(at / SUITE) for name, at in suites.items()}
+        results = {name: read_json(at / folder.SUITE) for name, at in suites.items()}
         # set by set the evaluations of all suites
         sets = {one: {name: suites[name] / one for name, other in results.items() if one in other["sets"]}
                 for result in results.values() for one in result["sets"]}
@@ -94,30 +86,28 @@ def write_page(runs: list[Path], out: Path) -> Path:
     except KeyError as error:
         raise UserError(f"{', '.join(map(str, runs))}: a record has no {error}: it was made by an earlier version of "
                         "minimath; evaluate or train again") from None
-    environments = {run.name: read_json(run / ENVIRONMENT) for run in runs if (run / ENVIRONMENT).is_file()}
-    recipes = dict.fromkeys(file for folder in (*runs, *stages.values()) for file in sorted(folder.glob("*.yaml")))
+    environments = {run.name: read_json(at) for run in runs if (at := run / folder.ENVIRONMENT).is_file()}
+    recipes = dict.fromkeys(file for each in (*runs, *stages.values()) for file in sorted(each.glob("*.yaml")))
     settings = {f"{file.parent.name}/{file.name}": file.read_text(encoding="utf-8") for file in recipes}
     settings |= {f"{name}: environment": json.dumps(found, indent=1) for name, found in environments.items()}
     page = TEMPLATES.get_template("page.html").render(
         marked_lines=marked_lines, runs=[run.name for run in runs], environments=list(environments.values()),
         settings=settings, **parts)
-    write_whole(out / REPORT, page)
-    return out / REPORT
+    write_whole(out / folder.REPORT, page)
+    return out / folder.REPORT
 
 
 def write_judge_plot(run: Path) -> Path | None:
     """Draw judge.png in the folder of an RL run whose canary pairs were judged."""
-    figure = figures.judged(read_metrics(run / METRICS))
-    if figure is None:
-        return None
-    figures.save_png(figure, run / JUDGE_PLOT)
-    return run / JUDGE_PLOT
+    if figure := figures.judged(read_metrics(run / folder.METRICS)):
+        figures.save_png(figure, run / JUDGE_PLOT)
+    return run / JUDGE_PLOT if figure else None
 
 
 def evaluation_part(evaluations: dict[str, Path], out: Path, of_set: str) -> dict:
     """Gather what there is of evaluations on the same problems. of_set: of a suite."""
-    rows = {name: read_json(at / EVAL) for name, at in evaluations.items()}
-    records = {name: read_records(at) for name, at in evaluations.items() if (at / COMPLETIONS).is_file()}
+    rows = {name: read_json(at / folder.EVAL) for name, at in evaluations.items()}
+    records = {name: read_records(at) for name, at in evaluations.items() if (at / folder.COMPLETIONS).is_file()}
     drawn = {"tradeoff": figures.tradeoff(rows)}
     if records:
         drawn["lengths"] = figures.lengths(records)
@@ -141,7 +131,7 @@ def differences(records: dict[str, list[dict]]) -> tuple[list[str], list[list[st
 
 def training_part(name: str, at: Path, out: Path) -> dict:
     """Gather the curves of a stage and the health of its judge."""
-    metrics = read_metrics(at / METRICS)
+    metrics = read_metrics(at / folder.METRICS)
     panels = {label: shown for label, names in PANELS.items() if (shown := [n for n in names if series(metrics, n)])}
     drawn = {"training": figures.curves(metrics, panels) if panels else None, "judge": figures.judged(metrics)}
     asked = [record for record in metrics if record.get("judge/comparisons")]
@@ -155,9 +145,10 @@ def training_part(name: str, at: Path, out: Path) -> dict:
 
 def judge_figures(stage: Path) -> dict:
     """Read the held-out figures of the judge that a stage trained, or asked; {} for none."""
-    config = yaml.safe_load((stage / CONFIG).read_text(encoding="utf-8")) if (stage / CONFIG).is_file() else {}
+    file = stage / folder.CONFIG
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     asked = Path(config.get("judge_adapter") or stage)
-    cards = (folder / CARD for folder in (stage / ADAPTER, asked / ADAPTER, asked))
+    cards = (each / CARD for each in (stage / folder.ADAPTER, asked / folder.ADAPTER, asked))
     return next((read_json(card)["figures"] for card in cards if card.is_file()), {})
 
 
@@ -166,9 +157,10 @@ def judge_facts(figures: dict) -> tuple[list[str], list[list[str]]]:
     grades = {"auc_within": "AUC within a problem", "brier": "Brier score", "brier_of_the_mean": "of always the mean"}
     row = {name: "-" if (value := figures["grades"].get(key)) is None else f"{value:.3f}"
            for key, name in grades.items() if "grades" in figures}
-    for kind, tally in ((k, tally) for k, tally in figures.get("pairs", {}).items() if k != "all"):
-        row |= {f"agreement, {kind}": percent(tally["agreement"]),
-                f"order conflicts, {kind}": percent(tally["order_conflicts"])}
+    for kind, tally in figures.get("pairs", {}).items():
+        if kind != "all":
+            row |= {f"agreement, {kind}": percent(tally["agreement"]),
+                    f"order conflicts, {kind}": percent(tally["order_conflicts"])}
     return list(row), [list(row.values())] if row else []
 
 
@@ -182,11 +174,10 @@ def picture(figure: figures.Figure, name: str, out: Path) -> str:
 def side_by_side(records: dict[str, list[dict]]) -> list[dict]:
     """Choose a few problems with each model's first solution, those first that differ."""
     solutions = {name: {r["number"]: r for r in rows if r["sample"] == 0} for name, rows in records.items()}
-    first, *others = solutions.values()
-    last = [first, *others][-1]
-    shared = [n for n in first if all(n in by_number for by_number in others)]
+    every = list(solutions.values())
     # solved in the end but not at first, then the others
-    shared.sort(key=lambda n: (first[n]["correct"], not last[n]["correct"], n))
+    shared = sorted(set.intersection(*map(set, every)),
+                    key=lambda n: (every[0][n]["correct"], not every[-1][n]["correct"], n))
     return [{name: by_number[n] for name, by_number in solutions.items()} for n in spread(shared, SHOWN)]
 
 

@@ -100,7 +100,8 @@ def test_a_card_without_a_hub_has_the_demo_of_the_embedded_model(on_a_card, tiny
                                             (["--judge", "trained", "judge_adapter=mine"], False)])
 def test_a_judge_is_trained_on_the_problems_of_sft_if_asked_for(on_a_card, tmp_path, words, trained):
     recipe, words = on_a_card(["--out", str(tmp_path / "run"), "--minutes", "30", *words])
-    _, _, judge, rlaif, _ = load_stages(recipe, words, "demo")
+    cfgs = load_stages(recipe, words, "demo")[1]
+    judge, rlaif = cfgs.get("judge"), cfgs["rlaif"]
     assert bool(judge) == trained == (rlaif.judge.adapter == str(tmp_path / "run/judge"))
     if judge:
         once = load_config(JudgeConfig, recipe, [], "judge_train")

@@ -85,7 +85,8 @@ def test_a_judge_that_runs_out_of_time_is_measured_and_complete(recipe, tmp_path
 @pytest.mark.parametrize("words", [["judge=heuristic"], ["--rlaif.judge=heuristic"], ["judge_adapter=elsewhere",
                                    "judge=self"], ["rlaif.judge-adapter=", "judge=self"], ["reward=paper"]])
 def test_words_for_another_judge_leave_the_stage_out(recipe, words):
-    _, _, judge, rlaif, _ = load_stages(recipe, words, "run")
+    cfgs = load_stages(recipe, words, "run")[1]
+    judge, rlaif = cfgs.get("judge"), cfgs["rlaif"]
     assert judge is None
     assert rlaif.judge.name == ("self" if "judge=self" in words or words == ["reward=paper"] else "heuristic")
 
@@ -94,14 +95,16 @@ def test_words_alone_make_the_stage(recipe, tmp_path):
     sections = yaml.safe_load((tmp_path / "r.yaml").read_text())
     del sections["judge_train"]
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(sections))
-    assert load_stages(recipe, [], "run")[2] is None
-    out, _, judge, rlaif, _ = load_stages(recipe, ["judge_train.lr=0.5", "out=here"], "run")
+    assert "judge" not in load_stages(recipe, [], "run")[1]
+    out, cfgs = load_stages(recipe, ["judge_train.lr=0.5", "out=here"], "run")
+    judge, rlaif = cfgs["judge"], cfgs["rlaif"]
     assert judge.optimizer.lr == 0.5 and rlaif.judge.adapter == str(out / "judge") == "here/judge"
 
 
 def test_data_of_its_own_is_taken_as_it_is(recipe):
     words = ["sft.split=test", "sft.limit=3", "rlaif.temperature=0.5"]
-    own, taken = (load_stages(recipe, [*words, *more], "run")[2] for more in (["judge_train.data=mine.jsonl"], []))
+    own, taken = (load_stages(recipe, [*words, *more], "run")[1]["judge"]
+                  for more in (["judge_train.data=mine.jsonl"], []))
     assert (own.data.source, own.data.split, own.data.limit) == ("mine.jsonl", "train", 10)
     assert (taken.data.split, taken.data.limit, taken.sampling.temperature) == ("test", 10, 0.5)
 
