@@ -70,36 +70,31 @@ def round_as_gguf(model, kind: str) -> None:
 
 def write_gguf(model, tokenizer, path: Path, *, kind: str, name: str) -> None:
     """Write a model that round_as_gguf rounded to `kind`, one tensor at a time."""
-    arch = gguf.MODEL_ARCH[ARCHITECTURES[model.config.model_type]]
+    config, head_dim = model.config, model.base_model.layers[0].self_attn.head_dim
+    arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     with contextlib.closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])) as writer:
         writer.add_name(name)
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
-        add_options(writer, model)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        # llama.cpp has no window in these families: up to its length there is none to see
+        writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_rope_dimension_count(head_dim)
+        writer.add_vocab_size(config.vocab_size)
         add_tokenizer(writer, tokenizer, model.get_input_embeddings().weight.shape[0])
-        add_tensors(writer, model, gguf.get_tensor_name_map(arch, model.config.num_hidden_layers), kind)
+        add_tensors(writer, model, gguf.get_tensor_name_map(arch, config.num_hidden_layers), kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-
-
-def add_options(writer: gguf.GGUFWriter, model) -> None:
-    """Write the numbers that llama.cpp builds the model from."""
-    config, head_dim = model.config, model.base_model.layers[0].self_attn.head_dim
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    # llama.cpp has no window in these families: up to its length there is none to see
-    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_vocab_size(config.vocab_size)
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, rows: int) -> None:

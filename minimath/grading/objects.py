@@ -67,7 +67,7 @@ def split(text: str, marks: str = ",;") -> list[str] | None:
 
 def read_objects(text: str) -> list[Parts | RealSet]:
     """Return what a text can be; nothing for a number, an expression, prose."""
-    found = [_real_set(text), _matrix(text), _basis(text), *_enclosed(text), _list(text)]
+    found = [_real_set(text), _matrix(text), _basis(text), _enclosed(text), _list(text)]
     return [each for each in found if each is not None]
 
 
@@ -210,19 +210,18 @@ def _signs(item: str) -> list[str]:
     return [f"{before}{'+' if before and not before.endswith('=') else ''}{after[0]}", f"{before}-{after[0]}"]
 
 
-def _enclosed(text: str) -> list[Parts]:
+def _enclosed(text: str) -> Parts | None:
     r"""Read (1,2), \{1,2\}, \langle 1,2\rangle, [1,2], (a,b) = (1,2)."""
     names = re.match(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z]){1,5}\s*\)\s*=\s*|[A-Za-z]\w?\s*=\s*", text)
     text = text[names.end():] if names else text
     if text == r"\emptyset":
-        return [Parts("set", ())]
+        return Parts("set", ())
     for pattern, kind in ((r"\\\{(.*)\\\}", "set"), (r"\\langle(.*)\\rangle", "tuple"), (r"\((.*)\)", "tuple"),
                           (r"\[(.*)\]", "bracket")):
-        if match := re.fullmatch(pattern, text):
-            found = _list(match[1].strip(), kind)
-            if found and (len(found.items) > 1 or kind == "set"):
-                return [found]
-    return []
+        found = _list(match[1].strip(), kind) if (match := re.fullmatch(pattern, text)) else None
+        if found and (len(found.items) > 1 or kind == "set"):
+            return found
+    return None
 
 
 def _matrix(text: str) -> Parts | None:

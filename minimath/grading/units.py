@@ -39,16 +39,12 @@ class Unit(NamedTuple):
     nouns: frozenset[str] = frozenset()
 
 
-def without_lead(text: str) -> str:
-    """Strip words before a number; the text itself where they may change its value."""
-    match = _LEAD.match(text)
-    words = set(re.findall("[a-z]+", match[0].lower())) if match else set()
-    return text[match.end():] if match and not words & (NOT_UNITS - {"and", "of"}) else text
-
-
 def split_unit(text: str) -> tuple[str, Unit] | None:
     """Return a text without its unit, and the unit; None where other words are."""
-    text, money = _ASIDE.sub("", without_lead(text)), ""
+    lead, money = _LEAD.match(text), ""
+    if lead and not NOT_UNITS - {"and", "of"} & {*re.findall("[a-z]+", lead[0].lower())}:   # no word changes the value
+        text = text[lead.end():]
+    text = _ASIDE.sub("", text)
     if before := _BEFORE.match(text):
         sign = (before[2] or "$").rstrip(".")
         money = _CANONICAL.get(sign.lower(), sign)
