@@ -164,10 +164,8 @@ def _equal(gold: str, answer: str) -> str:
     from math_verify import verify
     from sympy import Eq, Expr
     right, read = _read(gold), _read(answer)
-    if right is None:
-        return "bad gold"
-    if read is None:
-        return "wrong"
+    if right is None or read is None:
+        return "bad gold" if right is None else "wrong"
     if isinstance(right, Expr) and isinstance(read, Expr):
         same = _same_expression(right, read, gold, answer)
     elif isinstance(right, Eq) or isinstance(read, Eq):  # verify takes x - y = 3 for x + y = 3
@@ -193,8 +191,7 @@ def _same_expression(right, read, gold: str, answer: str) -> bool:
             return bool(value.is_real and value.is_finite) and rounds_to(Fraction(str(value)), decimal)
     if right.is_Rational and read.is_Rational:
         return False
-    difference = right - read
-    value = difference.evalf(15, maxn=MAX_PRECISION)
+    value = (right - read).evalf(15, maxn=MAX_PRECISION)
     parts = value.as_real_imag()
     return bool(value.is_finite is not False and all(
         part.is_Float and part._prec == 1 or part == 0 for part in parts)) and value.is_number
