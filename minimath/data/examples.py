@@ -67,11 +67,10 @@ def load_examples(options: DataOptions | str | Path | list, *,
 
 def describe_report(report: DataReport) -> str:
     """Return the report as a few lines of text; "" when there is nothing to tell."""
-    lines = []
+    lines = [f"  {row}" for row in report.rows[:5]]
     if report.skipped:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in report.skipped.most_common())
-        lines += [f"{report.kept} rows kept, {report.skipped.total()} skipped: {reasons}"]
-        lines += [f"  {row}" for row in report.rows[:5]]
+        lines.insert(0, f"{report.kept} rows kept, {report.skipped.total()} skipped: {reasons}")
     if report.notes:
         lines.append("kept, but note: " + ", ".join(f"{count} x {note}" for note, count in report.notes.items()))
     if report.unread:

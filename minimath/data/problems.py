@@ -1,9 +1,8 @@
 r"""Make seeded arithmetic word problems of one to three steps, with solutions.
 
-They are the data of `minimath demo`, for a 135M model that learns them in minutes on a CPU: operands mostly 2 to 20,
-results 1 to 199, exact division. A problem is a scene (a story whose running total goes through events, or a formula
-with its own steps); its solution is written in one of three registers, because a policy fitted to one wording has
-nothing left for RL to choose:
+They are the data of `minimath demo`, for a 135M model: operands mostly 2 to 20, results 1 to 199, exact division. A
+problem is a scene (a story whose running total goes through events, or a formula with its own steps); its solution is
+written in one of three registers, because a policy fitted to one wording has nothing left for RL to choose:
 
     terse    5*3=15. 15-4=11. \boxed{11}
     plain    one sentence with its equation for each step
@@ -164,26 +163,21 @@ def _draw_story(rng: random.Random, steps: int) -> Problem | None:
         last = len(results) == steps - 1
         use_final = last and scene["finals"] and rng.random() < 0.5
         previous = rng.choice([name for name in scene["finals" if use_final else "events"] if name != previous])
-        event = EVENTS[previous]
-        n = _operand(rng, value, event["op"])
-        result = n and apply(value, event["op"], n)
+        event, op = EVENTS[previous], EVENTS[previous]["op"]
+        fitting = {"+": range(2, 21), "-": range(2, min(20, value - 1) + 1), "*": range(2, 6),
+                   "/": [n for n in range(2, 11) if value % n == 0 and value > n]}[op]
+        n = rng.choice(fitting) if fitting else 0
+        result = n and apply(value, op, n)
         if not result:
             return None
         text = rng.choice(event["texts"]).format(**words, n=n)
         phrase = event["phrase"].format(**words, n=n, state=scene["state"].format(**words, eq="{eq}"), eq="{eq}")
-        results.append(Step(value, event["op"], n, result, phrase))
+        results.append(Step(value, op, n, result, phrase))
         joiner = rng.choice(("", "", "then ", "later, ", "after that, "))
         sentences.append(("" if "ask" in event else joiner) + text)
         question = event["ask"].format(**words, n=n) if "ask" in event else question
         value = result
     return Problem([_sentence(text) for text in (*sentences, question)], results)
-
-
-def _operand(rng: random.Random, value: int, op: str) -> int | None:
-    """Draw the n of `value op n`; None when there is none."""
-    fitting = {"+": range(2, 21), "-": range(2, min(20, value - 1) + 1), "*": range(2, 6),
-               "/": [n for n in range(2, 11) if value % n == 0 and value > n]}[op]
-    return rng.choice(fitting) if fitting else None
 
 
 def _sentence(text: str) -> str:
