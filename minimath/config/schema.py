@@ -97,6 +97,8 @@ class OptimizerOptions:
     """tokens per forward pass; changes memory only, never the result"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third slower"""
+    offload: bool = False
+    """with gradient_checkpointing, what it keeps waits in host memory: for rows of 16,000 tokens and more on a card"""
 
 
 @dataclass

@@ -19,6 +19,7 @@ from minimath.core.run_folder import find_adapter, say_once
 from minimath.models.block_attention import without_cudnn
 from minimath.models.forward import base_causal_lm, head_module
 from minimath.models.fused import fuse, fused_layers, unfusable
+from minimath.models.offload import offload_inputs
 from minimath.models.variants import (
     CHANGE_THE_BASE,
     PRINCIPAL,
@@ -96,6 +97,9 @@ def load_model(cfg, *, train: bool):
     if options.shard and options.quant == "nf4":
         raise UserError("shard=true splits plain 16- and 32-bit layers: leave shard away, or quant=nf4 (a quarter of "
                         "the size on every card)")
+    if train and cfg.optimizer.offload and (options.compile or not cfg.optimizer.gradient_checkpointing):
+        raise UserError("offload=true moves what gradient checkpointing keeps: set gradient_checkpointing=true, and "
+                        "leave compile=true away")
     tokenizer, device = load_tokenizer(cfg), pick_device(options.device)
     without_cudnn(device)
     model = _load_base(options, device)
@@ -111,6 +115,8 @@ def load_model(cfg, *, train: bool):
         shard(model, base_causal_lm(model), device)
     if train and cfg.optimizer.gradient_checkpointing:
         checkpoint_activations(model)
+    if train and cfg.optimizer.offload:
+        offload_inputs(model, device)
     cast_adapters_down(model)
     if options.compile and train:
         compile_layers(base_causal_lm(model))

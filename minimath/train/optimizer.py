@@ -20,7 +20,7 @@ BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit", "
 BAD_STEPS = 3  # non-finite steps in a row that end a run
 MOST_HALVINGS = 3  # of micro_batch_tokens in a run: what does not fit in an eighth needs other settings
 BEAR_ON_MEMORY = ("micro_batch_tokens", "model", "device", "dtype", "quant", "attn", "compile", "optimizer", "lora_r",
-                  "gradient_checkpointing", "packing", "max_len", "max_new_tokens", "shard")
+                  "gradient_checkpointing", "offload", "packing", "max_len", "max_new_tokens", "shard")
 
 Closure = Callable[[list[int], dict], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -249,6 +249,7 @@ class MicroBatchBudget:
 def settings_to_try(cfg) -> str:
     """List the options that shrink a step and are not used yet, the cheapest first."""
     tries = [] if cfg.optimizer.gradient_checkpointing else ["gradient_checkpointing=true"]
+    tries += ["offload=true"] if torch.cuda.is_available() and not (cfg.optimizer.offload or cfg.model.compile) else []
     tries += ["attn=sdpa"] if cfg.model.attn == "eager" else []
     tries += ["quant=nf4"] if cfg.model.quant == "none" else []
     longest = "max_len" if hasattr(cfg, "max_len") else "max_new_tokens"
