@@ -56,6 +56,8 @@ SETTINGS = {  # name: (family, stage, options)
     "llama padded fp32 nf4": ("llama", "sft", PADDED | {"quant": "nf4"}),
     "llama padded fp32 nf4 checkpointing": ("llama", "sft", PADDED | {
         "quant": "nf4", "gradient_checkpointing": True, "micro_batch_tokens": 2400, "batch_size": 24}),
+    "llama padded fp32 offload, MLP by pieces": ("llama", "sft", PADDED | {
+        "gradient_checkpointing": True, "offload": True, "micro_batch_tokens": 10000, "batch_size": 100}),
     "qwen2 padded fp32 eager": ("qwen2", "sft", PADDED | {"attn": "eager"}),
     "qwen2 padded fp32 adamw8bit": ("qwen2", "sft", PADDED | {"optimizer": "adamw8bit", "lora_r": 64}),
     "qwen2 packed fp32 dropout": ("qwen2", "sft", PACKED | {"lora_dropout": 0.1}),

@@ -1,12 +1,14 @@
 """Bytes of a model and of its passes, counted before anything is loaded.
 
 The model's own code runs on tensors that have shapes and no data (torch's FakeTensorMode) while storages are counted:
-for two and three times the pattern of its layers, as each further one adds the same. On a card a pass costs a constant,
-its length and its square: three lengths tell. Fused layers on a CPU attend row by row: few rows tell what more cost.
-Rows need masks, and gradients are there from the micro-batch before."""
+for two and three times the pattern of its layers, as each further one adds the same. Fused layers on a card take flash
+attention row by row: a pass costs a constant, its tokens and the keys of prompts that rows copy. Others there need
+masks: a constant, the length and its square. Fused layers on a CPU: few rows tell what more cost. What follows PIECE
+tokens is told by longer passes. Gradients are there from the micro-batch before."""
 import contextlib
 import copy
 import functools
+import math
 import warnings
 import weakref
 from unittest import mock
@@ -21,13 +23,24 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minimath.core.errors import UserError
 from minimath.kernels import elementwise
-from minimath.models import load
+from minimath.models import block_attention, load, offload
 from minimath.models.attention import Segment
-from minimath.models.forward import base_causal_lm, compute_dtype, head_module, hidden_states, inference, rows_mask
+from minimath.models.block_attention import PackedRows
+from minimath.models.forward import (
+    base_causal_lm,
+    compute_dtype,
+    head_module,
+    hidden_states,
+    inference,
+    not_looked_at,
+    rows_mask,
+)
 from minimath.models.fused import fused_layers
+from minimath.models.memory import give_back
+from minimath.models.nodes import PIECE
 from minimath.models.state import fresh_cache, keeps_state
 
-LENGTHS = (512, 2048, 8192)  # at which passes are followed
+SHORT, LONG = (PIECE // 8, PIECE // 2, PIECE), (2 * PIECE, 4 * PIECE, 8 * PIECE)  # lengths at which passes are followed
 ROWS = 4  # and twice as many in a pass foretell more of them
 ONE_PASS = {  # what the kernels of a card allocate: their results
     "rms_norm": lambda x, *_: (torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)),
@@ -41,15 +54,31 @@ AttentionInterface.register(NO_MASK, sdpa_attention_forward)
 AttentionMaskInterface.register(NO_MASK, lambda **kwargs: None)
 
 
+def flash_backward(grad, q, k, v, *_) -> list[torch.Tensor]:
+    """Allocate what flash attention 2 does in backward: dq in fp32, dk and dv of every head of q, the results."""
+    inside = [q.new_empty(q.shape, dtype=torch.float32)]
+    inside += [k.new_empty(len(k), *q.shape[1:]) for _ in range(2 * (k.shape[1] != q.shape[1]))]
+    grads = [each.new_empty(each.shape) for each in (q, k, v)]
+    del inside
+    return grads
+
+
+FLASH = {"flash_backward": flash_backward, "flash": lambda q, k, v, *_: (
+    q.new_empty(q.shape), q.new_empty(q.shape[1], len(q), dtype=torch.float32), q.new_empty(0), q.new_empty(0))}
+
+
 class Live(TorchDispatchMode):
     """Count inside the bytes of new storages: `now` alive, `peak` the most at once."""
 
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
+        self.counts = True
         self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.counts:
+            return func(*args, **(kwargs or {}))
         given = storages((args, kwargs))
         out = func(*args, **(kwargs or {}))
         for key, (owner, size) in storages(out).items():
@@ -62,6 +91,14 @@ class Live(TorchDispatchMode):
 
     def drop(self, key: int) -> None:
         self.now -= self.sizes.pop(key, 0)
+
+    def host_memory(self, numbers: int, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
+        """Make what is not on the card."""
+        self.counts = False
+        try:
+            return torch.empty(numbers, dtype=dtype)
+        finally:
+            self.counts = True
 
 
 def storages(tree) -> dict[int, tuple]:
@@ -105,6 +142,8 @@ def traceable(config, cfg, dtype: torch.dtype, layers: int, fake: FakeTensorMode
     model = empty_model(short, cfg, dtype).train()
     if cfg.optimizer.gradient_checkpointing:
         load.checkpoint_activations(model, preserve_rng_state=False)
+        if cfg.optimizer.offload:
+            offload.offload_inputs(model, torch.device("cpu"))
     load.cast_adapters_down(model)
     with fake:  # on the CPU, where autocast works; gradients are there from the second micro-batch on
         for held in [held for m in model.modules() for held in (m._parameters, m._buffers)]:
@@ -129,7 +168,11 @@ class Model:
         fused = fuse(self.empty, cfg)
         self.groups = fused.groups if fused else []
         self.scratch = max((group.width * group.bases[0].in_features for group in self.groups), default=0)
-        self.by_rows, self.one_pass = bool(fused) and device == "cpu", ONE_PASS if device != "cpu" else {}
+        self.one_pass, self.pieces = ONE_PASS if device != "cpu" else {}, fused and cfg.optimizer.gradient_checkpointing
+        heads = fused.layers[0].heads if fused else None
+        self.flash = (fused and device != "cpu" and dtype != torch.float32 and cfg.model.attn != "eager"
+                      and not heads.softcap and heads.dim % 8 == 0 and heads.dim <= 256)  # from sm_80 on
+        self.by_rows = self.flash or fused and device == "cpu"  # rows do not see each other
         self.layers = config.get_text_config().num_hidden_layers
         counts = (self.layers,) if self.layers <= 3 * few else (2 * few, 3 * few)  # the first layer is unlike others
         self.models = {n: traceable(config, cfg, dtype, n, self.fake) for n in counts}
@@ -140,14 +183,21 @@ class Model:
 
         Rows of `length` tokens, padded, or together behind one another (a part of a row, too), maybe behind a common
         prompt. Raises UserError."""
+        tokens = int(prompt + rows * length)
+        short, _, long = lengths = LONG if tokens > PIECE else SHORT
+        if self.flash:
+            one, more, keys = (self.followed(*what) for what in ((short, 1), (long, 1), (short, 1, short)))
+            further, copied = (tokens - short) / (long - short), math.ceil(rows) * prompt / short
+            return tuple(int(a + (b - a) * further + (c - a) * copied) for a, b, c in zip(one, more, keys))
         if self.by_rows:
-            if (whole := max(1, int(rows))) < ROWS:
+            least = max(ROWS, -(-2 * PIECE // length)) if self.pieces and tokens > PIECE else ROWS
+            if (whole := max(1, int(rows))) < least:
                 return self.followed(length, whole, prompt, max(0, round((rows - whole) * length)))
-            few, more = (self.followed(length, n, prompt) for n in (ROWS, 2 * ROWS))
-            return tuple(int(a + (b - a) * (rows / ROWS - 1)) for a, b in zip(few, more))
+            few, more = (self.followed(length, n, prompt) for n in (least, 2 * least))
+            return tuple(int(a + (b - a) * (rows / least - 1)) for a, b in zip(few, more))
         if together:
-            rows, length = 1, int(prompt + rows * length)
-        square, slope, fixed = np.polyfit(LENGTHS, [self.followed(n, 1, -(prompt > 0)) for n in LENGTHS], 2)
+            rows, length = 1, tokens
+        square, slope, fixed = np.polyfit(lengths, [self.followed(n, 1, -(prompt > 0)) for n in lengths], 2)
         return tuple(map(int, fixed + rows * length * (slope + square * length)))
 
     def prefill(self, rows: int, length: int) -> int:
@@ -169,24 +219,33 @@ class Model:
     def follow(self, model, length: int, rows: int, prompt: int = 0, rest: int = 0) -> tuple[int, int, int]:
         """Follow a pass over `rows` rows; none: over a prompt, for a cache.
 
-        prompt: before the rows, all with one mask of ours if below 0. rest: tokens of a further row."""
-        tokens = max(0, prompt) + max(1, rows) * length + rest
-        with self.fake, Live() as live, mock.patch.dict(vars(elementwise), self.one_pass):
+        prompt: before the rows, all with one mask of ours if below 0; of flash attention keys of prompts that are
+        copied. rest: tokens of a further row."""
+        tokens, mask, more = max(1, rows) * length + rest + (0 if self.flash else max(0, prompt)), None, {}
+        packed = PackedRows([], tokens, torch.device("cpu"))
+        give_back()  # buffers of the pass before
+        with (self.fake, Live() as live, mock.patch.dict(vars(elementwise), self.one_pass),
+              mock.patch.dict(vars(block_attention), FLASH if self.flash else {}),
+              mock.patch.dict(vars(offload), {"host_memory": live.host_memory} if self.one_pass else {})):
             ids, places = (torch.empty(1, tokens, dtype=torch.long) for _ in range(2))
             if not rows:
                 mask = None if keeps_state(model) else places  # which such a model looks at
                 with inference(model):
                     hidden_states(model, ids, attention_mask=mask, past_key_values=fresh_cache(model))
                 return 0, live.peak, 0
-            if self.by_rows:
+            if self.by_rows and not self.flash:
                 segments = [Segment(at, min(length, tokens - at), 0, prompt) for at in range(prompt, tokens, length)]
                 segments += [Segment(0, prompt)] if prompt else []
                 hidden = hidden_states(model, ids, position_ids=places, rows=segments)
             else:
-                mask = rows_mask(model, [Segment(0, tokens)], ids.shape, places) if prompt else None
+                if self.flash:
+                    packed.places = torch.empty(tokens + prompt, dtype=torch.int) if prompt else None
+                    mask, more = not_looked_at(model), {"segments": packed}
+                elif prompt:
+                    mask = rows_mask(model, [Segment(0, tokens)], ids.shape, places)
                 with compute_dtype(model):
                     hidden = base_causal_lm(model).base_model(input_ids=ids, position_ids=places, attention_mask=mask,
-                                                              use_cache=False).last_hidden_state
+                                                              use_cache=False, **more).last_hidden_state
                 del mask
             kept, forward, live.peak = live.now, live.peak, live.now
             hidden.sum().backward()

@@ -30,10 +30,10 @@ CONTEXT = GIB // 2  # CUDA's context, cuBLAS's workspace and kernels, outside to
 FRAGMENTATION = 0.06  # of what torch allocates, lost between its blocks or held inside kernels: an assumption
 UNIT, MOST_TOKENS = 256, 1 << 17  # micro_batch_tokens that are proposed: multiples of UNIT, up to MOST_TOKENS
 PREFILL_TOKENS, PLACES, MOST_SEQS = 4096, 64, {"cpu": 128, "cuda": 512}  # of the engine: a prefill, a length, a batch
-COUNTED_BY = ("dtype", "attn", "gradient_checkpointing", "lora_r", "lora_targets", "lora_dropout", "dora", "shard",
-              "compile")
+COUNTED_BY = ("dtype", "attn", "gradient_checkpointing", "offload", "lora_r", "lora_targets", "lora_dropout", "dora",
+              "shard", "compile")
 REMEDIES = (("attn", "eager", "sdpa"), ("gradient_checkpointing", False, True), ("optimizer", "adamw", "adamw8bit"),
-            ("quant", "none", "nf4"))  # option, its value, what takes less memory; what costs least comes first
+            ("offload", False, True), ("quant", "none", "nf4"))  # option, its value, what takes less memory; by cost
 
 
 def nf4_bytes(weights: int) -> int:
@@ -155,6 +155,10 @@ class Planner:
         return sizes, sum(int(share * t.nbytes) for g in model.groups for t in (g.active.a, g.active.b)
                           if t is not None)
 
+    def shapes(self, cfg) -> list[tuple[float, int, int, bool]]:
+        model = self.model(cfg)
+        return shapes(cfg, model.by_rows, keeps_state(model.empty))
+
     def on_card(self, rows: dict[str, int]) -> dict[str, int]:
         assumed = CONTEXT + int(FRAGMENTATION * sum(rows.values()))
         return rows | ({"context and fragmentation (assumed)": assumed} if self.device != "cpu" else {})
@@ -162,7 +166,7 @@ class Planner:
     def training(self, cfg) -> dict[str, int]:
         rows, peak, model = self.stays(cfg, optimizer=True), 0, self.model(cfg)
         text, size = self.config.get_text_config(), self.dtype(cfg).itemsize
-        for many, length, prompt, together in shapes(cfg, model.by_rows, keeps_state(model.empty)):
+        for many, length, prompt, together in self.shapes(cfg):
             kept, forward, backward = model.passes(many, length, prompt, together)
             tokens = int(prompt + many * length)
             # linear_token_loss: scratch; gradient of the hidden states, twice; a chunk's logits, hidden states, sums
@@ -171,6 +175,12 @@ class Planner:
             loss += max(chunks) * (columns * size + text.hidden_size * (4 + size))
             peak = max(peak, forward, backward, kept + loss)
         return self.on_card(rows | {"gradients": rows["adapter"], "activations": peak + self.dequantised(cfg)})
+
+    def in_host_memory(self, cfg) -> int:
+        """Count the bytes of all layers' inputs, which wait there by offload=true."""
+        tokens = max(prompt + many * length for many, length, prompt, _ in self.shapes(cfg))
+        text = self.config.get_text_config()
+        return int(tokens) * text.hidden_size * self.dtype(cfg).itemsize * text.num_hidden_layers
 
     def dequantised(self, cfg) -> int:
         """Count a matrix that is made anew for each of its products, and its group's."""
@@ -223,7 +233,8 @@ class Planner:
         micro_batch_tokens changes no result, so it is lowered first; rows are cut only when every remedy is used."""
         trained, options = {name: stages[name] for name in ("sft", "rlaif")}, {}
         for key, worse, better in ((None,) * 3, *REMEDIES):
-            if key and all(cfg.value(key) != worse for cfg in trained.values()):
+            if key and all(cfg.value(key) != worse or key == "offload" and cfg.model.compile
+                           for cfg in trained.values()):
                 continue
             options |= {key: better} if key else {}
             new = {name: self.fitted(cfg.replace(**options), card) for name, cfg in trained.items()}

@@ -9,7 +9,8 @@
 A judge_adapter counts with the rank that it has, one that the run trains itself with lora_r.
 
 Planned is the worst case: rows of full length that fill micro_batch_tokens, every completion as long as it may be.
-bench/plan.py measures how right that is on a CPU. What a card needs beside the tensors, half a GiB and 6%, is assumed.
+A card is taken to be of sm_80 or later, where attention needs no masks. What offload=true moves to host memory is said
+below the table. bench/plan.py measures how right that is on a CPU. What a card needs beside the tensors, half a GiB and 6%, is assumed.
 """
 import re
 from pathlib import Path
@@ -64,6 +65,10 @@ def plan(recipe: str | None, words: list[str]) -> dict:
     table.add_section()
     table.add_row("together", *(gib(sum(rows.values())) for rows in needs.values()))
     console.print(table, held)
+    for name, cfg in (("SFT", sft), ("RLAIF update", rlaif)):
+        if cfg.optimizer.offload:
+            size = gib(planner.in_host_memory(cfg))
+            console.print(f"{name}: offload=true takes {size} GiB of pinned host memory", soft_wrap=True)
     if any(cfg.model.shard for cfg in stages.values()):
         console.print("shard=true is not counted: of N processes each holds 1/N of the layers' weights", soft_wrap=True)
     if path and changes is not None:

@@ -76,6 +76,13 @@ def test_gradient_checkpointing_changes_nothing(train):
     assert_close(losses(plain), losses(checkpointed), rtol=1e-6)
 
 
+def test_offload_changes_no_bit_and_may_begin_at_a_resume(train):
+    options = {"gradient_checkpointing": True, "lora_dropout": 0.1, "lr_schedule": "constant", "warmup": 0}
+    plain, resumed = train("plain", steps=4, **options)[1], train("resumed", steps=2, **options)[1]
+    train("resumed", steps=4, resume=True, offload=True, **options)
+    assert losses(resumed) == losses(plain) and len(losses(plain)) == 4
+
+
 def test_epochs_give_the_number_of_steps(train):
     assert train(steps=0, epochs=1.5, batch_size=6)[0]["steps"] == 6  # 24 problems
 
