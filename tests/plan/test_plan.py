@@ -272,7 +272,7 @@ def test_apply_writes_a_recipe_that_fits_and_keeps_the_rest(tmp_path, config_dir
 
 
 def test_what_costs_least_is_changed_first(config_dir):
-    """Tokens of a pass, checkpointing, optimizer, host memory, 4-bit weights; rows are cut last; then nothing is left."""
+    """Tokens of a pass, checkpointing, optimizer, host memory, 4-bit weights; rows are cut last; then nothing is."""
     planner = Planner(config_dir, "cuda")
     stages = {name: cls(model=config_dir) for name, cls in STAGES.items()}
     stages["sft"] = stages["sft"].replace(max_len=8192, micro_batch_tokens=16384)
