@@ -78,8 +78,10 @@ def is_option(word: str) -> bool:
     return word.startswith("--") or "=" in word and not os.path.exists(word)
 
 
-def read_recipe(recipe: str | None) -> dict[str, dict[str, Setting]]:
-    """Read the untyped settings of a recipe by section; "": those of the top level."""
+def read_recipe(recipe: str | None, above: tuple[Path, ...] = ()) -> dict[str, dict[str, Setting]]:
+    """Read the untyped settings of a recipe by section; "": those of the top level.
+
+    `like: RECIPE` takes over what the recipe does not set itself. above: those that are like it."""
     if not recipe:
         return {}
     path = find_recipe(recipe)
@@ -103,7 +105,12 @@ def read_recipe(recipe: str | None) -> dict[str, dict[str, Setting]]:
             settings[key] = {k: Setting(scalar_text(n), w) for k, (n, w) in mapping_items(node, path).items()}
         else:
             raise UserError(f"{where}: {key!r} is a section: indent its 'key: value' lines below it")
-    return settings
+    if (like := settings[""].pop("like", None)) is None:
+        return settings
+    if not like.text or find_recipe(like.text) in (*above, path):
+        raise UserError(f"{like.where}: like names another recipe, a file or one of the shipped ones")
+    of_like = read_recipe(like.text, (*above, path))
+    return {name: of_like.get(name, {}) | settings.get(name, {}) for name in {**of_like, **settings}}
 
 
 def find_recipe(recipe: str) -> Path:

@@ -163,6 +163,21 @@ def test_shipped_recipes_are_read(recipe):
         assert load_config(cls, recipe, []).check() == ""
 
 
+def test_a_recipe_takes_over_what_it_does_not_set_from_the_one_it_is_like(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("lora_r: 4\nsft:\n  lr: 1e-3\n  steps: 7\nrlaif:\n  steps: 3\n")
+    second.write_text(f"like: {first}\nlora_r: 8\nsft:\n  steps: 9\n")
+    recipe(tmp_path, f"sft:\n  batch_size: 5\nlike: {second}\n")
+    cfg = load_config(SFTConfig, str(tmp_path / "recipe.yaml"), [])
+    assert (cfg.adapter.lora_r, cfg.optimizer.lr, cfg.steps, cfg.batch_size) == (8, 1e-3, 9, 5)
+    assert load_config(RLAIFConfig, str(tmp_path / "recipe.yaml"), []).steps == 3
+    assert load_config(SFTConfig, recipe(tmp_path, "like: answers\n"), []).data.source == "openai/gsm8k:main"
+    first.write_text(f"like: {second}\n")
+    for text in (f"like: {second}\n", "like:\n", "like: [a]\n"):
+        with pytest.raises(UserError, match="yaml:1: like names another recipe"):
+            load_config(SFTConfig, recipe(tmp_path, text), [])
+
+
 # ---- an option is declared in one place
 
 @dataclass

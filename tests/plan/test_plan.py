@@ -27,7 +27,9 @@ QWEN_14B = {"model_type": "qwen2", "hidden_size": 5120, "intermediate_size": 138
             "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False}
 SIZES = {"Qwen/Qwen2.5-0.5B": 0.494e9, "Qwen/Qwen2.5-Math-1.5B": 1.544e9, "Qwen/Qwen2.5-Math-7B": 7.616e9,
          "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": 14.770e9, "meta-llama/Llama-3.2-1B": 1.236e9,
-         "HuggingFaceTB/SmolLM2-135M": 0.1345e9}  # parameters, from the models' cards
+         "HuggingFaceTB/SmolLM2-135M": 0.1345e9, "Qwen/Qwen3-0.6B": 0.596e9, "Qwen/Qwen3-1.7B": 1.7206e9,
+         "Qwen/Qwen3.5-0.8B": 0.752e9, "Qwen/Qwen3.5-2B": 1.882e9, "HuggingFaceTB/SmolLM3-3B": 3.075e9,
+         "google/gemma-3-1b-it": 0.99989e9, "LiquidAI/LFM2-1.2B": 1.170e9}  # parameters, from the models' cards
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +223,8 @@ def test_14b_holds_rows_of_24_000_tokens_in_24_gib():
     ("qwen2.5-0.5b-8gb", 8), ("deepseek-r1-distill-14b-24gb", 24),
     *(pytest.param(*each, marks=pytest.mark.slow) for each in (
         ("llama-3.2-1b", 12), ("qwen2.5-math-1.5b-12gb", 12), ("qwen2.5-math-7b-16gb", 16),
-        ("qwen2.5-math-7b-24gb", 24)))])
+        ("qwen2.5-math-7b-24gb", 24), ("qwen3-0.6b", 8), ("qwen3-1.7b", 8), ("qwen3.5-0.8b", 8), ("qwen3.5-2b", 8),
+        ("smollm3-3b", 8), ("gemma-3-1b", 8), ("lfm2-1.2b", 8)))])
 def test_recipe_fits_its_card(recipe, card):
     stages = {name: load_config(cls, recipe, []) for name, cls in STAGES.items()}
     planner, rlaif = Planner(stages["sft"].model.name, "cuda"), stages["rlaif"]
