@@ -17,7 +17,7 @@ from minimath.config.schema import JudgeOptions, RLAIFConfig
 from minimath.core.errors import UserError
 from minimath.core.log import RunLog, fmt_duration
 from minimath.core.stats import bootstrap, in_common
-from minimath.eval.metrics import read_records
+from minimath.eval.metrics import read_solutions
 from minimath.judges.base import Judge, Pair, Solution
 from minimath.judges.compare import ask_both, percent, span, tally, won
 
@@ -58,7 +58,7 @@ def judge_compare(words: list[str]) -> dict:
 def records_of(folder: str | Path) -> list[dict]:
     """Read the records of an evaluation, by problem and sample. Raises UserError."""
     try:
-        return sorted(read_records(Path(folder)), key=lambda record: (record["number"], record["sample"]))
+        return sorted(read_solutions(Path(folder)), key=lambda record: (record["number"], record["sample"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: not an evaluation ({type(error).__name__}: {error}); give a folder that minimath "
                         "eval has finished") from None

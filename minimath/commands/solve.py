@@ -15,6 +15,7 @@ from minimath.core.entry import run_command
 from minimath.core.errors import UserError
 from minimath.core.log import printable
 from minimath.core.run import keep_freed_memory
+from minimath.data.template import begins_in_thought, behind_thought
 from minimath.eval.budget import limited_stream
 from minimath.grading.answer import final_answer
 from minimath.grading.steps import check_steps
@@ -66,7 +67,8 @@ def solve(problem: str, cfg: EvalConfig, policy: Policy, engine) -> None:
     prompt = policy.prompt_ids(problem)
     if len(prompt) > cfg.prompt.max_prompt_len:
         raise UserError(f"the problem has {len(prompt)} tokens, max_prompt_len={cfg.prompt.max_prompt_len}: raise that")
-    shown, started, samples = Shown(), time.perf_counter(), {}
+    thinks = begins_in_thought(policy.tokenizer, prompt)
+    shown, started, samples = Shown(thinks), time.perf_counter(), {}
     live = cfg.samples == 1 and not cfg.thinking_budget  # what runs then is the rest of a completion
     print()
     for finished in limited_stream(engine, cfg.thinking_budget, [prompt], cfg.samples):
@@ -81,20 +83,20 @@ def solve(problem: str, cfg: EvalConfig, policy: Policy, engine) -> None:
         answer = printable(str(None if sample.cut_thinking else final_answer(sample.text, sample.finished)))
         thought = f", {sample.thought} of thought" if sample.thought else ""
         print(f"answer: {answer} ({sample.tokens} tokens{thought}{cut}{speed})", flush=True)
-        shown = Shown()
+        shown = Shown(thinks)
 
 
 class Shown:
-    """A solution on the terminal, as far as it is written."""
+    """A solution on the terminal, as far as it is written. thinks: it begins inside a thought."""
 
-    def __init__(self):
-        self.count = 0  # characters shown
+    def __init__(self, thinks: bool = False):
+        self.count, self.thinks = 0, thinks  # characters shown
 
     def add(self, text: str) -> None:
-        """Show what is new in `text`, and behind each complete line whether its arithmetic holds."""
+        """Show what is new in `text`, and behind each complete line that is no thought whether its arithmetic holds."""
         text = text.rstrip("\ufffd")  # half of a character in UTF-8 waits
         while (end := text.find("\n", self.count)) >= 0:
-            steps = check_steps(text[text.rfind("\n", 0, end) + 1:end])
+            steps = check_steps(behind_thought(text[:end], self.thinks).rpartition("\n")[2])
             mark = "" if not steps.total else "  [correct]" if steps.right == steps.total else "  [WRONG]"
             print(printable(text[self.count:end]) + mark)
             self.count = end + 1

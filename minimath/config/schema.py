@@ -158,7 +158,7 @@ class EngineOptions:
     max_num_seqs: int = 0
     """sequences decoded side by side; 0: as many as memory allows"""
     stop_boxed: bool = False
-    """a closed \\boxed{...} ends a completion, as the end token does"""
+    """a closed \\boxed{...} behind the thought ends a completion, as the end token does"""
     loop_guard: int = 0
     """cut a completion whose last N tokens repeat a piece four times or more; 0: off"""
     vllm_url: str = ""

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from minimath.data.examples import Example
-from minimath.data.template import CLOSE
+from minimath.data.template import CLOSE, behind_thought
 from minimath.grading.steps import StepCount, check_steps
 
 
@@ -43,9 +43,14 @@ class Sample:
         return not self.finished and 0 < self.thought == self.tokens and not self.text.rstrip().endswith(CLOSE)
 
     @cached_property
+    def solution(self) -> str:
+        """The text behind its thought: what judges read, and whose steps count."""
+        return behind_thought(self.text, begun=0 < self.thought == self.tokens)
+
+    @cached_property
     def steps(self) -> StepCount:
-        """The arithmetic steps of the text."""
-        return check_steps(self.text)
+        """The arithmetic steps of the solution."""
+        return check_steps(self.solution)
 
 
 @dataclass(eq=False)

@@ -115,6 +115,19 @@ def split_thought(text: str) -> tuple[str, str]:
     return (before.rpartition(OPEN)[2].strip(), after.strip()) if end else ("", text.strip())
 
 
+def behind_thought(text: str, begun: bool = False) -> str:
+    """Return what stands behind the thought of a completion: "" while it goes on, all where there is none.
+
+    begun: the completion begins inside a thought. It ends once: what follows its end is no thought, tags or not."""
+    _, end, answer = text.partition(CLOSE)
+    return answer if end else "" if begun or text.lstrip().startswith(OPEN) else text
+
+
+def begins_in_thought(tokenizer, prompt: list[int]) -> bool:
+    """Tell whether a completion of a prompt begins inside a thought."""
+    return is_open(tokenizer.decode(prompt[-16:]))  # enough for a tag of several tokens
+
+
 def thought_of(message: dict) -> tuple[str, str]:
     """Return thought and answer of an assistant's message, both stripped."""
     if "reasoning_content" in message:

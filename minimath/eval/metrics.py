@@ -13,6 +13,7 @@ from minimath.core.files import write_whole
 from minimath.core.run_folder import COMPLETIONS, EVAL
 from minimath.core.stats import bootstrap, pass_at, wilson
 from minimath.core.text import comma_list
+from minimath.data.template import behind_thought
 from minimath.grading.answer import AnswerChecker
 
 COLUMNS = ["model", "accuracy", "95% interval", "mean tokens", "tokens per correct", "correct steps", "finished"]
@@ -96,3 +97,14 @@ def read_records(folder: Path) -> list[dict]:
     """Read the records of a complete evaluation. OSError when there are none."""
     lines = (folder / COMPLETIONS).read_text(encoding="utf-8").split("\n")  # other line ends may be text
     return [json.loads(line) for line in lines if line]
+
+
+def read_solutions(folder: Path) -> list[dict]:
+    """Read the records as judges see them: their text is what stands behind the thought. OSError as above."""
+    return [record | {"text": record["text"][thought_chars(record):]} for record in read_records(folder)]
+
+
+def thought_chars(record: dict) -> int:
+    """Count the characters of a record's text up to the end of its thought."""
+    text = record["text"]
+    return len(text) - len(behind_thought(text, record.get("thought_tokens") == record["tokens"]))

@@ -21,10 +21,14 @@ _ENDS = re.compile(r"(?<=[.;!?])(?=\s)|(?=\n)")
 
 @dataclass(frozen=True)
 class Solution:
-    """A text that no policy sampled here, as a judge reads a Sample."""
+    """What a judge reads: of a Sample the text behind its thought; tokens: of both."""
     text: str
     correct: bool
     tokens: int
+
+    @classmethod
+    def of(cls, sample: Sample) -> "Solution":
+        return cls(sample.solution, sample.correct, sample.tokens)
 
     @functools.cached_property
     def steps(self) -> StepCount:
@@ -37,8 +41,8 @@ class Pair(NamedTuple):
 
     kind: the fault of the second one, where it is known to be worse."""
     problem: str
-    first: Sample | Solution
-    second: Sample | Solution
+    first: Solution
+    second: Solution
     nonce: str = ""
     kind: str = ""
 
@@ -128,7 +132,7 @@ class HeuristicJudge(Judge):
     name = "heuristic"
 
     def compare(self, pairs: list[Pair]) -> list[float | None]:
-        def merit(solution: Sample | Solution) -> tuple[bool, float, int]:
+        def merit(solution: Solution) -> tuple[bool, float, int]:
             right, total = solution.steps
             return solution.correct, right / total if total else 0.0, -solution.tokens
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from minimath.config.schema import JudgeOptions
 from minimath.core.errors import UserError
-from minimath.data.sample import Group, Sample
-from minimath.judges.base import HeuristicJudge, Judge, Pair
+from minimath.data.sample import Group
+from minimath.judges.base import HeuristicJudge, Judge, Pair, Solution
 from minimath.judges.cache import ReplyCache, cache_folder
 from minimath.judges.compare import ask_both, both_orders, choose_pairs, percent, tally, win_probabilities
 from minimath.judges.endpoint import EndpointJudge, is_fault
@@ -59,18 +59,18 @@ def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | N
     return [wins_of(*each) for each in zip(groups, contests, results)], stats
 
 
-def different(group: Group) -> dict[str, Sample]:
-    """The first correct sample of each text."""
-    texts: dict[str, Sample] = {}
+def different(group: Group) -> dict[str, Solution]:
+    """The first correct solution of each text."""
+    texts: dict[str, Solution] = {}
     for sample in group.samples:
         if sample.correct:
-            texts.setdefault(sample.text.strip(), sample)
+            texts.setdefault(sample.solution.strip(), Solution.of(sample))
     return texts
 
 
-def wins_of(group: Group, texts: dict[str, Sample], results: list[tuple[int, int, float]]) -> list[float | None]:
+def wins_of(group: Group, texts: dict[str, Solution], results: list[tuple[int, int, float]]) -> list[float | None]:
     """Give each sample the wins of its text; None for wrong ones."""
-    own = [sample.text.strip() if sample.correct else None for sample in group.samples]
+    own = [sample.solution.strip() if sample.correct else None for sample in group.samples]
     wins = dict(zip(texts, win_probabilities(len(texts), results, [own.count(text) for text in texts])))
     return [wins.get(text) for text in own]
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from minimath.data.chat import IGNORE, Encoded, final_text
 from minimath.data.examples import Example
+from minimath.data.template import behind_thought
 from minimath.grading.answer import answer_end
 from minimath.grading.steps import equations
 from minimath.judges.attack import ATTACKS, bare_prompt, load_attacks, plant
@@ -45,7 +46,7 @@ class Solved(NamedTuple):
 
     def worked(self) -> str:
         """The data's solution, with its answer as the policy gives it; "" without one."""
-        return self.example.solution and final_text(self.example.solution, self.example.answer)
+        return self.example.solution and behind_thought(final_text(self.example.solution, self.example.answer))
 
 
 class Lessons:

@@ -80,10 +80,10 @@ def rollout_pairs(groups: list[Group], limit: int = 16) -> list[Pair]:
     pairs = []
     for group in groups:
         mixed = [(a, b) for a in group.samples if a.correct
-                 for b in group.samples if not b.correct and b.text.strip()]
+                 for b in group.samples if not b.correct and b.solution.strip()]
         if mixed:
             right, wrong = min(mixed, key=lambda pair: abs(pair[0].tokens - pair[1].tokens))
-            pairs.append(Pair(group.example.problem, right, wrong, kind="rollout"))
+            pairs.append(Pair(group.example.problem, Solution.of(right), Solution.of(wrong), kind="rollout"))
     return pairs[:limit]
 
 

@@ -18,7 +18,7 @@ from minimath.core import run_folder as folder
 from minimath.core.errors import UserError
 from minimath.core.files import read_json, write_whole
 from minimath.core.stats import paired
-from minimath.eval.metrics import COLUMNS, read_records, table_row
+from minimath.eval.metrics import COLUMNS, read_records, table_row, thought_chars
 from minimath.eval.suite import suite_table
 from minimath.grading.steps import check_steps
 from minimath.judges.card import CARD
@@ -187,10 +187,14 @@ def spread(items: list, count: int) -> list:
     return (front + rest[::max(1, len(rest) // (count - len(front)))])[:count]
 
 
-def marked_lines(text: str) -> list[tuple[str, bool | None]]:
-    """Split a solution into lines; with each whether its steps hold, None without any."""
-    lines = text[:LONGEST].split("\n")
-    return [(line, correct == total if total else None) for line in lines for correct, total in [check_steps(line)]]
+def marked_lines(record: dict) -> list[tuple[str, bool | None]]:
+    """Split a record's text into lines; with each whether its steps hold, None without any, or in a thought."""
+    lines, left = [], thought_chars(record)
+    for line in record["text"][:LONGEST].split("\n"):
+        correct, total = check_steps(line[max(0, left):])
+        lines.append((line, correct == total if total else None))
+        left -= len(line) + 1
+    return lines
 
 
 # escapes whatever is put in, and takes a missing name for an error

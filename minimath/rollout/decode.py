@@ -218,7 +218,8 @@ class Decode:
             for token in recent[len(recent) - new:] if new <= len(recent) else self.ids[i, count - new:count].tolist():
                 row.known.append(token)
                 place = len(row.known)
-                row.boxed = (self.box is not None and self.box.may_close(token) and self.box.closed(row.known))
+                row.boxed = (self.box is not None and self.box.may_close(token)
+                             and self.box.closed(row.known, row.job.prompt))
                 if row.boxed or guard and place >= guard and place % 16 == 0 and in_loop(row.known[-guard:]):
                     self.count[i], self.alive[i], table[i][0] = place, False, 0
                     break

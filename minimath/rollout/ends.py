@@ -3,6 +3,7 @@ import functools
 
 import torch
 
+from minimath.data.template import begins_in_thought, behind_thought
 from minimath.grading.answer import boxes
 
 
@@ -29,7 +30,7 @@ def closing_ids(tokenizer) -> frozenset[int]:
 
 
 class BoxWatch:
-    """Tells when a completion has closed a \\boxed{...}; decodes only when it can have."""
+    """Tells when a completion has closed a \\boxed{...} behind its thought; decodes only when it can have."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.closing = tokenizer, closing_ids(tokenizer)
@@ -37,8 +38,9 @@ class BoxWatch:
     def may_close(self, token: int) -> bool:
         return token in self.closing
 
-    def closed(self, ids: list[int]) -> bool:
-        return bool(boxes(self.tokenizer.decode(ids, skip_special_tokens=True)))
+    def closed(self, ids: list[int], prompt: list[int]) -> bool:
+        text = self.tokenizer.decode(ids)  # with special tokens: the tags may be some
+        return bool(boxes(behind_thought(text, begins_in_thought(self.tokenizer, prompt))))
 
 
 def in_loop(ids: list[int]) -> bool:

@@ -43,7 +43,7 @@ from minimath.data.batch import stream_indices
 from minimath.data.chat import Encoded
 from minimath.data.examples import Example, describe_report, load_examples
 from minimath.eval.evaluate import evaluate
-from minimath.eval.metrics import by_problem, read_records
+from minimath.eval.metrics import by_problem, read_solutions
 from minimath.judges.card import JudgeCard, write_card
 from minimath.judges.known import problem_hash
 from minimath.judges.lessons import Lessons, Solved
@@ -174,7 +174,7 @@ def own_solutions(cfg: JudgeConfig, examples: list[Example]) -> list[Solved]:
     finally:
         gc.collect()  # its model goes before the next one loads
         torch.cuda.empty_cache()
-    groups = by_problem(read_records(out / ROLLOUTS))
+    groups = by_problem(read_solutions(out / ROLLOUTS))
     return [Solved(example, groups.get(number, [])) for number, example in enumerate(examples)]
 
 

@@ -133,5 +133,6 @@ class JudgeRefresh:
 
 def record_of(sample) -> dict:
     """Give what a lesson needs of a sample, as json holds it."""
-    return {"text": sample.text, "correct": sample.correct, "finished": sample.finished, "answer": answer_of(sample),
-            "tokens": sample.tokens, "correct_steps": sample.steps.right, "steps": sample.steps.total}
+    return {"text": sample.solution, "correct": sample.correct, "finished": sample.finished,
+            "answer": answer_of(sample), "tokens": sample.tokens, "correct_steps": sample.steps.right,
+            "steps": sample.steps.total}

@@ -89,7 +89,7 @@ class JudgeReward(Reward):
     def rewards(self, group: Group) -> list[float]:
         lengths = brevity(group.samples, self.control.options, self.max_new_tokens)
         for sample, length in zip(group.samples, lengths, strict=True):
-            sample.parts = {"judge": sample.win, "brevity": length, "format": format_score(sample.text)}
+            sample.parts = {"judge": sample.win, "brevity": length, "format": format_score(sample.solution)}
         rewards = [self.reward_of(sample) for sample in group.samples]
         of_wrong = [r for r, s in zip(rewards, group.samples, strict=True) if not s.correct]
         assert all(r > max(of_wrong, default=-math.inf) for r, s in zip(rewards, group.samples) if s.correct), rewards

@@ -102,7 +102,7 @@ class Verifier(contextlib.AbstractContextManager):
 
     def grades(self, groups: list[Group], answers: list[list[str]]) -> list[list[float | None]]:
         """Ask the judge once about each text of a problem; None where nothing is asked or told."""
-        due = {(g, i): asked(group.example.problem, sample.text) for g, group in enumerate(groups)
+        due = {(g, i): asked(group.example.problem, sample.solution) for g, group in enumerate(groups)
                for i, sample in enumerate(group.samples)
                if self.kind == "majority+judge" or self.kind == "judge" and sample.finished and answers[g][i]}
         questions, started = list(dict.fromkeys(due.values())), time.monotonic()

@@ -23,6 +23,13 @@ def test_a_solution_in_pieces_is_shown_whole_with_a_mark_behind_each_checked_lin
                                        "So \u00e9t\u00e9: \\boxed{11}\n")
 
 
+@pytest.mark.parametrize("thinks, before", [(False, "<think>\n"), (True, "")])
+def test_lines_of_a_thought_get_no_marks(capsys, thinks, before):
+    shown = Shown(thinks)
+    shown.add(f"{before}2 + 3 = 6?\n2 + 3 = 5.\n</think>\n2 + 3 = 5.\n")
+    assert capsys.readouterr().out == f"{before}2 + 3 = 6?\n2 + 3 = 5.\n</think>\n2 + 3 = 5.  [correct]\n"
+
+
 def test_half_a_character_waits_and_control_characters_are_not_sent(capsys):
     shown = Shown()
     shown.add("caf\ufffd")

@@ -1,16 +1,26 @@
 """Thought and answer are counted apart, and a box in a thought that was cut is no answer."""
+import json
+
 import pytest
 from thinking import CHATML, QWEN3, R1, thinker
 from tiny import tiny_tokenizer
 
-from minimath.config.schema import EvalConfig, PromptOptions
+from minimath.config.schema import EvalConfig, JudgeOptions, PromptOptions, RewardOptions
 from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
 from minimath.eval.evaluate import grade
-from minimath.eval.metrics import summarise
+from minimath.eval.metrics import COMPLETIONS, read_solutions, summarise
 from minimath.grading.answer import AnswerChecker
+from minimath.judges.base import HeuristicJudge, Solution
+from minimath.judges.judge import judge_groups
+from minimath.judges.lessons import Solved
+from minimath.judges.pairs import rollout_pairs
 from minimath.models.policy import Policy
-from minimath.train.brevity import BrevityOptions, brevity
+from minimath.report.page import marked_lines
+from minimath.rollout.ends import BoxWatch
+from minimath.train.brevity import BrevityControl, BrevityOptions, brevity
+from minimath.train.refresh import record_of
+from minimath.train.rewards import JudgeReward
 from minimath.train.rollouts import rollout_metrics
 from minimath.train.verifier import Verifier
 
@@ -86,3 +96,69 @@ def test_rollouts_tell_them_apart_and_brevity_can_count_the_thought_alone():
     assert (told["rollout/thought_tokens"], told["rollout/answer_tokens"]) == (5, 20)
     short.thought = 0
     assert "rollout/thought_tokens" not in rollout_metrics([], [Group(Example("p"), [1], [short, long])], Engine)
+
+
+# ---- who looks at steps, boxes and solutions looks behind the thought
+
+THOUGHT, ANSWER = "2 + 3 = 6? \\boxed{6} no, 2 + 3 = 5\n</think>", "\n\n2 + 3 = 5 \\boxed{5}"
+
+
+@pytest.mark.parametrize("template, begins", [(QWEN3, "<think>\n"), (R1, "")])
+def test_steps_are_counted_behind_the_thought_and_records_tell_judges_no_thought(template, begins, checker, tmp_path):
+    tokenizer, example = thinker(template), Example("2+3?", "", "5")
+    whole = completion(tokenizer, begins + THOUGHT + ANSWER)
+    endless = completion(tokenizer, begins + THOUGHT.removesuffix("</think>"))
+    assert (whole.solution, whole.steps) == (ANSWER, (1, 1)) and (endless.solution, endless.steps) == ("", (0, 0))
+    plain = completion(tokenizer, "2 + 3 = 5", thinking="off" if template == QWEN3 else "auto")
+    assert plain.solution == ("2 + 3 = 5" if template == QWEN3 else "")
+    records = [grade(n, 0, example, sample, checker) for n, sample in enumerate((whole, endless))]
+    assert [(r["correct_steps"], r["steps"]) for r in records] == [(1, 1), (0, 0)]
+    (tmp_path / COMPLETIONS).write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert [r["text"] for r in read_solutions(tmp_path)] == [ANSWER, ""] and record_of(whole)["text"] == ANSWER
+    marks = [[sound for line, sound in marked_lines(r) if "=" in line] for r in records]
+    assert marks == [[None, True], [None]]
+
+
+def test_a_tag_that_comes_again_hides_no_step():
+    sample = completion(thinker(QWEN3), "<think>\nhm\n</think>\n2 + 3 = 6\n<think>\n</think>\n\\boxed{6}")
+    assert sample.steps == (0, 1) and "2 + 3 = 6" in sample.solution
+
+
+@pytest.mark.parametrize("template, begins", [(QWEN3, "<think>\n"), (R1, ""), (CHATML, None)])
+def test_a_box_in_a_thought_stops_no_completion(template, begins):
+    tokenizer = thinker(template)
+    watch, asked = BoxWatch(tokenizer), tokenizer.apply_chat_template(
+        [{"role": "user", "content": "2+3?"}], tokenize=False, add_generation_prompt=True)
+    prompt, text = tokenizer(asked)["input_ids"], (begins or "") + THOUGHT + ANSWER
+
+    def closed(text, prompt=prompt):
+        return watch.closed(tokenizer(text, add_special_tokens=False)["input_ids"], prompt)
+    assert closed(text) and closed(text.partition("</think>")[0]) == (begins is None)
+    assert not closed(text.removesuffix("}")) and closed("so \\boxed{5}") == (template != R1)
+    forced = tokenizer(asked + text.partition("</think>")[0] + "</think>")["input_ids"]  # as thinking_budget= does
+    assert closed("so \\boxed{5}", forced)
+
+
+def test_judges_read_no_thought():
+    """Nor of the data; of two that differ in their thoughts alone no question is asked, and the format is that of the answer."""
+    tokenizer, asked = thinker(QWEN3), []
+
+    class Asked(HeuristicJudge):
+        def compare(self, pairs):
+            asked.extend(pairs)
+            return super().compare(pairs)
+    texts = ["<think>\na\n</think>" + ANSWER, "<think>\nlonger b\n</think>" + ANSWER, "<think>\nc\n</think>\\boxed{5}"]
+    group = Group(Example("2+3?", "", "5"), [1], [completion(tokenizer, text) for text in texts])
+    for sample in group.samples:
+        sample.correct = True
+    judge_groups(Asked(JudgeOptions()), [group])
+    assert len(asked) == 2 and {s.text for pair in asked for s in (pair.first, pair.second)} == {ANSWER, "\\boxed{5}"}
+    assert Solution.of(group.samples[0]).tokens == group.samples[0].tokens
+    assert Solved(Example("2+3?", texts[0], "5"), []).worked() == ANSWER
+    group.samples[2].correct = False
+    [pair] = rollout_pairs([group])
+    assert (pair.first.text, pair.second.text) == (ANSWER, "\\boxed{5}")
+    in_thought = completion(tokenizer, "<think>\n\\boxed{5}\n</think>\n5")
+    group.samples.append(in_thought)
+    JudgeReward(RewardOptions(), 100, None, BrevityControl(BrevityOptions())).rewards(group)
+    assert [sample.parts["format"] for sample in group.samples] == [1, 1, 1, 0]

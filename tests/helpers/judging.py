@@ -18,6 +18,10 @@ class Fixed(NamedTuple):
     steps: StepCount = StepCount(1, 1)
     tokens: int = 10
 
+    @property
+    def solution(self) -> str:
+        return self.text
+
 
 class FakeJudge(Judge):
     """compare(pairs) is the function given; `heard` is what it said."""

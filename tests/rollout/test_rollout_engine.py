@@ -104,7 +104,7 @@ def test_a_closed_box_ends_a_completion(llama):
     model, tokenizer = llama
     watch = BoxWatch(tokenizer)
     box = tokenizer.encode(" \\boxed{7}")
-    assert watch.closed(box) and not watch.closed(box[:-1]) and any(map(watch.may_close, box))
+    assert watch.closed(box, []) and not watch.closed(box[:-1], []) and any(map(watch.may_close, box))
 
     class Scripted(BoxWatch):
         """Takes any completion that holds token 60 for one that closes its box: a random model writes none."""
@@ -112,7 +112,7 @@ def test_a_closed_box_ends_a_completion(llama):
         def may_close(self, token):
             return token == 60
 
-        def closed(self, ids):
+        def closed(self, ids, prompt):
             return 60 in ids
 
     free = sampled(llama, eos=[], samples=8)
@@ -132,7 +132,7 @@ def test_the_watch_reads_boxes_that_span_tokens(llama):
     watch = BoxWatch(tokenizer)
     for text, closed in (("so \\boxed{\\frac{1}{2}}", True), ("so \\boxed{\\frac{1}{2}", False),
                          ("\\boxed{}", False), ("{a} + {b}", False)):
-        assert watch.closed(tokenizer.encode(text)) == closed
+        assert watch.closed(tokenizer.encode(text), []) == closed
 
 
 def test_loops_are_seen_from_four_turns_on():
@@ -159,7 +159,7 @@ def test_the_loop_guard_cuts_a_completion_and_marks_it_as_not_finished(llama):
 @pytest.mark.parametrize("options", [{"loop_guard": 32, "temperature": 0.2}, {"stop_boxed": True}])
 def test_early_ends_do_not_depend_on_the_batch_or_on_when_the_host_looks(llama, monkeypatch, options, fixed):
     monkeypatch.setattr(BoxWatch, "may_close", lambda self, token: token == 60)
-    monkeypatch.setattr(BoxWatch, "closed", lambda self, ids: 60 in ids)
+    monkeypatch.setattr(BoxWatch, "closed", lambda self, ids, prompt: 60 in ids)
     told = []
     for slots, sync in ((16, 1), (3, 1), (16, 4), (5, 4)):
         monkeypatch.setitem(decoding.SYNC, "cpu", sync)
@@ -242,7 +242,7 @@ def test_what_out_of_memory_taught_is_the_engines_state(llama, monkeypatch):
 def test_out_of_memory_between_looks_loses_no_end(llama, monkeypatch, call):
     """Rows that ended, or closed their box, in the steps before are over: they do not go on from a prefill."""
     monkeypatch.setattr(BoxWatch, "may_close", lambda self, token: token in (60, 70, 80))
-    monkeypatch.setattr(BoxWatch, "closed", lambda self, ids: ids[-1] in (60, 70, 80))
+    monkeypatch.setattr(BoxWatch, "closed", lambda self, ids, prompt: ids[-1] in (60, 70, 80))
     whole = sampled(llama, samples=4, max_num_seqs=16, stop_boxed=True)
     monkeypatch.setitem(decoding.SYNC, "cpu", 4)
     failing = Failing(decoding.Decode.run_step, {call})
@@ -256,7 +256,7 @@ def test_out_of_memory_between_looks_loses_no_end(llama, monkeypatch, call):
 def test_out_of_memory_where_looks_come_late_loses_no_end(llama, monkeypatch, call):
     """A row that closed its box, and went on to its end token before anyone looked, ends with its box."""
     monkeypatch.setattr(BoxWatch, "may_close", lambda self, token: token % 7 == 0)
-    monkeypatch.setattr(BoxWatch, "closed", lambda self, ids: ids[-1] % 7 == 0)
+    monkeypatch.setattr(BoxWatch, "closed", lambda self, ids, prompt: ids[-1] % 7 == 0)
     options = {"samples": 4, "max_num_seqs": 16, "stop_boxed": True, "eos": list(range(20, 120))}
     whole = sampled(llama, **options)
     monkeypatch.setattr(slot_layers, "FIXED_SHAPES", ("cpu",))
