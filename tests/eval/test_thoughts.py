@@ -140,7 +140,7 @@ def test_a_box_in_a_thought_stops_no_completion(template, begins):
 
 
 def test_judges_read_no_thought():
-    """Nor of the data; of two that differ in their thoughts alone no question is asked, and the format is that of the answer."""
+    """Nor of the data. Of two that differ in their thoughts alone no question is asked."""
     tokenizer, asked = thinker(QWEN3), []
 
     class Asked(HeuristicJudge):
