@@ -4,8 +4,6 @@
 ones. `reward=paper` is the paper's stage 2 (arXiv 2507.08267 section 3.2), without a judge. `reward=python:module.fn`,
 or a callable, is the user's own. All lengths are in tokens, and every minimum and maximum is taken over one group.
 """
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable
@@ -18,11 +16,11 @@ from minimath.config.rl_options import BrevityOptions, RewardOptions
 from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
 from minimath.core.errors import UserError
-from minimath.data.sample import Group, Sample
+from minimath.data.sample import Group
 from minimath.grading.answer import extract_answer
 from minimath.judges.judge import Judge, judge_groups, make_judge
 from minimath.models.policy import Policy
-from minimath.train.brevity import BrevityControl, brevity, minmax
+from minimath.train.brevity import BrevityControl, brevity, cosine, minmax
 
 PENALTY_SHARE = 0.2  # of max_new_tokens, over which overlong=penalty grows
 SUMS = ("comparisons", "no_votes", "skipped", "fallbacks", "seconds")  # of the judge's calls of a step
@@ -30,39 +28,55 @@ MEANS = ("position_bias", "order_conflicts")  # weighted by the questions asked
 
 
 class Reward:
-    """Gives every sample of a group its reward and the parts that it is made of."""
+    """Gives every sample of a group its reward and the parts that it is made of.
 
-    def __init__(self, options: RewardOptions, max_new_tokens: int, control: BrevityControl | None = None):
-        self.options, self.max_new_tokens = options, max_new_tokens
+    This one gives nothing: a teacher alone speaks."""
+
+    def __init__(self, options: RewardOptions, max_new_tokens: int, judge: Judge | None = None,
+                 control: BrevityControl | None = None):
+        self.options, self.max_new_tokens, self.judge_of, self.stats = options, max_new_tokens, judge, []
         self.control = control or BrevityControl(BrevityOptions())
 
     def score(self, groups: list[Group]) -> None:
         """Set reward, win and parts of all samples."""
         if dist.is_main():  # a judge's call costs, and a user's function may throw dice; all get its result
-            self.judge(groups)
+            if self.judge_of:
+                self.judge(groups)
             for group in groups:
-                self.score_group(group)
+                rewards = self.rewards(group)
+                if self.options.overlong == "penalty":
+                    penalty = overlong_penalty([s.tokens for s in group.samples], self.max_new_tokens)
+                    rewards = penalised(rewards, [s.correct for s in group.samples], penalty)
+                for sample, reward in zip(group.samples, rewards, strict=True):
+                    sample.reward = reward
         for group, scored in zip(groups, dist.broadcast(groups), strict=True):
             group.samples = scored.samples
 
     def judge(self, groups: list[Group]) -> None:
-        """Set the win probabilities of all groups; only some rewards have a judge."""
-
-    def score_group(self, group: Group) -> None:
-        rewards, samples = self.rewards(group), group.samples
-        if self.options.overlong == "penalty":
-            penalty = overlong_penalty([s.tokens for s in samples], self.max_new_tokens)
-            rewards = penalised(rewards, [s.correct for s in samples], penalty)
-        for sample, reward in zip(samples, rewards, strict=True):
-            sample.reward = reward
+        """Set the win probabilities of all groups."""
+        wins, stats = judge_groups(self.judge_of, groups)
+        self.stats.append(stats)
+        for group, of_group in zip(groups, wins, strict=True):
+            for sample, win in zip(group.samples, of_group, strict=True):
+                sample.win = win
 
     def rewards(self, group: Group) -> list[float]:
         """One reward per sample, without the penalty of overlong ones; sets the parts."""
-        raise NotImplementedError
+        return [0.0] * len(group.samples)
 
     def metrics(self) -> dict:
         """Figures of the judge since the last call; of process 0 alone."""
-        return {}
+        judged, self.stats = self.stats, []
+        if not judged:
+            return {}
+        metrics = {name: sum(s[name] for s in judged) for name in SUMS}
+        for name in dict.fromkeys(name for s in judged for name in s["counts"]):  # of an endpoint: faults, cost
+            metrics[name.replace(" ", "_")] = sum(s["counts"].get(name, 0) for s in judged)
+        asked = max(1, metrics["comparisons"])
+        for name in MEANS:
+            metrics[name] = sum(s[name] * s["comparisons"] for s in judged) / asked
+        metrics["error"] = next((s["error"] for s in judged if s["error"]), "")
+        return {f"judge/{name}": value for name, value in metrics.items()}
 
 
 class JudgeReward(Reward):
@@ -73,47 +87,17 @@ class JudgeReward(Reward):
     {0, 1}: `format_score`. The bounds of the weights keep every correct sample above every wrong one. With
     brevity_scale=apart l_i is no part of R_i: `set_advantages` adds it."""
 
-    def __init__(self, options: RewardOptions, max_new_tokens: int, judge: Judge | None, control=None):
-        super().__init__(options, max_new_tokens, control)
-        self.judge_of, self.stats = judge, []
-
-    def judge(self, groups: list[Group]) -> None:
-        if self.judge_of is None:
-            return
-        wins, stats = judge_groups(self.judge_of, groups)
-        self.stats.append(stats)
-        for group, of_group in zip(groups, wins, strict=True):
-            for sample, win in zip(group.samples, of_group, strict=True):
-                sample.win = win
-
     def rewards(self, group: Group) -> list[float]:
-        lengths = brevity(group.samples, self.control.options, self.max_new_tokens)
-        for sample, length in zip(group.samples, lengths, strict=True):
-            sample.parts = {"judge": sample.win, "brevity": length, "format": format_score(sample.solution)}
-        rewards = [self.reward_of(sample) for sample in group.samples]
+        options, brevity_weight = self.options, self.control.weight - self.control.advantage_weight
+        lengths, rewards = brevity(group.samples, self.control.options, self.max_new_tokens), []
+        for s, length in zip(group.samples, lengths, strict=True):
+            s.parts = {"judge": s.win, "brevity": length, "format": format_score(s.solution)}
+            judged = 0.0 if s.win is None else options.judge_weight * (2.0 * min(1.0, max(0.0, s.win)) - 1.0)
+            correct = 1.0 + judged + brevity_weight * length if s.correct else 0.0
+            rewards.append(correct + options.format_weight * s.parts["format"])
         of_wrong = [r for r, s in zip(rewards, group.samples, strict=True) if not s.correct]
         assert all(r > max(of_wrong, default=-math.inf) for r, s in zip(rewards, group.samples) if s.correct), rewards
         return rewards
-
-    def reward_of(self, sample: Sample) -> float:
-        o, parts = self.options, sample.parts
-        brevity_weight = self.control.weight - self.control.in_advantage()
-        judged = 0.0 if sample.win is None else o.judge_weight * (2.0 * min(1.0, max(0.0, sample.win)) - 1.0)
-        correct = 1.0 + judged + brevity_weight * parts["brevity"] if sample.correct else 0.0
-        return correct + o.format_weight * parts["format"]
-
-    def metrics(self) -> dict:
-        judged, self.stats = [stats for stats in self.stats if stats], []
-        if not judged:
-            return {}
-        metrics = {name: sum(s.get(name, 0) for s in judged) for name in SUMS}
-        for name in dict.fromkeys(name for s in judged for name in s.get("counts", {})):  # of an endpoint: faults, cost
-            metrics[name.replace(" ", "_")] = sum(s.get("counts", {}).get(name, 0) for s in judged)
-        asked = max(1, metrics["comparisons"])
-        for name in MEANS:
-            metrics[name] = sum(s.get(name, 0.0) * s["comparisons"] for s in judged) / asked
-        metrics["error"] = next((s["error"] for s in judged if s["error"]), "")
-        return {f"judge/{name}": value for name, value in metrics.items()}
 
 
 class PaperReward(Reward):
@@ -123,17 +107,10 @@ class PaperReward(Reward):
 
     def rewards(self, group: Group) -> list[float]:
         tokens, correct = [s.tokens for s in group.samples], [s.correct for s in group.samples]
-        cosines = cosine_reward(tokens, correct, max_tokens=self.max_new_tokens)
-        for sample, cosine, length in zip(group.samples, cosines, length_reward(tokens, correct), strict=True):
-            sample.parts = {"format": format_score(sample.text), "cosine": cosine, "length": length}
+        waves = cosine_reward(tokens, correct, max_tokens=self.max_new_tokens)
+        for sample, wave, length in zip(group.samples, waves, length_reward(tokens, correct), strict=True):
+            sample.parts = {"format": format_score(sample.text), "cosine": wave, "length": length}
         return [sum(sample.parts.values()) for sample in group.samples]
-
-
-class NoReward(Reward):
-    """Rewards nothing: a teacher alone speaks."""
-
-    def rewards(self, group: Group) -> list[float]:
-        return [0.0] * len(group.samples)
 
 
 class HookReward(Reward):
@@ -174,7 +151,7 @@ def make_reward(cfg: RLAIFConfig, judge: Judge | None) -> Reward:
     if cfg.reward.name == "judge":
         return JudgeReward(cfg.reward, longest, judge if cfg.judges_rewards() else None, BrevityControl(cfg.brevity))
     control = BrevityControl(replace(cfg.brevity, scale="together", control="none"))  # no length term to weigh
-    return {"paper": PaperReward, "none": NoReward}.get(cfg.reward.name, HookReward)(cfg.reward, longest, control)
+    return {"paper": PaperReward, "none": Reward}.get(cfg.reward.name, HookReward)(cfg.reward, longest, None, control)
 
 
 def part_metrics(groups: list[Group]) -> dict:
@@ -195,19 +172,14 @@ def format_score(text: str) -> float:
     return float(extract_answer(text.partition("</think>")[0], strict=True) is not None)
 
 
-def cosine_reward(tokens: list[int], correct: list[bool], *, max_tokens: int, correct_range=(0.1, 1.0),
-                  wrong_range=(-1.0, -0.1)) -> list[float]:
+def cosine_reward(tokens: list[int], correct: list[bool], *, max_tokens: int) -> list[float]:
     """Score accuracy as a cosine over length; arXiv 2502.03373.
 
-    With t = min(1, n / max_tokens), a correct sample gets low + (high - low) (1 + cos(pi t)) / 2 over correct_range, a
-    wrong one high + (low - high) (1 + cos(pi t)) / 2 over wrong_range: giving up early must not pay. The ranges are the
-    paper's, whose max_tokens was 30,000, counted in characters."""
-    rewards = []
-    for n, ok in zip(tokens, correct, strict=True):
-        at_end, at_zero = correct_range if ok else reversed(wrong_range)
-        wave = math.cos(math.pi * min(1.0, n / max_tokens))
-        rewards.append(at_end + (at_zero - at_end) * (1.0 + wave) / 2.0)
-    return rewards
+    With t = min(1, n / max_tokens), a correct sample falls from 1 to 0.1 as (1 + cos(pi t)) / 2 does, a wrong one rises
+    from -1 to -0.1: giving up early must not pay. The ranges are the paper's, whose max_tokens was 30,000, counted in
+    characters."""
+    at_zero, at_end = np.where(correct, 1.0, -1.0), np.where(correct, 0.1, -0.1)
+    return (at_end + (at_zero - at_end) * (1.0 + cosine(np.array(tokens), max_tokens)) / 2.0).tolist()
 
 
 def length_reward(tokens: list[int], correct: list[bool]) -> list[float]:

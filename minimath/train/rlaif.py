@@ -68,7 +68,7 @@ def rlaif(cfg: RLAIFConfig) -> dict:
                 with step.timed("rollout"):
                     kept, seen = collect_groups(cfg, engine, sampler, verifier, reward)
                 step.log(rollout_metrics(kept, seen, engine), verifier.metrics(), reward.metrics(), sampler.metrics(),
-                         canary.metrics(step, kept), brevity.metrics(seen, trainer.best.newest))
+                         canary.metrics(step, kept), brevity.follow(seen, trainer.best.newest))
                 if kept and step.due(cfg.run.sample_every):
                     show_group(kept[0], step.number, trainer.log)
                 with step.timed("update"):
@@ -90,7 +90,7 @@ def collect_groups(cfg: RLAIFConfig, engine, sampler: ProblemSampler, verifier: 
         sampler.record(drawn, groups)
         reward.score(groups)
         set_advantages(groups, cfg.loss.scale_advantage, lambda sample: in_loss(sample, cfg),
-                       reward.control.in_advantage())
+                       reward.control.advantage_weight)
         taken += [problem.index for problem in drawn]
         seen += groups
         kept += [group for group in groups if group.has_signal()

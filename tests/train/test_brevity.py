@@ -12,7 +12,7 @@ from minimath.core.errors import UserError
 from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
 from minimath.train.advantages import set_advantages
-from minimath.train.brevity import FIRST_STEPS, BrevityControl, Mean, brevity
+from minimath.train.brevity import FIRST_STEPS, BrevityControl, brevity, recent, shares
 from minimath.train.rewards import make_reward
 
 LONGEST = 400
@@ -97,7 +97,7 @@ def scored(**options):
     group = Group(Example("1 + 1?", answer="2"), [1], samples_of())
     reward = make_reward(cfg, None)
     reward.score([group])
-    set_advantages([group], cfg.loss.scale_advantage, lambda sample: True, reward.control.in_advantage())
+    set_advantages([group], cfg.loss.scale_advantage, lambda sample: True, reward.control.advantage_weight)
     return group.samples
 
 
@@ -157,14 +157,14 @@ def run_control(shares, evaluations=(), **options):
         before = [(at, accuracy) for at, accuracy in evaluations if at < step]
         newest = {"step": before[-1][0], "accuracy": before[-1][1], "problems": 100,
                   "highest": max(accuracy for _, accuracy in before)} if before else None
-        control.metrics(groups_of(share), newest)
+        control.follow(groups_of(share), newest)
         weights.append(control.weight)
     return control, weights
 
 
 def test_a_constant_weight_is_constant_and_says_nothing():
     control = BrevityControl(BrevityOptions(weight=0.3, control="none"))
-    assert control.metrics(groups_of(0.5), None) == {} and control.weight == 0.3
+    assert control.follow(groups_of(0.5), None) == {} and control.weight == 0.3
 
 
 def test_the_weight_rises_step_by_step_to_its_most_while_accuracy_holds():
@@ -184,9 +184,9 @@ def test_a_lucky_step_lifts_neither_weight_nor_reference_far():
     control, weights = BrevityControl(BrevityOptions(control="accuracy", weight=0.4)), []
     for step in range(13):  # half of the problems at 3/4, half at 1/4
         groups = groups_of(1.0) if step == 6 else groups_of(0.75, problems=4) + groups_of(0.25, problems=4)
-        control.metrics(groups, None)
+        reference = control.follow(groups, None)["brevity/reference"]
         weights.append(control.weight)
-    assert control.long.value < 0.56 and max(np.diff(weights)) <= 0.04 + 1e-12 and min(np.diff(weights)) >= 0
+    assert reference < 0.56 and max(np.diff(weights)) <= 0.04 + 1e-12 and min(np.diff(weights)) >= 0
 
 
 def test_noise_within_a_standard_error_does_not_move_it_down():
@@ -195,7 +195,7 @@ def test_noise_within_a_standard_error_does_not_move_it_down():
     for _ in range(200):
         groups = [groups_of(share, problems=1)[0] for share in rng.integers(0, 9, 8) / 8]
         before = control.weight
-        control.metrics(groups, None)
+        control.follow(groups, None)
         falls += control.weight < before
     assert falls < 20
 
@@ -206,16 +206,14 @@ def test_after_a_lucky_beginning_the_weight_rises_all_the_same():
     rng, control = np.random.default_rng(1), BrevityControl(BrevityOptions(control="accuracy", weight=0.2))
     for share in (0.58, 0.77, 0.36, 0.34, 0.34, 0.34, 0.61, 0.41, 0.47, 0.47, 0.45, 0.45, 0.59, 0.5, 0.6, 0.6):
         spread = np.clip(share + rng.permutation([-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4]), 0, 1)
-        control.metrics([groups_of(each, problems=1)[0] for each in spread], None)
+        control.follow([groups_of(each, problems=1)[0] for each in spread], None)
     assert control.weight > 0.1
 
 
-def test_a_mean_is_that_of_its_weights():
-    values, mean = [0.2, 0.9, 0.4, 0.6], Mean(0.7)
-    for value in values:
-        mean.add(value)
-    assert mean.value == pytest.approx(np.dot(values, mean.weights())) and mean.weights().sum() == pytest.approx(1)
-    assert mean.weights()[0] / mean.weights()[1] == pytest.approx(0.7)
+def test_a_recent_mean_is_that_of_its_shares():
+    values, of_each = [0.2, 0.9, 0.4, 0.6], shares(4, 0.7)
+    assert recent(values, 0.7) == pytest.approx(np.dot(values, of_each)) and of_each.sum() == pytest.approx(1)
+    assert of_each[0] / of_each[1] == pytest.approx(0.7)
 
 
 def test_an_evaluation_a_margin_below_the_highest_takes_half_once_and_holds_until_another_is_not():
@@ -232,7 +230,7 @@ def test_undecided_groups_say_nothing_of_accuracy():
     groups = groups_of(0.5)
     for group in groups:
         group.decided = False
-    assert control.metrics(groups, None)["brevity/accuracy"] is None and control.steps == 0
+    assert control.follow(groups, None)["brevity/accuracy"] is None and control.solved == []
 
 
 def test_a_controller_that_goes_on_from_its_state_is_the_same_and_its_state_is_json():
@@ -242,7 +240,7 @@ def test_a_controller_that_goes_on_from_its_state_is_the_same_and_its_state_is_j
     again = BrevityControl(BrevityOptions(control="accuracy"))
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for share in shares[4:]:
-        again.metrics(groups_of(share), {"step": 2, "accuracy": 0.7, "problems": 100, "highest": 0.7})
+        again.follow(groups_of(share), {"step": 2, "accuracy": 0.7, "problems": 100, "highest": 0.7})
     assert again.state_dict() == whole.state_dict()
     lower = BrevityControl(BrevityOptions(control="accuracy", weight=0.001))
     lower.load_state_dict(whole.state_dict())

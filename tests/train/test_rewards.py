@@ -112,7 +112,7 @@ def test_the_judge_compares_the_correct_samples_of_all_groups_at_once_and_its_fi
 
 
 def test_judge_figures_of_the_rounds_of_a_step_are_added_up_and_means_weighted_by_the_questions():
-    same = {"no_votes": 1, "skipped": 2, "seconds": 0.5, "order_conflicts": 0.1}
+    same = {"no_votes": 1, "skipped": 2, "fallbacks": 0, "seconds": 0.5, "order_conflicts": 0.1}
     rounds = [same | {"comparisons": n, "position_bias": bias, "error": error, "counts": {"time outs": 2} if n else {}}
               for n, bias, error in ((30, 0.2, ""), (10, -0.2, "down"), (0, 9.0, ""))]
     reward = JudgeReward(RewardOptions(), 400, None)
