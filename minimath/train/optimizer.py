@@ -11,7 +11,7 @@ import torch
 from minimath.config.schema import OptimizerOptions
 from minimath.core import dist
 from minimath.core.errors import UserError, is_out_of_memory
-from minimath.core.state import optimizer_state, restore_optimizer, restore_rng, rng_state
+from minimath.core.state import on_cpu, optimizer_state, restore_optimizer, restore_rng, rng_state
 from minimath.core.threads import follow_load
 from minimath.models.memory import give_back
 from minimath.models.policy import Policy
@@ -22,6 +22,9 @@ MOST_HALVINGS = 3  # of micro_batch_tokens in a run: what does not fit in an eig
 BEAR_ON_MEMORY = ("micro_batch_tokens", "model", "device", "dtype", "quant", "attn", "compile", "optimizer", "lora_r",
                   "gradient_checkpointing", "offload", "packing", "max_len", "max_new_tokens", "shard")
 
+INTACT = ("earlier checkpoints are intact: try a lower lr, max_grad_norm=1, a longer warmup, dtype=bf16 or fp32, then "
+          "resume=true")
+
 Closure = Callable[[list[int], dict], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -29,12 +32,10 @@ class Optimizer:
     """Trains the adapter by AdamW, with loss scale, memory retry and clipping."""
 
     def __init__(self, policy: Policy, cfg, say: Callable[[str], None]):
-        self.policy, self.options, self.say = policy, cfg.optimizer, say
-        self.params = policy.params
+        self.cfg, self.say, self.params = cfg, say, policy.params
         self.inner = make_optimizer(self.params, cfg.optimizer)
         self.scale = LossScale(policy.model)
-        self.budget = MicroBatchBudget(cfg, self.params, say)
-        self.retry_on_oom = self.budget.retry_on_oom
+        self.micro_batch_tokens, self.halved = cfg.optimizer.micro_batch_tokens, 0  # of a forward pass; in this run
         self.lr = cfg.optimizer.lr  # of the next step; the trainer follows the schedule
         self.bad = self.skipped = 0  # steps that were not finite: in a row, and of the run
         self.taken = 0  # steps since the last commit
@@ -61,8 +62,8 @@ class Optimizer:
 
         sums = self.retry_on_oom(forward_backward, batch.lengths)
         dist.all_reduce_gradients(self.params)
-        norm, stepped = clip_and_step(self.inner, self.params, self.options.max_grad_norm, self.lr,
-                                      scale=self.scale.value, sums=sums)
+        norm, stepped = clip_and_step(self.inner, self.params, self.cfg.optimizer.max_grad_norm, self.lr,
+                                      scale=self.scale.value, read=sums.read)
         self.taken += 1
         return sums.totals | self._count(norm, stepped, sums.totals["loss"])
 
@@ -78,132 +79,15 @@ class Optimizer:
         self.skipped += not stepped
         if self.bad >= BAD_STEPS:
             raise UserError(f"loss or gradient was not finite in {self.bad} steps in a row; they changed no weight and "
-                            "earlier checkpoints are intact: try a lower lr, dtype=bf16 or fp32, a longer warmup, then "
-                            "resume=true")
+                            f"{INTACT}")
         if self.bad:
             self.say(f"loss or gradient is not finite, no weight was changed ({self.bad} such in a row; {BAD_STEPS} "
                      "end the run)")
         return {"optim/lr": self.lr, "optim/grad_norm": norm, "optim/stepped": float(stepped),
                 "optim/skipped": self.skipped}
 
-    def commit(self) -> None:
-        """Take the weights as they are: what roll_back goes back to."""
-        self.taken = 0
-        if self.several:
-            self.before = ([p.detach().to("cpu", copy=True) for p in self.params], optimizer_state(self.inner))
-
-    @torch.no_grad()
-    def roll_back(self) -> bool:
-        """Go back to the last commit; whether the weights are those of it."""
-        if self.taken and self.before is not None:
-            weights, (tensors, meta) = self.before
-            for p, weight in zip(self.params, weights, strict=True):
-                p.copy_(weight)
-            restore_optimizer(self.inner, tensors, meta, where="the last step")
-            self.taken = 0
-        return self.taken == 0
-
-    def state_dict(self) -> dict:
-        """Counts and scales; the moments are saved as tensors, by checkpoint.py."""
-        return {"bad": self.bad, "skipped": self.skipped, "scale": self.scale.value, "good": self.scale.good,
-                "budget": self.budget.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.bad, self.skipped = state["bad"], state["skipped"]
-        self.scale.value, self.scale.good = state["scale"], state["good"]
-        self.budget.load_state_dict(state["budget"])
-
-
-class Sums:
-    """The loss and figures of a step's micro-batches, on their device until the step needs them.
-
-    Sums are fp64, in the order of the micro-batches, as Python would add them up."""
-
-    def __init__(self, count: int = 1):
-        self.count, self.names, self.values = count, (), None
-        self.totals: dict[str, float] = {}  # after `read`: of all processes
-
-    def add(self, loss: torch.Tensor, figures: dict[str, torch.Tensor]) -> None:
-        """Add a micro-batch: its loss as it is, its figures divided by the count."""
-        wide = torch.float32 if loss.device.type == "mps" else torch.float64  # which has no fp64
-        new = torch.stack([loss, *figures.values()]).to(wide)
-        new[1:] /= self.count
-        self.values = new + (torch.zeros_like(new) if self.values is None else self.values)
-        self.names = ("loss", *figures)
-
-    def read(self, norm: torch.Tensor) -> float:
-        """Take over the totals; return the norm of the gradient, NaN where the loss is not finite."""
-        if self.values is not None:
-            *values, norm = torch.cat([self.values, norm.to(self.values)[None]]).tolist()  # all in one copy
-            self.totals = dict(zip(self.names, values, strict=True))
-        self.totals = dist.all_reduce_sum(self.totals)
-        return float(norm) if math.isfinite(self.totals.get("loss", 0.0)) else math.nan
-
-
-def make_optimizer(params: Iterable[torch.nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
-    """Make AdamW over what requires a gradient; vectors get no weight decay.
-
-    Raises UserError when nothing is trainable or bitsandbytes is needed and missing."""
-    trained = [p for p in params if p.requires_grad]
-    if not trained:
-        raise UserError("no parameter requires a gradient: nothing to train; check lora_targets")
-    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
-    groups = [{"params": group, "weight_decay": decay}
-              for group, decay in ((matrices, options.weight_decay), (vectors, 0.0)) if group]
-    adam = {"lr": options.lr, "betas": (0.9, 0.999), "eps": 1e-8}
-    if options.name == "adamw":  # over 420 small tensors a step takes 0.24 s in the default loop, 0.003 s fused
-        return torch.optim.AdamW(groups, fused=all(p.device.type in ("cpu", "cuda") for p in trained), **adam)
-    try:
-        from bitsandbytes import optim
-    except (ImportError, OSError, RuntimeError) as error:  # without its native library: the latter
-        raise UserError(f"optimizer={options.name} needs bitsandbytes, which can't be imported ({error}); use "
-                        "optimizer=adamw, or: pip install bitsandbytes") from None
-    return getattr(optim, BITSANDBYTES[options.name])(groups, **adam)
-
-
-@torch.no_grad()
-def clip_and_step(optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Parameter], max_grad_norm: float,
-                  lr: float, scale: float = 1.0, sums: Sums | None = None) -> tuple[float, bool]:
-    """Clip the gradients to max_grad_norm > 0, step with lr, and clear them.
-
-    scale: what the loss was multiplied by (LossScale); the gradients are divided by it first. sums: read with the norm,
-    the one read of a step, since a loss that is not finite can have a finite gradient, which means nothing. Returns
-    (fp32 gradient norm before clipping, NaN when the loss is not finite; whether a step was taken): with a non-finite
-    norm, or no gradient, weights and optimiser state stay bitwise as they were. Raises UserError when memory is too
-    small for the optimiser's state."""
-    params = list(params)
-    grads = [p.grad for p in params if p.grad is not None]
-    if scale != 1.0 and grads:
-        torch._foreach_div_(grads, scale)
-    norm = torch.nn.utils.get_total_norm([g.float() for g in grads])  # () fp32; no copy if fp32
-    grad_norm = (sums or Sums()).read(norm)
-    stepped = bool(grads) and math.isfinite(grad_norm)
-    if stepped:
-        if max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(params, max_grad_norm, norm)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        try:
-            optimizer.step()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError("memory is too small for the optimiser's state; try optimizer=paged_adamw8bit, a lower "
-                            "lora_r or fewer lora_targets") from error
-    for p in params:
-        p.grad = None
-    return grad_norm, stepped
-
-
-class MicroBatchBudget:
-    """Bounds the tokens of a forward pass: halved when memory runs out, for good."""
-
-    def __init__(self, cfg, params, say: Callable[[str], None]):
-        self.cfg, self.params, self.say = cfg, params, say
-        self.micro_batch_tokens, self.halved = cfg.optimizer.micro_batch_tokens, 0
-
     def retry_on_oom(self, work: Callable[[int], object], lengths: list[int]):
-        """Call work, and again with half of micro_batch_tokens when memory runs out.
+        """Call work with micro_batch_tokens, and again with half of them, for good, when memory runs out.
 
         The gradient is cleared and the random generators are set back: the result is that of a step which
         began with fewer tokens. lengths: tokens of each row. Raises UserError, with the settings to try, after
@@ -222,28 +106,137 @@ class MicroBatchBudget:
                 param.grad = None
             restore_rng(*generators)
             give_back()
-            self._halve(lengths)
+            most = min(self.micro_batch_tokens, sum(lengths))  # a pass that held the whole step held no more
+            if self.halved >= MOST_HALVINGS or most <= max(lengths):
+                raise UserError(f"out of memory with micro_batch_tokens={self.micro_batch_tokens}, after {self.halved} "
+                                f"halvings; the longest row has {max(lengths)} tokens. Try "
+                                f"{settings_to_try(self.cfg)}, then resume=true")
+            self.micro_batch_tokens, self.halved = most // 2, self.halved + 1
+            self.say(f"out of memory with {most} tokens in a forward pass: going on with "
+                     f"micro_batch_tokens={most // 2}, which gives the same gradient in smaller pieces")
 
-    def _halve(self, lengths: list[int]) -> None:
-        most = min(self.micro_batch_tokens, sum(lengths))  # a pass that held the whole step held no more
-        if self.halved >= MOST_HALVINGS or most <= max(lengths):
-            raise UserError(f"out of memory with micro_batch_tokens={self.micro_batch_tokens}, after {self.halved} "
-                            f"halvings; the longest row has {max(lengths)} tokens. Try {settings_to_try(self.cfg)}, "
-                            "then resume=true")
-        self.micro_batch_tokens, self.halved = most // 2, self.halved + 1
-        self.say(f"out of memory with {most} tokens in a forward pass: going on with micro_batch_tokens={most // 2}, "
-                 "which gives the same gradient in smaller pieces")
+    # ---- weights and moments
+
+    def snapshot(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """Copy weights and moments: tensors on the CPU, and what `restore` needs besides."""
+        moments, numbers = optimizer_state(self.inner)
+        weights = on_cpu({f"weight.{i}": p for i, p in enumerate(self.params)})
+        return weights | {f"moment.{name}": value for name, value in moments.items()}, numbers
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, torch.Tensor], numbers: dict, where: str) -> None:
+        """Invert `snapshot`. UserError, naming `where`, for that of another optimizer."""
+        for i, p in enumerate(self.params):
+            p.copy_(tensors[f"weight.{i}"])
+        moments = {name.removeprefix("moment."): value for name, value in tensors.items() if name.startswith("moment.")}
+        restore_optimizer(self.inner, moments, numbers, where=where)
+
+    def commit(self) -> None:
+        """Take the weights as they are: what roll_back goes back to."""
+        self.taken, self.before = 0, self.snapshot() if self.several else None
+
+    def roll_back(self) -> bool:
+        """Go back to the last commit; whether the weights are those of it."""
+        if self.taken and self.before:
+            self.restore(*self.before, where="the last step")
+            self.taken = 0
+        return self.taken == 0
 
     def state_dict(self) -> dict:
-        return {"micro_batch_tokens": self.micro_batch_tokens, "halved": self.halved, "options": self._options()}
+        """Counts, scales and what was learned of the memory; the checkpoint has weights and moments besides."""
+        budget = {"micro_batch_tokens": self.micro_batch_tokens, "halved": self.halved, "options": self._of_memory()}
+        return {"bad": self.bad, "skipped": self.skipped, "scale": self.scale.value, "good": self.scale.good,
+                "budget": budget}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what was learned, unless options that bear on memory changed."""
-        if state["options"] == self._options():
-            self.micro_batch_tokens, self.halved = state["micro_batch_tokens"], state["halved"]
+        self.bad, self.skipped, budget = state["bad"], state["skipped"], state["budget"]
+        self.scale.value, self.scale.good = state["scale"], state["good"]
+        if budget["options"] == self._of_memory():  # else it may fit
+            self.micro_batch_tokens, self.halved = budget["micro_batch_tokens"], budget["halved"]
 
-    def _options(self) -> dict:
+    def _of_memory(self) -> dict:
         return {name: value for name, value in self.cfg.to_dict().items() if name in BEAR_ON_MEMORY}
+
+
+class Sums:
+    """The loss and figures of a step's micro-batches, on their device until the step needs them.
+
+    Sums are fp64, in the order of the micro-batches, as Python would add them up."""
+
+    def __init__(self, count: int):
+        self.count, self.names, self.values = count, (), None
+        self.totals: dict[str, float] = {}  # after `read`: of all processes
+
+    def add(self, loss: torch.Tensor, figures: dict[str, torch.Tensor]) -> None:
+        """Add a micro-batch: its loss as it is, its figures divided by the count."""
+        wide = torch.float32 if loss.device.type == "mps" else torch.float64  # which has no fp64
+        new = torch.stack([loss, *figures.values()]).to(wide)
+        new[1:] /= self.count
+        self.values = new + (torch.zeros_like(new) if self.values is None else self.values)
+        self.names = ("loss", *figures)
+
+    def read(self, norm: torch.Tensor) -> float:
+        """Take over the totals; return the norm of the gradient, NaN where the loss is not finite.
+
+        A loss that is not finite can have a finite gradient, which means nothing."""
+        if self.values is not None:
+            *values, norm = torch.cat([self.values, norm.to(self.values)[None]]).tolist()  # all in one copy
+            self.totals = dict(zip(self.names, values, strict=True))
+        self.totals = dist.all_reduce_sum(self.totals)
+        return float(norm) if math.isfinite(self.totals.get("loss", 0.0)) else math.nan
+
+
+def make_optimizer(params: Iterable[torch.nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
+    """Make AdamW over what requires a gradient; vectors get no weight decay.
+
+    Raises UserError when nothing is trainable or bitsandbytes is needed and missing."""
+    trained = [p for p in params if p.requires_grad]
+    if not trained:
+        raise UserError("no parameter requires a gradient: nothing to train; check lora_targets")
+    groups = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": options.weight_decay},
+              {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    adam = {"lr": options.lr, "betas": (0.9, 0.999), "eps": 1e-8}
+    if options.name == "adamw":  # over 420 small tensors a step takes 0.24 s in the default loop, 0.003 s fused
+        return torch.optim.AdamW(groups, fused=all(p.device.type in ("cpu", "cuda") for p in trained), **adam)
+    try:
+        from bitsandbytes import optim
+    except (ImportError, OSError, RuntimeError) as error:  # without its native library: the latter
+        raise UserError(f"optimizer={options.name} needs bitsandbytes, which can't be imported ({error}); use "
+                        "optimizer=adamw, or: pip install bitsandbytes") from None
+    return getattr(optim, BITSANDBYTES[options.name])(groups, **adam)
+
+
+@torch.no_grad()
+def clip_and_step(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], max_grad_norm: float, lr: float,
+                  scale: float = 1.0, read: Callable[[torch.Tensor], float] = float) -> tuple[float, bool]:
+    """Clip the gradients to max_grad_norm > 0, step with lr, and clear them.
+
+    scale: what the loss was multiplied by (LossScale); the gradients are divided by it first. read: takes the norm ()
+    off the device, the one read of a step. Returns (fp32 gradient norm before clipping, as read; whether a step was
+    taken): with a non-finite norm, or no gradient, weights and optimiser state stay bitwise as they were. Raises
+    UserError when memory is too small for the optimiser's state."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if scale != 1.0 and grads:
+        torch._foreach_div_(grads, scale)
+    norm = torch.nn.utils.get_total_norm([g.float() for g in grads])  # () fp32; no copy if fp32
+    grad_norm = read(norm)
+    stepped = bool(grads) and math.isfinite(grad_norm)
+    if stepped:
+        if max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(params, max_grad_norm, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        try:
+            optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError("memory is too small for the optimiser's state; try optimizer=paged_adamw8bit, a lower "
+                            "lora_r or fewer lora_targets") from error
+    for p in params:
+        p.grad = None
+    return grad_norm, stepped
 
 
 def settings_to_try(cfg) -> str:
@@ -284,6 +277,5 @@ def check_finite(params: Iterable[torch.nn.Parameter], optimizer: torch.optim.Op
     tensors = [*params, *(value for state in optimizer.state.values() for value in state.values()
                           if torch.is_tensor(value) and value.is_floating_point())]
     if not math.isfinite(float(torch.nn.utils.get_total_norm([t for t in tensors if t.numel()], math.inf))):
-        raise UserError("the adapter's weights or the optimiser's state hold NaN or infinities, so they are not saved; "
-                        "earlier checkpoints are intact: try a lower lr, max_grad_norm=1, dtype=bf16 or fp32, then "
-                        "resume=true")
+        raise UserError("the adapter's weights or the optimiser's state hold NaN or infinities, so they are not "
+                        f"saved; {INTACT}")

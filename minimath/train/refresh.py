@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
 from minimath.core.checkpoint import save_adapter
 from minimath.core.errors import Interrupted, UserError
-from minimath.core.state import optimizer_state, restore_optimizer, stream_seed
+from minimath.core.state import stream_seed
 from minimath.data.batch import step_indices
 from minimath.data.examples import Example
 from minimath.data.sample import Group
@@ -40,31 +38,30 @@ class JudgeRefresh:
         self.every, self.steps, self.size = cfg.judge.refresh, cfg.judge.refresh_steps, cfg.prompts_per_step
         self.policy, self.judge, self.say, self.seed, self.done = policy, judge, say, cfg.run.seed, 0
         self.newest: list[dict] = []  # problem and records of each group
+        self.learnt: set[str] = set()  # hashes of problems
         if self.every:
-            self.held_out, self.learnt = {problem_hash(problem) for problem, *_ in judge.card.pairs}, set()
+            self.held_out = {problem_hash(problem) for problem, *_ in judge.card.pairs}
             self.params = [p for name, p in policy.model.named_parameters() if f".{JUDGE}." in name]
             self.lessons = Lessons(judge.form, judge.reader, LONGEST, seed=cfg.run.seed)
             with self.training():
                 self.optimizer = Optimizer(policy, cfg.replace(lr=cfg.judge.refresh_lr, updates_per_rollout=1), say)
-                self.optimizer.lr = cfg.judge.refresh_lr
-            self.take_state()
+            self.state = self.optimizer.snapshot()  # a copy: what a checkpoint holds must not change under it
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Let the judge's adapter train inside, and nothing else."""
         trains = [(p, p.requires_grad) for p in self.policy.model.parameters()]
+        own = set(self.params)
         try:
             with adapter_named(self.policy.model, JUDGE):
                 for p, _ in trains:
-                    p.requires_grad_(False)
-                for p in self.params:
-                    p.requires_grad_(True)
+                    p.requires_grad_(p in own)
                 yield
         finally:
             for p, does in trains:
                 p.requires_grad_(does)
 
-    def metrics(self, step, groups: list[Group]) -> dict:
+    def learn(self, step, groups: list[Group]) -> dict:
         """Take in a step's groups; where a refresh is due, train, and return its loss."""
         if not self.every:
             return {}
@@ -73,47 +70,35 @@ class JudgeRefresh:
                         if group.decided and problem_hash(group.example.problem) not in self.held_out]
         if not step.due(self.every) or not self.newest:
             return {}
-        solved = [Solved(Example(each["problem"]), each["records"]) for each in self.newest]
-        sets = self.lessons.sets(solved)
+        sets = self.lessons.sets([Solved(Example(each["problem"]), each["records"]) for each in self.newest])
         metrics = {}
         with self.training():
             for number in range(self.steps if sets else 0):
                 chosen = step_indices(number, len(sets), self.size, stream_seed(self.seed, self.done) % 2**31)
                 metrics = learn(self.policy, self.optimizer, self.judge.form, [sets[i] for i in chosen])
         self.learnt |= {problem_hash(each["problem"]) for each in self.newest}
-        self.newest, self.done = [], self.done + 1
-        self.take_state()
+        self.newest, self.done, self.state = [], self.done + 1, self.optimizer.snapshot()
         return {"judge/refresh_loss": metrics["loss"], "judge/refresh_rows": sum(map(len, sets))} if metrics else {}
-
-    def take_state(self) -> None:
-        """Copy weights and moments: what a checkpoint holds must not change under it."""
-        moments, self.numbers = optimizer_state(self.optimizer.inner)
-        self.tensors = {f"weight.{i}": p.detach().to("cpu", copy=True) for i, p in enumerate(self.params)}
-        self.tensors |= {f"moment.{name}": value for name, value in moments.items()}
 
     def state_dict(self) -> dict:
         if not self.every:
             return {}
-        return {"newest": self.newest, "done": self.done, "learnt": sorted(self.learnt), "numbers": self.numbers,
-                "tensors": self.tensors, "optimizer": self.optimizer.state_dict()}
+        tensors, numbers = self.state
+        return {"newest": self.newest, "done": self.done, "learnt": sorted(self.learnt), "numbers": numbers,
+                "tensors": tensors, "optimizer": self.optimizer.state_dict()}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
+        if not self.every and state.get("done"):
+            self.say("judge_refresh=0: the judge is that of judge_adapter again, not what it learnt in "
+                     f"{state['done']} refreshes of this run; judge_adapter=RUN/judge has that")
         if not self.every or not state:
-            if state.get("done"):
-                self.say("judge_refresh=0: the judge is that of judge_adapter again, not what it learnt in "
-                         f"{state['done']} refreshes of this run; judge_adapter=RUN/judge has that")
             return
-        if [p.shape for p in self.params] != [w.shape for name, w in state["tensors"].items() if name[:6] == "weight"]:
+        self.state = state["tensors"], state["numbers"]
+        if [p.shape for p in self.params] != [w.shape for name, w in self.state[0].items() if name[:6] == "weight"]:
             raise UserError("judge_adapter is not the one that this run has refreshed so far: give that, or a new out=")
-        self.newest, self.done, tensors = state["newest"], state["done"], state["tensors"]
-        self.learnt = set(state["learnt"])
-        for i, p in enumerate(self.params):
-            p.copy_(tensors[f"weight.{i}"])
-        moments = {name.removeprefix("moment."): value for name, value in tensors.items() if name.startswith("moment.")}
-        restore_optimizer(self.optimizer.inner, moments, state["numbers"], where="the judge's state")
+        self.newest, self.done, self.learnt = state["newest"], state["done"], set(state["learnt"])
+        self.optimizer.restore(*self.state, where="the judge's state")
         self.optimizer.load_state_dict(state["optimizer"])
-        self.take_state()
 
     @contextlib.contextmanager
     def saved_in(self, run_dir: Path) -> Iterator[None]:

@@ -73,7 +73,7 @@ def rlaif(cfg: RLAIFConfig) -> dict:
                     show_group(kept[0], step.number, trainer.log)
                 with step.timed("update"):
                     step.log(update(cfg, policy, trainer.optimizer, kept, seen, teacher))
-                step.log(refresh.metrics(step, seen))
+                step.log(refresh.learn(step, seen))
                 step.warn(monitor.check(step.metrics))
     return trainer.summary()
 

@@ -82,7 +82,7 @@ def test_stopped_between_refreshes_and_right_after_one_and_resumed_equals_unbrok
         rl_judged("broken", folder, resume=True, **options)
     assert len(metrics(broken)) == 3
     with monkeypatch.context() as patch:        # and in the refresh of step 4: right after it
-        before_call(patch, JudgeRefresh, "metrics", 1, ctrl_c)
+        before_call(patch, JudgeRefresh, "learn", 1, ctrl_c)
         rl_judged("broken", folder, resume=True, **options)
     assert len(metrics(broken)) == 4
     rl_judged("broken", folder, resume=True, **options)
@@ -173,7 +173,7 @@ def test_nothing_of_the_policy_changes(refreshed, form):
     def state():
         return {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
     before, active, generator = state(), active_adapters(model), torch.get_rng_state()
-    assert {"judge/refresh_loss", "judge/refresh_rows"} == set(refresh.metrics(step(), [group()]))
+    assert {"judge/refresh_loss", "judge/refresh_rows"} == set(refresh.learn(step(), [group()]))
     after = state()
     changed = {name for name in before if not torch.equal(before[name][0], after[name][0])}
     assert changed and all(".judge." in name for name in changed)
@@ -188,20 +188,20 @@ def test_what_trains_is_as_before_when_a_refresh_fails(refreshed, monkeypatch):
     before, active = policy.trainable(), active_adapters(policy.model)
     monkeypatch.setattr(refresh_file, "learn", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        refresh.metrics(step(), [group()])
+        refresh.learn(step(), [group()])
     assert policy.trainable() == before and active_adapters(policy.model) == active
 
 
 def test_groups_are_kept_until_a_refresh_is_due_and_undecided_ones_teach_nothing(refreshed):
     refresh, _, _ = refreshed(every=2)
     weights = [p.detach().clone() for p in refresh.params]
-    assert refresh.metrics(step(1), [group("a"), group("b", decided=False)]) == {}
+    assert refresh.learn(step(1), [group("a"), group("b", decided=False)]) == {}
     assert [each["problem"] for each in refresh.newest] == ["a"]
-    assert refresh.metrics(step(2), [group("c", decided=False)])["judge/refresh_rows"] == 4
+    assert refresh.learn(step(2), [group("c", decided=False)])["judge/refresh_rows"] == 4
     assert refresh.newest == [] and refresh.done == 1
     assert any(not torch.equal(a, b) for a, b in zip(weights, refresh.params))
     weights = [p.detach().clone() for p in refresh.params]
-    assert refresh.metrics(step(4), [group("d", decided=False)]) == {} and refresh.done == 1
+    assert refresh.learn(step(4), [group("d", decided=False)]) == {} and refresh.done == 1
     assert all(torch.equal(a, b) for a, b in zip(weights, refresh.params))
 
 
@@ -209,13 +209,13 @@ def test_a_pair_judge_learns_nothing_of_groups_without_pairs(refreshed):
     refresh, _, _ = refreshed("pair")
     of_one = group()
     of_one.samples = of_one.samples[1:3]                       # all wrong
-    assert refresh.metrics(step(), [of_one]) == {} and refresh.newest == []
+    assert refresh.learn(step(), [of_one]) == {} and refresh.newest == []
 
 
 def test_problems_of_the_canary_are_held_out_and_all_others_stand_in_the_card(refreshed, tmp_path):
     refresh, _, own = refreshed(pairs=[["held out?", "right", "wrong"]])
-    refresh.metrics(step(), [group("held out?"), group("seen?")])
-    refresh.metrics(step(), [group("another?")])
+    refresh.learn(step(), [group("held out?"), group("seen?")])
+    refresh.learn(step(), [group("another?")])
     refresh.save(tmp_path)
     card = read_card(tmp_path / JUDGE)
     assert set(card.problems) == {"aa", problem_hash("seen?"), problem_hash("another?")}  # it was {"aa"}
@@ -224,22 +224,22 @@ def test_problems_of_the_canary_are_held_out_and_all_others_stand_in_the_card(re
 
 def test_a_judge_that_learnt_nothing_is_not_saved(refreshed, tmp_path):
     refresh, _, _ = refreshed()
-    refresh.metrics(step(), [group(decided=False)])
+    refresh.learn(step(), [group(decided=False)])
     refresh.save(tmp_path)
     assert not (tmp_path / JUDGE).exists()
 
 
 def test_its_state_comes_back_and_does_not_change_afterwards(refreshed):
     one, _, _ = refreshed(every=2)
-    one.metrics(step(2), [group("a")])
-    one.metrics(step(3), [group("b")])
+    one.learn(step(2), [group("a")])
+    one.learn(step(3), [group("b")])
     state = one.state_dict()
     before = {name: tensor.clone() for name, tensor in state["tensors"].items()}
     kept = json.loads(json.dumps({name: value for name, value in state.items() if name != "tensors"}))
     two, _, _ = refreshed(every=2)
     two.load_state_dict(kept | {"tensors": {name: tensor.clone() for name, tensor in before.items()}})
-    one.metrics(step(4), [group("c")])
-    two.metrics(step(4), [group("c")])
+    one.learn(step(4), [group("c")])
+    two.learn(step(4), [group("c")])
     assert same_tensors(state["tensors"], before)              # what a checkpoint holds
     assert same_tensors(one.state_dict()["tensors"], two.state_dict()["tensors"])
     assert not same_tensors(one.state_dict()["tensors"], before)
