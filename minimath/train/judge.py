@@ -17,23 +17,9 @@ from typing import Annotated, Literal
 
 import torch
 
+from minimath.config import schema
 from minimath.config.load import config_of_words, config_text
 from minimath.config.options import Bound, Stage
-from minimath.config.schema import (
-    AdapterOptions,
-    Count,
-    DataOptions,
-    EngineOptions,
-    EvalConfig,
-    Fraction,
-    JudgeOptions,
-    ModelOptions,
-    OptimizerOptions,
-    Positive,
-    PromptOptions,
-    SamplingOptions,
-    TrainRunOptions,
-)
 from minimath.config.trained import as_trained
 from minimath.core.entry import run_command
 from minimath.core.errors import Interrupted, UserError
@@ -61,14 +47,14 @@ ROLLOUTS = "rollouts"  # the evaluation in the run folder that has the policy's 
 
 class JudgeConfig(Stage):
     """Training of a judge: an adapter that says which solutions are right and sound."""
-    model: ModelOptions
-    prompt: PromptOptions
-    adapter: AdapterOptions
-    optimizer: OptimizerOptions = field(default_factory=lambda: OptimizerOptions(lr=5e-4))
-    data: DataOptions
-    run: TrainRunOptions
-    engine: EngineOptions
-    sampling: SamplingOptions
+    model: schema.ModelOptions
+    prompt: schema.PromptOptions
+    adapter: schema.AdapterOptions
+    optimizer: schema.OptimizerOptions = field(default_factory=lambda: schema.OptimizerOptions(lr=5e-4))
+    data: schema.DataOptions
+    run: schema.TrainRunOptions
+    engine: schema.EngineOptions
+    sampling: schema.SamplingOptions
     form: Literal["single", "pair"] = "single"
     """single (is a solution right and sound, with a verdict after every step) or pair (which of two is better)"""
     samples: int = 8
@@ -77,19 +63,19 @@ class JudgeConfig(Stage):
     """sample the first N problems; the others teach by the solutions that the data has; 0: all"""
     made: Annotated[float, Bound()] = 0.5
     """made solutions, right and faulty, for each of the policy's own and of the data"""
-    attacked: Fraction = 0.05
+    attacked: schema.Fraction = 0.05
     """share of the training rows whose solution carries an attack string (judges/attacks.txt)"""
     held_out: Annotated[float, Bound(above=0, most=1)] = 0.1
     """share of the sampled problems on which the judge is calibrated and measured, and not trained"""
     rubric: str = "brief"
     """what a judge of form pair is shown: brief, another shipped rubric, or a file of yours"""
-    epochs: Positive = 1.0
+    epochs: schema.Positive = 1.0
     """passes over the rows (when steps is 0)"""
     steps: int = 0
     """optimizer steps; 0: from epochs"""
-    batch_size: Count = 16
+    batch_size: schema.Count = 16
     """rows per optimizer step, and those that stay with them: solutions of one problem, both orders of a pair"""
-    max_len: Count = 2048
+    max_len: schema.Count = 2048
     """longest row in tokens, longer ones are cut"""
 
 
@@ -121,7 +107,7 @@ def judge_train(cfg: JudgeConfig) -> dict:
         if not trainer.interrupted_by:  # max_minutes may have ended it early
             card = JudgeCard(form=cfg.form, **cfg.prompt.asked(), rubric=reader.rubric if cfg.form == "pair" else "",
                              problems=sorted(problem_hash(each.example.problem) for each in train))
-            judge = SelfJudge(JudgeOptions(), policy, card=card, say=say,
+            judge = SelfJudge(schema.JudgeOptions(), policy, card=card, say=say,
                               micro_batch_tokens=cfg.optimizer.micro_batch_tokens)
             measure_judge(judge, held_out, trainer.log)
     summary = trainer.summary()
@@ -135,13 +121,13 @@ def cut(sets: list[list[Encoded]], cfg: JudgeConfig) -> list[list[list[Encoded]]
     """Cut epochs of sets, each in an order of its own, into the batches of all steps."""
     batches, steps, epoch = [], cfg.steps, 0
     while not epoch or len(batches) < steps:
-        batch = []
+        rows = cfg.batch_size
         for i in stream_indices(epoch * len(sets), len(sets), len(sets), cfg.run.seed):
-            batch.append(sets[i])
-            if sum(map(len, batch)) >= cfg.batch_size:
-                batches, batch = [*batches, batch], []
-        batches, epoch = batches + ([batch] if batch else []), epoch + 1
-        steps = steps or max(1, round(cfg.epochs * len(batches)))
+            if rows >= cfg.batch_size:  # the batch before is full
+                batches, rows = [*batches, []], 0
+            batches[-1].append(sets[i])
+            rows += len(sets[i])
+        epoch, steps = epoch + 1, steps or max(1, round(cfg.epochs * len(batches)))
     return batches[:steps]
 
 
@@ -156,10 +142,10 @@ def own_solutions(cfg: JudgeConfig, examples: list[Example]) -> list[Solved]:
     if not cfg.samples:
         return [Solved(example, []) for example in examples]
     out = Path(cfg.run.out)
-    shared = cfg.shared(EvalConfig, "model", "prompt", "data", "engine", "sampling")
+    shared = cfg.shared(schema.EvalConfig, "model", "prompt", "data", "engine", "sampling")
     if cfg.sampled:
         shared["limit"] = min(cfg.sampled, cfg.data.limit or cfg.sampled)
-    own = EvalConfig(**shared, adapter=cfg.adapter.path, seed=cfg.run.seed, samples=cfg.samples,
+    own = schema.EvalConfig(**shared, adapter=cfg.adapter.path, seed=cfg.run.seed, samples=cfg.samples,
                      out=str(out / ROLLOUTS), resume=cfg.run.resume and (out / ROLLOUTS).exists())
     if not (own.run.resume and (out / ROLLOUTS / EVAL).exists()):
         out.mkdir(parents=True, exist_ok=True)
