@@ -11,7 +11,7 @@ minimath.kernels.linear_kl. A teacher may see another system prompt than the pol
 be so without it, and needs no answers; OPSDC, arXiv 2603.05433).
 """
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,17 +28,20 @@ from minimath.models.forward import Head, adapter_named, hidden_states, inferenc
 from minimath.models.policy import Policy, load_policy
 from minimath.models.prefix import forward_batches, trained_states
 from minimath.train.batches import PolicyBatch, logps, placed
-from minimath.train.teacher_server import TeacherServer
+from minimath.train.teacher_server import TeacherServer, other_tokens
 
 TEACHER = "teacher"  # name of its adapter
 CAP = 5.0  # nats that the log-ratio of a token counts at most
 
 
 class Teacher:
-    """Tells how likely the policy's tokens are; who tells is up to the subclass."""
+    """Tells how likely the policy's tokens are.
 
-    def __init__(self, cfg: RLAIFConfig, policy: Policy):
-        self.cfg, self.options = cfg, cfg.teacher
+    It is the policy's model inside `active`, with its adapter or another or none; a second model; or a server."""
+
+    def __init__(self, cfg: RLAIFConfig, policy: Policy, server: TeacherServer | None = None,
+                 active: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext):
+        self.cfg, self.options, self.server, self.active = cfg, cfg.teacher, server, active
         system = self.options.system or cfg.prompt.system
         self.policy = replace(policy, prompt=replace(policy.prompt, system=system))  # how problems are put to it
         self.batch: PolicyBatch | None = None  # of the step, behind the teacher's prompts
@@ -62,17 +65,9 @@ class Teacher:
 
     def logps(self, optimizer) -> list[torch.Tensor]:
         """Compute log p_T of each row's tokens, at the sampling temperature."""
-        raise NotImplementedError
-
-
-class LocalTeacher(Teacher):
-    """A model in this process: the policy's own with its adapter or another or none, or a second one."""
-
-    def __init__(self, cfg: RLAIFConfig, policy: Policy, active: Callable[[], contextlib.AbstractContextManager]):
-        super().__init__(cfg, policy)
-        self.active = active
-
-    def logps(self, optimizer):
+        if self.server:
+            rows = [(row.ids[:len(row.ids) - s.tokens], s.ids) for row, s in zip(self.batch.rows, self.batch.samples)]
+            return [torch.tensor(told) for told in self.server.logps(rows)]
         with self.active():
             return logps(self.cfg, self.policy, optimizer, self.batch)
 
@@ -80,29 +75,15 @@ class LocalTeacher(Teacher):
         """Compute KL(policy || teacher) of the tokens of some rows, in their order.
 
         hidden (N, D): the policy's states of these tokens; -> (N,) fp32, nats, differentiable in hidden."""
-        taught = torch.cat([states for _, states in sorted(self.states(indices), key=lambda each: each[0])])
-        return linear_kl(hidden, taught, head.weight, temperature=self.cfg.sampling.temperature, **head.kernel_args())
-
-    def states(self, indices: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (place in indices, states (n, D) of the tokens of that row)."""
         rows, groups = ([each[i] for i in indices] for each in (self.batch.rows, self.batch.group_of))
-        most, model = self.cfg.optimizer.micro_batch_tokens, self.policy.model
+        most, model, states = self.cfg.optimizer.micro_batch_tokens, self.policy.model, {}  # by place in indices
         with self.active(), inference(model):
             for places, micro in placed(forward_batches(self.policy, rows, groups, most), self.policy.device):
-                hidden = trained_states(hidden_states(model, **forward_args(micro)), micro)[micro["trained"]]
-                yield from zip(places, hidden.split([self.batch.samples[indices[p]].tokens for p in places]))
-
-
-class ServedTeacher(Teacher):
-    """A model behind a server that tells log-probs of prompts: vLLM."""
-
-    def __init__(self, cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]):
-        super().__init__(cfg, policy)
-        self.server = TeacherServer(cfg.teacher, policy, say, cfg.sampling.max_new_tokens)
-
-    def logps(self, optimizer):
-        rows = [(row.ids[:len(row.ids) - s.tokens], s.ids) for row, s in zip(self.batch.rows, self.batch.samples)]
-        return [torch.tensor(told) for told in self.server.logps(rows)]
+                taught = trained_states(hidden_states(model, **forward_args(micro)), micro)[micro["trained"]]
+                lengths = [self.batch.samples[indices[place]].tokens for place in places]
+                states |= zip(places, taught.split(lengths))
+        taught = torch.cat([states[place] for place in range(len(indices))])
+        return linear_kl(hidden, taught, head.weight, temperature=self.cfg.sampling.temperature, **head.kernel_args())
 
 
 def teacher_kind(cfg: RLAIFConfig) -> str:
@@ -125,15 +106,17 @@ def teacher_quant(device: str) -> str:
 def open_teacher(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]) -> Teacher | None:
     """Make the teacher that teacher= names, or None. Raises UserError."""
     name, kind = cfg.teacher.name, teacher_kind(cfg)
-    if kind in ("", "server"):
-        return ServedTeacher(cfg, policy, say) if kind else None
+    if not kind:
+        return None
+    if kind == "server":
+        return Teacher(cfg, policy, TeacherServer(cfg.teacher, policy, say, cfg.sampling.max_new_tokens))
     if kind == "policy":
-        return LocalTeacher(cfg, policy, contextlib.nullcontext)
+        return Teacher(cfg, policy)
     if kind == "adapter":
         policy.add_adapter(find_adapter(name), TEACHER)
     if kind != "model":
         active = TEACHER if kind == "adapter" else None
-        return LocalTeacher(cfg, policy, lambda: adapter_named(policy.model, active))
+        return Teacher(cfg, policy, active=lambda: adapter_named(policy.model, active))
     if cfg.teacher.kl == "full":
         raise UserError(f"teacher_kl=full needs a teacher on the policy's own base, and teacher={name} is another "
                         "model: use teacher_kl=sampled")
@@ -142,15 +125,8 @@ def open_teacher(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]) -
             "model": name, "quant": teacher_quant(policy.device.type)}), train=False)
     except UserError as error:
         raise UserError(f"teacher={name} is no folder of an adapter, and as a model: {error}") from None
-    refuse_other_tokens(policy.tokenizer, other.tokenizer, name)
-    return LocalTeacher(cfg, other, contextlib.nullcontext)
-
-
-def refuse_other_tokens(own, other, name: str) -> None:
-    """Raise UserError where two tokenizers do not share their tokens."""
-    left, right = own.get_vocab(), other.get_vocab()
-    if left != right:
-        token = next(t for t in [*left, *right] if left.get(t) != right.get(t))
-        there, here = right.get(token, "unknown"), left.get(token, "unknown")
-        raise UserError(f"teacher={name} has another tokenizer (token {token!r} is {there} there, {here} here): take a "
-                        "teacher of the same family")
+    own, others = policy.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    if own != others:
+        token = next(token for token in [*own, *others] if own.get(token) != others.get(token))
+        raise other_tokens(f"teacher={name}", token, others.get(token, "unknown"), own.get(token, "unknown"))
+    return Teacher(cfg, other)

@@ -44,8 +44,7 @@ class TeacherServer(Client):
             say(f"{self.where} does not answer /tokenize: that its tokenizer is the policy's can't be checked")
         elif told != own:
             there, here = next((pair for pair in zip(told, own) if pair[0] != pair[1]), (len(told), len(own)))
-            raise UserError(f"{self.where} has another tokenizer (token {tokenizer.convert_ids_to_tokens(here)!r} is "
-                            f"{there} there, {here} here): take a teacher of the same family")
+            raise other_tokens(self.where, tokenizer.convert_ids_to_tokens(here), there, here)
 
     def logps(self, rows: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         """Tell log-probs of completions' tokens; rows: ids of prompt and of completion.
@@ -85,3 +84,8 @@ def logp_of(where: str, ids: list[int], told, start: int) -> list[float]:
     if fault:
         raise UserError(f"{where} answered with {fault}")
     return [max(x, LOWEST) for x in logp]
+
+
+def other_tokens(where: str, token: str, there, here) -> UserError:
+    return UserError(f"{where} has another tokenizer (token {token!r} is {there} there, {here} here): take a teacher "
+                     "of the same family")

@@ -13,7 +13,7 @@ from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
 from minimath.grading.answer import MAX_ANSWER_CHARS, AnswerChecker, final_answer
 from minimath.grading.typeset import key, typeset
-from minimath.judges.base import Judge, asked
+from minimath.judges.base import Asked, Judge, asked
 from minimath.judges.compare import ask
 
 NEEDS_ANSWER, LABEL_FREE = ("exact", "regex"), ("majority", *BY_JUDGE)
@@ -90,22 +90,26 @@ class Verifier(contextlib.AbstractContextManager):
         grades = self.grades(groups, answers)
         for group, own, of_group in zip(groups, answers, grades, strict=True):
             if self.kind == "judge":
-                correct = by_grade(group.samples, own, of_group)
+                correct = [sample.finished and bool(answer) for sample, answer in zip(group.samples, own, strict=True)]
+                group.decided = not any(may and grade is None for may, grade in zip(correct, of_group, strict=True))
+                correct = [may and group.decided and grade >= 0.5 for may, grade in zip(correct, of_group, strict=True)]
             else:
                 winner, share = self.vote(own, [0.5 if grade is None else grade for grade in of_group])
                 self.sums["share"] += share
-                correct = [i in winner for i in range(len(own))] if winner else None
-            group.decided = correct is not None
-            for sample, is_correct in zip(group.samples, correct or [False] * len(own), strict=True):
+                group.decided, correct = bool(winner), [i in winner for i in range(len(own))]
+            for sample, is_correct in zip(group.samples, correct, strict=True):
                 sample.correct = is_correct
             self.count(group, own)
 
     def grades(self, groups: list[Group], answers: list[list[str]]) -> list[list[float | None]]:
         """Ask the judge once about each text of a problem; None where nothing is asked or told."""
-        due = {(g, i): asked(group.example.problem, sample.solution) for g, group in enumerate(groups)
-               for i, sample in enumerate(group.samples)
-               if self.kind == "majority+judge" or self.kind == "judge" and sample.finished and answers[g][i]}
-        questions, started = list(dict.fromkeys(due.values())), time.monotonic()
+        def question(group: Group, sample: Sample, answer: str) -> Asked | None:
+            due = self.kind == "majority+judge" or self.kind == "judge" and sample.finished and answer
+            return asked(group.example.problem, sample.solution) if due else None
+
+        due = [[question(group, *each) for each in zip(group.samples, own, strict=True)]
+               for group, own in zip(groups, answers, strict=True)]
+        questions, started = list(dict.fromkeys(q for of_group in due for q in of_group if q)), time.monotonic()
         told, error = ask(self.judge, questions, put=self.judge.grade) if questions else ([], "")
         grade = {q: None if p is None or not 0 <= p <= 1 else float(p) for q, p in zip(questions, told, strict=True)}
         lost = sum(p is None for p in grade.values())
@@ -114,11 +118,10 @@ class Verifier(contextlib.AbstractContextManager):
             raise UserError(f"the judge {self.judge.name} is down: {lost} of {len(questions)} solutions have no grade "
                             f"({error or 'it gave none'}); see to it, or go on with judge_fallback=none")
         if 2 * lost > len(questions):
+            then = "nothing is learnt from their groups" if self.kind == "judge" else "each of them votes with 1/2"
             self.judge.say_once("lost grades", f"the judge {self.judge.name} gave no grade on {lost} of "
-                                f"{len(questions)} solutions ({error or 'too long, or not a number'}): " + (
-                                    "nothing is learnt from their groups" if self.kind == "judge" else
-                                    "each of them votes with 1/2"))
-        return [[grade.get(due.get((g, i))) for i in range(len(own))] for g, own in enumerate(answers)]
+                                f"{len(questions)} solutions ({error or 'too long, or not a number'}): {then}")
+        return [[grade.get(q) for q in of_group] for of_group in due]
 
     def vote(self, answers: list[str], weights: list[float]) -> tuple[list[int], float]:
         """Find the samples with the winning answer, [] for none; and the share of the largest."""
@@ -157,15 +160,15 @@ class Verifier(contextlib.AbstractContextManager):
         solutions that the judge did not grade. seconds: of grading, all processes together."""
         if self.kind not in LABEL_FREE:
             return {}
-        sums, self.sums = dist.all_reduce_sum(dict(self.sums)), Counter()
-        groups = sums.get("groups") or 1
-        metrics = {"decided": sums.get("decided", 0) / groups}
+        sums, self.sums = Counter(dist.all_reduce_sum(dict(self.sums))), Counter()
+        groups = sums["groups"] or 1
+        metrics = {"decided": sums["decided"] / groups}
         if self.kind != "judge":
-            metrics["share"] = sums.get("share", 0.0) / groups
-        if sums.get("samples"):
+            metrics["share"] = sums["share"] / groups
+        if sums["samples"]:
             metrics["agrees"] = sums["agrees"] / sums["samples"]
         if self.kind in BY_JUDGE:
-            metrics |= {name: sums.get(name, 0) for name in ("no_grades", "seconds")}
+            metrics |= {"no_grades": sums["no_grades"], "seconds": sums["seconds"]}
         return {f"verifier/{name}": value for name, value in metrics.items()}
 
     def asked(self, text: str, example: Example) -> bool:
@@ -184,14 +187,6 @@ def answer_of(sample: Sample) -> str:
     """Return the final answer, or "" for none that can be compared."""
     answer = "" if sample.cut_thinking else final_answer(sample.text, sample.finished) or ""
     return answer if len(answer) <= MAX_ANSWER_CHARS and key(typeset(answer)) else ""
-
-
-def by_grade(samples: list[Sample], answers: list[str], grades: list[float | None]) -> list[bool] | None:
-    """Tell which samples the judge holds for correct; None when one that may be has no grade."""
-    answered = [sample.finished and bool(answer) for sample, answer in zip(samples, answers, strict=True)]
-    if any(ok and grade is None for ok, grade in zip(answered, grades, strict=True)):
-        return None
-    return [ok and grade >= 0.5 for ok, grade in zip(answered, grades, strict=True)]
 
 
 def answer_pattern(example: Example) -> str:
