@@ -17,55 +17,55 @@ from minimath.models.variants import in_step
 from minimath.train.losses import PolicyRows, token_weights
 
 
-class SolutionBatch:
-    """Holds the worked solutions of one step; a process computes its share of rows.
+class Batch:
+    """The rows of one step that this process computes.
 
     groups: the number of each row's group, whose rows stand next to each other and share their prompt."""
 
-    def __init__(self, policy: Policy, rows: list[Encoded], *, packing: bool, groups: list[int] | None = None):
-        self.policy, self.packing = policy, packing and not rows_apart(policy.model)
-        self.mine, self.groups = dist.shard(rows), groups and dist.shard(groups)
-        self.lengths = [len(row.ids) for row in self.mine]
-        self.tokens = sum(len(row.ids) for row in rows)
-        # of all processes
-        self.trained_tokens = max(1, sum(target != IGNORE for row in rows for target in row.targets()))
+    def __init__(self, policy: Policy, rows: list[Encoded], groups: list[int] | None, packing: bool = False):
+        self.policy, self.rows, self.groups, self.packing = policy, rows, groups, packing
+        self.lengths = [len(row.ids) for row in rows]
 
     def micro_batches(self, most: int) -> Iterator[tuple[list[int], dict]]:
         if self.groups:
-            batches = forward_batches(self.policy, self.mine, self.groups, most)
+            batches = forward_batches(self.policy, self.rows, self.groups, most)
         else:
-            batches = micro_batches(self.mine, packing=self.packing, micro_batch_tokens=most,
+            batches = micro_batches(self.rows, packing=self.packing, micro_batch_tokens=most,
                                     pad_id=self.policy.tokenizer.pad_token_id)
         return placed(in_step(self.policy.model, batches), self.policy.device)
 
 
-class PolicyBatch:
-    """Holds the samples of a rollout to train on; a process computes its groups.
+class SolutionBatch(Batch):
+    """Holds the worked solutions of one step."""
+
+    def __init__(self, policy: Policy, rows: list[Encoded], *, packing: bool, groups: list[int] | None = None):
+        super().__init__(policy, dist.shard(rows), groups and dist.shard(groups),
+                         packing and not rows_apart(policy.model))
+        self.tokens = sum(len(row.ids) for row in rows)  # of all processes, as is:
+        self.trained_tokens = max(1, sum(target != IGNORE for row in rows for target in row.targets()))
+
+
+class PolicyBatch(Batch):
+    """Holds the samples of a rollout to train on.
 
     A sample of advantage 0 counts in the divisors, the KL and the entropy. Per-token values are lists of (n_i,)
     tensors on the CPU, one per row of this process."""
 
     def __init__(self, policy: Policy, cfg: RLAIFConfig, groups: list[Group]):
-        self.policy = policy
         pairs = [(number, group.prompt, sample) for number, group in enumerate(groups) for sample in group.samples
                  if in_loss(sample, cfg)]
         lengths = [sample.tokens for _, _, sample in pairs]
-        weights = token_weights(cfg.loss.name, lengths, cfg.sampling.max_new_tokens)
         self.trained_tokens = sum(lengths)  # of all processes
+        weights = token_weights(cfg.loss.name, lengths, cfg.sampling.max_new_tokens)
         own = own_rows([number for number, _, _ in pairs])
-        self.group_of = [pairs[i][0] for i in own]
-        self.samples: list[Sample] = [pairs[i][2] for i in own]
-        self.rows = [row_of(pairs[i][1], pairs[i][2]) for i in own]
-        self.lengths = [len(row.ids) for row in self.rows]
+        numbers, prompts, self.samples = ([pairs[i][part] for i in own] for part in range(3))
+        super().__init__(policy, [Encoded(prompt + s.ids, [False] * len(prompt) + [True] * s.tokens, False)
+                                  for prompt, s in zip(prompts, self.samples)], numbers)
         self.advantage = [torch.full((s.tokens,), s.advantage) for s in self.samples]
         self.weight = [torch.full((lengths[i],), weights[i]) for i in own]
         self.sampled_logp = [torch.tensor(s.logp) for s in self.samples]
         self.full_logp = [torch.tensor(s.full_logp or s.logp) for s in self.samples]
         self.old_logp = self.ref_logp = self.seq_log_ratio = None  # or lists of tensors, as the loss needs them
-
-    def micro_batches(self, most: int) -> Iterator[tuple[list[int], dict]]:
-        batches = forward_batches(self.policy, self.rows, self.group_of, most)
-        return placed(in_step(self.policy.model, batches), self.policy.device)
 
     def at_rows(self, indices: list[int], micro: dict) -> tuple[PolicyRows, torch.Tensor]:
         """Lay out what the loss knows of each kernel row, and full_logp."""
@@ -121,7 +121,3 @@ def placed(batches: Iterator[tuple[list[int], dict]], device: torch.device) -> I
 def in_loss(sample: Sample, cfg: RLAIFConfig) -> bool:
     """Tell whether a sample enters advantages and loss: a masked one does not."""
     return sample.finished or cfg.reward.overlong != "mask"
-
-
-def row_of(prompt: list[int], sample: Sample) -> Encoded:
-    return Encoded(prompt + sample.ids, [False] * len(prompt) + [True] * sample.tokens, False)

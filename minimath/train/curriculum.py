@@ -39,17 +39,14 @@ class ProblemSampler:
         else:
             ready = [i for i in range(size) if i not in set(taken)]
             ready += list(dict.fromkeys(taken))[:max(0, count - len(ready))]  # drawn longest ago first
-            chosen = self.weighted(ready, count)
+            # the smallest -log u / w: Efraimidis and Spirakis 2006
+            weights = np.array([chance_of_both(*self.counts.get(i, (0.0, 0.0)), self.group_size) for i in ready])
+            u = np.random.default_rng([self.seed, self.cursor]).random(len(ready))
+            order = np.argsort(-np.log1p(-u) / weights, kind="stable")  # 1 - u is in (0, 1]
+            chosen = [ready[i] for i in order[:count]]
         drawn = [Problem(i, self.cursor + n, *self.problems[i]) for n, i in enumerate(chosen)]
         self.cursor += len(drawn)
         return drawn
-
-    def weighted(self, ready: list[int], count: int) -> list[int]:
-        """Choose `count` by the smallest -log u / w: Efraimidis and Spirakis 2006."""
-        weights = np.array([chance_of_both(*self.counts.get(i, (0.0, 0.0)), self.group_size) for i in ready])
-        u = np.random.default_rng([self.seed, self.cursor]).random(len(ready))
-        order = np.argsort(-np.log1p(-u) / weights, kind="stable")  # 1 - u is in (0, 1]
-        return [ready[i] for i in order[:count]]
 
     def record(self, drawn: list[Problem], groups: list[Group]) -> None:
         """Take in how many samples of each problem were correct."""

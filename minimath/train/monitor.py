@@ -6,10 +6,10 @@ entropy dwindles, completions run long, the solve rate leaves its best.
 import itertools
 import math
 import statistics
+from collections.abc import Callable
 
 from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
-from minimath.data.sample import Group
 from minimath.judges.judge import Judge
 from minimath.judges.pairs import Canary
 
@@ -27,15 +27,12 @@ CANARY_RISE = 0.15  # of the win rate of wrong completions, and at least CANARY_
 CANARY_SIGMAS = 3.5  # every canary of a run is another chance of a false alarm
 
 
-class CanaryWatch:
-    """Lets the judge compare pairs of known order now and then, in process 0."""
-
-    def __init__(self, cfg: RLAIFConfig, judge: Judge | None):
-        self.every = cfg.judge.canary_every if judge is not None and dist.is_main() else 0
-        self.canary = Canary(cfg.run.seed, judge) if self.every else None
-
-    def metrics(self, step, groups: list[Group]) -> dict:
-        return self.canary.metrics(groups) if step.due(self.every) else {}
+def canary_watch(cfg: RLAIFConfig, judge: Judge | None) -> Callable[..., dict]:
+    """Return f(step, groups) -> metrics, by which the judge compares pairs of known order now and then."""
+    if judge is None or not cfg.judge.canary_every or not dist.is_main():
+        return lambda step, groups: {}
+    canary = Canary(cfg.run.seed, judge)
+    return lambda step, groups: canary.metrics(groups) if step.due(cfg.judge.canary_every) else {}
 
 
 class CollapseMonitor:
@@ -57,9 +54,14 @@ class CollapseMonitor:
             value = metrics.get(metric)
             if value is not None and math.isfinite(value):
                 self.history[name].append(value)
-        steps, start, now = len(self.history["problems"]), self.means(slice(WINDOW)), self.means(slice(-WINDOW, None))
-        problems = sum(self.history["problems"][-WINDOW:])
-        found = {"canary": self.canary_warning(metrics, now["correct"], problems)}
+        steps, problems = len(self.history["problems"]), sum(self.history["problems"][-WINDOW:])
+        start, now = ({name: statistics.fmean(values[window]) for name, values in self.history.items() if values}
+                      for window in (slice(WINDOW), slice(-WINDOW, None)))
+        if (wins := metrics.get("canary/rollout_worse_wins")) is not None:
+            # a pair without one of its votes is not counted, without both it is taken off twice: never too many
+            pairs = max(1, metrics["canary/rollout_pairs"] - metrics.get("canary/rollout_no_votes", 0))
+            self.canaries.append({"pairs": pairs, "wins": wins, "correct": now["correct"], "problems": problems})
+        found = {"canary": canary_gap(self.canaries)}
         if steps >= WINDOW:
             self.best = max(self.best, now["correct"])
             signs = signs_of_collapse(start, now, self.best, problems)
@@ -68,33 +70,11 @@ class CollapseMonitor:
         self.said += new
         return list(new.values())
 
-    def means(self, window: slice) -> dict[str, float]:
-        return {name: statistics.fmean(values[window]) for name, values in self.history.items() if values}
-
-    def canary_warning(self, metrics: dict, correct: float, problems: int) -> str:
-        """Take in a step's canary, if any; compare the newest pairs with the first."""
-        wins = metrics.get("canary/rollout_worse_wins")
-        if wins is None:
-            return ""
-        # a pair without one of its votes is not counted, without both it is taken off twice: never too many
-        pairs = max(1, metrics["canary/rollout_pairs"] - metrics.get("canary/rollout_no_votes", 0))
-        self.canaries.append({"pairs": pairs, "wins": wins, "correct": correct, "problems": problems})
-        first = enough_pairs(self.canaries)
-        later = self.canaries[len(first):]
-        newest = enough_pairs(later[::-1])[::-1] if later else first
-        return gap_warning(first, newest) if newest else ""
-
     def state_dict(self) -> dict:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
-
-
-def enough_pairs(canaries: list[dict]) -> list[dict]:
-    """Return the shortest head that holds CANARY_PAIRS pairs, or []."""
-    sums = itertools.accumulate(canary["pairs"] for canary in canaries)
-    return next((canaries[:n] for n, pairs in enumerate(sums, 1) if pairs >= CANARY_PAIRS), [])
 
 
 def signs_of_collapse(start: dict, now: dict, best: float, problems: int) -> dict[str, str]:
@@ -123,24 +103,29 @@ def signs_of_collapse(start: dict, now: dict, best: float, problems: int) -> dic
     return found
 
 
-def pairs_and_wins(canaries: list[dict]) -> tuple[int, float]:
-    pairs = sum(canary["pairs"] for canary in canaries)
-    return pairs, sum(canary["wins"] * canary["pairs"] for canary in canaries) / pairs
+def enough(canaries: list[dict]) -> list[dict]:
+    """Return the shortest head that holds CANARY_PAIRS pairs, or []."""
+    sums = itertools.accumulate(canary["pairs"] for canary in canaries)
+    return next((canaries[:n] for n, pairs in enumerate(sums, 1) if pairs >= CANARY_PAIRS), [])
 
 
-def gap_warning(first: list[dict], newest: list[dict]) -> str:
-    """first, newest: windows of canaries; the same one while there is no other."""
-    (n_first, before), (n, wins) = pairs_and_wins(first), pairs_and_wins(newest)
-    pairs = n * n_first / (n + n_first)
-    correct, correct_before = (statistics.fmean(c["correct"] for c in window) for window in (newest, first))
-    mean = (wins + before) / 2
+def canary_gap(canaries: list[dict]) -> str:
+    """Warn where the newest canaries' wrong solutions win more often than the first ones', or than the right ones."""
+    first = enough(canaries)
+    later = canaries[len(first):]
+    newest = enough(later[::-1])[::-1] if later else first
+    if not newest:
+        return ""
+    both = (first, newest)
+    n_first, n = (sum(c["pairs"] for c in window) for window in both)
+    before, wins = (sum(c["wins"] * c["pairs"] for c in window) / sum(c["pairs"] for c in window) for window in both)
+    correct_before, correct = (statistics.fmean(c["correct"] for c in window) for window in both)
+    mean, pairs = (wins + before) / 2, n * n_first / (n + n_first)
     risen = wins - before > max(CANARY_RISE, CANARY_SIGMAS * (mean * (1 - mean) / pairs) ** 0.5)
     # the windows of `correct` behind the canaries overlap: count the problems of one
-    problems = max(1, newest[-1]["problems"])
-    noise = 2 * (2 * correct_before * (1 - correct_before) / problems) ** 0.5
-    fooled = wins - 0.5 > CANARY_SIGMAS * (0.25 / n) ** 0.5
+    noise = 2 * (2 * correct_before * (1 - correct_before) / max(1, newest[-1]["problems"])) ** 0.5
     rising = risen and correct - correct_before <= max(MORE_CORRECT, noise)
-    if not (fooled or rising):
+    if not rising and wins - 0.5 <= CANARY_SIGMAS * (0.25 / n) ** 0.5:
         return ""
     change, then = f" ({100 * before:.0f}% of the first {n_first})", f" ({100 * correct_before:.0f}% then)"
     if newest is first:

@@ -34,7 +34,7 @@ from minimath.train.advantages import set_advantages
 from minimath.train.batches import PolicyBatch, in_loss, logps
 from minimath.train.curriculum import ProblemSampler
 from minimath.train.losses import policy_loss
-from minimath.train.monitor import CanaryWatch, CollapseMonitor
+from minimath.train.monitor import CollapseMonitor, canary_watch
 from minimath.train.optimizer import Optimizer
 from minimath.train.refresh import JudgeRefresh
 from minimath.train.rewards import Reward, make_reward, training_judge
@@ -55,7 +55,7 @@ def rlaif(cfg: RLAIFConfig) -> dict:
     with Trainer(cfg, "rlaif") as trainer:
         policy, say = trainer.policy, trainer.log.say
         judge = verifier.judge = training_judge(cfg, policy, say)
-        reward, canary, monitor = make_reward(cfg, judge), CanaryWatch(cfg, judge), CollapseMonitor()
+        reward, canary, monitor = make_reward(cfg, judge), canary_watch(cfg, judge), CollapseMonitor()
         brevity, teacher = reward.control, open_teacher(cfg, policy, say)
         refresh = JudgeRefresh(cfg, policy, judge, say)
         problems = encode_problems(cfg, policy, examples, report, say)
@@ -68,7 +68,7 @@ def rlaif(cfg: RLAIFConfig) -> dict:
                 with step.timed("rollout"):
                     kept, seen = collect_groups(cfg, engine, sampler, verifier, reward)
                 step.log(rollout_metrics(kept, seen, engine), verifier.metrics(), reward.metrics(), sampler.metrics(),
-                         canary.metrics(step, kept), brevity.follow(seen, trainer.best.newest))
+                         canary(step, kept), brevity.follow(seen, trainer.best.newest))
                 if kept and step.due(cfg.run.sample_every):
                     show_group(kept[0], step.number, trainer.log)
                 with step.timed("update"):

@@ -1,6 +1,6 @@
 """From problems to groups of verified samples, shared between the processes; and what a step tells about them."""
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -75,21 +75,21 @@ def sample_groups(engine, verifier: Verifier, drawn: list[Problem], group_size: 
 
 def rollout_metrics(kept: list[Group], seen: list[Group], engine) -> dict:
     """Metrics of a step's rollouts: groups with a signal, and all that were sampled."""
-    samples = [sample for group in seen for sample in group.samples]
-    correct = [sample.tokens for sample in samples if sample.correct]
-    of_engine = engine.metrics()
-    rewards = [s.reward for s in samples if s.reward is not None]
-    thoughts = {"rollout/thought_tokens": statistics.fmean(s.thought for s in samples),
-                "rollout/answer_tokens": statistics.fmean(s.tokens - s.thought for s in samples)}
-    return {"reward/mean": statistics.fmean(rewards) if rewards else None,
-            "rollout/correct": statistics.fmean(s.correct for s in samples),
-            "rollout/tokens": statistics.fmean(s.tokens for s in samples),
-            "rollout/correct_tokens": statistics.fmean(correct) if correct else None,
-            "rollout/finished": statistics.fmean(s.finished for s in samples), "rollout/samples": len(samples),
-            "rollout/groups": len(kept), "rollout/dropped_groups": len(seen) - len(kept),
-            "rollout/surprisal": statistics.fmean(-logp for s in samples for logp in s.logp),
-            **(thoughts if any(s.thought for s in samples) else {}), **part_metrics(seen),
-            **{f"rollout/{k}": of_engine[k] for k in ENGINE_METRICS if k in of_engine}}
+    samples, of_engine = [sample for group in seen for sample in group.samples], engine.metrics()
+
+    def mean(values: Iterable[float]) -> float | None:
+        return statistics.fmean(values) if (values := list(values)) else None
+
+    metrics = {"reward/mean": mean(s.reward for s in samples if s.reward is not None),
+               "rollout/correct": mean(s.correct for s in samples), "rollout/tokens": mean(s.tokens for s in samples),
+               "rollout/correct_tokens": mean(s.tokens for s in samples if s.correct),
+               "rollout/finished": mean(s.finished for s in samples), "rollout/samples": len(samples),
+               "rollout/groups": len(kept), "rollout/dropped_groups": len(seen) - len(kept),
+               "rollout/surprisal": mean(-logp for s in samples for logp in s.logp)}
+    if any(s.thought for s in samples):
+        metrics["rollout/thought_tokens"] = mean(s.thought for s in samples)
+        metrics["rollout/answer_tokens"] = mean(s.tokens - s.thought for s in samples)
+    return metrics | part_metrics(seen) | {f"rollout/{k}": of_engine[k] for k in ENGINE_METRICS if k in of_engine}
 
 
 def token_metrics(options: LossOptions, rows: PolicyRows, stats, full_logp: torch.Tensor,

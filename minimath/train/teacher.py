@@ -75,7 +75,7 @@ class Teacher:
         """Compute KL(policy || teacher) of the tokens of some rows, in their order.
 
         hidden (N, D): the policy's states of these tokens; -> (N,) fp32, nats, differentiable in hidden."""
-        rows, groups = ([each[i] for i in indices] for each in (self.batch.rows, self.batch.group_of))
+        rows, groups = ([each[i] for i in indices] for each in (self.batch.rows, self.batch.groups))
         most, model, states = self.cfg.optimizer.micro_batch_tokens, self.policy.model, {}  # by place in indices
         with self.active(), inference(model):
             for places, micro in placed(forward_batches(self.policy, rows, groups, most), self.policy.device):

@@ -231,7 +231,7 @@ def hook_optimizer(comes, note) -> None:
 
     def batch(_, rows, *__):
         if isinstance(rows, SolutionBatch):
-            ids = [(row.ids, row.loss_mask) for row in rows.mine]
+            ids = [(row.ids, row.loss_mask) for row in rows.rows]
             note("batch", value=sha256(json.dumps(ids).encode()).hexdigest())
 
     wrap(optimizer.Optimizer, "step", before=batch)
