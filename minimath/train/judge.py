@@ -10,7 +10,6 @@ two is better, both orders of every pair, so that no place can help. A share of 
 solutions the probabilities are calibrated and the judge is measured. adapter/judge.json keeps all that.
 """
 import gc
-import sys
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,10 +17,9 @@ from typing import Annotated, Literal
 import torch
 
 from minimath.config import schema
-from minimath.config.load import config_of_words, config_text
+from minimath.config.load import config_text
 from minimath.config.options import Bound, Stage
 from minimath.config.trained import as_trained
-from minimath.core.entry import run_command
 from minimath.core.errors import Interrupted, UserError
 from minimath.core.files import write_whole
 from minimath.core.run_folder import ADAPTER, EVAL, EVAL_CONFIG, new_run_folder, refuse_held, stop_files
@@ -175,7 +173,3 @@ def split(solved: list[Solved], cfg: JudgeConfig) -> tuple[list[Solved], list[So
         raise UserError(f"{len(solved)} problems leave none to train on or none to hold out with "
                         f"held_out={cfg.held_out:g}: give more")
     return parts
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(lambda: judge_train(config_of_words(JudgeConfig, sys.argv[1:], "judge_train"))))

@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 
 from minimath.config.options import as_number, user_function
-from minimath.config.rl_options import BrevityOptions, RewardOptions
 from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
 from minimath.core.errors import UserError
@@ -32,10 +31,11 @@ class Reward:
 
     This one gives nothing: a teacher alone speaks."""
 
-    def __init__(self, options: RewardOptions, max_new_tokens: int, judge: Judge | None = None,
-                 control: BrevityControl | None = None):
-        self.options, self.max_new_tokens, self.judge_of, self.stats = options, max_new_tokens, judge, []
-        self.control = control or BrevityControl(BrevityOptions())
+    def __init__(self, cfg: RLAIFConfig, judge: Judge | None = None):
+        self.options, self.max_new_tokens = cfg.reward, cfg.sampling.max_new_tokens
+        self.judge_of, self.stats = judge, []
+        unweighed = replace(cfg.brevity, scale="together", control="none")  # of those without a length term
+        self.control = BrevityControl(cfg.brevity if cfg.reward.name == "judge" else unweighed)
 
     def score(self, groups: list[Group]) -> None:
         """Set reward, win and parts of all samples."""
@@ -116,8 +116,8 @@ class PaperReward(Reward):
 class HookReward(Reward):
     """Asks the user's fn: samples and example in, one finite number or None per sample out."""
 
-    def __init__(self, *options):
-        super().__init__(*options)
+    def __init__(self, *args):
+        super().__init__(*args)
         self.fn, self.name = user_function(self.options.name, "reward")
 
     def rewards(self, group: Group) -> list[float]:
@@ -147,11 +147,8 @@ def training_judge(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None])
 
 def make_reward(cfg: RLAIFConfig, judge: Judge | None) -> Reward:
     """Make the reward that cfg.reward.name says. Raises UserError."""
-    longest = cfg.sampling.max_new_tokens
-    if cfg.reward.name == "judge":
-        return JudgeReward(cfg.reward, longest, judge if cfg.judges_rewards() else None, BrevityControl(cfg.brevity))
-    control = BrevityControl(replace(cfg.brevity, scale="together", control="none"))  # no length term to weigh
-    return {"paper": PaperReward, "none": Reward}.get(cfg.reward.name, HookReward)(cfg.reward, longest, None, control)
+    kinds = {"judge": JudgeReward, "paper": PaperReward, "none": Reward}
+    return kinds.get(cfg.reward.name, HookReward)(cfg, judge if cfg.judges_rewards() else None)
 
 
 def part_metrics(groups: list[Group]) -> dict:

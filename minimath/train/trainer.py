@@ -80,7 +80,8 @@ class Trainer:
         self.held_out = load_held_out(cfg)
         self.tracked: dict[str, object] = {}
         self.done = self.saved = self.total = 0  # steps committed, in the newest checkpoint, wanted
-        self.best = Best(margin=bool(self.held_out) and cfg.evaluation.final == "best")
+        self.keeps_best = bool(self.held_out and cfg.evaluation.eval_every) and cfg.evaluation.final == "best"
+        self.best = Best(margin=self.keeps_best)  # handed on at the end, if it is kept, instead of the last one
         self.owed = False  # an evaluation was interrupted: the run that goes on begins with it
         self.interrupted_by = 0
         self._state = self._rng = None  # states of what is tracked, and random generators, at the last commit
@@ -89,9 +90,9 @@ class Trainer:
     def __enter__(self) -> "Trainer":
         with contextlib.ExitStack() as stack:
             run = self.cfg.run
-            self.log = stack.enter_context(open_run(run.out, self.stage, config=config_text(self.cfg),
-                                                    resume=run.resume, trackers=run.trackers,
-                                                    deterministic=run.deterministic))
+            self.log = stack.enter_context(open_run(
+                run.out, self.stage, config=config_text(self.cfg), resume=run.resume, trackers=run.trackers,
+                deterministic=run.deterministic))
             self.started = time.monotonic()
             seed_rng(run.seed)  # adapter initialisation, and whatever a user's function draws
             self.policy = load_policy(self.cfg, train=True)
@@ -137,7 +138,7 @@ class Trainer:
         self.track(schedule=schedule)
         if cfg.run.resume:
             self._resume()
-        if not self.done and not self.best.newest and self.keeps_best():  # what it began with may stay the best
+        if not self.done and not self.best.newest and self.keeps_best:  # what it began with may stay the best
             self.owed = True
         self._commit_state()
         with self.log.progress(total, self.stage, done=self.done) as advance:
@@ -152,7 +153,9 @@ class Trainer:
                 self.optimizer.lr = lr_at(place, total, lr=cfg.optimizer.lr,
                                           schedule=cfg.optimizer.lr_schedule, warmup=cfg.optimizer.warmup)
                 yield step
-                self._check_trainable()
+                if other := self._trainable ^ self.policy.trainable():
+                    raise RuntimeError(f"step {step.number} changed which tensors train ({', '.join(sorted(other)[:3])}"
+                                       "): leaving disable_adapter or set_adapter does so, see peft #3447")
                 self.done += 1
                 schedule.commit(self.done, self._left())
                 self._commit_state()
@@ -161,13 +164,8 @@ class Trainer:
                 is_best = bool(self.held_out) and step.due(cfg.evaluation.eval_every) and self._evaluate()
                 if is_best or step.due(cfg.run.save_every):
                     self._save(best=is_best)
-            if self.done >= total and self.keeps_best() and self.done > self.best.newest_step():
+            if self.done >= total and self.keeps_best and self.done > self.best.newest_step():
                 self._save(best=self._evaluate())  # the last one may be the best, also where no evaluation was due
-
-    def _check_trainable(self) -> None:
-        if other := self._trainable ^ self.policy.trainable():
-            raise RuntimeError(f"step {self.done + 1} changed which tensors train ({', '.join(sorted(other)[:3])}): "
-                               "leaving disable_adapter or set_adapter does so, see peft #3447")
 
     def _ends(self) -> bool:
         self.interrupted_by = interrupt.requested()
@@ -179,10 +177,6 @@ class Trainer:
         return -dist.all_reduce_max(time.monotonic() - self.started - 60 * minutes) if minutes else math.inf
 
     # ---- evaluation within training
-
-    def keeps_best(self) -> bool:
-        """Tell whether the best checkpoint is handed on at the end, not the last one."""
-        return bool(self.held_out and self.cfg.evaluation.eval_every) and self.cfg.evaluation.final == "best"
 
     def _evaluate(self) -> bool:
         """Evaluate on the held-out problems; tell whether it is the best so far."""
@@ -271,7 +265,7 @@ class Trainer:
     def _hand_on(self) -> Path:
         """Leave the adapter that the options ask for in the run folder."""
         folder = self.log.run_dir / ADAPTER
-        best = checkpoint.best_checkpoint(self.log.run_dir) if self.keeps_best() else None
+        best = checkpoint.best_checkpoint(self.log.run_dir) if self.keeps_best else None
         if best and (faults := checkpoint.verify(best)):
             self.log.say(f"{best}, the best, is damaged ({faults[0]}): that of step {self.done} is left")
             best = None

@@ -83,7 +83,16 @@ class Verifier(contextlib.AbstractContextManager):
             return self.checker.check(sample.text, example.answer, sample.finished)
         if self.kind == "regex":
             return self.checker.matches(sample.text, answer_pattern(example), sample.finished)
-        return sample.finished and (self.kind == "none" or self.asked(sample.text, example))
+        if self.kind == "none" or not sample.finished:
+            return sample.finished
+        try:
+            value = self.fn(sample.text, example)
+        except Exception as error:  # any: it is the user's code, and the message must say whose
+            raise UserError(f"verifier={self.name} raised {type(error).__name__}: {error}") from error
+        number = as_number(value)
+        if number is None or not 0 <= number <= 1:
+            raise UserError(f"verifier={self.name} returned {value!r}; it must return a bool or a number from 0 to 1")
+        return number >= 0.5
 
     def mark_without_labels(self, groups: list[Group]) -> None:
         answers = [[answer_of(sample) for sample in group.samples] for group in groups]
@@ -170,17 +179,6 @@ class Verifier(contextlib.AbstractContextManager):
         if self.kind in BY_JUDGE:
             metrics |= {"no_grades": sums["no_grades"], "seconds": sums["seconds"]}
         return {f"verifier/{name}": value for name, value in metrics.items()}
-
-    def asked(self, text: str, example: Example) -> bool:
-        """Ask the user's function about one completion, or UserError that names it."""
-        try:
-            value = self.fn(text, example)
-        except Exception as error:  # any: it is the user's code, and the message must say whose
-            raise UserError(f"verifier={self.name} raised {type(error).__name__}: {error}") from error
-        number = as_number(value)
-        if number is None or not 0 <= number <= 1:
-            raise UserError(f"verifier={self.name} returned {value!r}; it must return a bool or a number from 0 to 1")
-        return number >= 0.5
 
 
 def answer_of(sample: Sample) -> str:

@@ -36,7 +36,7 @@ PAUSE_S = 1.0  # of Retry-After
 SLACK_S = 4.0  # of a busy machine, for threads and its own work
 SIZE = 4  # candidates of a group: 12 questions
 GROUPS = {0.01: 25, 0.1: 10, 0.5: 4, 1.0: 4}
-REWARD = rewards.JudgeReward(RLAIFConfig(judge_weight=0.25, brevity_weight=0.25).reward, 512, None)
+REWARD = rewards.JudgeReward(RLAIFConfig(judge_weight=0.25, brevity_weight=0.25))
 WITHOUT_REPLY = {"given_up", "out_of_time"}
 PAIRS = choose_pairs(SIZE, 0, "")
 

@@ -55,6 +55,6 @@ def sample(text: str, correct: bool = True, tokens: int = 10) -> Sample:
 
 def rewards_of(judge: Judge, samples: list[Sample], problem: str = "p") -> list[float]:
     """The rewards of one group with a quarter for the judge and a quarter for brevity."""
-    reward = JudgeReward(RLAIFConfig(judge_weight=0.25, brevity_weight=0.25).reward, 512, judge)
+    reward = JudgeReward(RLAIFConfig(judge_weight=0.25, brevity_weight=0.25), judge)
     reward.score([group(problem, samples)])
     return [sample.reward for sample in samples]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimath.config.load import load_config
-from minimath.config.schema import RewardOptions, RLAIFConfig
+from minimath.config.schema import RLAIFConfig
 from minimath.core.errors import UserError
 from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
@@ -99,7 +99,7 @@ class Counting(HeuristicJudge):
 
 def test_the_judge_compares_the_correct_samples_of_all_groups_at_once_and_its_figures_are_of_the_step():
     judge = Counting()
-    reward = JudgeReward(RewardOptions(), 400, judge)
+    reward = JudgeReward(RLAIFConfig(), judge)
     groups = [group_of(win=[None] * 5) for _ in range(2)]
     reward.score(groups)
     for group in groups:
@@ -115,7 +115,7 @@ def test_judge_figures_of_the_rounds_of_a_step_are_added_up_and_means_weighted_b
     same = {"no_votes": 1, "skipped": 2, "fallbacks": 0, "seconds": 0.5, "order_conflicts": 0.1}
     rounds = [same | {"comparisons": n, "position_bias": bias, "error": error, "counts": {"time outs": 2} if n else {}}
               for n, bias, error in ((30, 0.2, ""), (10, -0.2, "down"), (0, 9.0, ""))]
-    reward = JudgeReward(RewardOptions(), 400, None)
+    reward = JudgeReward(RLAIFConfig())
     reward.stats = list(rounds)
     metrics = reward.metrics()
     assert metrics["judge/comparisons"] == 40 and metrics["judge/no_votes"] == 3 and metrics["judge/skipped"] == 6
