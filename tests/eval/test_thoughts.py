@@ -5,7 +5,7 @@ import pytest
 from thinking import CHATML, QWEN3, R1, thinker
 from tiny import tiny_tokenizer
 
-from minimath.config.schema import EvalConfig, JudgeOptions, PromptOptions, RewardOptions
+from minimath.config.schema import EvalConfig, JudgeOptions, PromptOptions, RLAIFConfig
 from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
 from minimath.eval.evaluate import grade
@@ -18,7 +18,7 @@ from minimath.judges.pairs import rollout_pairs
 from minimath.models.policy import Policy
 from minimath.report.page import marked_lines
 from minimath.rollout.ends import BoxWatch
-from minimath.train.brevity import BrevityControl, BrevityOptions, brevity
+from minimath.train.brevity import BrevityOptions, brevity
 from minimath.train.refresh import record_of
 from minimath.train.rewards import JudgeReward
 from minimath.train.rollouts import rollout_metrics
@@ -160,5 +160,5 @@ def test_judges_read_no_thought():
     assert (pair.first.text, pair.second.text) == (ANSWER, "\\boxed{5}")
     in_thought = completion(tokenizer, "<think>\n\\boxed{5}\n</think>\n5")
     group.samples.append(in_thought)
-    JudgeReward(RewardOptions(), 100, None, BrevityControl(BrevityOptions())).rewards(group)
+    JudgeReward(RLAIFConfig(max_new_tokens=100)).rewards(group)
     assert [sample.parts["format"] for sample in group.samples] == [1, 1, 1, 0]
