@@ -8,6 +8,17 @@ import torch
 from minimath.core.errors import UserError
 
 
+class Kept:
+    """Has a state for the checkpoints: the attributes that `kept` names."""
+    kept: tuple[str, ...]
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in self.kept}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
 def on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copy for safetensors, which takes no two that share memory, as the code tables of bitsandbytes do."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

@@ -1,11 +1,13 @@
 """Which checkpoint of a run is the best, by its evaluations on held-out problems."""
+from minimath.core.state import Kept
 
 
-class Best:
+class Best(Kept):
     """Keeps the evaluation of the best checkpoint: step, accuracy, tokens, problems, highest (accuracy so far).
 
     Accuracy comes first, then tokens. With a margin the best is the shortest of those within one standard error of the
     highest accuracy, at most a tenth of it; else the shortest of those that have the highest. Of equals the newest."""
+    kept = ("best", "newest", "highest")
 
     def __init__(self, margin: bool):
         self.margin, self.best, self.newest, self.highest = margin, None, None, 0.0
@@ -24,12 +26,6 @@ class Best:
     def newest_step(self) -> int:
         """Name the step of the newest evaluation; -1: none."""
         return self.newest["step"] if self.newest else -1
-
-    def state_dict(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "margin"}
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update({"best": None, "newest": None, "highest": 0.0} | state)
 
 
 def standard_error(accuracy: float, problems: int) -> float:

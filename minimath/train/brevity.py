@@ -9,6 +9,7 @@ from functools import reduce
 import numpy as np
 
 from minimath.config.rl_options import BrevityOptions
+from minimath.core.state import Kept
 from minimath.data.sample import Group, Sample
 from minimath.train.best import standard_error
 
@@ -70,7 +71,7 @@ def brevity(samples: list[Sample], options: BrevityOptions, longest: int) -> lis
     return [next(scores) if s.correct else 0.0 for s in samples]
 
 
-class BrevityControl:
+class BrevityControl(Kept):
     """Weighs brevity: constant, or rising while the accuracy of the rollouts holds.
 
     control=accuracy, after A-DLP (arXiv 2505.18298) and ACOER: the weight begins at RISE x brevity_weight. The mean
@@ -79,6 +80,7 @@ class BrevityControl:
     within training that is more than a margin below the highest one, and until one is not, nothing is added. The margin
     is MARGIN, but at least SIGMAS standard errors of the difference, or one of the evaluation: no lucky step moves the
     weight far."""
+    kept = ("weight", "solved", "variances", "evaluated", "held")
 
     def __init__(self, options: BrevityOptions):
         self.options = options
@@ -122,13 +124,10 @@ class BrevityControl:
             self.weight /= 1 + self.held
         return {"brevity/weight": used, "brevity/accuracy": running, "brevity/reference": long}
 
-    def state_dict(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name not in ("options", "controlled")}
-
     def load_state_dict(self, state: dict) -> None:
         """Go on with the weight of before, if it was controlled; of a constant one the option speaks."""
         if self.controlled and state.get("solved"):
-            vars(self).update(state)
+            super().load_state_dict(state)
             self.weight = min(self.weight, self.options.weight)
 
 

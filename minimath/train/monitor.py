@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
+from minimath.core.state import Kept
 from minimath.judges.judge import Judge
 from minimath.judges.pairs import Canary
 
@@ -35,8 +36,9 @@ def canary_watch(cfg: RLAIFConfig, judge: Judge | None) -> Callable[..., dict]:
     return lambda step, groups: canary.metrics(groups) if step.due(cfg.judge.canary_every) else {}
 
 
-class CollapseMonitor:
+class CollapseMonitor(Kept):
     """Compares the last steps with the first ones, also over a resume."""
+    kept = ("history", "canaries", "best", "said")
 
     def __init__(self):
         self.history: dict[str, list[float]] = {name: [] for name in WATCHED}
@@ -69,12 +71,6 @@ class CollapseMonitor:
         new = {kind: text for kind, text in found.items() if text and kind not in self.said}
         self.said += new
         return list(new.values())
-
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
 
 
 def signs_of_collapse(start: dict, now: dict, best: float, problems: int) -> dict[str, str]:

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable
 
 from minimath.config.schema import OptimizerOptions
+from minimath.core.state import Kept
 
 RECENT = 9  # step times whose median tells how long the rest takes
 SURE = 5  # of them, after which the rest is told; or fewer, when a share USED of the time is gone
@@ -24,13 +25,14 @@ def lr_at(step: float, total_steps: int, *, lr: float, schedule: str, warmup: fl
     return lr * (1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class Schedule:
+class Schedule(Kept):
     """Places steps in the schedule: by number, until the time left is too short for all.
 
     From then on a step takes its share of what is left of the schedule: that of the steps left or that of the time
     left, whichever is larger. So the rate never rises, and is near 0 at the limit. A run that goes on has a limit of
     its own, and spreads what was left of the schedule over that or over the steps left. While all steps fit, the rate
     is lr_at(number), bit by bit."""
+    kept = ("progress",)
 
     def __init__(self, options: OptimizerOptions, total: int, say: Callable[[str], None]):
         self.total, self.say, self.decays = total, say, options.lr_schedule != "constant"
@@ -66,9 +68,3 @@ class Schedule:
                 self.progress = done / self.total
                 self.say(f"max_minutes ends near step {done + int(left / usual)} of {self.total}: the learning rate "
                          "follows the clock")
-
-    def state_dict(self) -> dict:
-        return {"progress": self.progress}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.progress = state["progress"]

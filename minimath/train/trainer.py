@@ -230,7 +230,9 @@ class Trainer:
         saved = checkpoint.best_checkpoint(self.log.run_dir)
         sound = saved is not None and not checkpoint.verify(saved)
         known = (state or read_json(saved / "state.json"))["best"] if sound else None
-        self.best.load_state_dict(known if isinstance(known, dict) else {})  # of an older minimath it is a number
+        self.best = Best(margin=self.keeps_best)
+        if isinstance(known, dict):  # of an older minimath it is a number
+            self.best.load_state_dict(known)
 
     def _write(self, best: bool = False) -> None:
         state = {"done": self.done, "best": self.best.state_dict(), "owed": self.owed,
@@ -295,7 +297,7 @@ class Trainer:
         changed = {name: f"{name} {before.get(name)} -> {value}" for name, value in plain_values(self.cfg).items()
                    if before.get(name) != value and name not in ("resume", "out")}
         if changed.keys() & HELD_OUT:
-            self.best.load_state_dict({})  # it was of other problems
+            self.best = Best(margin=self.keeps_best)  # it was of other problems
         if changed:
             self.log.say("options changed since the checkpoint: " + ", ".join(changed.values()))
         self.log.say(f"resumed after step {self.done}")

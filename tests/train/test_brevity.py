@@ -249,6 +249,8 @@ def test_a_controller_that_goes_on_from_its_state_is_the_same_and_its_state_is_j
     constant = BrevityControl(BrevityOptions(weight=0.4, control="none"))
     begun.load_state_dict(constant.state_dict())  # control is new: it begins low
     assert begun.weight == pytest.approx(0.04)
+    begun.load_state_dict({"weight": 0.3, "steps": 5, "held": True})  # of an older minimath, which kept other figures
+    assert begun.weight == pytest.approx(0.04)
     constant = BrevityControl(BrevityOptions(weight=0.2, control="none"))
     constant.load_state_dict(whole.state_dict())
     assert constant.weight == 0.2
