@@ -122,7 +122,8 @@ def cut(sets: list[list[Encoded]], cfg: JudgeConfig) -> list[list[list[Encoded]]
         rows = cfg.batch_size
         for i in stream_indices(epoch * len(sets), len(sets), len(sets), cfg.run.seed):
             if rows >= cfg.batch_size:  # the batch before is full
-                batches, rows = [*batches, []], 0
+                batches.append([])
+                rows = 0
             batches[-1].append(sets[i])
             rows += len(sets[i])
         epoch, steps = epoch + 1, steps or max(1, round(cfg.epochs * len(batches)))

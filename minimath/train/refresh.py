@@ -93,12 +93,13 @@ class JudgeRefresh:
                      f"{state['done']} refreshes of this run; judge_adapter=RUN/judge has that")
         if not self.every or not state:
             return
-        self.state = state["tensors"], state["numbers"]
-        if [p.shape for p in self.params] != [w.shape for name, w in self.state[0].items() if name[:6] == "weight"]:
+        tensors = state["tensors"]
+        if [p.shape for p in self.params] != [w.shape for name, w in tensors.items() if name[:6] == "weight"]:
             raise UserError("judge_adapter is not the one that this run has refreshed so far: give that, or a new out=")
         self.newest, self.done, self.learnt = state["newest"], state["done"], set(state["learnt"])
-        self.optimizer.restore(*self.state, where="the judge's state")
+        self.optimizer.restore(tensors, state["numbers"], where="the judge's state")
         self.optimizer.load_state_dict(state["optimizer"])
+        self.state = self.optimizer.snapshot()  # torch's optimizers change the moments that they were given
 
     @contextlib.contextmanager
     def saved_in(self, run_dir: Path) -> Iterator[None]:

@@ -238,9 +238,10 @@ def test_its_state_comes_back_and_does_not_change_afterwards(refreshed):
     kept = json.loads(json.dumps({name: value for name, value in state.items() if name != "tensors"}))
     two, _, _ = refreshed(every=2)
     two.load_state_dict(kept | {"tensors": {name: tensor.clone() for name, tensor in before.items()}})
+    handed_out = two.state_dict()["tensors"]
     one.learn(step(4), [group("c")])
     two.learn(step(4), [group("c")])
-    assert same_tensors(state["tensors"], before)              # what a checkpoint holds
+    assert same_tensors(state["tensors"], before) and same_tensors(handed_out, before)  # what a checkpoint holds
     assert same_tensors(one.state_dict()["tensors"], two.state_dict()["tensors"])
     assert not same_tensors(one.state_dict()["tensors"], before)
 
