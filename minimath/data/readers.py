@@ -18,7 +18,7 @@ from minimath.core.text import did_you_mean
 MAX_ROW_BYTES = 1_000_000  # longer is a broken file (a lost line end or quote), no problem with a solution
 BOM = b"\xef\xbb\xbf"
 OBJECT_ON_LINE_1 = re.compile(rb'\s*\{(?!\s*"data"\s*:)[^\r\n]*\}\s*([\r\n]|$)')  # jsonl under another name
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*(:\w[\w.-]*)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*(:[\w.-]*(:[\w.+%:\[\]-]+)?)?")
 ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 
 
@@ -40,7 +40,8 @@ OPEN_QUOTE = BadRow("quote not closed", "close it, or write the last row again: 
 def rows_of(source: str | list, split: str) -> Iterator[Row]:
     """Yield the rows of a list, a file, a folder of files, or a hub data set.
 
-    A hub data set is "owner/name" or "owner/name:config". split: of a hub data set; of a folder, the files with it in
+    A hub data set is "owner/name", "owner/name:config" or "owner/name:config:split", as in
+    "openai/gsm8k:main:train[-128:]". split: of a hub data set that names none; of a folder, the files with it in
     their name, if any. Raises UserError when nothing is there, or a file is spoiled.
     """
     if isinstance(source, list):
@@ -76,7 +77,8 @@ def _hub_rows(name: str, split: str) -> Iterator[Row]:
     except ImportError:
         raise UserError(f"data={name}: hub data sets need a package that isn't installed: pip install datasets, or "
                         "download the set's files and give their folder") from None
-    repo, _, config = name.partition(":")
+    repo, config, own = (name.split(":", 2) + ["", ""])[:3]
+    split = own or split
     try:
         rows = datasets.load_dataset(repo, config or None, split=split)
     except Exception as error:  # hub, network, disk and format errors share no other base

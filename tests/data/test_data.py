@@ -124,6 +124,18 @@ def test_a_missing_file_names_the_nearest_existing_one(tmp_path):
         load(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("name, asked", [
+    ("openai/gsm8k", ("openai/gsm8k", None, "test")), ("openai/gsm8k:main", ("openai/gsm8k", "main", "test")),
+    ("openai/gsm8k:main:train[:-200]", ("openai/gsm8k", "main", "train[:-200]")),
+    ("owner/name::train[-200:]", ("owner/name", None, "train[-200:]"))])
+def test_a_hub_name_may_have_its_configuration_and_its_split(monkeypatch, name, asked):
+    monkeypatch.setattr("minimath.data.readers.without_network", lambda: None)
+    monkeypatch.setattr("datasets.load_dataset", lambda repo, config, split: [
+        {"problem": f"{(repo, config, split)}", "answer": "1"}])
+    example, = load_examples(DataOptions(source=name, split="test"))[0]
+    assert example.problem == str(asked)
+
+
 def test_a_hub_name_that_cannot_be_loaded_is_one_clear_error():
     with pytest.raises(UserError, match="data=nobody/nothing-here: is no file here, and as a hub data set"):
         load("nobody/nothing-here")
