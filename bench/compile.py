@@ -28,7 +28,7 @@ from .disassembly import amd_resources, count, hot_code, moved_wide, nvidia_reso
 from .occupancy import PROCESSORS, SHARED_LIMIT, occupancy
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-TYPES = dict.fromkeys(("target", "length"), "*i64")
+TYPES = dict.fromkeys(("target", "length", "table"), "*i64")
 TYPES |= dict.fromkeys("raw_target out sums factor numbers coefs pulled r means lse".split(), "*fp32")
 TYPES |= dict.fromkeys(("inner", "outer", "chain", "slack", "lift", "eps"), "fp32")
 # Pointers to numbers of the model's type.
@@ -151,7 +151,8 @@ def decode_cases(arch: str, dtype, *, quick: bool) -> list[Case]:
     decode, found = import_module("minimath.kernels.decode_attention_triton"), {}
     sizes = (64, 80, 128, 256) if not quick else (128,) if dtype == torch.float32 else (80,)
     for size, group, cap in product(sizes, (8,) if quick else (1, 8), (True,) if quick else (False, True)):
-        config, fixed = decode.attend_config(arch, dtype, group, size), {"SPLIT": decode.SPLIT, "UPCAST": False}
+        config = decode.attend_config(arch, dtype, group, size)
+        fixed = {"SPLIT": decode.SPLIT, "PAGE": decode.PAGE, "UPCAST": False}
         flags = {"HAS_CAP": cap, "DIM": size}
         case = found[size, cap, config["ROWS"]] = row_case("attend_kernel", arch, dtype, config | fixed, flags, True)
         if arch.startswith("gfx") and decode.takes(arch, dtype, size, True):

@@ -1,7 +1,8 @@
 """Triton kernels of `decode_attention` (the formulas are there) and their launcher.
 
-A row's places are cut every SPLIT. One program reads one part p of one key head for all of its query heads and leaves
-the weighted mean of the values and the base-2 logarithm of the sum of the weights; a second kernel adds the parts up:
+A row's places are cut every SPLIT, and a part into tiles, each of which lies in one block of the pool. One program
+reads one part p of one key head for all of its query heads and leaves the weighted mean of the values and the base-2
+logarithm of the sum of the weights; a second kernel adds the parts up:
 
     l_p = log2 sum_{t in p} e^(s_rt),  o_p = 2^(-l_p) sum_{t in p} e^(s_rt) v_t
     o   = sum_p 2^(l_p - L) o_p,       L = log2 sum_p 2^(l_p)
@@ -17,14 +18,16 @@ import torch
 from .common import INTERPRET, architecture, jit, on_device, tl, triton
 from .linear_logp import keeps_registers
 
+PAGE = 64  # places of a block of the pool: whole tiles, so that a tile is found by one number
 SPLIT = 256  # places of a part: what it leaves, written and read once, is r / 128 of the 16-bit bytes that it reads
 LOG2_E = 1.4426950408889634
 
 
-@jit("query_stride", "heads", "group", "places", "window")
-def attend_kernel(query, keys, values, length, means, lse, query_stride, heads, group, places, window, inner, outer,
-                  HAS_CAP: tl.constexpr, UPCAST: tl.constexpr, SPLIT: tl.constexpr, DIM: tl.constexpr,
-                  ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+@jit("query_stride", "table_stride", "heads", "group", "places", "window")
+def attend_kernel(query, keys, values, length, table, means, lse, query_stride, table_stride, heads, group, places,
+                  window, inner, outer, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr, SPLIT: tl.constexpr,
+                  PAGE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
+                  BLOCK_D: tl.constexpr):
     """Attend with ROWS query rows of one key head to a part of its places -> means (n H, splits, r, Dh), lse.
 
     Programs: (row of the batch, key head and ROWS query rows; split), the first fastest: neighbours read the same keys,
@@ -42,25 +45,26 @@ def attend_kernel(query, keys, values, length, means, lse, query_stride, heads, 
     inside = (row < group)[:, None] & (lane < DIM)
     at = (pair // heads).to(tl.int64) * query_stride + pair % heads * group * DIM
     q = tl.load(query + at + row[:, None] * DIM + lane, mask=inside, other=0.0)
-    start = pair.to(tl.int64) * places * DIM
-    keys += start
-    values += start
+    table += (pair // heads).to(tl.int64) * table_stride
     top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, BLOCK_D], tl.float32)
     if UPCAST:  # the interpreter's bf16 product is wrong
         q = q.to(tl.float32)
-    for begin in range(first, last, BLOCK_T):
+    for begin in range(first // BLOCK_T * BLOCK_T, last, BLOCK_T):
+        start = (tl.load(table + begin // PAGE) * heads + pair % heads) * PAGE * DIM
         place = begin + tl.arange(0, BLOCK_T)
-        here = (place < last)[:, None] & (lane < DIM)
-        k = tl.load(keys + place[:, None] * DIM + lane, mask=here, other=0.0)
-        v = tl.load(values + place[:, None] * DIM + lane, mask=here, other=0.0)
+        seen = (place >= first) & (place < last)
+        here = seen[:, None] & (lane < DIM)
+        inside_block = (begin % PAGE + tl.arange(0, BLOCK_T))[:, None] * DIM + lane
+        k = tl.load(keys + start + inside_block, mask=here, other=0.0)
+        v = tl.load(values + start + inside_block, mask=here, other=0.0)
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * inner
         if HAS_CAP:
             s = outer * (2.0 * tl.sigmoid(2.0 * s) - 1.0)
-        s = tl.where((place < last)[None, :], s, -1e30)
+        s = tl.where(seen[None, :], s, -1e30)
         new = tl.maximum(top, tl.max(s, 1))
         p, rescale = tl.exp2(s - new[:, None]), tl.exp2(top - new)
         total = total * rescale + tl.sum(p, 1)
@@ -128,12 +132,13 @@ def takes(arch: str, dtype: torch.dtype, size: int, large: bool) -> bool:
     return size <= 128 or size <= 256 and not (arch.startswith("gfx1") and (large or dtype == torch.float32))
 
 
-def decode_attention(query, keys, values, length, scale: float, window: int, softcap: float) -> torch.Tensor:
-    """Two launches; the buffer between them is as long as the cache's, whatever length says."""
-    (n, heads, group, size), places, arch = query.shape, keys.shape[2], architecture(query.device)
+def decode_attention(query, keys, values, length, table, scale: float, window: int, softcap: float) -> torch.Tensor:
+    """Two launches; the buffer between them is as long as the table, whatever length says."""
+    (n, heads, group, size), page, arch = query.shape, keys.shape[2], architecture(query.device)
     if query.stride()[1:] != (group * size, size, 1):
         query = query.contiguous()
-    assert keys.is_contiguous() and values.is_contiguous()
+    assert keys.is_contiguous() and values.is_contiguous() and page % PAGE == 0 and table.stride(1) == 1
+    places = table.shape[1] * page
     length, window, splits = length.contiguous(), window or places, triton.cdiv(places, SPLIT)
     means, lse = (torch.empty((n * heads, splits, group, last), dtype=torch.float32, device=query.device)
                  for last in (size, 1))
@@ -142,8 +147,9 @@ def decode_attention(query, keys, values, length, scale: float, window: int, sof
     config = attend_config(arch, query.dtype, group, size)
     grid = n * heads * triton.cdiv(group, config["ROWS"]), splits
     with on_device(query):
-        attend_kernel[grid](query, keys, values, length, means, lse, query.stride(0), heads, group, places, window,
-                            inner, outer, HAS_CAP=softcap > 0, UPCAST=INTERPRET, SPLIT=SPLIT, DIM=size, **config)
+        attend_kernel[grid](query, keys, values, length, table, means, lse, query.stride(0), table.stride(0), heads,
+                            group, places, window, inner, outer, HAS_CAP=softcap > 0, UPCAST=INTERPRET,
+                            SPLIT=SPLIT, PAGE=page, DIM=size, **config)
         merge_kernel[(n * heads * group,)](means, lse, length, result, heads, group, places, window, splits,
                                            SPLIT=SPLIT, DIM=size, **merge_config(arch, size))
     return result

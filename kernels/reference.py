@@ -83,3 +83,16 @@ def decode_attention(query, keys, values, length, *, scale: float, window: int =
             scores = softcap * torch.tanh(scores / softcap)
         out[row] = torch.softmax(scores, -1) @ v
     return out
+
+
+def paged(cache: torch.Tensor, page: int, unheld=0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut keys or values (S, H, T, Dh) into blocks in no order -> pool (S pages + 1, H, page, Dh), table (S, pages).
+
+    unheld: what stands behind T, and in the first block, which no row holds."""
+    rows, heads, places, size = cache.shape
+    pages = -(-places // page)
+    padded = torch.nn.functional.pad(cache, (0, 0, 0, pages * page - places), value=unheld)
+    order = torch.randperm(rows * pages, generator=torch.Generator().manual_seed(0)).to(cache.device)
+    pool = torch.full((rows * pages + 1, heads, page, size), unheld, dtype=cache.dtype, device=cache.device)
+    pool[1 + order] = padded.unflatten(2, (pages, page)).transpose(1, 2).flatten(0, 1)
+    return pool, 1 + order.view(rows, pages)

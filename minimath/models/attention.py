@@ -164,11 +164,17 @@ def operands(qkv, heads: Heads, segments: Segments, block: Block):
     return q.view(q.shape[0] * heads.keys, -1, heads.dim), k.flatten(0, 1), v.flatten(0, 1)
 
 
-def probabilities(q, k, scale: float, softcap: float | None, mask: torch.Tensor):
-    """Compute P (S H, r queries, keys), and dS / d(raw scores) where a softcap bends them."""
+def scores(q, k, scale: float, softcap: float | None, mask: torch.Tensor):
+    """Compute S (B, r queries, keys) under a mask, and dS / d(raw scores) where a softcap bends them."""
     mask = mask.expand(len(q), -1, -1)
     if not softcap:
-        return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1), None
+        return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), None
     bent = torch.tanh(torch.bmm(q, k.transpose(1, 2)).mul_(scale / softcap))
     slope = (1 - bent * bent).mul_(scale)
-    return torch.softmax(bent.mul_(softcap).add_(mask), -1), slope
+    return bent.mul_(softcap).add_(mask), slope
+
+
+def probabilities(q, k, scale: float, softcap: float | None, mask: torch.Tensor):
+    """Compute P (B, r queries, keys), and the same slope."""
+    raw, slope = scores(q, k, scale, softcap, mask)
+    return torch.softmax(raw, -1), slope

@@ -8,6 +8,7 @@ from minimath.models.forward import base_causal_lm, head_module
 from minimath.models.state import NEITHER, STATE, layer_kinds, state_bytes
 
 MOST_SLOTS = {"cpu": 128, "cuda": 512}  # beyond, a step takes longer in proportion: nothing is gained
+EXPECTED = 0.5  # of the tokens that rows may sample, held at a time, before any were seen: all grow to the limit
 KEEP = 0.8  # of the free memory that may be needed where a rollout's buffers stay
 SHARE = {"cpu": 0.5, "cuda": 0.85}  # of the free memory that a rollout may take
 KEEPERS = weakref.WeakSet()  # what holds memory for its next use, and gives it back by close()
@@ -60,21 +61,28 @@ def sampling_bytes(vocab: int, how, device: str) -> int:
     return 4 * rows * vocab
 
 
-def slot_bytes(model, length: int, how) -> int:
-    """Count the bytes of one sequence: keys and values, state, and what choosing a token takes."""
-    vocab, device = head_module(model).weight.shape[0], base_causal_lm(model).device.type
-    return length * cache_bytes_per_token(model) + state_bytes(model) + sampling_bytes(vocab, how, device)
+def expected_places(prompt: float, new: int, share: float = EXPECTED) -> int:
+    """Say how many places of the cache a row takes at a time: its prompt, and a share of the tokens it may sample."""
+    return int(prompt + share * new)
 
 
-def fitting_slots(model, length: int, wanted: int, how, *, free: int | None = None, held: int = 0) -> int:
-    """Find how many sequences of `length` tokens decode side by side: from 1 to `wanted`.
+def fitting_rows(model, longest: int, expected: int, wanted: int, how, *, asked: int = 0, free: int | None = None,
+                 held: int = 0) -> tuple[int, int]:
+    """Find how many sequences decode side by side, from 1 to `wanted`, and the places of the pool for their tokens.
 
-    free: bytes, else what the device has. held: bytes that the last rollout's cache holds, for this one."""
+    longest, expected: places that a row takes at most, and at a time. asked: how many, whatever memory there is. The
+    pool holds all at full length where there is room, at least one. free: bytes, else what the device has. held: bytes
+    that the last rollout's cache holds, for this one."""
     device = base_causal_lm(model).device
     free = free_bytes(device) if free is None else free
-    most = min(wanted, MOST_SLOTS.get(device.type, 64))
-    fits = int((free + held) * SHARE.get(device.type, 0.5)) // slot_bytes(model, length, how) if free else most
-    return max(1, min(most, fits))
+    most = min(wanted, asked or MOST_SLOTS.get(device.type, 64))
+    if not free:
+        return most, most * longest
+    room, token = int((free + held) * SHARE.get(device.type, 0.5)), cache_bytes_per_token(model)
+    each = state_bytes(model) + sampling_bytes(head_module(model).weight.shape[0], how, device.type)
+    rows = most if asked else max(1, min(most, room // (each + expected * token)))
+    places = (room - rows * each) // token if token else rows * longest
+    return rows, max(longest, min(places, rows * longest))
 
 
 def has_room_beside(device: torch.device, held: int, recorded: int) -> bool:

@@ -18,10 +18,11 @@ from minimath.core.text import did_you_mean
 from minimath.data.batch import tail_length
 from minimath.kernels.common import tile_shape
 from minimath.models.load import DTYPES, first_line
-from minimath.models.memory import cache_bytes_per_token, sampling_bytes
+from minimath.models.memory import MOST_SLOTS, cache_bytes_per_token, expected_places, sampling_bytes
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
 from minimath.models.state import keeps_state, state_bytes
 from minimath.plan.footprint import Model
+from minimath.rollout.passes import PREFILL_TOKENS
 from minimath.rollout.sampling import Sampling
 from minimath.train.teacher import teacher_kind, teacher_quant
 
@@ -29,7 +30,7 @@ GIB = 1 << 30
 CONTEXT = GIB // 2  # CUDA's context, cuBLAS's workspace and kernels, outside torch's allocator: an assumption
 FRAGMENTATION = 0.06  # of what torch allocates, lost between its blocks or held inside kernels: an assumption
 UNIT, MOST_TOKENS = 256, 1 << 17  # micro_batch_tokens that are proposed: multiples of UNIT, up to MOST_TOKENS
-PREFILL_TOKENS, PLACES, MOST_SEQS = 4096, 64, {"cpu": 128, "cuda": 512}  # of the engine: a prefill, a length, a batch
+PLACES = 64  # of the engine: a row takes a multiple
 COUNTED_BY = ("dtype", "attn", "gradient_checkpointing", "offload", "lora_r", "lora_targets", "lora_dropout", "dora",
               "shard", "compile")
 REMEDIES = (("attn", "eager", "sdpa"), ("gradient_checkpointing", False, True), ("optimizer", "adamw", "adamw8bit"),
@@ -197,12 +198,20 @@ class Planner:
             rows["weights copied for decoding"] = copies
         prompt, new = cfg.prompt.max_prompt_len, cfg.sampling.max_new_tokens
         together = max(1, min(PREFILL_TOKENS // prompt, seqs, cfg.prompts_per_step if train else seqs))
+        token = cache_bytes_per_token(model.empty)
         logits = seqs * sampling_bytes(model.head.shape[0], Sampling.of(cfg.sampling), self.device)
-        prefill = model.prefill(together, prompt)  # first: it refuses models that nothing can be counted on
-        keys = -(-(prompt + new) // PLACES) * PLACES * cache_bytes_per_token(model.empty)
-        keys += state_bytes(model.empty)
-        rows["keys and values"] = seqs * (keys + 20 * new + 8 * prompt)
+        # first: it refuses models that nothing can be counted on; a long prompt is read in pieces, with a mask each
+        piece = prompt if keeps_state(model.empty) else min(prompt, PREFILL_TOKENS)
+        prefill = model.prefill(together, piece)
+        prefill += (prompt - piece) * (token + PREFILL_TOKENS)
         rows["prefill, or a step's logits"] = max(logits, prefill) + self.dequantised(base)
+        fixed = seqs * (state_bytes(model.empty) + 20 * new + 8 * prompt)
+        longest = -(-(prompt + new) // PLACES) * PLACES
+        # the pool needs what rows hold at a time, and takes what is left of the card, up to all of them at full length
+        left = card if self.device == "cpu" else int((card - CONTEXT) / (1 + FRAGMENTATION))
+        left -= sum(rows.values()) + fixed
+        least = max(longest, seqs * expected_places(prompt, new))
+        rows["keys and values"] = fixed + max(least * token, min(seqs * longest * token, left))
         return self.on_card(rows)
 
     def most_tokens(self, cfg, card: int, limit: int = MOST_TOKENS) -> int:
@@ -212,7 +221,7 @@ class Planner:
 
     def most_seqs(self, base, cfg, card: int) -> int:
         """Find the most sequences side by side that fit and are asked for; 0: none."""
-        limit = cfg.engine.max_num_seqs or MOST_SEQS[self.device]
+        limit = cfg.engine.max_num_seqs or MOST_SLOTS[self.device]
         limit = min(limit, cfg.prompts_per_step * cfg.group_size) if isinstance(cfg, RLAIFConfig) else limit
         return bisect_left(range(1, limit + 1), True, key=lambda n: (
             sum(self.rollout(base, cfg, n, card).values()) > card))

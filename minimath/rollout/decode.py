@@ -1,6 +1,5 @@
 """The running batch of a rollout: rows in slots, the decode step on the device, rows that come and go."""
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -12,33 +11,18 @@ from minimath.models.forward import additive_mask, base_causal_lm, head
 from minimath.models.linears import IN_PLACE
 from minimath.models.memory import give_back
 from minimath.models.state import STATE, fresh_cache, layer_kinds
+from minimath.rollout.blocks import Blocks, Row
 from minimath.rollout.ends import BoxWatch, Flight, in_loop
-from minimath.rollout.engine import Engine, Job
+from minimath.rollout.engine import Engine
 from minimath.rollout.graphs import StepGraphs, addresses
-from minimath.rollout.kv_cache import SlotCache, softcap_of
+from minimath.rollout.kv_cache import Fast, SlotCache, softcap_of
 from minimath.rollout.passes import Step, prefill
+from minimath.rollout.refill import PREFILL_ROUND, batches_of, packed
 from minimath.rollout.sampling import logits_of, sample_tokens, stream_noise
 
-BLOCK, ROUND = 32, 32  # rows that attention treats alike on a CPU; places that it reads are a multiple of this
+ROUND = 32  # places that attention reads on a CPU are a multiple of this
 SYNC = {"cuda": 4}  # steps between looks at which rows have ended; elsewhere 1
-PREFILL_TOKENS = 4096  # of prompts in one forward
-PREFILL_ROUND = 64  # places on a card: few shapes, whose kernels are chosen once
 PREFILL_STEPS = 8  # a prefill takes about as long as so many recorded steps: an assumption
-
-
-class Fast(NamedTuple):
-    """How the model computes while it decodes, see open.fast_decoding."""
-    attends: bool  # by kv_cache.slot_attention
-    head: Callable | None  # multiplies by the head's weight; None: a plain product
-
-
-class Row:
-    """One completion, running or waiting."""
-
-    def __init__(self, job: Job):
-        self.job = job
-        self.ids, self.logp, self.full_logp = [], [], []  # filled in when it ends, or is put back
-        self.boxed, self.length, self.known = False, 0, []  # closed its box; tokens in the cache; ids end_early saw
 
 
 class Decode:
@@ -63,14 +47,14 @@ class Decode:
         self.graphs.usable &= engine.records
         self.slots, self.cache, self.where, self.rows = 0, None, None, []
 
-    def start(self, queue: list[Row], max_num_seqs: int, fast: Fast) -> None:
-        """Begin a rollout of the rows in queue, max_num_seqs of them at a time."""
-        self.queue, self.max_num_seqs, self.fast = queue, max_num_seqs, fast
+    def start(self, queue: list[Row], max_num_seqs: int, places: int, fast: Fast) -> None:
+        """Begin a rollout of the rows in queue, max_num_seqs of them at a time, in a pool of so many places."""
+        self.queue, self.max_num_seqs, self.places, self.fast = queue, max_num_seqs, places, fast
         self.forward = Step(self.model, fast.attends)
         self.fixed = self.forward.fixed
         self.longest = max(len(row.job.prompt) for row in queue) + self.max_new_tokens
-        self.steps = self.used = self.idle = self.halved = self.graphs.replays = 0
-        if self.cache is None or self.slots < max_num_seqs or self.cache.places < self.longest:
+        self.steps = self.used = self.idle = self.halved = self.preempted = self.sampled = self.graphs.replays = 0
+        if self.cache is None or self.slots < max_num_seqs or self.blocks.longest < self.longest:
             self.reset()
         self.ways = base_causal_lm(self.model).linear_ways  # in which W is read, by how often
         where, self.where = self.where, addresses(self.model)
@@ -81,12 +65,14 @@ class Decode:
         """End the rollout; the rows that have not ended are dropped."""
         self.rows, self.queue, self.fast, self.flight = [], [], None, None
         self.alive[:] = False
+        self.blocks.hold([])
         if self.where is None:
             self.graphs.forget()
 
     def reset(self) -> None:
         """Make state for self.max_num_seqs slots, without rows; the cache comes with the first prefill."""
         self.rows, self.slots, self.cache, self.flight = [], self.max_num_seqs, None, None
+        self.blocks = Blocks(self.slots, self.longest, self.places, alone=self.fixed)
         self.graphs.forget()
         slots, here = self.slots, {"device": self.device}
         self.token, self.pos, self.count = (torch.zeros(slots, dtype=torch.long, **here) for _ in range(3))
@@ -103,9 +89,12 @@ class Decode:
         return self.cache.nbytes + sum(each.nbytes for each in self.state) if self.cache else 0
 
     def metrics(self) -> dict:
-        """Tell how it went: seq_fill is the share of slots in use, over all steps."""
+        """Tell how it went: seq_fill is the share of slots in use, over all steps.
+
+        sampled_places: of the tokens that a row sampled, how many the cache held of it at a time."""
         return {"max_num_seqs": self.max_num_seqs, "seq_fill": self.used / max(1, self.steps * self.max_num_seqs),
                 "weights": " and ".join(way for way, _ in self.ways.most_common()) or IN_PLACE, "halved": self.halved,
+                "preempted": self.preempted, "sampled_places": self.sampled / max(1, self.used),
                 "graph_replays": self.graphs.replays, "plain_steps": self.steps - self.graphs.replays}
 
     def running(self) -> list[tuple[int, int, list[int]]]:
@@ -122,20 +111,34 @@ class Decode:
         follow_load(self.device, self.engine.say)
         if self.refills():
             self.admit()
+        elif not self.blocks.fit(self.rows, self.sync):
+            return self.collect(self.sync)
         else:
+            self.blocks.hold(self.rows, self.sync)
+            if self.blocks.changes:
+                self.cache.tell(*self.put(torch.tensor(self.blocks.take_changes())))
             for _ in range(self.sync):
                 self.step()
-            self.idle += self.sync * (self.max_num_seqs - len(self.rows))
+            self.idle += self.sync * self.vacant()
         return self.collect()
+
+    def vacant(self) -> int:
+        """Count the slots without a row; where blocks are short, those that the next rows have blocks for."""
+        free = self.max_num_seqs - len(self.rows)
+        for count in range(0 if self.blocks.ample else min(free, len(self.queue))):
+            new = sorted(self.queue[:count + 1], key=lambda row: row.length)  # as they will be seated
+            if not self.blocks.fit(self.rows + new, self.blocks.page):
+                return count
+        return free
 
     def refills(self) -> bool:
         """Tell whether to prefill now.
 
         On a card a prefill makes the n rows that run wait: it costs n PREFILL_STEPS tokens, however few rows it brings.
         Slots that stand empty cost a token per step. When they have cost as much, or are a quarter, waiting ends."""
-        free = self.max_num_seqs - len(self.rows)
         if not self.queue or not self.rows:
             return bool(self.queue)
+        free = self.vacant()
         if self.fixed:
             return free > 0 and (4 * free >= self.max_num_seqs or self.idle >= PREFILL_STEPS * len(self.rows))
         return free >= max(1, self.max_num_seqs // 16)
@@ -145,16 +148,15 @@ class Decode:
         n = len(self.rows)
         for row in self.rows:
             row.length += 1
+            self.sampled += row.length - len(row.job.prompt)
         if self.fixed:
             width = self.slots  # the slots beyond n are dead
             while width // 2 >= n:
                 width //= 2
             self.graphs.run(self.run_step, width)
         else:
-            lengths = [row.length for row in self.rows]
-            spans = [(a, min(a + BLOCK, n), -(-max(lengths[a:a + BLOCK]) // ROUND) * ROUND)
-                     for a in range(0, n, BLOCK)] if self.fast.attends else None
-            self.run_step(n, max(places for *_, places in spans) if spans else max(lengths), spans)
+            spans = self.blocks.spans(self.rows, ROUND)
+            self.run_step(n, max(places for _, _, places, _ in spans), spans if self.fast.attends else None)
         self.steps += 1
         self.used += n
 
@@ -180,16 +182,23 @@ class Decode:
         count += alive
         alive &= ~(token[:, None] == self.ends).any(-1) & (count < self.max_new_tokens)
 
-    def collect(self) -> list[Row]:
-        """Take out the rows that are over; sort the others into blocks of like length."""
-        table = self.look()
+    def collect(self, ahead: int = 0) -> list[Row]:
+        """Take out the rows that are over; sort the others into blocks of like length.
+
+        ahead: make room for as many more tokens of each: until there are blocks, the youngest row waits once more."""
+        table = self.table().tolist() if ahead else self.look()
         self.end_early(table)
-        over = {i for i, (alive, *_) in enumerate(table) if not alive}
-        if not over:
-            return []
-        rows = self.read(sorted(over))
-        self.arrange([i for i in range(len(self.rows)) if i not in over])
-        return rows
+        over, back = [i for i, (alive, *_) in enumerate(table) if not alive], []
+        rest = sorted((i for i in range(len(self.rows)) if i not in over), key=lambda i: -self.rows[i].length)
+        while ahead and not self.blocks.fit([self.rows[i] for i in rest], ahead):
+            back.append(min(rest, key=lambda i: self.rows[i].length - len(self.rows[i].job.prompt)))
+            rest.remove(back[-1])
+        rows = self.read(over + back) if over or back else []
+        if rows or ahead:
+            self.arrange(rest)
+        self.queue[:0] = reversed(rows[len(over):])
+        self.preempted += len(back)
+        return rows[:len(over)]
 
     def table(self) -> torch.Tensor:
         """Tell whether each row goes on, and where rows end early also its count and newest ids, newest last."""
@@ -234,42 +243,44 @@ class Decode:
         for i, (row, [n]) in enumerate(zip(rows, count.tolist(), strict=True)):
             row.ids = ids[i, :n].tolist()
             row.logp, row.full_logp = (each[i, :n].view(torch.float32).tolist() for each in logps)
+            row.length, row.shared = len(row.job.prompt) + n, 0  # if it goes on, by a prefill
         return rows
 
     def arrange(self, keep: list[int]) -> None:
-        """Make the rows of slots `keep` the rows 0..n-1, in blocks from long to short."""
-        ranked = sorted(keep, key=lambda i: -self.rows[i].length)
-        n, in_blocks = len(ranked), self.fast.attends and not self.fixed
+        """Make the rows of slots `keep` the rows 0..n-1, in blocks from long to short; take back all other blocks."""
+        ranked, width = sorted(keep, key=lambda i: -self.rows[i].length), self.blocks.width
+        n = len(ranked)
         # a row that is in its block already stays where it is
-        staying = {i for place, i in enumerate(ranked) if i < n and (i // BLOCK == place // BLOCK or not in_blocks)}
+        staying = {i for place, i in enumerate(ranked) if i < n and (width == 1 or i // width == place // width)}
         moved, places = [i for i in ranked if i not in staying], sorted(set(range(n)) - staying)
+        at, before = dict(zip(places, moved, strict=True)), [self.blocks.table[i] for i in moved]
+        rows = [self.rows[at.get(place, place)] for place in range(n)]
+        self.blocks.hold(rows)
         if moved:
-            sources, targets = self.put(torch.tensor([moved, places]))
-            self.cache.move(sources, targets, max(self.rows[i].length for i in moved))
-            moving = [each[sources] for each in self.state]  # all, before memory can run out between two of them
-            for each, rows in zip(self.state, moving, strict=True):
-                each[targets] = rows
+            cells = [pair for place, old in zip(places, before)
+                     for pair in zip(old[:self.blocks.pages_of(rows[place])], self.blocks.table[place])
+                     if pair[0] != pair[1]]
+            self.move(moved, places, cells, min(self.blocks.page, max(rows[place].length for place in places)))
         self.alive[n:] = False
         self.flight = None  # tells of rows where they were
-        at = dict(zip(places, moved, strict=True))
-        self.rows = [self.rows[at.get(place, place)] for place in range(n)]
+        self.rows = rows
+
+    def move(self, moved: list[int], places: list[int], cells: list[tuple[int, int]], length: int) -> None:
+        """Move rows from slots to others, and the first `length` places from cells to others."""
+        parts = [moved, places, [old for old, _ in cells], [new for _, new in cells]]
+        sources, targets, *parts = self.put(torch.tensor(sum(parts, []))).split([len(part) for part in parts])
+        self.cache.move(sources, targets, *parts, length)
+        moving = [each[sources] for each in self.state]  # all, before memory can run out between two of them
+        for each, rows in zip(self.state, moving, strict=True):
+            each[targets] = rows
 
     def admit(self) -> None:
         """Prefill the next rows of the queue, each prompt once; sample their first tokens."""
-        new = self.queue[:self.max_num_seqs - len(self.rows)]
-        by_tokens: dict[tuple, list[Row]] = {}
-        for row in new:
-            by_tokens.setdefault((*row.job.prompt, *row.ids), []).append(row)
-        batches: list[list[tuple]] = [[]]
-        ranked = sorted(by_tokens, key=len)  # prompts of like length in a forward: little padding
-        for tokens in ranked:
-            if batches[-1] and ((len(batches[-1]) + 1) * len(tokens) > PREFILL_TOKENS
-                                or not self.engine.pads and len(tokens) != len(batches[-1][0])):
-                batches.append([])
-            batches[-1].append(tokens)
-        self.seat([row for tokens in ranked for row in by_tokens[tokens]])
-        for batch in batches:
-            self.prefill(batch, [by_tokens[tokens] for tokens in batch])
+        new = self.queue[:self.vacant()]
+        batches = batches_of(new, pads=self.engine.pads)
+        self.seat([row for groups in batches for group in groups for row in group])
+        for groups in batches:
+            self.prefill(groups)
         del self.queue[:len(new)]
         self.idle = 0
 
@@ -282,40 +293,35 @@ class Decode:
                 values = pad_sequence([torch.tensor(getattr(row, had), dtype=kept.dtype) for row in rows], True)
                 kept[slots, :values.shape[1]] = self.put(values)
 
-    def prefill(self, batch: list[tuple], groups: list[list[Row]]) -> None:
-        """Fill the next slots with the rows that begin with each prompt of a batch, and choose their tokens."""
-        lengths, width = torch.tensor([len(tokens) for tokens in batch]), max(map(len, batch))
+    def prefill(self, groups: list[list[Row]]) -> None:
+        """Fill the next slots with groups of rows that begin with the same tokens, and choose the next ones."""
+        rows, first, width = [row for group in groups for row in group], len(self.rows), groups[-1][0].length
         if self.fixed and self.engine.pads:
             width = max(width, min(-(-width // PREFILL_ROUND) * PREFILL_ROUND, self.longest))
-        padding = width - lengths if self.keeps_state else torch.zeros_like(lengths)  # before each prompt: what stands
-        ids = torch.full((len(batch), width), self.pad)                               # behind it would change its state
-        for row, tokens, start in zip(ids, batch, padding.tolist(), strict=True):
-            row[start:start + len(tokens)] = torch.tensor(tokens)
-        rows = [row for group in groups for row in group]
-        source = torch.arange(len(batch)).repeat_interleave(torch.tensor([len(group) for group in groups]))
-        numbers = torch.stack([source, lengths[source], torch.tensor([len(row.ids) for row in rows]), padding[source],
-                               source * width + (padding + lengths)[source] - 1])
-        sizes = [ids.numel(), numbers.numel(), len(batch)]
-        ids, numbers, padding = self.put(torch.cat([ids.flatten(), numbers.flatten(), padding])).split(sizes)
-        (source, pos, count, start, last), prefilled = numbers.view(5, -1), fresh_cache(self.model)
-        how = {"padding": padding} if self.keeps_state else {"mask": self.prefill_mask(lengths, width)}
-        hidden = prefill(self.model, ids.view(-1, width), prefilled, **how)
+        self.blocks.hold(self.rows + rows, self.sync)
+        parts = packed(groups, first, self.blocks, pad=self.pad, width=width, before=self.keeps_state)
+        moved = self.put(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
+        ids, (source, pos, count, last), padding, pages, changes = (
+            each.view(part.shape) for each, part in zip(moved, parts))
+        how = {"padding": padding} if self.keeps_state else {"mask": functools.partial(self.prefill_mask, groups)}
+        prefilled = fresh_cache(self.model)
+        hidden = prefill(self.model, ids, prefilled, **how)
         if self.cache is None:
-            self.cache = SlotCache(prefilled, self.slots, self.longest)
-        slots = slice(len(self.rows), len(self.rows) + len(rows))
-        self.cache.fill(slots.start, prefilled, source, start if self.keeps_state else None)
+            self.cache = SlotCache(prefilled, self.blocks)
+        slots = slice(first, first + len(rows))
+        self.cache.tell(*changes)
+        self.cache.fill(first, prefilled, source, pages, padding if self.keeps_state else None)
         self.pos[slots], self.count[slots], self.alive[slots] = pos, count, True
-        for row, tokens in zip(rows, [tokens for tokens, group in zip(batch, groups) for _ in group], strict=True):
-            row.length = len(tokens)
         self.rows += rows
         self.choose(hidden.flatten(0, 1)[last], slots)
 
-    def prefill_mask(self, lengths: torch.Tensor, width: int):
-        """Make the mask of a right-padded batch; on a card none, as no token sees what is to its right."""
+    def prefill_mask(self, groups: list[list[Row]], start: int, end: int):
+        """Make the mask of a piece of a right-padded batch; on a card none, as no token sees what is to its right."""
         if not (self.fast.attends and softcap_of(self.model)):
-            return None if self.fixed else (torch.arange(width)[None] < lengths[:, None]).long().to(self.device)
-        age = torch.arange(width, device=self.device)
-        age = (age[:, None] - age)[None, None]
+            lengths = torch.tensor([[group[0].length] for group in groups])
+            return None if self.fixed else (torch.arange(end) < lengths).long().to(self.device)
+        places = torch.arange(end, device=self.device)
+        age = (places[start:, None] - places)[None, None]
         return additive_mask(self.model, age, age >= 0)
 
     def halve(self) -> list[Row]:
@@ -329,7 +335,7 @@ class Decode:
         rows = self.read(list(range(len(self.rows))))
         over = [row for row, goes_on in zip(rows, self.alive.tolist()) if not goes_on]
         self.queue = [row for row in rows if row not in over] + [row for row in self.queue if row not in rows]
-        before, self.max_num_seqs = self.max_num_seqs, max(1, self.max_num_seqs // 2)
+        before, self.max_num_seqs, self.places = self.max_num_seqs, max(1, self.max_num_seqs // 2), self.places // 2
         if self.queue and before == 1:
             raise UserError(f"memory is too small for one sequence of {self.longest} tokens; lower max_new_tokens, use "
                             "quant=nf4, or a smaller model")

@@ -1,9 +1,10 @@
-"""The KV cache of a running batch: S slots whose rows stand at different positions, and attention over them.
+"""The KV cache of a running batch: rows of different length in blocks of a pool, and attention over them.
 
-Decoding is bound by the keys and values that it reads. On a CPU two batched products read a block of rows of like
-length as far as its longest row; on CUDA a kernel reads each row to its own end, which it finds on the device."""
+Decoding is bound by the keys and values that it reads. On a CPU batched products read the cells of a block side by
+side, as far as its longest row; on CUDA a kernel reads each row to its own end, which it finds on the device."""
 import contextlib
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,56 +15,74 @@ from transformers.masking_utils import sdpa_mask
 
 from minimath.core.errors import UserError
 from minimath.kernels.decode_attention import decode_attention
-from minimath.models.attention import probabilities
+from minimath.models.attention import scores
 from minimath.models.forward import base_causal_lm, sliding_window
 from minimath.models.state import keeps_state, layer_kinds
-from minimath.rollout.slots import slots_of
+from minimath.rollout.blocks import Blocks
+from minimath.rollout.slots import Fill, Move, Place, slots_of
 
-ALIGN = 64  # places are a multiple of this, which keeps the rows of a mask aligned
 ATTENTION = "minimath_slots"
 
 
 class SlotCache(Cache):
-    """A transformers cache in which each of S rows has its own length."""
+    """A transformers cache in which each of S rows has its own length; table (S, pages): their cells."""
 
-    def __init__(self, prefilled: DynamicCache, slots: int, length: int):
-        """Make buffers of zeros for `slots` rows of `length` places, as of a prefilled cache.
+    def __init__(self, prefilled: DynamicCache, blocks: Blocks):
+        """Make a pool of zeros, as of a prefilled cache.
 
         Once: buffers that grow leave holes in the heap, and recorded steps hold their addresses."""
-        self.places = -(-length // ALIGN) * ALIGN
-        super().__init__(layers=[slots_of(layer, slots, self.places) for layer in prefilled.layers])
+        super().__init__(layers=[slots_of(layer, blocks) for layer in prefilled.layers])
+        self.blocks, device = blocks, next((t.device for layer in self.layers for t in layer.tensors()), None)
+        self.table = torch.zeros(blocks.slots, blocks.pages, dtype=torch.long, device=device)
 
     @property
     def nbytes(self) -> int:
         return sum(each.nbytes for layer in self.layers for each in layer.tensors())
 
-    def fill(self, first: int, prefilled: DynamicCache, source: torch.Tensor, padding=None) -> None:
-        """Copy rows `source` [k] of a batch into the slots from `first` on; what is padding is unseen.
+    def tell(self, places: torch.Tensor, cells: torch.Tensor) -> None:
+        """Write cells [c] at places [c] of the table: Blocks.take_changes."""
+        self.table.view(-1)[places] = cells
 
-        padding [k]: how much stands before each of them; None: the batch is padded at the right."""
+    def fill(self, first: int, prefilled: DynamicCache, source: torch.Tensor, pages: torch.Tensor, padding=None):
+        """Copy rows `source` [k] of a batch into the slots from `first` on, and pages [3, m] into cells.
+
+        pages: cells, rows of the batch, pages of those. padding [B]: how much stands before each row of the batch, and
+        is left out; None: it is padded at the right."""
         width = next((layer.keys.shape[2] for layer in prefilled.layers if getattr(layer, "keys", None) is not None), 0)
         order = None
         if padding is not None and width:
             order = (torch.arange(width, device=source.device) + padding[:, None]) % width
+        what = Fill(slice(first, first + len(source)), source, order, *pages)
         for mine, theirs in zip(self.layers, prefilled.layers, strict=True):
-            mine.fill(slice(first, first + len(source)), theirs, source, order)
+            mine.fill(theirs, what)
 
-    def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
-        """Move rows `sources`, their first `length` places, to `targets` all at once."""
+    def move(self, *what) -> None:
+        """Move rows and cells, see slots.Move."""
         for layer in self.layers:
-            layer.move(sources, targets, length)
+            layer.move(Move(*what))
 
-    def at(self, pos: torch.Tensor, length: int) -> None:
-        """Set the places [n] of the rows' next tokens; attention sees the first `length`."""
-        rows = torch.arange(len(pos), device=pos.device)
+    def at(self, pos: torch.Tensor, length: int, *, together: bool) -> None:
+        """Set the places [n] of the rows' next tokens; attention sees the first `length`.
+
+        together: as one tensor, not by slot_attention."""
+        page, table = pos // self.blocks.page, self.table[:len(pos)]
+        place = Place(table.gather(1, page[:, None])[:, 0], pos - page * self.blocks.page, length,
+                      table[:, :-(-length // self.blocks.page)] if together else None)
         for layer in self.layers:
-            layer.at(rows, pos, length)
+            layer.at(place)
 
 
 class Seen(NamedTuple):
-    """What the rows of a step see of their slots: their last places."""
+    """What the rows of a step see: their last places."""
     length: torch.Tensor  # (n,) places in use, the new token's included
+    table: torch.Tensor  # (n, pages) cells
     windows: list[int]  # of each layer; 0: none
+
+
+class Fast(NamedTuple):
+    """How the model computes while it decodes, see open.fast_decoding."""
+    attends: bool  # by slot_attention
+    head: Callable | None  # multiplies by the head's weight; None: a plain product
 
 
 class NoStandardCache(UserError):
@@ -79,10 +98,10 @@ def windows_of(model) -> list[int]:
 
 def slot_attention(module, query, key, value, attention_mask, *, spans=None, seen: Seen | None = None, scaling=None,
                    softcap=None, **kwargs):
-    """Attend to a prompt as transformers does; in a step by the kernel (seen), or by products for blocks of rows.
+    """Attend to a prompt as transformers does; in a step by the kernel (seen), or by products for neighbours.
 
-    query (n, Hq, Q, Dh), key (n, H, T, Dh). spans: (first row, end row, places) of blocks. Heads that share keys are
-    rows of one query."""
+    query (n, Hq, Q, Dh), key (n, H, T, Dh), in a step (cells, H, page, Dh). spans: Blocks.spans. Heads that share keys
+    are rows of one query."""
     n, heads, _, dim = query.shape
     if seen is None and spans is None:
         eager = sys.modules[type(module).__module__].eager_attention_forward
@@ -90,14 +109,20 @@ def slot_attention(module, query, key, value, attention_mask, *, spans=None, see
         return attend(module, query, key, value, attention_mask, scaling=scaling, **more, **kwargs)
     query, scale = query.reshape(n, key.shape[1], -1, dim), dim ** -0.5 if scaling is None else scaling
     if seen is not None:
-        out = decode_attention(query, key, value, seen.length, scale=scale, window=seen.windows[module.layer_idx],
-                               softcap=softcap or 0.0)
+        out = decode_attention(query, key, value, seen.length, seen.table, scale=scale, softcap=softcap or 0.0,
+                               window=seen.windows[module.layer_idx])
         return out.reshape(n, 1, heads, dim), None
-    out = torch.empty_like(query)
-    for a, b, length in spans:
-        q, k, v = (each.flatten(0, 1) for each in (query[a:b], key[a:b, :, :length], value[a:b, :, :length]))
-        mask = attention_mask[a:b, ..., :length].expand(-1, key.shape[1], -1, -1).flatten(0, 1)
-        torch.bmm(probabilities(q, k, scale, softcap, mask)[0], v, out=out[a:b].flatten(0, 1))
+    out, page = torch.empty_like(query), key.shape[2]
+    for a, b, length, cells in spans:
+        q, to = query[a:b].flatten(0, 1), out[a:b].flatten(0, 1)
+        masks = attention_mask[a:b, ..., :length].expand(-1, key.shape[1], -1, -1).flatten(0, 1).split(page, -1)
+        k, v = ([each[cell:cell + b - a, :, :mask.shape[-1]].flatten(0, 1) for cell, mask in zip(cells, masks)]
+                for each in (key, value))
+        parts = [scores(q, each, scale, softcap, mask)[0] for each, mask in zip(k, masks)]
+        weights = torch.softmax(torch.cat(parts, -1) if len(parts) > 1 else parts[0], -1).split(page, -1)
+        torch.bmm(weights[0], v[0], out=to)
+        for weight, each in zip(weights[1:], v[1:]):
+            to.baddbmm_(weight, each)
     return out.reshape(n, 1, heads, dim), None
 
 

@@ -3,6 +3,7 @@
     with open_engine(cfg.engine, cfg.sampling, policy, seed=cfg.run.seed) as engine:
         groups = engine.generate(prompts, 8)"""
 import contextlib
+import statistics
 from collections.abc import Iterator
 
 import torch
@@ -13,16 +14,26 @@ from minimath.core.errors import UserError, is_out_of_memory
 from minimath.models.decoding import decoding_linears
 from minimath.models.forward import base_causal_lm, compute_dtype, head, inference
 from minimath.models.linears import copied_bytes, is_4bit, packed_product
-from minimath.models.memory import KEEPERS, fitting_slots, free_bytes, has_room_beside, sampling_bytes
+from minimath.models.memory import (
+    EXPECTED,
+    KEEPERS,
+    expected_places,
+    fitting_rows,
+    free_bytes,
+    has_room_beside,
+    sampling_bytes,
+)
 from minimath.models.policy import Policy
 from minimath.models.variants import is_sharded
-from minimath.rollout.decode import Decode, Fast, Row
+from minimath.rollout.blocks import Row
+from minimath.rollout.decode import Decode
 from minimath.rollout.engine import Engine
-from minimath.rollout.kv_cache import NoStandardCache, decoding_attention
+from minimath.rollout.kv_cache import Fast, NoStandardCache, decoding_attention
 from minimath.rollout.passes import check_model
 from minimath.rollout.transformers_engine import TransformersEngine
 from minimath.rollout.vllm import VLLMEngine
 
+SHORTEST = 1 / 16  # share of the tokens that a row may sample, with which a rollout counts at least
 OWN_ENGINE_ONLY = {"stop_boxed": False, "loop_guard": 0}  # and what stands for "off"
 
 
@@ -58,6 +69,8 @@ class OwnEngine(Engine):
         super().__init__(*options, **more)
         self.pads = check_model(self.policy.model)  # whether prompts of unlike length share a prefill
         self.max_num_seqs = self.options.max_num_seqs  # 0: as many as memory allows; less once it ran out
+        self.most_places = 0  # of the pool, once memory ran out
+        self.share = EXPECTED  # of max_new_tokens, that a row held of its samples in the last rollout
         self._batch, self._metrics = None, {}
         self._kept, self._version, self._trained = None, None, False
         self.records = True  # steps; no more once it failed
@@ -73,10 +86,11 @@ class OwnEngine(Engine):
             self._kept = None  # before there is another: there is no room for both
         batch, self._kept = self._kept or Decode(self), None
         longest, (copy, copied) = len(jobs[0].prompt) + self.max_new_tokens, room_for_copies(model)
-        most = min(self.max_num_seqs, len(jobs)) or fitting_slots(model, longest, len(jobs), self.how,
-                                                                  held=batch.held_bytes() - copied)
+        expected = expected_places(statistics.fmean(len(job.prompt) for job in jobs), self.max_new_tokens, self.share)
+        most, places = fitting_rows(model, longest, expected, len(jobs), self.how, asked=self.max_num_seqs,
+                                    held=batch.held_bytes() - copied)
         with inference(model), fast_decoding(model, most, copy) as fast:
-            batch.start([Row(job) for job in jobs], most, fast)
+            batch.start([Row(job) for job in jobs], most, min(places, self.most_places or places), fast)
             self._batch = batch
             try:
                 while batch.queue or batch.rows:
@@ -84,6 +98,7 @@ class OwnEngine(Engine):
                                                         row.full_logp)) for row in self._advance()]
             finally:
                 self._metrics, self._batch = batch.metrics(), None
+                self.share = max(SHORTEST, self._metrics["sampled_places"] / self.max_new_tokens)
                 batch.stop()
                 self.records = batch.graphs.usable
                 self._keep(batch)
@@ -110,7 +125,7 @@ class OwnEngine(Engine):
             if not is_out_of_memory(error):
                 raise
         over = self._batch.halve()  # out here, where the exception no longer holds the tensors of the step
-        self.max_num_seqs = self._batch.max_num_seqs
+        self.max_num_seqs, self.most_places = self._batch.max_num_seqs, self._batch.places
         return over
 
     def running(self):
@@ -120,12 +135,14 @@ class OwnEngine(Engine):
         return self._metrics
 
     def state_dict(self):
-        return {"max_num_seqs": self.max_num_seqs, "learned_with": self._bears_on_memory()}
+        return {"max_num_seqs": self.max_num_seqs, "most_places": self.most_places, "share": self.share,
+                "learned_with": self._bears_on_memory()}
 
     def load_state_dict(self, state):
         """Go on with what was learned, unless an option that bears on memory has changed."""
         if state.get("learned_with") == self._bears_on_memory():
             self.max_num_seqs = state["max_num_seqs"]
+            self.most_places, self.share = state.get("most_places", 0), state.get("share", EXPECTED)
 
     def _bears_on_memory(self) -> list:
         return [self.options.max_num_seqs, self.longest, *vars(self.policy.options).values()]

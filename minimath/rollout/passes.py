@@ -4,12 +4,15 @@ import torch
 from minimath.core.errors import is_out_of_memory
 from minimath.models.forward import additive_mask, base_causal_lm, compute_dtype, inference, not_looked_at
 from minimath.models.state import ATTEND, NEITHER, STATE, cache_argument, fresh_cache, keeps_state, layer_kinds
-from minimath.rollout import slots
+from minimath.rollout import slots as slot_layers
+from minimath.rollout.blocks import Blocks, Row
+from minimath.rollout.engine import Job
 from minimath.rollout.kv_cache import NoStandardCache, Seen, SlotCache, decoding_attention, softcap_of, windows_of
 
 PADDING_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the values' spread
 STEP_TOLERANCE = {torch.float32: 0.01}  # of the same, between a scan and a step; 0.1 in 16 bits
 TRIED = 8  # tokens of a prompt
+PREFILL_TOKENS = 4096  # in one forward: of several prompts, or a piece of a longer one
 
 
 class Step:
@@ -18,7 +21,7 @@ class Step:
     def __init__(self, model, attends: bool):
         base = base_causal_lm(model)
         self.model, self.decoder, self.windows = model, base.base_model, windows_of(model)
-        self.fixed = attends and base.device.type in slots.FIXED_SHAPES
+        self.fixed = attends and base.device.type in slot_layers.FIXED_SHAPES
         self.argument, self.no_mask = cache_argument(model), None
         if self.fixed:
             self.no_mask = masks_by_kind(model, not_looked_at(model))
@@ -29,10 +32,10 @@ class Step:
 
         length: of the longest row, spans: see slot_attention; both where shapes are not fixed."""
         if self.fixed:
-            cache.at(pos, cache.places)
-            mask, more = self.no_mask, {"seen": Seen(pos * alive + 1, self.windows)}  # a dead row reads one place
+            cache.at(pos, cache.blocks.longest, together=False)  # a dead row reads one place
+            mask, more = self.no_mask, {"seen": Seen(pos * alive + 1, cache.table[:len(pos)], self.windows)}
         else:
-            cache.at(pos, length)
+            cache.at(pos, length, together=not spans)
             age = pos[:, None, None, None] - torch.arange(length, device=pos.device)  # (n, 1, 1, T)
             mask = masks_by_kind(self.model, additive_mask(self.model, age, age >= 0))
             more = {"spans": spans} if spans else {}
@@ -54,13 +57,19 @@ def masks_by_kind(model, mask):
 def prefill(model, ids: torch.Tensor, cache, *, mask=None, padding: torch.Tensor | None = None) -> torch.Tensor:
     """Compute the hidden states [B, T, D] of prompts, and fill a fresh cache with them.
 
-    padding [B]: how many tokens of padding stand before each; None: they are padded at the right, or not."""
-    more = {cache_argument(model): cache}
+    In pieces of PREFILL_TOKENS, so that the memory of a pass over a long prompt is bounded; whole where there is state:
+    not every recurrent layer goes on from it with several tokens. mask(start, end): the mask of a piece; None: prompts
+    are not padded. padding [B]: how many tokens of padding stand before each; None: there is no state."""
+    more, hidden, width = {cache_argument(model): cache, "use_cache": True}, [], ids.shape[1]
     if padding is not None:
-        place = torch.arange(ids.shape[1], device=ids.device) - padding[:, None]
-        mask, more["position_ids"] = (place >= 0).long(), place.clamp(min=0)
-    return base_causal_lm(model).base_model(input_ids=ids, attention_mask=mask, use_cache=True,
-                                            **more).last_hidden_state
+        place = torch.arange(width, device=ids.device) - padding[:, None]
+        more |= {"attention_mask": (place >= 0).long(), "position_ids": place.clamp(min=0)}
+    for part in ids.split(PREFILL_TOKENS if padding is None else width, 1):
+        if mask:
+            start = sum(each.shape[1] for each in hidden)
+            more["attention_mask"] = mask(start, start + part.shape[1])
+        hidden.append(base_causal_lm(model).base_model(input_ids=part, **more).last_hidden_state)
+    return torch.cat(hidden, 1) if len(hidden) > 1 else hidden[0]
 
 
 def check_model(model, *, state: bool = True) -> bool:
@@ -106,10 +115,14 @@ def _difference(model, padding: int) -> float:
     with decoding_attention(model) as attends:
         before, source, cache = ids[:, :1].expand(1, padding), torch.zeros_like(ids[0, :2]), fresh_cache(model)
         last = prefill(model, torch.cat([before, ids[:, :-1]], 1), cache, padding=source[:1] + padding)[:, -1]
-        rows = SlotCache(cache, 2, TRIED + 1)
-        rows.fill(0, cache, source, source + padding)
-        spans = [(0, 2, rows.places)] if attends else None
-        new = Step(model, attends)(rows, ids[0, -1:].expand(2), source + TRIED, source == 0, length=rows.places,
-                                   spans=spans)
+        step, rows = Step(model, attends), [Row(Job((i, 0), [0] * TRIED, 0)) for i in range(2)]
+        blocks = Blocks(2, TRIED + 1, 2 * TRIED + 2, alone=step.fixed)
+        blocks.hold(rows, 1)
+        slots = SlotCache(cache, blocks)
+        slots.tell(*source.new_tensor(blocks.take_changes()))
+        slots.fill(0, cache, source, source.new_tensor([[cells[0] for cells in blocks.table], [0, 0], [0, 0]]),
+                   source[:1] + padding)
+        spans = blocks.spans(rows, TRIED + 1) if attends and not step.fixed else None
+        new = step(slots, ids[0, -1:].expand(2), source + TRIED, source == 0, length=TRIED + 1, spans=spans)
     apart = torch.cat([last, new]).float() - whole[[0, 1, 1]].float()
     return float(apart.abs().mean() / whole.float().std())

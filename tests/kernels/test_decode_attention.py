@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minimath.kernels import decode_attention_triton as fused
 from minimath.kernels import reference
 from minimath.kernels.common import INTERPRET
-from minimath.kernels.decode_attention import decode_attention
+from minimath.kernels.decode_attention import decode_attention as attend
 
-dispatch = sys.modules[decode_attention.__module__]
+dispatch = sys.modules[attend.__module__]
 triton_alone = pytest.mark.skipif(not INTERPRET, reason="what the Triton kernels promise")
 torch_alone = pytest.mark.skipif(INTERPRET, reason="once is enough")
 
@@ -27,6 +27,13 @@ def drawn(rows, heads, group, size, places, dtype=torch.float32, spare=1):
     for buffer in (keys, values):
         buffer[:rows] = torch.randn(rows, heads, places, size, generator=draw)
     return query.to(dtype), keys, values
+
+
+def decode_attention(query, keys, values, length, **options):
+    """Attend over the same keys and values in blocks of a pool, in no order; nan behind them where nothing reads it."""
+    unheld = torch.nan if INTERPRET else 0.0
+    (keys, table), (values, _) = (reference.paged(each, fused.PAGE, unheld) for each in (keys, values))
+    return attend(query, keys, values, length, table[:len(query)], **options)
 
 
 def exact(query, keys, values, length, **options):
@@ -127,12 +134,14 @@ def test_a_row_of_100_places_reads_100_of_1000(window, seen, monkeypatch):
     query, keys, values = drawn(2, 2, 3, 16, 1000)
     keys[:, :, 100:] = values[:, :, 100:] = torch.nan  # places that are not read can't spoil the sums
     length = torch.tensor([100, 100])
-    got = decode_attention(query, keys, values, length, scale=0.3, window=window)
-    close(got, exact(query, keys, values, length, scale=0.3, window=window))
+    want = exact(query, keys, values, length, scale=0.3, window=window)
+    (keys, table), (values, _) = (reference.paged(each, fused.PAGE) for each in (keys, values))
+    close(attend(query, keys, values, length, table[:2], scale=0.3, window=window), want)
     first, last = keys.data_ptr(), keys.data_ptr() + keys.nbytes
     blocks = [mask.sum() for at, mask in read if ((at >= first) & (at < last)).any()]
     assert sum(blocks) == 2 * 2 * seen * 16  # rows, heads, places, numbers
-    assert len(blocks) <= 2 * 2 * -(-seen // fused.attend_config("interpreter", torch.float32, 3, 16)["BLOCK_T"])
+    tile = fused.attend_config("interpreter", torch.float32, 3, 16)["BLOCK_T"]
+    assert len(blocks) == 2 * 2 * (-(-100 // tile) - (100 - seen) // tile)
 
 
 @torch_alone
@@ -160,8 +169,9 @@ def test_nothing_is_read_back_and_the_launches_are_on_the_tensors_device(monkeyp
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     with FakeTensorMode():
         query = torch.empty(6, 2, 7, 64, device="cuda:1", dtype=torch.bfloat16)
-        keys, values = (torch.empty(8, 2, 1024, 64, device="cuda:1", dtype=torch.bfloat16) for _ in range(2))
-        got = decode_attention(query, keys, values, torch.empty(6, device="cuda:1", dtype=torch.int64), scale=0.125)
+        keys, values = (torch.empty(90, 2, 64, 64, device="cuda:1", dtype=torch.bfloat16) for _ in range(2))
+        length, table = (torch.empty(*shape, device="cuda:1", dtype=torch.int64) for shape in ((6,), (6, 16)))
+        got = attend(query, keys, values, length, table, scale=0.125)
     assert got.shape == query.shape and got.device == query.device and devices == [1]
     assert launched == [("attend_kernel", (12, 4), 1), ("merge_kernel", (84,), 1)]
 
@@ -178,7 +188,7 @@ def test_heads_that_no_tile_holds_are_left_to_torch(arch, size, dtype, large, ta
     monkeypatch.setattr(dispatch, "runs_triton", lambda tensor: True)
     monkeypatch.setattr(dispatch, "architecture", lambda device: arch)
     monkeypatch.setattr(dispatch.fused, "decode_attention", lambda query, *others: sizes.append(query.shape[-1]))
-    decode_attention(*tensors, torch.tensor([3]), scale=1.0)
+    attend(*tensors, torch.tensor([3]), torch.zeros(1, 1, dtype=torch.long), scale=1.0)
     assert bool(sizes) is fused.takes(arch, dtype, size, False)
 
 
@@ -187,16 +197,29 @@ def test_no_rows():
     assert decode_attention(query, keys, values, torch.empty(0, dtype=torch.int64), scale=1.0).shape == query.shape
 
 
+def test_rows_share_blocks():
+    """A group's samples read their prompt from one place."""
+    query, keys, values = drawn(3, 2, 3, 16, 200, spare=0)
+    keys[:, :, :128], values[:, :, :128] = keys[:1, :, :128], values[:1, :, :128]
+    length = torch.tensor([200, 129, 128])
+    want = exact(query, keys, values, length, scale=0.3)
+    (keys, table), (values, _) = (reference.paged(each, fused.PAGE) for each in (keys, values))
+    table[1:, :2] = table[0, :2]
+    close(attend(query, keys, values, length, table, scale=0.3), want)
+
+
 @torch_alone
 def test_what_does_not_fit_is_refused():
     query, keys, values = drawn(2, 2, 3, 16, 10)
-    length = torch.tensor([3, 4])
-    for bad in ((query, keys[:1], values[:1], length), (query, keys, values[:, :1], length), (query, keys, values,
-                length[:1]), (query, keys, values, length.float()), (query.half(), keys, values, length)):
+    length, table = torch.tensor([3, 4]), torch.zeros(2, 1, dtype=torch.long)
+    for bad in ((query, keys[:1], values, length, table), (query, keys, values[:, :1], length, table),
+                (query, keys, values, length[:1], table), (query, keys, values, length.float(), table),
+                (query, keys, values, length, table[:1]), (query, keys, values, length, table.float()),
+                (query.half(), keys, values, length, table)):
         with pytest.raises(ValueError, match="expected"):
-            decode_attention(*bad, scale=1.0)
+            attend(*bad, scale=1.0)
 
 
 @torch_alone
 def test_the_same_in_triton_under_its_interpreter():
-    assert_passes_under_interpreter(__file__, 20)
+    assert_passes_under_interpreter(__file__, 21)

@@ -11,7 +11,8 @@ from toy import make_config
 
 from minimath.config.schema import EngineOptions, SamplingOptions, SFTConfig
 from minimath.models.forward import inference
-from minimath.rollout.decode import Decode, Row
+from minimath.rollout.blocks import Row
+from minimath.rollout.decode import Decode
 from minimath.rollout.open import OwnEngine, fast_decoding
 
 PROMPTS = [list(range(4, 20)), list(range(4, 30)), list(range(4, 15))]
@@ -40,7 +41,7 @@ def rollout_on_card(folder, **engine):
         with inference(policy.model), fast_decoding(policy.model, 8, False) as fast:
             batch = Decode(engine)
             batch.graphs.usable = False
-            batch.start([Row(job) for job in engine.jobs(PROMPTS, 4, None, ())], 8, fast)
+            batch.start([Row(job) for job in engine.jobs(PROMPTS, 4, None, ())], 8, 8 * 64, fast)
             work.clear()
             yield work, batch
 

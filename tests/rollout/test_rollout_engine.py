@@ -1,5 +1,6 @@
 """What the own engine does beside decoding: ends, memory, grouped layers, no read-back in a step."""
 
+import functools
 import itertools
 import json
 import math
@@ -18,8 +19,8 @@ from minimath.models.decoding import called_together, decoding_linears
 from minimath.models.forward import adapter_off, base_causal_lm, hidden_states, inference
 from minimath.models.fused import fused_layers
 from minimath.models.linears import is_plain
+from minimath.rollout import blocks, kv_cache
 from minimath.rollout import decode as decoding
-from minimath.rollout import kv_cache
 from minimath.rollout import open as own_engine
 from minimath.rollout import slots as slot_layers
 from minimath.rollout.ends import BoxWatch, in_loop
@@ -297,12 +298,23 @@ def test_slots_follow_from_the_memory(llama):
     assert memory.cache_bytes_per_token(model) == token
     vocab = base_causal_lm(model).config.vocab_size
     how, each = Sampling(), 100 * token + 12 * vocab
-    assert memory.slot_bytes(model, 100, how) == each
-    assert memory.fitting_slots(model, 100, 1000, how, free=20 * each) == 10  # half of it, on a CPU
-    assert memory.fitting_slots(model, 100, 1000, how, free=8 * each, held=12 * each) == 10
-    assert memory.fitting_slots(model, 100, 3, how, free=20 * each) == 3
-    assert memory.fitting_slots(model, 100, 1000, how, free=each) == 1
-    assert memory.fitting_slots(model, 100, 1000, how, free=10**12) == memory.MOST_SLOTS["cpu"]
+    fitting = functools.partial(memory.fitting_rows, model, 100, 100)
+    assert fitting(1000, how, free=20 * each) == (10, 1000)  # half of it, on a CPU
+    assert fitting(1000, how, free=8 * each, held=12 * each) == (10, 1000)
+    assert fitting(3, how, free=20 * each) == (3, 300)
+    assert fitting(1000, how, free=each) == (1, 100)
+    assert fitting(1000, how, free=10**12) == (memory.MOST_SLOTS["cpu"], 100 * memory.MOST_SLOTS["cpu"])
+
+
+def test_rows_are_counted_by_what_they_hold_at_a_time(llama):
+    model, _ = llama
+    token, sampling = memory.cache_bytes_per_token(model), 12 * base_causal_lm(model).config.vocab_size
+    fitting = functools.partial(memory.fitting_rows, model, 1000, 100, how=Sampling())
+    free = 2 * 50 * (100 * token + sampling)
+    assert fitting(60, free=free) == (50, 5000)
+    assert fitting(60, free=free, asked=4) == (4, 4000)  # room for all of them at full length
+    assert fitting(60, free=free, asked=20) == (20, 5000 + 30 * sampling // token)
+    assert memory.expected_places(80, 40) == 100 and memory.expected_places(80, 40, 0.25) == 90
 
 
 def test_free_memory_is_read_from_this_machine():
@@ -361,12 +373,12 @@ def test_rows_are_kept_in_blocks_of_like_length(llama, monkeypatch):
         seen.append([row.length for row in self.rows])
 
     monkeypatch.setattr(decoding.Decode, "arrange", spy)
-    monkeypatch.setattr(decoding, "BLOCK", 4)
+    monkeypatch.setattr(blocks, "BLOCK", 4)
     sampled(llama, samples=16, max_num_seqs=16, max_new_tokens=40)
     assert len(seen) > 10
     for lengths in seen:
-        blocks = [lengths[a : a + 4] for a in range(0, len(lengths), 4)]
-        for one, two in itertools.pairwise(blocks):
+        parts = [lengths[a : a + 4] for a in range(0, len(lengths), 4)]
+        for one, two in itertools.pairwise(parts):
             assert min(one) >= max(two)
 
 
@@ -509,9 +521,9 @@ def test_a_decode_step_never_waits_for_the_device(tmp_path, monkeypatch, family,
 
 def test_one_block_attends_as_many_do(llama, monkeypatch):
     """A CUDA device gets all rows as one block, over a length that is a multiple of a window."""
-    monkeypatch.setattr(decoding, "BLOCK", 4)
+    monkeypatch.setattr(blocks, "BLOCK", 4)
     many = sampled(llama, samples=8, max_num_seqs=16)
-    monkeypatch.setattr(decoding, "BLOCK", 10_000)
+    monkeypatch.setattr(blocks, "BLOCK", 10_000)
     one = sampled(llama, samples=8, max_num_seqs=16)
     assert ids_of(many) == ids_of(one)
     assert math.isclose(many[0][0].logp[-1], one[0][0].logp[-1], abs_tol=1e-5)

@@ -106,7 +106,7 @@ def test_a_slot_takes_the_bytes_that_are_counted(family, name):
     rows = engine.stream(PROMPTS)
     next(rows)
     cache = engine._batch.cache
-    assert cache.nbytes == 3 * (cache.places * cache_bytes_per_token(model) + state_bytes(model))
+    assert cache.nbytes == 3 * (cache.blocks.page * cache_bytes_per_token(model) + state_bytes(model))
     assert state_bytes(model) > 0 and (cache_bytes_per_token(model) == 0) == (name == "mamba2")
     rows.close()
 
