@@ -2,6 +2,7 @@
 
     python -m bench.rollout                               # CPU: the demo's model, 64 prompts x 8 samples
     python -m bench.rollout --max-num-seqs 64 128 --only rollout
+    python -m bench.rollout --only pool --max-new-tokens 1024     # blocks of a pool against rows of full length
     python -m bench.rollout --device cuda --model Qwen/Qwen2.5-0.5B-Instruct --max-num-seqs 256 --generate-batch 256
 
 Every engine runs in its own process with the same model and LoRA adapter (fp32 over the base's dtype, as in training),
@@ -21,6 +22,11 @@ On CPUs generate ends its prefill with the LM head on a strided slice, for which
 (57 MB each for SmolLM2-135M): most of its peak, and of TRL's. Where the system is slow to hand out memory, malloc tuned
 to keep it makes these two much faster: compare both. The second table is a whole RL step (rollout, rewards, update) by
 bench.train in the same shape, without a warm-up: the first step pays for what is compiled and allocated then.
+
+With --only pool two engines of minimath get the memory of --max-num-seqs rows of full length: "rows" counts each row as
+that long, as before there was a pool, "pool" by what it holds. Once with the model's own lengths and as many rows in
+both, and once ("tail") with lengths given, 1 in 20 ten times the mean, and as many rows as fit; "rows" is how many ran
+side by side while others waited.
 
 Medians over rounds. speed: tokens per second of minimath (at the first --max-num-seqs) over the engine's, paired by
 round; memory: minimath's peak over the engine's, above what the loaded model takes (CPU: resident size, GPU:
@@ -48,7 +54,8 @@ PEERS = {
     "trl-split": {"engine": "trl", "autocast": True, "split": True},
     "trl-malloc": {"engine": "trl", "autocast": True, "keep_freed_memory": True},
 }
-DEFAULTS = {"attn": "sdpa", "autocast": False, "keep_freed_memory": False, "split": False, "temperature": 1.0}
+DEFAULTS = {"attn": "sdpa", "autocast": False, "keep_freed_memory": False, "split": False, "temperature": 1.0,
+            "full": 0, "rectangle": False, "tail": False}
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -62,11 +69,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=[OURS, *PEERS], metavar="ENGINE",
                         default=[OURS, "generate", "generate-malloc", "continuous", "trl"],
                         help=f"of {OURS}, {', '.join(PEERS)}")
-    parser.add_argument("--only", choices=("rollout", "step"), help="one table; default: both")
+    parser.add_argument("--only", choices=("rollout", "step", "pool"), help="one table; default: the first two")
     options = parser.parse_args(words)
     if OURS not in options.engines or len(options.engines) < 2:
         parser.error(f"--engines needs {OURS} and at least one other")
-    if options.only != "rollout" and options.samples < 2:
+    if options.only in (None, "step") and options.samples < 2:
         parser.error("a whole step needs --samples of at least 2: rewards are compared within a group")
     return options
 
@@ -74,6 +81,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def engines_of(options: argparse.Namespace) -> dict[str, dict]:
     """Name every engine with what tells it apart, minimath first."""
     ours = {"engine": OURS, "keep_freed_memory": True}
+    if options.only == "pool":
+        ours |= {"max_num_seqs": 0, "full": options.max_num_seqs[0]}
+        return {f"{name}{', tail' * tail}": {**ours, "rectangle": name == "rows", "tail": tail}
+                for tail in (False, True) for name in ("pool", "rows")}
     found = {f"{OURS}-{count or 'auto'}": {**ours, "max_num_seqs": count}
              for count in dict.fromkeys(options.max_num_seqs)}
     return found | {name: PEERS[name] for name in dict.fromkeys(options.engines) if name != OURS}
@@ -99,7 +110,7 @@ def summarise(steps: dict[str, list[dict]]) -> list[dict]:
     for row in rows:
         taken = steps[row["trainer"]]
         row["engine"] = row.pop("trainer")
-        for key in ("mean_length", "finished", "seq_fill"):
+        for key in ("mean_length", "finished", "seq_fill", "rows_beside"):
             known = [facts[key] for facts in taken if facts.get(key) is not None]
             row[key] = statistics.fmean(known) if known else None
     return rows
@@ -108,12 +119,13 @@ def summarise(steps: dict[str, list[dict]]) -> list[dict]:
 def table_of(title: str, rows: list[dict], failed: dict[str, str]) -> Table:
     table = Table(title=title)
     for name in ("engine", "seconds", "tokens/s", "speed", "speed, range", "peak MB", "memory", "seq fill",
-                 "mean length", "finished"):
+                 "rows", "mean length", "finished"):
         table.add_column(name, justify="left" if name == "engine" else "right")
     for row in rows:
         speed, spread, memory = train.compared(row)
         table.add_row(row["engine"], f"{row['seconds']:.1f}", f"{row['tokens/s']:.0f}", speed, spread,
                       train.megabytes(row["peak_extra_bytes"]), memory, percent(row["seq_fill"]),
+                      f"{row['rows_beside']:.0f}" if row["rows_beside"] else "?",
                       f"{row['mean_length']:.0f}", percent(row["finished"]),
                       style=None if speed else "bold")
     for name in failed:
@@ -171,8 +183,8 @@ def measure_steps(options: argparse.Namespace, model: str, failed: dict[str, str
 
 def run(options: argparse.Namespace, model: str) -> None:
     path = options.out or (None if options.tiny else RESULTS / f"rollout-{options.device}.json")
-    parts = {"rollout": measure_rollouts, "step": measure_steps}
-    for part in [options.only] if options.only else parts:
+    parts = {"rollout": measure_rollouts, "step": measure_steps, "pool": measure_rollouts}
+    for part in [options.only] if options.only else ("rollout", "step"):
         if part == "step" and len(train_options(options).trainers) < 2:
             print("whole steps are compared with TRL, which is not among --engines: left out")
             continue

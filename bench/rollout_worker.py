@@ -7,10 +7,12 @@ prompts when the parent says so (train_worker.Turns), after a first, short rollo
 `_generate` of a GRPOTrainer in the middle of its train(), with what accelerate and TRL put around the model there; no
 update follows. The spec: bench.rollout.
 """
+import contextlib
 import dataclasses
 import logging
 import statistics
 import tempfile
+from unittest import mock
 
 from bench.train_worker import Turns, config_of, examples_of, load_peer, lora_of, start, touch, trl_grpo
 
@@ -68,16 +70,55 @@ def run_minimath(spec: dict, turns: Turns) -> None:
     from minimath.rollout.open import open_engine
     cfg = config_of(spec)
     torch.manual_seed(cfg.run.seed)
-    policy = load_policy(cfg, train=True)
+    policy, learned = load_policy(cfg, train=True), {}
     touch(policy.model)
 
     def roll(prompts, limit, number):
         sampling = dataclasses.replace(cfg.sampling, max_new_tokens=limit)
-        with open_engine(cfg.engine, sampling, policy, seed=number) as engine:
+        with pool_of(spec) as beside, open_engine(cfg.engine, sampling, policy, seed=number) as engine:
+            engine.load_state_dict(learned)
+            engine.eos = [] if spec["tail"] else engine.eos
             groups = engine.generate(prompts, n=spec["samples"])
-            return [sample.ids for group in groups for sample in group], engine.metrics()
+            learned.update(engine.state_dict())
+            rows = statistics.fmean(beside) if beside else None
+            return [sample.ids for group in groups for sample in group], {**engine.metrics(), "rows_beside": rows}
 
-    take_turns(spec, turns, prompts_of(spec, cfg, policy.tokenizer), policy.eos, roll)
+    take_turns(spec, turns, prompts_of(spec, cfg, policy.tokenizer), [] if spec["tail"] else policy.eos, roll)
+
+
+@contextlib.contextmanager
+def pool_of(spec: dict):
+    """Give rollouts the memory of spec["full"] rows of full length, and with "tail" lengths of which 1 in 20 is full.
+
+    The others get a 19th of it, so that full ones are ten times the mean. "rectangle": rows get full length each, as if
+    there were no pool. Yields a list of how many rows each step had while others waited."""
+    if not spec["full"]:
+        yield []
+        return
+    from minimath.rollout import blocks, decode
+    from minimath.rollout import open as own_engine
+    seen, step, end_early = [], decode.Decode.step, decode.Decode.end_early
+
+    def fit(model, longest, expected, wanted, how, **_):
+        places = spec["full"] * longest
+        most = min(wanted, 128 if spec["tail"] else spec["full"])
+        return min(most, places // (longest if spec["rectangle"] else expected)), places
+
+    def counted(batch):
+        seen.extend([len(batch.rows)] if batch.queue else [])
+        step(batch)
+
+    def cut(batch, table):
+        end_early(batch, table)
+        for i, (row, state) in enumerate(zip(batch.rows, table)):
+            share = 1 if row.job.seed % 20 == 0 else 19
+            if spec["tail"] and row.length + 1 - len(row.job.prompt) >= batch.max_new_tokens // share:
+                batch.alive[i], state[0] = False, 0
+
+    with mock.patch.object(own_engine, "fitting_rows", fit), mock.patch.multiple(
+            decode.Decode, step=counted, end_early=cut), mock.patch.object(
+            blocks, "ONE_PAGE", 1 << 30 if spec["rectangle"] else blocks.ONE_PAGE):
+        yield seen
 
 
 # ---- transformers

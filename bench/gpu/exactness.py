@@ -16,6 +16,7 @@ from bench.gpu.common import Found
 from minimath.kernels import elementwise, linear_cross_entropy, linear_kl, linear_logp, linear_token_loss, reference
 from minimath.kernels.common import runs_triton
 from minimath.kernels.decode_attention import decode_attention, in_torch
+from minimath.kernels.decode_attention_triton import PAGE
 
 HEADS = {"plain": {}, "bias": {"bias": True}, "capped": {"softcap": 30.0, "logit_scale": 0.5},
          "warm": {"temperature": 0.7}}
@@ -280,9 +281,10 @@ def attention_cases(device, dtype, tiny: bool):
         options = {"scale": 2 * dim**-0.5, "window": window, "softcap": softcap}
 
         def ours(query=query, keys=keys, values=values, length=length, options=options):
-            found = {"result": decode_attention(query, keys, values, length, **options)}
+            (keys, table), (values, _) = (reference.paged(each, PAGE) for each in (keys, values))
+            found = {"result": decode_attention(query, keys, values, length, table[:len(query)], **options)}
             if runs_triton(query) and query.shape[-1] <= 128:  # larger heads go through torch on some chips
-                alone = [decode_attention(query[i:i + 1], keys[i:i + 1], values[i:i + 1], length[i:i + 1], **options)
+                alone = [decode_attention(query[i:i + 1], keys, values, length[i:i + 1], table[i:i + 1], **options)
                          for i in range(len(query))]
                 if not torch.equal(torch.cat(alone), found["result"]):
                     raise ArithmeticError("a row alone has other bits than in a batch")

@@ -9,6 +9,8 @@ from bench import kernels
 from bench.cards import card_named
 from bench.gpu.common import Found, seconds
 from minimath.kernels.decode_attention import decode_attention, in_torch
+from minimath.kernels.decode_attention_triton import PAGE
+from minimath.kernels.reference import paged
 
 SHAPES = (kernels.Shape(4096, 896, 151_936), kernels.Shape(2048, 3584, 152_064))
 SLOW_TO_START = ("torch.compile", "cut-cross-entropy")  # a compilation on a CPU takes longer than a tiny run
@@ -65,8 +67,10 @@ def attention(found: Found, name: str, sizes: tuple[int, int, int], card) -> Non
     seen = torch.arange(places, device=found.device) < length[:, None, None, None]  # (n, 1, 1, T)
     mask = torch.zeros(seen.shape, dtype=query.dtype, device=found.device).masked_fill_(~seen, -1e30)
     flat, scale = query.reshape(rows, heads * shared, 1, dim), dim**-0.5
+    *pools, table = *(paged(each, PAGE)[0] for each in cache), paged(cache[0], PAGE)[1]
+    blocks = itertools.cycle(zip(pools[::2], pools[1::2]))
     methods = {
-        "minimath": lambda: decode_attention(query, *next(turns), length, scale=scale),
+        "minimath": lambda: decode_attention(query, *next(blocks), length, table, scale=scale),
         "sdpa, grouped rows": lambda: scaled_dot_product_attention(query, *next(turns), mask, scale=scale),
         "sdpa, enable_gqa": lambda: scaled_dot_product_attention(flat, *next(turns), mask, scale=scale,
                                                                  enable_gqa=True),

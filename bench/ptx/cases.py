@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from minimath.kernels import TokenStats, elementwise, linear_kl, linear_logp, linear_token_loss, reference
 from minimath.kernels.decode_attention import decode_attention
+from minimath.kernels.decode_attention_triton import PAGE
 
 FLOAT, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 # A result is right where its largest error, over its largest number, is not above this, or not above twice torch's own:
@@ -198,7 +199,8 @@ def attention(dtype, *, heads, group, size, lengths, places, window=0, softcap=0
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         own[row] = scores.softmax(-1, dtype=FLOAT).to(dtype) @ values[row, :, seen]
     want = reference.decode_attention(*doubled(query, keys, values), length, **options)
-    yield Check("attention", decode_attention(query, keys, values, length, **options), want, own)
+    (keys, table), (values, _) = (reference.paged(each, PAGE, torch.nan) for each in (keys, values))
+    yield Check("attention", decode_attention(query, keys, values, length, table[:n], **options), want, own)
 
 
 FULL = {

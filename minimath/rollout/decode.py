@@ -22,6 +22,7 @@ from minimath.rollout.sampling import logits_of, sample_tokens, stream_noise
 
 ROUND = 32  # places that attention reads on a CPU are a multiple of this
 SYNC = {"cuda": 4}  # steps between looks at which rows have ended; elsewhere 1
+AHEAD = 64  # tokens that every row has blocks for when another begins: else it would soon wait again
 PREFILL_STEPS = 8  # a prefill takes about as long as so many recorded steps: an assumption
 
 
@@ -127,7 +128,7 @@ class Decode:
         free = self.max_num_seqs - len(self.rows)
         for count in range(0 if self.blocks.ample else min(free, len(self.queue))):
             new = sorted(self.queue[:count + 1], key=lambda row: row.length)  # as they will be seated
-            if not self.blocks.fit(self.rows + new, self.blocks.page):
+            if not self.blocks.fit(self.rows + new, AHEAD):
                 return count
         return free
 
