@@ -127,6 +127,7 @@ def test_a_pool_too_small_for_all_changes_no_completion(llama, whole, monkeypatc
     monkeypatch.setitem(decoding.SYNC, "cpu", 4 if fixed else 1)
     for name, value in {"ROUND": 32, "ONE_PAGE": 32, "PAGES_OF": 32, "PAGE": 32}.items():
         monkeypatch.setattr(pool, name, value)
+    monkeypatch.setattr(decoding, "AHEAD", 8)  # so that they soon run out
     again, metrics, blocks = rollout(*llama, monkeypatch, 16, places)
     assert ids_of(again) == ids_of(whole)
     for one, two in zip(sum(whole, []), sum(again, []), strict=True):
