@@ -36,7 +36,7 @@ from minimath.data.problems import canonical, make_problems
 from minimath.train.judge import JudgeConfig
 
 MINUTES = 15.0  # what the steps in the recipes are made for
-SFT_SHARE, RL_SHARE, JUDGE_SHARE = 0.3, 0.45, 0.2  # of the minutes, at most, on a machine slower than ours
+SFT_SHARE, RL_SHARE, JUDGE_SHARE = 0.27, 0.52, 0.2  # of the minutes, at most, on a machine slower than ours
 JUDGES = {"heuristic": "judge=heuristic", "trained": "judge=self"}  # --judge: its word
 JUDGE = "heuristic"  # without --judge
 
