@@ -18,7 +18,8 @@ from minimath.core.text import did_you_mean
 MAX_ROW_BYTES = 1_000_000  # longer is a broken file (a lost line end or quote), no problem with a solution
 BOM = b"\xef\xbb\xbf"
 OBJECT_ON_LINE_1 = re.compile(rb'\s*\{(?!\s*"data"\s*:)[^\r\n]*\}\s*([\r\n]|$)')  # jsonl under another name
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*(:[\w.-]*(:[\w.+%:\[\]-]+)?)?")
+SPLIT = r":\w[\w.+%:\[\]-]*"
+HUB_NAME = re.compile(rf"[A-Za-z0-9][\w.-]*/\w[\w.-]*(:\w[\w.-]*({SPLIT})?|:{SPLIT})?")
 ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 
 

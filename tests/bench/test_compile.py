@@ -37,7 +37,8 @@ def test_no_kernel_spills_or_exceeds_shared_memory_or_loads_narrowly_on_any_chip
     assert not bad, "\n".join(map(str, bad))
     for row in rows:  # what a launch on AMD runs: buffer loads from a tensor of less than 2 GiB
         if row["arch"].startswith("gfx") and row["kernel"] in ("logp_kernel", "attend_kernel"):
-            buffered = {key.startswith("buffer_") for loop in row["loops"] for key in loop["loads"]}
+            buffered = {key.startswith("buffer_") for loop in row["loops"] for key in loop["loads"]
+                        if key.endswith("128")}  # a block's place in the table is one number
             assert buffered == {"large" not in row["variant"]}, row
 
 
@@ -99,7 +100,7 @@ def test_a_launch_is_told_what_triton_finds_out_of_its_tensors(monkeypatch):
     build(over_2_gib(case))
     small, large = ({source.fn.arg_names[index]: sorted(name for name, _ in attributes)
                      for (index,), attributes in source.attrs.items()} for source in told)
-    assert small == dict.fromkeys(("query", "keys", "values", "length", "means", "lse"),
+    assert small == dict.fromkeys(("query", "keys", "values", "length", "table", "means", "lse"),
                                   ["tt.divisibility", "tt.pointer_range"])
     assert large == small | dict.fromkeys(("keys", "values"), ["tt.divisibility"])
 

@@ -69,10 +69,10 @@ def gradient_of(cfg, policy: Policy, update) -> tuple[float, float]:
     """(loss, gradient norm) of update(optimizer), whose steps change no weight."""
     seen = []
 
-    def no_step(_, params, *__, sums, **___):
+    def no_step(_, params, *__, read, **___):
         norm = torch.cat([p.grad.double().flatten() for p in params if p.grad is not None]).norm()
-        norm = sums.read(norm)
-        seen.append((sums.totals["loss"], norm))
+        norm = read(norm)
+        seen.append((read.__self__.totals["loss"], norm))
         for p in params:
             p.grad = None
         return seen[-1][1], True

@@ -174,7 +174,7 @@ def whole_recipe(folder: Path, shared: dict, fork) -> Tally:
 def set_hooks(run: Path, alarm: dict | None) -> None:
     """Let the alarm go off the nth time that its phase comes, and note how many steps are done when it is heard."""
     from minimath.core import checkpoint, files, interrupt
-    from minimath.eval import evaluate
+    from minimath.eval import evaluate, suite
     from minimath.rollout.decode import Decode
     from minimath.train import optimizer, rewards, rlaif, sft, trainer
     interrupt.LOOK_S = 0.0  # these evaluations take less than a second
@@ -206,7 +206,7 @@ def set_hooks(run: Path, alarm: dict | None) -> None:
         wrap(loop, "linear_token_loss",
              after=lambda result, *_, **__: result[0].register_hook(lambda _: comes("backward")))
     wrap(optimizer, "make_optimizer", after=optimizer_made)
-    wrap(evaluate, "load_examples", before=lambda *_, **__: comes("data"))
+    wrap(suite, "load_examples", before=lambda *_, **__: comes("data"))
     for owner in (trainer, evaluate):
         wrap(owner, "load_policy", before=lambda *_, **__: comes("load"))
         wrap(owner, "evaluate_policy", before=lambda *_, **__: evaluating.append(1),

@@ -47,8 +47,8 @@ def test_the_own_engine_samples_unless_told_otherwise(llama):
         assert type(engine) is OwnEngine
         groups = engine.generate(prompts_of(), 2)
     assert [len(group) for group in groups] == [2] * 4
-    assert engine.metrics().keys() == {"max_num_seqs", "seq_fill", "weights", "halved", "graph_replays",
-                                           "plain_steps"}
+    assert engine.metrics().keys() == {"max_num_seqs", "seq_fill", "weights", "halved", "preempted",
+                                       "sampled_places", "graph_replays", "plain_steps"}
     with opened(llama, rollout="transformers") as engine:
         assert type(engine) is TransformersEngine and engine.metrics() == engine.state_dict() == {}
 

@@ -54,12 +54,17 @@ def test_a_rollout_that_leaves_the_adapter_out_ends_the_run(rl, monkeypatch, rol
 
 @pytest.mark.parametrize("stage", ["rl", "train"])
 def test_the_tensors_that_train_are_the_same_at_every_step(stage, request, monkeypatch):
-    run, real = request.getfixturevalue(stage), Optimizer.step
+    run, begin, real, policies = request.getfixturevalue(stage), Optimizer.__init__, Optimizer.step, []
     run("sound", steps=2)
 
+    def begins(self, policy, *args):
+        policies.append(policy)
+        begin(self, policy, *args)
+
     def thaws(self, *args):
-        next(p for p in self.policy.model.parameters() if not p.requires_grad).requires_grad_()
+        next(p for p in policies[-1].model.parameters() if not p.requires_grad).requires_grad_()
         return real(self, *args)
+    monkeypatch.setattr(Optimizer, "__init__", begins)
     monkeypatch.setattr(Optimizer, "step", thaws)
     with pytest.raises(RuntimeError, match=r"step 1 changed which tensors train \(.*peft #3447"):
         run("thawed", steps=2)
