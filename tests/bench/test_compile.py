@@ -38,7 +38,7 @@ def test_no_kernel_spills_or_exceeds_shared_memory_or_loads_narrowly_on_any_chip
     for row in rows:  # what a launch on AMD runs: buffer loads from a tensor of less than 2 GiB
         if row["arch"].startswith("gfx") and row["kernel"] in ("logp_kernel", "attend_kernel"):
             buffered = {key.startswith("buffer_") for loop in row["loops"] for key in loop["loads"]
-                        if key.endswith("128")}  # a block's place in the table is one number
+                        if row["kernel"] == "logp_kernel" or key.endswith("128")}  # the table gives one number
             assert buffered == {"large" not in row["variant"]}, row
 
 
