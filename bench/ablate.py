@@ -42,7 +42,7 @@ from minimath.judges.base import Pair, Solution
 from minimath.judges.compare import both_orders
 from minimath.judges.judge import make_judge
 from minimath.models.policy import load_policy
-from minimath.report.figures import COLOURS, INK, new_figure, save_png
+from minimath.report.figures import COLOURS, INK, new_figure, read_metrics, save_png
 
 REFERENCE = "heuristic"
 JUDGES = {  # judges trained beside each seed's SFT model: name -> what it changes in the recipe's judge_train section
@@ -159,7 +159,7 @@ def row_of(arm: str, seed: int, folder: Path, metrics: Path | None) -> dict:
     here = machine("cuda" if torch.cuda.is_available() else "cpu")
     row["measured"] = {name: here.get(name) for name in ("device", "driver", "commit", "date") if here.get(name)}
     if metrics is not None:
-        steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        steps = read_metrics(metrics)
         judged = [s for s in steps if s.get("judge/comparisons")]
         asking = sum(s.get("judge/seconds", 0) + s.get("verifier/seconds", 0) for s in steps)
         row["judging"] = asking / max(1e-9, sum(s["time/rollout"] for s in steps) - asking)  # of the rollouts' time

@@ -28,7 +28,7 @@ from minimath.config.load import load_config
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
 from minimath.core.run_folder import METRICS
-from minimath.report.figures import COLOURS, INK, new_figure, save_png
+from minimath.report.figures import COLOURS, INK, new_figure, read_metrics, save_png
 
 STEPS, EVERY = 18, 3
 PLAIN = ["judge_weight=0"]  # length alone beside right or wrong
@@ -97,7 +97,7 @@ def run_arm(arm: str, rate: str, seed: int, options) -> dict:
     run_stage(out, ["rlaif", "demo", *common, f"adapter={sft}", f"data={data / 'rl.jsonl'}", f"steps={STEPS}",
                     f"lr={rate}", f"eval_data={data / 'valid.jsonl'}", f"eval_every={EVERY}", "eval_limit=128",
                     "eval_max_new_tokens=200", "final=best", "sample_every=0", *UNTIL_NOW, *changes], options.threads)
-    metrics = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+    metrics = read_metrics(out / METRICS)
     row = {"arm": arm, "rate": rate, "seed": seed, "curve": [
         [m["step"], m["eval/accuracy"], m["eval/tokens"]] for m in metrics if "eval/accuracy" in m]}
     row["weights"] = [m["brevity/weight"] for m in metrics if "brevity/weight" in m]

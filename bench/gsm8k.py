@@ -29,7 +29,7 @@ from minimath.commands.demo import demo_model
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
 from minimath.core.run_folder import EVAL, METRICS
-from minimath.report.figures import COLOURS, INK, new_figure, save_png
+from minimath.report.figures import COLOURS, INK, new_figure, read_metrics, save_png
 
 HELD_OUT, FEW = 200, 200
 EPOCHS, STEPS, SAMPLES = 4, 36, 64  # of the recipe: stage 1; steps of stage 2, and samples in one
@@ -116,7 +116,7 @@ def run_arm(arm: str, seed: int, options) -> dict:
     row |= {name: summary[name] for name in summary if name.startswith("accuracy@")}
     row |= {name: json.loads((few / EVAL).read_text(encoding="utf-8"))[name] for name in ("avg@4", "pass@4", "maj@4")}
     if ARMS[arm]:
-        metrics = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+        metrics = read_metrics(out / METRICS)
         row["curve"] = [[m["step"], m["eval/accuracy"], m["eval/tokens"]] for m in metrics if "eval/accuracy" in m]
         row["steps"] = metrics[-1]["step"]
     return row

@@ -8,8 +8,20 @@ from __future__ import annotations
 
 import torch
 
-from . import common
-from .common import architecture, differentiable, jit, on_device, runs_as_it_is, runs_triton, tl, triton, wide
+from .common import (
+    INTERPRET,
+    architecture,
+    differentiable,
+    dot_precision,
+    jit,
+    on_device,
+    processors,
+    runs_as_it_is,
+    runs_triton,
+    tl,
+    triton,
+    wide,
+)
 from .head import Gradients, Scaling, TokenStats, cast_operands, check_arguments, kept_rows
 from .tiles import chunks, forward_tiles, gradient_tiles
 
@@ -127,7 +139,7 @@ def triton_forward(x, weight, bias, target, scaling: Scaling) -> torch.Tensor:
     config = logp_config(arch, x.dtype, all(number % 16 == 0 for number in (width, x.stride(0), weight.stride(0))))
     row_blocks, columns = triton.cdiv(rows, config["BLOCK_N"]), triton.cdiv(vocab, config["BLOCK_V"])
     # few rows would leave most of the chip idle: cut the vocabulary until there are two programs per processor
-    splits = max(1, min(columns, -(-2 * common.processors(x.device) // row_blocks)))
+    splits = max(1, min(columns, -(-2 * processors(x.device) // row_blocks)))
     per_split = triton.cdiv(columns, splits) * config["BLOCK_V"]
     splits = triton.cdiv(vocab, per_split)
     out = torch.empty((splits, PARTIALS, rows), dtype=torch.float32, device=x.device)
@@ -135,7 +147,7 @@ def triton_forward(x, weight, bias, target, scaling: Scaling) -> torch.Tensor:
         logp_kernel[(row_blocks * splits,)](
             x, weight, x if bias is None else bias, target, out, rows, vocab, width, per_split, x.stride(0),
             weight.stride(0), out.stride(1), *scaling.factors, HAS_BIAS=bias is not None, HAS_CAP=scaling.softcap > 0,
-            PRECISION=common.dot_precision(x.dtype, arch), UPCAST=common.INTERPRET,
+            PRECISION=dot_precision(x.dtype, arch), UPCAST=INTERPRET,
             EVEN_D=width % config["BLOCK_D"] == 0, **config)
     return merge(out, vocab)
 
