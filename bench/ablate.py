@@ -136,9 +136,7 @@ def run_arm(arm: str, seed: int, options, url: str, threads: int) -> dict:
         served = [f"judge_url={url}"] if arm == "endpoint" else []
         for name, of_judge in JUDGES.items():
             if any(f"{{{name}}}" in word for word in changes):
-                judge = work / f"judge-{name}-{seed}"
-                learnt = ["judge", "train", "demo", f"data={data / 'train.jsonl'}"]
-                run_stage(judge, [*learnt, *common, *adapter, *options.set, *of_judge], threads)
+                judge = train_judge(work, name, seed, [*common, *adapter, *options.set, *of_judge], threads)
                 changes = [word.replace(f"{{{name}}}", str(judge)) for word in changes]
         words = ["rlaif", "demo", *common, f"data={data / 'rl.jsonl'}", *adapter, *BEGUN, *options.set, *changes,
                  *served]
@@ -147,6 +145,13 @@ def run_arm(arm: str, seed: int, options, url: str, threads: int) -> dict:
     folder = work / f"eval-{arm}-{seed}"
     run_stage(folder, ["eval", "demo", *common, f"data={data / 'test.jsonl'}", *adapter, *options.set], threads)
     return row_of(arm, seed, folder, work / f"{arm}-{seed}" / METRICS if changes is not None else None)
+
+
+def train_judge(work: Path, name: str, seed: int, words: list[str], threads: int) -> Path:
+    """Train a judge on stage 1's problems, unless that is done; return its folder."""
+    judge = work / f"judge-{name}-{seed}"
+    run_stage(judge, ["judge", "train", "demo", f"data={work / 'data' / 'train.jsonl'}", *words], threads)
+    return judge
 
 
 def row_of(arm: str, seed: int, folder: Path, metrics: Path | None) -> dict:

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.ablate import interval, row_of, run_stage, values_of
+from bench.ablate import interval, row_of, run_stage, train_judge, values_of
 from bench.measure import RESULTS, ROOT
 from minimath.commands.demo import DemoConfig, demo_model, write_problems
 from minimath.config.load import load_config
@@ -86,9 +86,7 @@ def run_arm(arm: str, rate: str, seed: int, options) -> dict:
     sft = stage_1(work, "sft", common, [], options.threads)
     changes = [word.replace("{sft}", str(sft)) for word in ARMS[arm]]
     if any("{judge}" in word for word in changes):
-        judge = work / f"judge-single-{seed}"
-        run_stage(judge, ["judge", "train", "demo", f"data={data / 'train.jsonl'}", *common, f"adapter={sft}"],
-                  options.threads)
+        judge = train_judge(work, "single", seed, [*common, f"adapter={sft}"], options.threads)
         changes = [word.replace("{judge}", str(judge)) for word in changes]
     if any("{longer}" in word for word in changes):
         longer = stage_1(work, "longer", common, ["steps=300"], options.threads)
