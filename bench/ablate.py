@@ -277,6 +277,11 @@ def figures(rows: dict[str, dict], arm: str, reference: str = REFERENCE) -> dict
     return out
 
 
+def curve_of(metrics: list[dict]) -> list[list[float]]:
+    """Take steps, accuracies and tokens out of the evaluations within a training."""
+    return [[m["step"], m["eval/accuracy"], m["eval/tokens"]] for m in metrics if "eval/accuracy" in m]
+
+
 def values_of(row: dict, name: str) -> np.ndarray:
     """List 100 or 0 per problem, or the tokens."""
     return np.array([100.0 * int(c) for c in row["correct"]] if name == "correct" else row["tokens"], dtype=float)

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.ablate import interval, row_of, run_stage, train_judge, values_of
+from bench.ablate import curve_of, interval, row_of, run_stage, train_judge, values_of
 from bench.measure import RESULTS, ROOT
 from minimath.commands.demo import DemoConfig, demo_model, write_problems
 from minimath.config.load import load_config
@@ -96,8 +96,7 @@ def run_arm(arm: str, rate: str, seed: int, options) -> dict:
                     f"lr={rate}", f"eval_data={data / 'valid.jsonl'}", f"eval_every={EVERY}", "eval_limit=128",
                     "eval_max_new_tokens=200", "final=best", "sample_every=0", *UNTIL_NOW, *changes], options.threads)
     metrics = read_metrics(out / METRICS)
-    row = {"arm": arm, "rate": rate, "seed": seed, "curve": [
-        [m["step"], m["eval/accuracy"], m["eval/tokens"]] for m in metrics if "eval/accuracy" in m]}
+    row = {"arm": arm, "rate": rate, "seed": seed, "curve": curve_of(metrics)}
     row["weights"] = [m["brevity/weight"] for m in metrics if "brevity/weight" in m]
     for name, adapter in (("last", out / "checkpoints" / f"step-{STEPS:06d}"), ("kept", out)):
         row[name] = evaluated(work / f"eval-{out.name}-{name}", adapter, common, options)

@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.ablate import interval, row_of, run_stage, values_of
+from bench.ablate import curve_of, interval, row_of, run_stage, values_of
 from bench.measure import RESULTS, ROOT
 from minimath.commands.demo import demo_model
 from minimath.core.errors import UserError
@@ -101,9 +101,6 @@ def run_arm(arm: str, seed: int, options) -> dict:
         if any("{own}" in word for word in changes):
             changes = [word.replace("{own}", str(own_solutions(seed, common, options))) for word in changes]
         held = [f"eval_data={data / 'valid.jsonl'}", "sample_every=0"]
-        if stage == "sft":
-            rows = sum(1 for _ in open(data / "train.jsonl", encoding="utf-8"))
-            held += [f"eval_every={-(-rows // 16)}", f"eval_limit={HELD_OUT}", "eval_max_new_tokens=256"]
         run_stage(out, [stage, "gsm8k", f"data={data / 'train.jsonl'}", *common, *held, *changes,
                         *([f"adapter={work / f'{start}-{seed}'}"] if start else [])], options.threads)
     adapter = [f"adapter={out}"] if ARMS[arm] else []
@@ -117,8 +114,7 @@ def run_arm(arm: str, seed: int, options) -> dict:
     row |= {name: json.loads((few / EVAL).read_text(encoding="utf-8"))[name] for name in ("avg@4", "pass@4", "maj@4")}
     if ARMS[arm]:
         metrics = read_metrics(out / METRICS)
-        row["curve"] = [[m["step"], m["eval/accuracy"], m["eval/tokens"]] for m in metrics if "eval/accuracy" in m]
-        row["steps"] = metrics[-1]["step"]
+        row |= {"curve": curve_of(metrics), "steps": metrics[-1]["step"]}
     return row
 
 

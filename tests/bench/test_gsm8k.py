@@ -26,7 +26,7 @@ def test_an_arm_is_options_of_the_recipe(arm):
     stage, _, changes = gsm8k.ARMS[arm]
     cfg = load_config(STAGES[stage], "gsm8k", ["data=x.jsonl", "model=m", *changes], stage)
     assert stage == "sft" or (cfg.steps, cfg.prompts_per_step * cfg.group_size) == (gsm8k.STEPS, gsm8k.SAMPLES)
-    assert arm != "sft" or cfg.epochs == gsm8k.EPOCHS
+    assert arm != "sft" or (cfg.epochs, cfg.evaluation.eval_limit) == (gsm8k.EPOCHS, gsm8k.HELD_OUT)
     assert load_config(EvalConfig, "gsm8k", [], "eval").budgets == "64,128,256"
 
 
