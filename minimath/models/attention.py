@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-ROUND = 32  # places; a row is computed up to the next multiple
+ROW_MULTIPLE = 32  # places; a row is computed up to the next multiple
 QUERIES = 256  # of a row at a time
 KEPT = 256  # longest row whose P is kept for the backward pass; computed again beyond
 
@@ -45,14 +45,14 @@ class Segments:
         for row in rows:
             for first in range(0, row.length, QUERIES):
                 count = min(QUERIES, row.length - first)
-                queries = min(-(-count // ROUND) * ROUND, tokens - row.start - first)
+                queries = min(-(-count // ROW_MULTIPLE) * ROW_MULTIPLE, tokens - row.start - first)
                 key = (first, queries, row.prompt, row.shared, row.length > KEPT)
                 alike.setdefault(key, []).append((row.start, count))
         self.blocks = [Block(tuple(s for s, _ in members), tuple(n for _, n in members), *key)
                        for key, members in alike.items()]
 
     def padded_prompt(self, block: Block) -> int:
-        return min(-(-block.shared // ROUND) * ROUND, self.tokens - block.prompt)
+        return min(-(-block.shared // ROW_MULTIPLE) * ROW_MULTIPLE, self.tokens - block.prompt)
 
     def mask(self, block: Block, window: int | None, q: torch.Tensor) -> torch.Tensor:
         """Make the mask (r queries, keys) of q (.., r queries, Dh): keys of the prompt, then of the row."""

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from minimath.kernels.decode_attention_triton import PAGE
 from minimath.rollout.engine import Job
 
-BLOCK, ROUND = 32, 64  # rows of a block on a CPU; a page there is a multiple of so many places, which aligns masks
+BLOCK = 32  # rows of a block on a CPU
+PAGE_MULTIPLE, READ_MULTIPLE = 64, 32  # places, on a CPU: of a page, which aligns masks; of what a product reads
 ONE_PAGE, PAGES_OF = 512, 256  # places: the longest row in one page on a CPU; a page of longer ones, about
 PARTS = 16  # of the batch, at least, on a CPU where not every row can be of full length
 
@@ -34,7 +35,7 @@ class Blocks:
         self.ample, least = places >= slots * longest, -(-slots // BLOCK)
         self.width = 1 if alone else -(-slots // (least if self.ample else max(least, min(slots, PARTS))))
         pages = 1 if longest <= ONE_PAGE else -(-longest // PAGES_OF)
-        self.page = PAGE if alone else -(-longest // pages // ROUND) * ROUND
+        self.page = PAGE if alone else -(-longest // pages // PAGE_MULTIPLE) * PAGE_MULTIPLE
         self.slots, self.longest, self.pages = slots, longest, -(-longest // self.page)
         self.total = -(-slots // self.width) * self.pages
         if not self.ample:
@@ -111,8 +112,8 @@ class Blocks:
         changes, self.changes = self.changes, {}
         return list(changes), list(changes.values())
 
-    def spans(self, rows: Sequence[Row], places: int) -> list[tuple[int, int, int, list[int]]]:
-        """List what products read of neighbours: first row, end row, places in multiples of `places`, first cells."""
+    def spans(self, rows: Sequence[Row]) -> list[tuple[int, int, int, list[int]]]:
+        """List what products read of neighbours: first row, end row, places, first cells."""
         return [(a, min(a + self.width, len(rows)),
-                 -(-max(row.length for row in rows[a:a + self.width]) // places) * places,
+                 -(-max(row.length for row in rows[a:a + self.width]) // READ_MULTIPLE) * READ_MULTIPLE,
                  self.table[a]) for a in range(0, len(rows), self.width)]

@@ -17,10 +17,9 @@ from minimath.rollout.engine import Engine
 from minimath.rollout.graphs import StepGraphs, addresses
 from minimath.rollout.kv_cache import Fast, SlotCache, softcap_of
 from minimath.rollout.passes import Step, prefill
-from minimath.rollout.refill import PREFILL_ROUND, batches_of, packed
+from minimath.rollout.refill import WIDTH_MULTIPLE, batches_of, packed
 from minimath.rollout.sampling import logits_of, sample_tokens, stream_noise
 
-ROUND = 32  # places that attention reads on a CPU are a multiple of this
 SYNC = {"cuda": 4}  # steps between looks at which rows have ended; elsewhere 1
 AHEAD = 64  # tokens that every row has blocks for when another begins: else it would soon wait again
 PREFILL_STEPS = 8  # a prefill takes about as long as so many recorded steps: an assumption
@@ -34,12 +33,9 @@ class Decode:
     A rollout begins with `start` and ends with `stop`; state, cache and recorded steps can serve the next one."""
 
     def __init__(self, engine: Engine):
-        model, tokenizer = engine.policy.model, engine.policy.tokenizer
-        self.engine, self.model, self.pad, self.max_new_tokens = engine, model, tokenizer.pad_token_id, \
-            engine.max_new_tokens
-        self.loop_guard = engine.options.loop_guard
-        self.box = BoxWatch(tokenizer) if engine.options.stop_boxed else None
-        base = base_causal_lm(model)
+        self.engine, self.model, self.max_new_tokens = engine, (model := engine.policy.model), engine.max_new_tokens
+        self.loop_guard, base = engine.options.loop_guard, base_causal_lm(model)
+        self.box = BoxWatch(engine.policy.tokenizer) if engine.options.stop_boxed else None
         self.decoder, self.head, self.device = base.base_model, head(model), base.device
         self.sync = SYNC.get(self.device.type, 1)
         self.ends = self.put(torch.tensor(sorted(set(engine.eos)), dtype=torch.long))
@@ -104,7 +100,6 @@ class Decode:
                 for i, (row, count) in enumerate(zip(self.rows, self.count.tolist()))]
 
     def put(self, values: torch.Tensor) -> torch.Tensor:
-        """Copy to the device without waiting for it."""
         return on_device(values, self.device)
 
     def advance(self) -> list[Row]:
@@ -156,15 +151,13 @@ class Decode:
                 width //= 2
             self.graphs.run(self.run_step, width)
         else:
-            spans = self.blocks.spans(self.rows, ROUND)
+            spans = self.blocks.spans(self.rows)
             self.run_step(n, max(places for _, _, places, _ in spans), spans if self.fast.attends else None)
         self.steps += 1
         self.used += n
 
     def run_step(self, n: int, length: int = 0, spans=None) -> None:
-        """Forward the n newest tokens and choose the next ones, without a read-back.
-
-        length: of the longest row, spans: see slot_attention; both where shapes are not fixed."""
+        """Forward the n newest tokens and choose the next ones, without a read-back; length, spans: see passes.Step."""
         pos, alive = self.pos[:n], self.alive[:n]
         hidden = self.forward(self.cache, self.token[:n], pos, alive, length=length, spans=spans)
         pos += alive
@@ -261,46 +254,40 @@ class Decode:
             cells = [pair for place, old in zip(places, before)
                      for pair in zip(old[:self.blocks.pages_of(rows[place])], self.blocks.table[place])
                      if pair[0] != pair[1]]
-            self.move(moved, places, cells, min(self.blocks.page, max(rows[place].length for place in places)))
+            parts = [moved, places, [old for old, _ in cells], [new for _, new in cells]]
+            sources, targets, *cells = self.put(torch.tensor(sum(parts, []))).split([len(part) for part in parts])
+            longest = max(rows[place].length for place in places)
+            self.cache.move(sources, targets, *cells, min(self.blocks.page, longest))
+            moving = [each[sources] for each in self.state]  # all, before memory can run out between two of them
+            for each, new in zip(self.state, moving, strict=True):
+                each[targets] = new
         self.alive[n:] = False
         self.flight = None  # tells of rows where they were
         self.rows = rows
 
-    def move(self, moved: list[int], places: list[int], cells: list[tuple[int, int]], length: int) -> None:
-        """Move rows from slots to others, and the first `length` places from cells to others."""
-        parts = [moved, places, [old for old, _ in cells], [new for _, new in cells]]
-        sources, targets, *parts = self.put(torch.tensor(sum(parts, []))).split([len(part) for part in parts])
-        self.cache.move(sources, targets, *parts, length)
-        moving = [each[sources] for each in self.state]  # all, before memory can run out between two of them
-        for each, rows in zip(self.state, moving, strict=True):
-            each[targets] = rows
-
     def admit(self) -> None:
         """Prefill the next rows of the queue, each prompt once; sample their first tokens."""
-        new = self.queue[:self.vacant()]
-        batches = batches_of(new, pads=self.engine.pads)
-        self.seat([row for groups in batches for group in groups for row in group])
-        for groups in batches:
-            self.prefill(groups)
-        del self.queue[:len(new)]
-        self.idle = 0
-
-    def seat(self, rows: list[Row]) -> None:
-        """Give the next slots the noise of rows, and the tokens that they have."""
+        batches = batches_of(self.queue[:self.vacant()], pads=self.engine.pads)
+        rows = [row for groups in batches for group in groups for row in group]
         slots = slice(len(self.rows), len(self.rows) + len(rows))
         self.noise[slots] = self.put(torch.stack([stream_noise(row.job.seed, self.max_new_tokens) for row in rows]))
-        if any(row.ids for row in rows):
+        if any(row.ids for row in rows):  # they go on from these
             for kept, had in ((self.ids, "ids"), (self.logp, "logp"), (self.full_logp, "full_logp")):
                 values = pad_sequence([torch.tensor(getattr(row, had), dtype=kept.dtype) for row in rows], True)
                 kept[slots, :values.shape[1]] = self.put(values)
+        for groups in batches:
+            self.prefill(groups)
+        del self.queue[:len(rows)]
+        self.idle = 0
 
     def prefill(self, groups: list[list[Row]]) -> None:
         """Fill the next slots with groups of rows that begin with the same tokens, and choose the next ones."""
         rows, first, width = [row for group in groups for row in group], len(self.rows), groups[-1][0].length
         if self.fixed and self.engine.pads:
-            width = max(width, min(-(-width // PREFILL_ROUND) * PREFILL_ROUND, self.longest))
+            width = max(width, min(-(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.longest))
         self.blocks.hold(self.rows + rows, self.sync)
-        parts = packed(groups, first, self.blocks, pad=self.pad, width=width, before=self.keeps_state)
+        pad = self.engine.policy.tokenizer.pad_token_id
+        parts = packed(groups, first, self.blocks, pad=pad, width=width, before=self.keeps_state)
         moved = self.put(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
         ids, (source, pos, count, last), padding, pages, changes = (
             each.view(part.shape) for each, part in zip(moved, parts))

@@ -15,11 +15,11 @@ from transformers.masking_utils import sdpa_mask
 
 from minimath.core.errors import UserError
 from minimath.kernels.decode_attention import decode_attention
-from minimath.models.attention import probabilities, scores
+from minimath.models.attention import scores
 from minimath.models.forward import base_causal_lm, sliding_window
 from minimath.models.state import keeps_state, layer_kinds
 from minimath.rollout.blocks import Blocks
-from minimath.rollout.slots import Fill, Move, Place, slots_of
+from minimath.rollout.slots import Fill, Place, slots_of
 
 ATTENTION = "minimath_slots"
 
@@ -57,9 +57,9 @@ class SlotCache(Cache):
             mine.fill(theirs, what)
 
     def move(self, *what) -> None:
-        """Move rows and cells, see slots.Move."""
+        """Move rows and cells, see slots.Kept."""
         for layer in self.layers:
-            layer.move(Move(*what))
+            layer.move(*what)
 
     def at(self, pos: torch.Tensor, length: int, *, together: bool) -> None:
         """Set the places [n] of the rows' next tokens; attention sees the first `length`.
@@ -115,19 +115,13 @@ def slot_attention(module, query, key, value, attention_mask, *, spans=None, see
     out, page = torch.empty_like(query), key.shape[2]
     for a, b, length, cells in spans:
         q, to = query[a:b].flatten(0, 1), out[a:b].flatten(0, 1)
-        mask = attention_mask[a:b, ..., :length].expand(-1, key.shape[1], -1, -1).flatten(0, 1)
-        if len(cells) == 1:  # most rows: the same numbers with fewer calls
-            k, v = (each[cells[0]:cells[0] + b - a, :, :length].flatten(0, 1) for each in (key, value))
-            torch.bmm(probabilities(q, k, scale, softcap, mask)[0], v, out=to)
-            continue
-        masks = mask.split(page, -1)
+        masks = attention_mask[a:b, ..., :length].expand(-1, key.shape[1], -1, -1).flatten(0, 1).split(page, -1)
         k, v = ([each[cell:cell + b - a, :, :mask.shape[-1]].flatten(0, 1) for cell, mask in zip(cells, masks)]
                 for each in (key, value))
         parts = [scores(q, each, scale, softcap, mask)[0] for each, mask in zip(k, masks)]
         weights = torch.softmax(torch.cat(parts, -1), -1).split(page, -1)
-        torch.bmm(weights[0], v[0], out=to)
-        for weight, each in zip(weights[1:], v[1:]):
-            to.baddbmm_(weight, each)
+        for i, (weight, each) in enumerate(zip(weights, v)):
+            to.baddbmm_(weight, each, beta=int(i > 0))  # the first page does not read `to`
     return out.reshape(n, 1, heads, dim), None
 
 

@@ -122,7 +122,7 @@ def _difference(model, padding: int) -> float:
         slots.tell(*source.new_tensor(blocks.take_changes()))
         slots.fill(0, cache, source, source.new_tensor([[cells[0] for cells in blocks.table], [0, 0], [0, 0]]),
                    source[:1] + padding)
-        spans = blocks.spans(rows, TRIED + 1) if attends and not step.fixed else None
+        spans = blocks.spans(rows) if attends and not step.fixed else None
         new = step(slots, ids[0, -1:].expand(2), source + TRIED, source == 0, length=TRIED + 1, spans=spans)
     apart = torch.cat([last, new]).float() - whole[[0, 1, 1]].float()
     return float(apart.abs().mean() / whole.float().std())

@@ -4,7 +4,7 @@ import torch
 from minimath.rollout.blocks import Blocks, Row
 from minimath.rollout.passes import PREFILL_TOKENS
 
-PREFILL_ROUND = 64  # places on a card: few shapes, whose kernels are chosen once
+WIDTH_MULTIPLE = 64  # places, of a prefill on a card: few shapes, whose kernels are chosen once
 
 
 def tokens_of(row: Row) -> tuple[int, ...]:

@@ -1,6 +1,4 @@
-"""The layers of the cache: what they keep of S rows; states with the rows in dimension 0, keys and values in cells.
-
-Each can `fill` slots from a prefilled layer, `move` rows, and stand `at` the coming step: its rows are the first n."""
+"""The layers of the cache: what they keep of S rows; states with the rows in dimension 0, keys and values in cells."""
 from typing import NamedTuple
 
 import torch
@@ -24,15 +22,6 @@ class Fill(NamedTuple):
     pages: torch.Tensor  # (m,) of those
 
 
-class Move(NamedTuple):
-    """What goes from slots to slots, and from cells to cells, all at once."""
-    sources: torch.Tensor
-    targets: torch.Tensor
-    old: torch.Tensor  # cells
-    new: torch.Tensor
-    places: int  # the first of each cell
-
-
 class Place(NamedTuple):
     """Where the first n rows write in a step, and what they see."""
     cells: torch.Tensor  # (n,)
@@ -41,11 +30,31 @@ class Place(NamedTuple):
     table: torch.Tensor | None  # (n, pages) cells to put behind one another; None: attention reads them where they are
 
 
-class SlotLayer(DynamicLayer):
+class Kept:
+    """What every layer can do; as it stands, what one does that keeps nothing."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        return []
+
+    def fill(self, prefilled, what: Fill) -> None:
+        """Copy rows of a prefilled layer."""
+
+    def move(self, sources, targets, old, new, places: int) -> None:
+        """Copy slots `sources` to `targets`, and the first places of cells `old` to `new`, all at once."""
+
+    def at(self, place: Place) -> None:
+        """Stand at the coming step: its rows are the first n."""
+
+
+class NoLayer(Kept, DummyLayer):
+    """Neither keys and values nor state."""
+
+
+class SlotLayer(Kept, DynamicLayer):
     """Keys and values of a layer, (cells, H, page, Dh); of the keys the page is innermost where products read them."""
 
     def __init__(self, prefilled, blocks: Blocks):
-        super().__init__()
+        DynamicLayer.__init__(self)
         self.keys, self.values = (old.new_zeros(blocks.cells, old.shape[1], blocks.page, old.shape[3])
                                   for old in (prefilled.keys, prefilled.values))
         if blocks.width > 1 or self.keys.device.type not in FIXED_SHAPES:
@@ -77,81 +86,57 @@ class SlotLayer(DynamicLayer):
             cut = theirs.unflatten(2, (-1, min(page, places)))
             mine[what.cells, :, :cut.shape[3]] = cut[what.rows, :, what.pages]
 
-    def move(self, what: Move) -> None:
-        for buffer in (self.keys, self.values) if len(what.old) else ():
-            buffer[what.new, :, :what.places] = buffer[what.old, :, :what.places]
+    def move(self, sources, targets, old, new, places: int) -> None:
+        for buffer in (self.keys, self.values) if len(old) else ():
+            buffer[new, :, :places] = buffer[old, :, :places]
 
     def at(self, place: Place) -> None:
         self.place = place
 
 
-class StateLayer(LinearAttentionLayer):
+class StateLayer(Kept, LinearAttentionLayer):
     """Convolution and recurrent state of one layer; a step changes in place the rows that it is given."""
 
     def __init__(self, prefilled, blocks: Blocks):
-        super().__init__(number_of_states=prefilled.number_of_states)
-        rows = blocks.slots
-        self.whole = {name: {i: old.new_zeros(rows, *old.shape[1:]) for i, old in getattr(prefilled, name).items()
-                             if old is not None} for name in ("conv_states", "recurrent_states")}
+        LinearAttentionLayer.__init__(self, number_of_states=prefilled.number_of_states)
+        self.whole = {name: {i: old.new_zeros(blocks.slots, *old.shape[1:])
+                             for i, old in getattr(prefilled, name).items() if old is not None}
+                      for name in ("conv_states", "recurrent_states")}
+        self.states = [each for kept in self.whole.values() for each in kept.values()]
         for name in ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state",
                      "conv_kernel_size"):
             setattr(self, name, dict(getattr(prefilled, name)))
 
     def tensors(self) -> list[torch.Tensor]:
-        return [each for kept in self.whole.values() for each in kept.values()]
+        return self.states + super().tensors()
 
     def fill(self, prefilled, what: Fill) -> None:
-        for mine, theirs in zip(StateLayer.tensors(self), states_of(prefilled), strict=True):
+        for mine, theirs in zip(self.states, states_of(prefilled), strict=True):
             mine[what.slots] = theirs.index_select(0, what.source)
+        super().fill(prefilled, what)
 
-    def move(self, what: Move) -> None:
-        for buffer in StateLayer.tensors(self):
-            buffer[what.targets] = buffer[what.sources]
+    def move(self, sources, targets, *cells) -> None:
+        for each in self.states:
+            each[targets] = each[sources]
+        super().move(sources, targets, *cells)
 
     def at(self, place: Place) -> None:
         for name, kept in self.whole.items():
             getattr(self, name).update((i, each[:len(place.cells)]) for i, each in kept.items())
+        super().at(place)
 
 
 class BothLayer(StateLayer, SlotLayer):
     """State, and keys and values beside it."""
 
-    def __init__(self, *prefilled):
-        SlotLayer.__init__(self, *prefilled)
-        StateLayer.__init__(self, *prefilled)
-
-    def tensors(self) -> list[torch.Tensor]:
-        return StateLayer.tensors(self) + SlotLayer.tensors(self)
-
-    def fill(self, *rows) -> None:
-        StateLayer.fill(self, *rows)
-        SlotLayer.fill(self, *rows)
-
-    def move(self, *rows) -> None:
-        StateLayer.move(self, *rows)
-        SlotLayer.move(self, *rows)
-
-    def at(self, *step) -> None:
-        StateLayer.at(self, *step)
-        SlotLayer.at(self, *step)
+    def __init__(self, prefilled, blocks: Blocks):
+        SlotLayer.__init__(self, prefilled, blocks)
+        StateLayer.__init__(self, prefilled, blocks)
 
 
-class NoLayer(DummyLayer):
-    """Nothing, as of a layer that has neither."""
-
-    def __init__(self, *prefilled):
-        super().__init__()
-
-    def tensors(self) -> list[torch.Tensor]:
-        return []
-
-    def fill(self, *rows) -> None: ...
-    def move(self, *rows) -> None: ...
-    def at(self, *step) -> None: ...
-
-
-def slots_of(prefilled, blocks: Blocks):
+def slots_of(prefilled, blocks: Blocks) -> Kept:
     """Make the layer that keeps of a batch what a prefilled layer keeps of its rows."""
-    keys, states = getattr(prefilled, "keys", None), states_of(prefilled)
-    kind = (BothLayer if keys is not None else StateLayer) if states else NoLayer if keys is None else SlotLayer
-    return kind(prefilled, blocks)
+    keys, states = getattr(prefilled, "keys", None) is not None, bool(states_of(prefilled))
+    if not keys and not states:
+        return NoLayer()
+    return (BothLayer if keys and states else StateLayer if states else SlotLayer)(prefilled, blocks)

@@ -125,7 +125,7 @@ def test_a_pool_too_small_for_all_changes_no_completion(llama, whole, monkeypatc
     """Rows are put back and computed again from their tokens; pages are small, so that rows have several."""
     monkeypatch.setattr(slot_layers, "FIXED_SHAPES", ("cpu",) if fixed else ())
     monkeypatch.setitem(decoding.SYNC, "cpu", 4 if fixed else 1)
-    for name, value in {"ROUND": 32, "ONE_PAGE": 32, "PAGES_OF": 32, "PAGE": 32}.items():
+    for name, value in {"PAGE_MULTIPLE": 32, "ONE_PAGE": 32, "PAGES_OF": 32, "PAGE": 32}.items():
         monkeypatch.setattr(pool, name, value)
     monkeypatch.setattr(decoding, "AHEAD", 8)  # so that they soon run out
     again, metrics, blocks = rollout(*llama, monkeypatch, 16, places)
