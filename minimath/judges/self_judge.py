@@ -25,7 +25,8 @@ from minimath.judges.rows import Reader
 from minimath.judges.rubrics import load_rubric
 from minimath.kernels import linear_logp
 from minimath.models import forward
-from minimath.models.block_attention import Branch, on_device
+from minimath.models.attention import Segment
+from minimath.models.block_attention import on_device
 from minimath.models.forward import base_causal_lm, hidden_states
 from minimath.models.memory import give_back
 from minimath.models.policy import Policy
@@ -210,7 +211,7 @@ def tree_states(model, questions: list[Question]) -> torch.Tensor:
     for prompt, asks in questions:
         common = len(commonprefix([last, prompt]))
         if len(prompt) > common:  # else it is the last one, or its beginning
-            branches.append(Branch(len(ids), len(prompt) - common, path[:common]))
+            branches.append(Segment(len(ids), len(prompt) - common, path[:common]))
         path = path[:common] + list(range(len(ids), len(ids) + len(prompt) - common))
         ids += prompt[common:]
         position += range(common, len(prompt))

@@ -6,8 +6,8 @@
 A pass holds many rows behind one another, some of them behind a common prompt. Rows do not see each other, so no score
 between them is computed. Queries are taken 256 at a time, with the keys up to them: most scores above the diagonal are
 never computed either. Heads that share keys are rows of one query. Rows of like length, rounded up to a multiple of 32,
-go together; what is beyond a row's end is dropped, and few shapes keep oneDNN's cache small. bench.parts tells what
-share of a step it takes."""
+go together; what is beyond a row's end is dropped, and few shapes keep oneDNN's cache small."""
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,11 +18,10 @@ KEPT = 256  # longest row whose P is kept for the backward pass; computed again 
 
 
 class Segment(NamedTuple):
-    """A row of a pass: `length` tokens from `start` on, behind a prompt that stands before."""
+    """A row of a pass: `length` tokens from `start` on, and the places of the tokens before it that it sees."""
     start: int
     length: int
-    prompt: int = 0  # where the prompt begins
-    shared: int = 0  # tokens of the prompt
+    before: Sequence[int] = range(0)  # ascending; a range of a common prompt, else the path to a branch of a tree
 
 
 class Block(NamedTuple):
@@ -31,38 +30,37 @@ class Block(NamedTuple):
     lengths: tuple[int, ...]  # queries that count, of each
     first: int  # place of the first query in its row
     queries: int
-    prompt: int
-    shared: int
+    prompt: range  # its places
     long: bool
 
 
 class Segments:
-    """The rows of a pass of N tokens, and the blocks that attention computes."""
+    """The rows of a pass of N tokens, behind prompts or nothing, and the blocks that attention computes."""
 
     def __init__(self, rows: list[Segment], tokens: int):
-        self.rows, self.tokens, self._masks = rows, tokens, {}
+        self.tokens, self._masks = tokens, {}
         alike: dict[tuple, list[tuple[int, int]]] = {}
         for row in rows:
             for first in range(0, row.length, QUERIES):
                 count = min(QUERIES, row.length - first)
                 queries = min(-(-count // ROW_MULTIPLE) * ROW_MULTIPLE, tokens - row.start - first)
-                key = (first, queries, row.prompt, row.shared, row.length > KEPT)
+                key = (first, queries, row.before, row.length > KEPT)
                 alike.setdefault(key, []).append((row.start, count))
         self.blocks = [Block(tuple(s for s, _ in members), tuple(n for _, n in members), *key)
                        for key, members in alike.items()]
 
     def padded_prompt(self, block: Block) -> int:
-        return min(-(-block.shared // ROW_MULTIPLE) * ROW_MULTIPLE, self.tokens - block.prompt)
+        return min(-(-len(block.prompt) // ROW_MULTIPLE) * ROW_MULTIPLE, self.tokens - block.prompt.start)
 
     def mask(self, block: Block, window: int | None, q: torch.Tensor) -> torch.Tensor:
         """Make the mask (r queries, keys) of q (.., r queries, Dh): keys of the prompt, then of the row."""
-        heads = q.shape[1] // block.queries
-        shape = (block.first, block.queries, block.shared, self.padded_prompt(block), window, heads, q.dtype)
+        heads, shared = q.shape[1] // block.queries, len(block.prompt)
+        shape = (block.first, block.queries, shared, self.padded_prompt(block), window, heads, q.dtype)
         if shape not in self._masks:
             query = torch.arange(block.queries)[:, None] + block.first
             own, prompt = torch.arange(block.first + block.queries)[None], torch.arange(shape[3])[None]
-            age = torch.cat([query + block.shared - prompt, query - own], 1)
-            seen = torch.cat([(prompt < block.shared).expand(block.queries, -1), query >= own], 1)
+            age = torch.cat([query + shared - prompt, query - own], 1)
+            seen = torch.cat([(prompt < shared).expand(block.queries, -1), query >= own], 1)
             if window:
                 seen &= age < window
                 seen |= (age == 0) & (seen.sum(-1, keepdim=True) == 0)  # rows beyond the end must see something
@@ -95,7 +93,7 @@ class SegmentAttention(torch.autograd.Function):
         into = out.view(len(qkv), heads.keys, -1, heads.dim)
         for block in segments.blocks:
             q, k, v = operands(qkv, heads, segments, block)
-            p, _ = probabilities(q, k, heads.scale, heads.softcap, segments.mask(block, window, q))
+            p = torch.softmax(scores(q, k, heads.scale, heads.softcap, segments.mask(block, window, q))[0], -1)
             o = torch.bmm(p, v).view(len(block.starts), heads.keys, -1, block.queries, heads.dim)
             for row, start, count in zip(o, block.starts, block.lengths):
                 into[start + block.first:start + block.first + count] = row[:, :, :count].permute(2, 0, 1, 3)
@@ -112,13 +110,14 @@ class SegmentAttention(torch.autograd.Function):
         result = torch.zeros_like(qkv)
         dq_all, dk_all, dv_all = heads.split(result)
         grad = grad.reshape(len(qkv), heads.keys, -1, heads.dim)
-        several = {s.prompt for s in segments.rows if s.shared}, any(b.long for b in segments.blocks)
-        sums = torch.zeros(2, len(qkv), heads.keys, heads.dim) if any(several) else None  # fp32: of many terms
+        several = any(b.prompt or b.long for b in segments.blocks)
+        sums = torch.zeros(2, len(qkv), heads.keys, heads.dim) if several else None  # fp32: of many terms
         for block, p in zip(segments.blocks, kept):
             q, k, v = operands(qkv, heads, segments, block)
             slope = None
             if p is None:
-                p, slope = probabilities(q, k, heads.scale, heads.softcap, segments.mask(block, window, q))
+                p, slope = scores(q, k, heads.scale, heads.softcap, segments.mask(block, window, q))
+                p = torch.softmax(p, -1)
             do = torch.stack([rows(grad, start + block.first, block.queries, count)
                               for start, count in zip(block.starts, block.lengths)]).view_as(q)
             dv = torch.bmm(p.transpose(1, 2), do)
@@ -136,8 +135,8 @@ class SegmentAttention(torch.autograd.Function):
                         all_[start:start + end] = part[:end]
                         continue
                     sums[which, start:start + end] += part[shared:shared + end]
-                    if block.shared:
-                        sums[which, block.prompt:block.prompt + block.shared] += part[:block.shared]
+                    if block.prompt:
+                        sums[which, block.prompt.start:block.prompt.stop] += part[:len(block.prompt)]
         if sums is not None:
             dk_all.copy_(sums[0])
             dv_all.copy_(sums[1])
@@ -158,7 +157,8 @@ def operands(qkv, heads: Heads, segments: Segments, block: Block):
     q, k, v = heads.split(qkv)
     end, shared = block.first + block.queries, segments.padded_prompt(block)
     q = torch.stack([rows(q, start + block.first, block.queries) for start in block.starts])
-    k, v = (torch.stack([torch.cat([each[block.prompt:block.prompt + shared], each[start:start + end]]).transpose(0, 1)
+    prompt = slice(block.prompt.start, block.prompt.start + shared)
+    k, v = (torch.stack([torch.cat([each[prompt], each[start:start + end]]).transpose(0, 1)
                          if shared else each[start:start + end].transpose(0, 1) for start in block.starts])
             for each in (k, v))
     return q.view(q.shape[0] * heads.keys, -1, heads.dim), k.flatten(0, 1), v.flatten(0, 1)
@@ -172,9 +172,3 @@ def scores(q, k, scale: float, softcap: float | None, mask: torch.Tensor):
     bent = torch.tanh(torch.bmm(q, k.transpose(1, 2)).mul_(scale / softcap))
     slope = (1 - bent * bent).mul_(scale)
     return bent.mul_(softcap).add_(mask), slope
-
-
-def probabilities(q, k, scale: float, softcap: float | None, mask: torch.Tensor):
-    """Compute P (B, r queries, keys), and the same slope."""
-    raw, slope = scores(q, k, scale, softcap, mask)
-    return torch.softmax(raw, -1), slope

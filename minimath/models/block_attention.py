@@ -5,29 +5,13 @@ branch of a tree), then its own. Causal from the end of both, and within a windo
 is no work between rows that do not see each other, and nothing depends on a shape: no kernel is compiled or planned for
 a new one. Keys that several rows see are copied for each of them, and their gradients added up in fp32."""
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from minimath.core.run_folder import say_once
-from minimath.models.attention import Heads, Segment, SegmentAttention, Segments
-
-
-class Branch(NamedTuple):
-    """A row of a pass that sees a path of tokens: `length` tokens from `start` on."""
-    start: int
-    length: int
-    before: Sequence[int]  # places of the path, ascending
-
-
-def before(row: Segment | Branch) -> torch.Tensor:
-    """List the places of the tokens before a row that it sees."""
-    if isinstance(row, Segment):
-        return torch.arange(row.prompt, row.prompt + row.shared)
-    return torch.tensor(row.before, dtype=torch.long)
+from minimath.models.attention import Heads, Segment
 
 
 def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -35,7 +19,7 @@ def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
-def with_gaps(rows: list, tokens: int) -> list:
+def with_gaps(rows: list[Segment], tokens: int) -> list[Segment]:
     """Sort rows by their start, and make rows of the tokens in none."""
     every, at = [], 0
     for row in sorted((row for row in rows if row.length), key=lambda row: row.start):
@@ -51,16 +35,15 @@ class PackedRows:
     from_q, from_k (rows + 1,): where the queries and the keys of each row begin; places (K,): the token that each key
     is of, None where the keys are the tokens themselves. All int32."""
 
-    def __init__(self, rows: list[Segment | Branch], tokens: int, device: torch.device):
+    def __init__(self, rows: list[Segment], tokens: int, device: torch.device):
         rows = with_gaps(rows, tokens)
-        seen = [before(row) for row in rows]
         queries = torch.tensor([0] + [row.length for row in rows])
-        keys = queries + torch.tensor([0] + [len(places) for places in seen])
+        keys = queries + torch.tensor([0] + [len(row.before) for row in rows])
         self.max_q, self.max_k = int(queries.max()), int(keys.max())
         parts = [queries.cumsum(0), keys.cumsum(0)]
-        if any(map(len, seen)):
-            parts += [part for row, places in zip(rows, seen)
-                      for part in (places, torch.arange(row.start, row.start + row.length))]
+        if any(row.before for row in rows):
+            parts += [torch.tensor(places, dtype=torch.long) for row in rows
+                      for places in (row.before, range(row.start, row.start + row.length))]
         moved = on_device(torch.cat(parts).int(), device)
         self.from_q, self.from_k, places = moved.tensor_split((len(queries), 2 * len(queries)))
         self.places = places if len(parts) > 2 else None
@@ -95,7 +78,7 @@ def flash_backward(grad, q, k, v, kept: tuple, rows: PackedRows, scale: float, w
 
 
 class RowAttention(torch.autograd.Function):
-    """qkv (N, width) -> (N, queries dim), as SegmentAttention; keeps no copies of keys."""
+    """qkv (N, width) -> (N, queries dim), as attention.SegmentAttention; keeps no copies of keys."""
 
     @staticmethod
     def forward(ctx, qkv, heads: Heads, rows: PackedRows, window: int | None):
@@ -114,12 +97,6 @@ class RowAttention(torch.autograd.Function):
             sums = torch.zeros(len(qkv), 2 * heads.keys * heads.dim, device=qkv.device)
             dkv = [sums.index_add_(0, rows.places, torch.cat(dkv, 1).float()).to(qkv.dtype)]
         return torch.cat([dq, *dkv], 1), None, None, None
-
-
-def attend_rows(qkv: torch.Tensor, heads: Heads, rows: Segments | PackedRows, window: int | None) -> torch.Tensor:
-    """Attend within rows and to what stands before them: qkv (N, width) -> (N, queries dim)."""
-    function = SegmentAttention if isinstance(rows, Segments) else RowAttention
-    return function.apply(qkv, heads, rows, window)
 
 
 @functools.cache

@@ -12,8 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from minimath.core.errors import UserError
 from minimath.models.attention import Segment, Segments
-from minimath.models.block_attention import Branch, PackedRows, before, on_device, takes_flash, with_gaps
+from minimath.models.block_attention import PackedRows, on_device, takes_flash, with_gaps
 from minimath.models.fused import fused_layers
+
+ATTEND = {"full_attention", "sliding_attention"}  # kinds of layers that keep keys and values alone
 
 
 class Head(NamedTuple):
@@ -94,24 +96,32 @@ def base_causal_lm(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def text_config(model):
+    return base_causal_lm(model).config.get_text_config()
+
+
+def layer_kinds(model) -> list[str]:
+    """List the kinds of a model's layers in transformers' words; empty if it says none."""
+    return list(getattr(text_config(model), "layer_types", None) or ())
+
+
 def hidden_states(model, input_ids: torch.Tensor, *, attention_mask=None, position_ids=None, rows=None,
                   **kwargs) -> torch.Tensor:
     """Compute the final hidden states, after the last norm, without the LM head.
 
-    input_ids (B, T) -> (B, T, D). rows: where the rows of a pass stand among its B T tokens, a list of (start, length),
-    Segment (behind a common prompt) or Branch; attention_mask is not needed beside it, and on a card nothing is read
-    back. Without rows and attention_mask, position_ids that restart at 0 tell packed examples apart."""
+    input_ids (B, T) -> (B, T, D). rows: where the rows of a pass stand among its B T tokens, a list of Segment or its
+    fields; attention_mask is not needed beside it, and on a card nothing is read back. Without rows and attention_mask,
+    position_ids that restart at 0 tell packed examples apart."""
     base, shape = base_causal_lm(model), input_ids.shape
     if kwargs.get("past_key_values") is None:
         by_rows = takes_rows(model)
         if rows is None and attention_mask is None and by_rows:
             rows = rows_of(shape, position_ids)
-        rows = [row if isinstance(row, Branch) else Segment(*row) for row in rows or ()]
-        apart = base.device.type == "cpu" and any(isinstance(row, Branch) for row in rows)  # Segments takes no branches
-        if rows and by_rows and not apart:
+        rows, on_cpu = [Segment(*row) for row in rows or ()], base.device.type == "cpu"
+        branches = any(not isinstance(row.before, range) for row in rows)
+        if rows and by_rows and not (on_cpu and branches):  # Segments takes no branches
             tokens, attention_mask = shape.numel(), not_looked_at(model)
-            kwargs["segments"] = (Segments(rows, tokens) if base.device.type == "cpu" else
-                                  PackedRows(rows, tokens, base.device))
+            kwargs["segments"] = Segments(rows, tokens) if on_cpu else PackedRows(rows, tokens, base.device)
             if position_ids is None:
                 position_ids = torch.arange(shape[1], device=base.device).expand(shape)
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
@@ -129,23 +139,21 @@ def takes_rows(model) -> bool:
     if (fused := fused_layers(base)) is None or base.device.type == "cpu":
         return fused is not None
     heads = fused.layers[0].heads
-    return (base.config.get_text_config()._attn_implementation != "eager" and not heads.softcap
+    return (text_config(model)._attn_implementation != "eager" and not heads.softcap
             and takes_flash(base.device, base.dtype, heads.dim))
 
 
 def takes_mask(model) -> bool:
     """Tell whether a mask of ours says what a token sees: no recurrence, no chunks."""
-    config = base_causal_lm(model).config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    return (config._attn_implementation in ("sdpa", "eager") and not kinds - {"full_attention", "sliding_attention"}
+    return (text_config(model)._attn_implementation in ("sdpa", "eager") and ATTEND.issuperset(layer_kinds(model))
             and not getattr(base_causal_lm(model), "_is_stateful", False))
 
 
-def is_masked(model, rows: list[Segment | Branch], shape) -> bool:
+def is_masked(model, rows: list[Segment], shape) -> bool:
     """Tell whether rows need a mask of ours: those behind others, on a card all but whole ones.
 
     transformers would read there what it makes of positions or padding, and sdpa make numbers of it in every layer."""
-    if any(len(before(row)) for row in rows):
+    if any(row.before for row in rows):
         return True
     whole = len(rows) == shape[0] and all(row.length == shape[1] for row in rows)
     return bool(rows) and not whole and base_causal_lm(model).device.type == "cuda" and takes_mask(model)
@@ -159,7 +167,7 @@ def rows_of(shape, position_ids) -> list[Segment]:
     return [Segment(start, end - start) for start, end in zip(starts, [*starts[1:], many * width], strict=True)]
 
 
-def rows_mask(model, rows: list[Segment | Branch], shape, position_ids) -> torch.Tensor | dict:
+def rows_mask(model, rows: list[Segment], shape, position_ids) -> torch.Tensor | dict:
     """Make the mask of a pass (B, T): [B, 1, T, T], or a dict by layer type.
 
     A token sees those up to itself in its row and in what the row stands behind: to be seen is to stand before the end
@@ -168,7 +176,7 @@ def rows_mask(model, rows: list[Segment | Branch], shape, position_ids) -> torch
     first = torch.arange(0, many * width, width)[:, None]  # (B, 1)
     end = torch.zeros(many * width, dtype=torch.long)
     for row in with_gaps(rows, len(end)):  # padding is seen by padding
-        end[before(row)] = end[row.start:row.start + row.length] = row.start + row.length
+        end[list(row.before)] = end[row.start:row.start + row.length] = row.start + row.length
     end, place = on_device(end.view(many, width) - first, device), torch.arange(width, device=device)
     seen = (place[:, None] >= place) & (place[:, None] < end[:, None])  # (B, T, T)
     age = None
@@ -186,9 +194,8 @@ def not_looked_at(model):
 
 def sliding_window(model) -> int | None:
     """Give the window of the layers that have one: a token and those before it."""
-    config = base_causal_lm(model).config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or {"sliding_attention"})
-    slides = getattr(config, "use_sliding_window", True) is not False and "sliding_attention" in kinds
+    config, kind = text_config(model), "sliding_attention"
+    slides = getattr(config, "use_sliding_window", True) is not False and kind in (layer_kinds(model) or {kind})
     return getattr(config, "sliding_window", None) if slides else None
 
 
@@ -198,7 +205,7 @@ def additive_mask(model, age: torch.Tensor | None, seen: torch.Tensor):
     age, seen (B, 1, Q, K): positions from key to query, needed where there is a window; whether the query may see the
     key, windows left aside. A window w holds a token and the w - 1 positions before it. Returns a dict by layer type if
     layers differ. On a card its rows begin at multiples of 16 bytes: sdpa would copy any other in every layer."""
-    config, dtype = base_causal_lm(model).config.get_text_config(), base_causal_lm(model).dtype
+    dtype = base_causal_lm(model).dtype
 
     def additive(seen):
         *outer, keys = seen.shape
@@ -208,7 +215,7 @@ def additive_mask(model, age: torch.Tensor | None, seen: torch.Tensor):
     if not (window := sliding_window(model)):
         return additive(seen)
     sliding = additive(seen & (age < window))
-    several = len(set(getattr(config, "layer_types", None) or ())) > 1
+    several = len(set(layer_kinds(model))) > 1
     return {"full_attention": additive(seen), "sliding_attention": sliding} if several else sliding
 
 
@@ -222,7 +229,7 @@ def head_module(model) -> torch.nn.Module:
 
 def head(model) -> Head:
     """Read the LM head off the model, as the kernels take it."""
-    config, module = base_causal_lm(model).config.get_text_config(), head_module(model)
+    config, module = text_config(model), head_module(model)
 
     def number(name: str, default: float) -> float:
         return float(getattr(config, name, None) or default)

@@ -9,8 +9,8 @@ from peft.tuners.lora import LoraLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from minimath.models.attention import Heads, Segments
-from minimath.models.block_attention import PackedRows, attend_rows
+from minimath.models.attention import Heads, SegmentAttention, Segments
+from minimath.models.block_attention import PackedRows, RowAttention
 from minimath.models.linears import LinearGroup, base_of, is_plain
 from minimath.models.nodes import PIECE, GatedMLP, MLPBackward, MLPForward, OutputSum, Projection, norm_of
 
@@ -61,7 +61,8 @@ class FusedLayer:
         window = getattr(self.attn, "sliding_window", getattr(self.attn.config, "sliding_window", None))
         qkv = Projection.apply(x, self, cos, sin, *self.qkv.params)
         if segments is not None and past_key_values is None:
-            out = attend_rows(qkv, self.heads, segments, window)
+            attention = SegmentAttention if isinstance(segments, Segments) else RowAttention
+            out = attention.apply(qkv, self.heads, segments, window)
         else:
             q, k, v = (each.unflatten(-1, (-1, self.heads.dim)).unflatten(0, shape[:2]).transpose(1, 2)
                        for each in qkv.split([self.heads.queries * self.heads.dim] + 2 * [

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from minimath.models.forward import base_causal_lm, head_module
-from minimath.models.state import NEITHER, STATE, layer_kinds, state_bytes
+from minimath.models.forward import base_causal_lm, head_module, layer_kinds, text_config
+from minimath.models.state import NEITHER, STATE, state_bytes
 
 MOST_SLOTS = {"cpu": 128, "cuda": 512}  # beyond, a step takes longer in proportion: nothing is gained
 EXPECTED = 0.5  # of the tokens that rows may sample, held at a time, before any were seen: all grow to the limit
@@ -43,7 +43,7 @@ def free_bytes(device: torch.device) -> int:
 
 def cache_bytes_per_token(model) -> int:
     """Count the bytes of keys and values of one token in all layers that attend."""
-    config, kinds = base_causal_lm(model).config.get_text_config(), layer_kinds(model)
+    config, kinds = text_config(model), layer_kinds(model)
     attend = sum(kind not in (STATE | NEITHER) - {"hybrid"} for kind in kinds) if kinds else config.num_hidden_layers
     if not attend:
         return 0

@@ -81,7 +81,7 @@ def shared_batch(rows: list[Encoded], most: int = 0) -> dict:
         source += [place if place < start else len(ids) + place - start for place in places]
         target += [targets[place] for place in places]
         if end > start:
-            segments.append(Segment(len(ids), end - start, 0, start))
+            segments.append(Segment(len(ids), end - start, range(start)))
         ids += row.ids[start:end]
         position += range(start, end)
     if tail := tail_length(len(ids), most):

@@ -7,17 +7,11 @@ import weakref
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from minimath.models.forward import adapter_off, base_causal_lm, compute_dtype, inference
+from minimath.models.forward import adapter_off, base_causal_lm, compute_dtype, inference, layer_kinds
 
-ATTEND = {"full_attention", "sliding_attention"}
 STATE = {"conv", "linear_attention", "hybrid"}  # hybrid: state, and keys and values
 NEITHER = {"moe", "mlp"}
 _BYTES = weakref.WeakKeyDictionary()  # of a model's state
-
-
-def layer_kinds(model) -> list[str]:
-    """List the kinds of a model's layers in transformers' words; empty if it says none."""
-    return list(getattr(base_causal_lm(model).config.get_text_config(), "layer_types", None) or ())
 
 
 def keeps_state(model) -> bool:

@@ -234,7 +234,8 @@ class Model:
                     hidden_states(model, ids, attention_mask=mask, past_key_values=fresh_cache(model))
                 return 0, live.peak, 0
             if self.by_rows and not self.flash:
-                segments = [Segment(at, min(length, tokens - at), 0, prompt) for at in range(prompt, tokens, length)]
+                segments = [Segment(at, min(length, tokens - at), range(prompt))
+                            for at in range(prompt, tokens, length)]
                 segments += [Segment(0, prompt)] if prompt else []
                 hidden = hidden_states(model, ids, position_ids=places, rows=segments)
             else:

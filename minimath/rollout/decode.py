@@ -7,10 +7,10 @@ from torch.nn.utils.rnn import pad_sequence
 from minimath.core.errors import UserError
 from minimath.core.threads import follow_load
 from minimath.models.block_attention import on_device
-from minimath.models.forward import additive_mask, base_causal_lm, head
+from minimath.models.forward import additive_mask, base_causal_lm, head, layer_kinds
 from minimath.models.linears import IN_PLACE
 from minimath.models.memory import give_back
-from minimath.models.state import STATE, fresh_cache, layer_kinds
+from minimath.models.state import STATE, fresh_cache
 from minimath.rollout.blocks import Blocks, Row
 from minimath.rollout.ends import BoxWatch, Flight, in_loop
 from minimath.rollout.engine import Engine

@@ -16,8 +16,8 @@ from transformers.masking_utils import sdpa_mask
 from minimath.core.errors import UserError
 from minimath.kernels.decode_attention import decode_attention
 from minimath.models.attention import scores
-from minimath.models.forward import base_causal_lm, sliding_window
-from minimath.models.state import keeps_state, layer_kinds
+from minimath.models.forward import base_causal_lm, layer_kinds, sliding_window, text_config
+from minimath.models.state import keeps_state
 from minimath.rollout.blocks import Blocks
 from minimath.rollout.slots import Fill, Place, slots_of
 
@@ -91,8 +91,8 @@ class NoStandardCache(UserError):
 
 def windows_of(model) -> list[int]:
     """List how many places each layer sees, by the rule of additive_mask; 0 is all."""
-    layers, window = base_causal_lm(model).config.get_text_config().num_hidden_layers, sliding_window(model) or 0
-    kinds = layer_kinds(model) or ["sliding_attention"] * layers
+    window = sliding_window(model) or 0
+    kinds = layer_kinds(model) or ["sliding_attention"] * text_config(model).num_hidden_layers
     return [window if kind == "sliding_attention" else 0 for kind in kinds]
 
 
@@ -132,8 +132,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 @contextlib.contextmanager
 def decoding_attention(model):
     """Let the model attend by `slot_attention` inside; yields whether it does."""
-    base = base_causal_lm(model)
-    config = base.config.get_text_config()
+    base, config = base_causal_lm(model), text_config(model)
     before = config._attn_implementation
     serves = getattr(base, "_supports_attention_backend", False) and (base._supports_sdpa or softcap_of(model))
     # most models with state do not say so, but ask transformers for a function; check_state tries it
@@ -146,4 +145,4 @@ def decoding_attention(model):
 
 
 def softcap_of(model) -> float | None:
-    return getattr(base_causal_lm(model).config.get_text_config(), "attn_logit_softcapping", None)
+    return getattr(text_config(model), "attn_logit_softcapping", None)

@@ -2,8 +2,16 @@
 import torch
 
 from minimath.core.errors import is_out_of_memory
-from minimath.models.forward import additive_mask, base_causal_lm, compute_dtype, inference, not_looked_at
-from minimath.models.state import ATTEND, NEITHER, STATE, cache_argument, fresh_cache, keeps_state, layer_kinds
+from minimath.models.forward import (
+    ATTEND,
+    additive_mask,
+    base_causal_lm,
+    compute_dtype,
+    inference,
+    layer_kinds,
+    not_looked_at,
+)
+from minimath.models.state import NEITHER, STATE, cache_argument, fresh_cache, keeps_state
 from minimath.rollout import slots as slot_layers
 from minimath.rollout.blocks import Blocks, Row
 from minimath.rollout.engine import Job

@@ -15,7 +15,7 @@ from minimath.data.chat import Encoded
 from minimath.judges import self_judge
 from minimath.models import block_attention, forward
 from minimath.models.attention import Heads, Segment, SegmentAttention, Segments
-from minimath.models.block_attention import Branch, PackedRows, RowAttention
+from minimath.models.block_attention import PackedRows, RowAttention
 from minimath.models.prefix import shared_batch
 
 HEADS = Heads(queries=4, keys=2, dim=8, scale=0.3, softcap=None)
@@ -23,10 +23,10 @@ TOKENS = 150
 LAYOUTS = {
     "packed": [Segment(0, 40), Segment(40, 1), Segment(41, 80), Segment(121, 29)],
     "padded": [Segment(0, 30), Segment(50, 50), Segment(100, 7)],
-    "shared": [Segment(0, 33), Segment(33, 60, 0, 33), Segment(93, 1, 0, 33), Segment(94, 30, 0, 33)],
-    "two prompts": [Segment(0, 20), Segment(20, 30, 0, 20), Segment(50, 9), Segment(59, 40, 50, 9),
-                    Segment(99, 11, 50, 9)]}
-TREE = [Branch(0, 20, ()), Branch(20, 15, range(8)), Branch(35, 30, [*range(8), *range(20, 25)]), Branch(65, 5, ())]
+    "shared": [Segment(0, 33), Segment(33, 60, range(33)), Segment(93, 1, range(33)), Segment(94, 30, range(33))],
+    "two prompts": [Segment(0, 20), Segment(20, 30, range(20)), Segment(50, 9), Segment(59, 40, range(50, 59)),
+                    Segment(99, 11, range(50, 59))]}
+TREE = [Segment(0, 20), Segment(20, 15, range(8)), Segment(35, 30, [*range(8), *range(20, 25)]), Segment(65, 5)]
 
 
 def loop(q, k, v, rows, scale, window):
@@ -74,8 +74,7 @@ def by_definition(rows):
         unseen = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
         for row in rows:
             for place in range(row.start, row.start + row.length):
-                seen = [*row.before, *range(row.start, place + 1)] if isinstance(row, Branch) else [
-                    *range(row.prompt, row.prompt + row.shared), *range(row.start, place + 1)]
+                seen = [*row.before, *range(row.start, place + 1)]
                 unseen[place, seen[-window:] if window else seen] = False
         unseen[unseen.all(1)] = False
         q, k, v = HEADS.split(qkv)
@@ -124,7 +123,7 @@ def test_the_mask_of_rows_is_what_they_see(tmp_path, family):
     for rows in (*LAYOUTS.values(), TREE):
         place = torch.full((1, TOKENS), -1)
         for row in rows:
-            behind = len(row.before) if isinstance(row, Branch) else row.shared
+            behind = len(row.before)
             place[0, row.start:row.start + row.length] = behind + torch.arange(row.length)
         masks = forward.rows_mask(model, rows, (1, TOKENS), place)
         masks = masks if isinstance(masks, dict) else {"all": masks}

@@ -218,7 +218,7 @@ def test_layers_without_an_adapter_are_fused_too(tiny_dir):
 
 
 def test_blocks_cover_every_query_once():
-    rows = [Segment(0, 40), Segment(40, 600, 0, 40), Segment(640, 1, 0, 40), Segment(641, 31)]
+    rows = [Segment(0, 40), Segment(40, 600, range(40)), Segment(640, 1, range(40)), Segment(641, 31)]
     segments, seen = Segments(rows, 672), []
     for block in segments.blocks:
         for start, count in zip(block.starts, block.lengths, strict=True):
