@@ -21,25 +21,23 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 
 
 class FusedLayer:
-    """A decoder layer of transformers, computed by the nodes above with its own parameters."""
+    """A decoder layer of transformers, computed by nodes.py with its own parameters."""
 
     def __init__(self, layer, dtype: torch.dtype):
         attn, mlp = layer.self_attn, layer.mlp
         config = attn.config
         self.module, self.attn = layer, attn
         self.act = ACTIVATIONS[getattr(config, "hidden_activation", None) or config.hidden_act]
-        together = hasattr(attn, "qkv_proj")
-        self.qkv = LinearGroup([attn.qkv_proj] if together else [attn.q_proj, attn.k_proj, attn.v_proj], dtype)
-        self.o = LinearGroup([attn.o_proj], dtype)
-        together = hasattr(mlp, "gate_up_proj")
-        self.gate_up = LinearGroup([mlp.gate_up_proj] if together else [mlp.gate_proj, mlp.up_proj], dtype)
-        self.down = LinearGroup([mlp.down_proj], dtype)
+        qkv = [attn.qkv_proj] if hasattr(attn, "qkv_proj") else [attn.q_proj, attn.k_proj, attn.v_proj]
+        gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+        self.qkv, self.o, self.gate_up, self.down = (
+            LinearGroup(modules, dtype) for modules in (qkv, [attn.o_proj], gate_up, [mlp.down_proj]))
         self.groups = (self.qkv, self.o, self.gate_up, self.down)
         self.norm, after = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
-        sandwich = hasattr(layer, "pre_feedforward_layernorm")
-        self.norm_after = after if sandwich else None
-        self.mlp_norm = norm_of(layer.pre_feedforward_layernorm) if sandwich else after
-        self.mlp_norm_after = norm_of(layer.post_feedforward_layernorm) if sandwich else None
+        self.norm_after, self.mlp_norm, self.mlp_norm_after = None, after, None
+        if hasattr(layer, "pre_feedforward_layernorm"):
+            self.norm_after, self.mlp_norm, self.mlp_norm_after = (
+                after, norm_of(layer.pre_feedforward_layernorm), norm_of(layer.post_feedforward_layernorm))
         self.head_norms = [norm_of(attn.q_norm), norm_of(attn.k_norm)] if hasattr(attn, "q_norm") else []
         self.softcap = getattr(attn, "attn_logit_softcapping", None)
         self.heads = Heads(config.num_attention_heads, config.num_key_value_heads, attn.head_dim, attn.scaling,
@@ -64,9 +62,8 @@ class FusedLayer:
             attention = SegmentAttention if isinstance(segments, Segments) else RowAttention
             out = attention.apply(qkv, self.heads, segments, window)
         else:
-            q, k, v = (each.unflatten(-1, (-1, self.heads.dim)).unflatten(0, shape[:2]).transpose(1, 2)
-                       for each in qkv.split([self.heads.queries * self.heads.dim] + 2 * [
-                           self.heads.keys * self.heads.dim], -1))
+            q, k, v = self.heads.split(qkv)
+            q, k, v = (each.unflatten(0, shape[:2]).transpose(1, 2) for each in (q.flatten(1, 2), k, v))
             if past_key_values is not None:
                 k, v = past_key_values.update(k, v, self.attn.layer_idx)
             module = sys.modules[type(self.attn).__module__]
@@ -85,8 +82,8 @@ class FusedLayer:
         return MLPForward.apply(x, self).view(shape)
 
 
-def fusable(layer, dtype: torch.dtype) -> str:
-    """Say why a decoder layer cannot be fused; "" where it can."""
+def unfusable_layer(layer, dtype: torch.dtype) -> str:
+    """Say why a decoder layer can't be fused, or ""."""
     name = type(layer).__name__
     if name not in [f"{family}DecoderLayer" for family in FAMILIES]:
         return f"{name} is not of a known family ({', '.join(FAMILIES)})"
@@ -121,7 +118,7 @@ def checkpointed(layer, fused: FusedLayer, hidden_states, *args, **kwargs):
 
 
 class FusedLayers:
-    """The fused layers of a decoder, and what they share."""
+    """The fused layers of a decoder."""
 
     def __init__(self, decoder):
         self.decoder, self.frozen = decoder, False  # frozen: weights don't change, adapters are cast already
@@ -168,10 +165,7 @@ def unfusable(model) -> str:
     inside = {module for layer in layers for module in layer.modules()}
     if any(isinstance(module, LoraLayer) and module not in inside for module in model.modules()):
         return "an adapter stands outside of them"
-    for layer in layers:
-        if why := fusable(layer, model.dtype):
-            return why
-    return ""
+    return next(filter(None, (unfusable_layer(layer, model.dtype) for layer in layers)), "")
 
 
 def fused_layers(model) -> FusedLayers | None:

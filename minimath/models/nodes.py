@@ -37,15 +37,13 @@ class Norm(NamedTuple):
         return elementwise.rms_norm_backward(dy, x, self.weight, r, self.offset, residual)
 
 
-def norm_of(module) -> Norm | None:
-    if module is None:
-        return None
+def norm_of(module) -> Norm:
     eps = getattr(module, "variance_epsilon", None) or module.eps
     return Norm(module.weight, eps, int(type(module).__name__.startswith("Gemma")))
 
 
 def keep(ctx, layer, *groups: LinearGroup) -> None:
-    """Note with which adapters a pass was computed: others may be active at its backward pass."""
+    """Note the adapters of a pass: others may be active at its backward pass."""
     ctx.layer, ctx.active = layer, [group.active for group in groups]
     ctx.versions = [active.version() for active in ctx.active]
 
@@ -86,10 +84,9 @@ class Projection(torch.autograd.Function):
         for index, norm in enumerate(layer.head_norms):
             part = layer.parts(layer.turned(dy))[index]
             part.copy_(norm.backward(part, layer.parts(raw)[index], factors[index]))
-        need_x, grads = ctx.needs_input_grad[0], [None] * (len(ctx.needs_input_grad) - 4)
+        need_x = ctx.needs_input_grad[0]
         dn, dlow = layer.qkv.input_grad(dy, active, masks, need_x=need_x)
-        if any(ctx.needs_input_grad[4:]):
-            grads = layer.qkv.param_grads(dy, dlow, layer.norm.again(x, r), low, active, masks)
+        grads = layer.qkv.param_grads(dy, dlow, layer.norm.again(x, r), low, active, masks)
         return (layer.norm.backward(dn, x, r) if need_x else None), None, None, None, *grads
 
 
@@ -111,10 +108,7 @@ class OutputSum(torch.autograd.Function):
         (layer, active), (out, low, before, r, *masks) = kept(ctx), ctx.saved_tensors
         dy = grad if r is None else layer.norm_after.backward(grad, before, r)
         dout, dlow = layer.o.input_grad(dy, active, masks or None)
-        grads = [None] * (len(ctx.needs_input_grad) - 3)
-        if any(ctx.needs_input_grad[3:]):
-            grads = layer.o.param_grads(dy, dlow, out, low, active, masks or None)
-        return dout, grad, None, *grads
+        return dout, grad, None, *layer.o.param_grads(dy, dlow, out, low, active, masks or None)
 
 
 class GatedMLP(torch.autograd.Function):
@@ -144,22 +138,21 @@ class GatedMLP(torch.autograd.Function):
         dh, down_dlow = layer.down.input_grad(dy, of_down, down_masks)
         dgate_up, h = elementwise.gated_backward(dh, gate_up, layer.act)
         dn, dlow = layer.gate_up.input_grad(dgate_up, active, masks)
-        grads = [None] * (len(ctx.needs_input_grad) - 2)
-        if any(ctx.needs_input_grad[2:]):
-            grads = [*layer.gate_up.param_grads(dgate_up, dlow, layer.mlp_norm.again(x, r), low, active, masks),
-                     *layer.down.param_grads(dy, down_dlow, h, down_low, of_down, down_masks)]
+        grads = [*layer.gate_up.param_grads(dgate_up, dlow, layer.mlp_norm.again(x, r), low, active, masks),
+                 *layer.down.param_grads(dy, down_dlow, h, down_low, of_down, down_masks)]
         return layer.mlp_norm.backward(dn, x, r, grad), None, *grads
 
 
 def normed(norm: Norm | None, y: torch.Tensor) -> tuple:
     """Return (y normed, y as it was, r), or (y, None, None) without a norm."""
-    return (y, None, None) if norm is None else ((result := norm.forward(y))[0], y, result[1])
+    if norm is None:
+        return y, None, None
+    result, r = norm.forward(y)
+    return result, y, r
+
 
 class Piece:
     """What GatedMLP notes of some rows; stands for autograd's own context."""
-
-    def __init__(self, *needs_input_grad: bool):
-        self.needs_input_grad = needs_input_grad
 
     def save_for_backward(self, *tensors) -> None:
         self.saved_tensors = tensors
@@ -185,7 +178,7 @@ class MLPBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (layer, *active), (x,), total = kept(ctx), ctx.saved_tensors, None
+        (layer, *active), (x,), total = kept(ctx), ctx.saved_tensors, []
         layer.gate_up.active, layer.down.active = active
         host, devices, states = ctx.random
         dx = torch.empty_like(x)
@@ -193,15 +186,14 @@ class MLPBackward(torch.autograd.Function):
             torch.set_rng_state(host)
             set_device_states(devices, states)
             for rows in pieces_of(x, grad, dx):
-                grads = piece_backward(Piece(*ctx.needs_input_grad), layer, *rows)
-                if total is None:
-                    total = grads
-                elif any(ctx.needs_input_grad[2:]):
+                grads = piece_backward(Piece(), layer, *rows)
+                if total:
                     torch._foreach_add_(total, grads)
+                total = total or grads
         return dx, None, *total
 
 
-def piece_backward(ctx: Piece, layer, x, dy, dx) -> list[torch.Tensor | None]:
+def piece_backward(ctx: Piece, layer, x, dy, dx) -> list[torch.Tensor]:
     """Write the gradient of some rows to dx; return those of the parameters."""
     GatedMLP.forward(ctx, x, layer)
     one, _, *grads = GatedMLP.backward(ctx, dy)

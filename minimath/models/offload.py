@@ -17,14 +17,11 @@ class Waiting:
     """An input in host memory, `here` and `ready` once it is on its way back."""
 
     def __init__(self, host: "Host", x: torch.Tensor, before):
-        self.host, self.before, self.shape = host, before, x.shape
-        self.buffer, self.here, self.ready = host.buffer(x), None, None
+        self.host, self.before, self.buffer = host, before, host.buffer(x)
+        self.there, self.here, self.ready = self.buffer[:x.numel()].view(x.shape), None, None
 
     def __del__(self):
         self.host.free.append(self.buffer)
-
-    def room(self) -> torch.Tensor:
-        return self.buffer[:self.shape.numel()].view(self.shape)
 
 
 class Host:
@@ -42,9 +39,9 @@ class Host:
 
     def buffer(self, x: torch.Tensor) -> torch.Tensor:
         """Take a flat buffer of x's dtype with room for it."""
-        found = self.free.pop() if self.free else None
-        return found if found is not None and found.dtype == x.dtype and len(found) >= x.numel() else host_memory(
-            x.numel(), x.dtype, self.side is not None)
+        if self.free and (found := self.free.pop()).dtype == x.dtype and len(found) >= x.numel():
+            return found
+        return host_memory(x.numel(), x.dtype, self.side is not None)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor):
         """Copy behind what was launched so far, and beside what comes; returns the event of its end."""
@@ -71,7 +68,7 @@ class Host:
             return x
         self.settle()
         waiting, x = Waiting(self, x, self.last), x.detach()
-        self.leaving, self.last = (x, self.copy(waiting.room(), x)), weakref.ref(waiting)
+        self.leaving, self.last = (x, self.copy(waiting.there, x)), weakref.ref(waiting)
         return waiting
 
     def get(self, waiting: "Waiting | torch.Tensor") -> torch.Tensor:
@@ -80,8 +77,8 @@ class Host:
         self.settle()
         for each in (waiting, waiting.before and waiting.before()):
             if each is not None and each.here is None:
-                each.here = torch.empty(each.shape, dtype=each.buffer.dtype, device=self.device)
-                each.ready = self.copy(each.here, each.room())
+                each.here = torch.empty_like(each.there, device=self.device)
+                each.ready = self.copy(each.here, each.there)
         self.wait(waiting.ready)
         x, waiting.here = waiting.here, None
         return x

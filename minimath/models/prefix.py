@@ -3,7 +3,6 @@
 A sequence is prompt, completion 1, completion 2, ...; every completion's positions go on from the prompt's end, and its
 tokens see the prompt and themselves: loss and gradient are those of the rows computed apart. A model that keeps state
 computes them apart."""
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -33,13 +32,9 @@ def own_rows(groups: list[int]) -> list[int]:
 def rows_apart(model) -> bool:
     """Tell whether rows of an update must not share a sequence; says so once."""
     if apart := keeps_state(model):
-        _say_apart(type(base_causal_lm(model)).__name__)
+        say_once(f"{type(base_causal_lm(model)).__name__} keeps state from token to token: updates neither pack rows "
+                 "nor share prompts, which takes longer")
     return apart
-
-
-@functools.cache
-def _say_apart(name: str) -> None:
-    say_once(f"{name} keeps state from token to token: updates neither pack rows nor share prompts, which takes longer")
 
 
 def shared_packs(rows: list[Encoded], groups: list[int], micro_batch_tokens: int) -> list[list[int]]:
