@@ -1,5 +1,6 @@
 """The linear layers of a decoder as decoding runs them: in groups, and from a copy that is made once per rollout."""
 import contextlib
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from minimath.models.forward import active_adapters, base_causal_lm, compute_dtype
-from minimath.models.fused import FusedLayers, fused_layers
+from minimath.models.fused import fused_layers
 from minimath.models.linears import LinearGroup, is_linear, is_plain
 
 
@@ -21,67 +22,45 @@ def decoding_linears(model, *, copy: bool | int, rows: int) -> Iterator[bool]:
     copy: whether to copy weights, or up to how many bytes, layer by layer. rows: how many are decoded side by side. The
     Counter `linear_ways` of the causal LM tells how often W was read in which way (linears.COPIED and the others).
     Yields whether every adapted layer is in a group, so that nothing needs autocast."""
-    base = base_causal_lm(model)
-    room, ran = math.inf if copy is True else copy, Counter()
-    base.linear_ways, fused = ran, fused_layers(base)
-    with _same_adapters(base), _patched(model, room, rows, ran) if fused is None else _frozen(
-            fused, room, rows, ran) as every:
+    base, room, ran = base_causal_lm(model), math.inf if copy is True else copy, Counter()
+    base.linear_ways, fused, every = ran, fused_layers(base), True
+    with contextlib.ExitStack() as at_end:
+        if (before := active_adapters(base))[0]:
+            hook = base.base_model.register_forward_pre_hook(functools.partial(refuse_others, base, before))
+            at_end.callback(hook.remove)
+        if fused:
+            fused.refresh()  # which may build the layers anew
+            groups, fused.frozen = fused.groups, True
+            at_end.callback(setattr, fused, "frozen", False)
+        else:
+            groups, every = patch(model, bool(copy), at_end)
+        for group in groups:
+            at_end.callback(group.forget)
+            room -= group.freeze(rows, room, ran)
         yield every
 
 
-@contextlib.contextmanager
-def _same_adapters(base) -> Iterator[None]:
-    """Refuse passes of the decoder with other adapters than those of now."""
-    before = active_adapters(base)
-    if not before[0]:
-        yield
-        return
-
-    def check(*_):
-        if (now := active_adapters(base)) != before:
-            raise RuntimeError(f"the model is set up to decode with the adapters {before}, and a pass has {now}: judge "
-                               "and train when the rollout has ended")
-    hook = base.base_model.register_forward_pre_hook(check)
-    try:
-        yield
-    finally:
-        hook.remove()
+def refuse_others(base, before, *_) -> None:
+    """Raise RuntimeError if other adapters are active than before."""
+    if (now := active_adapters(base)) != before:
+        raise RuntimeError(f"the model is set up to decode with the adapters {before}, and a pass has {now}: judge "
+                           "and train when the rollout has ended")
 
 
-@contextlib.contextmanager
-def _frozen(fused: FusedLayers, room: float, rows: int, ran: Counter) -> Iterator[bool]:
-    """Do so for fused layers."""
-    fused.refresh()  # which may build the layers anew
-    groups = fused.groups
-    try:
-        fused.frozen = True
-        for group in groups:
-            room -= group.freeze(rows, room, ran)
-        yield True
-    finally:
-        fused.frozen = False
-        for group in groups:
-            group.forget()
+def patch(model, copy: bool, at_end: contextlib.ExitStack) -> tuple[list[LinearGroup], bool]:
+    """Group layers of transformers that are called with the same input, until at_end.
 
-
-@contextlib.contextmanager
-def _patched(model, room: float, rows: int, ran: Counter) -> Iterator[bool]:
-    """Do so for layers of transformers: those that are called with the same input."""
-    apart, patched = {m for m in model.modules() if isinstance(m, LoraLayer)}, []  # apart: adapted, in no group
-    try:
-        for modules in called_together(model):
-            known = [m for m in modules if is_plain(m)]
-            apart -= set(known)
-            if known and (room or any(isinstance(m, LoraLayer) for m in known)):  # else nothing is gained
-                group = LinearGroup(known, base_causal_lm(model).dtype)
-                room -= group.freeze(rows, room, ran)
-                for index, module in enumerate(known):
-                    patched.append(module)
-                    module.forward = group.patched(index)
-        yield not apart
-    finally:
-        for module in patched:
-            del module.forward
+    Returns the groups, and whether every adapted layer is in one."""
+    apart, groups = {m for m in model.modules() if isinstance(m, LoraLayer)}, []
+    for modules in called_together(model):
+        known = [m for m in modules if is_plain(m)]
+        apart -= set(known)
+        if known and (copy or any(isinstance(m, LoraLayer) for m in known)):  # else nothing is gained
+            groups.append(LinearGroup(known, base_causal_lm(model).dtype))
+            for index, module in enumerate(known):
+                module.forward = groups[-1].patched(index)
+                at_end.callback(delattr, module, "forward")
+    return groups, not apart
 
 
 def called_together(model) -> list[list[nn.Module]]:

@@ -6,10 +6,9 @@ for q, k, v or gate, up together: W (width, in) is one buffer, whose parts are t
 (R, in) stands for all their adapters, B for its blocks. For the backward pass only x and x A^T (N, R) are kept. 4-bit
 weights are dequantised into one scratch that all layers share. peft's parameters train as they are: fp32, by name.
 
-Decoding reads W in the way that moves the fewest bytes (`LinearGroup.choose`): from a copy that is made once per
-rollout, dequantised, and on a CPU in oneDNN's layout; for few rows on a card from the 4-bit weights themselves; else
-dequantised by every step. In fp32 the copy is W + s B A: 16 bits would round off what the adapter learnt below 1/256.
-"""
+Decoding reads W in the way that moves the fewest bytes: from a copy made once per rollout, dequantised, on a CPU in
+oneDNN's layout; for few rows on a card from the 4 bits themselves; else dequantised by every step. In fp32 the copy is
+W + s B A: 16 bits would round off what the adapter learnt below 1/256."""
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -150,8 +149,7 @@ class LinearGroup:
         elif way == FUSED:
             y = self.product_of_4bit(x)
         else:
-            weight = self.matrix().T
-            y = x @ weight if self.bias is None else torch.addmm(self.bias, x, weight)
+            y = nn.functional.linear(x, self.matrix(), self.bias)
         if masks is None:
             low = x @ self.active.a.T
         else:
@@ -189,8 +187,8 @@ class LinearGroup:
     def choose(self, rows: int, room: float) -> str:
         """Choose how steps of `rows` rows read W; room: bytes that a copy may take.
 
-        By the bytes that a step moves: a copy is read, 4 bits are read, or read, written as the compute type and read
-        again. A layer of fewer rows may still be FUSED in a rollout of more."""
+        By the bytes that a step moves: a copy is read; 4 bits are read, or read, written as the compute type and read
+        again."""
         size = self.width * self.bases[0].in_features
         moved = {COPIED: size * self.dtype.itemsize} if size * self.dtype.itemsize <= room else {}
         moved[self.way] = size // 2 + 2 * size * self.dtype.itemsize if self.quantised else size * self.dtype.itemsize
@@ -218,20 +216,19 @@ class LinearGroup:
 
     def forget(self) -> None:
         """Drop the copy, and compute as in training again."""
-        self.product, self.merged, self.few, self.ran = None, False, 0, None
+        self.product, self.merged, self.few, self.ran, self.last = None, False, 0, None, (None, None)
 
     def patched(self, index: int) -> Callable:
         """Make a forward of the layer `index` by which the first one computes for all."""
         start, stop = sum(self.widths[:index]), sum(self.widths[:index + 1])
 
         def forward(x):
-            kept = self.__dict__
-            if kept.get("x") is not x:  # the first, or a layer that is not called as it was when the groups were found
+            if self.last[0] is not x:  # the first, or a layer that is not called as it was when the groups were found
                 y, _ = self.forward(x.reshape(-1, x.shape[-1]))
-                kept.update(x=x, y=y.view(*x.shape[:-1], self.width))
-            y = kept["y"][..., start:stop]
+                self.last = x, y.view(*x.shape[:-1], self.width)
+            y = self.last[1][..., start:stop]
             if stop == self.width:
-                kept.update(x=None, y=None)
+                self.last = None, None
             return y
         return forward
 

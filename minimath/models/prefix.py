@@ -13,8 +13,8 @@ from minimath.data.batch import micro_batches, tail_length
 from minimath.data.chat import IGNORE, Encoded
 from minimath.models.attention import Segment
 from minimath.models.forward import base_causal_lm, takes_rows
+from minimath.models.memory import keeps_state
 from minimath.models.policy import Policy
-from minimath.models.state import keeps_state
 
 LEAST_SAVED = 0.15  # share of the tokens; below, the longer attention of shared sequences outweighs it
 EAGER_TOKENS = 1024  # of a shared sequence under eager attention, which keeps (heads, T, T) scores of every layer

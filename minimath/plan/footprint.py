@@ -36,9 +36,8 @@ from minimath.models.forward import (
     rows_mask,
 )
 from minimath.models.fused import fused_layers
-from minimath.models.memory import give_back
+from minimath.models.memory import fresh_cache, give_back, keeps_state
 from minimath.models.nodes import PIECE
-from minimath.models.state import fresh_cache, keeps_state
 
 SHORT, LONG = (PIECE // 8, PIECE // 2, PIECE), (2 * PIECE, 4 * PIECE, 8 * PIECE)  # lengths at which passes are followed
 ROWS = 4  # and twice as many in a pass foretell more of them

@@ -18,9 +18,15 @@ from minimath.core.text import did_you_mean
 from minimath.data.batch import tail_length
 from minimath.kernels.common import tile_shape
 from minimath.models.load import DTYPES, first_line
-from minimath.models.memory import MOST_SLOTS, cache_bytes_per_token, expected_places, sampling_bytes
+from minimath.models.memory import (
+    MOST_SLOTS,
+    cache_bytes_per_token,
+    expected_places,
+    keeps_state,
+    sampling_bytes,
+    state_bytes,
+)
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
-from minimath.models.state import keeps_state, state_bytes
 from minimath.plan.footprint import Model
 from minimath.rollout.passes import PREFILL_TOKENS
 from minimath.rollout.sampling import Sampling

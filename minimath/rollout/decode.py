@@ -9,15 +9,13 @@ from minimath.core.threads import follow_load
 from minimath.models.block_attention import on_device
 from minimath.models.forward import additive_mask, base_causal_lm, head, layer_kinds
 from minimath.models.linears import IN_PLACE
-from minimath.models.memory import give_back
-from minimath.models.state import STATE, fresh_cache
+from minimath.models.memory import STATE, fresh_cache, give_back
 from minimath.rollout.blocks import Blocks, Row
 from minimath.rollout.ends import BoxWatch, Flight, in_loop
 from minimath.rollout.engine import Engine
 from minimath.rollout.graphs import StepGraphs, addresses
 from minimath.rollout.kv_cache import Fast, SlotCache, softcap_of
-from minimath.rollout.passes import Step, prefill
-from minimath.rollout.refill import WIDTH_MULTIPLE, batches_of, packed
+from minimath.rollout.passes import WIDTH_MULTIPLE, Step, batches_of, packed, prefill
 from minimath.rollout.sampling import logits_of, sample_tokens, stream_noise
 
 SYNC = {"cuda": 4}  # steps between looks at which rows have ended; elsewhere 1

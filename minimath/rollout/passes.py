@@ -11,8 +11,8 @@ from minimath.models.forward import (
     layer_kinds,
     not_looked_at,
 )
-from minimath.models.state import NEITHER, STATE, cache_argument, fresh_cache, keeps_state
-from minimath.rollout import slots as slot_layers
+from minimath.models.memory import NEITHER, STATE, cache_argument, fresh_cache, keeps_state
+from minimath.rollout import kv_cache
 from minimath.rollout.blocks import Blocks, Row
 from minimath.rollout.engine import Job
 from minimath.rollout.kv_cache import NoStandardCache, Seen, SlotCache, decoding_attention, softcap_of, windows_of
@@ -20,6 +20,7 @@ from minimath.rollout.kv_cache import NoStandardCache, Seen, SlotCache, decoding
 PADDING_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the values' spread
 STEP_TOLERANCE = {torch.float32: 0.01}  # of the same, between a scan and a step; 0.1 in 16 bits
 TRIED = 8  # tokens of a prompt
+WIDTH_MULTIPLE = 64  # places, of a prefill on a card: few shapes, whose kernels are chosen once
 PREFILL_TOKENS = 4096  # in one forward: of several prompts, or a piece of a longer one
 
 
@@ -29,7 +30,7 @@ class Step:
     def __init__(self, model, attends: bool):
         base = base_causal_lm(model)
         self.model, self.decoder, self.windows = model, base.base_model, windows_of(model)
-        self.fixed = attends and base.device.type in slot_layers.FIXED_SHAPES
+        self.fixed = attends and base.device.type in kv_cache.FIXED_SHAPES
         self.argument, self.no_mask = cache_argument(model), None
         if self.fixed:
             self.no_mask = masks_by_kind(model, not_looked_at(model))
@@ -60,6 +61,46 @@ def masks_by_kind(model, mask):
         return None
     attends = mask if isinstance(mask, dict) else dict.fromkeys(ATTEND, mask)
     return attends | dict.fromkeys(STATE | NEITHER)
+
+
+def tokens_of(row: Row) -> tuple[int, ...]:
+    return (*row.job.prompt, *row.ids)
+
+
+def batches_of(rows: list[Row], *, pads: bool) -> list[list[list[Row]]]:
+    """Split rows into forwards, each a list of groups that begin with the same tokens.
+
+    pads: whether prompts of unlike length share one."""
+    by_tokens: dict[tuple, list[Row]] = {}
+    for row in rows:
+        by_tokens.setdefault(tokens_of(row), []).append(row)
+    batches: list[list[list[Row]]] = [[]]
+    for group in sorted(by_tokens.values(), key=lambda group: group[0].length):  # like lengths: little padding
+        length, last = group[0].length, batches[-1]
+        if last and ((len(last) + 1) * length > PREFILL_TOKENS or not pads and length != last[0][0].length):
+            batches.append(last := [])
+        last.append(group)
+    return batches
+
+
+def packed(groups: list[list[Row]], first: int, blocks: Blocks, *, pad: int, width: int, before: bool) -> list:
+    """Lay out a forward for groups, which take the slots from `first` on: all on the host, for one copy.
+
+    before: whether padding stands before the prompts. Returns ids (B, width); of each row (4, k): its place in the
+    batch, the next token's position, the number of tokens sampled, where its last one stands; padding before each
+    prompt (B,); pages (3, m) for SlotCache.fill, and changes (2, c) for SlotCache.tell."""
+    lengths, rows = torch.tensor([group[0].length for group in groups]), [row for group in groups for row in group]
+    padding = width - lengths if before else torch.zeros_like(lengths)
+    ids = torch.full((len(groups), width), pad)
+    for line, group, start in zip(ids, groups, padding.tolist(), strict=True):
+        line[start:start + group[0].length] = torch.tensor(tokens_of(group[0]))
+    source = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups]))
+    numbers = torch.stack([source, lengths[source], torch.tensor([len(row.ids) for row in rows]),
+                           source * width + (padding + lengths)[source] - 1])
+    pages = [(blocks.table[first + i][page], at, page) for i, (row, at) in enumerate(zip(rows, source.tolist()))
+             for page in range(row.shared, blocks.pages_of(row))]
+    return [ids, numbers, padding, torch.tensor(pages, dtype=torch.long).view(-1, 3).T,
+            torch.tensor(blocks.take_changes(), dtype=torch.long)]
 
 
 def prefill(model, ids: torch.Tensor, cache, *, mask=None, padding: torch.Tensor | None = None) -> torch.Tensor:

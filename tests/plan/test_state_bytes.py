@@ -6,8 +6,7 @@ from toy import load, make_config
 from transformers import AutoConfig
 
 from minimath.config.schema import RLAIFConfig
-from minimath.models.memory import cache_bytes_per_token
-from minimath.models.state import state_bytes
+from minimath.models.memory import cache_bytes_per_token, state_bytes
 from minimath.plan.footprint import empty_model
 from minimath.plan.needs import Planner, shapes
 

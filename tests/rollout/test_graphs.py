@@ -18,8 +18,8 @@ from minimath.models.forward import adapter_named, base_causal_lm, hidden_states
 from minimath.models.fused import fused_layers
 from minimath.rollout import decode as decoding
 from minimath.rollout import graphs as recording
+from minimath.rollout import kv_cache
 from minimath.rollout import open as own_engine
-from minimath.rollout import slots as slot_layers
 from minimath.rollout.graphs import WARM_UP, StepGraphs, addresses, reads_back
 
 CPU = SimpleNamespace(device=torch.device("cpu"), modules=list)  # a model, as far as StepGraphs looks at it
@@ -108,7 +108,7 @@ class Card:
 
         monkeypatch.setattr(decoding.Decode, "run_step", step)
         monkeypatch.setattr(StepGraphs, "__init__", usable)
-        monkeypatch.setattr(slot_layers, "FIXED_SHAPES", ("cpu",))
+        monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",))
         monkeypatch.setattr(own_engine, "copied_bytes", lambda *_: 1 << 60)  # a card has no copy of 16-bit weights
         monkeypatch.setattr(own_engine, "has_room_beside", lambda *_: True)
         return self

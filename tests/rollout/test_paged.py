@@ -9,9 +9,8 @@ from toy import load, wake_adapter
 
 from minimath.rollout import blocks as pool
 from minimath.rollout import decode as decoding
+from minimath.rollout import kv_cache, passes
 from minimath.rollout import open as own_engine
-from minimath.rollout import passes, refill
-from minimath.rollout import slots as slot_layers
 from minimath.rollout.blocks import Blocks, Row
 from minimath.rollout.engine import Job
 
@@ -123,7 +122,7 @@ def rollout(model, tokenizer, monkeypatch, rows: int, places: int, prompts=PROMP
 @pytest.mark.parametrize("places", [400, 1])
 def test_a_pool_too_small_for_all_changes_no_completion(llama, whole, monkeypatch, fixed, places):
     """Rows are put back and computed again from their tokens; pages are small, so that rows have several."""
-    monkeypatch.setattr(slot_layers, "FIXED_SHAPES", ("cpu",) if fixed else ())
+    monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",) if fixed else ())
     monkeypatch.setitem(decoding.SYNC, "cpu", 4 if fixed else 1)
     for name, value in {"PAGE_MULTIPLE": 32, "ONE_PAGE": 32, "PAGES_OF": 32, "PAGE": 32}.items():
         monkeypatch.setattr(pool, name, value)
@@ -140,10 +139,9 @@ def test_a_long_prompt_is_read_in_pieces(llama, monkeypatch):
     before, _, _ = rollout(*llama, monkeypatch, 16, 10_000, prompts)
     hook = base.register_forward_pre_hook(lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape),
                                           with_kwargs=True)
-    for module in (passes, refill):
-        monkeypatch.setattr(module, "PREFILL_TOKENS", 50)
+    monkeypatch.setattr(passes, "PREFILL_TOKENS", 50)
     for fixed in ((), ("cpu",)):
-        monkeypatch.setattr(slot_layers, "FIXED_SHAPES", fixed)
+        monkeypatch.setattr(kv_cache, "FIXED_SHAPES", fixed)
         again, _, _ = rollout(*llama, monkeypatch, 16, 10_000, prompts)
         assert ids_of(again) == ids_of(before)
     hook.remove()

@@ -22,7 +22,6 @@ from minimath.models.linears import is_plain
 from minimath.rollout import blocks, kv_cache
 from minimath.rollout import decode as decoding
 from minimath.rollout import open as own_engine
-from minimath.rollout import slots as slot_layers
 from minimath.rollout.ends import BoxWatch, in_loop
 from minimath.rollout.sampling import Sampling, sample_tokens
 
@@ -164,7 +163,7 @@ def test_early_ends_do_not_depend_on_the_batch_or_on_when_the_host_looks(llama, 
     told = []
     for slots, sync in ((16, 1), (3, 1), (16, 4), (5, 4)):
         monkeypatch.setitem(decoding.SYNC, "cpu", sync)
-        monkeypatch.setattr(slot_layers, "FIXED_SHAPES", ("cpu",) if fixed and sync > 1 else ())
+        monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",) if fixed and sync > 1 else ())
         groups = sampled(llama, samples=4, max_num_seqs=slots, eos=[], max_new_tokens=120, **options)
         told.append([[(c.ids, c.finished) for c in group] for group in groups])
     assert told[0] == told[1] == told[2] == told[3]
@@ -260,7 +259,7 @@ def test_out_of_memory_where_looks_come_late_loses_no_end(llama, monkeypatch, ca
     monkeypatch.setattr(BoxWatch, "closed", lambda self, ids, prompt: ids[-1] % 7 == 0)
     options = {"samples": 4, "max_num_seqs": 16, "stop_boxed": True, "eos": list(range(20, 120))}
     whole = sampled(llama, **options)
-    monkeypatch.setattr(slot_layers, "FIXED_SHAPES", ("cpu",))
+    monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",))
     monkeypatch.setitem(decoding.SYNC, "cpu", 4)
     failing = Failing(decoding.Decode.run_step, {call})
     monkeypatch.setattr(decoding.Decode, "run_step", lambda *args: failing(*args))
@@ -333,7 +332,7 @@ def test_the_batch_stays_full_while_completions_wait(llama, monkeypatch):
 
 def test_a_card_refills_at_a_quarter_or_when_idle_slots_have_cost_a_prefill(llama, monkeypatch):
     """Many rows wait for a prefill, few do not; in between, slots that stand empty add up."""
-    monkeypatch.setattr(slot_layers, "FIXED_SHAPES", ("cpu",))
+    monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",))
     refills, seen = decoding.Decode.refills, set()
 
     def spy(self):
@@ -502,7 +501,7 @@ def test_training_goes_on_unchanged_after_a_rollout(folder, quant):
 def test_a_decode_step_never_waits_for_the_device(tmp_path, monkeypatch, family, device):
     """Under fake tensors anything that reads a value back raises: what a CUDA graph cannot hold."""
     model, tokenizer = load(tiny.tiny_model(tmp_path, family), attn="eager" if family == "gemma2" else "sdpa")
-    monkeypatch.setattr(slot_layers, "FIXED_SHAPES", ("cpu",) if device == "cuda" else ())
+    monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",) if device == "cuda" else ())
     run_step, steps = decoding.Decode.run_step, []
 
     def both(self, *args):
@@ -533,7 +532,7 @@ def test_one_block_attends_as_many_do(llama, monkeypatch):
 def test_steps_of_fixed_shapes_sample_the_same(llama, monkeypatch, slots):
     """What a CUDA device gets, on a CPU: whole halves of the slots, its kernel, its late looks, its refills."""
     whole, widths = sampled(llama, samples=8, max_num_seqs=slots), set()
-    monkeypatch.setattr(slot_layers, "FIXED_SHAPES", ("cpu",))
+    monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",))
     monkeypatch.setitem(decoding.SYNC, "cpu", 4)
     run_step = decoding.Decode.run_step
     monkeypatch.setattr(decoding.Decode, "run_step",
@@ -554,7 +553,7 @@ def test_the_kernel_of_a_card_gives_the_greedy_tokens_of_generate(tmp_path, monk
     calls, attend = [], kv_cache.decode_attention
     monkeypatch.setattr(kv_cache, "decode_attention",
                         lambda *args, **more: (calls.append(more), attend(*args, **more))[1])
-    monkeypatch.setattr(slot_layers, "FIXED_SHAPES", ("cpu",))
+    monkeypatch.setattr(kv_cache, "FIXED_SHAPES", ("cpu",))
     fixed = generate(model, tokenizer, prompts_of(), max_num_seqs=3, **options)
     for prompt, [one], [two] in zip(prompts_of(), plain, fixed, strict=True):
         theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60, use_cache=True)

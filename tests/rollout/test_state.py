@@ -12,10 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minimath.core.errors import UserError
 from minimath.models.forward import base_causal_lm
-from minimath.models.memory import cache_bytes_per_token
-from minimath.models.state import state_bytes
+from minimath.models.memory import cache_bytes_per_token, state_bytes
 from minimath.rollout import decode as decoding
-from minimath.rollout import passes, slots
+from minimath.rollout import kv_cache, passes
 from minimath.rollout.transformers_engine import TransformersEngine
 
 PROMPTS = prompts_of((5, 41, 23, 12, 70))
@@ -133,7 +132,7 @@ def test_a_recorded_step_waits_for_nothing(tmp_path, name, monkeypatch):
 
 
 def test_a_layer_that_forgets_its_state_is_noticed(family, monkeypatch):
-    monkeypatch.setattr(slots.StateLayer, "fill", lambda *rows: None)
+    monkeypatch.setattr(kv_cache.StateLayer, "fill", lambda *rows: None)
     with pytest.raises(UserError, match="FalconH1ForCausalLM decodes from our cache .* away from a whole pass"):
         engine_of(*family("falcon_h1"))
 
