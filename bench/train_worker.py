@@ -270,7 +270,7 @@ def trl_grpo(spec, cfg, folder, facts: dict, **trainer):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from minimath.data.chat import prompt_ids, user_text
+    from minimath.data.chat import prompt_ids
     from minimath.grading.answer import AnswerChecker
     examples, tokenizer = examples_of("trl", cfg.prompts_per_step * cfg.steps), trainer["processing_class"]
     template = cfg.prompt.prompt_template
@@ -291,7 +291,7 @@ def trl_grpo(spec, cfg, folder, facts: dict, **trainer):
         top_p=cfg.sampling.top_p, top_k=cfg.sampling.top_k, beta=cfg.loss.kl_coef, loss_type="dapo",
         epsilon=cfg.loss.clip_low, epsilon_high=cfg.loss.clip_high, scale_rewards="group", shuffle_dataset=False,
         generation_batch_size=spec.get("rows_per_generation") or None)
-    data = Dataset.from_list([{"prompt": [{"role": "user", "content": user_text(e.problem, template)}],
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": template.format(problem=e.problem)}],
                                "answer": e.answer} for e in examples])
 
     class TimesRollouts(GRPOTrainer):

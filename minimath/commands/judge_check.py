@@ -72,14 +72,13 @@ def judge_check(words: list[str]) -> dict:
     """Run the command, and return what judge-check.json holds. Raises UserError."""
     cfg = load_options(JudgeCheckConfig, take_recipe(words := list(words)), words)
     given = set(map(option_named, words))
-    cfg.data = KnownData(**{field.name: getattr(cfg.data, field.name) for field in dataclasses.fields(KnownData)
-                            if {"source": "data"}.get(field.name, field.name) in given})  # a recipe's are a run's
+    cfg = cfg.replace(**{name: option.default for name, option in options_of(JudgeCheckConfig).items()
+                         if option.group == "data" and name not in given})  # a recipe's are a run's
     probes, attacks = comma_list(cfg.probes), load_attacks(cfg.attacks or ATTACKS)
     if not cfg.data.source and (given & {"limit", "baselines"} or probes == ["data"]):
         raise UserError("the probe data needs data=FILE: pairs, or solutions whose wrong steps are marked; see --help")
     with RunLog(result_folder(cfg.run.out, "judge-check"), "minimath judge check") as log:
-        policy = load_judging(cfg, log)
-        judge = open_judge(cfg, log, policy)
+        judge, policy = open_judge(cfg, log)
         result, lines = {"judge": judge.name}, []
         known, held_out = open_known(judge, cfg, log) if cfg.data.source and "data" in probes else (None, "")
         if "pairs" in probes:
@@ -114,22 +113,16 @@ def option_names(cls: type[RLAIFConfig]) -> list[str]:
     return [*(known.keys() - options_of(RLAIFConfig)), *judge, "micro_batch_tokens", "seed", "out"]
 
 
-def load_judging(cfg: RLAIFConfig, log: RunLog) -> Policy | None:
-    """Load the model behind judge=self, None for another judge. Raises UserError."""
-    if cfg.judge.name != "self":
-        return None
-    cfg = cfg.replace(adapter="")  # it judges with its adapter off
-    policy = load_policy(cfg, train=False)
-    log.say(describe(policy.model, cfg))
-    return policy
-
-
-def open_judge(cfg: RLAIFConfig, log: RunLog, policy: Policy | None = None) -> Judge:
-    """Make the judge and try it; with the model behind judge=self. Raises UserError."""
-    judge = make_judge(cfg.judge, policy or load_judging(cfg, log), say=log.say,
-                       micro_batch_tokens=cfg.optimizer.micro_batch_tokens)
+def open_judge(cfg: RLAIFConfig, log: RunLog) -> tuple[Judge, Policy | None]:
+    """Make the judge and try it; returns also the model behind judge=self. Raises UserError."""
+    policy = None
+    if cfg.judge.name == "self":
+        cfg = cfg.replace(adapter="")  # it judges with its adapter off
+        policy = load_policy(cfg, train=False)
+        log.say(describe(policy.model, cfg))
+    judge = make_judge(cfg.judge, policy, say=log.say, micro_batch_tokens=cfg.optimizer.micro_batch_tokens)
     judge.ping()
-    return judge
+    return judge, policy
 
 
 def result_folder(out: str, name: str) -> Path:

@@ -40,7 +40,7 @@ def judge_compare(words: list[str]) -> dict:
     with RunLog(result_folder(cfg.run.out or str(Path(folders[0], "judge-compare")), "judge-compare"),
                 "minimath judge compare") as log:
         log.say(f"A: {folders[0]}, B: {folders[1]}; {len(pairs)} of {len(found)} pairs in which both are correct")
-        judge = open_judge(cfg, log)
+        judge, _ = open_judge(cfg, log)
         with log.progress(2 * len(pairs), "judging") as advance:
             f = compare_solutions(judge, pairs, cfg.run.seed, advance)
         columns = ["pairs", "A preferred", "95% interval", "position bias", "order conflicts", "ties", "no votes",

@@ -50,7 +50,7 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
         raise UserError(f"{out} already holds a run; add resume=true to go on with it, or choose another out=")
     started = time.monotonic()
     with RunLog(out, f"minimath {command}") as log, how_to_go_on(log, command):
-        for name, cfg in cfgs.items() if dist.is_main() else ():
+        for name, cfg in cfgs.items():
             write_whole(out / f"{name}.yaml", config_text(cfg))
         rows = run_arms(out, cfgs, full)
         summary = {"rows": rows, "minutes": (time.monotonic() - started) / 60, "model": cfgs["sft"].model.name,
@@ -67,9 +67,7 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
 
 
 def load_stages(recipe: str | None, words: list[str], command: str) -> tuple[Path, dict[str, Stage]]:
-    """Read the options of all stages, and find out now what would fail later.
-
-    Returns the run folder, and options by stage: sft, rlaif, eval, and judge where one is trained. Raises UserError."""
+    """Read the run folder and all stages' options, and find out now what would fail later. Raises UserError."""
     if recipe is None:
         raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
     sft_cfg = load_config(SFTConfig, recipe, words, allow_other=True)
@@ -77,7 +75,7 @@ def load_stages(recipe: str | None, words: list[str], command: str) -> tuple[Pat
     own = words_of_own_judge(recipe, words, out / "judge")
     rl_cfg = load_config(RLAIFConfig, recipe, own + words, allow_other=True)
     # limit= is for the training problems, eval.limit= for the others
-    held_out = [word for word in words if not word.startswith("limit=")]
+    held_out = [word for word in words if not word.removeprefix("--").startswith("limit=")]
     cfgs = {"sft": sft_cfg, "rlaif": rl_cfg, "eval": load_config(EvalConfig, recipe, held_out, allow_other=True)}
     if own and rl_cfg.uses_judge():
         cfgs["judge"] = judge_config(recipe, words, sft_cfg, rl_cfg)
@@ -96,9 +94,10 @@ def judge_config(recipe: str, words: list[str], sft_cfg: SFTConfig, rl_cfg: RLAI
         raise UserError("a judge is trained by one process: train it first with minimath judge train, then give its "
                         "folder as judge_adapter=")
     cfg = load_config(JudgeConfig, recipe, words, "judge_train", allow_other=True)
-    own = {name for settings in (read_recipe(recipe), read_words(words)) for name in settings.get("judge_train", ())}
-    taken = rl_cfg.shared(JudgeConfig, "model", "prompt", "engine", "sampling") | (
-        {} if "data" in own else sft_cfg.shared(JudgeConfig, "data"))  # the split of other data is its own
+    own = {*read_recipe(recipe).get("judge_train", ()), *read_words(words).get("judge_train", ())}
+    taken = rl_cfg.shared(JudgeConfig, "model", "prompt", "engine", "sampling")
+    if "data" not in own:  # the split of other data is its own
+        taken |= sft_cfg.shared(JudgeConfig, "data")
     load_rubric(cfg.rubric)
     JudgeCard(form=cfg.form).form_of(rl_cfg.judge.form)
     if rl_cfg.verifier in BY_JUDGE and cfg.form == "pair":
@@ -137,9 +136,7 @@ def run_arms(out: Path, cfgs: dict[str, Stage], full: bool) -> dict[str, dict]:
 
 
 def part(work, cfg, out: Path) -> dict:
-    """Run a stage or an evaluation in its folder, or go on there; returns its summary.
-
-    Raises Interrupted after a signal, also one that came when all its work was done."""
+    """Run a stage or an evaluation in its folder, or go on there; returns its summary. Raises Interrupted."""
     summary = work(cfg.replace(out=str(out), resume=dist.broadcast(cfg.run.resume and out.exists())))
     gc.collect()  # its model goes before the next one loads
     torch.cuda.empty_cache()
@@ -150,9 +147,7 @@ def part(work, cfg, out: Path) -> dict:
 
 @contextlib.contextmanager
 def how_to_go_on(log: RunLog, command: str):
-    """Notice signals between the stages too, and say after one how the run goes on.
-
-    A stage names only its own folder. Raises Interrupted."""
+    """Notice signals between the stages too, and say how the whole run goes on. Raises Interrupted."""
     try:
         with interrupt.interruptible(run_folder.stop_files(log.run_dir), log.say):
             yield
@@ -170,9 +165,7 @@ def rlaif(cfg: RLAIFConfig) -> dict:
 
 
 def draw(what: str, write: Callable[[], Path | None], say: Callable[[str], None]) -> None:
-    """Write a picture or a page of a run, and say where it is.
-
-    What fails is said, never raised: the run is complete without it."""
+    """Write a picture or a page of a run, and say where it is, or why not: the run is complete without it."""
     try:
         if path := write():
             say(f"{what}: {path}")

@@ -3,6 +3,7 @@
     minimath solve ["PROBLEM"] model=... adapter=runs/...
 
 The solution appears as it is written. Without a problem it asks for one after the other, until an empty line."""
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +12,6 @@ from minimath.config.load import load_config
 from minimath.config.options import options_of
 from minimath.config.schema import EvalConfig
 from minimath.config.trained import as_trained
-from minimath.core.entry import run_command
 from minimath.core.errors import UserError
 from minimath.core.log import printable
 from minimath.core.run import keep_freed_memory
@@ -25,9 +25,7 @@ from minimath.rollout.open import open_engine
 
 
 def solve_command(words: list[str]) -> None:
-    """Run `minimath solve` with the words behind it.
-
-    samples > 1 prints several solutions. Raises UserError, also when there is no problem."""
+    """Run `minimath solve` with the words behind it. Raises UserError, also when there is no problem."""
     problem, options = parse(words)
     cfg = load_config(EvalConfig, None, options)
     problems = [problem] if problem else ask() if sys.stdin.isatty() else list(ask())
@@ -56,10 +54,9 @@ def parse(words: list[str]) -> tuple[str, list[str]]:
 def ask() -> Iterator[str]:
     """Yield problems from standard input until an empty line or its end."""
     prompt = "\nproblem (empty line ends): " if sys.stdin.isatty() else ""
-    print(prompt, end="", flush=True)
-    while line := sys.stdin.readline().strip():
-        yield line
-        print(prompt, end="", flush=True)
+    with contextlib.suppress(EOFError):
+        while line := input(prompt).strip():
+            yield line
 
 
 def solve(problem: str, cfg: EvalConfig, policy: Policy, engine) -> None:
@@ -102,7 +99,3 @@ class Shown:
             self.count = end + 1
         print(printable(text[self.count:]), end="", flush=True)
         self.count = max(self.count, len(text))
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(lambda: solve_command(sys.argv[1:])))

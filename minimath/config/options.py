@@ -124,6 +124,8 @@ FORMS = {  # of texts: whether one has it, by False or an error, and what it mus
                       "the key under a name of letters, digits and _"),
     "prompt_template": (lambda text: "problem-text" in text.format(problem="problem-text"),
                         "contain {problem}, and other braces doubled, as in \\boxed{{}}"),
+    "step_counts": (lambda text: comma_list(text) and {*comma_list(text)} <= {"1", "2", "3"},
+                    "be a comma list of 1, 2 and 3"),
     "budgets": (lambda text: not text.strip() or all(item.strip().isdecimal() for item in text.split(",")),
                 "be a comma list of token counts (128,256)"),
     "template_args": (lambda text: type(named_values(text).get("date", datetime.date.min)) is datetime.date,

@@ -1,8 +1,7 @@
 """Choose the examples that a step trains on, and cut them into forward passes.
 
 The order of the data is a function of (seed, step), so a resumed run needs no cursor but its step. Cutting a step
-into micro-batches is a decision about memory alone: losses are divided by the trained tokens of the whole step.
-"""
+into micro-batches is a decision about memory alone: losses are divided by the trained tokens of the whole step."""
 import itertools
 from collections.abc import Iterator
 
@@ -17,9 +16,7 @@ def step_indices(step: int, size: int, batch_size: int, seed: int) -> list[int]:
 
 
 def stream_indices(start: int, count: int, size: int, seed: int) -> list[int]:
-    """Return places start to start + count - 1 of an endless stream of indices into `size` rows.
-
-    It is one permutation per epoch after another, so a batch may reach into the next epoch."""
+    """Return `count` places from `start` on, of one permutation of rows after another."""
     order: list[int] = []
     for epoch in range(start // size, (start + count - 1) // size + 1):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -45,18 +42,16 @@ def like_lengths(lengths: list[int], budget: int) -> list[list[int]]:
     """Group indices by descending length; a group padded to its longest fits `budget`."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
+        if not groups or lengths[groups[-1][0]] * (len(groups[-1]) + 1) > budget:
+            groups.append([])
+        groups[-1].append(index)
     return groups
 
 
 def pack(lengths: list[int], budget: int) -> list[list[int]]:
     """Pack indices into bins of at most `budget` tokens by first fit, longest first.
 
-    A length over the budget gets a bin of its own. Indices are ascending within a bin.
-    """
+    A length over the budget gets a bin of its own. Indices are ascending within a bin."""
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -66,7 +61,7 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
             room.append(budget)
         bins[place].append(index)
         room[place] -= lengths[index]
-    return [sorted(indices) for indices in bins]
+    return list(map(sorted, bins))
 
 
 def collate_packed(rows: list[Encoded], most: int = 0) -> dict:
@@ -74,17 +69,14 @@ def collate_packed(rows: list[Encoded], most: int = 0) -> dict:
 
     Without a mask and with use_cache=False, transformers (5.23) finds the borders by position_ids; with its default
     use_cache=True, or a mask of ones, examples silently attend to each other. A last example of zeros, of which nothing
-    is trained, rounds the length up, to at most `most`.
-    """
+    is trained, rounds the length up, to at most `most`."""
     tail = tail_length(sum(len(row.ids) for row in rows), most)
     rows = [*rows, Encoded([0] * tail, [False] * tail, False)] if tail else rows
-    ends = list(itertools.accumulate(len(row.ids) for row in rows))
-    return {
-        "input_ids": torch.tensor([[i for row in rows for i in row.ids]]),
-        "position_ids": torch.tensor([[p for row in rows for p in range(len(row.ids))]]),
-        "target": torch.tensor([t for row in rows for t in row.targets()]),
-        "rows": [(end - len(row.ids), len(row.ids)) for end, row in zip(ends, rows)],
-    }
+    ends = itertools.accumulate(len(row.ids) for row in rows)
+    return {"input_ids": torch.tensor([[i for row in rows for i in row.ids]]),
+            "position_ids": torch.tensor([[p for row in rows for p in range(len(row.ids))]]),
+            "target": torch.tensor([t for row in rows for t in row.targets()]),
+            "rows": [(end - len(row.ids), len(row.ids)) for end, row in zip(ends, rows)]}
 
 
 def tail_length(tokens: int, most: int) -> int:
@@ -99,13 +91,11 @@ def collate_padded(rows: list[Encoded], pad_id: int) -> dict:
     """Pad examples at the right."""
     width = max(len(row.ids) for row in rows)
     gaps = [width - len(row.ids) for row in rows]
-    return {
-        "input_ids": torch.tensor([row.ids + [pad_id] * gap for row, gap in zip(rows, gaps)]),
-        "attention_mask": torch.tensor([[1] * len(row.ids) + [0] * gap for row, gap in zip(rows, gaps)]),
-        "position_ids": torch.arange(width).repeat(len(rows), 1),
-        "target": torch.tensor([t for row, gap in zip(rows, gaps) for t in row.targets() + [IGNORE] * gap]),
-        "rows": [(number * width, len(row.ids)) for number, row in enumerate(rows)],
-    }
+    return {"input_ids": torch.tensor([row.ids + [pad_id] * gap for row, gap in zip(rows, gaps)]),
+            "attention_mask": torch.tensor([[1] * len(row.ids) + [0] * gap for row, gap in zip(rows, gaps)]),
+            "position_ids": torch.arange(width).repeat(len(rows), 1),
+            "target": torch.tensor([t for row, gap in zip(rows, gaps) for t in row.targets() + [IGNORE] * gap]),
+            "rows": [(number * width, len(row.ids)) for number, row in enumerate(rows)]}
 
 
 def forward_args(batch: dict) -> dict:

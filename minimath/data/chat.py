@@ -3,8 +3,7 @@
 Trained are the tokens of the assistant and the token that ends its turn, not what the template puts into the prompt
 (template.py). Prompt and solution are tokenised together when the prompt's ids are a prefix of the whole; when a merge
 crosses the border, or the template changes the solution (some cut the thoughts out), apart, as generation sees them.
-Without a template: "problem\\n\\nsolution<eos>".
-"""
+Without a template: "problem\\n\\nsolution<eos>"."""
 import itertools
 import re
 from functools import lru_cache
@@ -13,7 +12,7 @@ from typing import NamedTuple
 from minimath.core.errors import UserError
 from minimath.data import template
 from minimath.data.rows import Example, split_hashes
-from minimath.data.template import CLOSE, OPEN, render, template_of
+from minimath.data.template import CLOSE, OPEN, is_open, render, template_of
 
 IGNORE = -100
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>", "<|endoftext|>",
@@ -40,29 +39,16 @@ class Encoded(NamedTuple):
         return [i if trained else IGNORE for i, trained in zip(self.ids[1:], self.loss_mask[1:])] + [IGNORE]
 
 
-def user_text(problem: str, prompt_template: str) -> str:
-    """Return the user message of a problem. UserError: a bad template."""
-    if "{problem}" not in prompt_template:
-        raise UserError(f"prompt_template={prompt_template!r} has no {{problem}}: add it")
-    try:
-        return prompt_template.format(problem=problem)
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"prompt_template={prompt_template!r}: {error!r}; only {{problem}} is a slot, "
-                        "write other braces twice, {{ and }}") from error
-
-
 def prompt_ids(tokenizer, problem: str | Example, *, system: str = "", prompt_template: str, thinking: str = "auto",
                template_args: str = "") -> list[int]:
     """Return the ids of the prompt, up to where the assistant begins; one BOS at most.
 
     Of an example with messages those are the prompt, all turns up to the last answer, without the prompt_template.
-    thinking, template_args: as the options (PromptOptions). UserError: the template has no such switch.
-    """
+    thinking, template_args: as the options (PromptOptions). UserError: the template has no such switch."""
     messages = _talk(tokenizer, problem, system, prompt_template)
-    if messages[-1]["role"] == "assistant":
-        del messages[-1]
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     args = template.chat_args(tokenizer, thinking, template_args)
-    return _tokens(tokenizer, render(tokenizer, messages, args, generate=True))
+    return _tokens(tokenizer, render(tokenizer, asked, args, generate=True))
 
 
 def _talk(tokenizer, problem: str | Example, system: str, prompt_template: str) -> list[dict]:
@@ -72,8 +58,8 @@ def _talk(tokenizer, problem: str | Example, system: str, prompt_template: str) 
                          for key in ("content", "reasoning_content") if key in m}} for m in problem.messages]
         system = "" if talk[0]["role"] == "system" else system
     else:
-        text = user_text(problem.problem if isinstance(problem, Example) else problem, prompt_template)
-        talk = [{"role": "user", "content": neutral(tokenizer, text)}]
+        text = problem.problem if isinstance(problem, Example) else problem
+        talk = [{"role": "user", "content": neutral(tokenizer, prompt_template.format(problem=text))}]
     return [{"role": "system", "content": system}, *talk] if system else talk
 
 
@@ -139,8 +125,7 @@ def encode(tokenizer, example: Example, *, system: str = "", prompt_template: st
     """Encode prompt, solution and turn end, cut at max_len from the right.
 
     Rows with messages train every assistant turn; where the template rewrites earlier turns as the talk goes on, only
-    the last. Raises UserError without a solution, and for one that thinks behind a prompt that ends the thoughts.
-    """
+    the last. Raises UserError without a solution, and for one that thinks behind a prompt that ends the thoughts."""
     args, where = template.chat_args(tokenizer, thinking, template_args), example.where or example.id or "example"
     messages = _talk(tokenizer, example, system, prompt_template)
     if not example.messages:
@@ -149,18 +134,20 @@ def encode(tokenizer, example: Example, *, system: str = "", prompt_template: st
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise UserError(f"{where}: no solution to train on; add one")
     prompt, last = render(tokenizer, messages[:-1], args, generate=True), messages[-1]
-    if template_of(tokenizer) and template.is_closed(prompt) and template.thought_of(last)[0]:
+    thought, plain = template.thought_of(last)[0], last["content"]
+    if template_of(tokenizer) and prompt.rstrip().endswith(CLOSE) and thought:
         advice = "set thinking=on, or take" if thinking != "on" else "take"
         raise UserError(f"{where}: the solution thinks, but under thinking={thinking} the chat template ends the "
                         f"thoughts before it begins: {advice} the thoughts out of the data")
-    plain, forms = template.written_out(last)["content"], [[*messages[:-1], m] for m in template.ways_to_write(last)]
-    completes = template.is_open(prompt) and CLOSE in plain and not plain.lstrip().startswith(OPEN)
-    if completes or not template_of(tokenizer):
+    if "reasoning_content" in last:
+        plain = template.with_thought(last["reasoning_content"], plain)
+    forms = [[*messages[:-1], message] for message in template.ways_to_write(last)]
+    if not template_of(tokenizer) or is_open(prompt) and CLOSE in plain and not plain.lstrip().startswith(OPEN):
         forms = []  # text, or a completion of this prompt: the ids that were sampled
     row = next(filter(None, (_whole(tokenizer, form, args) for form in forms)), None)
     if row is None:
         written = next(filter(None, (_behind(tokenizer, prompt, form, args) for form in forms)), None)
-        if written is None and template.is_open(prompt):
+        if written is None and is_open(prompt):
             written = plain.removeprefix(OPEN).lstrip() if CLOSE in plain else f"\n{CLOSE}\n\n{plain}"
         begun = _tokens(tokenizer, prompt)
         done = [*tokenizer(written or plain, add_special_tokens=False)["input_ids"], turn_end(tokenizer)]
@@ -188,7 +175,7 @@ def _behind(tokenizer, prompt: str, messages: list[dict], args: dict) -> str | N
     """Find how the template writes the last turn, where that has thoughts and follows the prompt."""
     text, end = render(tokenizer, messages, args), tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
     written, ended, _ = text[len(prompt):].partition(end)
-    thinks = template.is_open(prompt) or template.is_closed(prompt) or CLOSE in written
+    thinks = prompt.rstrip().endswith((OPEN, CLOSE)) or CLOSE in written
     return written if thinks and ended and text.startswith(prompt) and _holds(written, messages[-1]) else None
 
 
@@ -201,8 +188,7 @@ def _holds(written: str, message: dict) -> bool:
 def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
     """Show one example, [[trained text]] marked, and the counts.
 
-    Raises UserError for what would waste a run: no trained tokens, more than one BOS, an example that trains no EOS.
-    """
+    Raises UserError for what would waste a run: no trained tokens, more than one BOS, an example that trains no EOS."""
     trained, tokens = sum(sum(row.loss_mask) for row in rows), sum(len(row.ids) for row in rows)
     cut, longest = sum(row.truncated for row in rows), max((len(row.ids) for row in rows), default=0)
     if not trained:

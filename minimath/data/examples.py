@@ -1,8 +1,7 @@
 """Load examples, and say which rows are refused and why.
 
 A bad row is skipped, counted and named by its place with the reason and the fix; `strict` makes it fatal. Rows with an
-id or a problem seen before are kept and counted as a note. So are columns that hold something and are not read.
-"""
+id or a problem seen before are kept and counted as a note. So are columns that hold something and are not read."""
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -39,15 +38,15 @@ def load_examples(options: DataOptions | str | Path | list, *,
     """Load the examples of options.source, or of a source alone; at most options.limit, 0: all.
 
     need: what a row must have besides its problem, of "solution" (SFT) and "answer" (RL, evaluation). Raises UserError:
-    nothing there, no row kept, a spoiled file, or with options.strict the first bad row.
-    """
+    nothing there, no row kept, a spoiled file, or with options.strict the first bad row."""
     if not isinstance(options, DataOptions):
         options = DataOptions(source=options if isinstance(options, list) else str(options))
     report, examples, seen = DataReport(), [], set()
     for where, row in rows_of(options.source, options.split):
-        made = row if isinstance(row, BadRow) else to_example(columns := Columns(row), where, need)
-        if isinstance(made, BadRow):
-            report.refuse(where, made, options.strict)
+        try:
+            made = to_example(columns := Columns(row), where, need)
+        except BadRow as bad:
+            report.refuse(where, bad, options.strict)
             continue
         for key in ("id", made.id), ("problem", made.problem):
             if key[1] and key in seen:
@@ -67,16 +66,13 @@ def load_examples(options: DataOptions | str | Path | list, *,
 
 def describe_report(report: DataReport) -> str:
     """Return the report as a few lines of text; "" when there is nothing to tell."""
-    lines = [f"  {row}" for row in report.rows[:5]]
-    if report.skipped:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in report.skipped.most_common())
-        lines.insert(0, f"{report.kept} rows kept, {report.skipped.total()} skipped: {reasons}")
-    if report.notes:
-        lines.append("kept, but note: " + ", ".join(f"{count} x {note}" for note, count in report.notes.items()))
-    if report.unread:
-        lines.append("columns that are not read: " + ", ".join(
-            f"{_shown(name)} ({count} rows)" for name, count in report.unread.most_common(20)))
-    return "\n".join(lines)
+    skipped = ", ".join(f"{count} x {reason}" for reason, count in report.skipped.most_common())
+    notes = ", ".join(f"{count} x {note}" for note, count in report.notes.items())
+    unread = ", ".join(f"{_shown(name)} ({count} rows)" for name, count in report.unread.most_common(20))
+    lines = [skipped and f"{report.kept} rows kept, {report.skipped.total()} skipped: {skipped}",
+             *(f"  {row}" for row in report.rows[:5]), notes and f"kept, but note: {notes}",
+             unread and f"columns that are not read: {unread}"]
+    return "\n".join(filter(None, lines))
 
 
 def _shown(text: str) -> str:

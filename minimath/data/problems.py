@@ -13,8 +13,7 @@ Every step is an equation `a op b = c` in all three. scenes.json has names, even
 variables, steps "a op b"; r1, r2 are earlier results), and the wording of the registers. Slots: {A}, {B} names; {he},
 {his} for A; {n}, {k}, {m} or a variable for numbers; {eq} the equation or its result. A phrase starts in lower case and
 has no full stop, so that it fits after "First, ".
-Train and test never overlap: sha256 of the text without names and pronouns decides the side (see `split_of`).
-"""
+Train and test never overlap: sha256 of the text without names and pronouns decides the side (see `split_of`)."""
 import hashlib
 import json
 import random
@@ -47,10 +46,7 @@ class Step(NamedTuple):
         return gap.join((str(self.a), self.op, str(self.b), "=", str(self.value)))
 
 
-class Problem(NamedTuple):
-    """The sentences of a problem, the last of which asks, and the steps that solve it."""
-    sentences: list[str]
-    steps: list[Step]
+Problem = tuple[list[str], list[Step]]  # its sentences, the last of which asks, and the steps that solve it
 
 
 def make_problems(n: int, *, seed: int, steps: tuple[int, ...] = (1, 2, 3), split: str = "train",
@@ -59,8 +55,7 @@ def make_problems(n: int, *, seed: int, steps: tuple[int, ...] = (1, 2, 3), spli
 
     split: "train" or "test". steps: step counts to draw from, each 1, 2 or 3; repeat one to draw it more often.
     style_weights: register -> weight. largest: no step has a greater number. Example.id is
-    "<split>-<seed>-<index>-<register>-<steps>". Raises UserError on a bad argument.
-    """
+    "<split>-<seed>-<index>-<register>-<steps>". Raises UserError on a bad argument."""
     weights = STYLE_WEIGHTS if style_weights is None else style_weights
     for name, value, good, need in (
             ("n", n, 0 <= n <= 200_000, "a number from 0 to 200000"),
@@ -74,15 +69,15 @@ def make_problems(n: int, *, seed: int, steps: tuple[int, ...] = (1, 2, 3), spli
     rng = random.Random(f"minimath problems {split} {seed}")
     examples: dict[str, Example] = {}  # by text
     while len(examples) < n:
-        problem = _draw(rng, rng.choice(steps))
-        if any(max(step.a, step.b, step.value) > largest for step in problem.steps):
+        sentences, solved = _draw(rng, rng.choice(steps))
+        if any(max(step.a, step.b, step.value) > largest for step in solved):
             continue
-        text = " ".join(problem.sentences)
-        register = rng.choices(list(weights), list(weights.values()))[0]
+        text = " ".join(sentences)
+        [register] = rng.choices(list(weights), list(weights.values()))
         if text not in examples and split_of(text) == split:
-            ident = f"{split}-{seed}-{len(examples)}-{register}-{len(problem.steps)}"
-            examples[text] = Example(text, write_solution(problem, register, rng), str(problem.steps[-1].value), ident,
-                                     where=f"generated:{ident}")
+            name = f"{split}-{seed}-{len(examples)}-{register}-{len(solved)}"
+            examples[text] = Example(text, write_solution(sentences, solved, register, rng), str(solved[-1].value),
+                                     name, where=f"generated:{name}")
     return list(examples.values())
 
 
@@ -112,12 +107,11 @@ def apply(a: int, op: str, b: int) -> int | None:
 
 def _draw(rng: random.Random, steps: int) -> Problem:
     """Draw scenes and numbers until they fit; about one draw in three fails."""
-    while True:
-        formulas = [f for f in FORMULAS if len(f["steps"]) == steps]
+    formulas, problem = [f for f in FORMULAS if len(f["steps"]) == steps], None
+    while problem is None:
         use_formula = rng.random() < len(formulas) / (len(formulas) + len(STORIES))
         problem = _draw_formula(rng, rng.choice(formulas)) if use_formula else _draw_story(rng, steps)
-        if problem is not None:
-            return problem
+    return problem
 
 
 def _words(rng: random.Random, scene: dict) -> dict[str, str]:
@@ -131,17 +125,16 @@ def _words(rng: random.Random, scene: dict) -> dict[str, str]:
 def _draw_formula(rng: random.Random, formula: dict) -> Problem | None:
     """Draw numbers for a formula's variables; None when a step leaves the range."""
     values = {name: rng.randint(low, high) for name, (low, high) in formula["ranges"].items()}
-    words, known, results = _words(rng, formula), dict(values), []
+    words, known, results = _words(rng, formula) | values, dict(values), []
     for expression, phrase in formula["steps"]:
         left, op, right = expression.split()
         a, b = (int(x) if x.isdigit() else known[x] for x in (left, right))
-        value = apply(a, op, b)
+        value = known[f"r{len(results) + 1}"] = apply(a, op, b)
         if value is None:
             return None
-        results.append(Step(a, op, b, value, phrase.format(**words, **values, eq="{eq}")))
-        known[f"r{len(results)}"] = value
+        results.append(Step(a, op, b, value, phrase.format(**words, eq="{eq}")))
     texts = rng.choice(formula["texts"]), rng.choice(formula["asks"])
-    return Problem([_sentence(text.format(**words, **values)) for text in texts], results)
+    return [_sentence(text.format(**words)) for text in texts], results
 
 
 def _draw_story(rng: random.Random, steps: int) -> Problem | None:
@@ -151,17 +144,15 @@ def _draw_story(rng: random.Random, steps: int) -> Problem | None:
     question, previous, results = rng.choice(scene["asks"]).format(**words), None, []
     if scene["packs"] and rng.random() < 0.4:
         k, m = rng.randint(2, 9), rng.randint(2, 9)
-        text, phrase = rng.choice(scene["packs"])
-        sentences = [text.format(**words, k=k, m=m)]
+        text, phrase = (each.format(**words, k=k, m=m, eq="{eq}") for each in rng.choice(scene["packs"]))
+        sentences, value = [text], k * m
         question = scene["asks"][0].format(**words) if steps == 1 else question
-        value = k * m
-        results.append(Step(k, "*", m, value, phrase.format(**words, k=k, m=m, eq="{eq}")))
+        results.append(Step(k, "*", m, value, phrase))
     else:
         value = rng.randint(5, 20) if rng.random() < 0.7 else rng.randint(21, 60)
         sentences = [rng.choice(scene["starts"]).format(**words, n=value)]
     while len(results) < steps:
-        last = len(results) == steps - 1
-        use_final = last and scene["finals"] and rng.random() < 0.5
+        use_final = len(results) == steps - 1 and scene["finals"] and rng.random() < 0.5
         previous = rng.choice([name for name in scene["finals" if use_final else "events"] if name != previous])
         event, op = EVENTS[previous], EVENTS[previous]["op"]
         fitting = {"+": range(2, 21), "-": range(2, min(20, value - 1) + 1), "*": range(2, 6),
@@ -177,28 +168,27 @@ def _draw_story(rng: random.Random, steps: int) -> Problem | None:
         sentences.append(("" if "ask" in event else joiner) + text)
         question = event["ask"].format(**words, n=n) if "ask" in event else question
         value = result
-    return Problem([_sentence(text) for text in (*sentences, question)], results)
+    return list(map(_sentence, (*sentences, question))), results
 
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def write_solution(problem: Problem, register: str, rng: random.Random) -> str:
+def write_solution(sentences: list[str], steps: list[Step], register: str, rng: random.Random) -> str:
     """Write a worked solution in a register; it ends with \\boxed{answer}."""
-    steps, wording, last = problem.steps, WORDING[register], problem.steps[-1]
+    wording, last = WORDING[register], steps[-1]
     boxed = f"\\boxed{{{last.value}}}"
     if register == "terse":
         gap, between, end = rng.choice(wording["forms"])
         return between.join(step.equation(gap) for step in steps) + end + boxed
     if register == "plain":
-        openers = rng.choice(wording["openers"])
         lines = [_sentence(opener + step.phrase.format(eq=step.equation())) + "."
-                 for opener, step in zip(openers, steps)]
+                 for opener, step in zip(rng.choice(wording["openers"]), steps)]
     else:
-        numbers = re.findall(r"\d+", " ".join(problem.sentences))
-        known = " and ".join(filter(None, (", ".join(numbers[:-1]), numbers[-1])))
-        lines = [rng.choice(wording["openings"]).format(q=problem.sentences[-1], known=known)]
+        *others, number = re.findall(r"\d+", " ".join(sentences))
+        known = " and ".join(filter(None, (", ".join(others), number)))
+        lines = [rng.choice(wording["openings"]).format(q=sentences[-1], known=known)]
         heads, body = rng.choice(wording["heads"]), rng.choice(wording["bodies"])
         for head, step in zip(heads, steps):
             text = body.format(verb=VERBS[step.op].format(a=step.a, b=step.b), eq=step.equation(),

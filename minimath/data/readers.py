@@ -1,8 +1,7 @@
 """Yield the rows of files, folders, hub data sets and lists, each with its place.
 
 A row that can't be read comes out as a BadRow: load_examples counts it and goes on. Only what spoils the whole file
-(unreadable, UTF-16, cut JSON list, not parquet) raises UserError.
-"""
+(unreadable, UTF-16, cut JSON list, not parquet) raises UserError."""
 import csv
 import json
 import os
@@ -43,8 +42,7 @@ def rows_of(source: str | list, split: str) -> Iterator[Row]:
 
     A hub data set is "owner/name", "owner/name:config" or "owner/name:config:split", as in
     "openai/gsm8k:main:train[-128:]". split: of a hub data set that names none; of a folder, the files with it in
-    their name, if any. Raises UserError when nothing is there, or a file is spoiled.
-    """
+    their name, if any. Raises UserError when nothing is there, or a file is spoiled."""
     if isinstance(source, list):
         yield from ((f"row {number}", _object(row, "")) for number, row in enumerate(source, 1))
         return
@@ -92,8 +90,7 @@ def _hub_rows(name: str, split: str) -> Iterator[Row]:
 def read_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a file, each with its place.
 
-    That is "file:line" in jsonl and "file:row N", from 1, elsewhere. Raises UserError for a spoiled file.
-    """
+    That is "file:line" in jsonl and "file:row N", from 1, elsewhere. Raises UserError for a spoiled file."""
     suffix = path.suffix.lower()
     if suffix not in READERS:
         raise UserError(f"{path}: unknown kind of file {path.suffix!r}; use one of {', '.join(SUFFIXES)}")

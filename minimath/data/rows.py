@@ -10,8 +10,7 @@ The shape is read off a row's columns; the first of these that fits counts:
     question, answer   an answer with "#### 72" (GSM8K) is split in solution and answer, one with \\boxed or of
                        more than 8 words is a worked solution, any other a final answer
     problem, solution  or generation (+ answer; else from "#### x" or \\boxed{x}), as in Fast-Math-R1-SFT and -GRPO
-Thoughts before a solution are in its text, in <think> and </think>, or in reasoning_content or thinking beside it.
-"""
+Thoughts before a solution are in its text, in <think> and </think>, or in reasoning_content or thinking beside it."""
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from decimal import Decimal
 
 from minimath.core.text import did_you_mean
 from minimath.data.readers import BadRow
-from minimath.data.template import CLOSE, written_out
+from minimath.data.template import CLOSE, with_thought
 from minimath.grading.answer import extract_answer
 
 COLUMNS = {
@@ -74,7 +73,10 @@ def _filled(value) -> bool:
 class Columns:
     """The columns of a row by lower-case name, and which of them were read."""
 
-    def __init__(self, row: dict):
+    def __init__(self, row: dict | BadRow):
+        """Take what a reader made of a row. Raises that if it is a BadRow."""
+        if isinstance(row, BadRow):
+            raise row
         self.row, self.read = row, set(OURS)
         self.values = {str(name).strip().lower(): value for name, value in row.items()}
         self.values |= {name: value for name, value in row.items() if name in self.values and _filled(value)}
@@ -91,13 +93,6 @@ class Columns:
         self.read.add(name)
         return name or what, self.values.get(name)
 
-    def nested_answers(self) -> list:
-        """Return what verl's columns hold in the place of the answer."""
-        cells = {outer: self.values[outer].get(inner) for outer, inner in NESTED if self.first([outer], dict)}
-        found = {outer: value for outer, value in cells.items() if _filled(value)}
-        self.read |= found.keys()
-        return list(found.values())
-
     def unread(self) -> list[str]:
         """Name the columns that hold something and that nobody asked for."""
         keys = {name: str(name).strip().lower() for name, value in self.row.items() if _filled(value)}
@@ -112,17 +107,14 @@ class Columns:
         return BadRow(f"no {what}", "; ".join([fix, *said]))
 
 
-def to_example(row: Columns, where: str, need: Iterable[str]) -> Example | BadRow:
-    """Make an example of a row in any accepted shape; BadRow when it can't be used."""
-    try:
-        _take_best_generation(row, "solution" in need)
-        talk = _talk(row)
-        example = Example("", messages=talk, where=where)
-        example.problem = _asked(example.asked()) if talk else _problem(row)
-        written = talk[-1]["content"] if talk and talk[-1]["role"] == "assistant" else ""
-        solution, example.answer = _solution_answer(row, written)
-    except BadRow as bad:
-        return bad
+def to_example(row: Columns, where: str, need: Iterable[str]) -> Example:
+    """Make an example of a row in any accepted shape. Raises BadRow when it can't be used."""
+    _take_best_generation(row, "solution" in need)
+    talk = _talk(row)
+    example = Example("", messages=talk, where=where)
+    example.problem = _asked(example.asked()) if talk else _problem(row)
+    written = talk[-1]["content"] if talk and talk[-1]["role"] == "assistant" else ""
+    solution, example.answer = _solution_answer(row, written)
     example.solution = written or solution
     if talk and solution and not written:  # in a column of its own
         talk.append({"role": "assistant", "content": solution})
@@ -131,17 +123,14 @@ def to_example(row: Columns, where: str, need: Iterable[str]) -> Example | BadRo
     if not example.answer and example.solution:
         example.answer = split_hashes(example.solution)[1] or extract_answer(example.solution, strict=True) or ""
     if "solution" in need and not example.solution:
-        return row.missing("solution", "add a worked solution (column solution, completion or messages)")
+        raise row.missing("solution", "add a worked solution (column solution, completion or messages)")
     if "answer" in need and not example.answer:
-        return row.missing("answer", "add a column answer, or end the solution with \\boxed{...} or #### ...")
+        raise row.missing("answer", "add a column answer, or end the solution with \\boxed{...} or #### ...")
     return example
 
 
 def _take_best_generation(row: Columns, needed: bool) -> None:
-    """Put the shortest correct one of a list of generations in the place of the list.
-
-    Raises BadRow when there is none and it is needed.
-    """
+    """Put the shortest correct one of a list of generations in the place of the list."""
     values, name = row.values, row.first(("generations", "generation"), list)
     if not name:
         return
@@ -189,8 +178,7 @@ def _problem(row: Columns) -> str:
     if not any(c in row.values for c in COLUMNS["problem"]):
         raise _unknown_columns(row.row)
     name, value = row.take("problem")
-    problem = plain_text(value, name)
-    if not problem:
+    if not (problem := plain_text(value, name)):
         raise BadRow("empty problem", "fill it in or delete the row")
     form, other = BESIDE.get(name, ("", None))
     if row.first([other]):
@@ -203,8 +191,12 @@ def _solution_answer(row: Columns, written: str) -> tuple[str, str]:
     """Read solution, unless a message has it, and answer off the columns."""
     solution = written or plain_text(*row.take("solution")[::-1])
     name, value = row.take("answer")
-    answers = [value] if value is not None else row.nested_answers()
-    texts = [plain_text(v[0] if isinstance(v, list) and len(v) == 1 else v, name, number=True) for v in answers]
+    answers = {name: value} if value is not None else {
+        outer: found for outer, inner in NESTED
+        if isinstance(cell := row.values.get(outer), dict) and _filled(found := cell.get(inner))}
+    row.read |= answers.keys()
+    texts = [plain_text(each[0] if isinstance(each, list) and len(each) == 1 else each, name, number=True)
+             for each in answers.values()]
     worked = next((text for text in texts if is_worked(text)), "")
     if not solution and worked:
         solution, texts = worked, [text for text in texts if not is_worked(text)]
@@ -215,8 +207,7 @@ def _solution_answer(row: Columns, written: str) -> tuple[str, str]:
     thoughts = row.first(THOUGHT_COLUMNS)
     if thoughts and solution and not written and CLOSE not in solution:
         row.read.add(thoughts)
-        thoughts = plain_text(row.values[thoughts], thoughts)
-        solution = written_out({"role": "", "content": solution, "reasoning_content": thoughts})["content"]
+        solution = with_thought(plain_text(row.values[thoughts], thoughts), solution)
     return solution, answer
 
 
@@ -267,7 +258,7 @@ def _message(message, number: int, last: str) -> dict:
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     if role is None or content is None:
         raise BadRow(BAD_CHAT, f"message {number} needs role and content")
-    role = SPEAKERS.get(str(role).lower(), str(role).lower())
+    role = SPEAKERS.get(role := str(role).lower(), role)
     if role not in FOLLOWS:
         raise BadRow(BAD_CHAT, f"message {number} has role {role[:60]!r}{did_you_mean(role[:60], FOLLOWS)}; use "
                      f"{', '.join(FOLLOWS)}")

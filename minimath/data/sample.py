@@ -11,27 +11,16 @@ from minimath.grading.steps import StepCount, check_steps
 class Sample:
     """One completion. The engine gives what it sampled; verifier and reward add what they find, in this order."""
     ids: list[int]
-    """tokens, with the end token if it was reached"""
-    logp: list[float]
-    """log-prob of each token under the distribution that it was sampled from"""
-    finished: bool
-    """False: cut at max_new_tokens, or by the loop guard"""
-    text: str = ""
-    """the tokens as text, without special tokens"""
-    full_logp: list[float] | None = None
-    """after temperature, before top-k, top-p and min-p; None: the same as logp"""
-    thought: int = 0
-    """tokens up to the end of its thought, the tags among them; all, if that never ends; 0: it does not think"""
-    correct: bool = False
-    """by the verifier"""
-    win: float | None = None
-    """mean win probability against the other correct samples of the group; None: no vote"""
-    reward: float | None = 0.0
-    """None: the user's function knows none, and the sample is as if it were not there"""
-    advantage: float = 0.0
-    """relative to the group; 0: nothing to learn from"""
-    parts: dict[str, float | None] = field(default_factory=dict)
-    """what the reward is made of, by name"""
+    logp: list[float]  # of each token, under the distribution that it was sampled from
+    finished: bool  # False: cut at max_new_tokens, or by the loop guard; else the end token is in ids
+    text: str = ""  # without special tokens
+    full_logp: list[float] | None = None  # after temperature, before top-k, top-p and min-p; None: the same as logp
+    thought: int = 0  # tokens up to the end of its thought, the tags among them; all, if that never ends
+    correct: bool = False  # by the verifier
+    win: float | None = None  # mean win probability against the group's other correct samples; None: no vote
+    reward: float | None = 0.0  # None: the user's function knows none, and the sample is as if it were not there
+    advantage: float = 0.0  # relative to the group; 0: nothing to learn from
+    parts: dict[str, float | None] = field(default_factory=dict)  # what the reward is made of, by name
 
     @property
     def tokens(self) -> int:

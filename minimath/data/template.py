@@ -1,8 +1,7 @@
 """Run a model's chat template: its thinking switch, its date, and the thoughts in what it writes.
 
 Templates differ in where <think> comes from: the model writes it (Qwen3, SmolLM3), the prompt ends in it (R1-Distill,
-Qwen3.5), or with thinking off the prompt holds an empty block.
-"""
+Qwen3.5), or with thinking off the prompt holds an empty block."""
 import datetime
 import functools
 import json
@@ -51,8 +50,8 @@ def chat_args(tokenizer, thinking: str = "auto", template_args: str = "") -> dic
 @per_template
 def opens_thought(tokenizer, thinking: str = "auto", template_args: str = "") -> bool:
     """Tell whether completions of the prompts that the template writes begin inside a thought."""
-    args = chat_args(tokenizer, thinking, template_args)
-    return OPEN in template_of(tokenizer) and is_open(prompt_text(tokenizer, args))
+    prompt = prompt_text(tokenizer, chat_args(tokenizer, thinking, template_args))
+    return OPEN in template_of(tokenizer) and is_open(prompt)
 
 
 def prompt_text(tokenizer, args: dict) -> str:
@@ -104,11 +103,6 @@ def is_open(prompt: str) -> bool:
     return prompt.rstrip().endswith(OPEN)
 
 
-def is_closed(prompt: str) -> bool:
-    """Tell whether a prompt ends with a thought that is over, mostly an empty one."""
-    return prompt.rstrip().endswith(CLOSE)
-
-
 def split_thought(text: str) -> tuple[str, str]:
     """Split a text into thought and answer, both stripped; no thought is ""."""
     before, end, after = text.partition(CLOSE)
@@ -135,18 +129,16 @@ def thought_of(message: dict) -> tuple[str, str]:
     return split_thought(message["content"])
 
 
-def written_out(message: dict) -> dict:
-    """Write a thought that stands in a field of its own into the text."""
-    if "reasoning_content" not in message:
-        return message
-    text = f"{OPEN}\n{message['reasoning_content']}\n{CLOSE}\n\n{message['content']}"
-    return {"role": message["role"], "content": text}
-
-
 def ways_to_write(message: dict) -> list[dict]:
     """Give a message as it is, then with its thought in the text, or in a field of its own."""
-    other = written_out(message)
-    if other is message and message["content"].lstrip().startswith(OPEN) and CLOSE in message["content"]:
-        thought, answer = split_thought(message["content"])
-        other = {"role": message["role"], "reasoning_content": thought, "content": answer}
-    return [message] if other is message else [message, other]
+    role, text, ways = message["role"], message["content"], [message]
+    if "reasoning_content" in message:
+        ways.append({"role": role, "content": with_thought(message["reasoning_content"], text)})
+    elif text.lstrip().startswith(OPEN) and CLOSE in text:
+        thought, answer = split_thought(text)
+        ways.append({"role": role, "reasoning_content": thought, "content": answer})
+    return ways
+
+
+def with_thought(thought: str, answer: str) -> str:
+    return f"{OPEN}\n{thought}\n{CLOSE}\n\n{answer}"

@@ -30,8 +30,7 @@ class Drift(NamedTuple):
 def drift_texts(policy: Policy, cfg: EvalConfig, count: int) -> tuple[list[tuple[list[int], list[int]]], str]:
     """Write the model's greedy completions of `count` problems of the run or made.
 
-    Returns ([(prompt ids, completion ids)], where the problems are from). UserError: no prompt is short enough.
-    """
+    Returns ([(prompt ids, completion ids)], where the problems are from). UserError: no prompt is short enough."""
     problems, source = [], cfg.data.source
     if source and Path(source).exists():
         with contextlib.suppress(UserError):  # it may have changed since: the made ones do as well

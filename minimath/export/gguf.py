@@ -1,8 +1,7 @@
 """Write a causal LM as a GGUF file with a Modelfile, for llama.cpp and Ollama.
 
 The package gguf (extra demo) has the file format, the types and the tensors' names. What it lacks, which weights turn
-round, how words are cut and the numbers of the header, is here as in llama.cpp's convert_hf_to_gguf.py.
-"""
+round, how words are cut and the numbers of the header, is here as in llama.cpp's convert_hf_to_gguf.py."""
 import contextlib
 import json
 import tempfile
@@ -135,8 +134,7 @@ def add_tensors(writer: gguf.GGUFWriter, model, name_map: gguf.TensorNameMap, ki
 def rotated_in_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Reorder the rows of each head of a weight; heads=0: leave it as it is.
 
-    transformers rotates row i of (heads * head_dim, ...) with i + head_dim / 2, llama.cpp's llama 2i with 2i + 1.
-    """
+    transformers rotates row i of (heads * head_dim, ...) with i + head_dim / 2, llama.cpp's llama 2i with 2i + 1."""
     if not heads:
         return weight
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])

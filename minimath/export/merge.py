@@ -35,8 +35,7 @@ class ExportConfig(Stage):
 
     An adapter trained on 4-bit weights is merged into the 16-bit base. W + delta is computed in fp32 and rounded once,
     to the base's dtype or to gguf_type. How far that is from the model that was trained, 4-bit weights included, is
-    measured before anything is written, on completions of the run's own problems.
-    """
+    measured before anything is written, on completions of the run's own problems."""
     adapter: AdapterPath
     model: str = ""
     """base model, a folder or a hub id; empty: the one that the run or the adapter names"""
@@ -108,8 +107,7 @@ def export(words: list[str]) -> dict:
 def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[Policy, Drift, str]:
     """Load what was trained on `quant` weights, merge, round and measure.
 
-    Returns (the merged model, its drift, what is said of it). Raises UserError above max_drift.
-    """
+    Returns (the merged model, its drift, what is said of it). Raises UserError above max_drift."""
     policy = load_policy(in_training := load.replace(quant=quant), train=False)
     print(f"{describe(policy.model, in_training)}, adapter {load.adapter.path}")
     if cfg.to == "gguf":

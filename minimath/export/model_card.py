@@ -6,7 +6,7 @@ from textwrap import indent
 
 from minimath.config.schema import PromptOptions
 from minimath.core.errors import UserError
-from minimath.data.chat import turn_end, user_text
+from minimath.data.chat import turn_end
 from minimath.data.template import chat_args, render, template_of
 
 CARD = """\
@@ -44,8 +44,7 @@ def card(*, name: str, base: str, adapter: dict, run: dict, prompt: PromptOption
          usage: str) -> str:
     """Write README.md.
 
-    adapter: peft's options; run: minimath's; evaluation: a summary, or {}. A path is told by its last name only.
-    """
+    adapter: peft's options; run: minimath's; evaluation: a summary, or {}. A path is told by its last name only."""
     targets = adapter.get("target_modules") or "its layers"
     targets = {targets} if isinstance(targets, str) else {name.rpartition(".")[2] for name in targets}
     shape = [f"{key} {adapter[key]}" for key in ("r", "lora_alpha", "use_rslora", "use_dora") if key in adapter]
@@ -69,9 +68,8 @@ def shown(text: str) -> str:
 def modelfile(tokenizer, gguf_name: str, prompt: PromptOptions) -> str:
     """Write a Modelfile that asks as in training. UserError: it can't hold a text.
 
-    Greedy, and without Ollama's penalty on repeated tokens: in a sum numbers recur.
-    """
-    user = user_text("\0", prompt.prompt_template).replace("{{", '{{ "{{" }}')  # {{ would begin an action of Go's
+    Greedy, and without Ollama's penalty on repeated tokens: in a sum numbers recur."""
+    user = prompt.prompt_template.format(problem="\0").replace("{{", '{{ "{{" }}')  # {{ would begin an action of Go's
     system, template, chatml = prompt.system, "", chatml_parts(tokenizer, prompt)
     if chatml is not None:
         note, system = "ChatML, each problem in the words of the run's prompt_template", system or chatml[0]

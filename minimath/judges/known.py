@@ -89,8 +89,6 @@ def read_known(data: DataOptions, seed: int = 0, trained_on: set[str] = frozense
         name = "rows" if isinstance(source, list) else Path(source).stem
         for where, row in rows_of(source, data.split):
             try:
-                if isinstance(row, BadRow):
-                    raise row
                 rows.append(solutions_of(Columns(row), name))
             except BadRow as bad:
                 report.refuse(where, bad, data.strict)

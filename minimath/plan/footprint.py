@@ -71,16 +71,13 @@ class Live(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
-        self.counts = True
+        self.now, self.peak, self.counts = 0, 0, True
         self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not self.counts:
-            return func(*args, **(kwargs or {}))
         given = storages((args, kwargs))
         out = func(*args, **(kwargs or {}))
-        for key, (owner, size) in storages(out).items():
+        for key, (owner, size) in storages(out).items() if self.counts else ():
             if key not in given and key not in self.sizes:
                 self.sizes[key] = size
                 self.now += size
@@ -93,11 +90,8 @@ class Live(TorchDispatchMode):
 
     def host_memory(self, numbers: int, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
         """Make what is not on the card."""
-        self.counts = False
-        try:
+        with mock.patch.object(self, "counts", False):
             return torch.empty(numbers, dtype=dtype)
-        finally:
-            self.counts = True
 
 
 def storages(tree) -> dict[int, tuple]:
@@ -145,11 +139,7 @@ def traceable(config, cfg, dtype: torch.dtype, layers: int, fake: FakeTensorMode
             offload.offload_inputs(model, torch.device("cpu"))
     load.cast_adapters_down(model)
     with fake:  # on the CPU, where autocast works; gradients are there from the second micro-batch on
-        for held in [held for m in model.modules() for held in (m._parameters, m._buffers)]:
-            for name, old in held.items():
-                if old is not None:
-                    new = torch.empty(old.shape, dtype=old.dtype)
-                    held[name] = type(old)(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+        model._apply(lambda old: torch.empty(old.shape, dtype=old.dtype))
         for param in [p for p in model.parameters() if p.requires_grad]:
             param.grad = torch.empty_like(param)
         fuse(model, cfg)
@@ -166,6 +156,9 @@ class Model:
                         and m.weight is not self.head and not m.weight.requires_grad]
         fused = fuse(self.empty, cfg)
         self.groups = fused.groups if fused else []
+        self.trained = [p for p in self.empty.parameters() if p.requires_grad]
+        self.casts = [t.nbytes for g in self.groups for t in (g.active.a, g.active.b) if t is not None]
+        self.biases = [g.bias.nbytes for g in self.groups if g.bias is not None]
         self.scratch = max((group.width * group.bases[0].in_features for group in self.groups), default=0)
         self.one_pass, self.pieces = ONE_PASS if device != "cpu" else {}, fused and cfg.optimizer.gradient_checkpointing
         heads = fused.layers[0].heads if fused else None
@@ -198,10 +191,6 @@ class Model:
             rows, length = 1, tokens
         square, slope, fixed = np.polyfit(lengths, [self.followed(n, 1, -(prompt > 0)) for n in lengths], 2)
         return tuple(map(int, fixed + rows * length * (slope + square * length)))
-
-    def prefill(self, rows: int, length: int) -> int:
-        """Count bytes of a pass over prompts that fills a cache. Raises UserError."""
-        return rows * self.followed(length, 0)[1]
 
     def followed(self, *what: int) -> tuple[int, ...]:
         """Extend what follow counts of a few layers to all.

@@ -60,29 +60,6 @@ def longest_row(cfg) -> int:
     return cfg.max_len if isinstance(cfg, SFTConfig) else cfg.prompt.max_prompt_len + cfg.sampling.max_new_tokens
 
 
-def shapes(cfg, by_rows: bool, apart: bool = False) -> list[tuple[float, int, int, bool]]:
-    """List the largest passes: rows, length, common prompt, whether behind one another.
-
-    by_rows: rows do not see each other, so that an update packs them. apart: it never does, as with state."""
-    budget, longest = cfg.optimizer.micro_batch_tokens, longest_row(cfg)
-    sft, prompt = isinstance(cfg, SFTConfig), cfg.prompt.max_prompt_len
-    every = cfg.batch_size if sft else cfg.prompts_per_step * cfg.group_size
-    packed = not apart and (cfg.packing if sft else by_rows)
-    tokens = min(max(budget, longest), every * longest)
-    rows = (tokens + tail_length(tokens, budget)) / longest if packed else max(1, min(budget // longest, every))
-    found = [(rows, longest, 0, packed)]
-    if not sft and not apart and cfg.model.attn != "flash_attention_2":
-        new = int(prompt * ((1 - 1 / cfg.group_size) / LEAST_SAVED - 1))  # behind longer completions they go apart
-        new = min(new, cfg.sampling.max_new_tokens)
-        budget = min(budget, EAGER_TOKENS) if cfg.model.attn == "eager" else budget
-        if new > 0:  # nothing is predicted from a row's last token
-            many = min((max(budget, prompt + new) - prompt) / new, cfg.group_size)
-            total = int(prompt + many * (new - 1))
-            total += tail_length(total, budget)
-            found.append(((total - prompt) / new, new, prompt, True))
-    return found
-
-
 def with_tokens(cfg, tokens: int):
     """Set micro_batch_tokens, and cut rows to them as far as the prompt allows."""
     if isinstance(cfg, SFTConfig):
@@ -114,57 +91,72 @@ class Planner:
     def model(self, cfg) -> Model:
         """The model to count on, made once for each set of options that bear on it."""
         key = tuple(map(cfg.value, COUNTED_BY))
-        return self.models.get(key) or self.models.setdefault(
-            key, Model(self.config, cfg, self.dtype(cfg), self.device))
+        if key not in self.models:
+            self.models[key] = Model(self.config, cfg, self.dtype(cfg), self.device)
+        return self.models[key]
 
     def stays(self, cfg, *, optimizer: bool) -> dict[str, int]:
         model, nf4 = self.model(cfg), cfg.model.quant == "nf4"
         frozen = [t for t in (*model.empty.parameters(), *model.empty.buffers()) if not t.requires_grad]
-        trained = [p for p in model.empty.parameters() if p.requires_grad]
-        state = sum(adam_bytes(p.numel(), cfg.optimizer.name) for p in trained)
-        cast = sum(t.nbytes for g in model.groups for t in (g.active.a, g.active.b, g.bias) if t is not None)
+        cast = model.casts + model.biases
         rows = {"embeddings, head, norms": sum(t.nbytes for t in frozen) - sum(w.nbytes for w in model.linears),
                 "linear layers": sum(nf4_bytes(w.numel()) if nf4 else w.nbytes for w in model.linears),
-                "adapter": sum(p.nbytes for p in trained)}
-        rows |= ({"adapter, cast": cast} if cast else {}) | ({"optimizer state": state} if optimizer else {})
+                "adapter": sum(p.nbytes for p in model.trained)}
+        rows |= {"adapter, cast": sum(cast)} if cast else {}
+        if optimizer:
+            rows["optimizer state"] = sum(adam_bytes(p.numel(), cfg.optimizer.name) for p in model.trained)
         return rows | (self.judge(cfg) | self.teacher(cfg) if isinstance(cfg, RLAIFConfig) else {})
 
     def judge(self, cfg: RLAIFConfig) -> dict[str, int]:
         """Count a judge's adapter on the policy's layers, and what refreshing it takes."""
         if not (cfg.uses_judge() and cfg.judge.adapter):
             return {}
-        sizes, cast = self.second_adapter(cfg, cfg.judge.adapter)
-        training = sum(4 * size + adam_bytes(size, cfg.optimizer.name) for size in sizes)
-        return {"judge's adapter": 4 * sum(sizes) + cast} | (
-            {"judge's gradients and state": training} if cfg.judge.refresh else {})
+        sizes, size = self.second_adapter(cfg, cfg.judge.adapter)
+        training = sum(4 * n + adam_bytes(n, cfg.optimizer.name) for n in sizes)
+        return {"judge's adapter": size} | ({"judge's gradients and state": training} if cfg.judge.refresh else {})
 
     def teacher(self, cfg: RLAIFConfig) -> dict[str, int]:
         """Count a teacher's adapter, or a second model in NF4; the policy's own base costs nothing."""
         kind = teacher_kind(cfg)
         if kind == "adapter":
-            sizes, cast = self.second_adapter(cfg, cfg.teacher.name)
-            return {"teacher's adapter": 4 * sum(sizes) + cast}
+            return {"teacher's adapter": self.second_adapter(cfg, cfg.teacher.name)[1]}
         if kind != "model":
             return {}
-        other, alone = Planner(cfg.teacher.name, self.device), {"teacher": "", "reward": "judge", "judge_adapter": ""}
-        cfg = cfg.replace(model=cfg.teacher.name, quant=teacher_quant(self.device), **alone)
-        rows, groups = other.stays(cfg, optimizer=False), other.model(cfg).groups
-        return {"teacher": rows["embeddings, head, norms"] + rows["linear layers"]
-                + sum(group.bias.nbytes for group in groups if group.bias is not None)}
+        other = Planner(cfg.teacher.name, self.device)
+        cfg = cfg.replace(model=cfg.teacher.name, quant=teacher_quant(self.device), teacher="", reward="judge",
+                          judge_adapter="")
+        rows = other.stays(cfg, optimizer=False)
+        return {"teacher": rows["embeddings, head, norms"] + rows["linear layers"] + sum(other.model(cfg).biases)}
 
     def second_adapter(self, cfg: RLAIFConfig, folder: str) -> tuple[list[int], int]:
-        """Count the weights of each tensor of an adapter beside the policy's, and the bytes of their casts."""
+        """Count the weights of each tensor of an adapter beside the policy's, and its bytes with their casts."""
         share, model = 1.0, self.model(cfg)
         with contextlib.suppress(UserError):  # not there yet: of the policy's rank
             config = read_json(find_adapter(folder) / "adapter_config.json")
             share = config.get("r", cfg.adapter.lora_r) / cfg.adapter.lora_r
-        sizes = [int(share * p.numel()) for p in model.empty.parameters() if p.requires_grad]
-        return sizes, sum(int(share * t.nbytes) for g in model.groups for t in (g.active.a, g.active.b)
-                          if t is not None)
+        sizes = [int(share * p.numel()) for p in model.trained]
+        return sizes, 4 * sum(sizes) + sum(int(share * size) for size in model.casts)
 
     def shapes(self, cfg) -> list[tuple[float, int, int, bool]]:
-        model = self.model(cfg)
-        return shapes(cfg, model.by_rows, keeps_state(model.empty))
+        """List the largest passes: rows, length, common prompt, whether behind one another."""
+        sft, prompt = isinstance(cfg, SFTConfig), cfg.prompt.max_prompt_len
+        budget, longest, model = cfg.optimizer.micro_batch_tokens, longest_row(cfg), self.model(cfg)
+        apart = keeps_state(model.empty)  # rows stand alone
+        every = cfg.batch_size if sft else cfg.prompts_per_step * cfg.group_size
+        packed = not apart and (cfg.packing if sft else model.by_rows)
+        tokens = min(max(budget, longest), every * longest)
+        rows = (tokens + tail_length(tokens, budget)) / longest if packed else max(1, min(budget // longest, every))
+        found = [(rows, longest, 0, packed)]
+        if not sft and not apart and cfg.model.attn != "flash_attention_2":
+            new = int(prompt * ((1 - 1 / cfg.group_size) / LEAST_SAVED - 1))  # behind longer completions they go apart
+            new = min(new, cfg.sampling.max_new_tokens)
+            budget = min(budget, EAGER_TOKENS) if cfg.model.attn == "eager" else budget
+            if new > 0:  # nothing is predicted from a row's last token
+                many = min((max(budget, prompt + new) - prompt) / new, cfg.group_size)
+                total = int(prompt + many * (new - 1))
+                total += tail_length(total, budget)
+                found.append(((total - prompt) / new, new, prompt, True))
+        return found
 
     def on_card(self, rows: dict[str, int]) -> dict[str, int]:
         assumed = CONTEXT + int(FRAGMENTATION * sum(rows.values()))
@@ -208,7 +200,7 @@ class Planner:
         logits = seqs * sampling_bytes(model.head.shape[0], Sampling.of(cfg.sampling), self.device)
         # first: it refuses models that nothing can be counted on; a long prompt is read in pieces, with a mask each
         piece = prompt if keeps_state(model.empty) else min(prompt, PREFILL_TOKENS)
-        prefill = model.prefill(together, piece)
+        prefill = together * model.followed(piece, 0)[1]
         prefill += (prompt - piece) * (token + PREFILL_TOKENS)
         rows["prefill, or a step's logits"] = max(logits, prefill) + self.dequantised(base)
         fixed = seqs * (state_bytes(model.empty) + 20 * new + 8 * prompt)

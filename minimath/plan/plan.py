@@ -11,8 +11,7 @@ A judge_adapter counts with the rank that it has, one that the run trains itself
 Planned is the worst case: rows of full length that fill micro_batch_tokens, every completion as long as it may be.
 A card is taken to be of sm_80 or later, where attention needs no masks. What offload=true moves to host memory is said
 below the table. bench/plan.py measures how right that is on a CPU. What a card needs beside the tensors, half a GiB and
-6%, is assumed.
-"""
+6%, is assumed."""
 import re
 from pathlib import Path
 

@@ -26,6 +26,13 @@ def test_train_rl_and_test_problems_share_nothing(tmp_path):
     assert not held_out & {canonical(text) for name in ("train", "rl") for text in texts[name]}
 
 
+@pytest.mark.parametrize("counts", ["", ",", "one", "4", "1,2,,x"])
+def test_step_counts_that_no_problem_has_are_named(counts):
+    with pytest.raises(UserError, match="step_counts must be a comma list of 1, 2 and 3"):
+        load_config(DemoConfig, None, [f"step_counts={counts}"], "demo")
+    assert load_config(DemoConfig, None, ["step_counts=3, 1,"], "demo").step_counts == "3, 1,"
+
+
 def test_rl_problems_come_without_solutions(tmp_path):
     write_problems(DemoConfig(train_problems=10, rl_problems=10, test_problems=10), tmp_path, 1.0)
     assert all("solution" not in row and row["answer"] for row in read(tmp_path / "rl.jsonl"))

@@ -22,7 +22,6 @@ from minimath.data.chat import (
     preflight,
     prompt_ids,
     turn_end,
-    user_text,
 )
 from minimath.data.examples import Example
 
@@ -92,7 +91,7 @@ def test_bos_that_opens_every_turn_is_accepted_once_per_turn_but_not_doubled():
 def test_when_tokens_merge_across_the_border_prompt_and_solution_are_tokenised_apart():
     tokenizer, example = make_tokenizer(MERGING), Example("p", "ples and pears")
     prompt = prompt_ids(tokenizer, "p", prompt_template=TEMPLATE)
-    whole = tokenizer.apply_chat_template(talk(user_text("p", TEMPLATE), "ples and pears"), return_dict=False)
+    whole = tokenizer.apply_chat_template(talk(TEMPLATE.format(problem="p"), "ples and pears"), return_dict=False)
     assert whole[:len(prompt)] != prompt  # otherwise this test shows nothing
     row = encoded(tokenizer, example)
     assert row.ids[:len(prompt)] == prompt
@@ -164,12 +163,7 @@ def test_eos_ids_come_from_template_tokenizer_and_generation_config(tiny_dir, ti
     assert other.decode([turn_end(other)]) == "<pad>"
 
 
-def test_a_bad_prompt_template_or_a_refusing_chat_template_is_one_clear_error():
-    with pytest.raises(UserError, match="only {problem} is a slot"):
-        user_text("p", "{problem} in \\boxed{}")
-    with pytest.raises(UserError, match="no {problem}"):
-        user_text("p", "hello")
-    assert user_text("{x} {problem}", "{problem}!") == "{x} {problem}!"
+def test_a_refusing_chat_template_and_a_row_without_a_solution_are_one_clear_error():
     refusing = make_tokenizer("{{ raise_exception('System role not supported') }}")
     with pytest.raises(UserError, match="refuses messages from system, user: System role not supported"):
         prompt_ids(refusing, "p", system="s", prompt_template=TEMPLATE)

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from minimath.config.schema import RLAIFConfig
 from minimath.models.memory import cache_bytes_per_token, state_bytes
 from minimath.plan.footprint import empty_model
-from minimath.plan.needs import Planner, shapes
+from minimath.plan.needs import Planner
 
 
 @pytest.mark.parametrize("family", tiny.STATEFUL)
@@ -28,4 +28,4 @@ def test_what_does_not_grow_is_counted_once_a_sequence(tmp_path):
     keys = 128 * cache_bytes_per_token(planner.model(cfg).empty) + 20 * 64 + 8 * 64
     taken = planner.rollout(cfg, cfg, 8, 8 << 30)["keys and values"]
     assert taken == pytest.approx(8 * (keys + state_bytes(planner.model(cfg).empty)), rel=0.01)
-    assert not any(prompt or packed for *_, prompt, packed in shapes(cfg, True, apart=True))
+    assert not any(prompt or packed for *_, prompt, packed in planner.shapes(cfg))
