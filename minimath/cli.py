@@ -103,15 +103,12 @@ def help_text(command: str) -> str:
 
 
 def options_help(cls, title: str, names=None) -> str:
-    """Describe every option of a config, or those of `names`, by group: default, meaning, choices.
-
-    title: heads the options that belong to no group."""
-    groups: dict[str, list[str]] = {}
+    """Describe the options of a config, or those of `names`, by group; `title`: in none."""
+    groups = {"": [f"{title}:"]}  # the stage's own first
     for name, option in options_of(cls).items():
         if names is None or name in names:
-            groups.setdefault(option.group, []).append(option_help(option))
-    order = sorted(groups, key=bool)  # the stage's own first
-    return "\n\n".join("\n".join([f"{group or title}:", *groups[group]]) for group in order)
+            groups.setdefault(option.group, [f"{option.group}:"]).append(option_help(option))
+    return "\n\n".join("\n".join(lines) for lines in groups.values() if len(lines) > 1)
 
 
 def option_help(option: Option) -> str:

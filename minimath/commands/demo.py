@@ -119,8 +119,10 @@ def scaled_steps(recipe: str, share: float) -> list[str]:
     for name, (cls, most) in STAGES.items():
         cfg = load_config(cls, recipe, [], name)
         words.append(f"{name}.max_minutes={most * MINUTES * share:.2f}")
-        words += [f"{name}.steps={max(2, round(cfg.steps * share))}"] * bool(cfg.steps)  # 0: it goes by its epochs
-        words += [f"{name}.sampled={max(40, round(cfg.sampled * share))}"] * (cls is JudgeConfig)
+        if cfg.steps:  # else it goes by its epochs
+            words.append(f"{name}.steps={max(2, round(cfg.steps * share))}")
+        if cls is JudgeConfig:
+            words.append(f"{name}.sampled={max(40, round(cfg.sampled * share))}")
     return words
 
 

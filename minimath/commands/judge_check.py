@@ -29,6 +29,7 @@ from minimath.core.log import RunLog, clean
 from minimath.core.run_folder import held_run, new_run_folder
 from minimath.core.text import comma_list, did_you_mean
 from minimath.data.examples import describe_report
+from minimath.eval.evaluate import load_and_say
 from minimath.judges.attack import ATTACKS, HARMLESS, attack_judge, bare_prompt, load_attacks, make_tries
 from minimath.judges.base import Judge
 from minimath.judges.certify import Answers, ask_known, figures_of, heuristic, length_alone, questions_of
@@ -37,11 +38,11 @@ from minimath.judges.judge import make_judge
 from minimath.judges.known import HIDDEN, KnownRows, read_known
 from minimath.judges.pairs import BEHIND_THE_VERIFIER, faulty_solutions, judge_known, make_pairs
 from minimath.judges.rubrics import judge_prompt
-from minimath.models.load import describe
-from minimath.models.policy import Policy, load_policy
+from minimath.models.policy import Policy
 
 ENOUGH_ROWS = 20  # right answers with a wrong step: with fewer a judge is neither recommended nor refused
 ENOUGH_PAIRS = 20  # with fewer, an interval that holds 1/2 says nothing about the judge
+DOUBTS = {"too few pairs": "take pairs=25 or more", "weak": "a lower judge_weight lets less noise in"}
 UNUSED = {"judge_pairs", "judge_fallback", "judge_canary_every"}  # no question of ours depends on them
 
 
@@ -106,20 +107,18 @@ def option_named(word: str) -> str:
     return word.removeprefix("--").partition("=")[0].removeprefix("rlaif.").replace("-", "_")
 
 
-def option_names(cls: type[RLAIFConfig]) -> list[str]:
+def option_names(cls: type[RLAIFConfig]) -> set[str]:
     """List a command's own options, and those that decide what a judge is."""
     known, groups = options_of(cls), ("judge", "model", *(["data"] if cls is JudgeCheckConfig else []))
-    judge = [name for name, option in known.items() if option.group in groups and name not in UNUSED]
-    return [*(known.keys() - options_of(RLAIFConfig)), *judge, "micro_batch_tokens", "seed", "out"]
+    judge = {name for name, option in known.items() if option.group in groups} - UNUSED
+    return (known.keys() - options_of(RLAIFConfig)) | judge | {"micro_batch_tokens", "seed", "out"}
 
 
 def open_judge(cfg: RLAIFConfig, log: RunLog) -> tuple[Judge, Policy | None]:
     """Make the judge and try it; returns also the model behind judge=self. Raises UserError."""
     policy = None
-    if cfg.judge.name == "self":
-        cfg = cfg.replace(adapter="")  # it judges with its adapter off
-        policy = load_policy(cfg, train=False)
-        log.say(describe(policy.model, cfg))
+    if cfg.judge.name == "self":  # which judges with its adapter off
+        policy = load_and_say(cfg.replace(adapter=""), log)
     judge = make_judge(cfg.judge, policy, say=log.say, micro_batch_tokens=cfg.optimizer.micro_batch_tokens)
     judge.ping()
     return judge, policy
@@ -137,7 +136,7 @@ def save_result(log: RunLog, name: str, cfg: RLAIFConfig, result: dict, lines: l
     """Say what the figures mean, and keep them with the options."""
     for line in lines:
         log.say(line)
-    result["options"] = {name: cfg.value(name) for name in sorted(option_names(type(cfg)))}
+    result["options"] = {option: cfg.value(option) for option in sorted(option_names(type(cfg)))}
     write_whole(log.run_dir / f"{name}.json", json.dumps(clean(result), indent=1) + "\n")
     return result
 
@@ -180,9 +179,8 @@ def advice(name: str, report: dict) -> list[str]:
     if abs(bias or 0.0) > 0.5:
         lines.append(f"it mostly votes for what stands {'first' if bias > 0 else 'second'} (position bias "
                      f"{percent(bias)}): asking both orders cancels that, but what is left is small")
-    lines += [f"{what} on {kind}: take pairs=25 or more" for kind, what in found.items() if what == "too few pairs"]
-    lines += [f"{what} on {kind}: a lower judge_weight lets less noise in" for kind, what in found.items()
-              if what == "weak"]
+    for doubt, then in DOUBTS.items():
+        lines += [f"{what} on {kind}: {then}" for kind, what in found.items() if what == doubt]
     return lines or [f"judge={name} ranks every kind of pair reliably"]
 
 
@@ -231,9 +229,7 @@ def priced(judge: Judge, questions: int, log: RunLog, what: str = "cost per comp
 
 
 def open_known(judge: Judge, cfg: RLAIFConfig, log: RunLog) -> tuple[KnownRows, str]:
-    """Read data=, without what the judge was trained on, and say what is there.
-
-    Returns also whether problems of the check were in the judge's training, in words."""
+    """Read data=, say what is there, and say and return if the judge was trained on it."""
     trained_on = set(judge.card.problems) if cfg.judge.adapter else set()
     known = read_known(cfg.data, cfg.run.seed, trained_on)
     if known.report.skipped:
@@ -256,9 +252,7 @@ def open_known(judge: Judge, cfg: RLAIFConfig, log: RunLog) -> tuple[KnownRows, 
 
 
 def probe_data(judge: Judge, known: KnownRows, policy: Policy | None, cfg: RLAIFConfig, log: RunLog) -> dict:
-    """Ask the judge and what it has to beat, and show certify.figures_of each.
-
-    Returns them by name, the judge's first, with `cost` per question, and what was read."""
+    """Ask the judge and what it has to beat; show and return certify.figures_of each."""
     def ask(one: Judge, name: str) -> tuple[Answers, dict]:
         if one.name == "heuristic":  # which the data tell no answers
             return heuristic(known), {}
@@ -268,9 +262,10 @@ def probe_data(judge: Judge, known: KnownRows, policy: Policy | None, cfg: RLAIF
             return ask_known(one, known, name, advance), cost
 
     judges = [ask(judge, judge.name), (length_alone(known), {})]
-    if "heuristic" in comma_list(cfg.baselines) and judge.name != "heuristic":
+    baselines = comma_list(cfg.baselines)
+    if "heuristic" in baselines and judge.name != "heuristic":
         judges.append((heuristic(known), {}))
-    if "untrained" in comma_list(cfg.baselines) and cfg.judge.adapter:
+    if "untrained" in baselines and cfg.judge.adapter:
         options = dataclasses.replace(cfg.judge, adapter="", form=judge.form)
         plain = make_judge(options, policy, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, say=log.say)
         plain.reader = judge.reader  # the same prompts
@@ -328,8 +323,7 @@ def certificate(name: str, data: dict) -> list[str]:
     if rows < ENOUGH_ROWS:
         return [*lines, f"not enough rows to recommend judge={name}: {rows} of a right answer with a wrong step, and "
                 f"{ENOUGH_ROWS} are needed"]
-    said = (f"on right answers with a wrong step ({rows} rows) its {what} is {percent(value)}, that of length alone "
-            f"{percent(figures['length'])}: {above(figures['gain'])[0]} points, {above(figures['gain'])[1]}")
-    if figures["gain"][1] > 0:
-        return [*lines, f"judge={name} is recommended: {said}"]
-    return [*lines, f"judge={name} is not recommended, it does not surely beat length alone: {said}"]
+    found = "recommended" if figures["gain"][1] > 0 else "not recommended, it does not surely beat length alone"
+    points, interval = above(figures["gain"])
+    return [*lines, f"judge={name} is {found}: on right answers with a wrong step ({rows} rows) its {what} is "
+            f"{percent(value)}, that of length alone {percent(figures['length'])}: {points} points, {interval}"]

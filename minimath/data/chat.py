@@ -92,7 +92,7 @@ def control_tokens(tokenizer) -> dict[str, tuple[int, bool]]:
 def turn_end(tokenizer) -> int:
     """Return the token that ends the assistant's turn: the template's, else EOS."""
     if template_of(tokenizer):
-        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+        talk = [*template.QUESTION, {"role": "assistant", "content": MARK}]
         after = tokenizer(render(tokenizer, talk).rpartition(MARK)[2], add_special_tokens=False)["input_ids"]
         known = dict(control_tokens(tokenizer).values())
         if ends := sorted((i for i in after if i in known), key=lambda i: not known[i]):  # special ones first
@@ -194,7 +194,7 @@ def preflight(tokenizer, rows: list[Encoded], *, eos: list[int]) -> str:
     if not trained:
         raise UserError(f"no trained tokens in {len(rows)} rows ({cut} truncated, longest {longest} tokens); "
                         "raise max_len if the prompts fill it, or check that the rows have solutions")
-    bos, talk = tokenizer.bos_token_id, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    bos, talk = tokenizer.bos_token_id, [*template.QUESTION, {"role": "assistant", "content": "b"}] * 2
     opens_turns = bos is not None and template_of(tokenizer) \
         and render(tokenizer, talk).count(tokenizer.bos_token) > 1  # as in SmolLM2 and Llama 2
     for number, row in enumerate(rows, 1):

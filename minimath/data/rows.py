@@ -82,16 +82,14 @@ class Columns:
         self.values |= {name: value for name, value in row.items() if name in self.values and _filled(value)}
         self.inside: dict[str, None] = {}  # fields of its messages that were not read, in order
 
-    def first(self, names: Iterable[str], kind: type | None = None) -> str | None:
-        """Name the first column that holds something, or anything of a kind."""
-        cells = ((name, self.values.get(name)) for name in names)
-        return next((name for name, value in cells if (isinstance(value, kind) if kind else _filled(value))), None)
-
-    def take(self, what: str) -> tuple[str, object]:
-        """Return the first column for `what` that holds something, and its value, or None."""
-        name = self.first(name for name in COLUMNS[what] if name not in self.read)
-        self.read.add(name)
-        return name or what, self.values.get(name)
+    def take(self, names: tuple[str, ...], kind: type | None = None) -> tuple[str, object]:
+        """Read the first column that holds something, or anything of a kind; None: none does."""
+        for name in names:
+            value = self.values.get(name)
+            if name not in self.read and (isinstance(value, kind) if kind else _filled(value)):
+                self.read.add(name)
+                return name, value
+        return names[0], None
 
     def unread(self) -> list[str]:
         """Name the columns that hold something and that nobody asked for."""
@@ -131,21 +129,22 @@ def to_example(row: Columns, where: str, need: Iterable[str]) -> Example:
 
 def _take_best_generation(row: Columns, needed: bool) -> None:
     """Put the shortest correct one of a list of generations in the place of the list."""
-    values, name = row.values, row.first(("generations", "generation"), list)
-    if not name:
+    name, texts = row.take(("generations", "generation"), list)
+    if texts is None:
         return
-    verdicts, whole = row.first(VERDICTS, list), row.first(WHOLE, list)
-    row.read |= {name, verdicts, whole}
-    marked = zip(values[name], *(values[n] for n in (verdicts, whole) if n))
-    right = [text for text, *marks in marked if isinstance(text, str) and all(marks)] if verdicts else []
-    if needed and not verdicts:
+    verdicts, whole = (row.take(columns, list)[1] for columns in (VERDICTS, WHOLE))
+    marked = zip(texts, *(marks for marks in (verdicts, whole) if marks is not None))
+    right = [text for text, *marks in marked if isinstance(text, str) and all(marks) and verdicts is not None]
+    if needed and verdicts is None:
         raise BadRow(f"{name} without verdicts", f"add {VERDICTS[0]}, a list of true and false, or keep one; minimath "
                      "sample checks answers and keeps the shortest right solution")
     if needed and not right:
-        raise BadRow("no right generation", f"none of {len(values[name])} is right and whole: drop it, or sample more")
+        raise BadRow("no right generation", f"none of {len(texts)} is right and whole: drop it, or sample more")
     for other in {"messages", *COLUMNS["solution"]} - {name}:
-        values.pop(other, None)
-    values["solution"] = values[name] = min(right, key=len, default="")
+        row.values.pop(other, None)
+    row.values["solution"] = min(right, key=len, default="")
+    if not right:
+        row.values[name] = None  # it counts as not read
 
 
 def split_hashes(solution: str) -> tuple[str, str]:
@@ -177,20 +176,18 @@ def plain_text(value, name: str, *, number: bool = False) -> str:
 def _problem(row: Columns) -> str:
     if not any(c in row.values for c in COLUMNS["problem"]):
         raise _unknown_columns(row.row)
-    name, value = row.take("problem")
+    name, value = row.take(COLUMNS["problem"])
     if not (problem := plain_text(value, name)):
         raise BadRow("empty problem", "fill it in or delete the row")
-    form, other = BESIDE.get(name, ("", None))
-    if row.first([other]):
-        row.read.add(other)
-        problem = form.format(problem, plain_text(row.values[other], other))
-    return problem
+    form, beside = BESIDE.get(name, ("", ""))
+    _, more = row.take((beside,))
+    return problem if more is None else form.format(problem, plain_text(more, beside))
 
 
 def _solution_answer(row: Columns, written: str) -> tuple[str, str]:
     """Read solution, unless a message has it, and answer off the columns."""
-    solution = written or plain_text(*row.take("solution")[::-1])
-    name, value = row.take("answer")
+    solution = written or plain_text(*row.take(COLUMNS["solution"])[::-1])
+    name, value = row.take(COLUMNS["answer"])
     answers = {name: value} if value is not None else {
         outer: found for outer, inner in NESTED
         if isinstance(cell := row.values.get(outer), dict) and _filled(found := cell.get(inner))}
@@ -204,10 +201,9 @@ def _solution_answer(row: Columns, written: str) -> tuple[str, str]:
     body, final = split_hashes(solution)
     if body and final:
         solution, answer = ANNOTATION.sub("", body).strip(), answer or final
-    thoughts = row.first(THOUGHT_COLUMNS)
-    if thoughts and solution and not written and CLOSE not in solution:
-        row.read.add(thoughts)
-        solution = with_thought(plain_text(row.values[thoughts], thoughts), solution)
+    if solution and not written and CLOSE not in solution:
+        name, thoughts = row.take(THOUGHT_COLUMNS)
+        solution = solution if thoughts is None else with_thought(plain_text(thoughts, name), solution)
     return solution, answer
 
 
@@ -232,17 +228,14 @@ def _unknown_columns(row: dict) -> BadRow:
 
 def _talk(row: Columns) -> list[dict] | None:
     """Return the clean messages of a chat row; None when the row has another shape."""
-    values, name = row.values, row.first(CHATS, list) or row.first(["messages"])
-    raw = values.get(name)
-    if raw is None and isinstance(values.get("prompt"), list):
-        name, done = "prompt", values.get("completion")
-        row.read.add("completion")
-        if not isinstance(done, list):
-            done = [{"role": "assistant", "content": done}] if _filled(done) else []
-        raw = [*values["prompt"], *done]
+    raw = row.take(CHATS, list)[1]
+    raw = row.take(CHATS[:1])[1] if raw is None else raw
+    if raw is None and (prompt := row.take(("prompt",), list)[1]) is not None:
+        done = row.take(("completion",))[1]
+        raw = prompt + (done if isinstance(done, list) else [] if done is None else
+                        [{"role": "assistant", "content": done}])
     if raw is None:
         return None
-    row.read.add(name)
     if not isinstance(raw, list) or not raw:
         raise BadRow(BAD_CHAT, 'write a list of {"role": ..., "content": ...}')
     talk: list[dict] = []

@@ -13,6 +13,7 @@ from minimath.core.run_folder import say_once
 from minimath.core.text import named_values
 
 OPEN, CLOSE = "<think>", "</think>"
+QUESTION = [{"role": "user", "content": "a"}]  # to see what a template makes of one
 SWITCHES = ("enable_thinking", "thinking")  # Qwen3, SmolLM3, GLM; Granite, DeepSeek-V3.1
 DAY = datetime.date(2026, 1, 1)  # of every template that asks for today's: a run, its resume, its evaluation and its
 DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # export put the same prompts
@@ -39,7 +40,7 @@ def chat_args(tokenizer, thinking: str = "auto", template_args: str = "") -> dic
     if thinking == "auto":
         return given
     off, on = (dict.fromkeys(SWITCHES, switch) | given for switch in (False, True))
-    silent, thinks = (prompt_text(tokenizer, args) for args in (off, on))
+    silent, thinks = (render(tokenizer, QUESTION, args, generate=True) for args in (off, on))
     does_so = is_open(thinks) if thinking == "on" else OPEN not in template  # without being told
     if silent == thinks and not does_so:
         raise UserError(f"thinking={thinking}, but the model's chat template has no switch for it: leave thinking=auto "
@@ -50,18 +51,12 @@ def chat_args(tokenizer, thinking: str = "auto", template_args: str = "") -> dic
 @per_template
 def opens_thought(tokenizer, thinking: str = "auto", template_args: str = "") -> bool:
     """Tell whether completions of the prompts that the template writes begin inside a thought."""
-    prompt = prompt_text(tokenizer, chat_args(tokenizer, thinking, template_args))
+    prompt = render(tokenizer, QUESTION, chat_args(tokenizer, thinking, template_args), generate=True)
     return OPEN in template_of(tokenizer) and is_open(prompt)
 
 
-def prompt_text(tokenizer, args: dict) -> str:
-    return render(tokenizer, [{"role": "user", "content": "a"}], args, generate=True)
-
-
 def render(tokenizer, messages: list[dict], args: dict | None = None, *, generate: bool = False) -> str:
-    """Write messages as text, always the same. UserError: the template refuses them.
-
-    generate: with what begins an answer."""
+    """Write messages as text, always the same. UserError: the template refuses them."""
     if not template_of(tokenizer):
         return "\n\n".join(m["content"] for m in messages) + ("\n\n" if generate else "")
     template, args, state = tokenizer.chat_template, dict(args or {}), random.getstate()

@@ -88,14 +88,13 @@ def export(words: list[str]) -> dict:
         policy, drift, measured = merge_and_measure(cfg, load, "nf4" if run.get("quant") == "nf4" else "none")
     except torch.OutOfMemoryError:
         raise UserError(f"device={cfg.device} lacks the memory; use device=cpu, or dtype=bf16 for half of it") from None
-    out = Path(cfg.out).absolute()
+    out, made = Path(cfg.out).absolute(), folder.parent if folder.name == ADAPTER else Path(cfg.adapter.path)
+    evaluations = (made / EVAL, evaluation_folder(made.parent, made.name) / EVAL)  # the second of a whole run
+    evaluation = next((read_json(path) for path in evaluations if path.is_file()), {})
     with new_folder(out) as partial:
         write_model(policy, partial, cfg)
-        made = folder.parent if folder.name == ADAPTER else Path(cfg.adapter.path)
-        evaluations = (made / EVAL, evaluation_folder(made.parent, made.name) / EVAL)    # the second of a whole run
         text = card(name=out.name, base=base, adapter=adapter, run=run, prompt=policy.prompt, drift=measured,
-                    evaluation=next((read_json(path) for path in evaluations if path.is_file()), {}),
-                    usage=usage(cfg, policy, out.name))
+                    evaluation=evaluation, usage=usage(cfg, policy, out.name))
         (partial / "README.md").write_text(text, encoding="utf-8")
     files = sorted(out.iterdir())
     size = sum(path.stat().st_size for path in files)
@@ -105,9 +104,7 @@ def export(words: list[str]) -> dict:
 
 
 def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[Policy, Drift, str]:
-    """Load what was trained on `quant` weights, merge, round and measure.
-
-    Returns (the merged model, its drift, what is said of it). Raises UserError above max_drift."""
+    """Load what was trained on `quant` weights, merge, round and measure; the last says it. UserError: max_drift."""
     policy = load_policy(in_training := load.replace(quant=quant), train=False)
     print(f"{describe(policy.model, in_training)}, adapter {load.adapter.path}")
     if cfg.to == "gguf":
@@ -130,9 +127,10 @@ def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[
         kind = str(dtype).removeprefix("torch.")
         round_to(policy.model, dtype)
     drift = compare(trained, completion_logits(policy.model, texts))
-    before, why = {"none": ("live adapter", "A rate that was too high makes weights that no 16-bit type holds"),
-                   "nf4": ("4-bit model in training", "The base lacks the rounding of the 4-bit weights: evaluate the "
-                                                      "adapter with quant=none")}[quant]
+    before, why = "live adapter", "A rate that was too high makes weights that no 16-bit type holds"
+    if quant != "none":
+        before, why = "4-bit model in training", ("The base lacks the rounding of the 4-bit weights: evaluate the "
+                                                  "adapter with quant=none")
     measured = f"drift, {before} to merged {kind} weights, on {source}: {drift}"
     print(measured)
     if not drift.kl <= cfg.max_drift:  # also nan
@@ -159,7 +157,7 @@ def merge(model):
 
 
 def round_to(model, dtype: torch.dtype) -> None:
-    """Round every weight to `dtype`, in place; the model goes on computing in its own."""
+    """Round every weight to `dtype`; the model goes on computing in its own."""
     for weight in model.parameters():
         weight.data.copy_(weight.data.to(dtype))
 

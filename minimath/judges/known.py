@@ -22,7 +22,7 @@ from minimath.core.text import comma_list, did_you_mean
 from minimath.data.examples import DataReport, describe_report
 from minimath.data.problems import canonical
 from minimath.data.readers import BadRow, rows_of
-from minimath.data.rows import Columns, plain_text
+from minimath.data.rows import COLUMNS, Columns, plain_text
 from minimath.grading.answer import extract_answer
 from minimath.judges.base import Asked, Solution, split_steps
 from minimath.judges.pairs import length
@@ -133,7 +133,7 @@ def solutions_of(row: Columns, source: str) -> list[Known]:
                          if (said := did_you_mean(name[:60], [*SHAPES, *SHAPES.values()])))
         raise BadRow("no solutions to judge", "give problem with better and worse, with steps and label, or with "
                      f"original, modified and error_steps{near and '; '}{near}")
-    name, value = row.take("problem")
+    name, value = row.take(COLUMNS["problem"])
     if value is None and isinstance(values[first], list):  # a chat that holds the question
         value = values[first][:-1]
     problem, second = written(value, name), SHAPES[first]

@@ -97,9 +97,7 @@ def curves(metrics: list[dict], panels: dict[str, list[str]]) -> Figure:
 
 
 def draw_curve(axis, points: list[tuple], colour: str, label: str, half: int = 2) -> list[tuple]:
-    """Draw faint points and the line of their running mean; returns the line's points.
-
-    half: values on each side that a mean is over, fewer at the ends."""
+    """Draw points and their running mean over `half` on each side; returns its points."""
     steps, values = [x for x, _ in points], [y for _, y in points]
     mean = [np.mean(values[max(0, i - half):i + half + 1]) for i in range(len(values))]
     if points:
@@ -110,9 +108,7 @@ def draw_curve(axis, points: list[tuple], colour: str, label: str, half: int = 2
 
 @rc_context(STYLE)
 def judged(rows: list[dict]) -> Figure | None:
-    """Draw judged wins of worse solutions against correct completions, then length and reward.
-
-    rows: records of metrics.jsonl. Without judged canary pairs there is nothing to draw."""
+    """Draw judged wins of worse solutions, length and reward; None: no pair was judged."""
     if not any(series(rows, f"{prefix}worse_wins") for prefix, *_ in CANARIES):
         return None
     figure, (top, bottom) = new_figure(7.2, 6.2, nrows=2, sharex=True, height_ratios=[3, 2])
@@ -130,9 +126,7 @@ def judged(rows: list[dict]) -> Figure | None:
 
 
 def draw_gap(axis, rows: list[dict]) -> None:
-    """Draw the upper axis, with Wilson's intervals of one standard error as bars.
-
-    Shaded where wrong completions win more than at first, and no more are correct."""
+    """Draw the upper axis, with Wilson's intervals of one standard error as bars."""
     correct = draw_curve(axis, series(rows, "rollout/correct"), COLOURS[1], "correct completions, up is good")
     for prefix, colour, label in CANARIES:
         wins, pairs = series(rows, f"{prefix}worse_wins"), dict(series(rows, f"{prefix}pairs"))

@@ -37,6 +37,7 @@ PANELS = {"reward": ["reward/mean"], "loss": ["loss"], "gradient norm": ["optim/
           "label-free": ["verifier/agrees", "verifier/decided", "verifier/share"]}
 JUDGE = {"judge/comparisons": "comparisons", "judge/no_votes": "without a vote", "judge/position_bias": "position bias",
          "judge/order_conflicts": "order conflicts", "judge/seconds": "seconds"}
+GRADES = {"auc_within": "AUC within a problem", "brier": "Brier score", "brier_of_the_mean": "of always the mean"}
 SHOWN = 6  # problems
 LONGEST = 3000  # characters of a solution shown
 
@@ -54,9 +55,7 @@ def report(words: list[str]) -> dict:
 
 
 def write_page(runs: list[Path], out: Path) -> Path:
-    """Write report.html of the run folders into `out`.
-
-    Raises UserError for a folder with nothing to report."""
+    """Write report.html of the run folders. UserError: one has nothing to report."""
     evaluations, stages, suites = {}, {}, {}
     for run in runs:
         if (run / folder.SUITE).is_file():
@@ -77,9 +76,8 @@ def write_page(runs: list[Path], out: Path) -> Path:
     (out / PICTURES).mkdir(parents=True, exist_ok=True)
     try:
         results = {name: read_json(at / folder.SUITE) for name, at in suites.items()}
-        # set by set the evaluations of all suites
         sets = {one: {name: suites[name] / one for name, other in results.items() if one in other["sets"]}
-                for result in results.values() for one in result["sets"]}
+                for result in results.values() for one in result["sets"]}  # of all suites
         parts = {"suites": {name: suite_table(result) for name, result in results.items()},
                  "evaluations": [evaluation_part(at, out, one) for one, at in {"": evaluations, **sets}.items() if at],
                  "training": {name: training_part(name, at, out) for name, at in stages.items()}}
@@ -99,18 +97,17 @@ def write_page(runs: list[Path], out: Path) -> Path:
 
 def write_judge_plot(run: Path) -> Path | None:
     """Draw judge.png in the folder of an RL run whose canary pairs were judged."""
-    if figure := figures.judged(read_metrics(run / folder.METRICS)):
-        figures.save_png(figure, run / JUDGE_PLOT)
-    return run / JUDGE_PLOT if figure else None
+    if not (figure := figures.judged(read_metrics(run / folder.METRICS))):
+        return None
+    figures.save_png(figure, run / JUDGE_PLOT)
+    return run / JUDGE_PLOT
 
 
 def evaluation_part(evaluations: dict[str, Path], out: Path, of_set: str) -> dict:
     """Gather what there is of evaluations on the same problems. of_set: of a suite."""
     rows = {name: read_json(at / folder.EVAL) for name, at in evaluations.items()}
     records = {name: read_records(at) for name, at in evaluations.items() if (at / folder.COMPLETIONS).is_file()}
-    drawn = {"tradeoff": figures.tradeoff(rows)}
-    if records:
-        drawn["lengths"] = figures.lengths(records)
+    drawn = {"tradeoff": figures.tradeoff(rows)} | ({"lengths": figures.lengths(records)} if records else {})
     return {"title": of_set or "Evaluation", "summaries": list(rows.values()), "differences": differences(records),
             "table": (COLUMNS, [table_row(name, summary) for name, summary in rows.items()]),
             "pictures": {name: picture(figure, f"{name} {of_set}", out) for name, figure in drawn.items()},
@@ -137,26 +134,20 @@ def training_part(name: str, at: Path, out: Path) -> dict:
     asked = [record for record in metrics if record.get("judge/comparisons")]
     columns = [key for key in JUDGE if any(key in record for record in asked)]
     means = [f"{sum(record.get(key) or 0 for record in asked) / len(asked):.3g}" for key in columns]
+    file = at / folder.CONFIG
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    judge = Path(config.get("judge_adapter") or at)  # that the stage asked, or trained
+    cards = (each / CARD for each in (at / folder.ADAPTER, judge / folder.ADAPTER, judge))
     return {"pictures": [picture(figure, f"{kind} {name}", out) for kind, figure in drawn.items() if figure],
-            "trained_judge": judge_facts(judge_figures(at)),
+            "trained_judge": judge_facts(next((read_json(card)["figures"] for card in cards if card.is_file()), {})),
             "judge": ([JUDGE[key] for key in columns], [means] if means else []),
             "judge_errors": sorted({record["judge/error"] for record in asked if record.get("judge/error")})[:3]}
 
 
-def judge_figures(stage: Path) -> dict:
-    """Read the held-out figures of the judge that a stage trained, or asked; {} for none."""
-    file = stage / folder.CONFIG
-    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    asked = Path(config.get("judge_adapter") or stage)
-    cards = (each / CARD for each in (stage / folder.ADAPTER, asked / folder.ADAPTER, asked))
-    return next((read_json(card)["figures"] for card in cards if card.is_file()), {})
-
-
 def judge_facts(figures: dict) -> tuple[list[str], list[list[str]]]:
     """Word the figures of judges/measure.py as a table of one row, of none without any."""
-    grades = {"auc_within": "AUC within a problem", "brier": "Brier score", "brier_of_the_mean": "of always the mean"}
     row = {name: "-" if (value := figures["grades"].get(key)) is None else f"{value:.3f}"
-           for key, name in grades.items() if "grades" in figures}
+           for key, name in GRADES.items() if "grades" in figures}
     for kind, tally in figures.get("pairs", {}).items():
         if kind != "all":
             row |= {f"agreement, {kind}": percent(tally["agreement"]),
@@ -175,9 +166,8 @@ def side_by_side(records: dict[str, list[dict]]) -> list[dict]:
     """Choose a few problems with each model's first solution, those first that differ."""
     solutions = {name: {r["number"]: r for r in rows if r["sample"] == 0} for name, rows in records.items()}
     every = list(solutions.values())
-    # solved in the end but not at first, then the others
-    shared = sorted(set.intersection(*map(set, every)),
-                    key=lambda n: (every[0][n]["correct"], not every[-1][n]["correct"], n))
+    shared = sorted(set.intersection(*map(set, every)), key=lambda n: (
+        every[0][n]["correct"], not every[-1][n]["correct"], n))  # solved in the end but not at first, then the others
     return [{name: by_number[n] for name, by_number in solutions.items()} for n in spread(shared, SHOWN)]
 
 

@@ -45,7 +45,7 @@ def check(here, tmp_path, monkeypatch):
 
     def run(judge, *words):
         plain = Trained(lambda text: 0.5)
-        monkeypatch.setattr(command, "load_judging", lambda cfg, log: None)
+        monkeypatch.setattr(command, "load_and_say", lambda cfg, log: None)
         monkeypatch.setattr(command, "make_judge", lambda options, *_, **__: judge if options.adapter else plain)
         judge.reader = object()
         status, out, err = here("judge", "check", "judge=self", "judge_adapter=x", "data=rows.jsonl", "probes=data",

@@ -188,6 +188,7 @@ def test_the_rows_of_the_authors_own_sets_load(tmp_path):
 def test_of_several_generations_the_shortest_that_is_right_and_whole_is_taken(tmp_path):
     e = load_one(tmp_path, OPEN_R1, need=("solution", "answer"))
     assert (e.problem, e.solution, e.answer, e.messages) == ("p", "right \\boxed{5}", "5", None)
+    assert "generations" not in load([OPEN_R1])[1].unread and load([OPEN_R1])[1].unread["solution"] == 1
     by_llama = {**OPEN_R1, "correctness_math_verify": None, "correctness_llama": [True, False, False, False]}
     assert load_one(tmp_path, by_llama).solution == OPEN_R1["generations"][0]
     assert load_one(tmp_path, {**OPEN_R1, "is_reasoning_complete": None}).solution == "cut"
@@ -203,6 +204,12 @@ def test_generations_without_a_right_one_are_a_bad_row_for_sft_and_a_problem_for
     assert report.skipped == {reason: 1} and fix in report.rows[0]
     e = load_one(tmp_path, OPEN_R1 | change, need=("answer",))
     assert (e.problem, e.solution, e.answer) == ("p", "", "5")
+
+
+def test_generations_beside_a_chat_and_its_completion_are_a_row_like_any():
+    chat = {"prompt": [{"role": "user", "content": "p"}], "completion": "c \\boxed{4}"}
+    examples, report = load([{**OPEN_R1, **chat, "messages": None, "problem": None}])
+    assert examples[0].solution == "right \\boxed{5}" and report.unread["completion"] == 1
 
 
 def test_generations_load_from_parquet(tmp_path):
