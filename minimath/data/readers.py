@@ -183,6 +183,8 @@ def _csv(path: Path, _) -> Iterator[dict | BadRow]:
         if not names or ended:
             raise UserError(f"{path}: not a readable table: no line of column names, or a quote in it is not closed; "
                             "write it again")
+        if twice := [name for name in names if name and names.count(name) > 1]:
+            raise UserError(f"{path}: two columns are called {twice[0]!r}; rename one")
         while True:
             try:
                 row = _csv_row(names, next(reader))

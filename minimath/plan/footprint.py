@@ -23,18 +23,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minimath.core.errors import UserError
 from minimath.kernels import elementwise
-from minimath.models import block_attention, load, offload
+from minimath.models import block_attention, forward, load, offload
 from minimath.models.attention import Segment
 from minimath.models.block_attention import PackedRows
-from minimath.models.forward import (
-    base_causal_lm,
-    compute_dtype,
-    head_module,
-    hidden_states,
-    inference,
-    not_looked_at,
-    rows_mask,
-)
 from minimath.models.fused import fused_layers
 from minimath.models.memory import fresh_cache, give_back, keeps_state
 from minimath.models.nodes import PIECE
@@ -112,7 +103,7 @@ def empty_model(config, cfg, dtype: torch.dtype):
 
 def fuse(model, cfg):
     """Fuse the layers as load_model does; return them, None if they stay as they are."""
-    base = base_causal_lm(model)
+    base = forward.base_causal_lm(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fake weights are all at address 0, and torch warns of it
         return None if cfg.model.shard or cfg.model.compile or load.fuse(base) else fused_layers(base)
@@ -151,8 +142,8 @@ class Model:
 
     def __init__(self, config, cfg, dtype: torch.dtype, device: str):
         self.empty, self.fake, few = empty_model(config, cfg, dtype), FakeTensorMode(), pattern(config)
-        self.head = head_module(self.empty).weight
-        self.linears = [m.weight for m in base_causal_lm(self.empty).modules() if isinstance(m, torch.nn.Linear)
+        self.head = forward.head_module(self.empty).weight
+        self.linears = [m.weight for m in forward.base_causal_lm(self.empty).modules() if isinstance(m, torch.nn.Linear)
                         and m.weight is not self.head and not m.weight.requires_grad]
         fused = fuse(self.empty, cfg)
         self.groups = fused.groups if fused else []
@@ -218,24 +209,24 @@ class Model:
             ids, places = (torch.empty(1, tokens, dtype=torch.long) for _ in range(2))
             if not rows:
                 mask = None if keeps_state(model) else places  # which such a model looks at
-                with inference(model):
-                    hidden_states(model, ids, attention_mask=mask, past_key_values=fresh_cache(model))
+                with forward.inference(model):
+                    forward.hidden_states(model, ids, attention_mask=mask, past_key_values=fresh_cache(model))
                 return 0, live.peak, 0
             if self.by_rows and not self.flash:
                 segments = [Segment(at, min(length, tokens - at), range(prompt))
                             for at in range(prompt, tokens, length)]
                 segments += [Segment(0, prompt)] if prompt else []
-                hidden = hidden_states(model, ids, position_ids=places, rows=segments)
+                hidden = forward.hidden_states(model, ids, position_ids=places, rows=segments)
             else:
                 if self.flash:
                     packed.places = torch.empty(tokens + prompt, dtype=torch.int) if prompt else None
-                    mask, more = not_looked_at(model), {"segments": packed}
+                    mask, more = forward.not_looked_at(model), {"segments": packed}
                 elif prompt:
-                    mask = rows_mask(model, [Segment(0, tokens)], ids.shape, places)
-                with compute_dtype(model):
-                    hidden = base_causal_lm(model).base_model(input_ids=ids, position_ids=places, attention_mask=mask,
-                                                              use_cache=False, **more).last_hidden_state
+                    mask = forward.rows_mask(model, [Segment(0, tokens)], ids.shape, places)
+                with forward.compute_dtype(model):
+                    hidden = forward.base_causal_lm(model).base_model(
+                        input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, **more)[0]
                 del mask
-            kept, forward, live.peak = live.now, live.peak, live.now
+            kept, most, live.peak = live.now, live.peak, live.now
             hidden.sum().backward()
-        return kept, forward, live.peak
+        return kept, most, live.peak

@@ -56,23 +56,28 @@ def report(words: list[str]) -> dict:
 
 def write_page(runs: list[Path], out: Path) -> Path:
     """Write report.html of the run folders. UserError: one has nothing to report."""
-    evaluations, stages, suites = {}, {}, {}
-    for run in runs:
+    evaluations, stages, suites, environments, settings = {}, {}, {}, {}, {}
+    names = [run.name for run in runs]
+    labels = {run: run.name if names.count(run.name) == 1 else str(run) for run in runs}
+    for run, label in labels.items():
+        prefix, trained = f"{label}: " if len(labels) > 1 else "", {}
         if (run / folder.SUITE).is_file():
-            suites[run.name if sum(other.name == run.name for other in runs) == 1 else str(run)] = run
-            continue
-        prefix = f"{run.name}: " if len(runs) > 1 else ""
-        # an evaluation or a stage, or a whole run, which has folders of both
-        places = [(run.name, run, run), *((name, folder.evaluation_folder(run, arm), run / arm)
-                                          for arm, name in folder.ARMS.items())]
-        found = {prefix + name: at for name, at, _ in places if (at / folder.EVAL).is_file()}
-        trained = {prefix + name.removeprefix("SFT + "): at for name, _, at in places
-                   if (at / folder.METRICS).is_file()}
-        if not (found or trained):
-            raise UserError(f"{run}: no evaluation and no training to report (a folder of minimath run, demo, sft, "
-                            f"rlaif or eval is expected; of a suite, one with {folder.SUITE}: its last set is "
-                            "complete)")
-        evaluations, stages = evaluations | found, stages | trained
+            suites[label] = run
+        else:  # an evaluation or a stage, or a whole run, which has folders of both
+            places = [(label, run, run), *((name, folder.evaluation_folder(run, arm), run / arm)
+                                           for arm, name in folder.ARMS.items())]
+            found = {prefix + name: at for name, at, _ in places if (at / folder.EVAL).is_file()}
+            trained = {prefix + name.removeprefix("SFT + "): at for name, _, at in places
+                       if (at / folder.METRICS).is_file()}
+            if not (found or trained):
+                raise UserError(f"{run}: no evaluation and no training to report (a folder of minimath run, demo, sft, "
+                                f"rlaif or eval is expected; of a suite, one with {folder.SUITE}: its last set is "
+                                "complete)")
+            evaluations, stages = evaluations | found, stages | trained
+        if (run / folder.ENVIRONMENT).is_file():
+            environments[label] = read_json(run / folder.ENVIRONMENT)
+        for file in (file for at in dict.fromkeys((run, *trained.values())) for file in sorted(at.glob("*.yaml"))):
+            settings[f"{prefix}{file.parent.name}/{file.name}"] = file.read_text(encoding="utf-8")
     (out / PICTURES).mkdir(parents=True, exist_ok=True)
     try:
         results = {name: read_json(at / folder.SUITE) for name, at in suites.items()}
@@ -84,12 +89,9 @@ def write_page(runs: list[Path], out: Path) -> Path:
     except KeyError as error:
         raise UserError(f"{', '.join(map(str, runs))}: a record has no {error}: it was made by an earlier version of "
                         "minimath; evaluate or train again") from None
-    environments = {run.name: read_json(at) for run in runs if (at := run / folder.ENVIRONMENT).is_file()}
-    recipes = dict.fromkeys(file for each in (*runs, *stages.values()) for file in sorted(each.glob("*.yaml")))
-    settings = {f"{file.parent.name}/{file.name}": file.read_text(encoding="utf-8") for file in recipes}
-    settings |= {f"{name}: environment": json.dumps(found, indent=1) for name, found in environments.items()}
+    settings |= {f"{label}: environment": json.dumps(found, indent=1) for label, found in environments.items()}
     page = TEMPLATES.get_template("page.html").render(
-        marked_lines=marked_lines, runs=[run.name for run in runs], environments=list(environments.values()),
+        marked_lines=marked_lines, runs=list(labels.values()), environments=list(environments.values()),
         settings=settings, **parts)
     write_whole(out / folder.REPORT, page)
     return out / folder.REPORT

@@ -300,6 +300,11 @@ def test_csv_blank_lines_are_rows_only_between_rows_and_a_long_cell_is_a_long_ro
     assert len(examples) == 2 and report.skipped == {"empty row": 3, "row longer than 1 MB": 1}
 
 
+def test_a_csv_file_with_two_columns_of_one_name_is_refused_and_not_halved(tmp_path):
+    with pytest.raises(UserError, match="a.csv: two columns are called 'answer'; rename one"):
+        load(write(tmp_path, "problem,answer, answer,,\np,5,6,,\n", "a.csv"))
+
+
 def test_a_csv_file_of_one_column_loads(tmp_path):
     examples, _ = load(write(tmp_path, "problem\np\nq\n", "a.csv"), need=())
     assert [e.problem for e in examples] == ["p", "q"]

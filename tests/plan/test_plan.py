@@ -161,7 +161,7 @@ def test_rows_add_up_as_padded_ones_do(config_dir, options, not_fused):
     whole = next(iter(model.models.values()))
     with model.fake, footprint.Live() as live:
         ids, mask = (torch.empty(3, 2000, dtype=torch.long) for _ in range(2))
-        states = footprint.hidden_states(whole, ids, attention_mask=mask, position_ids=ids)
+        states = footprint.forward.hidden_states(whole, ids, attention_mask=mask, position_ids=ids)
         kept, forward, live.peak = live.now, live.peak, live.now
         states.sum().backward()
     assert pytest.approx((kept, forward, live.peak), rel=0.05) == [3 * size for size in model.follow(whole, 2000, 1)]

@@ -108,6 +108,14 @@ def test_several_runs_stand_beside_each_other(folder, tmp_path, capsys):
     assert result["page"].endswith("report.html") and "my-run: base" in both and "other: SFT + RLAIF" in both
 
 
+def test_runs_of_one_name_are_told_apart_and_each_keeps_its_settings(folder, tmp_path):
+    runs = [folder, Path(shutil.copytree(folder, tmp_path / folder.name))]
+    (runs[1] / "sft" / "config.yaml").write_text("lr: 0.002\n")
+    page = write_page(runs, tmp_path / "both").read_text(encoding="utf-8")
+    for words in (*(f"<td>{run}: base</td>" for run in runs), "lr: 0.001", "lr: 0.002"):
+        assert words in page, words
+
+
 def test_a_single_stage_and_a_single_evaluation_are_runs_too(folder, tmp_path):
     for part, words in (("rlaif", "Training: rlaif"), ("eval-sft", "62.5%")):
         assert words in write_page([folder / part], tmp_path / part).read_text(encoding="utf-8")
