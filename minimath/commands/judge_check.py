@@ -115,7 +115,7 @@ def option_names(cls: type[RLAIFConfig]) -> set[str]:
 
 
 def open_judge(cfg: RLAIFConfig, log: RunLog) -> tuple[Judge, Policy | None]:
-    """Make the judge and try it; returns also the model behind judge=self. Raises UserError."""
+    """Make and try the judge; returns also the model behind judge=self. UserError."""
     policy = None
     if cfg.judge.name == "self":  # which judges with its adapter off
         policy = load_and_say(cfg.replace(adapter=""), log)
@@ -229,7 +229,7 @@ def priced(judge: Judge, questions: int, log: RunLog, what: str = "cost per comp
 
 
 def open_known(judge: Judge, cfg: RLAIFConfig, log: RunLog) -> tuple[KnownRows, str]:
-    """Read data=, say what is there, and say and return if the judge was trained on it."""
+    """Read data=; say what is there, and say and return if the judge trained on it."""
     trained_on = set(judge.card.problems) if cfg.judge.adapter else set()
     known = read_known(cfg.data, cfg.run.seed, trained_on)
     if known.report.skipped:

@@ -67,7 +67,7 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
 
 
 def load_stages(recipe: str | None, words: list[str], command: str) -> tuple[Path, dict[str, Stage]]:
-    """Read the run folder and all stages' options, and find out now what would fail later. Raises UserError."""
+    """Read the run folder and all stages' options. UserError: what would fail later."""
     if recipe is None:
         raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
     sft_cfg = load_config(SFTConfig, recipe, words, allow_other=True)
@@ -136,7 +136,7 @@ def run_arms(out: Path, cfgs: dict[str, Stage], full: bool) -> dict[str, dict]:
 
 
 def part(work, cfg, out: Path) -> dict:
-    """Run a stage or an evaluation in its folder, or go on there; returns its summary. Raises Interrupted."""
+    """Run a stage or an evaluation in its folder, or go on there. Raises Interrupted."""
     summary = work(cfg.replace(out=str(out), resume=dist.broadcast(cfg.run.resume and out.exists())))
     gc.collect()  # its model goes before the next one loads
     torch.cuda.empty_cache()
@@ -147,7 +147,7 @@ def part(work, cfg, out: Path) -> dict:
 
 @contextlib.contextmanager
 def how_to_go_on(log: RunLog, command: str):
-    """Notice signals between the stages too, and say how the whole run goes on. Raises Interrupted."""
+    """Notice signals between stages too, and say how to go on. Raises Interrupted."""
     try:
         with interrupt.interruptible(run_folder.stop_files(log.run_dir), log.say):
             yield
@@ -165,7 +165,7 @@ def rlaif(cfg: RLAIFConfig) -> dict:
 
 
 def draw(what: str, write: Callable[[], Path | None], say: Callable[[str], None]) -> None:
-    """Write a picture or a page of a run, and say where it is, or why not: the run is complete without it."""
+    """Write a picture or a page, and say where it is or why it failed; never raises."""
     try:
         if path := write():
             say(f"{what}: {path}")

@@ -25,7 +25,7 @@ from minimath.rollout.open import open_engine
 
 
 def solve_command(words: list[str]) -> None:
-    """Run `minimath solve` with the words behind it. Raises UserError, also when there is no problem."""
+    """Run `minimath solve` with the words behind it. UserError: also for no problem."""
     problem, options = parse(words)
     cfg = load_config(EvalConfig, None, options)
     problems = [problem] if problem else ask() if sys.stdin.isatty() else list(ask())

@@ -83,7 +83,7 @@ class Columns:
         self.inside: dict[str, None] = {}  # fields of its messages that were not read, in order
 
     def take(self, names: tuple[str, ...], kind: type | None = None) -> tuple[str, object]:
-        """Read the first column that holds something, or anything of a kind; None: none does."""
+        """Read the first column that holds something, or one of a kind; None: none does."""
         for name in names:
             value = self.values.get(name)
             if name not in self.read and (isinstance(value, kind) if kind else _filled(value)):
@@ -106,7 +106,7 @@ class Columns:
 
 
 def to_example(row: Columns, where: str, need: Iterable[str]) -> Example:
-    """Make an example of a row in any accepted shape. Raises BadRow when it can't be used."""
+    """Make an example of a row in any accepted shape. Raises BadRow."""
     _take_best_generation(row, "solution" in need)
     talk = _talk(row)
     example = Example("", messages=talk, where=where)

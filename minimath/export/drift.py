@@ -22,17 +22,13 @@ class Drift(NamedTuple):
     agreement: float  # share where both have the same greedy token
     tokens: int
 
-    def __str__(self) -> str:
-        same = f"greedy token the same on {self.agreement:.1%} of {self.tokens} tokens"
-        return f"mean KL {self.kl:.2e} nats a token, {same}"
-
 
 def drift_texts(policy: Policy, cfg: EvalConfig, count: int) -> tuple[list[tuple[list[int], list[int]]], str]:
     """Write the model's greedy completions of `count` problems of the run or made.
 
     Returns ([(prompt ids, completion ids)], where the problems are from). UserError: no prompt is short enough."""
     problems, source = [], cfg.data.source
-    if source and Path(source).exists():
+    if source and Path(source).expanduser().exists():
         with contextlib.suppress(UserError):  # it may have changed since: the made ones do as well
             problems = [example.problem for example in load_examples(cfg.data)[0] if example.problem]
     if not problems:

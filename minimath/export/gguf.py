@@ -45,8 +45,8 @@ def pre_tokenizer(tokenizer) -> str:
     steps = data["pre_tokenizer"] or {}
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"}  # which changes no token
              for step in steps.get("pretokenizers", [steps])]
-    names = [name for name, known in PRE_TOKENIZERS.items() if steps == known and data["model"]["type"] == "BPE"]
-    return names[0] if names else ""
+    kinds = PRE_TOKENIZERS if data["model"]["type"] == "BPE" else {}
+    return next((name for name, known in kinds.items() if steps == known), "")
 
 
 def type_of(weight: torch.Tensor, kind: str) -> gguf.GGMLQuantizationType:

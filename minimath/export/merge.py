@@ -104,7 +104,9 @@ def export(words: list[str]) -> dict:
 
 
 def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[Policy, Drift, str]:
-    """Load what was trained on `quant` weights, merge, round and measure; the last says it. UserError: max_drift."""
+    """Load what was trained on `quant` weights, merge it, measure and word the drift.
+
+    Raises UserError above max_drift."""
     policy = load_policy(in_training := load.replace(quant=quant), train=False)
     print(f"{describe(policy.model, in_training)}, adapter {load.adapter.path}")
     if cfg.to == "gguf":
@@ -131,7 +133,8 @@ def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[
     if quant != "none":
         before, why = "4-bit model in training", ("The base lacks the rounding of the 4-bit weights: evaluate the "
                                                   "adapter with quant=none")
-    measured = f"drift, {before} to merged {kind} weights, on {source}: {drift}"
+    measured = (f"drift, {before} to merged {kind} weights, on {source}: mean KL {drift.kl:.2e} nats a token, greedy "
+                f"token the same on {drift.agreement:.1%} of {drift.tokens} tokens")
     print(measured)
     if not drift.kl <= cfg.max_drift:  # also nan
         raise UserError(f"the merged model is not the one that was trained: mean KL {drift.kl:.2e} is above max_drift="

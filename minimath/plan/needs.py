@@ -129,7 +129,7 @@ class Planner:
         return {"teacher": rows["embeddings, head, norms"] + rows["linear layers"] + sum(other.model(cfg).biases)}
 
     def second_adapter(self, cfg: RLAIFConfig, folder: str) -> tuple[list[int], int]:
-        """Count the weights of each tensor of an adapter beside the policy's, and its bytes with their casts."""
+        """Count an adapter beside the policy's: weights of each tensor, bytes with casts."""
         share, model = 1.0, self.model(cfg)
         with contextlib.suppress(UserError):  # not there yet: of the policy's rank
             config = read_json(find_adapter(folder) / "adapter_config.json")

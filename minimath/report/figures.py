@@ -108,7 +108,7 @@ def draw_curve(axis, points: list[tuple], colour: str, label: str, half: int = 2
 
 @rc_context(STYLE)
 def judged(rows: list[dict]) -> Figure | None:
-    """Draw judged wins of worse solutions, length and reward; None: no pair was judged."""
+    """Draw judged wins of worse solutions, length, reward; None: no pair was judged."""
     if not any(series(rows, f"{prefix}worse_wins") for prefix, *_ in CANARIES):
         return None
     figure, (top, bottom) = new_figure(7.2, 6.2, nrows=2, sharex=True, height_ratios=[3, 2])

@@ -109,6 +109,12 @@ def test_data_of_its_own_is_taken_as_it_is(recipe):
     assert (taken.data.split, taken.data.limit, taken.sampling.temperature) == ("test", 10, 0.5)
 
 
+@pytest.mark.parametrize("word", ["limit=5", "--limit=5"])
+def test_a_limit_without_a_section_is_for_the_training_problems_alone(recipe, word):
+    cfgs = load_stages(recipe, [word], "run")[1]
+    assert [cfgs[name].data.limit for name in ("sft", "rlaif", "eval")] == [5, 5, 2]
+
+
 @pytest.mark.parametrize("words, said", [
     (["judge_train.lr=fast"], "lr must be a number"), (["judge_train.adaptr=x"], "unknown key"),
     (["judge_train.rubric=nowhere.txt"], "nowhere.txt"), (["judge_train.form=pair", "judge_form=single"], "judge_form"),

@@ -72,10 +72,12 @@ def test_weights_are_rounded_once_and_are_no_further_off_than_those_of_pefts_own
 
 # ---- the command
 
-def test_the_folder_is_the_model_with_its_tokenizer_a_card_and_the_dtype_of_the_base(tmp_path, tiny_dir, here):
+def test_the_folder_is_the_model_with_its_tokenizer_a_card_and_the_dtype_of_the_base(
+        tmp_path, tiny_dir, here, monkeypatch):
     base = in_bf16(tmp_path / "base", tiny_dir)
-    data = write_problems(tmp_path / "problems.jsonl", n=4)
-    run = awake_run(tmp_path / "runs" / "sft", base, data=str(data), system="Be brief.")
+    write_problems(tmp_path / "problems.jsonl", n=4)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = awake_run(tmp_path / "runs" / "sft", base, data="~/problems.jsonl", system="Be brief.")
     (tmp_path / "runs" / "eval-sft").mkdir()
     (tmp_path / "runs" / "eval-sft" / "eval.json").write_text(json.dumps({"accuracy": 0.25, "problems": 8}))
     status, out, err = here("export", f"adapter={run}", "out=new", *SMALL)
