@@ -13,26 +13,6 @@ from minimath.core.entry import run_command, started_together
 from minimath.core.errors import UserError
 from minimath.core.text import did_you_mean
 
-USAGE = """minimath: SFT, then RLAIF, for mathematical language models on one GPU
-
-  minimath demo [--minutes N] [--judge J] [--full] [--out DIR]   the whole recipe on a small model and made problems
-  minimath run RECIPE.yaml [key=value ...]           SFT, RLAIF and evaluation of a recipe
-  minimath sft   [RECIPE.yaml] [key=value ...]       stage 1: fine-tune on worked solutions
-  minimath rlaif [RECIPE.yaml] [key=value ...]       stage 2: RL with an AI judge
-  minimath eval  [RECIPE.yaml] [key=value ...]       accuracy, tokens, steps, with intervals
-  minimath solve ["PROBLEM"] [key=value ...]         solutions as they are written, their steps checked
-  minimath sample [RECIPE.yaml] [key=value ...]      training data: the shortest correct of k solutions per problem
-  minimath judge train [RECIPE.yaml] [key=value ...] a judge: an adapter beside the policy's, of its own solutions
-  minimath judge check [RECIPE.yaml] [key=value ...] whether a judge can be trusted, and how easily it is fooled
-  minimath judge compare EVAL_A EVAL_B [key=value ...] whose solutions it finds easier to read
-  minimath plan RECIPE.yaml [key=value ...] [card=24] [--apply [FILE]]   what it needs, which cards hold it
-  minimath report RUN [RUN ...] [out=FOLDER]         report.html of a run, or of several beside each other
-  minimath export adapter=RUN out=FOLDER [to=gguf]   the merged model, for transformers, llama.cpp or Ollama
-  minimath doctor [key=value ...]                    what this machine is, what will be used, whether it works
-
-`minimath sft --help` lists every option of a stage with its default. A recipe is YAML: `key: value` lines, shared
-or in a section (sft:, rlaif:, eval:); key=value words win. With `run`, `sft.lr=1e-4` is for one stage.
-"""
 # Where each command is; loaded when it is asked for: help and errors come at once
 COMMANDS = {"sft": "train.sft.sft", "rlaif": "commands.run.rlaif", "eval": "eval.evaluate.evaluate",
             "sample": "eval.sample.sample", "run": "commands.run.run", "plan": "plan.plan.plan",
@@ -49,7 +29,7 @@ def main() -> int:
     """Entry point of the console script; returns the exit status."""
     command, *words = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help", "help"):
-        print(USAGE)
+        print(Path(__file__).with_name("usage.txt").read_text(encoding="utf-8"))
         return 0
     if command == "--version":
         print(f"minimath {importlib.metadata.version('minimath')}")

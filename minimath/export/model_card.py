@@ -9,34 +9,7 @@ from minimath.core.errors import UserError
 from minimath.data.chat import turn_end
 from minimath.data.template import chat_args, render, template_of
 
-CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [minimath, math]
-{hub_base}---
-
-# {name}
-
-{base} with a LoRA adapter merged into its weights, made with minimath.
-
-{facts}
-- {drift}
-
-Licence: not stated here. Those of the base model and of the training data apply; add yours before you share it.
-
-## Prompt
-
-System message and user message of the training, in the chat template:
-
-{system}
-
-{user}
-
-## Use
-
-{usage}
-"""
+CARD = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
 FIGURES = ("problems", "accuracy", "interval", "mean_tokens", "correct_steps", "finished")
 
 
