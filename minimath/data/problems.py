@@ -8,11 +8,7 @@ written in one of three registers, because a policy fitted to one wording has no
     plain    one sentence with its equation for each step
     verbose  restates the question, explains each step, mostly checks the last one
 
-Every step is an equation `a op b = c` in all three. scenes.json has names, events of the stories (total op n; one with
-`ask` ends the story), stories (a start, or `packs`: a start k * m; texts and phrases go in pairs), formulas (ranges of
-variables, steps "a op b"; r1, r2 are earlier results), and the wording of the registers. Slots: {A}, {B} names; {he},
-{his} for A; {n}, {k}, {m} or a variable for numbers; {eq} the equation or its result. A phrase starts in lower case and
-has no full stop, so that it fits after "First, ".
+Every step is an equation `a op b = c` in all three. README.md says what scenes.json holds.
 Train and test never overlap: sha256 of the text without names and pronouns decides the side (see `split_of`)."""
 import hashlib
 import json

@@ -1,16 +1,4 @@
-"""Make an example of a row.
-
-The shape is read off a row's columns; the first of these that fits counts:
-    generations        problem + a list generations or generation (OpenR1-Math): the shortest of those that
-                       correctness_math_verify calls right and is_reasoning_complete whole, as in the paper
-    messages           messages: [{role, content}, ...] with roles system, user, assistant; an assistant's thoughts may
-                       be in reasoning_content. Also ShareGPT's conversations: [{from, value}, ...]
-    prompt, completion each a text or a list of messages; verl's answer is in reward_model.ground_truth
-    instruction, input Alpaca's, and SVAMP's body, question: the problem is both
-    question, answer   an answer with "#### 72" (GSM8K) is split in solution and answer, one with \\boxed or of
-                       more than 8 words is a worked solution, any other a final answer
-    problem, solution  or generation (+ answer; else from "#### x" or \\boxed{x}), as in Fast-Math-R1-SFT and -GRPO
-Thoughts before a solution are in its text, in <think> and </think>, or in reasoning_content or thinking beside it."""
+"""Make an example of a row; README.md lists the shapes that are accepted."""
 import re
 import unicodedata
 from collections.abc import Iterable
