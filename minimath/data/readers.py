@@ -222,7 +222,7 @@ def _parquet(path: Path, _) -> Iterator[dict | BadRow]:
                     digits = batch.column(i).cast(pyarrow.string()).cast(pyarrow.float64())
                     batch = batch.set_column(i, column.name, digits)
             yield from _batch_rows(batch)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the second of a column's name
         reason, *_ = str(error).splitlines()
         raise UserError(f"{path}: not a readable parquet file ({reason}); write it again") from error
 

@@ -330,6 +330,16 @@ def test_parquet_text_that_is_not_utf8_is_one_bad_row(tmp_path):
     assert report.rows[0].startswith(f"{tmp_path / 'a.parquet'}:row 2: ")
 
 
+def test_a_column_of_parquet_whose_name_is_not_utf8_is_one_clear_error(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["p"], "zzzz": ["s"]}), tmp_path / "a.parquet",
+                                store_schema=False)
+    path = write(tmp_path, (tmp_path / "a.parquet").read_bytes().replace(b"zzzz", b"\xff\xfe\xfd\xfc"), "b.parquet")
+    with pytest.raises(UserError, match="b.parquet: not a readable parquet file"):
+        load(path)
+
+
 def test_numbers_as_answers_are_plain_text_and_nan_is_a_missing_answer(tmp_path):
     for number, text in ((3.0, "3"), (0.5, "0.5"), (1e16, "10000000000000000"), (-0.0, "0"), (float("nan"), "")):
         assert load_one(tmp_path, {**GOOD, "solution": "s", "answer": number}).answer == text
