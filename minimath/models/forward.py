@@ -1,8 +1,7 @@
 """The forward pass of a causal LM: hidden states, masks, the LM head, the model without its adapter.
 
-The reference policy is the model under `adapter_off`, the judge under `adapter_named`; rollouts and updates use the
-same weights.
-The LM head is never called: losses and log-probs go through `minimath.kernels`."""
+The reference policy is the model under `adapter_off`, the judge under `adapter_named`. The LM head is never called:
+losses and log-probs go through `minimath.kernels`."""
 import contextlib
 from typing import NamedTuple
 
@@ -14,8 +13,6 @@ from minimath.core.errors import UserError
 from minimath.models.attention import Segment, Segments
 from minimath.models.block_attention import PackedRows, on_device, takes_flash, with_gaps
 from minimath.models.fused import fused_layers
-
-ATTEND = {"full_attention", "sliding_attention"}  # kinds of layers that keep keys and values alone
 
 
 class Head(NamedTuple):
@@ -145,7 +142,8 @@ def takes_rows(model) -> bool:
 
 def takes_mask(model) -> bool:
     """Tell whether a mask of ours says what a token sees: no recurrence, no chunks."""
-    return (text_config(model)._attn_implementation in ("sdpa", "eager") and ATTEND.issuperset(layer_kinds(model))
+    others = set(layer_kinds(model)) - {"full_attention", "sliding_attention"}
+    return (text_config(model)._attn_implementation in ("sdpa", "eager") and not others
             and not getattr(base_causal_lm(model), "_is_stateful", False))
 
 
@@ -153,10 +151,9 @@ def is_masked(model, rows: list[Segment], shape) -> bool:
     """Tell whether rows need a mask of ours: those behind others, on a card all but whole ones.
 
     transformers would read there what it makes of positions or padding, and sdpa make numbers of it in every layer."""
-    if any(row.before for row in rows):
-        return True
     whole = len(rows) == shape[0] and all(row.length == shape[1] for row in rows)
-    return bool(rows) and not whole and base_causal_lm(model).device.type == "cuda" and takes_mask(model)
+    return any(row.before for row in rows) or (
+        bool(rows) and not whole and base_causal_lm(model).device.type == "cuda" and takes_mask(model))
 
 
 def rows_of(shape, position_ids) -> list[Segment]:

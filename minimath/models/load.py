@@ -16,20 +16,11 @@ from minimath.core.errors import UserError
 from minimath.core.files import read_json
 from minimath.core.hub import without_network
 from minimath.core.run_folder import find_adapter, say_once
+from minimath.models import variants
 from minimath.models.block_attention import without_cudnn
 from minimath.models.forward import base_causal_lm, head_module
 from minimath.models.fused import fuse, fused_layers, unfusable
 from minimath.models.offload import offload_inputs
-from minimath.models.variants import (
-    CHANGE_THE_BASE,
-    PRINCIPAL,
-    begin_at_principal,
-    compile_layers,
-    is_sharded,
-    keep_4bit_weights_trainable,
-    nf4_config,
-    shard,
-)
 
 MORE_THAN_LORA = ("bias", "modules_to_save", "trainable_token_indices", "layer_replication")  # in an adapter's config
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,8 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_device(name: str) -> torch.device:
     """Find the device that an option names. Raises UserError for one that is not there.
 
-    auto: cuda (also ROCm), else mps, else cpu; of several processes each its own. A card has its index, and becomes the
-    current one, on which CUDA graphs and whatever names no card run."""
+    auto: cuda (also ROCm), else mps, else cpu; of several processes each its own. A card becomes the current one."""
     if name == "auto":
         name = dist.local_card() or ("cuda" if torch.cuda.is_available() else
                                      "mps" if torch.backends.mps.is_available() else "cpu")
@@ -112,14 +102,14 @@ def load_model(cfg, *, train: bool):
     elif train:
         model = _new_adapter(model, cfg)
     if options.shard:
-        shard(model, base_causal_lm(model), device)
+        variants.shard(model, base_causal_lm(model), device)
     if train and cfg.optimizer.gradient_checkpointing:
         checkpoint_activations(model)
     if train and cfg.optimizer.offload:
         offload_inputs(model, device)
     cast_adapters_down(model)
     if options.compile and train:
-        compile_layers(base_causal_lm(model))
+        variants.compile_layers(base_causal_lm(model))
     elif why := "its weights are split between processes" if options.shard else fuse(base_causal_lm(model)):
         say_once(f"{options.name}: its decoder layers run as transformers and peft have them, which is slower ({why})")
     model.train(train)
@@ -129,7 +119,8 @@ def load_model(cfg, *, train: bool):
 def _load_base(options: ModelOptions, device: torch.device):
     """Load the frozen base to the device; one that will be sharded stays on the CPU."""
     dtype, _ = pick_dtype(options.dtype, device)
-    place = {"quantization_config": nf4_config(dtype), "device_map": {"": device}} if options.quant == "nf4" else {}
+    nf4 = options.quant == "nf4"
+    place = {"quantization_config": variants.nf4_config(dtype), "device_map": {"": device}} if nf4 else {}
     transformers.utils.logging.disable_progress_bar()
     with _load_errors(options.name, "model"):
         index = Path(options.name, "model.safetensors.index.json")  # its shards may be files that would be unpickled
@@ -141,7 +132,7 @@ def _load_base(options: ModelOptions, device: torch.device):
             use_safetensors=True, **place)
     if not place and not options.shard:
         model.to(device)
-    keep_4bit_weights_trainable(model)
+    variants.keep_4bit_weights_trainable(model)
     model.config.use_cache = False
     return model.requires_grad_(False)
 
@@ -169,7 +160,7 @@ def _new_adapter(model, cfg):
     options = cfg.adapter
     targets = options.lora_targets.replace(" ", "")
     init = {"default": True, "true": True, "false": False}.get(options.lora_init, options.lora_init)
-    rank, alpha, principal = options.lora_r, options.lora_alpha, PRINCIPAL.fullmatch(options.lora_init)
+    rank, alpha, principal = options.lora_r, options.lora_alpha, variants.PRINCIPAL.fullmatch(options.lora_init)
     if principal:  # of twice the rank, at the same scale
         rank, alpha, init = 2 * rank, alpha * (2 ** 0.5 if options.rslora else 2), True
     elif init not in (True, False, "gaussian", "orthogonal"):
@@ -187,7 +178,7 @@ def _new_adapter(model, cfg):
         raise UserError(f"lora_targets={options.lora_targets!r}, lora_init={options.lora_init!r}: {first_line(error)} "
                         f"Linear layers of this model: {', '.join(sorted(names))}; or all-linear") from None
     if principal:
-        begin_at_principal(model, options.lora_init)
+        variants.begin_at_principal(model, options.lora_init)
     _refuse_head(model, f"lora_targets={options.lora_targets!r}")
     return model
 
@@ -216,7 +207,7 @@ def _load_adapter(model, folder: Path, name: str = "default", *, train: bool):
             raise UserError(f"{folder}: its {more[0]} is more than LoRA layers, which alone can stand beside another "
                             "adapter; train it again without")
         init = config.get("init_lora_weights")
-        if isinstance(init, str) and init.startswith(CHANGE_THE_BASE):
+        if isinstance(init, str) and init.startswith(variants.CHANGE_THE_BASE):
             raise UserError(f"{folder}: its init_lora_weights={init!r} changed the base model, which is reference and "
                             "judge here; save it again by peft with path_initial_model_for_weight_conversion")
         how = {"adapter_name": name, "is_trainable": train, "torch_device": str(base_causal_lm(model).device)}
@@ -239,7 +230,7 @@ def add_adapter(model, folder: Path, name: str):
     Raises UserError where it can't stand there; the model is of no use then."""
     if any(name in other or other in name for other in getattr(model, "peft_config", {})):  # peft looks for parts
         raise ValueError(f"the model has an adapter with a name like {name!r}")
-    if is_sharded(model):
+    if variants.is_sharded(model):
         raise UserError(f"{folder}: a second adapter does not go with shard=true; leave shard away, or use quant=nf4")
     was_training, device = model.training, base_causal_lm(model).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # peft draws initial values
@@ -254,7 +245,6 @@ def add_adapter(model, folder: Path, name: str):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -277,9 +267,7 @@ def _load_errors(name: str, what: str):
 
 
 def cast_adapters_down(model) -> None:
-    """Stop peft from casting activations up to the adapter's fp32.
-
-    `compute_dtype` casts the adapter down instead: same rounding of the result, a third less time per step."""
+    """Stop peft from casting activations up to fp32: `compute_dtype` casts the adapter down instead."""
     if base_causal_lm(model).dtype != torch.float32:
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):

@@ -9,17 +9,10 @@ from pathlib import Path
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from minimath.models.forward import (
-    adapter_off,
-    base_causal_lm,
-    compute_dtype,
-    head_module,
-    inference,
-    layer_kinds,
-    text_config,
-)
+from minimath.models import forward
 
-STATE = {"conv", "linear_attention", "hybrid"}  # kinds of layers; hybrid: state, and keys and values
+ATTEND = {"full_attention", "sliding_attention"}  # kinds of layers: keys and values alone
+STATE = {"conv", "linear_attention", "hybrid"}  # hybrid: state, and keys and values
 NEITHER = {"moe", "mlp"}
 MOST_SLOTS = {"cpu": 128, "cuda": 512}  # beyond, a step takes longer in proportion: nothing is gained
 EXPECTED = 0.5  # of the tokens that rows may sample, held at a time, before any were seen: all grow to the limit
@@ -29,22 +22,27 @@ KEEPERS = weakref.WeakSet()  # what holds memory for its next use, and gives it 
 _BYTES = weakref.WeakKeyDictionary()  # of a model's state
 
 
+def has_state(model) -> bool:
+    """Tell whether layers keep state that stands in transformers' cache."""
+    return not STATE.isdisjoint(forward.layer_kinds(model))
+
+
 def keeps_state(model) -> bool:
     """Tell whether tokens reach those behind them other than through attention."""
-    return bool(getattr(base_causal_lm(model), "_is_stateful", False) or STATE & set(layer_kinds(model)))
+    return has_state(model) or bool(getattr(forward.base_causal_lm(model), "_is_stateful", False))
 
 
 def cache_argument(model) -> str:
     """Name the decoder's argument for the cache."""
-    taken = inspect.signature(base_causal_lm(model).base_model.forward).parameters
+    taken = inspect.signature(forward.base_causal_lm(model).base_model.forward).parameters
     return "cache_params" if "cache_params" in taken else "past_key_values"
 
 
 def fresh_cache(model) -> DynamicCache:
     """Make an empty cache for a prefill; layers with a window keep the full length in it."""
-    if not STATE & set(layer_kinds(model)):
+    if not has_state(model):
         return DynamicCache()  # without a config: full length in every layer
-    cache = DynamicCache(config=base_causal_lm(model).config)
+    cache = DynamicCache(config=forward.base_causal_lm(model).config)
     cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
     return cache
 
@@ -60,13 +58,14 @@ def state_bytes(model) -> int:
     """Count the bytes of one sequence's state in all layers, as one token leaves it.
 
     Works on the meta device too. 0 for a model without, and for one whose state has no place in transformers' cache."""
-    base = base_causal_lm(model)
-    if not STATE & set(layer_kinds(model)):
+    base = forward.base_causal_lm(model)
+    if not has_state(model):
         return 0
     if base not in _BYTES:
         cache, ids = fresh_cache(model), torch.zeros(1, 1, dtype=torch.long, device=base.device)
         # autocast knows no meta device, and peft asks for it around experts
-        with inference(model), adapter_off(model) if base.device.type == "meta" else compute_dtype(model):
+        cast = forward.adapter_off if base.device.type == "meta" else forward.compute_dtype
+        with forward.inference(model), cast(model):
             base.base_model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
         _BYTES[base] = sum(each.nbytes for layer in cache.layers for each in states_of(layer))
     return _BYTES[base]
@@ -101,13 +100,13 @@ def free_bytes(device: torch.device) -> int:
 
 def cache_bytes_per_token(model) -> int:
     """Count the bytes of keys and values of one token in all layers that attend."""
-    config, kinds = text_config(model), layer_kinds(model)
+    config, kinds = forward.text_config(model), forward.layer_kinds(model)
     attend = sum(kind not in (STATE | NEITHER) - {"hybrid"} for kind in kinds) if kinds else config.num_hidden_layers
     if not attend:
         return 0
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * attend * heads * dim * base_causal_lm(model).dtype.itemsize
+    return 2 * attend * heads * dim * forward.base_causal_lm(model).dtype.itemsize
 
 
 def sampling_bytes(vocab: int, how, device: str) -> int:
@@ -131,13 +130,13 @@ def fitting_rows(model, longest: int, expected: int, wanted: int, how, *, asked:
     longest, expected: places that a row takes at most, and at a time. asked: how many, whatever memory there is. The
     pool holds all at full length where there is room, at least one. free: bytes, else what the device has. held: bytes
     that the last rollout's cache holds, for this one."""
-    device = base_causal_lm(model).device
+    device = forward.base_causal_lm(model).device
     free = free_bytes(device) if free is None else free
     most = min(wanted, asked or MOST_SLOTS.get(device.type, 64))
     if not free:
         return most, most * longest
     room, token = int((free + held) * SHARE.get(device.type, 0.5)), cache_bytes_per_token(model)
-    each = state_bytes(model) + sampling_bytes(head_module(model).weight.shape[0], how, device.type)
+    each = state_bytes(model) + sampling_bytes(forward.head_module(model).weight.shape[0], how, device.type)
     rows = most if asked else max(1, min(most, room // (each + expected * token)))
     places = (room - rows * each) // token if token else rows * longest
     return rows, max(longest, min(places, rows * longest))

@@ -7,8 +7,8 @@
 Norms and act(g) u are cheap: the backward pass computes them again. R rotates q and k, after their own norms where a
 model has those; a family with norms behind o and down has them before the sums. `layer` is a fused.FusedLayer.
 
-The MLP of more than PIECE rows, in a pass without gradients or a layer that is computed again anyway, goes by pieces,
-so that [g u] is never there as a whole: 1.3 GB of 24,000 tokens of a 14B model, and twice that in backward."""
+The MLP of more than PIECE rows, in a pass without gradients or a layer that is computed again anyway, goes by pieces:
+[g u] of 24,000 tokens of a 14B model as a whole would be 1.3 GB, and twice that in backward."""
 from typing import NamedTuple
 
 import torch

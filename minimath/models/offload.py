@@ -16,9 +16,9 @@ from minimath.models.memory import KEEPERS
 class Waiting:
     """An input in host memory, `here` and `ready` once it is on its way back."""
 
-    def __init__(self, host: "Host", x: torch.Tensor, before):
-        self.host, self.before, self.buffer = host, before, host.buffer(x)
-        self.there, self.here, self.ready = self.buffer[:x.numel()].view(x.shape), None, None
+    def __init__(self, host: "Host", buffer: torch.Tensor, shape: torch.Size, before):
+        self.host, self.buffer, self.before = host, buffer, before
+        self.there, self.here, self.ready = buffer[:shape.numel()].view(shape), None, None
 
     def __del__(self):
         self.host.free.append(self.buffer)
@@ -35,7 +35,7 @@ class Host:
 
     def close(self) -> None:
         self.free.clear()
-        self.last = self.leaving = None  # the input put last, weakly; (tensor, event) of a copy that may be under way
+        self.last, self.leaving = None, (None, None)  # the input put last, weakly; tensor and event of a copy under way
 
     def buffer(self, x: torch.Tensor) -> torch.Tensor:
         """Take a flat buffer of x's dtype with room for it."""
@@ -59,15 +59,14 @@ class Host:
 
     def settle(self) -> None:
         """Let go of the tensor whose copy is under way, once it has ended."""
-        if self.leaving is not None:
-            self.wait(self.leaving[1])
-            self.leaving = None
+        self.wait(self.leaving[1])
+        self.leaving = None, None
 
     def put(self, x: torch.Tensor) -> "Waiting | torch.Tensor":
         if not x.requires_grad:  # positions, masks: the same for all layers
             return x
         self.settle()
-        waiting, x = Waiting(self, x, self.last), x.detach()
+        waiting, x = Waiting(self, self.buffer(x), x.shape, self.last), x.detach()
         self.leaving, self.last = (x, self.copy(waiting.there, x)), weakref.ref(waiting)
         return waiting
 

@@ -1,8 +1,7 @@
 """Completions of one prompt behind a single copy of it: an update computes a group's prompt once.
 
 A sequence is prompt, completion 1, completion 2, ...; every completion's positions go on from the prompt's end, and its
-tokens see the prompt and themselves: loss and gradient are those of the rows computed apart. A model that keeps state
-computes them apart."""
+tokens see the prompt and themselves: loss and gradient are those of the rows computed apart."""
 from collections.abc import Iterator
 
 import torch
@@ -90,9 +89,8 @@ def forward_batches(policy: Policy, rows: list[Encoded], groups: list[int],
                     micro_batch_tokens: int) -> Iterator[tuple[list[int], dict]]:
     """Yield indices into rows and their batch, on the CPU, behind shared prompts where that saves.
 
-    Else rows behind one another, where attention between them costs nothing, or of like length and padded. groups: as
-    in shared_packs. Every batch has input_ids, position_ids and target, and attention_mask or rows where needed;
-    `trained_states` finds the hidden states that belong to the targets."""
+    Else rows behind one another, or of like length and padded. groups: as in shared_packs. Every batch has input_ids,
+    position_ids and target, and attention_mask or rows where needed; for `trained_states`."""
     attn, most, by_rows = policy.options.attn, micro_batch_tokens, takes_rows(policy.model)
     if attn == "eager":
         most = min(most, EAGER_TOKENS)

@@ -4,10 +4,10 @@ shard=true (FSDP2), for models that no single card holds: each process keeps 1 /
 weights, and a forward or backward gathers one layer at a time. Embeddings, head and adapter stay whole: a step is the
 same as without. A forward is work of all processes: each must do as many, with blank ones where it has less to do.
 
-PiSSA (arXiv 2404.02948) and OLoRA (2406.01775): peft takes the initial product B0 A0 off the base. Then the model
-without its adapter is not the base, which reference, self-judge, drift and export stand on, and a saved adapter fits no
-base but that one. Here the adapter itself takes it off: W + s (B A - B0 A0), one LoRA of twice the rank whose second
-half does not train, a form that peft saves too (path_initial_model_for_weight_conversion)."""
+PiSSA (arXiv 2404.02948) and OLoRA (2406.01775): peft takes the initial product B0 A0 off the base, which reference,
+self-judge, drift and export stand on. Here the adapter itself takes it off: W + s (B A - B0 A0), one LoRA of twice the
+rank whose second half does not train, a form that peft saves too (path_initial_model_for_weight_conversion)."""
+import functools
 import re
 from collections.abc import Iterator
 
@@ -39,9 +39,8 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 def compile_layers(base, backend: str = "inductor") -> None:
     """Compile the decoder layers of `base` for passes with gradients.
 
-    Other passes run the layers as they are: decoding puts functions of its own in place of their linear layers, which
-    compiled code would not see. Layers of a kind share a graph, and so do passes of all sizes. Raises UserError, in a
-    pass too: compilation begins there."""
+    Others run the layers as they are: compiled code would not see what decoding puts in place of their linear layers.
+    Raises UserError, in a pass too: compilation begins there."""
     import torch._dynamo  # a second, for this option alone
     import torch._functorch.config
     if not (layers := getattr(base.base_model, "layers", None)):
@@ -69,15 +68,13 @@ def compile_layers(base, backend: str = "inductor") -> None:
         layer.forward = switch(layer.forward, torch.compile(layer.forward, dynamic=True, backend=backend))
 
 
-def keep_4bit_weights_trainable(model) -> int:
-    """Stop bitsandbytes from repacking 4-bit weights; returns the number of layers.
+def keep_4bit_weights_trainable(model) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights.
 
-    On CPUs with avx512_bf16 one no-grad forward in eval mode repacks Linear4bit weights for good; LoRA gradients after
-    that are wrong by 77-99% with a normal-looking loss."""
-    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-    return len(layers)
+    On CPUs with avx512_bf16 one no-grad forward in eval mode does so for good, and LoRA gradients are wrong then."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def shard(model, base, device: torch.device) -> None:
@@ -127,8 +124,8 @@ def begin_at_principal(model, init: str, name: str = "default") -> None:
             a.zero_(), b.zero_()
             for start, sign in ((0, 1), (rank, -1)):
                 a[start:start + len(right)], b[:, start:start + len(right)] = right, sign * left
-            a.register_hook(lambda grad, rank=rank: _first(grad, 0, rank))
-            b.register_hook(lambda grad, rank=rank: _first(grad, 1, rank))
+            for dim, factor in enumerate((a, b)):
+                factor.register_hook(functools.partial(_first, dim, rank))
 
 
 def factors(weight: torch.Tensor, init: str, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +143,7 @@ def factors(weight: torch.Tensor, init: str, rank: int, scale: float) -> tuple[t
     return u[:, :rank] * root, root[:, None] * vh[:rank]
 
 
-def _first(grad: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+def _first(dim: int, rank: int, grad: torch.Tensor) -> torch.Tensor:
     """Keep the gradient of the first half."""
     grad = grad.clone()
     grad.narrow(dim, rank, rank).zero_()

@@ -24,6 +24,9 @@ class Row:
         self.boxed, self.known = False, []  # closed its box; ids end_early saw
         self.shared = 0  # its first cells, which were another row's before
 
+    def tokens(self) -> tuple[int, ...]:
+        return (*self.job.prompt, *self.ids)
+
 
 class Blocks:
     """Who holds which blocks: a row, or on a CPU `width` places of the batch."""

@@ -7,9 +7,9 @@ from torch.nn.utils.rnn import pad_sequence
 from minimath.core.errors import UserError
 from minimath.core.threads import follow_load
 from minimath.models.block_attention import on_device
-from minimath.models.forward import additive_mask, base_causal_lm, head, layer_kinds
+from minimath.models.forward import additive_mask, base_causal_lm, head
 from minimath.models.linears import IN_PLACE
-from minimath.models.memory import STATE, fresh_cache, give_back
+from minimath.models.memory import fresh_cache, give_back, has_state
 from minimath.rollout.blocks import Blocks, Row
 from minimath.rollout.ends import BoxWatch, Flight, in_loop
 from minimath.rollout.engine import Engine
@@ -38,7 +38,7 @@ class Decode:
         self.sync = SYNC.get(self.device.type, 1)
         self.ends = self.put(torch.tensor(sorted(set(engine.eos)), dtype=torch.long))
         self.back = self.put(torch.arange(4 * self.sync, 0, -1))
-        self.graphs, self.keeps_state = StepGraphs(model), bool(STATE & set(layer_kinds(model)))
+        self.graphs, self.has_state = StepGraphs(model), has_state(model)
         self.graphs.usable &= engine.records
         self.slots, self.cache, self.where, self.rows = 0, None, None, []
 
@@ -285,18 +285,18 @@ class Decode:
             width = max(width, min(-(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.longest))
         self.blocks.hold(self.rows + rows, self.sync)
         pad = self.engine.policy.tokenizer.pad_token_id
-        parts = packed(groups, first, self.blocks, pad=pad, width=width, before=self.keeps_state)
+        parts = packed(groups, first, self.blocks, pad=pad, width=width, before=self.has_state)
         moved = self.put(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
         ids, (source, pos, count, last), padding, pages, changes = (
             each.view(part.shape) for each, part in zip(moved, parts))
-        how = {"padding": padding} if self.keeps_state else {"mask": functools.partial(self.prefill_mask, groups)}
+        how = {"padding": padding} if self.has_state else {"mask": functools.partial(self.prefill_mask, groups)}
         prefilled = fresh_cache(self.model)
         hidden = prefill(self.model, ids, prefilled, **how)
         if self.cache is None:
             self.cache = SlotCache(prefilled, self.blocks)
         slots = slice(first, first + len(rows))
         self.cache.tell(*changes)
-        self.cache.fill(first, prefilled, source, pages, padding if self.keeps_state else None)
+        self.cache.fill(first, prefilled, source, pages, padding if self.has_state else None)
         self.pos[slots], self.count[slots], self.alive[slots] = pos, count, True
         self.rows += rows
         self.choose(hidden.flatten(0, 1)[last], slots)

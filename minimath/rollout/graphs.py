@@ -71,8 +71,7 @@ def capture_stream(index: int) -> torch.cuda.Stream:
 def end_capture(graph, pool) -> None:
     """Undo what a failed capture leaves behind in the allocator and the random generator.
 
-    torch undoes it only where the capture could be ended (pool() raises where it was not): later allocations would wait
-    for it, the pool would stay, and dropout would raise."""
+    torch does so only where the capture could be ended: pool() raises where it was not."""
     index = torch.cuda.current_device()
     try:
         graph.pool()

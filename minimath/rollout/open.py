@@ -1,7 +1,4 @@
-"""Which engine samples: minimath's own, which is here, transformers' generate or vLLM.
-
-    with open_engine(cfg.engine, cfg.sampling, policy, seed=cfg.run.seed) as engine:
-        groups = engine.generate(prompts, 8)"""
+"""Which engine samples: minimath's own, which is here, transformers' generate or vLLM."""
 import contextlib
 import statistics
 from collections.abc import Iterator

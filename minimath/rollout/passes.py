@@ -2,16 +2,8 @@
 import torch
 
 from minimath.core.errors import is_out_of_memory
-from minimath.models.forward import (
-    ATTEND,
-    additive_mask,
-    base_causal_lm,
-    compute_dtype,
-    inference,
-    layer_kinds,
-    not_looked_at,
-)
-from minimath.models.memory import NEITHER, STATE, cache_argument, fresh_cache, keeps_state
+from minimath.models.forward import additive_mask, base_causal_lm, compute_dtype, inference, layer_kinds, not_looked_at
+from minimath.models.memory import ATTEND, NEITHER, STATE, cache_argument, fresh_cache, keeps_state
 from minimath.rollout import kv_cache
 from minimath.rollout.blocks import Blocks, Row
 from minimath.rollout.engine import Job
@@ -63,17 +55,13 @@ def masks_by_kind(model, mask):
     return attends | dict.fromkeys(STATE | NEITHER)
 
 
-def tokens_of(row: Row) -> tuple[int, ...]:
-    return (*row.job.prompt, *row.ids)
-
-
 def batches_of(rows: list[Row], *, pads: bool) -> list[list[list[Row]]]:
     """Split rows into forwards, each a list of groups that begin with the same tokens.
 
     pads: whether prompts of unlike length share one."""
     by_tokens: dict[tuple, list[Row]] = {}
     for row in rows:
-        by_tokens.setdefault(tokens_of(row), []).append(row)
+        by_tokens.setdefault(row.tokens(), []).append(row)
     batches: list[list[list[Row]]] = [[]]
     for group in sorted(by_tokens.values(), key=lambda group: group[0].length):  # like lengths: little padding
         length, last = group[0].length, batches[-1]
@@ -93,7 +81,7 @@ def packed(groups: list[list[Row]], first: int, blocks: Blocks, *, pad: int, wid
     padding = width - lengths if before else torch.zeros_like(lengths)
     ids = torch.full((len(groups), width), pad)
     for line, group, start in zip(ids, groups, padding.tolist(), strict=True):
-        line[start:start + group[0].length] = torch.tensor(tokens_of(group[0]))
+        line[start:start + group[0].length] = torch.tensor(group[0].tokens())
     source = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups]))
     numbers = torch.stack([source, lengths[source], torch.tensor([len(row.ids) for row in rows]),
                            source * width + (padding + lengths)[source] - 1])

@@ -1,7 +1,7 @@
 """Choose tokens: temperature, top-k, min-p, top-p, for all rows at once and without a read-back.
 
 A token is found by inverting the cumulative distribution at a number in [0, 1) that belongs to the completion and the
-place in it alone. What a completion becomes therefore does not depend on the batch it was decoded in."""
+place in it alone, so that a completion does not depend on its batch."""
 import math
 from typing import NamedTuple
 

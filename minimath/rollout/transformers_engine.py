@@ -1,9 +1,7 @@
 """Rollouts by transformers' `generate`, for models that minimath's own decode loop cannot serve.
 
-RWKV, RecurrentGemma and models with code of their own keep state outside of transformers' cache, or layers of other
-kinds in it; `generate` of each model knows its own. Tokens are
-chosen by a logits processor with our own sampler, which lets one token through: options, random streams and recorded
-log-probs mean the same in both engines, and of each step only (n,) numbers are kept, not logits."""
+A logits processor with our own sampler lets one token through: options, random streams and recorded log-probs mean the
+same in both engines, and of each step only (n,) numbers are kept, not logits."""
 import contextlib
 import inspect
 import itertools
@@ -50,19 +48,14 @@ class TransformersEngine(Engine):
 
     def batches(self, jobs: list[Job]) -> Iterator[list[Job]]:
         """Yield batches of jobs, sorted by length, of one length where they must."""
-        model, most = self.policy.model, self.options.max_num_seqs or ROWS
+        model, most, mixed = self.policy.model, self.options.max_num_seqs or ROWS, True
         if is_sharded(model):  # a look would be work of all processes; recurrent models are refused
             check_model(model, state=False)
-            mixed = True
-        else:
-            mixed = len({len(job.prompt) for job in jobs}) < 2 or padding_is_harmless(
-                model, self.policy.tokenizer.pad_token_id, jobs[0].prompt, len(jobs[-1].prompt))
+        elif len({len(job.prompt) for job in jobs}) > 1:
+            mixed = padding_is_harmless(model, self.policy.tokenizer.pad_token_id, jobs[0].prompt, len(jobs[-1].prompt))
         for _, alike in itertools.groupby(jobs, lambda job: 0 if mixed else len(job.prompt)):
-            alike = list(alike)
-            while alike:
-                count = self.rows or most
-                yield alike[:count]
-                alike = alike[count:]
+            while batch := list(itertools.islice(alike, self.rows or most)):
+                yield batch
 
     def _in_memory(self, jobs: list[Job]) -> list[Sample]:
         """Decode a batch, half of it at a time when memory runs out."""

@@ -1,11 +1,8 @@
 """Rollouts by vLLM (rollout=vllm), on a server (vllm_url=) or in this process, with the adapter that trains.
 
-Before each rollout the adapter as it is now is loaded under a new name: vLLM's prefix cache goes by the name. Each
-completion is a request with the seed that our own engine gives it, so that it does not depend on its batch (up to
-rounding); its tokens are others than ours, for vLLM draws otherwise.
-
-Log-probs are vLLM's processed_logprobs, of the distribution sampled from; what a token had before truncation is not
-told. vLLM serves the base in 16 bits where quant=nf4 trains on 4: the samples are then a little off-policy."""
+Before each rollout the adapter as it is now is loaded under a new name: vLLM's prefix cache goes by the name. Log-probs
+are vLLM's processed_logprobs, of the distribution sampled from; what a token had before truncation is not told. vLLM
+serves the base in 16 bits where quant=nf4 trains on 4: the samples are then a little off-policy."""
 import contextlib
 import gc
 import os
@@ -38,8 +35,7 @@ PROBE = "Tom has 12 apples and buys 7 more. How many apples does he have now?"
 class VLLMEngine(Engine):
     """vLLM for one run: serves the adapter as it is at each call, then sleeps.
 
-    Raises UserError for a server out of reach, of another model or without the log-probs that the sampling needs, for
-    vllm that is not installed or does not start, and for adapters that vLLM cannot serve."""
+    Raises UserError for a server of no use, a vllm that does not start, and adapters that vLLM cannot serve."""
 
     def __init__(self, engine, sampling, policy, *, seed=0, run_dir="", say=print):
         super().__init__(engine, sampling, policy, seed=seed, say=say)
@@ -161,12 +157,10 @@ class Colocated:
             raise UserError(f"vLLM cannot sample ({first_line(error)}); leave out rollout=vllm") from None
         if len(outputs) != len(jobs) or any(len(output.outputs) != 1 for output in outputs):
             raise UserError(f"{self.where} answered with another number of completions than {len(jobs)}")
-        answers = []
-        for index, [best] in enumerate(output.outputs for output in outputs):
-            ids = list(best.token_ids)
-            logp = [step[token].logprob for token, step in zip(ids, best.logprobs or [])]
-            answers.append((index, answer_of(self.where, ids, logp, best.finish_reason, max_new_tokens, eos)))
-        yield answers
+        ended = [output.outputs[0] for output in outputs]
+        logps = [[step[token].logprob for token, step in zip(best.token_ids, best.logprobs or [])] for best in ended]
+        yield [(i, answer_of(self.where, list(best.token_ids), logp, best.finish_reason, max_new_tokens, eos))
+               for i, (best, logp) in enumerate(zip(ended, logps))]
 
     def load(self, name: str, folder: Path) -> None:
         """Serve the adapter in a folder in place of the last one."""

@@ -67,8 +67,8 @@ class Client:
     def served(self) -> list[dict]:
         """List the models and adapters served."""
         reply = self._ask("/models").result()
-        return [card for card in (reply.get("data") if isinstance(reply, dict) else None) or []
-                if isinstance(card, dict)]
+        cards = reply.get("data") if isinstance(reply, dict) else None
+        return [card for card in cards or [] if isinstance(card, dict)]
 
     def pick(self, found: list[dict], served: list[dict], otherwise: str, longest: int) -> str:
         """Return the name of the first model found; UserError for none, or one that takes fewer tokens."""
@@ -176,10 +176,9 @@ class Server(Client):
             raise
 
     def _gives_processed(self, probe: Job) -> bool:
-        """Tell whether log-probs are those of the distribution sampled from.
+        """Tell whether log-probs are those of the distribution sampled from: at top_k=1 they are 0.
 
-        At top_k=1 these are 0. At temperature 2, and of some tokens, so that a peaked distribution is taken for none.
-        """
+        At temperature 2, and of some tokens, so that a peaked distribution is taken for none."""
         parts = self.complete([probe], Sampling(2.0, top_k=1), 8, [], 1)
         return all(abs(x) < 1e-4 for part in parts for _, (_, logp, _) in part for x in logp)
 

@@ -9,7 +9,7 @@ from toy import ending_model, even, load, make_config, metrics, wake_adapter, wr
 
 from minimath.config.schema import RLAIFConfig, SFTConfig
 from minimath.core.errors import UserError
-from minimath.models import load as loading
+from minimath.models import variants
 from minimath.models.forward import base_causal_lm, hidden_states
 from minimath.models.fused import fused_layers
 from minimath.models.variants import compile_layers
@@ -25,7 +25,7 @@ def counters(monkeypatch):
     import torch._dynamo
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(loading, "compile_layers", functools.partial(compile_layers, backend="eager"))
+    monkeypatch.setattr(variants, "compile_layers", functools.partial(compile_layers, backend="eager"))
     return torch._dynamo.utils.counters
 
 
@@ -78,7 +78,7 @@ def test_decoding_between_steps_gives_the_same_tokens_and_gradients(tmp_path, co
     pytest.param("llama", False, "inductor", marks=pytest.mark.slow),
     pytest.param("qwen3", True, "inductor", marks=pytest.mark.slow)])
 def test_two_steps_have_the_same_loss_and_gradient(tmp_path, monkeypatch, family, checkpointing, backend):
-    monkeypatch.setattr(loading, "compile_layers", functools.partial(compile_layers, backend=backend))
+    monkeypatch.setattr(variants, "compile_layers", functools.partial(compile_layers, backend=backend))
     model, data = str(tiny_model(tmp_path / "model", family)), write_problems(tmp_path / "problems.jsonl")
     for name in ("compiled", "fused"):
         sft(make_config(SFTConfig, model, data=data, steps=2, batch_size=6, lora_r=4, lr=1e-2, save_every=0,
@@ -112,7 +112,7 @@ def test_a_compiler_that_fails_is_said_with_what_to_do(tmp_path, monkeypatch):
     def no_compiler(graph, inputs):
         raise RuntimeError("no working C++ compiler")
 
-    monkeypatch.setattr(loading, "compile_layers", functools.partial(compile_layers, backend=no_compiler))
+    monkeypatch.setattr(variants, "compile_layers", functools.partial(compile_layers, backend=no_compiler))
     model, _ = load(tiny_model(tmp_path), SFTConfig, train=True, compile=True)
     with torch.no_grad():
         hidden_states(model, torch.tensor([[5, 6]]))  # needs none

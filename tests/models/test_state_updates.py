@@ -19,7 +19,7 @@ def test_loss_and_gradient_are_those_of_each_row_alone(tmp_path, family, capsys)
     policy = policy_of(tiny.tiny_model(tmp_path, family), train=True)
     wake_adapter(model := policy.model)
     model.eval()
-    prefix._say_apart.cache_clear()
+    prefix.say_once.cache_clear()
     rows, pad = rows_of(), policy.tokenizer.pad_token_id
     alone = micro_batches(rows, packing=False, micro_batch_tokens=1, pad_id=pad)
     want_logp, want = gradients(model, rows, alone)

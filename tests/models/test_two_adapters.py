@@ -155,7 +155,7 @@ def test_what_can_not_stand_beside_another_adapter_is_refused(tiny_dir, tmp_path
     on_head = saved(untied, tmp_path / "head", lora_targets="lm_head")
     monkeypatch.undo()
     refused(on_head, "the adapter in .*head includes the LM head", untied)
-    monkeypatch.setattr(loading, "is_sharded", lambda model: True)
+    monkeypatch.setattr(loading.variants, "is_sharded", lambda model: True)
     refused(folder, "does not go with shard=true")
     monkeypatch.undo()
     model, _ = load(tiny_dir, SFTConfig, train=True, dora=True)  # not fused: peft computes both
