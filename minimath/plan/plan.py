@@ -31,6 +31,11 @@ from minimath.plan.needs import GIB, Planner
 CARDS = (8, 12, 16, 24, 32)  # GiB
 
 
+class AsWritten(yaml.SafeDumper):
+    """Leaves texts as a recipe has them: YAML would take off for false."""
+    yaml_implicit_resolvers = {}
+
+
 def plan(recipe: str | None, words: list[str]) -> dict:
     """Print what the stages need and what fits where; returns it. Raises UserError."""
     card, path, words = parse(recipe, words)
@@ -72,10 +77,10 @@ def plan(recipe: str | None, words: list[str]) -> dict:
     if any(cfg.model.shard for cfg in stages.values()):
         console.print("shard=true is not counted: of N processes each holds 1/N of the layers' weights", soft_wrap=True)
     if path and changes is not None:
-        made = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8")) or {}
-        for section, options in changes.items():
-            made[section] = (made.get(section) or {}) | {key: yaml.safe_load(value) for key, value in options.items()}
-        write_whole(path, f"# {recipe}, changed to fit {gib(card)} GiB\n{yaml.safe_dump(made, sort_keys=False)}")
+        made = yaml.load(find_recipe(recipe).read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+        made |= {section: (made.get(section) or {}) | options for section, options in changes.items()}
+        text = yaml.dump(made, Dumper=AsWritten, sort_keys=False)
+        write_whole(path, f"# {recipe}, changed to fit {gib(card)} GiB\n{text}")
         console.print(f"written: {path}", soft_wrap=True, highlight=False)
     return {"stages": needs, "cards": cards}
 

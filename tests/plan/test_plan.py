@@ -258,8 +258,9 @@ def test_the_largest_settings_fit_and_the_next_do_not(config_dir):
 
 def test_apply_writes_a_recipe_that_fits_and_keeps_the_rest(tmp_path, config_dir):
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(f"# mine\nmodel: {config_dir}   # small\ndtype: bf16\nattn: flash_attention_2\nsft:\n"
-                      "  micro_batch_tokens: 65536  # too many\n  max_len: 512\n  batch_size: 200\n  packing: false\n")
+    recipe.write_text(f"# mine\nmodel: {config_dir}   # small\ndtype: bf16\nattn: flash_attention_2\nthinking: off\n"
+                      "system: 'Be: brief.'\nsft:\n  micro_batch_tokens: 65536  # too many\n  max_len: 512\n"
+                      "  batch_size: 200\n  packing: false\n")
     result = plan(str(recipe), ["card=1", "--apply"])
     [card] = result["cards"]
     assert not card["fits"] and card["changes"]["sft"].keys() >= {"micro_batch_tokens"}
@@ -271,6 +272,7 @@ def test_apply_writes_a_recipe_that_fits_and_keeps_the_rest(tmp_path, config_dir
     assert all(after[name] == before[name] for name in ("model", "dtype", "attn"))
     stages = {name: load_config(cls, str(written), []) for name, cls in STAGES.items()}
     assert stages["sft"].optimizer.micro_batch_tokens < 65536 and stages["sft"].max_len == 512
+    assert (stages["eval"].prompt.thinking, stages["eval"].prompt.system) == ("off", "Be: brief.")
     assert Planner(config_dir, "auto").changes(stages, GIB) == {}
 
 
