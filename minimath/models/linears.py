@@ -123,14 +123,9 @@ class LinearGroup:
         """W (width, in) in the compute type; of 4-bit layers until the next call only."""
         if not self.quantised:
             return self.weight
-        from bitsandbytes.functional import dequantize_4bit
         out = scratch(self.dtype, self.width, self.bases[0])
         for base, part in zip(self.bases, out.split(self.widths), strict=True):
-            weight, state = base.weight.data, base.weight.quant_state
-            if part.is_cuda and part.dtype == state.dtype:  # bitsandbytes has no such operator for a CPU
-                dequantize_4bit(weight, state, out=part)
-            else:
-                part.copy_(dequantize_4bit(weight, state))
+            dequantise(base, part)
         return out
 
     def masks(self, x: torch.Tensor) -> list[torch.Tensor] | None:
@@ -263,6 +258,15 @@ def scratch(dtype: torch.dtype, width: int, base: nn.Module) -> torch.Tensor:
     if key not in _SCRATCH or _SCRATCH[key].numel() < size:
         _SCRATCH[key] = torch.empty(size, dtype=dtype, device=base.weight.device)
     return _SCRATCH[key][:size].view(width, base.in_features)
+
+
+def dequantise(base: nn.Module, out: torch.Tensor) -> None:
+    """Write the W of a 4-bit layer to out (out, in)."""
+    from bitsandbytes.functional import dequantize_4bit
+    if out.is_cuda and out.dtype == base.weight.quant_state.dtype:  # bitsandbytes has no such operator for a CPU
+        dequantize_4bit(base.weight.data, base.weight.quant_state, out=out)
+    else:
+        out.copy_(dequantize_4bit(base.weight.data, base.weight.quant_state))
 
 
 def most_fused_rows(bases: list[nn.Module], dtype: torch.dtype) -> int:

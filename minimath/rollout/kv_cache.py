@@ -29,7 +29,7 @@ class Fill(NamedTuple):
     """What goes into slots: rows of a prefilled batch, and pages of theirs into cells."""
     slots: slice
     source: torch.Tensor  # (k,) rows of the batch
-    order: torch.Tensor | None  # (B, T) the places to take the batch's in; None: as they are
+    padding: torch.Tensor | None  # (B,) how much stands before each row of the batch, and is left out; None: behind
     cells: torch.Tensor  # (m,)
     rows: torch.Tensor  # (m,) of the batch
     pages: torch.Tensor  # (m,) of those
@@ -91,9 +91,11 @@ class SlotLayer(Kept, DynamicLayer):
 
     def fill(self, prefilled, what: Fill) -> None:
         places, page = prefilled.keys.shape[2], self.keys.shape[2]
+        if what.padding is not None:
+            order = (torch.arange(places, device=self.keys.device) + what.padding[:, None]) % places
         for mine, theirs in ((self.keys, prefilled.keys), (self.values, prefilled.values)):
-            if what.order is not None:
-                theirs = theirs.gather(2, what.order[:, None, :, None].expand_as(theirs))
+            if what.padding is not None:
+                theirs = theirs.gather(2, order[:, None, :, None].expand_as(theirs))
             if places > page:
                 theirs = pad(theirs, (0, 0, 0, -places % page))
             cut = theirs.unflatten(2, (-1, min(page, places)))
@@ -175,15 +177,8 @@ class SlotCache(Cache):
         self.table.view(-1)[places] = cells
 
     def fill(self, first: int, prefilled: DynamicCache, source: torch.Tensor, pages: torch.Tensor, padding=None):
-        """Copy rows `source` [k] of a batch into the slots from `first` on, and pages [3, m] into cells.
-
-        pages: cells, rows of the batch, pages of those. padding [B]: how much stands before each row of the batch, and
-        is left out; None: it is padded at the right."""
-        width = next((layer.keys.shape[2] for layer in prefilled.layers if getattr(layer, "keys", None) is not None), 0)
-        order = None
-        if padding is not None and width:
-            order = (torch.arange(width, device=source.device) + padding[:, None]) % width
-        what = Fill(slice(first, first + len(source)), source, order, *pages)
+        """Copy rows `source` [k] of a batch into the slots from `first` on, and pages [3, m] into cells: see Fill."""
+        what = Fill(slice(first, first + len(source)), source, padding, *pages)
         for mine, theirs in zip(self.layers, prefilled.layers, strict=True):
             mine.fill(theirs, what)
 

@@ -1,4 +1,6 @@
 """Long rows: inputs of layers that wait in host memory, and MLPs by pieces, change no number that they need not."""
+import gc
+import sys
 import weakref
 
 import pytest
@@ -58,6 +60,17 @@ def test_every_layers_input_leaves_and_comes_back_by_twos(tmp_path, monkeypatch,
     assert not waiting and len(host.free) == len(layers)
     step(model, batch)
     assert len(host.free) == len(layers)  # the same buffers again
+
+
+def test_a_host_without_room_raises_and_says_no_more(tmp_path, monkeypatch):
+    """An input without a buffer had none to give back, which Python printed as an exception of its own."""
+    model, batch, said = model_of(tiny_model(tmp_path, "llama"), offload=True), batch_of(packing=True), []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    monkeypatch.setattr(offload, "host_memory", lambda *_: (_ for _ in ()).throw(RuntimeError("no room")))
+    with pytest.raises(RuntimeError, match="no room"):
+        hidden_states(model, **forward_args(batch))
+    gc.collect()
+    assert not said
 
 
 @pytest.mark.parametrize("family, options", [
