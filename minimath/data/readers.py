@@ -126,6 +126,14 @@ def _size(value) -> int:
     return sum(map(_size, parts))
 
 
+def _once(pairs: list[tuple]) -> dict:
+    """Make an object of its keys and values. Raises BadRow for a key that stands twice: json keeps the last."""
+    if len(made := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise BadRow("a key stands twice", f"rename or delete one {max(names, key=names.count)!r}")
+    return made
+
+
 # ---- one reader per kind of file: of its path and its first bytes
 
 def _jsonl(path: Path, head: bytes) -> Iterator[dict | BadRow]:
@@ -141,7 +149,9 @@ def _jsonl_row(line: bytes) -> dict | BadRow:
     if not line.removeprefix(BOM).strip():  # on any line: files are often joined
         return EMPTY
     try:
-        return _object(json.loads(line.decode("utf-8-sig")))
+        return _object(json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once))
+    except BadRow as error:
+        return error
     except RecursionError:
         return BadRow("JSON nested too deep", "flatten the row")
     except ValueError as error:  # of json, of decode, and of integers with thousands of digits
@@ -155,7 +165,9 @@ def _jsonl_row(line: bytes) -> dict | BadRow:
 def _json(path: Path, _) -> Iterator[dict | BadRow]:
     """Read a list of objects, or {"data": [...]}."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+    except BadRow as error:
+        raise UserError(f"{path}: {error.reason}; {error.fix}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); write it again, or as .jsonl, where a bad row costs no other "
                         "one") from None

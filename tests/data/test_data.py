@@ -47,6 +47,7 @@ BAD_LINES = {  # raw line -> (reason, part of the fix)
     b'{"problem": "\\u200b \\ufeff\\u202e", "solution": "1"}': ("empty problem", "fill it in"),
     b'{"problem": "p", "solution": "1", "answer": Infinity}': ("answer is infinite", "as text"),
     b'{"\\ud83d\\n[bold]": 1}': ("no column with the problem", "columns are \\ud83d\\n[bold]"),
+    b'{"problem": "p", "solution": "s", "meta": {"a": 1, "a": 2}}': ("a key stands twice", "delete one 'a'"),
     b'{"problem": "p"}': ("no solution", "worked solution"),
     b'{"problem": "p", "solution": ""}': ("no solution", "worked solution"),
     b'{"problme": "p", "solution": "s"}': ("no column with the problem", "did you mean 'problem'"),
@@ -263,7 +264,8 @@ def test_json_list_and_data_object_give_the_number_of_each_row(tmp_path):
     (json.dumps([GOOD, GOOD]).encode()[:-20], "not JSON .* line 1 column"),
     (b'[{"problem": "caf\xe9"}]', "not JSON .*0xe9"),
     (b'[{"problem": "a\0b"}]', "not JSON .*control character"), (b'[{"n": ' + b"9" * 5000 + b"}]", "not JSON .*digits"),
-    (b"[" * 100_000, "not JSON .*recursion"), (json.dumps({"rows": 1}, indent=1).encode(), "no list of rows")])
+    (b"[" * 100_000, "not JSON .*recursion"), (json.dumps({"rows": 1}, indent=1).encode(), "no list of rows"),
+    (b'[{"problem": "a", "problem": "b"}]', "a key stands twice; rename or delete one 'problem'")])
 def test_a_spoiled_json_file_is_one_clear_error(tmp_path, raw, reason):
     with pytest.raises(UserError, match=f"a.json: {reason}"):
         load(write(tmp_path, raw, "a.json"))

@@ -121,6 +121,13 @@ def test_a_single_stage_and_a_single_evaluation_are_runs_too(folder, tmp_path):
         assert words in write_page([folder / part], tmp_path / part).read_text(encoding="utf-8")
 
 
+def test_a_damaged_evaluation_is_said(folder, tmp_path):
+    shutil.copytree(folder / "eval-rlaif", tmp_path / "evaluation")
+    (tmp_path / "evaluation" / "eval.json").write_text('{"accuracy": 0.')
+    with pytest.raises(UserError, match="evaluation: a record is damaged .*; evaluate or train again"):
+        write_page([tmp_path / "evaluation"], tmp_path)
+
+
 def test_a_folder_with_an_equals_sign_is_a_run(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "lr=1e-4")
     monkeypatch.chdir(tmp_path)
