@@ -90,7 +90,8 @@ def write_page(runs: list[Path], out: Path) -> Path:
         raise UserError(f"{', '.join(map(str, runs))}: a record has no {error}: it was made by an earlier version of "
                         "minimath; evaluate or train again") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{', '.join(map(str, runs))}: a record is damaged ({error}); evaluate or train again") from None
+        raise UserError(f"{', '.join(map(str, runs))}: a record is damaged ({error}); evaluate or train "
+                        "again") from None
     settings |= {f"{label}: environment": json.dumps(found, indent=1) for label, found in environments.items()}
     page = TEMPLATES.get_template("page.html").render(
         marked_lines=marked_lines, runs=list(labels.values()), environments=list(environments.values()),
