@@ -265,6 +265,9 @@ class RLAIFConfig(Stage):
              "answer always beats a wrong one"),
             (self.loss.scale_advantage == "maxrl" and (reward.name != "judge" or reward.overlong == "penalty"),
              "scale_advantage=maxrl divides by a mean reward above 0: use reward=judge with overlong=mask or none"),
+            (brevity.name == "log" and brevity.yardstick == "shortest",
+             "brevity=log scores only what is shorter than its yardstick, and nothing is shorter than the shortest: "
+             "use brevity_yardstick=mean, or brevity=ratio"),
             (brevity.limit and not truncates, "brevity_limit is for brevity=truncate"),
             (truncates and not 0 < brevity.limit < longest,
              f"brevity=truncate needs a brevity_limit below max_new_tokens={longest}"),

@@ -49,7 +49,8 @@ def term(n: np.ndarray, options: BrevityOptions, longest: int, solved: float) ->
         return minmax(n)
     if options.name == "alp":
         return -solved * np.minimum(1, n / longest)
-    saved = 1 - n / (n.mean() if options.yardstick == "mean" else n.min())
+    yardstick = n.mean() if options.yardstick == "mean" else n.min()
+    saved = 1 - n / yardstick if yardstick else -n  # the shortest has no thought: any is longer
     if options.name == "log":
         return np.log1p(CONCAVE * np.maximum(0, saved - DEAD_ZONE)) / math.log1p(CONCAVE)
     saved = np.clip(saved, -1, 1)

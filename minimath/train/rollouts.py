@@ -122,7 +122,7 @@ def show_group(group: Group, step: int, log) -> None:
                 "texts": [s.text for s in samples], "correct": [s.correct for s in samples],
                 "rewards": [s.reward for s in samples], "advantages": [s.advantage for s in samples]})
     order = sorted((s for s in samples if s.reward is not None), key=lambda s: s.reward)
-    for what, s in (("best", order[-1]), ("worst", order[0])):
+    for what, s in (("best", order[-1]), ("worst", order[0])) if order else ():
         parts = "".join(f", {name} {value:.2f}" for name, value in s.parts.items() if value is not None)
         log.show(f"step {step}, {what} of {len(order)} (reward {s.reward:.2f}, "
                  f"{'correct' if s.correct else 'wrong'}{parts}, {s.tokens} tokens)", s.text)

@@ -90,6 +90,14 @@ def test_under_control_groups_with_few_correct_samples_have_no_length(name):
     assert scores([9], [True], name=name) == [0.0]
 
 
+def test_a_shortest_one_without_a_thought_has_a_score_and_so_have_the_others():
+    samples = samples_of()
+    for sample, thought in zip(samples, (30, 0, 0, 0, 9, 60), strict=True):
+        sample.thought = thought
+    options = BrevityOptions(counts="thought", yardstick="shortest", control="none")
+    assert brevity(samples, options, LONGEST) == [-0.95, 0.0, 0.0, 0.0, 0.0, -0.95]
+
+
 # ---- where it enters
 
 def scored(**options):
@@ -119,6 +127,7 @@ def test_together_it_is_multiplied_into_the_reward():
 
 @pytest.mark.parametrize("words, said", [
     (["brevity_weight=0.6", "brevity_scale=together", "judge_weight=0"], "correct answer always beats"),
+    (["brevity=log", "brevity_yardstick=shortest"], "nothing is shorter than the shortest: use brevity_yardstick=mean"),
     (["brevity=truncate", "overlong=none"], "brevity=truncate needs a brevity_limit below max_new_tokens=512"),
     (["brevity=truncate", "overlong=none", "brevity_limit=600"], "below max_new_tokens=512"),
     (["brevity=truncate", "brevity_limit=60"], "needs overlong=none"),

@@ -36,6 +36,9 @@ def test_a_reward_hook_may_know_no_reward(rl, updates):
 def test_a_run_in_which_no_sample_has_a_reward_ends_well(rl):
     for record in metrics(rl(reward=lambda samples, example: [None] * len(samples), max_refill=0)):
         assert record["reward/mean"] is None and record["rollout/groups"] == 0
+    taught = metrics(rl("taught", reward=lambda samples, example: [None] * len(samples), overlong="none",
+                        teacher="base"))
+    assert all(record["reward/mean"] is None and record["rollout/groups"] for record in taught)  # and samples are shown
 
 
 @pytest.mark.parametrize("rollout", ["auto", "transformers"])
