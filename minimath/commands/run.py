@@ -71,7 +71,7 @@ def load_stages(recipe: str | None, words: list[str], command: str) -> tuple[Pat
     if recipe is None:
         raise UserError("minimath run needs a recipe: minimath run RECIPE.yaml [key=value ...]")
     sft_cfg = load_config(SFTConfig, recipe, words, allow_other=True)
-    out = run_folder.new_run_folder(sft_cfg.run.out, command)
+    out = run_folder.new_run_folder(sft_cfg.run.out, command, resume=sft_cfg.run.resume)
     own = words_of_own_judge(recipe, words, out / "judge")
     rl_cfg = load_config(RLAIFConfig, recipe, own + words, allow_other=True)
     # limit= is for the training problems, eval.limit= for the others

@@ -65,7 +65,7 @@ class BrevityOptions:
     counts: Literal["all", "thought"] = "all"
     """tokens that are a sample's length: all of them, or those of its thought alone"""
     yardstick: Literal["mean", "shortest"] = "mean"
-    """the length of a group's correct samples that each is held against, for ratio and log; shortest: for ratio alone"""
+    """the length of a group's correct samples that each is held against; shortest: for ratio alone"""
     limit: int = 0
     """truncate: max_new_tokens of the last step, to which it falls evenly"""
     scale: Literal["together", "apart"] = "apart"

@@ -115,7 +115,7 @@ class DataOptions:
 
 @dataclass
 class RunOptions:
-    seed: int = 0
+    seed: Annotated[int, Bound(below=2**32)] = 0
     """seed of data order, adapter initialisation and sampling"""
     out: str = ""
     """run folder; empty: runs/<command>-<timestamp>"""

@@ -10,6 +10,7 @@
 """
 import contextlib
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -57,7 +58,7 @@ def save_checkpoint(run_dir, step: int, *, model, optimizer, state: dict, keep: 
                      bytes_needed=bytes_of(adapter_tensors(model), *tensors.values()))
     # newer ones are damaged (load_checkpoint went past them): they don't count, and their steps come again
     folders = [folder for folder in list_checkpoints(run_dir) if step_of(folder) <= step]
-    for folder in {*folders} - {*folders[:keep], best_checkpoint(run_dir), target}:
+    for folder in {*folders} - {*folders[:keep], best_checkpoint(run_dir, step), target}:
         discard(folder)
     return target
 
@@ -148,11 +149,11 @@ def list_checkpoints(run_dir) -> list[Path]:
     return sorted((path for path in found if path.name[5:].isdecimal()), key=step_of, reverse=True)
 
 
-def best_checkpoint(run_dir) -> Path | None:
-    """The newest checkpoint that was saved as the best so far."""
+def best_checkpoint(run_dir, most: float = math.inf) -> Path | None:
+    """The newest checkpoint up to step `most` that was saved as the best so far."""
     for folder in list_checkpoints(run_dir):
         with contextlib.suppress(OSError, ValueError):
-            if read_manifest(folder).get("best"):
+            if step_of(folder) <= most and read_manifest(folder).get("best"):
                 return folder
     return None
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from minimath.core import dist
-from minimath.core.errors import UserError
+from minimath.core.checkpoint import list_checkpoints
 from minimath.core.files import write_whole
 from minimath.core.interrupt import interruptible
 from minimath.core.log import RunLog
@@ -34,15 +34,14 @@ def open_run(out: str, command: str, *, config: str, resume: bool, trackers: str
     deterministic: as same_bits has it, until the run ends. Raises UserError when the folder already holds a run that is
     not being resumed: nothing is ever overwritten."""
     keep_freed_memory()
-    if resume and not out:
-        raise UserError("resume=true needs the run folder to go on with: out=runs/...")
-    run_dir, evaluation = new_run_folder(out, command), command == "eval"
+    run_dir, evaluation = new_run_folder(out, command, resume=resume), command == "eval"
     dist.barrier()  # until all have chosen the same folder, the first must not begin to fill it
     if dist.is_main():
         refuse_links(run_dir)
         refuse_held(run_dir, evaluation=evaluation, resume=resume)
     with same_bits(deterministic), lock_run(run_dir), RunLog(run_dir, f"minimath {command}", trackers) as log:
-        write_whole(run_dir / CONFIG, config)
+        if not (resume and list_checkpoints(run_dir)):  # else the trainer does, if the options are those of one
+            write_whole(run_dir / CONFIG, config)
         if dist.world() > 1:
             log.say(f"{dist.world()} processes share every step")
         if deterministic:

@@ -45,8 +45,10 @@ def evaluation_folder(whole: Path, arm: str) -> Path:
     return whole / f"eval-{arm}"
 
 
-def new_run_folder(out: str, command: str) -> Path:
-    """Choose `out` or a new runs/<command>-<timestamp>, for all processes."""
+def new_run_folder(out: str, command: str, *, resume: bool = False) -> Path:
+    """Choose `out` or a new runs/<command>-<timestamp>, for all processes. UserError: a new one, to go on with."""
+    if resume and not out:
+        raise UserError("resume=true needs the run folder to go on with: out=runs/...")
     return Path(out) if out else dist.broadcast(Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 

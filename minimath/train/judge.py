@@ -82,7 +82,7 @@ def judge_train(cfg: JudgeConfig) -> dict:
 
     Returns a summary: steps, run_dir, adapter, signal, and the judge's held-out figures. Raises UserError, and
     Interrupted when it was stopped while the policy sampled."""
-    cfg = as_trained(cfg).replace(out=str(new_run_folder(cfg.run.out, "judge")))
+    cfg = as_trained(cfg).replace(out=str(new_run_folder(cfg.run.out, "judge", resume=cfg.run.resume)))
     refuse_held(Path(cfg.run.out), evaluation=False, resume=cfg.run.resume)  # all that can fail, before it samples
     rubric, (examples, report) = load_rubric(cfg.rubric), load_examples(cfg.data, need=("answer",))
     split([Solved(example, []) for example in examples], cfg)
@@ -112,6 +112,8 @@ def judge_train(cfg: JudgeConfig) -> dict:
     if not trainer.interrupted_by:
         write_card(Path(summary["run_dir"]) / ADAPTER, card)
         summary["held_out"] = card.figures
+    elif trainer.done == trainer.total:
+        trainer.log.say(f"stopped before the judge was measured; go on with out={cfg.run.out} resume=true")
     return summary
 
 

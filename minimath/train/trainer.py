@@ -25,12 +25,12 @@ from minimath.config.load import config_text, plain_values
 from minimath.config.schema import DataOptions, EvalConfig
 from minimath.core import checkpoint, dist, interrupt
 from minimath.core.errors import Interrupted, UserError, is_out_of_memory
-from minimath.core.files import read_json
+from minimath.core.files import read_json, write_whole
 from minimath.core.log import RunLog, truncate_metrics
 from minimath.core.run import open_run
-from minimath.core.run_folder import ADAPTER
+from minimath.core.run_folder import ADAPTER, CONFIG
 from minimath.core.state import restore_rng, rng_state, seed_rng, stream_seed
-from minimath.data.examples import load_examples
+from minimath.data.examples import describe_report, load_examples
 from minimath.eval.evaluate import evaluate_policy
 from minimath.models.load import describe, first_line
 from minimath.models.policy import load_policy
@@ -77,10 +77,10 @@ class Trainer:
         self.cfg, self.stage = cfg, stage
         if fault := cfg.check():
             raise UserError(fault)
-        self.held_out = load_held_out(cfg)
+        self.held_out, self._noted = load_held_out(cfg)
         self.tracked: dict[str, object] = {}
         self.done = self.saved = self.total = 0  # steps committed, in the newest checkpoint, wanted
-        self.keeps_best = bool(self.held_out and cfg.evaluation.eval_every) and cfg.evaluation.final == "best"
+        self.keeps_best = bool(self.held_out) and cfg.evaluation.final == "best"
         self.best = Best(margin=self.keeps_best)  # handed on at the end, if it is kept, instead of the last one
         self.owed = False  # an evaluation was interrupted: the run that goes on begins with it
         self.interrupted_by = 0
@@ -94,6 +94,8 @@ class Trainer:
                 run.out, self.stage, config=config_text(self.cfg), resume=run.resume, trackers=run.trackers,
                 deterministic=run.deterministic))
             self.started = time.monotonic()
+            if self._noted:
+                self.log.say(f"eval_data: {self._noted}")
             seed_rng(run.seed)  # adapter initialisation, and whatever a user's function draws
             self.policy = load_policy(self.cfg, train=True)
             self.log.say(describe(self.policy.model, self.cfg))
@@ -111,10 +113,10 @@ class Trainer:
         with self._stack:
             if isinstance(error, Exception):
                 self._roll_back()
-                if ends_well:
-                    self.log.say("the step was interrupted and is not counted")
-                else:
+                if not ends_well:
                     self._rescue()
+                elif self.done < self.total:  # else it is what comes after the steps
+                    self.log.say("the step was interrupted and is not counted")
             if ends_well:
                 self._finish()
             if no_memory:
@@ -227,7 +229,7 @@ class Trainer:
 
     def _recall(self, state: dict | None = None) -> None:
         """Take what is known of evaluations from a state, or from the best checkpoint; nothing if that is not sound."""
-        saved = checkpoint.best_checkpoint(self.log.run_dir)
+        saved = checkpoint.best_checkpoint(self.log.run_dir, self.done)
         sound = saved is not None and not checkpoint.verify(saved)
         known = (state or read_json(saved / "state.json"))["best"] if sound else None
         self.best = Best(margin=self.keeps_best)
@@ -267,7 +269,7 @@ class Trainer:
     def _hand_on(self) -> Path:
         """Leave the adapter that the options ask for in the run folder."""
         folder = self.log.run_dir / ADAPTER
-        best = checkpoint.best_checkpoint(self.log.run_dir) if self.keeps_best else None
+        best = checkpoint.best_checkpoint(self.log.run_dir, self.done) if self.keeps_best else None
         if best and (faults := checkpoint.verify(best)):
             self.log.say(f"{best}, the best, is damaged ({faults[0]}): that of step {self.done} is left")
             best = None
@@ -301,6 +303,7 @@ class Trainer:
         if changed:
             self.log.say("options changed since the checkpoint: " + ", ".join(changed.values()))
         self.log.say(f"resumed after step {self.done}")
+        write_whole(self.log.run_dir / CONFIG, config_text(self.cfg))
 
     def summary(self) -> dict:
         """Return steps, run_dir, adapter, and the signal that ended it, or 0."""
@@ -317,14 +320,17 @@ def beside_bar(metrics: dict) -> dict:
                     if name.startswith("reward/") and name not in BAR}
 
 
-def load_held_out(cfg) -> list:
-    """Load the problems evaluated during training, or []; or UserError."""
+def load_held_out(cfg) -> tuple[list, str]:
+    """Load the problems evaluated during training, and what is to be said of them; or UserError."""
     own = getattr(cfg, "evaluation", None)
     if own is None:
-        return []
+        return [], ""
     if not own.eval_data:
         if own.eval_every:
             raise UserError("eval_every needs held-out problems: set eval_data=, or eval_every=0")
-        return []
+        return [], ""
+    if not own.eval_every:
+        return [], "not evaluated, as eval_every=0 says; set eval_every=N"
     options = DataOptions(source=own.eval_data, split="test", limit=own.eval_limit, strict=cfg.data.strict)
-    return load_examples(options, need=("answer",))[0]
+    examples, report = load_examples(options, need=("answer",))
+    return examples, describe_report(report)

@@ -118,7 +118,8 @@ def test_a_limit_without_a_section_is_for_the_training_problems_alone(recipe, wo
 @pytest.mark.parametrize("words, said", [
     (["judge_train.lr=fast"], "lr must be a number"), (["judge_train.adaptr=x"], "unknown key"),
     (["judge_train.rubric=nowhere.txt"], "nowhere.txt"), (["judge_train.form=pair", "judge_form=single"], "judge_form"),
-    (["judge_train.form=pair", "verifier=majority+judge"], "judge_train.form=single")])
+    (["judge_train.form=pair", "verifier=majority+judge"], "judge_train.form=single"),
+    (["resume=true"], "needs the run folder to go on with: out=")])
 def test_what_is_wrong_with_the_judge_is_said_before_anything_runs(recipe, words, said):
     with pytest.raises(UserError, match=said):
         load_stages(recipe, words, "run")

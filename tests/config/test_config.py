@@ -61,7 +61,8 @@ def test_bools_ints_and_strings_take_the_type_of_the_field(tmp_path):
     ("prompt_template=solve it", "{problem}"), ("prompt_template={problem} \\boxed{}", "{problem}"),
     ("thinking=maybe", "one of auto, on, off"), ("template_args=effort", "NAME=VALUE"),
     ("template_args=a=[", "NAME=VALUE"), ("template_args=date=soon", "YYYY-MM-DD"),
-    ("rlaif.lr=fast", "must be a number"), ("eval.top_p=1.5", "at most 1"), ("seed=", "whole number"),
+    ("rlaif.lr=fast", "must be a number"), ("eval.top_p=1.5", "at most 1"),
+    ("seed=1764446985123456789", "seed must be below"), ("seed=", "whole number"),
 ])
 def test_a_wrong_word_names_itself_and_the_reason(word, says):
     with pytest.raises(UserError) as error:

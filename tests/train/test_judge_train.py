@@ -105,13 +105,20 @@ def test_stopped_in_training_and_resumed_equals_unbroken(judge, tmp_path, monkey
     assert_same(whole, broken)
 
 
-def test_stopped_while_it_is_measured_there_is_no_card_until_it_is(judge, monkeypatch, one_thread):
+def test_a_resume_without_a_folder_is_refused(few):
+    with pytest.raises(UserError, match="needs the run folder to go on with"):
+        judge_train(JudgeConfig(data=few, resume=True))
+
+
+def test_stopped_while_it_is_measured_there_is_no_card_until_it_is(judge, monkeypatch, one_thread, capsys):
     _, whole = judge("whole")
     with monkeypatch.context() as patch:
         before_call(patch, judge_file, "measure_judge", 1, kill())
         summary, broken = judge("broken")
     assert summary["signal"] == signal.SIGINT and summary["steps"] == 2
     assert (broken / "adapter").exists() and not (broken / "adapter/judge.json").exists()
+    said = capsys.readouterr().out
+    assert f"before the judge was measured; go on with out={broken} resume=true" in said and "not counted" not in said
     with pytest.raises(UserError, match="no readable judge.json"):
         read_card(broken / "adapter")
     judge("broken", resume=True)

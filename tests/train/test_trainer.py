@@ -388,6 +388,15 @@ def test_an_evaluation_without_problems_is_refused(go):
         go(eval_every=2)
 
 
+def test_held_out_rows_that_are_left_out_are_said_and_so_is_that_none_is_evaluated(go, data, tmp_path, capsys):
+    rows = [json.loads(line) for line in open(data)]
+    del rows[1]["answer"], rows[1]["solution"]
+    go(total=1, eval_data=rows, eval_every=1, eval_limit=3, eval_max_new_tokens=2)
+    assert "eval_data: 3 rows kept, 1 skipped: 1 x no answer" in capsys.readouterr().out
+    go("off", total=1, eval_data=data)
+    assert "eval_data: not evaluated, as eval_every=0 says" in capsys.readouterr().out
+
+
 # ---- resume
 
 def test_an_existing_run_folder_is_refused_and_untouched(go, tmp_path):
@@ -414,6 +423,30 @@ def test_a_resume_says_what_changed_drops_lost_steps_and_goes_past_a_damaged_che
     said = capsys.readouterr().out
     assert "options changed since the checkpoint: max_minutes 0.0 -> 60.0" in said and "resumed after step 2" in said
     assert_same(again, unbroken)
+
+
+def test_a_resume_that_is_refused_leaves_the_options_of_the_run_as_they_were(go, tmp_path):
+    go(total=1)
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(UserError, match="saved by another adapter"):
+        go(total=1, resume=True, lora_r=3)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    go(total=2, resume=True, lr=1e-3)
+    assert "lr: 0.001\n" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_best_checkpoint_that_a_resume_went_past_hides_none_before_it(go, data, evaluations, tmp_path):
+    scores = [(0.5, 90), (0.6, 80), (0.6, 70), (0.5, 60), (0.1, 50)]
+    evaluations(scores)
+    unbroken = go("unbroken", total=4, eval_data=data, **BEST)
+    evaluations(scores)
+    go("damaged", total=2, eval_data=data, **BEST)
+    (tmp_path / "damaged" / "checkpoints" / "step-000002" / "state.json").write_text("{}")
+    evaluations([(0.1, 50)] + scores[3:])  # on a card step 2 is not the same again
+    with pytest.warns(UserWarning, match="step-000002 is damaged"):
+        again = go("damaged", total=4, eval_data=data, resume=True, **BEST)
+    assert again.best.best["step"] == 1 and again.best.highest == 0.6 and unbroken.best.best["step"] == 2
+    assert best_checkpoint(again.log.run_dir).name == "step-000001"
 
 
 def test_a_resume_before_the_first_checkpoint_starts_again(go, tmp_path, capsys):
