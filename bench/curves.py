@@ -3,6 +3,7 @@
     python -m bench.curves                         # every arm, both rates, seeds 0 1 2: hours; goes on where stopped
     python -m bench.curves --arms today ratio-control --seeds 0 --rates 3e-4
     python -m bench.curves --table                 # table and picture of what has been measured so far
+    python -m bench.curves --table --against ratio-apart-control    # differences to that arm, not to SFT
 
 The demo's model, problems and SFT adapters (those of bench.ablate, if it has the same --work); stage 2 for 18 steps of
 8 x 8 samples at the demo's rate and at a third of it, one thing changed an arm: ARMS below. The curve is of 128
@@ -50,6 +51,7 @@ ARMS = {  # name -> what it changes in the demo's rlaif section
     "ratio-apart-control": [*PLAIN, "brevity=ratio", *APART, *CONTROL],
     "log-apart-control": [*PLAIN, "brevity=log", *APART, *CONTROL],
     "judge-apart-control": ["brevity=ratio", *APART, *CONTROL],  # right steps first, then shorter
+    "judge-truncate": ["brevity=truncate", "brevity_limit=50", "overlong=none"],
     "judge-half-apart-control": ["judge_weight=0.5", "brevity=ratio", *APART, *CONTROL],
     "teacher-concise": ["teacher={sft}", *CONCISE],  # no answers: the SFT model, asked to be concise
     "teacher-concise-full": ["teacher={sft}", *CONCISE, "teacher_kl=full"],
@@ -74,6 +76,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablate", help="folder of the runs")
     parser.add_argument("--out", type=Path, default=RESULTS / "curves-cpu.json")
     parser.add_argument("--table", action="store_true", help="only the table and picture of what the result file holds")
+    parser.add_argument("--against", choices=ARMS, default="", metavar="ARM",
+                        help="the arm, at the same rate, that the others are held against; default: SFT")
     return parser.parse_args(words)
 
 
@@ -118,9 +122,9 @@ def evaluated(folder: Path, adapter: Path, common: list[str], options) -> dict:
 
 # ---- figures
 
-def figures(rows: list[dict], sft: dict[int, dict], name: str) -> dict:
-    """Compute means over seeds of `last` or `kept`, and differences to SFT with intervals."""
-    mine, theirs = [row[name] for row in rows], [sft[row["seed"]] for row in rows]
+def figures(rows: list[dict], reference: dict[int, dict], name: str) -> dict:
+    """Compute means over seeds of `last` or `kept`, and differences to each seed's reference with intervals."""
+    mine, theirs = [row[name] for row in rows], [reference[row["seed"]] for row in rows]
     out = {"seeds": len(rows)}
     for what in ("correct", "tokens"):
         out[what] = float(np.mean([values_of(row, what) for row in mine]))
@@ -145,19 +149,22 @@ def groups(rows: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
     return dict(sorted(found.items(), key=lambda each: (list(ARMS).index(each[0][0]), -float(each[0][1]))))
 
 
-def table(rows: dict[str, dict], sft: dict[int, dict]) -> Table:
-    out = Table(title=f"after {STEPS} steps, against the SFT model of the same seed (95% intervals)")
+def table(rows: dict[str, dict], sft: dict[int, dict], against: str = "") -> Table:
+    out = Table(title=f"after {STEPS} steps, against {against or 'the SFT model'} of the same seed (95% intervals)")
     for name in ("arm", "rate", "seeds", "checkpoint", "accuracy, %", "difference", "tokens", "fewer", "right steps",
                  "wrong steps a problem", "meets the bar"):
         out.add_column(name, justify="left" if name in ("arm", "checkpoint") else "right")
     for (arm, rate), mine in groups(rows).items():
-        for name in ("last", "kept"):
-            f = figures(mine, sft, name)
+        for name in ("last", "kept") if arm != against else ():
+            theirs = {row["seed"]: row[name] for row in groups(rows).get((against, rate), [])} if against else sft
+            if not (both := [row for row in mine if row["seed"] in theirs]):
+                continue
+            f = figures(both, theirs, name)
             low, high = f["correct_interval"]
             out.add_row(arm, rate, str(f["seeds"]), name, f"{f['correct']:.1f}",
                         f"{f['correct_gap']:+.1f} ({low:+.1f} to {high:+.1f})", f"{f['tokens']:.1f}",
                         f"{f['saved']:.0f}%", f"{f['steps']:.1f}% ({f['steps_gap']:+.1f})",
-                        f"{f['wrong']:.2f} ({f['wrong_gap']:+.2f})", "yes" if f["meets"] else "")
+                        f"{f['wrong']:.2f} ({f['wrong_gap']:+.2f})", "yes" if f["meets"] and not against else "")
     return out
 
 
@@ -212,7 +219,8 @@ def main(words: list[str] | None = None) -> int:
                 failed.append(key)
                 print(f"{key}: {error}", flush=True)
     if rows:
-        Console(width=None if sys.stdout.isatty() else 200).print(table(rows, {int(s): row for s, row in sft.items()}))
+        Console(width=None if sys.stdout.isatty() else 200).print(
+            table(rows, {int(s): row for s, row in sft.items()}, options.against))
         plot(rows, options.out.with_suffix(".png"))
     return 1 if failed else 0
 

@@ -48,3 +48,14 @@ def test_the_table_and_the_picture_are_made_of_the_result_file(tmp_path, capsys)
                                "rows": {"ratio/1e-4/0": row(0, "1110", [4, 4, 4, 4], 0.9)}}))
     assert curves.main(["--table", "--out", str(out)]) == 0
     assert "ratio" in capsys.readouterr().out and out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_arms_can_be_held_against_another_one_on_the_seeds_that_both_have(tmp_path, capsys):
+    out, other = tmp_path / "curves.json", {"arm": "log"}
+    out.write_text(json.dumps({"sft": {str(seed): each for seed, each in SFT.items()}, "rows": {
+        "ratio/1e-4/0": row(0, "1100", [4] * 4, 0.9), "log/1e-4/0": row(0, "1110", [4] * 4, 0.9) | other,
+        "log/1e-4/1": row(1, "0000", [4] * 4, 0.9) | other, "log/3e-4/0": row(0, "0000", [4] * 4, 0.9) | other | {
+            "rate": "3e-4"}}}))
+    assert curves.main(["--table", "--against", "ratio", "--out", str(out)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "1e-4" in line or "3e-4" in line]
+    assert len(lines) == 2 and all("+25.0" in line and "log" in line for line in lines)
