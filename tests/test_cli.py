@@ -271,6 +271,8 @@ def test_run_does_both_stages_and_resume_skips_what_is_finished(here, recipe, tm
     assert (tmp_path / "whole" / "plots" / "tradeoff.png").stat().st_size > 1000
 
     assert_one_line(*here("run", recipe, "out=whole"), "resume=true")
+    for word in ("seed=1", "resume=true"):
+        assert_one_line(*here("run", recipe, "out=whole/sft", word), "already holds a run of its own")
 
     (tmp_path / "whole" / "eval-rlaif" / "eval.json").unlink()
     finished = [p for name in ("sft", "rlaif", "eval-base") for p in (tmp_path / "whole" / name).rglob("*")]

@@ -78,6 +78,8 @@ class Option(NamedTuple):
         where = where and f"{where}: "
         if isinstance(value, self.in_python):
             return value
+        if isinstance(value, str) and value.startswith("~/"):  # in a recipe no shell does
+            value = os.path.expanduser(value)
         if self.kind is float and type(value) is int:
             value = float(value)
         if not isinstance(value, self.kind) or (self.kind is int and isinstance(value, bool)):

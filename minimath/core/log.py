@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import subprocess
 import sys
 import textwrap
@@ -25,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
-from minimath.core.run_folder import ENVIRONMENT, METRICS, SAMPLES
+from minimath.core.run_folder import ENVIRONMENT, METRICS, SAMPLES, TRACKED_AS
 from minimath.core.text import comma_list, mask
 
 PLAIN_SECONDS = 10.0  # pause between progress lines where there is no terminal
@@ -156,8 +157,16 @@ def start_tracker(name: str, run_dir: Path):
     if name == "tensorboard":
         writer = tracker.SummaryWriter(str(run_dir / name))
         return lambda step, numbers: [writer.add_scalar(*item, step) for item in numbers.items()], writer.close
-    options = {"id": run_dir.name, "dir": str(run_dir)} if name == "wandb" else {}  # after a resume the same curve
-    run = tracker.init(project="minimath", name=run_dir.name, resume="allow", **options)
+    path = run_dir / TRACKED_AS
+    if not path.exists():  # other runs have folders of the same name: runs/a/sft, runs/b/sft
+        write_whole(path, f"{run_dir.absolute().name}-{secrets.token_hex(4)}")
+    own = path.read_text(encoding="utf-8")
+    options = {"id": own, "dir": str(run_dir)} if name == "wandb" else {}  # after a resume the same curve
+    try:
+        run = tracker.init(project="minimath", name=own, resume="allow", **options)
+    except Exception as error:  # nobody has logged in, say
+        raise UserError(f"trackers={name} does not start ({type(error).__name__}: {error}); put that right, or leave "
+                        "it out: metrics.jsonl is written in any case") from error
     return lambda step, numbers: run.log(numbers, step=step), run.finish
 
 

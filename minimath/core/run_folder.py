@@ -6,6 +6,7 @@
     RUN/checkpoints/step-N/    see checkpoint.py          RUN/adapter/        the adapter, as peft reads it
     RUN/adapter/judge.json     it is a judge (judges/card.py), trained on RUN/rollouts/, an evaluation's completions
     RUN/judge/                 of RLAIF: the judge that it refreshed
+    RUN/tracked-as             with trackers=: the run's name there, the same after a resume
     RUN/summary.json           the stage, or the whole run, is complete
     RUN/eval.json, completions.jsonl                      a complete evaluation
     RUN/fingerprint.json, completions.part.jsonl          one that can go on
@@ -32,6 +33,7 @@ from minimath.core.text import did_you_mean
 
 CONFIG, ENVIRONMENT, SUMMARY, STOP = "config.yaml", "environment.json", "summary.json", "stop"
 METRICS, SAMPLES, ADAPTER, REPORT = "metrics.jsonl", "samples.jsonl", "adapter", "report.html"
+TRACKED_AS = "tracked-as"
 EVAL, COMPLETIONS, SUITE = "eval.json", "completions.jsonl", "suite.json"
 PART, FINGERPRINT = "completions.part.jsonl", "fingerprint.json"
 STAGE_FOLDERS = ("rlaif", "sft")  # of a run of the whole recipe that leave the policy's adapter, the best first

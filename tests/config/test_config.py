@@ -104,6 +104,14 @@ def test_run_accepts_words_of_other_stages_only_when_asked():
         load_config(SFTConfig, None, ["group_size=x"], allow_other=True)
 
 
+def test_a_home_folder_is_meant_in_every_path(tmp_path, monkeypatch):
+    """As in data=: out: ~/runs/x made a folder named ~ in the current one."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    cfg = load_config(SFTConfig, recipe(tmp_path, "out: ~/runs/x\n"), ["adapter=~/runs/y"])
+    assert (cfg.run.out, cfg.adapter.path) == ("/home/someone/runs/x", "/home/someone/runs/y")
+    assert SFTConfig(out="~/runs/x").run.out == "/home/someone/runs/x"
+
+
 def test_a_class_of_its_own_reads_its_section(tmp_path):
     class Demo(SFTConfig):
         minutes: float = 15.0

@@ -216,6 +216,24 @@ def test_trackers_get_the_numbers_and_a_failing_one_is_switched_off(tmp_path, mo
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
+def test_a_tracker_knows_a_run_again_and_takes_no_other_of_that_name_for_it(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: asked.append(
+        options) or types.SimpleNamespace(log=print, finish=print)))
+    for whole in "aba":
+        RunLog(tmp_path / whole / "sft", "test", "wandb", stream=io.StringIO()).close()
+    assert asked[0] == asked[2] and asked[0]["id"].startswith("sft-")
+    assert asked[0]["id"] != asked[1]["id"] and asked[0]["name"] != asked[1]["name"]
+
+
+def test_a_tracker_that_does_not_start_is_a_user_error(tmp_path, monkeypatch):
+    def init(**options):
+        raise RuntimeError("api_key not configured (no-tty)")
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(UserError, match=r"trackers=wandb does not start \(.*api_key not configured"):
+        RunLog(tmp_path, "test", "wandb", stream=io.StringIO())
+
+
 def test_a_tracker_that_is_not_named_is_not_imported(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(log.importlib, "import_module", lambda name: asked.append(name) or types.SimpleNamespace(
