@@ -23,6 +23,7 @@ from typing import Annotated, Literal
 from minimath.config.load import load_config, take_recipe
 from minimath.config.options import Main, options_of
 from minimath.config.schema import Count, DataOptions, RLAIFConfig
+from minimath.config.trained import as_trained
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
 from minimath.core.log import RunLog, clean
@@ -100,7 +101,8 @@ def load_options(cls: type[RLAIFConfig], recipe: str | None, words: list[str]):
     for word in words:
         if (name := option_named(word)) not in known:
             raise UserError(f"{word!r}: no option of this command{did_you_mean(name, known)}; see --help")
-    return load_config(cls, recipe, words, "rlaif")
+    cfg = load_config(cls, recipe, words, "rlaif")
+    return as_trained(cfg.replace(adapter=cfg.judge.adapter)).replace(adapter="")  # it judges on the base it has
 
 
 def option_named(word: str) -> str:
@@ -117,8 +119,8 @@ def option_names(cls: type[RLAIFConfig]) -> set[str]:
 def open_judge(cfg: RLAIFConfig, log: RunLog) -> tuple[Judge, Policy | None]:
     """Make and try the judge; returns also the model behind judge=self. UserError."""
     policy = None
-    if cfg.judge.name == "self":  # which judges with its adapter off
-        policy = load_and_say(cfg.replace(adapter=""), log)
+    if cfg.judge.name == "self":
+        policy = load_and_say(cfg, log)
     judge = make_judge(cfg.judge, policy, say=log.say, micro_batch_tokens=cfg.optimizer.micro_batch_tokens)
     judge.ping()
     return judge, policy

@@ -25,7 +25,7 @@ from minimath.core.errors import Interrupted, UserError
 from minimath.core.files import read_json, write_whole
 from minimath.core.log import RunLog
 from minimath.core.run import open_run
-from minimath.core.run_folder import EVAL, PART, SUITE, held_run, stop_files
+from minimath.core.run_folder import COMPLETIONS, EVAL, PART, SUITE, held_run, stop_files
 from minimath.core.text import comma_list
 from minimath.data.examples import Example
 from minimath.data.sample import Sample
@@ -65,7 +65,7 @@ def evaluate_set(problems: Problems, load: Callable[[], Policy] | None = None) -
     if cfg.run.resume and cfg.run.out and "evaluation" in held_run(out):
         refuse_changes(out, decides)  # now, not after a large model has loaded
         if (out / EVAL).exists():
-            return complete(out, cfg)
+            return complete(out, cfg, examples)
     with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume,
                   deterministic=cfg.run.deterministic) as log:
         log.say(note)
@@ -95,13 +95,19 @@ def evaluate_set(problems: Problems, load: Callable[[], Policy] | None = None) -
         return summary
 
 
-def complete(folder: Path, cfg: EvalConfig) -> dict:
-    """Read the summary of a complete evaluation, and add budgets that it lacks."""
+def complete(folder: Path, cfg: EvalConfig, examples: list[Example]) -> dict:
+    """Read the summary of a complete evaluation, and add budgets that it lacks.
+
+    UserError where the data has other answers now: what is correct would be that of the old ones."""
     summary = read_json(folder / EVAL)
+    records = read_records(folder) if (folder / COMPLETIONS).exists() else []
+    if other := {r["number"] + 1 for r in records if r["gold"] != examples[r["number"]].answer}:
+        raise UserError(f"{folder} holds a complete evaluation, and the data has other answers now (of {len(other)} "
+                        f"problems, first of number {min(other)}): start anew with another out=")
     if dist.is_main():
         (folder / PART).unlink(missing_ok=True)  # killed just before it would have been removed
         if any(f"accuracy@{budget}" not in summary for budget in comma_list(cfg.budgets)):
-            summary |= at_budgets(read_records(folder), cfg.budgets)
+            summary |= at_budgets(records, cfg.budgets)
             write_whole(folder / EVAL, json.dumps(summary, indent=1) + "\n")
         print(f"{folder} holds the complete evaluation, nothing is left to do: accuracy {summary['accuracy']:.3f} "
               f"on {summary['problems']} problems")

@@ -3,10 +3,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from awake import awake_run
 from judging import FakeJudge, judge_by
 
 from minimath.commands import judge_check as command
 from minimath.commands.judge_check import certificate
+from minimath.core.errors import UserError
 from minimath.judges.known import HIDDEN, problem_hash
 
 
@@ -45,6 +47,7 @@ def check(here, tmp_path, monkeypatch):
 
     def run(judge, *words):
         plain = Trained(lambda text: 0.5)
+        monkeypatch.setattr(command, "as_trained", lambda cfg: cfg)
         monkeypatch.setattr(command, "load_and_say", lambda cfg, log: None)
         monkeypatch.setattr(command, "make_judge", lambda options, *_, **__: judge if options.adapter else plain)
         judge.reader = object()
@@ -55,6 +58,18 @@ def check(here, tmp_path, monkeypatch):
         return out, json.loads((tmp_path / "check" / "judge-check.json").read_text())
 
     return run
+
+
+def test_a_judge_is_checked_on_the_base_that_it_was_trained_on(here, tmp_path, tiny_dir, monkeypatch):
+    awake_run(tmp_path / "judge", tiny_dir)
+    seen = []
+
+    def load(cfg, log):
+        seen.append((cfg.model.name, cfg.adapter.path))
+        raise UserError("enough")
+
+    monkeypatch.setattr(command, "load_and_say", load)
+    assert here("judge", "check", "judge_adapter=judge", "probes=pairs")[0] == 2 and seen == [(tiny_dir, "")]
 
 
 def test_a_perfect_judge_is_recommended_with_its_figures(check):

@@ -285,6 +285,15 @@ def test_resume_of_a_complete_evaluation_changes_nothing(run, tmp_path, capsys):
         run("run", resume=True, seed=1)
 
 
+def test_a_complete_evaluation_is_not_that_of_answers_that_were_mended_since(options, run):
+    run("run")
+    rows = [json.loads(line) for line in open(options["data"])]
+    Path(options["data"]).write_text("".join(json.dumps(row | {"answer": "7"} if row["id"] == "p2" else row) + "\n"
+                                             for row in rows))
+    with pytest.raises(UserError, match="of 1 problems, first of number 3.*another out="):
+        run("run", resume=True)
+
+
 def test_resume_where_nothing_is_starts_with_the_first(run, capsys):
     assert run("run", resume=True) == run("unbroken")
     assert "no completion in" in capsys.readouterr().out
