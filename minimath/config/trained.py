@@ -12,7 +12,8 @@ from minimath.core.run_folder import CONFIG, find_adapter, say_once
 
 PROMPT = [name for name, option in options_of(SFTConfig).items()
           if option.group == "prompt" and name != "max_prompt_len"]  # options that make a prompt what it is
-READ = ["model", *PROMPT, "data", "split", "quant", "attn", "lora_r", "steps", "lr"]  # of a run, maybe someone else's
+SHAPE = [name for name, option in options_of(SFTConfig).items() if option.group == "adapter" and name != "adapter"]
+READ = ["model", *PROMPT, *SHAPE, "data", "split", "quant", "attn", "steps", "lr"]  # of a run, maybe someone else's
 
 
 def run_options(folder: Path) -> dict:
@@ -35,15 +36,19 @@ def base_of(folder: Path) -> str:
 def as_trained(cfg):
     """Take over the prompt and the base of cfg's adapter; returns the config to use.
 
-    Options at their defaults are taken over, which is said once. Others stay, and a warning shows both values; of the
-    base load_policy warns. Raises UserError for an adapter that can't be read."""
+    Options at their defaults are taken over, which is said once. Others stay, and a warning shows both values, as of
+    a lora_r that the adapter does not have; of the base load_policy warns. UserError: the adapter can't be read."""
     if not cfg.adapter.path:
         return cfg
-    folder, taken = find_adapter(cfg.adapter.path), {}
-    trained = {name: value for name, value in run_options(folder).items() if name in PROMPT}
-    trained["model"] = base_of(folder)
+    folder, taken, known = find_adapter(cfg.adapter.path), {}, options_of(type(cfg))
+    made = run_options(folder)
+    for name in (name for name in SHAPE if name in known and name in made):
+        if (now := cfg.value(name)) not in (known[name].default, made[name]):
+            say_once(f"warning: {name}={now!r} has no effect: adapter={cfg.adapter.path} goes on as it was made, with "
+                     f"{name}={made[name]!r}")
+    trained = {name: value for name, value in made.items() if name in PROMPT} | {"model": base_of(folder)}
     for name, then in trained.items():
-        now, given = cfg.value(name), cfg.value(name) != options_of(type(cfg))[name].default
+        now, given = cfg.value(name), cfg.value(name) != known[name].default
         if then == now or name == "model" and (given or not then or same_place(then, now)):
             continue
         if name == "model" and (then[0] in "./~" or then.count("/") > 1) and not os.path.isdir(then):

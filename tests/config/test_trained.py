@@ -66,6 +66,15 @@ def test_another_prompt_is_a_warning_that_shows_both(here, trained, tiny_dir):
     assert same[0] == 0 and "warning" not in same[2] and "taking over" not in same[2]
 
 
+def test_a_rank_that_the_adapter_does_not_have_is_said_to_have_no_effect(here, trained):
+    words = ("sft", trained, "steps=1", "batch_size=2", "adapter=sft", *SMALL)
+    for rank, said in (("lora_r=8", True), ("lora_r=16", False)):
+        say_once.cache_clear()
+        status, _, err = here(*words, rank, f"out={rank[-2:]}")
+        assert status == 0
+        assert ("lora_r=8 has no effect: adapter=sft goes on as it was made, with lora_r=16" in err) == said
+
+
 def test_another_base_is_a_warning_and_one_that_cannot_fit_an_error(here, trained, tiny_dir, tmp_path):
     say_once.cache_clear()
     twin = tiny_model(tmp_path / "twin", seed=1)
