@@ -277,8 +277,11 @@ def test_run_does_both_stages_and_resume_skips_what_is_finished(here, recipe, tm
     (tmp_path / "whole" / "eval-rlaif" / "eval.json").unlink()
     finished = [p for name in ("sft", "rlaif", "eval-base") for p in (tmp_path / "whole" / name).rglob("*")]
     times = {p: p.stat().st_mtime_ns for p in finished}
-    status, out, err = here("run", recipe, "out=whole", "resume=true")
+    before = (tmp_path / "whole" / "sft.yaml").read_text()
+    status, out, err = here("run", recipe, "out=whole", "resume=true", "sft.lr=0.5")
     assert status == 0, out + err
+    assert "sft is complete, and not run again with lr: 0.5: for that" in out and "rlaif is complete" not in out
+    assert (tmp_path / "whole" / "sft.yaml").read_text() == before
     assert times == {p: p.stat().st_mtime_ns for p in times}  # finished stages were not touched
     again = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert [r["accuracy"] for r in again["rows"].values()] == [

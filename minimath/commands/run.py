@@ -53,7 +53,7 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
     started = time.monotonic()
     with RunLog(out, f"minimath {command}") as log, how_to_go_on(log, command):
         for name, cfg in cfgs.items():
-            write_whole(out / f"{name}.yaml", config_text(cfg))
+            keep_options(out, name, config_text(cfg), log.say)
         rows = run_arms(out, cfgs, full)
         summary = {"rows": rows, "minutes": (time.monotonic() - started) / 60, "model": cfgs["sft"].model.name,
                    "problems": rows["base"]["problems"]}
@@ -66,6 +66,16 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
             draw(run_folder.REPORT, lambda: write_page([out], out), log.say)
         log.say(f"{fmt_duration(60 * summary['minutes'])}; everything is in {out}")
     return summary
+
+
+def keep_options(out: Path, name: str, text: str, say: Callable[[str], None]) -> None:
+    """Write a stage's options; those of a complete one stay, and others are said to change nothing."""
+    path = out / f"{name}.yaml"
+    if not ((out / name / run_folder.SUMMARY).exists() and path.exists()):
+        return write_whole(path, text)
+    before = path.read_text(encoding="utf-8").splitlines()
+    if new := [line for line in text.splitlines() if line not in before and not line.startswith("resume:")]:
+        say(f"{name} is complete, and not run again with {', '.join(new)}: for that choose another out=")
 
 
 def load_stages(recipe: str | None, words: list[str], command: str) -> tuple[Path, dict[str, Stage]]:
