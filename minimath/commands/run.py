@@ -121,6 +121,7 @@ def run_arms(out: Path, cfgs: dict[str, Stage], full: bool) -> dict[str, dict]:
     """Train and evaluate what is to be compared: name -> summary of the evaluation."""
     rl_cfg, rows, after_sft = cfgs["rlaif"], {}, str(out / "sft")
     judge, reward = "trained" if rl_cfg.judge.adapter else rl_cfg.judge.name, rl_cfg.reward.name
+    judge = judge if rl_cfg.uses_judge() else "no"
     judged = {"judge": f" ({judge} judge)", "paper": " (paper's rewards)"}.get(reward, f" ({reward})")
 
     def trained(name: str, stage, cfg) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from minimath.config.load import config_text, plain_values
+from minimath.config.options import options_of
 from minimath.config.schema import DataOptions, EvalConfig
 from minimath.core import checkpoint, dist, interrupt
 from minimath.core.errors import Interrupted, UserError, is_out_of_memory
@@ -95,7 +96,7 @@ class Trainer:
                 deterministic=run.deterministic))
             self.started = time.monotonic()
             if self._noted:
-                self.log.say(f"eval_data: {self._noted}")
+                self.log.say(self._noted)
             seed_rng(run.seed)  # adapter initialisation, and whatever a user's function draws
             self.policy = load_policy(self.cfg, train=True)
             self.log.say(describe(self.policy.model, self.cfg))
@@ -325,12 +326,13 @@ def load_held_out(cfg) -> tuple[list, str]:
     own = getattr(cfg, "evaluation", None)
     if own is None:
         return [], ""
-    if not own.eval_data:
-        if own.eval_every:
-            raise UserError("eval_every needs held-out problems: set eval_data=, or eval_every=0")
-        return [], ""
+    if own.eval_every and not own.eval_data:
+        raise UserError("eval_every needs held-out problems: set eval_data=, or eval_every=0")
     if not own.eval_every:
-        return [], "not evaluated, as eval_every=0 says; set eval_every=N"
+        idle = [name for name in ("eval_data", "final")
+                if cfg.value(name) not in (options_of(type(cfg))[name].default, "last")]
+        return [], f"{' and '.join(idle)} without eval_every=N: nothing is evaluated in training" if idle else ""
     options = DataOptions(source=own.eval_data, split="test", limit=own.eval_limit, strict=cfg.data.strict)
     examples, report = load_examples(options, need=("answer",))
-    return examples, describe_report(report)
+    said = describe_report(report)
+    return examples, said and f"eval_data: {said}"

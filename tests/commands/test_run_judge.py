@@ -82,6 +82,14 @@ def test_a_judge_that_runs_out_of_time_is_measured_and_complete(recipe, tmp_path
     assert json.loads((tmp_path / "run/judge/summary.json").read_text())["steps"] < 1000
 
 
+def test_a_run_without_a_judge_is_not_named_after_one(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "part", lambda work, cfg, out: {})
+    for stage in ("sft", "rlaif"):
+        (tmp_path / "run" / stage).mkdir(parents=True)
+    out, cfgs = load_stages(recipe, [f"out={tmp_path / 'run'}", "judge=self", "judge_weight=0"], "run")
+    assert list(run_module.run_arms(out, cfgs, False)) == ["base", "SFT", "SFT + RLAIF (no judge)"]
+
+
 @pytest.mark.parametrize("words", [["judge=heuristic"], ["--rlaif.judge=heuristic"], ["judge_adapter=elsewhere",
                                    "judge=self"], ["rlaif.judge-adapter=", "judge=self"], ["reward=paper"]])
 def test_words_for_another_judge_leave_the_stage_out(recipe, words):

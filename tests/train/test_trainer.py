@@ -394,7 +394,11 @@ def test_held_out_rows_that_are_left_out_are_said_and_so_is_that_none_is_evaluat
     go(total=1, eval_data=rows, eval_every=1, eval_limit=3, eval_max_new_tokens=2)
     assert "eval_data: 3 rows kept, 1 skipped: 1 x no answer" in capsys.readouterr().out
     go("off", total=1, eval_data=data)
-    assert "eval_data: not evaluated, as eval_every=0 says" in capsys.readouterr().out
+    assert "eval_data without eval_every=N: nothing is evaluated in training" in capsys.readouterr().out
+    go("best", total=1, final="best")  # which stage 2 has by itself
+    assert "final without eval_every=N" in capsys.readouterr().out
+    go("rl", total=1, cls=RLAIFConfig)
+    assert "eval_every" not in capsys.readouterr().out
 
 
 # ---- resume
