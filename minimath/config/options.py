@@ -98,7 +98,7 @@ class Option(NamedTuple):
         try:
             if has_form(value):
                 return value
-        except (LookupError, ValueError, AttributeError):
+        except (LookupError, ValueError, AttributeError, TypeError):
             pass
         raise UserError(f"{'' if self.name in KEEPS_SECRETS_OUT else where}{self.name} must {form}")
 

@@ -59,7 +59,7 @@ def test_bools_ints_and_strings_take_the_type_of_the_field(tmp_path):
     ("lr", "key=value"),
     ("group_size=4", "option of rlaif"), ("trackers=wandb,tensorbord", "did you mean 'tensorboard'"),
     ("prompt_template=solve it", "{problem}"), ("prompt_template={problem} \\boxed{}", "{problem}"),
-    ("thinking=maybe", "one of auto, on, off"), ("template_args=effort", "NAME=VALUE"),
+    ("prompt_template={problem[question]}", "{problem}"), ("thinking=maybe", "one of auto, on, off"), ("template_args=effort", "NAME=VALUE"),
     ("template_args=a=[", "NAME=VALUE"), ("template_args=date=soon", "YYYY-MM-DD"),
     ("rlaif.lr=fast", "must be a number"), ("eval.top_p=1.5", "at most 1"),
     ("seed=1764446985123456789", "seed must be below"), ("seed=", "whole number"),

@@ -86,6 +86,11 @@ def test_a_bad_file_of_attacks_is_named_with_its_line(tmp_path, text, said):
         load_attacks(tmp_path / "gone.txt")
 
 
+def test_a_string_may_hold_any_line_end_that_json_may(tmp_path):
+    (tmp_path / "mine.txt").write_text('role end "a\u2028b"\r\nrole end "c"\n', encoding="utf-8", newline="")
+    assert [attack.text for attack in load_attacks(tmp_path / "mine.txt")] == ["a\u2028b", "c"]
+
+
 # ---- judges whose figures are known
 
 
