@@ -46,7 +46,8 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
     evaluation's completions saved. Raises UserError, and Interrupted after a signal."""
     out, cfgs = load_stages(recipe, overrides, command)
     dist.barrier()  # until all have chosen the same folder, the first must not begin to fill it
-    if held := run_folder.held_run(out) if dist.is_main() else "":
+    held = run_folder.held_run(out) if dist.is_main() else ""
+    if held and "whole" not in held:
         raise UserError(f"{out} already holds {held} of its own; choose another out=")
     if dist.is_main() and any(out.glob(f"*/{run_folder.CONFIG}")) and not cfgs["sft"].run.resume:
         raise UserError(f"{out} already holds a run; add resume=true to go on with it, or choose another out=")

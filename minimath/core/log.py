@@ -119,7 +119,7 @@ class RunLog(contextlib.AbstractContextManager):
         with bar:
             task = bar.add_task(what, total=total, completed=done, note="")
 
-            def advance(n: int = 1, **shown) -> None:
+            def advance(n: int = 1, /, **shown) -> None:
                 nonlocal done, said, reported
                 done += n
                 last.update(shown)  # a loop may count every step and measure only some

@@ -66,6 +66,10 @@ def held_run(run_dir: Path) -> str:
         return "a run"
     if (run_dir / EVAL).exists():
         return "a complete evaluation"
+    if (run_dir / SUITE).exists():
+        return "the evaluations of a suite"
+    if (run_dir / EVAL_CONFIG).exists() and any((run_dir / stage / CONFIG).exists() for stage in STAGE_FOLDERS):
+        return "a run of the whole recipe"
     part = run_dir / PART
     return "an unfinished evaluation" if part.is_file() and part.stat().st_size else ""
 
@@ -73,7 +77,7 @@ def held_run(run_dir: Path) -> str:
 def refuse_held(run_dir: Path, *, evaluation: bool, resume: bool) -> None:
     """Raise UserError when the folder holds a run that can't be gone on with."""
     held = held_run(run_dir)
-    own = ("evaluation" in held) == evaluation
+    own = ("evaluation" in held) == evaluation and "whole" not in held
     if held and not (own and resume):
         go_on = "add resume=true to go on with it, or " if own and held != "a complete evaluation" else ""
         raise UserError(f"{run_dir} already holds {held}; {go_on}choose another out=")

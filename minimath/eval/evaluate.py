@@ -122,12 +122,12 @@ def evaluate_suite(cfg: EvalConfig) -> dict:
     for name, problems in {"": None, **sets}.items() if cfg.run.out else ():
         out = Path(cfg.run.out)
         held = held_run(out / name)
-        if held and not name:
+        if held and not name and not (out / SUITE).exists():
             raise UserError(f"{out} already holds {held} that is no suite; choose another out=")
-        if held and not cfg.run.resume:
+        if held and name and not cfg.run.resume:
             raise UserError(f"{out} already holds a suite ({name}: {held}); add resume=true to go on with it, or "
                             "choose another out=")
-        if held:
+        if held and name:
             refuse_changes(out / name, fingerprint(problems.cfg, problems.examples))
     with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume,
                   deterministic=cfg.run.deterministic) as log:

@@ -65,11 +65,11 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds_with_time_left(
     with RunLog(tmp_path, "test", stream=out).progress(60, "sft") as advance:
         for _ in range(60):
             clock[0] += 1
-            advance(**({"loss": 0.123456} if clock[0] % 4 == 0 else {}))  # a number stays until there is a newer one
+            advance(**({"n": 0.123456} if clock[0] % 4 == 0 else {}))  # a number stays until there is a newer one
     shown = out.getvalue().splitlines()[1:]
     assert len(shown) == 6
-    assert shown[0] == "sft 10/60, 10 s, 50 s left, 1.5 GiB, loss=0.123"
-    assert shown[-1] == "sft 60/60, 1 min 00 s, 1.5 GiB, loss=0.123"
+    assert shown[0] == "sft 10/60, 10 s, 50 s left, 1.5 GiB, n=0.123"
+    assert shown[-1] == "sft 60/60, 1 min 00 s, 1.5 GiB, n=0.123"
     assert "\x1b" not in out.getvalue()
 
 

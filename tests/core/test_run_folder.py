@@ -43,6 +43,19 @@ def test_a_taken_folder_is_refused_and_resumed_by_its_own_command_only(tmp_path,
             assert (out / "config.yaml").read_text() == "seed: 1\n"
 
 
+@pytest.mark.parametrize("files, held", [(["suite.json", "gsm8k/eval.json"], "the evaluations of a suite"),
+                                         (["eval.yaml", "sft/config.yaml"], "a run of the whole recipe")])
+@pytest.mark.parametrize("command, resume", [("sft", False), ("sft", True), ("eval", False)])
+def test_a_folder_of_several_runs_is_not_filled_with_another(tmp_path, files, held, command, resume):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(UserError, match=f"already holds {held}; .*choose another out="):
+        with opened(tmp_path, command, resume):
+            pass
+    assert not (tmp_path / "config.yaml").exists()
+
+
 def test_an_empty_part_file_holds_nothing(tmp_path):
     (tmp_path / PART).touch()
     assert held_run(tmp_path) == ""
