@@ -35,9 +35,10 @@ _NUMBER = re.compile(
     "[\u00b2\u00b3\u00b9\u2070-\u207b]*(?:\\\\?%)?")
 _FORMULA = re.compile(r"\$\$?([^$]{1,400}?)\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.S)
 _FIRST_FORMULA = re.compile(rf"[\s*:]{{0,9}}(?:{_FORMULA.pattern})", re.S)
-# (3, 4), or 1, 2, 3 up to the end of the sentence: their commas end no sentence
+# (3, 4), or a list up to the end of the sentence, 1, 2, and 3 or A, C: its commas end no sentence
+_PART = r"(?:[A-Za-z]\s*=\s*)?(?:-?\d[\d./]{0,20}|[A-J](?!\w)|\.{3}|\\[lc]?dots)"
 _TUPLE_OR_LIST = re.compile(r"[\s*:]{0,9}([(\[\]][^()\[\]]{1,100}[)\]\[]|"
-                            r"-?\d[\d./]{0,20}(?:, (?:-?\d[\d./]{0,20}|\.{3}|\\[lc]?dots)){1,20}"
+                            rf"{_PART}(?:(?:, (?:and |or )?| and | or ){_PART}){{1,20}}"
                             r"(?=[\s*]{0,9}(?:$|\.(?:\s|$))))")
 _BOLD = re.compile(r"(?<![\w)}])\*\*|\*\*(?![\w(\\])")   # 2**3 is a power
 _LAST_IS = re.compile(r".*\b(?:is|are|was|were|equals)\s", re.S)

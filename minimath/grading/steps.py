@@ -7,6 +7,7 @@ bounded, and nothing is eval'd. Exact throughout (fractions.Fraction).
 from __future__ import annotations
 
 import ast
+import itertools
 import operator
 import re
 from collections.abc import Iterator
@@ -42,7 +43,8 @@ class Equation(NamedTuple):
 _SIGNS = str.maketrans({
     "\u00d7": "*", "\u22c5": "*", "\u00b7": "*", "\u2217": "*", "\u00f7": "/", "\u2044": "/", "\u2215": "/",
     "\u2212": "-", "\u2013": "-", "\u2248": "~", "\u20ac": "$", "\u00a3": "$", "\u00a5": "$", "\u00a0": " ",
-    "\u202f": " ", "\u00bd": "(1/2)", "\u00bc": "(1/4)", "\u00be": "(3/4)", "\u00b0": ""})
+    "\u202f": " ", "\u00b2": "^2", "\u00b3": "^3", "\u00bd": "(1/2)", "\u00bc": "(1/4)", "\u00be": "(3/4)",
+    "\u00b0": ""})
 _LATEX = [
     # a mixed number, 1\frac{1}{2}
     (re.compile(r"(?<![\d.])(\d{1,6})\\[dt]?frac\s*\{(\d{1,6})\}\s*\{(\d{1,6})\}"), r"(\1+(\2)/(\3))"),
@@ -63,6 +65,8 @@ _TOKEN = re.compile(r"(?P<num>(?:\d+(?:,\d{3})*(?!\d)(?:\.\d+)?|\.\d+)%?)|(?P<op
                     r"|(?P<skip>[ \t$]+)|(?P<break>.)", re.S)
 # what may stand before a negative number that opens a side; elsewhere "-5" subtracts from something unread
 _LEAD_IN = {"so", "then", "thus", "is", "hence", "therefore", "and", "get", "have", "gives", ":", ",", "."}
+_ROOTS = ("\u221a", "\u221b")
+_REMAINDER = {"remainder", "rem", "r"}
 _SCALES = {"half", "twice", "double", "triple", "thrice", "quarter", "third", "tenth", "mod", "sqrt", "log"}
 
 
@@ -158,8 +162,10 @@ def _equations(tokens: list[Token]) -> Iterator[Equation]:
             sides[-1] = []                 # 7x is not 7
         sides[0] = _without_lead(sides[0], tokens[max(0, start - 2):start])
         sides = [_trim(side, first=i == 0, last=i == len(sides) - 1) for i, side in enumerate(sides)]
+        behind = itertools.takewhile(lambda token: token.kind == "word" or token.text == ",", tokens[stop:stop + 4])
+        parts = [a for a in behind if a.text.lower() in _REMAINDER]  # 17 / 5 = 3 remainder 2 is no mistake
         for a, b, sign in zip(sides, sides[1:], (token.text for token in chain if token.kind == "eq")):
-            if (holds := _agree(a, b, sign)) is not None:
+            if (holds := _agree(a, b, sign)) or holds is False and not (parts and b is sides[-1]):
                 yield Equation(a, b, holds)
 
 
@@ -188,7 +194,9 @@ def _without_lead(side: list[Token], before: list[Token]) -> list[Token]:
             variable = len(word.text) == 1 and word.text not in "aAI"
             if variable or word.end == token.start or (i == 0 and scale in _SCALES):
                 return []
-        return side[i:]
+        clock = (len(before) > 1 and before[-1].text == ":" and before[-2].kind == "num" and len(token.text) == 2
+                 and before[-2].end == before[-1].start == token.start - 1)  # 9:30 + 15
+        return [] if clock or before and before[-1].text in _ROOTS else side[i:]
     return []
 
 
@@ -221,10 +229,8 @@ def _agree(a: list[Token], b: list[Token], sign: str) -> bool | None:
         if len(plain) == 1:
             digits, percent, _ = plain[0].text.partition("%")
             decimals = len(digits.partition(".")[2])
-            half_a_digit = Fraction(1, 2 * 10 ** decimals * (100 if percent else 1))
-            if (decimals or sign == "~") and abs(value - other) <= half_a_digit:
-                return True
-            if percent and value * 100 == other:           # "5 / 20 * 100 = 25%"
+            slack = Fraction(1, 2 * 10 ** decimals * (100 if percent else 1)) if decimals or sign == "~" else 0
+            if abs(value - other) <= slack or percent and abs(value * 100 - other) <= slack * 100:  # 5 / 20 * 100 = 25%
                 return True
     return left == right
 

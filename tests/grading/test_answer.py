@@ -35,6 +35,9 @@ def checker():
     (r"The answer is \((-6, 10)\).", "(-6, 10)"),
     ("The answers are many; the answer is 3, 5, 7.", "3, 5, 7"),
     ("The answer is 5, 3 more than before.", "5"),
+    ("The answers are 2, 3, and 5.", "2, 3, and 5"),  # not 2: no chance to name three and be right with one
+    ("The answers are x = -1 or x = 1/2", "x = -1 or x = 1/2"),
+    ("The answer is A, C. Done", "A, C"), ("The answer is A, B is wrong.", "A"),
     ("Final Answer: The final answer is 12,000,023. I hope it is correct.", "12,000,023"),
     ("Final Answer: The largest $n$ is 34.", "34"),
     ("Final Answer: Jane started growing Sphere 3 hours ago. I hope it is correct.", "3"),
@@ -223,6 +226,10 @@ def test_the_child_gets_no_secrets(monkeypatch):
     ("x + 5 + 3 = 12", 0, 0), ("2x + 3 = 7", 0, 0), ("y = 3 + 4 = 7", 1, 1), ("half of 10 + 2 = 7", 0, 0),
     ("5 = 5", 0, 0), ("the answer = 5", 0, 0), ("3 apples + 4 = 7", 0, 0), ("", 0, 0),
     ("1/0 = 3", 0, 0), ("9^9^9^9 = 3", 0, 0),
+    # 3 remainder 2 is not 3, nor a root what is under it; nor does a clock count in tenths
+    ("17 / 5 = 3 remainder 2", 0, 0), ("17 / 5 = 3, with a remainder of 2", 0, 0), ("15 / 5 = 3 R 0", 1, 1),
+    ("\u221a16 + 1 = 5", 0, 0), ("9:30 + 15 = 9:45", 0, 0), ("3 * 4\u00b2 = 48. 60 + 4 = 8\u00b2", 2, 2),
+    ("2/3 * 100 = 66.7%", 1, 1), ("2/3 * 100 = 66.6%", 0, 1),
 ])
 def test_check_steps_counts_equations_and_those_that_hold(text, right, total):
     assert tuple(check_steps(text)) == (right, total)
