@@ -34,6 +34,7 @@ from minimath.report.figures import COLOURS, INK, new_figure, read_metrics, save
 STEPS, EVERY = 18, 3
 PLAIN = ["judge_weight=0"]  # length alone beside right or wrong
 CONTROL, APART = ["brevity_control=accuracy"], ["brevity_scale=apart", "brevity_weight=1"]
+TRUNCATE = ["brevity=truncate", "brevity_limit=50", "overlong=none"]
 CONCISE = ["teacher_system=Be concise. Put the final answer in \\boxed{}.", "reward=none", "verifier=none"]
 JUDGED = ["judge=self", "judge_adapter={judge}"]  # the ablation's: single solutions, trained on the policy's own
 ARMS = {  # name -> what it changes in the demo's rlaif section
@@ -44,19 +45,20 @@ ARMS = {  # name -> what it changes in the demo's rlaif section
     "cosine": [*PLAIN, "brevity=cosine"],
     "minmax": [*PLAIN, "brevity=minmax"],
     "alp": [*PLAIN, "brevity=alp"],
-    "truncate": [*PLAIN, "brevity=truncate", "brevity_limit=50", "overlong=none"],
+    "truncate": [*PLAIN, *TRUNCATE],
     "ratio-control": [*PLAIN, "brevity=ratio", *CONTROL],
     "log-control": [*PLAIN, "brevity=log", *CONTROL],
     "ratio-apart": [*PLAIN, "brevity=ratio", *APART],
     "ratio-apart-control": [*PLAIN, "brevity=ratio", *APART, *CONTROL],
     "log-apart-control": [*PLAIN, "brevity=log", *APART, *CONTROL],
     "judge-apart-control": ["brevity=ratio", *APART, *CONTROL],  # right steps first, then shorter
-    "judge-truncate": ["brevity=truncate", "brevity_limit=50", "overlong=none"],
+    "judge-truncate": TRUNCATE,
     "judge-half-apart-control": ["judge_weight=0.5", "brevity=ratio", *APART, *CONTROL],
     "teacher-concise": ["teacher={sft}", *CONCISE],  # no answers: the SFT model, asked to be concise
     "teacher-concise-full": ["teacher={sft}", *CONCISE, "teacher_kl=full"],
     "teacher-longer": ["teacher={longer}", "reward=none", "verifier=none"],  # SFT for twice the steps
     "teacher-longer-right": ["teacher={longer}", "teacher_weight=0.1", *PLAIN, "brevity_weight=0"],
+    "teacher-longer-truncate": ["teacher={longer}", "teacher_weight=0.1", *PLAIN, *TRUNCATE],
     "trained-apart-control": [*JUDGED, "brevity=ratio", *APART, *CONTROL],  # by a judge that was trained, not by rules
     "majority": ["verifier=majority", *PLAIN, "brevity=ratio", *APART, *CONTROL],  # no answers, as the next three
     "majority-share": ["verifier=majority", "majority_share=0.65", *PLAIN, "brevity=ratio", *APART, *CONTROL],
