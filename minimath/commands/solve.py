@@ -3,7 +3,6 @@
     minimath solve ["PROBLEM"] model=... adapter=runs/...
 
 The solution appears as it is written. Without a problem it asks for one after the other, until an empty line."""
-import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -23,11 +22,16 @@ from minimath.models.load import describe
 from minimath.models.policy import Policy, load_policy
 from minimath.rollout.open import open_engine
 
+NOT_UTF8 = "the problem is not UTF-8 text: convert it, as by iconv, or set the terminal to UTF-8"
+
 
 def solve_command(words: list[str]) -> None:
     """Run `minimath solve` with the words behind it. UserError: also for no problem."""
     problem, options = parse(words)
     cfg = load_config(EvalConfig, None, options)
+    unread = {"data": cfg.data.source, "suite": cfg.suite, "budgets": cfg.budgets, "out": cfg.run.out}
+    if name := next(filter(unread.get, unread), ""):
+        raise UserError(f"minimath solve reads no data and keeps nothing: {name}= is for minimath eval, leave it out")
     problems = [problem] if problem else ask() if sys.stdin.isatty() else list(ask())
     if not problems:  # found out before the model loads
         raise UserError('minimath solve needs a problem: minimath solve "Tom has 3 apples ..." adapter=runs/... '
@@ -48,15 +52,28 @@ def parse(words: list[str]) -> tuple[str, list[str]]:
         return "", words
     if not words[0].strip():
         raise UserError('the problem is empty: minimath solve "Tom has 3 apples ..." adapter=runs/...')
-    return words[0], words[1:]
+    return in_utf8(words[0]), words[1:]
+
+
+def in_utf8(problem: str) -> str:
+    """Return a problem; UserError where bytes of another encoding stand in it."""
+    try:
+        problem.encode()
+    except UnicodeEncodeError:
+        raise UserError(NOT_UTF8) from None
+    return problem
 
 
 def ask() -> Iterator[str]:
-    """Yield problems from standard input until an empty line or its end."""
+    """Yield problems from standard input until an empty line or its end. UserError."""
     prompt = "\nproblem (empty line ends): " if sys.stdin.isatty() else ""
-    with contextlib.suppress(EOFError):
+    try:
         while line := input(prompt).strip():
-            yield line
+            yield in_utf8(line)
+    except EOFError:
+        return
+    except UnicodeDecodeError:
+        raise UserError(NOT_UTF8) from None
 
 
 def solve(problem: str, cfg: EvalConfig, policy: Policy, engine) -> None:

@@ -145,12 +145,12 @@ class Colocated:
 
     def complete(self, jobs: list[Job], how: Sampling, max_new_tokens: int, eos: list[int], most: int):
         """Yield the index of each job and its answer, all at the end."""
-        self._wake()
         params = [self.vllm.SamplingParams(
             n=1, seed=job.seed, temperature=how.temperature, top_p=how.top_p, min_p=how.min_p, top_k=how.top_k or -1,
             max_tokens=max_new_tokens, stop_token_ids=eos, ignore_eos=True, logprobs=0, detokenize=False)
             for job in jobs]
         try:
+            self._wake()
             outputs = self.llm.generate([{"prompt_token_ids": job.prompt} for job in jobs], params, use_tqdm=False,
                                         lora_request=self.lora)
         except Exception as error:
@@ -181,6 +181,7 @@ class Colocated:
 
     def _wake(self) -> None:
         if self.asleep:
+            torch.cuda.empty_cache()  # it maps memory anew, beside torch, which holds what the update has freed
             self.llm.wake_up()
             self.asleep = False
 

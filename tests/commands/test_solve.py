@@ -71,3 +71,18 @@ def test_what_is_shown_while_it_is_written_is_the_completion(here, tiny_dir):
 def test_a_problem_longer_than_the_limit_is_refused(here, tiny_dir):
     status, _, error = here("solve", "Tom has 3 apples. " * 30, f"model={tiny_dir}", *SMALL, "max_prompt_len=20")
     assert status == 2 and "max_prompt_len=20" in error
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # of a UTF-8 locale, and of the C locale
+def test_a_problem_in_another_encoding_is_one_line(here, monkeypatch, errors):
+    typed = b"Zo\xeb has 3 apples."
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed + b"\n"), "utf-8", errors=errors))
+    for words in ((), (typed.decode("utf-8", "surrogateescape"),)):
+        status, _, error = here("solve", *words, "model=missing")
+        assert status == 2 and "not UTF-8" in error
+
+
+@pytest.mark.parametrize("option", ["data=problems.jsonl", "suite=gsm8k", "budgets=128", "out=runs/x"])
+def test_an_option_of_eval_that_would_do_nothing_is_refused(here, option):
+    status, _, error = here("solve", "1 + 1?", "model=missing", option)
+    assert status == 2 and f"{option.partition('=')[0]}= is for minimath eval" in error
