@@ -38,7 +38,8 @@ def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, weig
     kept = target != ignore_index
     class_weight = None
     if weight is not None:  # of the target of each row, (N,), 0 where ignored
-        class_weight = weight.index_select(0, target.masked_fill(~kept, 0)).masked_fill(~kept, 0.0)
+        inside = target.clamp(0, len(weight) - 1)  # what is outside is refused further down
+        class_weight = weight.index_select(0, inside).masked_fill(~kept, 0.0)
 
     def token_loss(stats, rows):
         loss = -(1.0 - label_smoothing) * stats.logp

@@ -16,6 +16,7 @@ from minimath.core.errors import UserError
 from minimath.core.files import read_json
 from minimath.core.hub import without_network
 from minimath.core.run_folder import find_adapter, say_once
+from minimath.kernels.common import runs_triton
 from minimath.models import variants
 from minimath.models.block_attention import without_cudnn
 from minimath.models.forward import base_causal_lm, head_module
@@ -282,6 +283,6 @@ def describe(model, cfg) -> str:
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     quant = ", NF4 weights with double quantisation" if options.quant == "nf4" else ""
-    kernels = "Triton kernels" if device.type == "cuda" else "chunked torch kernels"
+    kernels = "Triton kernels" if runs_triton(torch.empty(0, device=device)) else "chunked torch kernels"
     return (f"{options.name}: {device} ({card}), {str(dtype).removeprefix('torch.')} ({reason}){quant}, "
             f"{stored / 1e6:.0f} MB of weights, {trained / 1e6:.2f} M trained, attention {options.attn}, {kernels}")

@@ -6,6 +6,8 @@ import torch
 from minimath.data.template import begins_in_thought, behind_thought
 from minimath.grading.answer import boxes
 
+BOX = "\\boxed{"
+
 
 class Flight:
     """A table on its way to the host, where `land` waits for it."""
@@ -40,6 +42,8 @@ class BoxWatch:
 
     def closed(self, ids: list[int], prompt: list[int]) -> bool:
         text = self.tokenizer.decode(ids)  # with special tokens: the tags may be some
+        if self.tokenizer.decode(prompt[-16:]).endswith(BOX):  # by thinking_budget
+            text = BOX + text
         return bool(boxes(behind_thought(text, begins_in_thought(self.tokenizer, prompt))))
 
 

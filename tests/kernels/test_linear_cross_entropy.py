@@ -106,6 +106,7 @@ def test_bf16_input_gives_an_fp32_loss_that_is_closer_than_torchs():
         ({"weight": torch.ones(V + 1)}, r"weight must be \(101,\)"),
         ({"linear_bias": torch.ones(V + 1)}, "bias must be"),
         ({"target": torch.full((N,), V)}, "targets must be"),
+        ({"target": torch.full((N,), V), "weight": torch.ones(V)}, "targets must be"),
     ],
 )
 def test_bad_arguments_raise_a_value_error_that_names_them(change, message):

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from toy import load, wake_adapter
 
 from minimath.core.errors import UserError
+from minimath.eval.budget import FORCED
 from minimath.models import memory
 from minimath.models.decoding import called_together, decoding_linears
 from minimath.models.forward import adapter_off, base_causal_lm, hidden_states, inference
@@ -133,6 +134,9 @@ def test_the_watch_reads_boxes_that_span_tokens(llama):
     for text, closed in (("so \\boxed{\\frac{1}{2}}", True), ("so \\boxed{\\frac{1}{2}", False),
                          ("\\boxed{}", False), ("{a} + {b}", False)):
         assert watch.closed(tokenizer.encode(text), []) == closed
+    begun = tokenizer.encode(FORCED, add_special_tokens=False)  # thinking_budget puts it in
+    for text, closed in (("42}", True), ("\\frac{1}{2}", False), ("}", False)):
+        assert watch.closed(tokenizer.encode(text), begun) == closed
 
 
 def test_loops_are_seen_from_four_turns_on():
