@@ -212,7 +212,8 @@ def _signs(item: str) -> list[str]:
 
 def _enclosed(text: str) -> Parts | None:
     r"""Read (1,2), \{1,2\}, \langle 1,2\rangle, [1,2], (a,b) = (1,2)."""
-    names = re.match(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z]){1,5}\s*\)\s*=\s*|[A-Za-z]\w?\s*=\s*", text)
+    names = re.match(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z]){1,5}\s*\)\s*=\s*|[A-Za-z]\w?\s*=\s*"
+                     rf"|{_VARIABLE}\s*\\in(?![A-Za-z])\s*(?=\\\{{)", text)
     text = text[names.end():] if names else text
     if text == r"\emptyset":
         return Parts("set", ())

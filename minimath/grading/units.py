@@ -21,7 +21,8 @@ _CURRENCIES = {"USD", "EUR", "GBP", "JPY", "INR"}
 _FILLERS = set("of the a an in total all altogether about unit per each every every and is exactly same over".split())
 _BEFORE = re.compile(r"([-+]?)\s*(?:US ?\$|(\$|USD|EUR|GBP|JPY|INR|R[sS]\.?))\s*([-+]?)\s*(?=[\d.(\\])")
 _WORD = r"(?:[A-Za-z\u00b5$]+\.?|'s)(?:\s?\^\{?-?\d\}?)?"
-_AFTER = re.compile(rf"(.*?(?:[\d)}}%!]|\\pi))(\s*{_WORD}(?:(?:\s*[/\-]\s*|\s*\\cdot\s*|\s+|,\s)(?:{_WORD})){{0,7}})")
+_AFTER = re.compile(rf"(.*?(?:[\d)}}%!]|\\pi))((?:\s*/\s*(?=day|min|sec|[A-Za-z]{{4}}))?\s*{_WORD}"      # $8/hour
+                    rf"(?:(?:\s*[/\-]\s*|\s*\\cdot\s*|\s+|,\s)(?:{_WORD})){{0,7}})")
 _ASIDE = re.compile(r"(?<=[\dA-Za-z}%.])\s+\((?:[A-Za-z][A-Za-z\- ]{2,30}|=[^()]{1,40})\)(?=\s[A-Za-z]|$)")
 # "The answer is 27", "approximately 5"
 _LEAD = re.compile(
@@ -29,7 +30,7 @@ _LEAD = re.compile(
     r"(?:the )?(?:final )?(?:answer|result)\s*:|\\approx|(?:approximately|about|exactly|roughly|around))\s*(?=\S)",
     re.I)
 NOT_UNITS = set("pi sqrt sin cos tan log ln exp mod and or to if times plus minus not no none never remainder base "
-                "more less than infty cup cap pm out except else when only least most maybe rem r either neither but "
+                "more less than infty pm out except else when only least most maybe rem r either neither but "
                 "without half twice squared false wrong below under negative too short".split())
 
 
