@@ -24,6 +24,8 @@ _WORD = r"(?:[A-Za-z\u00b5$]+\.?|'s)(?:\s?\^\{?-?\d\}?)?"
 _AFTER = re.compile(rf"(.*?(?:[\d)}}%!]|\\pi))((?:\s*/\s*(?=day|min|sec|[A-Za-z]{{4}}))?\s*{_WORD}"      # $8/hour
                     rf"(?:(?:\s*[/\-]\s*|\s*\\cdot\s*|\s+|,\s)(?:{_WORD})){{0,7}})")
 _ASIDE = re.compile(r"(?<=[\dA-Za-z}%.])\s+\((?:[A-Za-z][A-Za-z\- ]{2,30}|=[^()]{1,40})\)(?=\s[A-Za-z]|$)")
+# 3 times as many, 5 more apples; not 5 more than, 3 times half
+_COUNT = re.compile(r"(?<=\d) (?:times(?: (?:as|a|per|each|every) [a-z]+| more)?$|more(?= [a-z]+$|$))", re.I)
 # "The answer is 27", "approximately 5"
 _LEAD = re.compile(
     r"(?:(?:[A-Za-z,']+ ){0,8}(?:is|are|was|were|equals|gives|costs|has|have|had|makes|gets|needs)\b\s*:?|"
@@ -45,7 +47,7 @@ def split_unit(text: str) -> tuple[str, Unit] | None:
     lead, money = _LEAD.match(text), ""
     if lead and not NOT_UNITS - {"and", "of"} & {*re.findall("[a-z]+", lead[0].lower())}:   # no word changes the value
         text = text[lead.end():]
-    text = _ASIDE.sub("", text)
+    text = _COUNT.sub("", _ASIDE.sub("", text))
     if before := _BEFORE.match(text):
         sign = (before[2] or "$").rstrip(".")
         money = _CANONICAL.get(sign.lower(), sign)
