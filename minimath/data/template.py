@@ -20,8 +20,9 @@ DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # export put the 
 
 
 def template_of(tokenizer) -> str:
-    """Return the chat template; "" when there is none."""
-    return str(getattr(tokenizer, "chat_template", None) or "")
+    """Return the chat template, of several the default; "" when there is none."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return str(template.get("default", template) if isinstance(template, dict) else template)
 
 
 def per_template(function):
@@ -59,7 +60,7 @@ def render(tokenizer, messages: list[dict], args: dict | None = None, *, generat
     """Write messages as text, always the same. UserError: the template refuses them."""
     if not template_of(tokenizer):
         return "\n\n".join(m["content"] for m in messages) + ("\n\n" if generate else "")
-    template, args, state = tokenizer.chat_template, dict(args or {}), random.getstate()
+    template, args, state = template_of(tokenizer), dict(args or {}), random.getstate()
     day = args.pop("date", DAY)
     if "strftime_now" in template:
         say_once(f"the model's chat template writes the date: here it is always {day}; template_args=date=YYYY-MM-DD "

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from minimath.core.errors import UserError
 from minimath.data.chat import IGNORE, Encoded, turn_end
+from minimath.data.template import render
 from minimath.grading.answer import answer_end
 from minimath.judges.base import Asked, Pair
 from minimath.judges.rubrics import defuse, judge_prompt
@@ -36,8 +37,7 @@ def verdict_ids(tokenizer, choices: list[tuple[str, ...]] = LETTERS) -> list[int
 
 def chat_ids(tokenizer, prompt: str) -> list[int]:
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                             add_generation_prompt=True)
+        text = render(tokenizer, [{"role": "user", "content": prompt}], generate=True)
         return tokenizer.encode(text, add_special_tokens=False)
     return tokenizer.encode(prompt + "\nVerdict:")
 

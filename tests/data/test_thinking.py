@@ -127,3 +127,11 @@ def test_dates_and_random_words_of_a_template_are_the_same_on_every_day(capsys):
     given = prompt_ids(tokenizer, "p", prompt_template="{problem}", template_args="date=2027-02-03")
     assert "Today: 03 February 2027" in tokenizer.decode(given)
     assert "2026" in tokenizer.decode(prompt_ids(thinker(GRANITE), "p", prompt_template="{problem}"))
+
+
+def test_of_several_templates_the_default_is_meant():
+    tokenizer, plain = thinker(SMOLLM3), thinker(SMOLLM3)
+    tokenizer.chat_template = {"tool_use": QWEN35, "default": SMOLLM3}
+    for options in ({}, {"template_args": "date=2027-02-03"}, {"thinking": "off"}):
+        one, other = (prompt_ids(each, "p", prompt_template="{problem}", **options) for each in (tokenizer, plain))
+        assert one == other

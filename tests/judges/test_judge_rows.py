@@ -5,6 +5,7 @@ import pytest
 import tiny as tiny_models
 import torch
 from judging import Fixed
+from thinking import SMOLLM3, thinker
 from toy import policy_of, wake_adapter
 
 from minimath.config.schema import JudgeOptions, SFTConfig
@@ -13,7 +14,7 @@ from minimath.data.chat import IGNORE, turn_end
 from minimath.judges.attack import bare_prompt
 from minimath.judges.base import Asked, Pair, asked
 from minimath.judges.card import JudgeCard
-from minimath.judges.rows import YES_NO, Reader, pair_row, single_row, verdict_ids
+from minimath.judges.rows import YES_NO, Reader, chat_ids, pair_row, single_row, verdict_ids
 from minimath.judges.rubrics import judge_prompt
 from minimath.judges.self_judge import SelfJudge
 from minimath.kernels import linear_token_loss
@@ -246,3 +247,7 @@ def test_rows_behind_shared_prompts_have_the_loss_and_the_gradient_of_rows_apart
         for name, grad in grads.items():
             torch.testing.assert_close(of_shared[name], grad, atol=2e-5 * scale, rtol=2e-4)
             torch.testing.assert_close(of_apart[name], grad, atol=2e-5 * scale, rtol=2e-4)
+
+
+def test_a_judges_prompt_is_the_same_on_every_day():
+    assert "Today: 01 January 2026" in (tokenizer := thinker(SMOLLM3)).decode(chat_ids(tokenizer, "Which is better?"))
