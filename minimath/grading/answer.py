@@ -33,7 +33,8 @@ _NUMBER = re.compile(
     "(?:[\u00bc-\u00be\u2150-\u215e]| \\d+/\\d+|/\\d+|:\\d\\d(?: ?[ap]\\.?m\\b)?|[eE][-+]?\\d+(?!\\w)|"
     " ?(?:[x\u00d7]|\\\\times|\\\\cdot) ?10(?=\\^|[\u00b2-\u207e])(?:\\^\\{?-?\\d+\\}?)?)?"
     "[\u00b2\u00b3\u00b9\u2070-\u207b]*(?:\\\\?%)?")
-_FORMULA = re.compile(r"\$\$?([^$]{1,400}?)\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.S)
+# a dollar before a digit begins an amount or a formula, and ends none: $5 and $6
+_FORMULA = re.compile(r"\$\$?([^$]{1,400}?)(?:\$\$|\$(?!\d))|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.S)
 _FIRST_FORMULA = re.compile(rf"[\s*:]{{0,9}}(?:{_FORMULA.pattern})", re.S)
 # (3, 4), or a list up to the end of the sentence, 1, 2, and 3 or A, C: its commas end no sentence
 _PART = r"(?:[A-Za-z]\s*=\s*)?(?:-?\d[\d./]{0,20}|[A-J](?!\w)|\.{3}|\\[lc]?dots)"

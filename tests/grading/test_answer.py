@@ -37,6 +37,7 @@ def checker():
     ("The answer is 5, 3 more than before.", "5"),
     ("The answers are 2, 3, and 5.", "2, 3, and 5"),  # not 2: no chance to name three and be right with one
     ("The answers are x = -1 or x = 1/2", "x = -1 or x = 1/2"),
+    ("The answer is $5 and $6.", "$5 and $6"),
     ("The answer is A, C. Done", "A, C"), ("The answer is A, B is wrong.", "A"),
     ("Final Answer: The final answer is 12,000,023. I hope it is correct.", "12,000,023"),
     ("Final Answer: The largest $n$ is 34.", "34"),
