@@ -77,7 +77,7 @@ def plan(recipe: str | None, words: list[str]) -> dict:
     if any(cfg.model.shard for cfg in stages.values()):
         console.print("shard=true is not counted: of N processes each holds 1/N of the layers' weights", soft_wrap=True)
     if path and changes is not None:
-        made = yaml.load(find_recipe(recipe).read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+        made = yaml.BaseLoader(find_recipe(recipe).read_text(encoding="utf-8")).get_single_data() or {}
         made |= {section: (made.get(section) or {}) | options for section, options in changes.items()}
         text = yaml.dump(made, Dumper=AsWritten, sort_keys=False)
         write_whole(path, f"# {recipe}, changed to fit {gib(card)} GiB\n{text}")
