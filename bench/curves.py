@@ -1,7 +1,7 @@
 """Length control over three times the demo's steps: accuracy and tokens after every third step, several seeds.
 
     python -m bench.curves                         # every arm, both rates, seeds 0 1 2: hours; goes on where stopped
-    python -m bench.curves --arms today ratio-control --seeds 0 --rates 3e-4
+    python -m bench.curves --arms minmax-judge ratio-control --seeds 0 --rates 3e-4
     python -m bench.curves --table                 # table and picture of what has been measured so far
     python -m bench.curves --table --against ratio-apart-control    # differences to that arm, not to SFT
 
@@ -156,9 +156,10 @@ def table(rows: dict[str, dict], sft: dict[int, dict], against: str = "") -> Tab
     for name in ("arm", "rate", "seeds", "checkpoint", "accuracy, %", "difference", "tokens", "fewer", "right steps",
                  "wrong steps a problem", "meets the bar"):
         out.add_column(name, justify="left" if name in ("arm", "checkpoint") else "right")
-    for (arm, rate), mine in groups(rows).items():
+    found = groups(rows)
+    for (arm, rate), mine in found.items():
         for name in ("last", "kept") if arm != against else ():
-            theirs = {row["seed"]: row[name] for row in groups(rows).get((against, rate), [])} if against else sft
+            theirs = {row["seed"]: row[name] for row in found.get((against, rate), [])} if against else sft
             if not (both := [row for row in mine if row["seed"] in theirs]):
                 continue
             f = figures(both, theirs, name)

@@ -83,7 +83,7 @@ def help_text(command: str) -> str:
 
 
 def options_help(cls, title: str, names=None) -> str:
-    """Describe a config's options, or those of `names`, by group; `title`: of none."""
+    """Describe a config's options, or those of `names`, by group; title heads the others."""
     groups = {"": [f"{title}:"]}  # the stage's own first
     for name, option in options_of(cls).items():
         if names is None or name in names:

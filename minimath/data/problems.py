@@ -51,7 +51,7 @@ def make_problems(n: int, *, seed: int, steps: tuple[int, ...] = (1, 2, 3), spli
 
     split: "train" or "test". steps: step counts to draw from, each 1, 2 or 3; repeat one to draw it more often.
     style_weights: register -> weight. largest: no step has a greater number. Example.id is
-    "<split>-<seed>-<index>-<register>-<steps>". Raises UserError on a bad argument."""
+    "<split>-<seed>-<index>-<register>-<steps>". Raises UserError where there are too few problems."""
     if n > 200_000 or largest < 20:
         raise UserError(f"make_problems: n={n}, largest={largest}: there are too few problems; give n up to 200000 and "
                         "largest from 20 on")

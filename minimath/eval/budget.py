@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from minimath.core.errors import UserError
 from minimath.data.sample import Sample
 from minimath.data.template import CLOSE
+from minimath.rollout.ends import BOX
 
-FORCED = f"\n{CLOSE}\n\nThe final answer is \\boxed{{"
+FORCED = f"\n{CLOSE}\n\nThe final answer is {BOX}"
 
 
 def limited_stream(engine, budget: int, prompts: list[list[int]], n: int = 1, *, keys=None,

@@ -119,16 +119,16 @@ def evaluate_suite(cfg: EvalConfig) -> dict:
 
     UserError, before anything is sampled: an unknown set, problems that are nowhere, a folder with something else."""
     sets = read_sets(cfg)
-    for name, problems in {"": None, **sets}.items() if cfg.run.out else ():
-        out = Path(cfg.run.out)
-        held = held_run(out / name)
-        if held and not name and not (out / SUITE).exists():
-            raise UserError(f"{out} already holds {held} that is no suite; choose another out=")
-        if held and name and not cfg.run.resume:
+    out = Path(cfg.run.out)
+    if cfg.run.out and (held := held_run(out)) and not (out / SUITE).exists():
+        raise UserError(f"{out} already holds {held} that is no suite; choose another out=")
+    for name, problems in sets.items() if cfg.run.out else ():
+        if not (held := held_run(out / name)):
+            continue
+        if not cfg.run.resume:
             raise UserError(f"{out} already holds a suite ({name}: {held}); add resume=true to go on with it, or "
                             "choose another out=")
-        if held and name:
-            refuse_changes(out / name, fingerprint(problems.cfg, problems.examples))
+        refuse_changes(out / name, fingerprint(problems.cfg, problems.examples))
     with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume,
                   deterministic=cfg.run.deterministic) as log:
         load = functools.cache(lambda: load_and_say(cfg, log))  # called by the first set that is not complete

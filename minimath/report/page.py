@@ -76,8 +76,9 @@ def write_page(runs: list[Path], out: Path) -> Path:
             evaluations, stages = evaluations | found, stages | trained
         if (run / folder.ENVIRONMENT).is_file():
             environments[label] = read_json(run / folder.ENVIRONMENT)
-        for file in (file for at in dict.fromkeys((run, *trained.values())) for file in sorted(at.glob("*.yaml"))):
-            settings[f"{prefix}{file.parent.name}/{file.name}"] = file.read_text(encoding="utf-8")
+        for at in dict.fromkeys((run, *trained.values())):
+            settings |= {f"{prefix}{at.name}/{file.name}": file.read_text(encoding="utf-8")
+                         for file in sorted(at.glob("*.yaml"))}
     (out / PICTURES).mkdir(parents=True, exist_ok=True)
     try:
         results = {name: read_json(at / folder.SUITE) for name, at in suites.items()}

@@ -6,7 +6,7 @@ import torch
 from minimath.data.template import begins_in_thought, behind_thought
 from minimath.grading.answer import boxes
 
-BOX = "\\boxed{"
+BOX = "\\boxed{"  # what thinking_budget ends with, and a completion goes on from
 
 
 class Flight:
@@ -42,7 +42,7 @@ class BoxWatch:
 
     def closed(self, ids: list[int], prompt: list[int]) -> bool:
         text = self.tokenizer.decode(ids)  # with special tokens: the tags may be some
-        if self.tokenizer.decode(prompt[-16:]).endswith(BOX):  # by thinking_budget
+        if self.tokenizer.decode(prompt[-16:]).endswith(BOX):
             text = BOX + text
         return bool(boxes(behind_thought(text, begins_in_thought(self.tokenizer, prompt))))
 
