@@ -6,9 +6,11 @@ Data parallel: every process holds the whole model, takes every world-th row or 
 trained tokens of the *whole* step: gradients and metrics are sums over processes, the step is that of one process up to
 the order of additions. Process 0 judges, writes and prints. With one process every function here returns at once.
 """
+import atexit
 import datetime
 import functools
 import os
+import sys
 
 import torch
 import torch.distributed
@@ -111,7 +113,18 @@ def broadcast_parameters(params) -> None:
             torch.distributed.broadcast(p.data, src=0)
 
 
-def leave() -> None:
-    """Close the process group, at the end of the command."""
-    if state() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def leave(status: int = 0) -> None:
+    """Close the process group at the end of the command; with gloo the process ends here, with `status`.
+
+    torch's cache of sharded operations keeps the group, and so gloo's threads, alive. One that still holds a tensor
+    while the interpreter ends aborts the process (pytorch #179291), and the whole run then counts as failed.
+    """
+    if not state() or not torch.distributed.is_initialized():
+        return
+    threads = torch.distributed.get_backend() == "gloo"
+    torch.distributed.destroy_process_group()
+    if threads:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

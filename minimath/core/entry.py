@@ -44,12 +44,13 @@ def run_command(action: Callable[[], object]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    status = result if isinstance(result, int) else 0
+    if isinstance(result, dict) and result.get("signal"):
+        status = 128 + result["signal"]
     if started_together():
         from minimath.core import dist
-        dist.leave()
-    if isinstance(result, int):
-        return result
-    return 128 + result["signal"] if isinstance(result, dict) and result.get("signal") else 0
+        dist.leave(status)
+    return status
 
 
 def started_together() -> bool:
