@@ -28,17 +28,15 @@ SHARED = ("sft", "rlaif", "eval", "run")  # commands that several processes can 
 def main() -> int:
     """Entry point of the console script; returns the exit status."""
     command, *words = sys.argv[1:] or ["--help"]
-    if command in ("-h", "--help", "help"):
-        print(Path(__file__).with_name("usage.txt").read_text(encoding="utf-8"))
-        return 0
-    if command == "--version":
-        print(f"minimath {importlib.metadata.version('minimath')}")
-        return 0
     return run_command(lambda: dispatch(command, words))
 
 
 def dispatch(command: str, words: list[str]):
     """Run one command. Raises UserError."""
+    if command in ("-h", "--help", "help"):
+        return print(Path(__file__).with_name("usage.txt").read_text(encoding="utf-8"))
+    if command == "--version":
+        return print(f"minimath {importlib.metadata.version('minimath')}")
     helped = not {"-h", "--help"}.isdisjoint(words)
     if command == "judge":
         kind = "check" if helped and words[0].startswith("-") else "".join(words[:1])

@@ -1,4 +1,6 @@
 """Run a command: what a user can put right becomes one line on the terminal and an exit status."""
+import contextlib
+import errno
 import logging
 import os
 import sys
@@ -17,6 +19,8 @@ if "OMP_WAIT_POLICY" not in os.environ:  # some 20 us and not 7 ms: as fast alon
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT}  # the user's to mend
+
 
 def run_command(action: Callable[[], object]) -> int:
     """Run action and return an exit status, with one line for a UserError.
@@ -24,8 +28,11 @@ def run_command(action: Callable[[], object]) -> int:
     action may return a status, or a summary whose `signal` says that a run was stopped."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries: a user can do nothing about them
     logging.getLogger("datasets").setLevel(logging.ERROR)
+    with contextlib.suppress(AttributeError, ValueError):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not stop a command
     try:
         result = action()
+        print(end="", flush=True)  # who reads it may have left
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -38,12 +45,18 @@ def run_command(action: Callable[[], object]) -> int:
               "model; resume=true goes on with what was saved", file=sys.stderr)
         return 2
     except Interrupted as stopped:
-        return 128 + stopped.args[0]
+        result = {"signal": stopped.args[0]}
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in OF_A_PATH:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; choose another place, or check permissions and "
+              "space", file=sys.stderr)
+        return 2
     status = result if isinstance(result, int) else 0
     if isinstance(result, dict) and result.get("signal"):
         status = 128 + result["signal"]
