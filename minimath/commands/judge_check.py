@@ -129,8 +129,9 @@ def open_judge(cfg: RLAIFConfig, log: RunLog) -> tuple[Judge, Policy | None]:
 def result_folder(out: str, name: str) -> Path:
     """Choose the folder for `name`.json. Raises UserError when it holds one, or a run."""
     folder = new_run_folder(out, name)
-    if held := held_run(folder) or (f"a {name}.json" if (folder / f"{name}.json").exists() else ""):
-        raise UserError(f"{folder} already holds {held}; choose another out=")
+    held = held_run(folder)
+    if held or (folder / f"{name}.json").exists():
+        raise UserError(f"{folder} already holds {held.value if held else f'a {name}.json'}; choose another out=")
     return folder
 
 

@@ -46,9 +46,9 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
     evaluation's completions saved. Raises UserError, and Interrupted after a signal."""
     out, cfgs = load_stages(recipe, overrides, command)
     dist.barrier()  # until all have chosen the same folder, the first must not begin to fill it
-    held = run_folder.held_run(out) if dist.is_main() else ""
-    if held and "whole" not in held:
-        raise UserError(f"{out} already holds {held} of its own; choose another out=")
+    held = run_folder.held_run(out) if dist.is_main() else None
+    if held not in (None, run_folder.Held.WHOLE):
+        raise UserError(f"{out} already holds {held.value} of its own; choose another out=")
     if dist.is_main() and any(out.glob(f"*/{run_folder.CONFIG}")) and not cfgs["sft"].run.resume:
         raise UserError(f"{out} already holds a run; add resume=true to go on with it, or choose another out=")
     started = time.monotonic()

@@ -19,7 +19,7 @@ if "OMP_WAIT_POLICY" not in os.environ:  # some 20 us and not 7 ms: as fast alon
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT}  # the user's to mend
+OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT}  # a user can mend
 
 
 def run_command(action: Callable[[], object]) -> int:

@@ -16,6 +16,7 @@ A run of the whole recipe (`minimath run`, `minimath demo`) has such a folder fo
 for the judge that it trains none.
 """
 import contextlib
+import enum
 import functools
 import os
 import sys
@@ -42,6 +43,18 @@ ARMS = {"base": "base", "sft": "SFT", "judge": "judge", "rlaif": "SFT + RLAIF", 
         "paper": "SFT + RL (paper's rewards)"}  # parts of a run of the whole recipe, in the order shown
 
 
+class Held(enum.Enum):
+    """What a run folder holds already, in words."""
+    RUN = "a run"
+    EVALUATION = "a complete evaluation"
+    PART = "an unfinished evaluation"
+    SUITE = "the evaluations of a suite"
+    WHOLE = "a run of the whole recipe"
+
+    def evaluates(self) -> bool:
+        return self in (Held.EVALUATION, Held.PART, Held.SUITE)
+
+
 def evaluation_folder(whole: Path, arm: str) -> Path:
     """Where a run of the whole recipe evaluates one of its ARMS."""
     return whole / f"eval-{arm}"
@@ -60,27 +73,27 @@ def stop_files(run_dir: Path) -> tuple[Path, ...]:
     return tuple(dict.fromkeys((run_dir / STOP, whole / STOP)))
 
 
-def held_run(run_dir: Path) -> str:
-    """What a run folder holds already, in words; "" when it is free."""
+def held_run(run_dir: Path) -> Held | None:
+    """Find what a run folder holds already; None: it is free."""
     if (run_dir / ADAPTER).exists() or list_checkpoints(run_dir):
-        return "a run"
+        return Held.RUN
     if (run_dir / EVAL).exists():
-        return "a complete evaluation"
+        return Held.EVALUATION
     if (run_dir / SUITE).exists():
-        return "the evaluations of a suite"
+        return Held.SUITE
     if (run_dir / EVAL_CONFIG).exists() and any((run_dir / stage / CONFIG).exists() for stage in STAGE_FOLDERS):
-        return "a run of the whole recipe"
+        return Held.WHOLE
     part = run_dir / PART
-    return "an unfinished evaluation" if part.is_file() and part.stat().st_size else ""
+    return Held.PART if part.is_file() and part.stat().st_size else None
 
 
 def refuse_held(run_dir: Path, *, evaluation: bool, resume: bool) -> None:
     """Raise UserError when the folder holds a run that can't be gone on with."""
     held = held_run(run_dir)
-    own = ("evaluation" in held) == evaluation and "whole" not in held
+    own = held and held.evaluates() == evaluation and held != Held.WHOLE
     if held and not (own and resume):
-        go_on = "add resume=true to go on with it, or " if own and held != "a complete evaluation" else ""
-        raise UserError(f"{run_dir} already holds {held}; {go_on}choose another out=")
+        go_on = "add resume=true to go on with it, or " if own and held != Held.EVALUATION else ""
+        raise UserError(f"{run_dir} already holds {held.value}; {go_on}choose another out=")
 
 
 def refuse_links(run_dir: Path) -> None:

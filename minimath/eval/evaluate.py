@@ -62,7 +62,7 @@ def evaluate_set(problems: Problems, load: Callable[[], Policy] | None = None) -
     """Evaluate on one set; load gives the model within a suite, which says how to go on."""
     cfg, examples, note = problems
     decides, out = fingerprint(cfg, examples), Path(cfg.run.out)
-    if cfg.run.resume and cfg.run.out and "evaluation" in held_run(out):
+    if cfg.run.resume and cfg.run.out and (held := held_run(out)) and held.evaluates():
         refuse_changes(out, decides)  # now, not after a large model has loaded
         if (out / EVAL).exists():
             return complete(out, cfg, examples)
@@ -121,12 +121,12 @@ def evaluate_suite(cfg: EvalConfig) -> dict:
     sets = read_sets(cfg)
     out = Path(cfg.run.out)
     if cfg.run.out and (held := held_run(out)) and not (out / SUITE).exists():
-        raise UserError(f"{out} already holds {held} that is no suite; choose another out=")
+        raise UserError(f"{out} already holds {held.value} that is no suite; choose another out=")
     for name, problems in sets.items() if cfg.run.out else ():
         if not (held := held_run(out / name)):
             continue
         if not cfg.run.resume:
-            raise UserError(f"{out} already holds a suite ({name}: {held}); add resume=true to go on with it, or "
+            raise UserError(f"{out} already holds a suite ({name}: {held.value}); add resume=true to go on with it, or "
                             "choose another out=")
         refuse_changes(out / name, fingerprint(problems.cfg, problems.examples))
     with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume,

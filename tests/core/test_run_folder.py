@@ -29,7 +29,7 @@ def opened(out, command="sft", resume=False):
 def test_a_taken_folder_is_refused_and_resumed_by_its_own_command_only(tmp_path, command, held):
     out = tmp_path / "run"
     fill(out, held)
-    assert held_run(out) == held
+    assert held_run(out).value == held
     own = ("evaluation" in held) == (command == "eval")
     with pytest.raises(UserError, match=f"already holds {held}; ") as caught, opened(out, command):
         pass
@@ -58,7 +58,7 @@ def test_a_folder_of_several_runs_is_not_filled_with_another(tmp_path, files, he
 
 def test_an_empty_part_file_holds_nothing(tmp_path):
     (tmp_path / PART).touch()
-    assert held_run(tmp_path) == ""
+    assert held_run(tmp_path) is None
 
 
 def test_resume_needs_a_folder():
