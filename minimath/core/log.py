@@ -48,7 +48,7 @@ class RunLog(contextlib.AbstractContextManager):
             return
         with contextlib.suppress(AttributeError, ValueError):
             self.stream.reconfigure(errors="replace")  # an ASCII terminal must not stop a run
-        self.console = Console(file=self.stream) if self.stream.isatty() else None
+        self.console = Console(file=self.stream, emoji=False) if self.stream.isatty() else None
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"title": title, **environment()}, indent=1)

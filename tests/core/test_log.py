@@ -97,12 +97,12 @@ def test_on_a_terminal_progress_is_drawn_and_texts_are_not_markup(tmp_path):
     run = RunLog(tmp_path, "test", stream=out)
     with run.progress(2, "sft [x]") as advance:
         advance(loss=0.5)
-        run.say("[/b] is text, \x1b[31m is not obeyed")
+        run.say("[/b] is text, \x1b[31m is not obeyed, a ratio a:b:c")
         advance(loss=0.25)
     run.table("t [bold]", ["name", "n"], [["[/i]", 1.0]])
     text = out.getvalue()
     assert "sft [x]" in text and "2/2" in text and "loss=0.25" in text
-    assert "[/b] is text, ?[31m is not obeyed" in text and "[/i]" in text and "t [bold]" in text
+    assert "[/b] is text, ?[31m is not obeyed, a ratio a:b:c" in text and "[/i]" in text and "t [bold]" in text
 
 
 def test_a_progress_bar_stands_within_another(tmp_path):
