@@ -67,7 +67,8 @@ def demo(words: list[str]) -> dict:
     """Run the demo; returns the summary of `run`. Raises UserError and Interrupted."""
     keep_freed_memory()
     minutes, full, out, words = parse(words)
-    share, out, card = minutes / MINUTES, new_run_folder(out, "demo"), torch.cuda.is_available()
+    resume = load_config(SFTConfig, "demo", words, allow_other=True).run.resume
+    share, out, card = minutes / MINUTES, new_run_folder(out, "demo", resume=resume), torch.cuda.is_available()
     if not (why := fetch(words) if card else "no card"):
         return run("demo-gpu", [f"out={out}", *scaled_steps("demo-gpu", share), *words], full=full, command="demo")
     fixed = [f"out={out}", *scaled_steps("demo", share)]

@@ -49,14 +49,17 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
     held = run_folder.held_run(out) if dist.is_main() else None
     if held not in (None, run_folder.Held.WHOLE):
         raise UserError(f"{out} already holds {held.value} of its own; choose another out=")
-    if dist.is_main() and any(out.glob(f"*/{run_folder.CONFIG}")) and not cfgs["sft"].run.resume:
+    begun = any(out.glob(f"*/{run_folder.CONFIG}"))
+    if dist.is_main() and begun and not cfgs["sft"].run.resume:
         raise UserError(f"{out} already holds a run; add resume=true to go on with it, or choose another out=")
-    started = time.monotonic()
-    with RunLog(out, f"minimath {command}") as log, how_to_go_on(log, command):
+    minutes = clock(out / run_folder.MINUTES)
+    with RunLog(out, f"minimath {command}") as log, how_to_go_on(log, command, minutes):
+        if cfgs["sft"].run.resume and not begun:
+            log.say(f"{out} holds no run to go on with: beginning one")
         for name, cfg in cfgs.items():
             keep_options(out, name, config_text(cfg), log.say)
-        rows = run_arms(out, cfgs, full)
-        summary = {"rows": rows, "minutes": (time.monotonic() - started) / 60, "model": cfgs["sft"].model.name,
+        rows = run_arms(out, cfgs, full, minutes)
+        summary = {"rows": rows, "minutes": minutes(), "model": cfgs["sft"].model.name,
                    "problems": rows["base"]["problems"]}
         if "judge" in cfgs:
             summary["judge"] = read_json(out / "judge" / run_folder.SUMMARY)["held_out"]
@@ -118,8 +121,21 @@ def judge_config(recipe: str, words: list[str], sft_cfg: SFTConfig, rl_cfg: RLAI
     return cfg.replace(**{name: value for name, value in taken.items() if name not in own})
 
 
-def run_arms(out: Path, cfgs: dict[str, Stage], full: bool) -> dict[str, dict]:
-    """Train and evaluate what is to be compared: name -> summary of the evaluation."""
+def clock(path: Path) -> Callable[[], float]:
+    """Make a function that keeps in a file, and returns, a run's minutes, those of earlier processes included."""
+    started, before = time.monotonic(), float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+
+    def minutes() -> float:
+        now = before + (time.monotonic() - started) / 60
+        write_whole(path, f"{now:.3f}\n")
+        return now
+    return minutes
+
+
+def run_arms(out: Path, cfgs: dict[str, Stage], full: bool, minutes: Callable[[], float]) -> dict[str, dict]:
+    """Train and evaluate what is to be compared: name -> summary of the evaluation.
+
+    minutes: called after each part, to keep what a killed process took."""
     rl_cfg, rows, after_sft = cfgs["rlaif"], {}, str(out / "sft")
     judge, reward = "trained" if rl_cfg.judge.adapter else rl_cfg.judge.name, rl_cfg.reward.name
     judge = judge if rl_cfg.uses_judge() else "no"
@@ -129,12 +145,14 @@ def run_arms(out: Path, cfgs: dict[str, Stage], full: bool) -> dict[str, dict]:
         summary = out / name / run_folder.SUMMARY
         if not dist.broadcast(summary.exists()):
             write_whole(summary, json.dumps(part(stage, cfg, out / name), indent=1) + "\n")
+            minutes()
             dist.barrier()  # for the adapter, which the first process writes
         return str(out / name)
 
     def arm(name: str, stage=None, cfg=None, note: str = "") -> None:
         cfg = cfgs["eval"].replace(adapter=trained(name, stage, cfg) if stage else "")
         rows[run_folder.ARMS[name] + note] = part(evaluate, cfg, run_folder.evaluation_folder(out, name))
+        minutes()
 
     arm("base")
     arm("sft", sft, cfgs["sft"])
@@ -160,12 +178,13 @@ def part(work, cfg, out: Path) -> dict:
 
 
 @contextlib.contextmanager
-def how_to_go_on(log: RunLog, command: str):
+def how_to_go_on(log: RunLog, command: str, minutes: Callable[[], float]):
     """Notice signals between stages too, and say how to go on. Raises Interrupted."""
     try:
         with interrupt.interruptible(run_folder.stop_files(log.run_dir), log.say):
             yield
     except Interrupted:
+        minutes()
         log.say(f"minimath {command} goes on from there with the same words and out={log.run_dir} resume=true")
         raise
 

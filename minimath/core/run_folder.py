@@ -8,6 +8,7 @@
     RUN/judge/                 of RLAIF: the judge that it refreshed
     RUN/tracked-as             with trackers=: the run's name there, the same after a resume
     RUN/summary.json           the stage, or the whole run, is complete
+    RUN/minutes                of the whole run: what its parts took so far, in all processes that did some
     RUN/eval.json, completions.jsonl                      a complete evaluation
     RUN/fingerprint.json, completions.part.jsonl          one that can go on
     RUN/stop                   made by the user: end cleanly
@@ -34,7 +35,7 @@ from minimath.core.text import did_you_mean
 
 CONFIG, ENVIRONMENT, SUMMARY, STOP = "config.yaml", "environment.json", "summary.json", "stop"
 METRICS, SAMPLES, ADAPTER, REPORT = "metrics.jsonl", "samples.jsonl", "adapter", "report.html"
-TRACKED_AS = "tracked-as"
+TRACKED_AS, MINUTES = "tracked-as", "minutes"
 EVAL, COMPLETIONS, SUITE = "eval.json", "completions.jsonl", "suite.json"
 PART, FINGERPRINT = "completions.part.jsonl", "fingerprint.json"
 STAGE_FOLDERS = ("rlaif", "sft")  # of a run of the whole recipe that leave the policy's adapter, the best first

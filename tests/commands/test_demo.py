@@ -72,9 +72,9 @@ def test_a_missing_model_package_is_named_with_its_install_line(tmp_path, monkey
 def test_the_whole_demo_runs_on_the_tiny_model(tiny_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_module, "demo_model", lambda: tiny_dir)
     monkeypatch.setattr(demo_module.torch.cuda, "is_available", lambda: False)
-    summary = demo(["--out", str(tmp_path / "run"), "--minutes", "0.2", "--full", "rlaif.prompts_per_step=2",
-                    "attn=sdpa", "rlaif.group_size=2", "rlaif.max_new_tokens=8", "eval.max_new_tokens=8",
-                    "dtype=fp32", "lora_r=4"])
+    words = ["--out", str(tmp_path / "run"), "--minutes", "0.2", "--full", "rlaif.prompts_per_step=2", "attn=sdpa",
+             "rlaif.group_size=2", "rlaif.max_new_tokens=8", "eval.max_new_tokens=8", "dtype=fp32", "lora_r=4"]
+    summary = demo(words)
     assert list(summary["rows"]) == ["base", "SFT", "SFT + RLAIF (heuristic judge)", "RL only (heuristic judge)",
                                      "SFT + RL (paper's rewards)"]
     shown = capsys.readouterr().out
@@ -83,6 +83,14 @@ def test_the_whole_demo_runs_on_the_tiny_model(tiny_dir, tmp_path, monkeypatch, 
     for name in ("summary.json", "plots/tradeoff.png", "sft/adapter/adapter_model.safetensors", "rlaif/metrics.jsonl",
                  "rlaif/adapter/adapter_model.safetensors", "eval-rlaif/completions.jsonl", "data/test.jsonl"):
         assert (run / name).is_file(), name
+    again = demo([*words, "resume=true"])
+    assert again["rows"].keys() == summary["rows"].keys() and again["minutes"] > summary["minutes"]  # of both processes
+
+
+@pytest.mark.parametrize("word", ["resume=true", "--resume", "sft.resume=yes"])
+def test_a_demo_that_goes_on_needs_its_folder(word):
+    with pytest.raises(UserError, match="resume=true needs the run folder"):
+        demo([word])
 
 
 @pytest.fixture

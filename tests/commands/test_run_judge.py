@@ -87,7 +87,7 @@ def test_a_run_without_a_judge_is_not_named_after_one(recipe, tmp_path, monkeypa
     for stage in ("sft", "rlaif"):
         (tmp_path / "run" / stage).mkdir(parents=True)
     out, cfgs = load_stages(recipe, [f"out={tmp_path / 'run'}", "judge=self", "judge_weight=0"], "run")
-    assert list(run_module.run_arms(out, cfgs, False)) == ["base", "SFT", "SFT + RLAIF (no judge)"]
+    assert list(run_module.run_arms(out, cfgs, False, float)) == ["base", "SFT", "SFT + RLAIF (no judge)"]
 
 
 @pytest.mark.parametrize("words", [["judge=heuristic"], ["--rlaif.judge=heuristic"], ["judge_adapter=elsewhere",

@@ -309,7 +309,7 @@ def test_the_evaluation_of_a_pipeline_goes_on(options, interrupt, tmp_path, caps
     cfg = make_config(EvalConfig, **options)
     (tmp_path / EVAL_CONFIG).touch()  # by which a whole run is known
     interrupt(4)
-    with RunLog(tmp_path, "run") as log, pytest.raises(Interrupted), how_to_go_on(log, "run"):
+    with RunLog(tmp_path, "run") as log, pytest.raises(Interrupted), how_to_go_on(log, "run", float):
         part(evaluate, cfg, tmp_path / "eval-base")
     said = capsys.readouterr().out
     assert f"out={tmp_path} resume=true" in said and "eval-base resume=true" not in said
