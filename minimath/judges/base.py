@@ -85,8 +85,9 @@ class Judge:
     """Compares pairs of solutions, or grades single ones.
 
     soft: votes are probabilities of a model, not verdicts. form: pair, single or steps; of the last two, `grade_all`
-    works too. pairs, fallback: as the options say. counts: what it did so far, by name."""
-    name, soft, form = "", False, "pair"
+    works too. pairs, fallback: as the options say. counts: what it did so far, by name. when: a kept reply counts only
+    where it was given then: the canary asks the same again, to see whether the judge is another one now."""
+    name, soft, form, when = "", False, "pair", ""
 
     def __init__(self, options: JudgeOptions | None = None, *, say: Callable[[str], None] = print):
         options = options or JudgeOptions()

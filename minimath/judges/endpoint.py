@@ -144,7 +144,7 @@ class EndpointJudge(Judge):
 
     async def _ask(self, client, prompt: str) -> Reply | None:
         body = self._body(prompt, self.reply_form)
-        key = reply_key(self.endpoint, body)
+        key = reply_key(self.endpoint, body | ({"when": self.when} if self.when else {}))
         if self.cache and (kept := self.cache.get(key)):
             self.counts["cache_hits"] += 1
             return Reply(*json.loads(kept))

@@ -33,7 +33,15 @@ def canary_watch(cfg: RLAIFConfig, judge: Judge | None) -> Callable[..., dict]:
     if judge is None or not cfg.judge.canary_every or not dist.is_main():
         return lambda step, groups: {}
     canary = Canary(cfg.run.seed, judge)
-    return lambda step, groups: canary.metrics(groups) if step.due(cfg.judge.canary_every) else {}
+
+    def watch(step, groups: list) -> dict:
+        judge.when = f"step {step.number}" if step.due(cfg.judge.canary_every) else ""
+        try:
+            return canary.metrics(groups) if judge.when else {}
+        finally:
+            judge.when = ""
+
+    return watch
 
 
 class CollapseMonitor(Kept):

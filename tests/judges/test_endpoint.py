@@ -10,11 +10,13 @@ import pytest
 from judge_server import dribbles, hangs_up, prefers_shorter, says, serve, sleeps, status
 from judging import Fixed, judge_one
 
-from minimath.config.schema import JudgeOptions
+from minimath.config.schema import JudgeOptions, RLAIFConfig
 from minimath.core.errors import UserError
 from minimath.judges.base import Pair
 from minimath.judges.cache import ReplyCache
 from minimath.judges.endpoint import BREAKER, RETRIES, ROUND, EndpointJudge, is_fault
+from minimath.train.monitor import canary_watch
+from minimath.train.trainer import Step
 
 GOOD = Fixed(r"5*3=15. \boxed{15}", tokens=8)
 LONG = Fixed(r"Let us restate the problem. 5*3=15. We check it. \boxed{15}", tokens=20)
@@ -440,3 +442,15 @@ def test_failures_are_not_kept_and_unreadable_replies_are(serve, tmp_path):
         assert [votes(judge, "p") for _ in range(3)] == [[None]] * 3
         assert len(server.seen) == 2 and judge.counts["unreadable"] == 2 and judge.counts["cache_hits"] == 1
         assert votes(quick(url, cache=cache, model="another"), "p") == [1.0]     # is another question
+
+
+def test_a_canary_of_a_later_step_asks_an_updated_endpoint_again_and_a_resumed_one_does_not(serve, tmp_path):
+    cfg, seen = RLAIFConfig(judge_canary_every=2), []
+    url, server = serve(says("A"))
+    with closing(ReplyCache(tmp_path)) as cache:
+        for number, verdict in ((2, "A"), (4, "B"), (4, "A")):
+            server.script = [says(verdict)]
+            watch = canary_watch(cfg, quick(url, cache=cache))
+            assert watch(Step(number - 1, None, 0.0), []) == {}
+            seen.append((watch(Step(number, None, 0.0), [])["canary/position_bias"], len(server.seen)))
+    assert seen == [(1.0, 48), (-1.0, 96), (-1.0, 96)]
