@@ -18,7 +18,7 @@ from minimath.judges.base import Pair
 
 SHIPPED = {path.stem.removeprefix("rubric-"): path for path in sorted(Path(__file__).parent.glob("rubric-*.txt"))}
 PLACES = ("{problem}", "{first}", "{second}", "{nonce}")
-MAX_CHARS = 4000  # of a text that is shown
+MAX_CHARS = 4000  # of a solution that is shown
 
 
 def load_rubric(name: str | Path = "maths") -> str:
@@ -51,7 +51,7 @@ def defuse(text: str, specials: list[str] = ()) -> str:
 
 
 def clean(text: str, specials: list[str] = ()) -> str:
-    """Make a text safe to show to a judge, up to its final answer, the middle cut."""
+    """Make a solution safe to show to a judge, up to its final answer, the middle cut."""
     text = defuse(text[:answer_end(text)], specials).strip()
     if len(text) > MAX_CHARS:
         tail = MAX_CHARS // 3
@@ -68,5 +68,6 @@ def judge_prompt(rubric: str, pair: Pair, specials: list[str] = ()) -> str:
     """Fill the rubric's places in one pass, so that no text opens one of its own."""
     parts = {"problem": pair.problem, "first": pair.first.text, "second": pair.second.text}
     nonce = pair.nonce or make_nonce(*parts.values())
-    parts = {name: clean(text, specials) for name, text in parts.items()} | {"nonce": nonce}
+    parts = {name: clean(text, specials) for name, text in parts.items()} | {
+        "problem": defuse(pair.problem, specials).strip(), "nonce": nonce}  # whole: a box in it is no final answer
     return re.sub(r"\{(" + "|".join(parts) + r")\}", lambda match: parts[match.group(1)], rubric)

@@ -48,6 +48,11 @@ def test_prompt_shows_all_parts_and_candidates_cannot_fill_or_forge_places():
     assert f"=== {mark} PROBLEM" not in other        # a text that holds a mark changes the mark
 
 
+def test_the_problem_is_shown_whole_also_with_a_box_in_it():
+    problem = r"Answer as \boxed{a, b}. " + "Read on. " * 600 + "How many?"
+    assert f" PROBLEM ===\n{problem}\n===" in judge_prompt(load_rubric(), Pair(problem, Fixed("1"), Fixed("2")))
+
+
 def test_rubric_asks_for_brevity_and_a_closed_set():
     rubric = load_rubric().lower()
     assert "shorter" in rubric and "longer is not better" in rubric and "a, b, or tie" in rubric
