@@ -26,6 +26,7 @@ RETRIES = 3  # of a request
 BREAKER = 16  # questions in a row that failed for good: the rest of the round is not asked
 ROUND = 20  # times judge_timeout_s: seconds for all requests of one call
 JSON_TOKENS = 48  # {"verdict": "TIE"} takes 8 to 20, by the spaces that a grammar lets through
+SECRET = 8  # characters of a key that is one: x and EMPTY, given to a local server, stand in any reply
 PROBE = "Reply with the letter A."
 PROMPTS_FAULT = {"http_400", "http_413", "http_422"}  # says nothing about the next prompt
 FORM_REFUSED = {"http_400", "http_422", "http_501", "http_500"}  # the last: llama-cpp-python without logits_all
@@ -97,7 +98,8 @@ class EndpointJudge(Judge):
                         waits -= 1
                         await asyncio.sleep(failure.wait)
                         continue
-                    if failure.kind not in FORM_REFUSED or len(forms) == 1:
+                    refused = failure.kind in FORM_REFUSED or failure.kind == "http_403" and "logprobs" in str(failure)
+                    if not refused or len(forms) == 1:  # 403: "not allowed to request logprobs from this model"
                         raise UserError(
                             f"the judge at {self.endpoint} cannot be used: {failure}; is the server up, judge_url an "
                             f"OpenAI-compatible base URL (.../v1), judge_model={o.model!r} there, a valid key in "
@@ -189,7 +191,8 @@ class EndpointJudge(Judge):
         return key
 
     def _without_key(self, text: str) -> str:
-        return text.replace(key, "***") if (key := self._key()) else text
+        key = self._key()
+        return text.replace(key, "***") if len(key) >= SECRET else text
 
     def _client(self, retries: int):
         """Make the SDK's client for one event loop, its tries counted and bounded in time."""

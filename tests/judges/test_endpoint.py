@@ -454,3 +454,21 @@ def test_a_canary_of_a_later_step_asks_an_updated_endpoint_again_and_a_resumed_o
             assert watch(Step(number - 1, None, 0.0), []) == {}
             seen.append((watch(Step(number, None, 0.0), [])["canary/position_bias"], len(server.seen)))
     assert seen == [(1.0, 48), (-1.0, 96), (-1.0, 96)]
+
+
+@pytest.mark.parametrize("key", ["1", "a", "A", "null", "EMPTY"])
+def test_a_dummy_key_of_a_local_server_spoils_no_reply(serve, monkeypatch, key):
+    monkeypatch.setenv("MY_KEY", key)
+    judge = quick(serve(says("A"))[0], key_env="MY_KEY")
+    assert judge.compare(PAIRS) == [1.0, 1.0] and judge.counts["prompt_tokens"] == 14
+
+
+def test_a_model_whose_log_probs_nobody_may_ask_for_is_asked_in_another_form(serve):
+    refused = status(403, '{"error": {"message": "You are not allowed to request logprobs from this model"}}')
+    judge = quick(serve(by_form(logprobs=refused, json_schema=says('{"verdict": "A"}')))[0])
+    judge.ping()
+    assert judge.reply_form == "json_schema" and not judge.soft
+    url, server = serve(status(403, "no such key"))
+    with pytest.raises(UserError, match="HTTP 403 no such key"):
+        quick(url).ping()
+    assert len(server.seen) == 1
