@@ -2,6 +2,8 @@
 
 A bad row is skipped, counted and named by its place with the reason and the fix; `strict` makes it fatal. Rows with an
 id or a problem seen before are kept and counted as a note. So are columns that hold something and are not read."""
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -62,6 +64,14 @@ def load_examples(options: DataOptions | str | Path | list, *,
         raise UserError(f"{name}: no usable row. " + (describe_report(report) or "The data set is empty; "
                         "give rows with " + " and ".join(("problem", *need))))
     return examples, report
+
+
+def hash_of(examples: list[Example]) -> str:
+    """Hash what examples teach and ask, wherever they stand; "" without one."""
+    digest = hashlib.sha256()
+    for each in examples:
+        digest.update(json.dumps([each.problem, each.solution, each.answer, each.messages], default=str).encode())
+    return digest.hexdigest() if examples else ""
 
 
 def describe_report(report: DataReport) -> str:

@@ -87,7 +87,7 @@ def judge_train(cfg: JudgeConfig) -> dict:
     rubric, (examples, report) = load_rubric(cfg.rubric), load_examples(cfg.data, need=("answer",))
     split([Solved(example, []) for example in examples], cfg)
     train, held_out = split(own_solutions(cfg, examples), cfg)
-    with Trainer(cfg, "judge") as trainer:
+    with Trainer(cfg, "judge", examples) as trainer:
         policy, say = trainer.policy, trainer.log.say
         say(describe_report(report) or f"{len(train)} problems to train on, {len(held_out)} held out")
         reader = Reader(policy, rubric)

@@ -52,7 +52,7 @@ def rlaif(cfg: RLAIFConfig) -> dict:
     cfg = as_trained(cfg)
     examples, report = load_examples(cfg.data, need=verifier_columns(cfg.verifier))
     verifier = Verifier(cfg.verifier, examples, majority_share=cfg.majority_share)
-    with Trainer(cfg, "rlaif") as trainer:
+    with Trainer(cfg, "rlaif", examples) as trainer:
         policy, say = trainer.policy, trainer.log.say
         judge = verifier.judge = training_judge(cfg, policy, say)
         reward, canary, monitor = make_reward(cfg, judge), canary_watch(cfg, judge), CollapseMonitor()

@@ -35,7 +35,7 @@ def sft(cfg: SFTConfig) -> dict:
     any long work where it can be known then."""
     cfg = as_trained(cfg)
     examples, report = load_examples(cfg.data, need=("solution",))
-    with Trainer(cfg, "sft") as trainer:
+    with Trainer(cfg, "sft", examples) as trainer:
         trainer.log.say(describe_report(report) or f"{len(examples)} examples")
         policy = trainer.policy
         rows = encode_examples(cfg, policy, examples, trainer.log.say)

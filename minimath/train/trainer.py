@@ -31,7 +31,7 @@ from minimath.core.log import RunLog, truncate_metrics
 from minimath.core.run import open_run
 from minimath.core.run_folder import ADAPTER, CONFIG
 from minimath.core.state import restore_rng, rng_state, seed_rng, stream_seed
-from minimath.data.examples import describe_report, load_examples
+from minimath.data.examples import Example, describe_report, hash_of, load_examples
 from minimath.eval.evaluate import evaluate_policy
 from minimath.models.load import describe, first_line
 from minimath.models.policy import load_policy
@@ -74,11 +74,13 @@ class Step:
 class Trainer:
     """Owns folder, lock, log, signals, model and optimizer of a training run."""
 
-    def __init__(self, cfg, stage: str):
+    def __init__(self, cfg, stage: str, examples: list[Example] = ()):
+        """Read the held-out problems. examples: of the training, by which a resume tells other data."""
         self.cfg, self.stage = cfg, stage
         if fault := cfg.check():
             raise UserError(fault)
         self.held_out, self._noted = load_held_out(cfg)
+        self._rows = {"data": hash_of(examples), "eval_data": hash_of(self.held_out)}
         self.tracked: dict[str, object] = {}
         self.done = self.saved = self.total = 0  # steps committed, in the newest checkpoint, wanted
         self.keeps_best = bool(self.held_out) and cfg.evaluation.final == "best"
@@ -239,7 +241,7 @@ class Trainer:
 
     def _write(self, best: bool = False) -> None:
         state = {"done": self.done, "best": self.best.state_dict(), "owed": self.owed,
-                 "config": plain_values(self.cfg), "tracked": self._state}
+                 "config": plain_values(self.cfg), "rows": self._rows, "tracked": self._state}
         checkpoint.save_checkpoint(self.log.run_dir, self.done, model=self.policy.model, state=state, keep=KEPT,
                                    optimizer=self.optimizer.inner, best=best)
         self.saved = self.done
@@ -299,6 +301,8 @@ class Trainer:
         before = state["config"]
         changed = {name: f"{name} {before.get(name)} -> {value}" for name, value in plain_values(self.cfg).items()
                    if before.get(name) != value and name not in ("resume", "out")}
+        other = {name for name, was in state.get("rows", {}).items() if was and self._rows[name] not in ("", was)}
+        changed |= {name: f"{name} has other rows than it had" for name in other - changed.keys()}
         if changed.keys() & HELD_OUT:
             self.best = Best(margin=self.keeps_best)  # it was of other problems
         if changed:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import adapter, load, make_config, metrics, same_tensors, without_times
+from toy import adapter, load, make_config, metrics, same_tensors, without_times, write_problems
 
 from minimath.config.schema import DataOptions, SFTConfig
 from minimath.core.checkpoint import list_checkpoints
@@ -205,3 +205,16 @@ def test_resume_after_kill_is_bitwise_equal(tiny_dir, data, tmp_path, train, one
     assert same_tensors(adapter(run_dir), adapter(unbroken))
     samples = [(folder / "samples.jsonl").read_text() for folder in (run_dir, unbroken)]
     assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("option", ["data", "eval_data"])
+def test_a_resume_says_that_a_file_has_other_rows_than_it_had(train, tmp_path, data, option, capsys):
+    file = tmp_path / "own.jsonl"
+    options = {"data": data, "eval_data": data, "eval_every": 1, "eval_max_new_tokens": 2, option: write_problems(file)}
+    train(steps=1, **options)
+    train(steps=2, resume=True, **options)
+    assert "has other rows" not in capsys.readouterr().out
+    write_problems(file, seed=1)
+    train(steps=3, resume=True, **options)
+    [said] = [line for line in capsys.readouterr().out.splitlines() if "has other rows" in line]
+    assert said == f"options changed since the checkpoint: steps 2 -> 3, {option} has other rows than it had"
