@@ -3,6 +3,7 @@
     minimath solve ["PROBLEM"] model=... adapter=runs/...
 
 The solution appears as it is written. Without a problem it asks for one after the other, until an empty line."""
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from minimath.config.trained import as_trained
 from minimath.core.errors import UserError
 from minimath.core.log import printable
 from minimath.core.run import keep_freed_memory
+from minimath.core.text import did_you_mean
 from minimath.data.template import begins_in_thought, behind_thought
 from minimath.eval.budget import limited_stream
 from minimath.grading.answer import final_answer
@@ -47,8 +49,10 @@ def solve_command(words: list[str]) -> None:
 
 def parse(words: list[str]) -> tuple[str, list[str]]:
     """Split the command line into problem, "" if left out, and options. UserError."""
-    # an option in its place is an option; "x=3, y=x+1. What is y?" is a problem
-    if not words or words[0].lstrip("-").partition("=")[0].replace("-", "_") in options_of(EvalConfig):
+    # an option in its place is an option, a misspelt one too; "x=3, y=x+1. What is y?" is a problem
+    first, known = "".join(words[:1]), options_of(EvalConfig)
+    name = first.lstrip("-").partition("=")[0].rpartition(".")[2].replace("-", "_")
+    if not words or name in known or re.fullmatch(r"--[a-z]\S*|[\w.-]+=\S*", first) and did_you_mean(name, known):
         return "", words
     if not words[0].strip():
         raise UserError('the problem is empty: minimath solve "Tom has 3 apples ..." adapter=runs/...')

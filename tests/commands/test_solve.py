@@ -43,8 +43,16 @@ def test_a_problem_with_an_equals_sign_is_a_problem_and_an_option_is_not():
     assert parse(["x=3, y=x+1. What is y?", "seed=1"]) == ("x=3, y=x+1. What is y?", ["seed=1"])
     assert parse(["adapter=runs/x"]) == ("", ["adapter=runs/x"]) and parse([]) == ("", [])
     assert parse(["--max-new-tokens=3"]) == ("", ["--max-new-tokens=3"])
+    for problem in ("x=3", "2x=6", "--5+3=", "model the sum of 2 and 3"):
+        assert parse([problem]) == (problem, [])
     with pytest.raises(UserError, match="empty"):
         parse([" ", "seed=1"])
+
+
+@pytest.mark.parametrize("word", ["modle=x", "--modle=x", "eval.seed=x"])
+def test_a_misspelt_option_in_front_is_no_problem_to_solve(here, word):
+    status, _, error = here("solve", word, "model=missing")
+    assert status == 2 and ("did you mean 'model'" in error or "seed must be" in error)
 
 
 def test_problems_are_read_one_a_line_until_an_empty_one(here, tiny_dir, monkeypatch):
