@@ -11,6 +11,7 @@ obeyed. A signal that comes after any of them ends the process at once.
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,6 +53,9 @@ def _handle(number: int, _frame) -> None:
     if _signal:
         if dist.world() > 1:  # the launcher hands on what the terminal has sent already
             return
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # no standard output
+            if os.isatty(sys.stdout.fileno()):
+                os.write(sys.stdout.fileno(), b"\x1b[?25h")  # the cursor, which a progress bar hides
         os._exit(128 + number)
     _signal = number
     _, say, kept = _runs[-1]

@@ -146,3 +146,21 @@ def test_a_second_signal_ends_the_process_at_once_with_its_status(tmp_path, firs
     process.send_signal(getattr(signal, second))
     assert process.wait(timeout=30) == 128 + getattr(signal, second)
     process.stdout.close()
+
+
+def test_a_second_signal_under_a_progress_bar_gives_the_cursor_back(tmp_path):
+    code = textwrap.dedent("""
+        import signal
+        from minimath.core.interrupt import interruptible
+        from minimath.core.log import RunLog
+        log = RunLog(".", "test")
+        with interruptible((), log.say), log.progress(2, "training"):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+    """)
+    ours, theirs = os.openpty()
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=theirs, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16)
+    os.close(ours)
+    assert done.returncode == 130 and shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0
