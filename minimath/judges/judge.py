@@ -29,9 +29,9 @@ def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | N
 
     wins[g][i] is the mean score of sample i against the other correct samples of group g (identical texts tie); None
     for wrong samples and for those without a vote. stats: comparisons (questions, two per pair), skipped (groups with
-    fewer than two different correct texts), no_votes, position_bias and order_conflicts (compare.tally), fallbacks
-    (pairs without both votes that the heuristic judge took over; else they drop out), counts (what the judge's counts
-    grew by), error ("" or the judge's exception), seconds.
+    fewer than two different correct texts), no_votes, voted (pairs with both votes), position_bias and order_conflicts
+    of those (compare.tally), fallbacks (pairs that the heuristic judge took over; else those without both votes drop
+    out), counts (what the judge's counts grew by), error ("" or the judge's exception), seconds.
 
     Raises UserError with judge_fallback=stop when the judge is down; any other failure costs votes and is said once."""
     start, before = time.monotonic(), judge.counts.copy()
@@ -52,7 +52,7 @@ def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | N
             fallbacks += 1
     figures = tally(votes, judge.soft)
     stats = {"comparisons": 2 * len(votes), "skipped": sum(len(c) < 2 for c in contests), "fallbacks": fallbacks,
-             "no_votes": figures["no_votes"], "position_bias": figures["position_bias"] or 0.0,
+             "no_votes": figures["no_votes"], "voted": figures["voted"], "position_bias": figures["position_bias"] or 0.0,
              "order_conflicts": figures["order_conflicts"] or 0.0, "counts": dict(judge.counts - before),
              "error": error, "seconds": time.monotonic() - start}
     see_to_lost_votes(judge, stats)

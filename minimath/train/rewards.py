@@ -23,7 +23,7 @@ from minimath.train.brevity import BrevityControl, brevity, cosine, minmax
 
 PENALTY_SHARE = 0.2  # of max_new_tokens, over which overlong=penalty grows
 SUMS = ("comparisons", "no_votes", "skipped", "fallbacks", "seconds")  # of the judge's calls of a step
-MEANS = ("position_bias", "order_conflicts")  # weighted by the questions asked
+MEANS = ("position_bias", "order_conflicts")  # of the pairs that have both votes
 
 
 class Reward:
@@ -72,9 +72,9 @@ class Reward:
         metrics = {name: sum(s[name] for s in judged) for name in SUMS}
         for name in dict.fromkeys(name for s in judged for name in s["counts"]):  # of an endpoint: faults, cost
             metrics[name.replace(" ", "_")] = sum(s["counts"].get(name, 0) for s in judged)
-        asked = max(1, metrics["comparisons"])
+        voted = max(1, sum(s["voted"] for s in judged))
         for name in MEANS:
-            metrics[name] = sum(s[name] * s["comparisons"] for s in judged) / asked
+            metrics[name] = sum(s[name] * s["voted"] for s in judged) / voted
         metrics["error"] = next((s["error"] for s in judged if s["error"]), "")
         return {f"judge/{name}": value for name, value in metrics.items()}
 

@@ -111,17 +111,18 @@ def test_the_judge_compares_the_correct_samples_of_all_groups_at_once_and_its_fi
     assert reward.metrics() == {}  # told once
 
 
-def test_judge_figures_of_the_rounds_of_a_step_are_added_up_and_means_weighted_by_the_questions():
+def test_judge_figures_of_the_rounds_of_a_step_are_added_up_and_means_are_of_the_pairs_that_were_voted_on():
     same = {"no_votes": 1, "skipped": 2, "fallbacks": 0, "seconds": 0.5, "order_conflicts": 0.1}
-    rounds = [same | {"comparisons": n, "position_bias": bias, "error": error, "counts": {"time outs": 2} if n else {}}
-              for n, bias, error in ((30, 0.2, ""), (10, -0.2, "down"), (0, 9.0, ""))]
+    rounds = [same | {"comparisons": n, "voted": voted, "position_bias": bias, "error": error,
+                      "counts": {"time outs": 2} if n else {}}
+              for n, voted, bias, error in ((30, 15, 0.2, ""), (60, 5, -0.2, "down"), (30, 0, 0.0, ""), (0, 0, 9.0, ""))]
     reward = JudgeReward(RLAIFConfig())
     reward.stats = list(rounds)
     metrics = reward.metrics()
-    assert metrics["judge/comparisons"] == 40 and metrics["judge/no_votes"] == 3 and metrics["judge/skipped"] == 6
+    assert metrics["judge/comparisons"] == 120 and metrics["judge/no_votes"] == 4 and metrics["judge/skipped"] == 8
     assert metrics["judge/position_bias"] == pytest.approx(0.1) and metrics["judge/error"] == "down"
-    assert metrics["judge/time_outs"] == 4
-    reward.stats = [rounds[2]]
+    assert metrics["judge/time_outs"] == 6
+    reward.stats = [rounds[3]]
     assert reward.metrics()["judge/position_bias"] == 0
 
 
