@@ -52,9 +52,9 @@ def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | N
             fallbacks += 1
     figures = tally(votes, judge.soft)
     stats = {"comparisons": 2 * len(votes), "skipped": sum(len(c) < 2 for c in contests), "fallbacks": fallbacks,
-             "no_votes": figures["no_votes"], "voted": figures["voted"], "position_bias": figures["position_bias"] or 0.0,
-             "order_conflicts": figures["order_conflicts"] or 0.0, "counts": dict(judge.counts - before),
-             "error": error, "seconds": time.monotonic() - start}
+             "no_votes": figures["no_votes"], "voted": figures["voted"],
+             "position_bias": figures["position_bias"] or 0.0, "order_conflicts": figures["order_conflicts"] or 0.0,
+             "counts": dict(judge.counts - before), "error": error, "seconds": time.monotonic() - start}
     see_to_lost_votes(judge, stats)
     return [wins_of(*each) for each in zip(groups, contests, results)], stats
 
@@ -78,8 +78,8 @@ def wins_of(group: Group, texts: dict[str, Solution], results: list[tuple[int, i
 def see_to_lost_votes(judge: Judge, stats: dict) -> None:
     """Say once that most votes are missing; UserError under judge_fallback=stop."""
     asked, lost, counts = stats["comparisons"], stats["no_votes"], stats["counts"]
-    met = ", ".join(f"{n:g} x {name}" for name, n in counts.items() if is_fault(name)) or stats["error"] \
-        or "unreadable replies"
+    met = ", ".join(f"{n:g} x {name}" for name, n in counts.items()
+                    if is_fault(name) or name == "too_long") or stats["error"] or "unreadable replies"
     if judge.fallback == "stop" and lost and (stats["error"] or lost == asked or counts.get("given_up")):
         raise UserError(f"the judge {judge.name} is down: {lost} of {asked} questions have no vote ({met}); see to it, "
                         "or go on with judge_fallback=heuristic or none")

@@ -224,6 +224,12 @@ def test_a_judge_that_is_down_ends_the_run_where_that_is_wanted():
     assert judge_one(some, ABC)[1]["no_votes"] == 1                           # a vote or two are no reason
 
 
+def test_questions_beyond_a_models_context_are_called_so():
+    judge = judge_by(lambda pair: judge.counts.update(too_long=1))
+    judge_one(judge, ABC)
+    assert "no vote on 100% of 6 questions (6 x too_long)" in judge.heard[0]
+
+
 # ---- the judge that options name
 
 

@@ -115,7 +115,8 @@ def test_judge_figures_of_the_rounds_of_a_step_are_added_up_and_means_are_of_the
     same = {"no_votes": 1, "skipped": 2, "fallbacks": 0, "seconds": 0.5, "order_conflicts": 0.1}
     rounds = [same | {"comparisons": n, "voted": voted, "position_bias": bias, "error": error,
                       "counts": {"time outs": 2} if n else {}}
-              for n, voted, bias, error in ((30, 15, 0.2, ""), (60, 5, -0.2, "down"), (30, 0, 0.0, ""), (0, 0, 9.0, ""))]
+              for n, voted, bias, error in ((30, 15, 0.2, ""), (60, 5, -0.2, "down"), (30, 0, 0.0, ""),
+                                            (0, 0, 9.0, ""))]
     reward = JudgeReward(RLAIFConfig())
     reward.stats = list(rounds)
     metrics = reward.metrics()
