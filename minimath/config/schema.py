@@ -245,7 +245,9 @@ class RLAIFConfig(Stage):
         judge, reward, brevity, teacher = self.judge, self.reward, self.brevity, self.teacher
         own, truncates = judge.name == "self", brevity.name == "truncate"
         free = brevity.scale == "apart" and self.loss.scale_advantage == "group"  # there correct is 2 above wrong
-        longest = self.sampling.max_new_tokens
+        longest, plain = self.sampling.max_new_tokens, JudgeOptions()
+        idle = [f"judge_{name}=" for name in ("url", "model", "key_env", "timeout_s", "concurrency", "max_tokens")
+                if getattr(judge, name) != getattr(plain, name)]
         return [
             (self.sampling.temperature <= 0,
              "temperature must be above 0 in rlaif: a group of greedy completions is one text"),
@@ -255,8 +257,11 @@ class RLAIFConfig(Stage):
              "judge=self can't ask a model of shard=true: use judge=openai or judge=heuristic"),
             ((judge.adapter or judge.form in ("single", "steps")) and not own,
              f"judge_adapter and judge_form are for judge=self, not for judge={judge.name}"),
-            (judge.refresh and not (judge.adapter and self.uses_judge() and self.verifier not in BY_JUDGE),
-             "judge_refresh trains a judge_adapter= in use by a verifier= that marks without it"),
+            (idle and judge.name != "openai",
+             f"{' and '.join(idle)} would do nothing: judge={judge.name} asks no server; "
+             "use judge=openai, or leave that out"),
+            (judge.refresh and not (judge.adapter and self.uses_judge() and self.verifier not in (*BY_JUDGE, "none")),
+             "judge_refresh trains a judge_adapter= in use by a verifier= that tells right from wrong without it"),
             (reward.name == "judge" and (reward.judge_weight + (0.0 if free else brevity.weight) > 0.5
                                          or reward.format_weight >= 0.5),
              f"judge_weight={reward.judge_weight:g}, brevity_weight={brevity.weight:g}, format_weight="

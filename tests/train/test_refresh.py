@@ -247,7 +247,7 @@ def test_its_state_comes_back_and_does_not_change_afterwards(refreshed):
 
 
 @pytest.mark.parametrize("options", [{"judge_adapter": ""}, {"judge_weight": 0.0}, {"reward": "paper"},
-                                     {"verifier": "judge"}, {"verifier": "majority+judge"}])
+                                     {"verifier": "judge"}, {"verifier": "majority+judge"}, {"verifier": "none"}])
 def test_a_refresh_without_a_judge_to_train_or_marks_to_train_it_on_is_refused(rl_judged, judge, options):
     with pytest.raises(UserError, match="judge_refresh trains a judge_adapter="):
         rl_judged("run", judge(), **options)
