@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from minimath.config.options import as_number, user_function
-from minimath.config.schema import RLAIFConfig
+from minimath.config.schema import JudgeOptions, RLAIFConfig
 from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.data.sample import Group
@@ -138,6 +138,8 @@ class HookReward(Reward):
 def training_judge(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]) -> Judge | None:
     """Make the judge that the reward asks, or None, and try it; or UserError."""
     if not cfg.uses_judge():
+        if replace(cfg.judge, name="self") != JudgeOptions(name="self"):
+            say("the judge_... options have no effect: neither the reward nor the verifier asks a judge")
         return None
     judge = make_judge(cfg.judge, policy, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, say=say)
     if dist.is_main():

@@ -366,13 +366,15 @@ def test_without_a_verifier_every_completion_that_finished_is_correct(rl, update
 
 
 @pytest.mark.parametrize("how", ["python:", "callable"])
-def test_a_reward_of_the_users_own_trains_as_it_says_and_no_judge_is_asked(rl, updates, tmp_path, monkeypatch, how):
+def test_a_reward_of_the_users_own_trains_as_it_says_and_no_judge_is_asked(rl, updates, tmp_path, monkeypatch, how,
+                                                                           capsys):
     (tmp_path / "loop_rewards_for_test.py").write_text("def fn(samples, example): return [s.tokens for s in samples]")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rewards, "make_judge", lambda *a, **k: pytest.fail("a judge was made"))
     reward = "python:loop_rewards_for_test.fn" if how == "python:" else lambda samples, example: [
         s.tokens for s in samples]
     rl(reward=reward, judge="openai", judge_url="http://127.0.0.1:9/v1", judge_model="m")
+    assert "the judge_... options have no effect" in capsys.readouterr().out
     groups = [g for kept, _ in updates for g in kept]
     assert groups and all(s.reward == s.tokens for g in groups for s in g.samples)
 
