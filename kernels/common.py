@@ -68,12 +68,15 @@ def on_device(tensor: torch.Tensor):
 
 @functools.lru_cache
 def architecture(device: torch.device) -> str:
-    """Name the chip of a tensor's device: "sm_86", "gfx1100"; "interpreter" without one."""
+    """Name the chip of a tensor's device: "sm_86", "gfx1100"; "interpreter" without one.
+
+    From sm_100 on the first of a generation stands for all: sm_103 has the tiles of sm_100, and spills with others."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor if major < 10 else 0}"
 
 
 @functools.lru_cache

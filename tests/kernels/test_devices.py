@@ -56,6 +56,12 @@ def launches(monkeypatch, fresh):
     assert current == [0]
 
 
+@pytest.mark.parametrize("capability, arch", [((8, 6), "sm_86"), ((10, 3), "sm_100"), ((12, 1), "sm_120")])
+def test_a_later_chip_of_a_generation_has_the_tiles_of_the_first(fresh, monkeypatch, capability, arch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert common.architecture(torch.device("cuda", 0)) == arch
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_kernel_is_launched_on_the_card_of_its_tensors(launches, index):
     def empty(*shape, dtype=torch.bfloat16):
