@@ -155,12 +155,12 @@ def make_reward(cfg: RLAIFConfig, judge: Judge | None) -> Reward:
 
 def part_metrics(groups: list[Group]) -> dict:
     """Average the parts; of the judge's wins the distance of best and worst."""
-    metrics = {}
+    metrics, names = {}, {"judge": "judge_spread", "mean": "part_mean"}  # reward/mean is that of the reward itself
     for name in dict.fromkeys(name for group in groups for sample in group.samples for name in sample.parts):
         rows = [[v for s in group.samples if (v := s.parts.get(name)) is not None] for group in groups]
         values = [max(row) - min(row) for row in rows if row] if name == "judge" else [v for row in rows for v in row]
         if values:
-            metrics["reward/judge_spread" if name == "judge" else f"reward/{name}"] = statistics.fmean(values)
+            metrics[f"reward/{names.get(name, name)}"] = statistics.fmean(values)
     return metrics
 
 

@@ -321,8 +321,9 @@ def beside_bar(metrics: dict) -> dict:
     shown = {short: metrics[name] for name, short in BAR.items() if name in metrics}
     if metrics.get("time/rollout"):
         shown["tok_s"] = metrics["rollout/samples"] * metrics["rollout/tokens"] / metrics["time/rollout"]
-    return shown | {name.removeprefix("reward/"): value for name, value in metrics.items()
-                    if name.startswith("reward/") and name not in BAR}
+    parts = {name.removeprefix("reward/"): value for name, value in metrics.items()
+             if name.startswith("reward/") and name not in BAR}
+    return shown | parts | shown  # the order of the first two; a part may be called loss
 
 
 def load_held_out(cfg) -> tuple[list, str]:

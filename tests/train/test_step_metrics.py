@@ -49,6 +49,13 @@ def test_what_stands_beside_the_progress_bar_has_speed_reward_and_its_parts():
     assert beside_bar({"loss": 1.0, "time/tokens_per_s": 50.0, "optim/lr": 0.1}) == {"loss": 1.0, "tok_s": 50.0}
 
 
+def test_a_part_named_as_a_figure_of_the_step_does_not_stand_for_it():
+    seen = rollout_metrics([], [group_of([{"mean": 9.0, "loss": 7.0, "tokens": 5.0}] * 3)], ENGINE) | {"loss": 0.25}
+    assert (seen["reward/mean"], seen["reward/part_mean"], seen["reward/loss"]) == (pytest.approx(2.2 / 3), 9.0, 7.0)
+    shown = beside_bar(seen)
+    assert (shown["loss"], shown["reward"], shown["tokens"]) == (0.25, pytest.approx(2.2 / 3), 20.0)
+
+
 def test_the_best_and_the_worst_completion_of_a_group_are_shown_with_their_parts(tmp_path):
     out = io.StringIO()
     with RunLog(tmp_path, "test", stream=out) as log:
