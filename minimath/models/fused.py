@@ -84,8 +84,8 @@ class FusedLayer:
 
 def unfusable_layer(layer, dtype: torch.dtype) -> str:
     """Say why a decoder layer can't be fused, or ""."""
-    name = type(layer).__name__
-    if name not in [f"{family}DecoderLayer" for family in FAMILIES]:
+    name, known = type(layer).__name__, type(layer).__module__.startswith("transformers.")
+    if not known or name not in [f"{family}DecoderLayer" for family in FAMILIES]:  # own code has such names, too
         return f"{name} is not of a known family ({', '.join(FAMILIES)})"
     config = layer.self_attn.config
     if (getattr(config, "hidden_activation", None) or config.hidden_act) not in ACTIVATIONS:

@@ -12,7 +12,7 @@ from minimath.data.chat import Encoded
 from minimath.models import load
 from minimath.models.attention import QUERIES, Segment, Segments
 from minimath.models.forward import adapter_off, base_causal_lm, hidden_states, inference, takes_rows
-from minimath.models.fused import fused_layers
+from minimath.models.fused import fused_layers, unfusable
 from minimath.models.prefix import shared_batch
 
 FAMILIES = ["llama", "llama-untied", "mistral", "qwen2", "qwen2-window", "qwen3", "gemma2", "gemma3_text", "phi3"]
@@ -209,6 +209,14 @@ def test_what_is_not_fused_runs_as_before_and_says_so(tmp_path, capsys, options,
     model = policy_of(folder, SFTConfig, train=True, **options).model
     assert said in capsys.readouterr().err and not takes_rows(model)
     assert step(model, batch_of(packing=True))[1]
+
+
+def test_a_layer_of_a_models_own_code_is_not_fused_whatever_its_name(tmp_path):
+    """trust_remote_code=true: such a class may compute something else."""
+    model = policy_of(tiny_model(tmp_path), EvalConfig).model
+    layer = model.base_model.layers[0]
+    layer.__class__ = type("LlamaDecoderLayer", (type(layer),), {"__module__": "transformers_modules.other.modeling"})
+    assert "LlamaDecoderLayer is not of a known family" in unfusable(model)
 
 
 def test_layers_without_an_adapter_are_fused_too(tiny_dir):
