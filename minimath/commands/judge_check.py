@@ -44,7 +44,8 @@ from minimath.models.policy import Policy
 ENOUGH_ROWS = 20  # right answers with a wrong step: with fewer a judge is neither recommended nor refused
 ENOUGH_PAIRS = 20  # with fewer, an interval that holds 1/2 says nothing about the judge
 DOUBTS = {"too few pairs": "take pairs=25 or more", "weak": "a lower judge_weight lets less noise in"}
-UNUSED = {"judge_pairs", "judge_fallback", "judge_canary_every"}  # no question of ours depends on them
+UNUSED = {"judge_pairs", "judge_fallback", "judge_canary_every", "judge_refresh", "judge_refresh_steps",
+          "judge_refresh_lr"}  # no question of ours depends on them
 
 
 @dataclasses.dataclass
@@ -76,9 +77,12 @@ def judge_check(words: list[str]) -> dict:
     given = set(map(option_named, words))
     cfg = cfg.replace(**{name: option.default for name, option in options_of(JudgeCheckConfig).items()
                          if option.group == "data" and name not in given})  # a recipe's are a run's
-    probes, attacks = comma_list(cfg.probes), load_attacks(cfg.attacks or ATTACKS)
-    if not cfg.data.source and (given & {"limit", "baselines"} or probes == ["data"]):
+    probes = comma_list(cfg.probes)
+    if idle := [name for name in ("data", "attacks") if name in given and name not in probes]:
+        raise UserError(f"{idle[0]}= is for the probe {idle[0]}, which probes={cfg.probes} leaves out: name it there")
+    if not cfg.data.source and (given & {"limit", "baselines"} or "probes" in given and "data" in probes):
         raise UserError("the probe data needs data=FILE: pairs, or solutions whose wrong steps are marked; see --help")
+    attacks = load_attacks(cfg.attacks or ATTACKS)
     with RunLog(result_folder(cfg.run.out, "judge-check"), "minimath judge check") as log:
         judge, policy = open_judge(cfg, log)
         result, lines = {"judge": judge.name}, []
