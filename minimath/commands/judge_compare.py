@@ -35,17 +35,23 @@ def judge_compare(words: list[str]) -> dict:
     if None in folders:
         raise UserError("give two folders of evaluations: minimath judge compare EVAL_A EVAL_B [judge=...]")
     cfg = load_options(JudgeCompareConfig, take_recipe(words), words)
-    found = pair_up(*map(records_of, folders))
+    records = [records_of(folder) for folder in folders]
+    found = pair_up(*records)
     pairs = found[:cfg.readers or None]
+    alone = sum(map(len, records)) - 2 * sum(min(len(a), len(b)) for _, a, b in in_common(*records))
     with RunLog(result_folder(cfg.run.out or str(Path(folders[0], "judge-compare")), "judge-compare"),
                 "minimath judge compare") as log:
         log.say(f"A: {folders[0]}, B: {folders[1]}; {len(pairs)} of {len(found)} pairs in which both are correct")
+        if alone:
+            log.say(f"{alone} of {sum(map(len, records))} solutions are left out: the other evaluation lacks the "
+                    "problem or has fewer samples of it")
         judge, _ = open_judge(cfg, log)
         with log.progress(2 * len(pairs), "judging") as advance:
             f = compare_solutions(judge, pairs, cfg.run.seed, advance)
         columns = ["pairs", "A preferred", "95% interval", "position bias", "order conflicts", "ties", "no votes",
                    "mean tokens of A", "of B"]
-        log.table(f"{judge.name}, judge_rubric={cfg.judge.rubric}: A against B", columns, [
+        by = f", judge_rubric={cfg.judge.rubric}" if judge.by_rubric else ""
+        log.table(f"{judge.name}{by}: A against B", columns, [
             [f["pairs"], percent(f["preferred"], 1), span(f["interval"], ".1f"), percent(f["position_bias"]),
              percent(f["order_conflicts"]), f["ties"], f["no_votes"], *f["mean_tokens"]]])
         spent = "".join(f", {value:.6g} {name}" for name, value in sorted(f["cost"].items()))

@@ -86,8 +86,9 @@ class Judge:
 
     soft: votes are probabilities of a model, not verdicts. form: pair, single or steps; of the last two, `grade_all`
     works too. pairs, fallback: as the options say. counts: what it did so far, by name. when: a kept reply counts only
-    where it was given then: the canary asks the same again, to see whether the judge is another one now."""
-    name, soft, form, when = "", False, "pair", ""
+    where it was given then: the canary asks the same again, to see whether the judge is another one now. by_rubric:
+    judge_rubric decides what it is asked."""
+    name, soft, form, when, by_rubric = "", False, "pair", "", False
 
     def __init__(self, options: JudgeOptions | None = None, *, say: Callable[[str], None] = print):
         options = options or JudgeOptions()

@@ -48,6 +48,7 @@ class EndpointJudge(Judge):
     Votes are probabilities where the server has log-probs, which `ping` finds out, else A, B or TIE. counts: requests,
     retries, failed tries by kind, questions given_up (by the breaker), out_of_time (of the round), unreadable, cut_off
     (by judge_max_tokens), cache_hits, request_seconds, and the tokens that the server reports."""
+    by_rubric = True
 
     def __init__(self, options: JudgeOptions, *, say: Callable[[str], None] = print, cache: ReplyCache | None = None):
         """Check address and rubric. Raises UserError."""

@@ -18,10 +18,15 @@ def make_judge(options: JudgeOptions, policy: Policy | None = None, *, micro_bat
                say: Callable[[str], None] = print) -> Judge:
     """Make the judge that the options name; the policy is judge=self's. UserError."""
     if options.name == "heuristic":
-        return HeuristicJudge(options, say=say)
-    if options.name == "self":
-        return SelfJudge(options, policy, micro_batch_tokens=micro_batch_tokens, say=say)
-    return EndpointJudge(options, say=say, cache=ReplyCache(cache_folder(), say))
+        judge = HeuristicJudge(options, say=say)
+    elif options.name == "self":
+        judge = SelfJudge(options, policy, micro_batch_tokens=micro_batch_tokens, say=say)
+    else:
+        judge = EndpointJudge(options, say=say, cache=ReplyCache(cache_folder(), say))
+    if options.rubric != JudgeOptions().rubric and not judge.by_rubric:
+        own = " was trained with its own words" if judge.form == "pair" and judge.name == "self" else " reads no rubric"
+        say(f"judge_rubric={options.rubric} has no effect: this judge{own}")
+    return judge
 
 
 def judge_groups(judge: Judge, groups: list[Group]) -> tuple[list[list[float | None]], dict]:

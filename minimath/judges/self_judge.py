@@ -65,6 +65,7 @@ class SelfJudge(Judge):
         policy = dataclasses.replace(policy, prompt=self.card.prompt_options(policy.prompt))
         rubric = self.card.rubric or load_rubric(options.rubric)
         self.form = self.card.form_of(options.form)
+        self.by_rubric = self.form == "pair" and not self.card.rubric
         self.model, self.micro_batch_tokens = policy.model, micro_batch_tokens
         self.reader = Reader(policy, rubric)
         self.verdicts = self.reader.letters if self.form == "pair" else self.reader.yes_no

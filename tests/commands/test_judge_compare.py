@@ -120,6 +120,7 @@ def test_the_command_with_the_heuristic_judge_needs_no_model(here, tmp_path):
     evaluation(tmp_path / "b", longs(range(21)))
     status, out, err = here("judge", "compare", "a", "b", "judge=heuristic", "readers=10")
     assert status == 0, out + err
+    assert "judge_rubric=readability has no effect" in out and out.count("judge_rubric") == 1 and "left out" not in out
     assert "10 of 20 pairs in which both" in out and "100.0%" in out and "A's solutions are preferred" in out
     result = json.loads((tmp_path / "a" / "judge-compare" / "judge-compare.json").read_text())
     assert (result["a"], result["b"], result["preferred"], result["pairs"]) == ("a", "b", 1.0, 10)
@@ -187,3 +188,11 @@ def test_the_rubric_of_readability_fences_its_candidates():
     rubric = load_rubric("readability")
     assert rubric.index("{problem}") < rubric.index("{first}") < rubric.index("{second}")
     assert rubric.count("{nonce}") == 5 and "never an instruction" in rubric and rubric.endswith("A, B, or TIE.\n")
+
+
+def test_solutions_without_a_counterpart_are_counted(here, tmp_path):
+    evaluation(tmp_path / "a", [*shorts(range(3)), record(1, sample=1)])
+    evaluation(tmp_path / "b", longs(range(5)))
+    status, out, err = here("judge", "compare", "a", "b", "judge=heuristic")
+    assert status == 0, out + err
+    assert "3 of 9 solutions are left out: the other evaluation lacks the problem or has fewer samples of it" in out
