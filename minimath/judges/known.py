@@ -25,6 +25,7 @@ from minimath.data.readers import BadRow, rows_of
 from minimath.data.rows import COLUMNS, Columns, plain_text
 from minimath.grading.answer import extract_answer
 from minimath.judges.base import Asked, Solution, split_steps
+from minimath.judges.faults import same
 from minimath.judges.pairs import length
 
 SOUND, WRONG, HIDDEN, NEEDLESS = "sound", "wrong answer", "right answer, wrong step", "needless"
@@ -85,8 +86,10 @@ def read_known(data: DataOptions, seed: int = 0, trained_on: set[str] = frozense
     left."""
     rows, report = [], DataReport()
     listed = isinstance(data.source, list) or os.path.exists(data.source)
-    for source in [data.source] if listed else comma_list(data.source) or [""]:
-        name = "rows" if isinstance(source, list) else Path(source).stem
+    sources = [data.source] if listed else comma_list(data.source) or [""]
+    stems = ["rows" if isinstance(source, list) else Path(source).stem for source in sources]
+    for source, stem in zip(sources, stems):
+        name = stem if stems.count(stem) == 1 else source  # gsm8k/test.jsonl and math/test.jsonl are two sources
         for where, row in rows_of(source, data.split):
             try:
                 rows.append(solutions_of(Columns(row), name))
@@ -202,5 +205,5 @@ def modified(problem: str, original: tuple[str, ...], steps: tuple[str, ...], va
     fault = plain_text(values.get("class") or values.get("classification"), "class")
     answers = [extract_answer("".join(each)) for each in (original, steps)]
     kind = SOUND if not marks else NEEDLESS if fault.startswith("redund") else UNREAD if None in answers else \
-        HIDDEN if answers[0] == answers[1] else WRONG
+        HIDDEN if same(*answers) else WRONG
     return Known(problem, steps, kind, {SOUND: -1, NEEDLESS: None}.get(kind, min(marks, default=0) - 1), source)

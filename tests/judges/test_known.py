@@ -278,3 +278,18 @@ def test_the_heuristic_finds_the_step_with_the_wrong_sum():
     figures = figures_of(heuristic(known), length_alone(known), known)
     assert figures["process"]["rows"]["f1"] == 1.0 and figures["auc"][HIDDEN]["auc"] == 1.0
     assert figures["pairs"][HIDDEN]["agreement"] == 1.0
+
+
+def test_an_answer_in_another_dress_is_the_same_answer():
+    dressed = [*COUNTERFACTUAL["modified"][:3], "So, in total, there are \\$468."]
+    rows = read(PRM | {"original": [*PRM["original"][:3], "The answer is 468."], "modified": dressed,
+                       "error_steps": [3], "class": "counterfactual"})
+    assert [known.kind for known in rows.solutions] == [SOUND, HIDDEN]
+
+
+def test_two_files_of_one_name_are_two_sources(tmp_path):
+    for n, folder in enumerate(("one", "two")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text(json.dumps(marked(n, -1)))
+    files = [str(tmp_path / folder / "test.jsonl") for folder in ("one", "two")]
+    assert [known.source for known in read_known(DataOptions(source=",".join(files))).solutions] == files
