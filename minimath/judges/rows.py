@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from minimath.core.errors import UserError
 from minimath.data.chat import IGNORE, Encoded, turn_end
-from minimath.data.template import render
+from minimath.data.template import CLOSE, chat_args, is_open, render
 from minimath.grading.answer import answer_end
 from minimath.judges.base import Asked, Pair
 from minimath.judges.rubrics import defuse, judge_prompt
@@ -35,9 +35,12 @@ def verdict_ids(tokenizer, choices: list[tuple[str, ...]] = LETTERS) -> list[int
                     f"{choices[0][1]}; use judge=openai or judge=heuristic")
 
 
-def chat_ids(tokenizer, prompt: str) -> list[int]:
+def chat_ids(tokenizer, prompt: str, thinking: str = "auto", template_args: str = "") -> list[int]:
+    """Encode a prompt up to where the answer begins, behind a thought that the template opens."""
     if tokenizer.chat_template:
-        text = render(tokenizer, [{"role": "user", "content": prompt}], generate=True)
+        args = chat_args(tokenizer, thinking, template_args)
+        text = render(tokenizer, [{"role": "user", "content": prompt}], args, generate=True)
+        text += f"\n{CLOSE}\n\n" if is_open(text) else ""
         return tokenizer.encode(text, add_special_tokens=False)
     return tokenizer.encode(prompt + "\nVerdict:")
 
@@ -64,6 +67,7 @@ class Reader:
         self.specials = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self.is_number = functools.cache(self.is_number)
         self.prompt_ids = functools.lru_cache(1)(policy.prompt_ids)
+        self.switches = policy.prompt.thinking, policy.prompt.template_args
 
     def shown(self, question: Asked) -> tuple[str, ...]:
         """The steps as they are shown, as many as there are; nothing behind the answer."""
@@ -100,7 +104,7 @@ class Reader:
         return verdict_ids(self.tokenizer, YES_NO)
 
     def pair(self, pair: Pair) -> list[int]:
-        return chat_ids(self.tokenizer, self.prompt(self.rubric, pair, self.specials))
+        return chat_ids(self.tokenizer, self.prompt(self.rubric, pair, self.specials), *self.switches)
 
 
 def single_row(reader: Reader, question: Asked, right: list[bool | None], max_len: int) -> Encoded:

@@ -1,11 +1,12 @@
 """What a judge reads: token for token what it was trained on, verdicts at the ends of steps, hostile text defused."""
+import dataclasses
 import time
 
 import pytest
 import tiny as tiny_models
 import torch
 from judging import Fixed
-from thinking import SMOLLM3, thinker
+from thinking import QWEN35, R1, SMOLLM3, thinker
 from toy import policy_of, wake_adapter
 
 from minimath.config.schema import JudgeOptions, SFTConfig
@@ -251,3 +252,11 @@ def test_rows_behind_shared_prompts_have_the_loss_and_the_gradient_of_rows_apart
 
 def test_a_judges_prompt_is_the_same_on_every_day():
     assert "Today: 01 January 2026" in (tokenizer := thinker(SMOLLM3)).decode(chat_ids(tokenizer, "Which is better?"))
+
+
+@pytest.mark.parametrize("template, thinking", [(R1, "auto"), (QWEN35, "auto"), (QWEN35, "on"), (QWEN35, "off")])
+def test_a_verdict_stands_behind_the_thought_that_a_template_opens(policy, template, thinking):
+    prompt = dataclasses.replace(policy.prompt, thinking=thinking)
+    reader = Reader(dataclasses.replace(policy, tokenizer=thinker(template), prompt=prompt), RUBRIC)
+    asked = reader.tokenizer.decode(reader.pair(Pair("p", Fixed("1"), Fixed("2"))))
+    assert asked.endswith("</think>\n\n") and asked.count("<think>") == asked.count("</think>") == 1
