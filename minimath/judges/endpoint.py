@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from minimath.config.schema import JudgeOptions
+from minimath.core import interrupt
 from minimath.core.errors import UserError
 from minimath.core.text import mask
 from minimath.judges.base import Judge, Pair
@@ -281,13 +282,20 @@ def retry_after(response) -> float | None:
 
 
 def in_own_loop(coroutine):
-    """Run a coroutine in a thread: a notebook has an event loop in this one.
+    """Run a coroutine in a thread: a notebook has an event loop in this one. Raises Interrupted.
 
     The SDK draws its pauses from Python's generator, which is the run's: it is set back."""
+    async def until_stopped():
+        work = asyncio.ensure_future(coroutine)
+        while not work.done():
+            interrupt.check()
+            await asyncio.wait([work], timeout=interrupt.LOOK_S)
+        return work.result()
+
     state = random.getstate()
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:
-            return pool.submit(asyncio.run, coroutine).result()
+            return pool.submit(asyncio.run, until_stopped()).result()
     finally:
         random.setstate(state)
 

@@ -2,7 +2,10 @@
 import asyncio
 import json
 import math
+import os
 import random
+import signal
+import threading
 import time
 from contextlib import closing
 
@@ -11,7 +14,8 @@ from judge_server import dribbles, hangs_up, prefers_shorter, says, serve, sleep
 from judging import Fixed, judge_one
 
 from minimath.config.schema import JudgeOptions, RLAIFConfig
-from minimath.core.errors import UserError
+from minimath.core.errors import Interrupted, UserError
+from minimath.core.interrupt import interruptible
 from minimath.judges.base import Pair
 from minimath.judges.cache import ReplyCache
 from minimath.judges.endpoint import BREAKER, RETRIES, ROUND, EndpointJudge, is_fault
@@ -472,3 +476,13 @@ def test_a_model_whose_log_probs_nobody_may_ask_for_is_asked_in_another_form(ser
     with pytest.raises(UserError, match="HTTP 403 no such key"):
         quick(url).ping()
     assert len(server.seen) == 1
+
+
+def test_a_stop_does_not_wait_for_a_server_that_hangs(serve):
+    judge = quick(serve(sleeps)[0], timeout_s=4.0, retries=0)
+    start = time.monotonic()
+    with interruptible((), lambda text: None):
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(Interrupted):
+            judge.compare(PAIRS)
+    assert time.monotonic() - start < 3
