@@ -77,7 +77,8 @@ def judge_check(words: list[str]) -> dict:
     given = set(map(option_named, words))
     cfg = cfg.replace(**{name: option.default for name, option in options_of(JudgeCheckConfig).items()
                          if option.group == "data" and name not in given})  # a recipe's are a run's
-    probes = comma_list(cfg.probes)
+    if not (probes := comma_list(cfg.probes)):
+        raise UserError("probes= names none: use pairs, attacks and data")
     if idle := [name for name in ("data", "attacks") if name in given and name not in probes]:
         raise UserError(f"{idle[0]}= is for the probe {idle[0]}, which probes={cfg.probes} leaves out: name it there")
     if not cfg.data.source and (given & {"limit", "baselines"} or "probes" in given and "data" in probes):

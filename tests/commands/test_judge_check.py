@@ -166,6 +166,7 @@ def test_the_command_asks_an_endpoint_counts_its_cost_and_switches_its_defences_
     (["judge", "check", "pears=3"], "did you mean 'pairs'?"), (["judge", "check", "judge_weight=0.1"], "judge_weight"),
     (["judge", "check", "pairs=0", "judge=heuristic"], "pairs must be above 0"),
     (["judge", "check", "probes=pears"], "probes must be one of pairs, attacks"),
+    (["judge", "check", "probes="], "probes= names none"),
     (["judge", "check", "probes=pairs", "data=mine.jsonl"], "data= is for the probe data, which probes=pairs"),
     (["judge", "check", "probes=pairs", "attacks=mine.txt"], "attacks= is for the probe attacks"),
     (["judge", "check", "probes=pairs,data"], "the probe data needs data=FILE"),
