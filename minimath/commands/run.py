@@ -97,6 +97,8 @@ def load_stages(recipe: str | None, words: list[str], command: str) -> tuple[Pat
         cfgs["judge"] = judge_config(recipe, words, sft_cfg, rl_cfg)
     if not all(cfg.data.source for cfg in cfgs.values()):
         raise UserError("a run needs training and held-out problems: set sft.data=, rlaif.data= and eval.data=")
+    if cfgs["eval"].suite:
+        raise UserError("a run evaluates on the problems of eval.data=: leave suite= out, it is for minimath eval")
     make_reward(rl_cfg, None)  # functions of the user's that can't be loaded
     Verifier(rl_cfg.verifier)
     return out, cfgs

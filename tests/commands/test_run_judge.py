@@ -131,3 +131,8 @@ def test_a_limit_without_a_section_is_for_the_training_problems_alone(recipe, wo
 def test_what_is_wrong_with_the_judge_is_said_before_anything_runs(recipe, words, said):
     with pytest.raises(UserError, match=said):
         load_stages(recipe, words, "run")
+
+
+def test_a_suite_in_a_run_is_refused_before_it_trains(recipe, tmp_path):
+    with pytest.raises(UserError, match="leave suite= out"):
+        load_stages(recipe, ["eval.suite=gsm8k", f"eval.data={tmp_path}"], "run")
