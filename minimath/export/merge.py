@@ -65,8 +65,11 @@ class ExportConfig(Stage):
         out = Path(self.out)
         if not self.adapter.path or not self.out:
             return "minimath export needs the run and a new folder: minimath export adapter=runs/x out=FOLDER"
-        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
             return f"{out} exists already and is not an empty folder; choose another out="
+        place = next(path for path in out.absolute().parents if os.path.lexists(path))
+        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            return f"{place} is no folder that can be written to; choose another out="
         if self.to == "gguf" and importlib.util.find_spec("gguf") is None:
             return "to=gguf needs the package gguf: pip install -e '.[demo]', or use to=safetensors"
         return ""
@@ -114,6 +117,7 @@ def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[
         if why_not := reason_against(policy.model.config, policy.tokenizer):
             raise UserError(f"to=gguf: {why_not}. Use to=safetensors, then on its folder llama.cpp's "
                             f"`python convert_hf_to_gguf.py FOLDER --outtype {cfg.gguf_type}`")
+        modelfile(policy.tokenizer, "", policy.prompt)  # it may hold no such text: said before the work
     texts, source = drift_texts(policy, load, cfg.drift_problems)
     trained = completion_logits(policy.model, texts)
     if quant != "none":

@@ -159,7 +159,8 @@ def test_a_second_signal_under_a_progress_bar_gives_the_cursor_back(tmp_path):
             signal.raise_signal(signal.SIGINT)
     """)
     ours, theirs = os.openpty()
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=theirs, env={**os.environ, "TERM": "xterm"})
+    terminal = os.environ | {"TERM": "xterm"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=theirs, env=terminal)
     os.close(theirs)
     shown = os.read(ours, 1 << 16)
     os.close(ours)

@@ -150,15 +150,18 @@ def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     (["out=new", "drift_tokens=0"], "drift_tokens must be above 0"),
     (["out=new", "push=me/x"], "hf upload"),
     (["out=."], "not an empty folder"),
+    (["out=link"], "link exists already"),
+    (["out=mine.txt/new"], "mine.txt is no folder"),
     (["out=new", "quant=nf4"], "unknown key 'quant'"),
 ])  # fmt: skip
 def test_what_cannot_work_is_told_before_anything_loads(run, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     monkeypatch.setattr(module, "load_policy", lambda *_a, **_k: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=said):
         export([f"adapter={run}", *words])
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "link"}
 
 
 @pytest.fixture(scope="module")
