@@ -262,6 +262,8 @@ class RLAIFConfig(Stage):
              "use judge=openai, or leave that out"),
             (judge.refresh and not (judge.adapter and self.uses_judge() and self.verifier not in (*BY_JUDGE, "none")),
              "judge_refresh trains a judge_adapter= in use by a verifier= that tells right from wrong without it"),
+            (self.majority_share != 0.5 and "majority" not in str(self.verifier),
+             f"majority_share is for verifier=majority and majority+judge, not for verifier={self.verifier}"),
             (reward.name == "judge" and (reward.judge_weight + (0.0 if free else brevity.weight) > 0.5
                                          or reward.format_weight >= 0.5),
              f"judge_weight={reward.judge_weight:g}, brevity_weight={brevity.weight:g}, format_weight="

@@ -76,12 +76,22 @@ class JudgeConfig(Stage):
     max_len: schema.Count = 2048
     """longest row in tokens, longer ones are cut"""
 
+    def check(self) -> str:
+        """What is wrong with options together, or ""."""
+        if self.rubric != "brief" and self.form != "pair":
+            return f"rubric={self.rubric} is what form=pair is shown: a judge of form={self.form} reads no rubric"
+        if self.sampled and not self.samples:
+            return f"sampled={self.sampled}, but samples=0 samples none of the problems: leave one of them out"
+        return ""
+
 
 def judge_train(cfg: JudgeConfig) -> dict:
     """Train a judge; leaves adapter/ with judge.json, rollouts/ and metrics.jsonl in the run folder.
 
     Returns a summary: steps, run_dir, adapter, signal, and the judge's held-out figures. Raises UserError, and
     Interrupted when it was stopped while the policy sampled."""
+    if fault := cfg.check():
+        raise UserError(fault)
     cfg = as_trained(cfg).replace(out=str(new_run_folder(cfg.run.out, "judge", resume=cfg.run.resume)))
     refuse_held(Path(cfg.run.out), evaluation=False, resume=cfg.run.resume)  # all that can fail, before it samples
     rubric, (examples, report) = load_rubric(cfg.rubric), load_examples(cfg.data, need=("answer",))

@@ -128,7 +128,7 @@ def test_a_class_of_its_own_reads_its_section(tmp_path):
 @pytest.mark.parametrize("cls,words,says", [
     (RLAIFConfig, ["judge_weight=0.4", "brevity_weight=0.3", "brevity_scale=together"], "correct answer always beats"),
     (RLAIFConfig, ["group_size=1"], "at least 2"), (RLAIFConfig, ["temperature=0"], "temperature"),
-    (RLAIFConfig, ["judge=openai"], "judge_url"),
+    (RLAIFConfig, ["judge=openai"], "judge_url"), (RLAIFConfig, ["majority_share=0.7"], "not for verifier=exact"),
     (RLAIFConfig, ["judge_url=http://127.0.0.1:9/v1", "judge_model=m"], "judge_url= and judge_model= would do nothing: "
                                                                         "judge=self asks no server; use judge=openai"),
     (EvalConfig, ["samples=4"], "temperature"),

@@ -187,6 +187,7 @@ def test_rollouts_of_another_judge_are_refused(judge):
 @pytest.mark.parametrize("options, words", [
     ({"held_out": 0.01}, "12 problems leave none to train on or none to hold out with held_out=0.01"),
     ({"held_out": 0.99999}, "leave none to train on"), ({"limit": 1}, "1 problems leave none"),
+    ({"rubric": "law"}, "a judge of form=single reads no rubric"), ({"samples": 0, "sampled": 3}, "sampled=3, but"),
     ({"form": "pair", "rubric": "brif"}, "did you mean 'brief'"), ({"data": "nowhere.jsonl"}, "nowhere.jsonl")])
 def test_what_cannot_work_is_said_before_the_policy_is_asked(judge, no_sampling, tmp_path, options, words):
     with pytest.raises(UserError, match=words):

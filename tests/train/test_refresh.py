@@ -260,7 +260,7 @@ def test_runs_without_answers_log_what_their_labels_are_worth(rl_judged, judge, 
     rows = [{"problem": f"Tom has {k} apples and buys {k + 7} more. How many?"} for k in range(2, 8)]
     (tmp_path / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = rl_judged("run", judge(), verifier=verifier, data=str(tmp_path / "bare.jsonl"), steps=2, judge_refresh=0,
-                    majority_share=0.0)
+                    **{"majority_share": 0.0} if "majority" in verifier else {})
     for of_step in metrics(run):
         assert 0 <= of_step["verifier/decided"] <= 1 and "verifier/agrees" not in of_step
         assert ("verifier/share" in of_step) == (verifier != "judge")
