@@ -36,8 +36,12 @@ SHAPES = {"better": "worse", "chosen": "rejected", "steps": "label", "original":
 
 
 def problem_hash(problem: str) -> str:
-    """Hash a problem's words and numbers, names apart: 16 hex digits of a sha256."""
-    return hashlib.sha256((canonical(problem) or problem).encode()).hexdigest()[:16]
+    """Hash a problem's words and numbers, names apart: 16 hex digits of a sha256.
+
+    Of one without Latin words, or with few, the whole text: its numbers are also those of others."""
+    letters = [c for c in problem if c.isalpha()]
+    text = canonical(problem) if 2 * sum(c.isascii() for c in letters) > len(letters) else problem
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
