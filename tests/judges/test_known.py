@@ -164,10 +164,9 @@ def test_problems_of_the_judges_training_are_left_out_whatever_their_case():
         read_known(DataOptions(source=ROWS[:2]), trained_on={problem_hash("What is 0 plus 2?")})
 
 
-@pytest.mark.parametrize("one, other", [("\u5c0f\u660e\u67093\u4e2a\u82f9\u679c", "\u5c0f\u7ea2\u67093\u652f\u7b14"),
-                                        
-                                        ("\u0420\u0435\u0448\u0438 x", "\u041d\u0430\u0439\u0434\u0438 x"), ("3 + 5", "3 - 5"),
-                                        ("\ud800\u4e00 1", "\ud800\u4e8c 1")])
+@pytest.mark.parametrize("one, other", [
+    ("\u5c0f\u660e\u67093\u4e2a\u82f9\u679c", "\u5c0f\u7ea2\u67093\u652f\u7b14"), ("3 + 5", "3 - 5"),
+    ("\u0420\u0435\u0448\u0438 x", "\u041d\u0430\u0439\u0434\u0438 x"), ("\ud800\u4e00 1", "\ud800\u4e8c 1")])
 def test_problems_without_latin_words_are_not_one_for_their_numbers(one, other):
     assert problem_hash(one) != problem_hash(other)
 
