@@ -77,8 +77,8 @@ def logp_kernel(hidden, weight, bias, target, out, rows, vocab, width, vocab_per
         new = tl.maximum(top, tl.max(z, 1))
         rescale = tl.exp(top - new)
         z -= new[:, None]
-        e = tl.exp(z)  # exactly 0 where z is -1e30, and so is its product with z
-        weighted = (weighted + total * (top - new)) * rescale + tl.sum(e * z, 1)
+        e = tl.exp(z)  # exactly 0 where z is -1e30, or the -inf of a bias that masks
+        weighted = (weighted + total * (top - new)) * rescale + tl.sum(tl.where(e > 0.0, e * z, 0.0), 1)
         total = total * rescale + tl.sum(e, 1)
         top = new
     place = out + split.to(tl.int64) * 5 * out_stride + row

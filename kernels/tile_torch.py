@@ -10,6 +10,7 @@ from .common import BLOCK_BYTES, wide
 from .head import Chunk, slack_and_lift
 
 LOG_TINY = -80.0  # exp of it is nothing in fp32; keeps 0 * log 0 finite
+MASKED = -1000.0  # a shift below it is of columns that a bias masks: less it, the others would lose their digits
 
 
 def new_scratch(like: torch.Tensor, rows: int, columns: int, count: int) -> torch.Tensor:
@@ -36,7 +37,7 @@ def hits_of(target, first: int, columns: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def tile(chunk: Chunk, logits, first: int, sums, factor, *, keep: bool, all_four: bool) -> None:
-    """Do what tile_kernel does, but look for the shift in the first tile only.
+    """Do what tile_kernel does, but look for the shift in the first tile that is not masked only.
 
     And then where a sum shows that a logit has outgrown it. Without all_four, weighted and plain are left at 0, which
     saves two passes of five."""
@@ -54,7 +55,7 @@ def tile(chunk: Chunk, logits, first: int, sums, factor, *, keep: bool, all_four
                 torch.mul(z, z, out=slope).neg_().add_(1.0)
             z.mul_(outer)
         new = shift
-        if first == 0 or slack == 0.0:
+        if first == 0 or slack == 0.0 or (shift < MASKED).any():
             top = source.amax(-1)
             new = torch.where(top > shift + slack, top + lift, shift)
         torch.sub(source, new[:, None], out=z)
@@ -69,7 +70,10 @@ def tile(chunk: Chunk, logits, first: int, sums, factor, *, keep: bool, all_four
         if all_four:
             z[hit] = scaling.of(chunk.raw_target[block][hit[0]]) - new[hit[0]]
             plain.add_(z.sum(-1)).add_(new, alpha=logits.shape[1])
-            weighted.add_(rest * (shift - new)).mul_(rescale).add_(z.mul_(e).sum(-1))
+            added = z.mul_(e).sum(-1)
+            if added.isnan().any():  # 0 times -inf, where a bias masks; any other NaN is in total, too
+                added = z.nan_to_num_(0.0).sum(-1)
+            weighted.add_(rest * (shift - new)).mul_(rescale).add_(added)
         rest.mul_(rescale).add_(total)
         shift.copy_(new)
         if keep and scaling.softcap:

@@ -35,12 +35,13 @@ def tile_kernel(logits, target, raw_target, sums, factor, row_stride, sums_strid
     z_rest = tl.where(counted, z - new, 0.0)
     e = tl.where(counted, tl.exp(z_rest), 0.0)
     rescale = tl.exp(old - new)
+    added = tl.sum(tl.where(e > 0.0, e * z_rest, 0.0), 0)  # a bias may mask columns by -inf
     rest = tl.load(sums + sums_stride + row)
     weighted = tl.load(sums + 2 * sums_stride + row)
     plain = tl.load(sums + 3 * sums_stride + row)
     tl.store(sums + row, new)
     tl.store(sums + sums_stride + row, rest * rescale + tl.sum(e, 0))
-    tl.store(sums + 2 * sums_stride + row, (weighted + rest * (old - new)) * rescale + tl.sum(e * z_rest, 0))
+    tl.store(sums + 2 * sums_stride + row, (weighted + rest * (old - new)) * rescale + added)
     tl.store(sums + 3 * sums_stride + row, plain + tl.sum(tl.where(inside, z, 0.0), 0))
     tl.store(factor + row, rescale)
     if KEEP:
@@ -87,7 +88,8 @@ def gradient_kernel(logits, target, raw_target, numbers, coefs, row_stride, numb
     logp = z - lse
     p = tl.exp(logp)
     # 1 - p_t comes from outside: here it would lose its digits where p_t is nearly 1
-    grad = p * (c - d - b * (entropy + logp)) + d / vocab + a * tl.where(hit, tl.load(numbers + row), -p)
+    bent = b * tl.where(p > 0.0, entropy + logp, 0.0)
+    grad = p * (c - d - bent) + d / vocab + a * tl.where(hit, tl.load(numbers + row), -p)
     grad = grad * slope
     grad = tl.where(inside, grad, 0.0)  # a matrix product may read past a row's end, times nothing
     tl.store(place, grad.to(logits.dtype.element_ty), mask=lanes < whole)
