@@ -128,7 +128,9 @@ def scaled_steps(recipe: str, share: float) -> list[str]:
 
 
 def write_problems(made: DemoConfig, folder: Path, share: float) -> None:
-    """Write train, rl, valid and test problems as jsonl; those of valid and test are new."""
+    """Write train, rl, valid and test problems as jsonl; those of valid and test are new.
+
+    Raises UserError where a file of that name holds anything else: nothing is written then."""
     kind = {"steps": tuple(map(int, comma_list(made.step_counts))), "largest": made.largest,
             "style_weights": {"plain": 1 - made.verbose, "verbose": made.verbose}}
     count, valid = (n if share >= 1 else max(16, round(n * share)) for n in (made.test_problems, made.valid_problems))
@@ -139,10 +141,17 @@ def write_problems(made: DemoConfig, folder: Path, share: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sets = {"train": train[:made.train_problems], "rl": train[made.train_problems:], "test": held_out[:count],
             "valid": others[:valid]}
+    texts = {}
     for name, examples in sets.items():  # RL has to find its own solutions
         columns = ["id", "problem", "answer", *(["solution"] if name != "rl" else [])]
         rows = [json.dumps({column: getattr(each, column) for column in columns}) + "\n" for each in examples]
-        write_whole(folder / f"{name}.jsonl", "".join(rows))
+        texts[folder / f"{name}.jsonl"] = "".join(rows)
+    for path, text in texts.items():
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+            raise UserError(f"{path} holds other problems than these; choose another --out, or to go on with a demo give "
+                            "the words that it was begun with")
+    for path, text in texts.items():
+        write_whole(path, text)
 
 
 def demo_model() -> Path:

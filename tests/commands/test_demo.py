@@ -51,6 +51,18 @@ def test_a_wrong_word_is_named(words):
         parse(words)
 
 
+def test_problems_of_another_demo_or_of_the_user_s_are_not_overwritten(on_a_card, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/test.jsonl").write_text("mine\n")
+    with pytest.raises(UserError, match="test.jsonl holds other problems"):
+        on_a_card(["--out", str(tmp_path)])
+    assert [(file.name, file.read_text()) for file in (tmp_path / "data").iterdir()] == [("test.jsonl", "mine\n")]
+    on_a_card(["--out", str(tmp_path / "new")])
+    on_a_card(["--out", str(tmp_path / "new"), "resume=true"])
+    with pytest.raises(UserError, match="the words that it was begun with"):
+        on_a_card(["--out", str(tmp_path / "new"), "resume=true", "demo.test_seed=9"])
+
+
 def test_minutes_scale_the_steps_of_all_stages():
     def steps(words):
         return {word.partition("=")[0]: float(word.partition("=")[2]) for word in words}
