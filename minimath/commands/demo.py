@@ -148,8 +148,8 @@ def write_problems(made: DemoConfig, folder: Path, share: float) -> None:
         texts[folder / f"{name}.jsonl"] = "".join(rows)
     for path, text in texts.items():
         if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
-            raise UserError(f"{path} holds other problems than these; choose another --out, or to go on with a demo give "
-                            "the words that it was begun with")
+            raise UserError(f"{path} holds other problems than these; choose another --out, or to go on with a demo "
+                            "give the words that it was begun with")
     for path, text in texts.items():
         write_whole(path, text)
 

@@ -52,6 +52,8 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
     begun = any(out.glob(f"*/{run_folder.CONFIG}"))
     if dist.is_main() and begun and not cfgs["sft"].run.resume:
         raise UserError(f"{out} already holds a run; add resume=true to go on with it, or choose another out=")
+    if dist.is_main():
+        run_folder.refuse_foreign(out, *(f"{name}.yaml" for name in cfgs), run_folder.SUMMARY, run_folder.MINUTES)
     minutes = clock(out / run_folder.MINUTES)
     with RunLog(out, f"minimath {command}") as log, how_to_go_on(log, command, minutes):
         if cfgs["sft"].run.resume and not begun:

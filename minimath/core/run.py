@@ -10,7 +10,18 @@ from minimath.core.checkpoint import list_checkpoints
 from minimath.core.files import write_whole
 from minimath.core.interrupt import interruptible
 from minimath.core.log import RunLog
-from minimath.core.run_folder import CONFIG, lock_run, new_run_folder, refuse_held, refuse_links, stop_files
+from minimath.core.run_folder import (
+    COMPLETIONS,
+    CONFIG,
+    METRICS,
+    SAMPLES,
+    lock_run,
+    new_run_folder,
+    refuse_foreign,
+    refuse_held,
+    refuse_links,
+    stop_files,
+)
 from minimath.core.same_bits import SAID, same_bits
 
 
@@ -39,6 +50,7 @@ def open_run(out: str, command: str, *, config: str, resume: bool, trackers: str
     if dist.is_main():
         refuse_links(run_dir)
         refuse_held(run_dir, evaluation=evaluation, resume=resume)
+        refuse_foreign(run_dir, CONFIG, METRICS, SAMPLES, COMPLETIONS)
     with same_bits(deterministic), lock_run(run_dir), RunLog(run_dir, f"minimath {command}", trackers) as log:
         if not (resume and list_checkpoints(run_dir)):  # else the trainer does, if the options are those of one
             write_whole(run_dir / CONFIG, config)

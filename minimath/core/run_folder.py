@@ -97,6 +97,13 @@ def refuse_held(run_dir: Path, *, evaluation: bool, resume: bool) -> None:
         raise UserError(f"{run_dir} already holds {held.value}; {go_on}choose another out=")
 
 
+def refuse_foreign(run_dir: Path, *names: str) -> None:
+    """Raise UserError for files of these names that no run wrote: one would write over them."""
+    found = [run_dir / name for name in names if (run_dir / name).exists()]
+    if found and not (run_dir / ENVIRONMENT).exists():
+        raise UserError(f"{found[0]} is no file of a run, and would be overwritten; choose another out=")
+
+
 def refuse_links(run_dir: Path) -> None:
     """Raise UserError for a link out of the folder: what it leads to is not ours."""
     root = os.path.realpath(run_dir)

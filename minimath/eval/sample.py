@@ -13,7 +13,7 @@ from pathlib import Path
 from minimath.config.schema import Count, DataOptions, EvalConfig, SamplingOptions, Share
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
-from minimath.core.run_folder import COMPLETIONS
+from minimath.core.run_folder import COMPLETIONS, refuse_foreign
 from minimath.eval.evaluate import evaluate
 from minimath.eval.metrics import by_problem, read_records
 
@@ -48,8 +48,8 @@ class SampleConfig(EvalConfig):
 
 def sample(cfg: SampleConfig) -> dict:
     """Sample, grade, keep; writes train.jsonl and returns counts. Interrupted, UserError."""
+    refuse_foreign(out := Path(cfg.run.out), TRAIN)
     evaluate(cfg)
-    out = Path(cfg.run.out)
     rows, counts = kept_rows(read_records(out), cfg)
     if not rows:
         raise UserError(f"no solution is left to train on ({worded(counts)}); all are in {out / COMPLETIONS}. "

@@ -136,3 +136,11 @@ def test_what_is_wrong_with_the_judge_is_said_before_anything_runs(recipe, words
 def test_a_suite_in_a_run_is_refused_before_it_trains(recipe, tmp_path):
     with pytest.raises(UserError, match="leave suite= out"):
         load_stages(recipe, ["eval.suite=gsm8k", f"eval.data={tmp_path}"], "run")
+
+
+def test_a_recipe_in_the_run_folder_is_not_overwritten_by_the_options_of_a_stage(recipe, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/eval.yaml").write_text("limit: 2\n")
+    with pytest.raises(UserError, match="eval.yaml is no file of a run"):
+        run(recipe, [f"out={tmp_path / 'mine'}"])
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["eval.yaml"]

@@ -56,6 +56,17 @@ def test_a_folder_of_several_runs_is_not_filled_with_another(tmp_path, files, he
     assert not (tmp_path / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "completions.jsonl"])
+def test_a_file_of_the_user_s_is_not_overwritten_and_one_of_a_run_that_got_nowhere_is(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is no file of a run"), opened(tmp_path, "eval"):
+        pass
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
+    for _ in range(2):
+        with opened(tmp_path / "run"):
+            pass
+
+
 def test_an_empty_part_file_holds_nothing(tmp_path):
     (tmp_path / PART).touch()
     assert held_run(tmp_path) is None

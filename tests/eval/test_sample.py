@@ -79,3 +79,10 @@ def test_nothing_correct_is_an_error_that_says_what_to_do(tiny_dir, tmp_path, he
     status, _, error = here("sample", f"data={data}", f"model={tiny_dir}", "device=cpu", "dtype=fp32", "samples=2",
                             "max_new_tokens=4", "out=samples")
     assert status == 2 and "2 never solved" in error and "Raise samples" in error
+
+
+def test_the_data_sampled_from_is_not_overwritten(here, tmp_path):
+    before = open(write_problems(tmp_path / "train.jsonl")).read()
+    status, _, error = here("sample", "data=train.jsonl", "model=missing", "out=.")
+    assert status == 2 and "train.jsonl is no file of a run" in error
+    assert (tmp_path / "train.jsonl").read_text() == before
