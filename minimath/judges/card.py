@@ -58,4 +58,4 @@ def read_card(folder: Path) -> JudgeCard:
         return card
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"judge_adapter: {folder} has no readable {CARD} ({error}); give the run folder of `minimath "
-                        "judge train`") from None
+                        "judge train`, and let one that was stopped end, by resume=true") from None

@@ -18,6 +18,7 @@ from minimath.judges.attack import (
     load_attacks,
     make_tries,
     plant,
+    rates,
 )
 from minimath.judges.base import HeuristicJudge, Pair
 from minimath.judges.judge import judge_groups, make_judge
@@ -162,6 +163,12 @@ def test_no_vote_is_no_success_and_an_error_is_told():
     total = report["kinds"]["all"]
     assert total["success"] == 0.0 and total["no_votes"] == 2 * total["tries"]
     assert "ZeroDivisionError" in " ".join(attack_advice({"on": report}))
+
+
+def test_a_vote_that_the_carrier_lacks_is_no_lift_of_the_strings():
+    always = rates([((1.0, 0.0), (1.0, 0.0)), ((1.0, 0.0), (None, 0.0)), ((None, None), (0.0, 1.0))], seed=0)
+    assert (always["lift"], always["lift_interval"]) == (0.0, (0.0, 0.0)) and always["success"] == 2 / 3
+    assert rates([((None, None), (1.0, 0.0))], seed=0)["lift"] == 0.0
 
 
 def test_with_the_verifier_on_no_attacker_with_a_wrong_answer_reaches_the_judge_or_outranks_a_correct_one():
