@@ -100,7 +100,7 @@ def refuse_held(run_dir: Path, *, evaluation: bool, resume: bool) -> None:
 def refuse_foreign(run_dir: Path, *names: str) -> None:
     """Raise UserError for files of these names that no run wrote: one would write over them."""
     found = [run_dir / name for name in names if (run_dir / name).exists()]
-    if found and not (run_dir / ENVIRONMENT).exists():
+    if found and not (run_dir / ENVIRONMENT).exists() and not held_run(run_dir):  # one may have been copied in part
         raise UserError(f"{found[0]} is no file of a run, and would be overwritten; choose another out=")
 
 

@@ -65,6 +65,10 @@ def test_a_file_of_the_user_s_is_not_overwritten_and_one_of_a_run_that_got_nowhe
     for _ in range(2):
         with opened(tmp_path / "run"):
             pass
+    (tmp_path / "run/adapter").mkdir()
+    (tmp_path / "run/environment.json").unlink()  # a run that was copied in part
+    with opened(tmp_path / "run", resume=True):
+        pass
 
 
 def test_an_empty_part_file_holds_nothing(tmp_path):
