@@ -69,7 +69,7 @@ def update(policy: Policy, optimizer: Optimizer, rows: list[Encoded], *, packing
     def loss_of_micro_batch(indices, micro):
         hidden = trained_states(hidden_states(policy.model, **forward_args(micro)), micro)  # (N, D)
         loss, _ = linear_token_loss(hidden, lm_head.weight, micro["target"], loss_fn,
-                                    rows=micro["trained"], **lm_head.kernel_args())
+                                    rows=micro["trained"], all_stats=False, **lm_head.kernel_args())
         return loss, {}
 
     return optimizer.step(batch, loss_of_micro_batch) | {"data/tokens": batch.tokens}
