@@ -24,12 +24,13 @@ _HEADING = re.compile(
 _THOUGHT, _ANSWER_TAG = "</think>", re.compile(r"<answer>((?:(?!<answer>).){1,2000}?)</answer>", re.S | re.I)
 # a look-ahead, so that of "Final answer: the answer is 5" the last is found too
 _ANSWER_IS = re.compile(
-    r"\b(?:answers?|(?:option|choice)(?= is))\b(?: is| are| was|:|=)[ \t]*:?[ \t]*(?=([^\n]{1,400}))", re.I)
+    r"\b(?:answers?|(?:option|choice)(?= is))\b(?: is| are| was|:|=)[ \t]*:?[ \t]*(?=([^\s:][^\n]{0,399}))", re.I)
 _LETTER = re.compile(
     r"(?:.*\b(?:is|be|option|choice|answer)|(?:(?!not)[a-z]+ ){0,3}[a-z]+)\s+\(?([A-J])\)?\W{0,3}", re.S)
 _SENTENCE_END = re.compile(r"[.!?;](?:\s|$)|,\s|\s(?:because|since|so|as)\s")
 _NUMBER = re.compile(
-    r"(?:(?<![\w)])-)?\\?\$?(?:\d+(?:,\d\d\d?){0,8},\d{3}(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+    "(?:(?<![\\w)])[-\u2212]|(?<== )[-\u2212] )?\\\\?\\$?"
+    r"(?:\d+(?:,\d\d\d?){0,8},\d{3}(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
     "(?:[\u00bc-\u00be\u2150-\u215e]| \\d+/\\d+|/\\d+|:\\d\\d(?: ?[ap]\\.?m\\b)?|[eE][-+]?\\d+(?!\\w)|"
     " ?(?:[x\u00d7]|\\\\times|\\\\cdot) ?10(?=\\^|[\u00b2-\u207e])(?:\\^\\{?-?\\d+\\}?)?)?"
     "[\u00b2\u00b3\u00b9\u2070-\u207b]*(?:\\\\?%)?")
@@ -37,13 +38,13 @@ _NUMBER = re.compile(
 _FORMULA = re.compile(r"\$\$?([^$]{1,400}?)(?:\$\$|\$(?!\d))|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.S)
 _FIRST_FORMULA = re.compile(rf"[\s*:]{{0,9}}(?:{_FORMULA.pattern})", re.S)
 # (3, 4), or a list up to the end of the sentence, 1, 2, and 3 or A, C: its commas end no sentence
-_PART = r"(?:[A-Za-z]\s*=\s*)?(?:-?\d[\d./]{0,20}|[A-J](?!\w)|\.{3}|\\[lc]?dots)"
+_PART = r"(?:[A-Za-z]\s*=\s*)?(?:[-\u2212]?\d[\d./]{0,20}|[A-J](?!\w)|\.{3}|\\[lc]?dots)"
 _TUPLE_OR_LIST = re.compile(r"[\s*:]{0,9}([(\[\]][^()\[\]]{1,100}[)\]\[]|"
                             rf"{_PART}(?:(?:, (?:and |or )?| and | or ){_PART}){{1,20}}"
                             r"(?=[\s*]{0,9}(?:$|\.(?:\s|$))))")
 _BOLD = re.compile(r"(?<![\w)}])\*\*|\*\*(?![\w(\\])")   # 2**3 is a power
 _LAST_IS = re.compile(r".*\b(?:is|are|was|were|equals)\s", re.S)
-_EARLIER = re.compile(r"(?:[A-Za-z]\s*=\s*)?(-?\d[\d,./]{0,20})(?:, | ?,? (?:and|or) )(?:[A-Za-z]\s*=\s*)?\Z")
+_EARLIER = re.compile(r"(?:[A-Za-z]\s*=\s*)?([-\u2212]?\d[\d,./]{0,20})(?:, | ?,? (?:and|or) )(?:[A-Za-z]\s*=\s*)?\Z")
 _RELATION = re.compile(r"[\\<>=^(\[]")
 # boxes with nothing else between them are one list
 _BETWEEN = re.compile(r"(?:[\s$,;*]|\\[()\[\],;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b){1,40}")

@@ -51,6 +51,8 @@ def checker():
     ("each costs $5 and he pays $10 in all", "$10"),
     ("There are 3 cats and 16-9 dogs", "9"),
     ("it costs -$5.50", "-$5.50"),
+    ("The answer is:\n\n$$5$$", "$5"), ("**The final answer is:**\n42", "42"), ("The answer is : 7", "7"),
+    ("So x = \u22123.", "\u22123"), ("So x = - 3", "- 3"), ("The roots are \u22122 and \u22123.", "\u22122, \u22123"),
     ("no number here", None),
     ("", None),
 ])
