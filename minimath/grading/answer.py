@@ -6,6 +6,7 @@ import itertools
 import re
 
 from minimath.grading.compare import Comparison
+from minimath.grading.numbers import SCALES
 from minimath.grading.sandbox import BoundedChild
 from minimath.grading.typeset import typeset
 from minimath.grading.units import NOT_UNITS
@@ -31,9 +32,10 @@ _SENTENCE_END = re.compile(r"[.!?;](?:\s|$)|,\s|\s(?:because|since|so|as)\s")
 _NUMBER = re.compile(
     "(?:(?<![\\w)])[-\u2212]|(?<== )[-\u2212] )?\\\\?\\$?"
     r"(?:\d+(?:,\d\d\d?){0,8},\d{3}(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
-    "(?:[\u00bc-\u00be\u2150-\u215e]| \\d+/\\d+|/\\d+|:\\d\\d(?: ?[ap]\\.?m\\b)?|[eE][-+]?\\d+(?!\\w)|"
+    "(?:[\u00bc-\u00be\u2150-\u215e]| \\d+/\\d+|/\\d+|(?:(?::| : )\\d+){1,4}(?: ?[ap]\\.?m\\b)?|[eE][-+]?\\d+(?!\\w)|"
     " ?(?:[x\u00d7]|\\\\times|\\\\cdot) ?10(?=\\^|[\u00b2-\u207e])(?:\\^\\{?-?\\d+\\}?)?)?"
-    "[\u00b2\u00b3\u00b9\u2070-\u207b]*(?:\\\\?%)?")
+    "[\u00b2\u00b3\u00b9\u2070-\u207b]*(?:\\\\?%| ?(?:[cdkm]?m|in|ft|yd|mi|units?)\\$?\\^\\{?[23]\\}?\\$?|"
+    rf" (?:{'|'.join(SCALES)}|dozen)\b)?")
 # a dollar before a digit begins an amount or a formula, and ends none: $5 and $6
 _FORMULA = re.compile(r"\$\$?([^$]{1,400}?)(?:\$\$|\$(?!\d))|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.S)
 _FIRST_FORMULA = re.compile(rf"[\s*:]{{0,9}}(?:{_FORMULA.pattern})", re.S)

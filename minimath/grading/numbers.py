@@ -19,17 +19,19 @@ FLOAT_DIGITS = 12             # a decimal with as many was printed by a program:
 class Number(NamedTuple):
     """The value of a text that is one number, and how it was written.
 
-    step: of a decimal the value of its last digit, None for what is exact; digits: those that are shown.
+    step: of a decimal the value of its last digit, None for what is exact; digits: those that are shown; scale: the
+    million or dozen that is in the value, and that the other side may leave out, as a unit.
     """
     value: Fraction
     percent: bool = False
     step: Fraction | None = None
     digits: int = 0
     unit: Unit = Unit()
+    scale: int = 1
 
 
-_SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
-_SCALE = re.compile(rf"(?<=[\d)}}])\s*({'|'.join(_SCALES)})(?![A-Za-z])", re.I)
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
+_SCALE = re.compile(rf"(?<=[\d)}}])\s*({'|'.join(SCALES)})(?![A-Za-z])", re.I)
 _PERCENT = re.compile(r"\s*(?:%|percent\b(?:age)?(?: points?)?|pct\b|per cent\b)", re.I)
 NAME = (r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?|')?(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?"                 # x, a_n, f(x)
         r"|\\(?:angle|triangle|overline|vec|hat|bar)\s*\{?[A-Za-z ]+\}?|\|[A-Z]{1,3}\|"
@@ -102,10 +104,10 @@ def _one(text: str) -> Number | None:
     if found is None or len(marks) > 1 or _DATE.fullmatch(found[0].strip()):
         return None
     number, unit = _value(found[0]), found[1]
-    scale = math.prod(_SCALES[word.lower()] for word in scales)
+    scale = math.prod(SCALES[word.lower()] for word in scales)
     if unit.known == "dozen":
         scale, unit = 12 * scale, Unit("", unit.nouns)
-    return number and _scaled(number, scale)._replace(percent=bool(marks), unit=unit)
+    return number and _scaled(number, scale)._replace(percent=bool(marks), unit=unit, scale=scale)
 
 
 def _value(text: str) -> Number | None:
@@ -138,7 +140,9 @@ def same_number(a: Number, b: Number) -> bool:
 
 
 def _readings(number: Number, other: Number) -> list[Number]:
-    """Return a number, of cents also or only its hundredth."""
+    """Return a number, of 4 million also 4, of cents also or only its hundredth."""
+    if number.scale != 1 and other.scale == 1:
+        return [number, _scaled(number, Fraction(1, number.scale))]
     if number.unit.known != "cent" or other.unit.known == "cent":
         return [number]
     return [_scaled(number, Fraction(1, 100))] + [number] * (not other.unit.known)

@@ -53,6 +53,8 @@ def checker():
     ("it costs -$5.50", "-$5.50"),
     ("The answer is:\n\n$$5$$", "$5"), ("**The final answer is:**\n42", "42"), ("The answer is : 7", "7"),
     ("So x = \u22123.", "\u22123"), ("So x = - 3", "- 3"), ("The roots are \u22122 and \u22123.", "\u22122, \u22123"),
+    ("The area is 12 cm^2.", "12 cm^2"), ("It holds 12 cm$^3$", "12 cm$^3$"), ("Thus it is 3 : 4.", "3 : 4"),
+    ("Their shares are 2:3:4.", "2:3:4"), ("So it cost $1.5 million.", "$1.5 million"), ("Step 2: 5 apples", "5"),
     ("no number here", None),
     ("", None),
 ])
