@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from minimath.grading.numbers import LABEL, read_number
+from minimath.grading.numbers import LABEL, read_number, same_number
 from minimath.grading.typeset import key
 
 MAX_PARTS = 64
@@ -199,8 +199,18 @@ def _list(text: str, kind: str = "list") -> Parts | None:
     if len(set(labels)) == 1:
         labels = []                                 # x = 1 or x = 2
     if kind in ("list", "set") and not labels:
-        items = list({key(item): item for item in items}.values())
+        items = _different(list({key(item): item for item in items}.values()))
     return Parts(kind, tuple(items), tuple(labels))
+
+
+def _different(items: list[str]) -> list[str]:
+    """Leave out what repeats a number that stands before it: 3/4 or 0.75."""
+    kept = []
+    for item in items:
+        number = read_number(item)
+        if not (number and any(other and same_number(number, other) for other in map(read_number, kept))):
+            kept.append(item)
+    return kept
 
 
 def _signs(item: str) -> list[str]:
