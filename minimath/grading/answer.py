@@ -45,7 +45,7 @@ _TUPLE_OR_LIST = re.compile(r"[\s*:]{0,9}([(\[\]][^()\[\]]{1,100}[)\]\[]|"
                             rf"{_PART}(?:(?:, (?:and |or )?| and | or ){_PART}){{1,20}}"
                             r"(?=[\s*]{0,9}(?:$|\.(?:\s|$))))")
 _BOLD = re.compile(r"(?<![\w)}])\*\*|\*\*(?![\w(\\])")   # 2**3 is a power
-_LAST_IS = re.compile(r".*\b(?:is|are|was|were|equals)\s", re.S)
+_LAST_IS = re.compile(r".*\b(?:is|are|was|were|equals|equal to)\s", re.S)
 _EARLIER = re.compile(r"(?:[A-Za-z]\s*=\s*)?([-\u2212]?\d[\d,./]{0,20})(?:, | ?,? (?:and|or) )(?:[A-Za-z]\s*=\s*)?\Z")
 _RELATION = re.compile(r"[\\<>=^(\[]")
 # boxes with nothing else between them are one list

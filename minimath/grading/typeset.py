@@ -37,6 +37,8 @@ _RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
     (r"\\mathbb\s*([A-Z])|\\R(?![A-Za-z])|\\(?:mathbf|mathrm)\{R\}(?=\s*(?:\\setminus|\\backslash|$))",
      lambda match: rf"\mathbb{{{match[1] or 'R'}}}"),
+    (r"\\(?:bf|rm|it|bfseries|small|[lL]arge|LARGE|[hH]uge|color\s*\{\w+\})(?![A-Za-z])\s*|"
+     r"\\textcolor\s*\{\w+\}|\\\\\s*\Z", ""), (r"\A\*\*(.*)\*\*\Z", r"\1"),
     (r"\\cancel\s*\{[^{}]*\}", ""),
     (r"\\!\s*", ""),
     (r"(?<=\d)\s*\{,\}\s*(?=\d{3}(?!\d))", ","),

@@ -29,7 +29,8 @@ _COUNT = re.compile(r"(?<=\d) (?:times(?: (?:as|a|per|each|every) [a-z]+| more)?
 # "The answer is 27", "approximately 5"
 _LEAD = re.compile(
     r"(?:(?:[A-Za-z,']+ ){0,8}(?:is|are|was|were|equals|gives|costs|has|have|had|makes|gets|needs)\b\s*:?|"
-    r"(?:the )?(?:final )?(?:answer|result)\s*:|\\approx|(?:approximately|about|exactly|roughly|around))\s*(?=\S)",
+    r"(?:the )?(?:final )?(?:answer|result)\s*:|\\approx|(?:approximately|about|exactly|"
+    r"roughly|around|therefore|thus|then|hence|simply|just))\s*(?=\S)",
     re.I)
 NOT_UNITS = set("pi sqrt sin cos tan log ln exp mod and or to if times plus minus not no none never remainder base "
                 "more less than infty pm out except else when only least most maybe rem r either neither but "
