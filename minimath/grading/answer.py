@@ -44,6 +44,7 @@ _PART = r"(?:[A-Za-z]\s*=\s*)?(?:[-\u2212]?\d[\d./]{0,20}|[A-J](?!\w)|\.{3}|\\[l
 _TUPLE_OR_LIST = re.compile(r"[\s*:]{0,9}([(\[\]][^()\[\]]{1,100}[)\]\[]|"
                             rf"{_PART}(?:(?:, (?:and |or )?| and | or ){_PART}){{1,20}}"
                             r"(?=[\s*]{0,9}(?:$|\.(?:\s|$))))")
+_POINT = re.compile(r"(?<![\w)\\])[(\[]\s*{0}(?:\s*,\s*{0}){{1,20}}\s*[)\]]".format("[-\u2212]?\\d[\\d./]{0,20}"))
 _BOLD = re.compile(r"(?<![\w)}])\*\*|\*\*(?![\w(\\])")   # 2**3 is a power
 _LAST_IS = re.compile(r".*\b(?:is|are|was|were|equals|equal to)\s", re.S)
 _EARLIER = re.compile(r"(?:[A-Za-z]\s*=\s*)?([-\u2212]?\d[\d,./]{0,20})(?:, | ?,? (?:and|or) )(?:[A-Za-z]\s*=\s*)?\Z")
@@ -130,6 +131,9 @@ def _last_number(text: str) -> str | None:
                 return joined
             if _RELATION.search(inside):
                 return re.split(r"(?<![<>!])=", inside)[-1].strip() or inside
+    for point in _POINT.finditer(paragraph):
+        if point.start() < last.start() - start < point.end() and not _NUMBER.fullmatch(point[0][1:-1]):
+            return point[0]                         # (3, 4), but not (1,234)
     parts, before = [last.group()], text[start:last.start()]
     while earlier := _EARLIER.search(before, max(0, len(before) - 60)):     # 2 and 3: a list, and no chance to name two
         if len(parts) == 1 and not re.search(r"(?:and|or)\s+(?:[A-Za-z]\s*=\s*)?\Z", before):

@@ -115,7 +115,7 @@ def _clock(text: str) -> tuple[int, int, int, str] | None:
 
 
 def _ratio(text: str) -> list[Fraction] | None:
-    numbers = [read_number(part) for part in split(text, ":") or []]
+    numbers = [read_number(part) for part in split(re.sub(r"(?<=\d) to (?=\d)", ":", text), ":") or []]
     return [number.value for number in numbers] if len(numbers) > 1 and None not in numbers else None
 
 

@@ -60,7 +60,7 @@ _RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
        r"\s*\{([^{}]*)\}", r" \1 ")] * 4,                 # inside of each other
     (r"\\text\s*\{([^{}]*)\}", r" \1 "), (r"\\%", "%"),
     (r"(?<=\d)\s+[Rr](?:em\.?)?\s+(?=\d)", " remainder "), (r"\\?\$", " $ "),
-    (r"\A\s*\{([^{},]*)\}\s*\Z", r"\1"),
+    (r"\A\s*\{((?:[^{},]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}\s*\Z", r"\1"), (r"(?<=\d)\s*\\cdot\s+(?=i(?![A-Za-z]))", ""),
     (r"\\frac\s*(\d|\{[^{}]*\})\s*(\d|[a-z](?![a-z])|\{)", _braced),
     (r"\\sqrt\s*(?:(\d|[a-z](?![a-z]))|\(([^()]*)\))", lambda match: rf"\sqrt{{{match[1] or match[2]}}}"),
     (r"\^\s*\(([^()]*)\)", r"^{\1}"),

@@ -55,6 +55,7 @@ def checker():
     ("So x = \u22123.", "\u22123"), ("So x = - 3", "- 3"), ("The roots are \u22122 and \u22123.", "\u22122, \u22123"),
     ("The area is 12 cm^2.", "12 cm^2"), ("It holds 12 cm$^3$", "12 cm$^3$"), ("Thus it is 3 : 4.", "3 : 4"),
     ("Their shares are 2:3:4.", "2:3:4"), ("So it cost $1.5 million.", "$1.5 million"), ("Step 2: 5 apples", "5"),
+    ("The point is (1, 2).", "(1, 2)"), ("It cost more (1,234).", "1,234"), ("The vertex is [\u22121, 3)", "[\u22121, 3)"),
     ("The answer is equal to 5.", "5"), ("no number here", None),
     ("", None),
 ])
