@@ -17,7 +17,7 @@ from minimath.config.load import is_option
 from minimath.core import run_folder as folder
 from minimath.core.errors import UserError
 from minimath.core.files import read_json, write_whole
-from minimath.core.stats import paired
+from minimath.core.stats import by_text, paired
 from minimath.eval.metrics import COLUMNS, read_records, table_row, thought_chars
 from minimath.eval.suite import suite_table
 from minimath.grading.steps import check_steps
@@ -170,11 +170,12 @@ def picture(figure: figures.Figure, name: str, out: Path) -> str:
 
 def side_by_side(records: dict[str, list[dict]]) -> list[dict]:
     """Choose a few problems with each model's first solution, those first that differ."""
-    solutions = {name: {r["number"]: r for r in rows if r["sample"] == 0} for name, rows in records.items()}
+    solutions = {name: {key: next((r for r in of_one if r["sample"] == 0), of_one[0])
+                        for key, of_one in by_text(rows).items()} for name, rows in records.items()}
     every = list(solutions.values())
-    shared = sorted(set.intersection(*map(set, every)), key=lambda n: (
-        every[0][n]["correct"], not every[-1][n]["correct"], n))  # solved in the end but not at first, then the others
-    return [{name: by_number[n] for name, by_number in solutions.items()} for n in spread(shared, SHOWN)]
+    shared = sorted(set.intersection(*map(set, every)), key=lambda key: (  # solved in the end, not at first; the others
+        every[0][key]["correct"], not every[-1][key]["correct"], every[0][key]["number"]))
+    return [{name: by_key[key] for name, by_key in solutions.items()} for key in spread(shared, SHOWN)]
 
 
 def spread(items: list, count: int) -> list:

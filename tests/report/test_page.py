@@ -12,7 +12,7 @@ from minimath.config.schema import EvalConfig
 from minimath.core.errors import UserError
 from minimath.eval.metrics import summarise
 from minimath.grading.answer import AnswerChecker
-from minimath.report.page import report, spread, write_page
+from minimath.report.page import report, side_by_side, spread, write_page
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
@@ -142,6 +142,16 @@ def test_what_cannot_be_reported_is_said(words, error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=error):
         report(words)
+
+
+def test_solutions_side_by_side_are_of_one_problem_wherever_it_stands_in_the_data():
+    one, other = [record(n, n != 1, "4", 9) for n in range(3)], [record(n, True, "5", 9) for n in (2, 1, 7)]
+    for number, row in enumerate(other):
+        row["number"] = number
+    shown = side_by_side({"one": one, "other": other})
+    assert [{r["problem"] for r in each.values()} for each in shown] == [
+        {"How many, case 1?"}, {"How many, case 2?"}] and all(len(each) == 2 for each in shown)
+    assert side_by_side({"one": one[:1], "other": other}) == []
 
 
 def test_problems_shown_are_the_first_and_some_of_the_others():
