@@ -8,6 +8,7 @@ beside it. Texts of models and data are escaped by the template page.html; the p
 import contextlib
 import json
 import re
+import statistics
 from pathlib import Path
 
 import jinja2
@@ -57,8 +58,8 @@ def report(words: list[str]) -> dict:
 def write_page(runs: list[Path], out: Path) -> Path:
     """Write report.html of the run folders. UserError: one has nothing to report."""
     evaluations, stages, suites, environments, settings = {}, {}, {}, {}, {}
-    names = [run.name for run in runs]
-    labels = {run: run.name if names.count(run.name) == 1 else str(run) for run in runs}
+    names = [run.name or run.absolute().name for run in runs]  # of the folder that `.` is, too
+    labels = {run: name if names.count(name) == 1 else str(run) for run, name in zip(runs, names)}
     for run, label in labels.items():
         prefix, trained = f"{label}: " if len(labels) > 1 else "", {}
         if (run / folder.SUITE).is_file():
@@ -138,8 +139,8 @@ def training_part(name: str, at: Path, out: Path) -> dict:
     panels = {label: shown for label, names in PANELS.items() if (shown := [n for n in names if series(metrics, n)])}
     drawn = {"training": figures.curves(metrics, panels) if panels else None, "judge": figures.judged(metrics)}
     asked = [record for record in metrics if record.get("judge/comparisons")]
-    columns = [key for key in JUDGE if any(key in record for record in asked)]
-    means = [f"{sum(record.get(key) or 0 for record in asked) / len(asked):.3g}" for key in columns]
+    columns = [key for key in JUDGE if series(asked, key)]
+    means = [f"{statistics.fmean(y for _, y in series(asked, key)):.3g}" for key in columns]
     file = at / folder.CONFIG
     config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     judge = Path(config.get("judge_adapter") or at)  # that the stage asked, or trained

@@ -72,8 +72,8 @@ class Reward:
         metrics = {name: sum(s[name] for s in judged) for name in SUMS}
         for name in dict.fromkeys(name for s in judged for name in s["counts"]):  # of an endpoint: faults, cost
             metrics[name.replace(" ", "_")] = sum(s["counts"].get(name, 0) for s in judged)
-        voted = max(1, sum(s["voted"] for s in judged))
-        for name in MEANS:
+        voted = sum(s["voted"] for s in judged)
+        for name in MEANS if voted else ():
             metrics[name] = sum(s[name] * s["voted"] for s in judged) / voted
         metrics["error"] = next((s["error"] for s in judged if s["error"]), "")
         return {f"judge/{name}": value for name, value in metrics.items()}

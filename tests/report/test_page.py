@@ -121,6 +121,18 @@ def test_a_single_stage_and_a_single_evaluation_are_runs_too(folder, tmp_path):
         assert words in write_page([folder / part], tmp_path / part).read_text(encoding="utf-8")
 
 
+def test_the_folder_that_one_stands_in_is_reported_by_its_name(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder / "eval-sft")
+    assert "<h1>eval-sft</h1>" in write_page([Path(".")], tmp_path).read_text(encoding="utf-8")
+
+
+def test_the_judges_means_are_of_the_steps_that_had_a_vote(tmp_path):
+    rows = [{"step": 1, "judge/comparisons": 4, "judge/no_votes": 4, "judge/error": "down"},
+            {"step": 2, "judge/comparisons": 8, "judge/no_votes": 0, "judge/position_bias": 0.25}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "<td>6</td><td>2</td><td>0.25</td>" in write_page([tmp_path], tmp_path).read_text(encoding="utf-8")
+
+
 def test_a_damaged_evaluation_is_said(folder, tmp_path):
     shutil.copytree(folder / "eval-rlaif", tmp_path / "evaluation")
     (tmp_path / "evaluation" / "eval.json").write_text('{"accuracy": 0.')
