@@ -54,12 +54,17 @@ def load_config(cls, recipe: str | None, words: list[str], section: str = "", *,
 def words_of_own_judge(recipe: str | None, words: list[str], folder) -> list[str]:
     """Words by which RLAIF asks the judge that a whole run trains in `folder`.
 
-    None without a section judge_train, where the words name another judge, or anything a judge_adapter."""
+    None without a section judge_train, where the words name another judge, or anything a judge_adapter. UserError:
+    the recipe asks a server all the same."""
     made, said = read_recipe(recipe), read_words(words)
     asked = said.get("", {}) | said.get("rlaif", {})
     if "judge_train" not in {*made, *said} or "judge" in asked and asked["judge"].text != "self" or \
             "judge_adapter" in {*asked, *made.get("", {}), *made.get("rlaif", {})}:
         return []
+    there = (made.get("", {}) | made.get("rlaif", {})).get("judge")
+    if there and there.text == "openai" and "judge" not in asked:
+        raise UserError(f"{there.where}: judge: openai, but RLAIF asks the judge that the section judge_train trains: "
+                        "leave one of the two out, or say which by judge=openai or judge=self")
     return ["judge=self", f"judge_adapter={folder}"]
 
 

@@ -99,6 +99,15 @@ def test_words_for_another_judge_leave_the_stage_out(recipe, words):
     assert rlaif.judge.name == ("self" if "judge=self" in words or words == ["reward=paper"] else "heuristic")
 
 
+def test_a_recipe_that_asks_a_server_and_trains_a_judge_is_refused_until_words_say_which(recipe, tmp_path):
+    sections = yaml.safe_load((tmp_path / "r.yaml").read_text())
+    sections["rlaif"] |= {"judge": "openai", "judge_url": "http://127.0.0.1:9/v1", "judge_model": "m"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(sections))
+    with pytest.raises(UserError, match=r"r.yaml:\d+: judge: openai, but RLAIF asks the judge that"):
+        load_stages(recipe, [], "run")
+    assert "judge" not in load_stages(recipe, ["judge=openai"], "run")[1]
+
+
 def test_words_alone_make_the_stage(recipe, tmp_path):
     sections = yaml.safe_load((tmp_path / "r.yaml").read_text())
     del sections["judge_train"]
