@@ -141,6 +141,10 @@ def training_judge(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None])
         if replace(cfg.judge, name="self") != JudgeOptions(name="self"):
             say("the judge_... options have no effect: neither the reward nor the verifier asks a judge")
         return None
+    plain = JudgeOptions()
+    if not cfg.judge.refresh and (cfg.judge.refresh_steps, cfg.judge.refresh_lr) != (
+            plain.refresh_steps, plain.refresh_lr):
+        say("judge_refresh_steps and judge_refresh_lr have no effect without judge_refresh=N")
     judge = make_judge(cfg.judge, policy, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, say=say)
     if dist.is_main():
         judge.ping()

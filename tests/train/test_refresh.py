@@ -119,7 +119,9 @@ def test_a_resume_without_refresh_or_with_another_judge_says_so(rl_judged, judge
         rl_judged("run", str(other), steps=3, resume=True)
     capsys.readouterr()
     rl_judged("run", folder, steps=3, judge_refresh=0, resume=True)
-    assert "the judge is that of judge_adapter again, not what it learnt in 1 refreshes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the judge is that of judge_adapter again, not what it learnt in 1 refreshes" in said
+    assert "judge_refresh_steps and judge_refresh_lr have no effect without judge_refresh=N" in said
 
 
 # ---- memory
