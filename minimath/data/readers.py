@@ -2,6 +2,7 @@
 
 A row that can't be read comes out as a BadRow: load_examples counts it and goes on. Only what spoils the whole file
 (unreadable, UTF-16, cut JSON list, not parquet) raises UserError."""
+import contextlib
 import csv
 import json
 import os
@@ -34,6 +35,7 @@ TOO_LONG = BadRow("row longer than 1 MB", "split it, or look for a missing line 
 NUL = BadRow("NUL byte", "rewrite the file: it was damaged or is not text")
 NOT_UTF8 = BadRow("not UTF-8", "save the file as UTF-8")
 EMPTY = BadRow("empty row", "delete the blank line")
+LOST_QUOTE = BadRow("quote in the middle of a cell", "put the whole cell into quotes and double those in it: \"\"")
 OPEN_QUOTE = BadRow("quote not closed", "close it, or write the last row again: the file ends inside a cell")
 
 
@@ -190,8 +192,10 @@ def _csv(path: Path, _) -> Iterator[dict | BadRow]:
         first = next((line for line in file if line.strip()), "")
         file.seek(0)
         usual = "\t" if path.suffix.lower() == ".tsv" else ","
-        reader = csv.reader(lines(file), delimiter=max(usual + ",;\t|", key=first.count))
-        names = [name.strip() for name in next(filter(None, reader), [])]
+        # strict: else a quote that is not closed joins rows up to the next one
+        reader, names = csv.reader(lines(file), delimiter=max(usual + ",;\t|", key=first.count), strict=True), []
+        with contextlib.suppress(csv.Error):
+            names = [name.strip() for name in next(filter(None, reader), [])]
         if not names or ended:
             raise UserError(f"{path}: not a readable table: no line of column names, or a quote in it is not closed; "
                             "write it again")
@@ -203,7 +207,7 @@ def _csv(path: Path, _) -> Iterator[dict | BadRow]:
             except StopIteration:
                 return
             except csv.Error as error:  # of one line; Python 3.10 reads no NUL
-                row = NUL if "NUL" in str(error) else TOO_LONG
+                row = NUL if "NUL" in str(error) else TOO_LONG if "limit" in str(error) else LOST_QUOTE
             yield OPEN_QUOTE if ended else row
 
 

@@ -296,6 +296,15 @@ def test_csv_with_a_lost_quote_names_the_row(tmp_path, lost):
         load(write(tmp_path, '"problem,solution\np,s\n', "a.csv"))
 
 
+@pytest.mark.parametrize("name, text", [
+    ("a.tsv", 'problem\tanswer\n"Why" asks Tom\t1\np\t2\n'), ("a.csv", 'problem,answer\n"Why" he,1\np,2\n'),
+    ("b.tsv", 'problem\tanswer\n"Why\t1\nb\t2\n"c\t3\nq\t4\n')])
+def test_a_cell_with_a_quote_of_its_own_loses_none_and_joins_no_rows_but_is_refused(tmp_path, name, text):
+    examples, report = load(write(tmp_path, text, name), need=["answer"])
+    assert all(e.problem in "pq" for e in examples) and len(examples) == 1
+    assert report.rows[0].startswith(f"{tmp_path / name}:row 1: quote in the middle of a cell; ")
+
+
 def test_csv_blank_lines_are_rows_only_between_rows_and_a_long_cell_is_a_long_row(tmp_path):
     text = "\nproblem,solution\n\np,s\n\n\n" + "x" * 1_000_001 + ",s\np,s\n\n"
     examples, report = load(write(tmp_path, text, "a.csv"))
