@@ -20,6 +20,7 @@ BOM = b"\xef\xbb\xbf"
 OBJECT_ON_LINE_1 = re.compile(rb'\s*\{(?!\s*"data"\s*:)[^\r\n]*\}\s*([\r\n]|$)')  # jsonl under another name
 SPLIT = r":\w[\w.+%:\[\]-]*"
 HUB_NAME = re.compile(rf"[A-Za-z0-9][\w.-]*/\w[\w.-]*(:\w[\w.-]*({SPLIT})?|:{SPLIT})?")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 
 
@@ -51,8 +52,15 @@ def rows_of(source: str | list, split: str) -> Iterator[Row]:
     if not source:
         raise UserError("no data given; set data= to a file, a folder or a data set name owner/name")
     path = Path(source).expanduser()
+    if os.path.exists(path) and re.search(r"[\[+]", split):
+        raise UserError(f"split={split} is for a hub data set, and data={source} is a file or folder: give split= as "
+                        "one word, and limit=N for the first rows")
     if os.path.isdir(path):  # unlike is_dir, also for a name that is too long
-        files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix.lower() in SUFFIXES)
+        there = [f for f in path.iterdir() if f.is_file() and not f.name.startswith(".")]  # macOS hides ._x.jsonl there
+        if packed := [f for f in there if f.suffix.lower() in PACKED and not (plain := f.with_suffix("")).exists()
+                      and plain.suffix.lower() in SUFFIXES]:
+            raise UserError(f"{packed[0]}: compressed files are not read; unpack it, or move it elsewhere")
+        files = sorted(f for f in there if f.suffix.lower() in SUFFIXES)
         files = [f for f in files if split in re.split(r"[^a-z0-9]+", f.stem.lower())] or files
         if not files:
             raise UserError(f"{path}: no data files in this folder; expected {', '.join(SUFFIXES)}")

@@ -362,6 +362,19 @@ def test_a_markdown_heading_is_no_final_answer(tmp_path):
     assert (e.solution, e.answer) == (solution, "5")
 
 
+def test_what_would_be_left_out_of_a_folder_or_file_is_said(tmp_path):
+    write(tmp_path, line(), "a.jsonl")
+    write(tmp_path, b"\0\5\7 Mac OS X", "._a.jsonl")  # the Finder's notes on a.jsonl
+    write(tmp_path, b"\x1f\x8b", "a.jsonl.gz")
+    assert load(tmp_path)[1].kept == 1 and not load(tmp_path)[1].skipped
+    for source in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(UserError, match=r"split=train\[:100\] is for a hub data set"):
+            load(source, split="train[:100]")
+    write(tmp_path, b"\x1f\x8b", "b.jsonl.gz")
+    with pytest.raises(UserError, match="b.jsonl.gz: compressed files are not read"):
+        load(tmp_path)
+
+
 def test_a_folder_gives_the_files_of_the_split(tmp_path):
     write(tmp_path, line(id="a") + b"\n", "my_train.jsonl")
     write(tmp_path, line(id="b") + b"\n", "my_test.jsonl")
