@@ -115,7 +115,9 @@ def read_recipe(recipe: str | None, above: tuple[Path, ...] = ()) -> dict[str, d
     if not like.text or find_recipe(like.text) in (*above, path):
         raise UserError(f"{like.where}: like names another recipe, a file or one of the shipped ones")
     of_like = read_recipe(like.text, (*above, path))
-    return {name: of_like.get(name, {}) | settings.get(name, {}) for name in {**of_like, **settings}}
+    kept = {name: {key: value for key, value in section.items() if key not in settings[""]}  # also not in a section
+            for name, section in of_like.items()}
+    return {name: kept.get(name, {}) | settings.get(name, {}) for name in {**kept, **settings}}
 
 
 def find_recipe(recipe: str) -> Path:

@@ -185,6 +185,8 @@ def test_a_recipe_takes_over_what_it_does_not_set_from_the_one_it_is_like(tmp_pa
     assert (cfg.adapter.lora_r, cfg.optimizer.lr, cfg.steps, cfg.batch_size) == (8, 1e-3, 9, 5)
     assert load_config(RLAIFConfig, str(tmp_path / "recipe.yaml"), []).steps == 3
     assert load_config(SFTConfig, recipe(tmp_path, "like: answers\n"), []).batch_size == 32
+    # what it sets for all stages holds against a section of the other, as a word does
+    assert load_config(SFTConfig, recipe(tmp_path, "like: answers\nlr: 3e-3\n"), []).optimizer.lr == 3e-3
     first.write_text(f"like: {second}\n")
     for text in (f"like: {second}\n", "like:\n", "like: [a]\n"):
         with pytest.raises(UserError, match="yaml:1: like names another recipe"):
