@@ -58,6 +58,9 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
     with RunLog(out, f"minimath {command}") as log, how_to_go_on(log, command, minutes):
         if cfgs["sft"].run.resume and not begun:
             log.say(f"{out} holds no run to go on with: beginning one")
+        if trains_on(cfgs):
+            log.say("warning: a stage trains on the rows of eval.data=, so accuracy there says little of other "
+                    "problems: set eval.data= to held-out ones")
         for name, cfg in cfgs.items():
             keep_options(out, name, config_text(cfg), log.say)
         rows = run_arms(out, cfgs, full, minutes)
@@ -72,6 +75,14 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
             draw(run_folder.REPORT, lambda: write_page([out], out), log.say)
         log.say(f"{fmt_duration(60 * summary['minutes'])}; everything is in {out}")
     return summary
+
+
+def trains_on(cfgs: dict[str, Stage]) -> bool:
+    """Tell whether a stage's data and the evaluation's have one name, and so the same rows."""
+    source, split = (held_out := cfgs["eval"].data).source, held_out.split
+    no_split = Path(source).expanduser().is_file() or source.count(":") == 2  # a name that has its own
+    return any(cfg.data.source == source and (no_split or cfg.data.split == split)
+               for cfg in (cfgs["sft"], cfgs["rlaif"]))
 
 
 def keep_options(out: Path, name: str, text: str, say: Callable[[str], None]) -> None:

@@ -108,6 +108,12 @@ def test_a_recipe_that_asks_a_server_and_trains_a_judge_is_refused_until_words_s
     assert "judge" not in load_stages(recipe, ["judge=openai"], "run")[1]
 
 
+def test_an_evaluation_on_what_is_trained_on_is_noticed(recipe):
+    for words, same in (([], True), (["eval.data=other.jsonl"], False), (["data=a/b:c:train"], True),
+                        (["data=a/b:c"], False), (["data=a/b:c", "split=train"], True)):
+        assert run_module.trains_on(load_stages(recipe, words, "run")[1]) == same, words
+
+
 def test_words_alone_make_the_stage(recipe, tmp_path):
     sections = yaml.safe_load((tmp_path / "r.yaml").read_text())
     del sections["judge_train"]
