@@ -7,7 +7,7 @@ import re
 
 from minimath.grading.compare import Comparison
 from minimath.grading.numbers import SCALES
-from minimath.grading.sandbox import BoundedChild
+from minimath.grading.sandbox import LATE, BoundedChild
 from minimath.grading.typeset import typeset
 from minimath.grading.units import NOT_UNITS
 
@@ -208,7 +208,22 @@ class AnswerChecker(BoundedChild):
     def __init__(self, timeout_s: float = 2.0):
         super().__init__(timeout_s)
         self.bad_gold = 0
-        self._ask = functools.lru_cache(maxsize=10_000)(self.ask)
+        self._late: set[tuple[str, ...]] = set()
+        self._kept = functools.lru_cache(maxsize=10_000)(self._reply)
+
+    def _ask(self, *question: str) -> str:
+        try:
+            return self._kept(*question)
+        except TimeoutError:
+            return LATE
+
+    def _reply(self, *question: str) -> str:
+        """Put a question whose reply is kept: a busy machine is late once, what hangs is late again."""
+        reply = self.ask(*question)
+        if reply == LATE and question not in self._late:
+            self._late.add(question)
+            raise TimeoutError
+        return reply
 
     def check(self, text: str, gold: str, finished: bool = True) -> bool:
         """Tell whether the final answer of a text is gold."""

@@ -55,7 +55,8 @@ def checker():
     ("So x = \u22123.", "\u22123"), ("So x = - 3", "- 3"), ("The roots are \u22122 and \u22123.", "\u22122, \u22123"),
     ("The area is 12 cm^2.", "12 cm^2"), ("It holds 12 cm$^3$", "12 cm$^3$"), ("Thus it is 3 : 4.", "3 : 4"),
     ("Their shares are 2:3:4.", "2:3:4"), ("So it cost $1.5 million.", "$1.5 million"), ("Step 2: 5 apples", "5"),
-    ("The point is (1, 2).", "(1, 2)"), ("It cost more (1,234).", "1,234"), ("The vertex is [\u22121, 3)", "[\u22121, 3)"),
+    ("The point is (1, 2).", "(1, 2)"), ("It cost more (1,234).", "1,234"),
+    ("The vertex is [\u22121, 3)", "[\u22121, 3)"),
     ("The answer is equal to 5.", "5"), ("no number here", None),
     ("", None),
 ])
@@ -257,3 +258,10 @@ def test_power_towers_and_long_numbers_are_refused_not_computed():
     for text in ("9^9^9^9", "((9^99)^99)^99", "9" * 390, "2^-99999999999", "9^0.5"):
         assert plain_number(text) is None
     assert time.process_time() - start < 1
+
+
+def test_a_comparison_that_was_late_once_is_put_again_and_one_that_was_late_twice_is_not(monkeypatch):
+    checker, replies, asked = AnswerChecker(), ["late", "right", "late", "late", "right"], []
+    monkeypatch.setattr(checker, "ask", lambda *question: (asked.append(question), replies.pop(0))[1])
+    assert [checker.equal("x+1", "1+x") for _ in range(3)] == [False, True, True] and len(asked) == 2
+    assert [checker.equal("x+2", "2+x") for _ in range(3)] == [False, False, False] and len(asked) == 4
