@@ -7,7 +7,6 @@ bounded, and nothing is eval'd. Exact throughout (fractions.Fraction).
 from __future__ import annotations
 
 import ast
-import itertools
 import operator
 import re
 from collections.abc import Iterator
@@ -60,13 +59,15 @@ _LATEX = [
     (re.compile(r"(\d)\{,\}(\d)"), r"\1,\2"),
     (re.compile(r"\\[\[\]()]"), " "),
 ]
-_TOKEN = re.compile(r"(?P<num>(?:\d+(?:,\d{3})*(?!\d)(?:\.\d+)?|\.\d+)%?)|(?P<op>\*\*|[-+*/^])"
+_TOKEN = re.compile(r"(?P<num>(?:\d+(?:,\d{3})*(?!\d)(?:\.\d+)?|\.\d+)(?: ?%(?! ?\d))?)|(?P<op>\*\*|[-+*/^])"
                     r"|(?P<eq>\n?[ \t]*[=~])|(?P<open>\()|(?P<close>\))|(?P<word>[A-Za-z]+)"
                     r"|(?P<skip>[ \t$]+)|(?P<break>.)", re.S)
 # what may stand before a negative number that opens a side; elsewhere "-5" subtracts from something unread
 _LEAD_IN = {"so", "then", "thus", "is", "hence", "therefore", "and", "get", "have", "gives", ":", ",", "."}
 _ROOTS = ("\u221a", "\u221b")
-_REMAINDER = {"remainder", "rem", "r"}
+# what of a last side makes no mistake: 17 / 5 = 3 remainder 2, 4 / 3 = 1 and 1/3, = 5 - 2\alpha
+_GOES_ON = re.compile(r"(?:(?:[A-Za-z]+|,) ){0,3}(?:remainder|rem|r) |and (?:\( )?\d+ / \d|"
+                      r"\\ (?:alpha|beta|theta|pi|sqrt|sin|cos|tan|log|ln|[lc]?dots|overline|[dtc]?frac) ", re.I)
 _SCALES = {"half", "twice", "double", "triple", "thrice", "quarter", "third", "tenth", "mod", "sqrt", "log"}
 
 
@@ -93,7 +94,7 @@ def _tokens(text: str) -> list[Token]:
     """Cut normal text into tokens; "x" and "of" between two numbers are products."""
     out = []
     for match in _TOKEN.finditer(text):
-        kind, value = match.lastgroup, match[0].strip(" \t\n") or match[0]
+        kind, value = match.lastgroup, match[0].strip(" \t\n").replace(" %", "%") or match[0]
         if kind != "skip":
             out.append(Token("break" if kind == "num" and len(value) > MAX_DIGITS else kind, value, *match.span()))
     for i in range(1, len(out) - 1):
@@ -151,6 +152,7 @@ def _equations(tokens: list[Token]) -> Iterator[Equation]:
     """
     kinds = "".join("v" if token.kind == "word" and len(token.text) == 1 else token.kind[0] for token in tokens)
     units = {i for match in _UNITS.finditer(kinds) for i in range(*match.span())}  # "5 + 3 red apples = 8"
+    named = {tokens[match.start() - 1] for match in _UNITS.finditer(kinds)}
     tokens = [token for i, token in enumerate(tokens) if i not in units]
     for start, stop in _between(tokens, "word", "break"):
         chain = tokens[start:stop]
@@ -162,10 +164,13 @@ def _equations(tokens: list[Token]) -> Iterator[Equation]:
             sides[-1] = []                 # 7x is not 7
         sides[0] = _without_lead(sides[0], tokens[max(0, start - 2):start])
         sides = [_trim(side, first=i == 0, last=i == len(sides) - 1) for i, side in enumerate(sides)]
-        behind = itertools.takewhile(lambda token: token.kind == "word" or token.text == ",", tokens[stop:stop + 4])
-        parts = [a for a in behind if a.text.lower() in _REMAINDER]  # 17 / 5 = 3 remainder 2 is no mistake
+        parts = _GOES_ON.match("".join(token.text + " " for token in tokens[stop:stop + 6]))
+        word = "".join(token.text for token in tokens[max(0, start - 1):start])
+        label = len(sides[0]) == 1 and (  # 2 hours = 2 * 60, Day 2 = 3 * 5
+            sides[0][0] in named or word[:1].isupper() and word.lower() not in _LEAD_IN)
         for a, b, sign in zip(sides, sides[1:], (token.text for token in chain if token.kind == "eq")):
-            if (holds := _agree(a, b, sign)) or holds is False and not (parts and b is sides[-1]):
+            if (holds := _agree(a, b, sign)) or holds is False and not (
+                    parts and b is sides[-1] or label and a is sides[0]):
                 yield Equation(a, b, holds)
 
 
@@ -196,7 +201,11 @@ def _without_lead(side: list[Token], before: list[Token]) -> list[Token]:
                 return []
         clock = (len(before) > 1 and before[-1].text == ":" and before[-2].kind == "num" and len(token.text) == 2
                  and before[-2].end == before[-1].start == token.start - 1)  # 9:30 + 15
-        return [] if clock or before and before[-1].text in _ROOTS else side[i:]
+        if len(before) > 1 and before[-1].text == "and" and before[-2].kind == "num" and side[i + 1:i + 2] and (
+                side[i + 1].text == "/"):
+            return []                   # 1 and 1/4
+        inside = before and before[-1].end == token.start and before[-1].text in "_}]@"  # x_1 = 5, f^{-1}(6) = 3
+        return [] if clock or inside or before and before[-1].text in _ROOTS else side[i:]
     return []
 
 

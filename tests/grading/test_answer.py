@@ -236,6 +236,10 @@ def test_the_child_gets_no_secrets(monkeypatch):
     # 3 remainder 2 is not 3, nor a root what is under it; nor does a clock count in tenths
     ("17 / 5 = 3 remainder 2", 0, 0), ("17 / 5 = 3, with a remainder of 2", 0, 0), ("15 / 5 = 3 R 0", 1, 1),
     ("\u221a16 + 1 = 5", 0, 0), ("9:30 + 15 = 9:45", 0, 0), ("3 * 4\u00b2 = 48. 60 + 4 = 8\u00b2", 2, 2),
+    # nor 2 hours, Day 2 and x_2 what is computed of them; nor 1 what 1 and 1/3 is
+    ("2 hours = 2 * 60 = 120 minutes", 1, 1), ("Day 2 = 3 * 5 = 15", 1, 1), ("x_1 = 3 + 4 = 7", 1, 1),
+    ("f^{-1}(6) = 3 + (-3)", 0, 0), ("4 / 3 = 1 and 1/3", 0, 0), ("12 * 1 and 1/4 = 15", 0, 0),
+    (r"360 = 650 - 2\alpha", 0, 0), ("100% - 80% = 20 % of all", 1, 1), ("So 12 = 3 * 5", 0, 1), ("7 % 4 = 3", 0, 0),
     ("2/3 * 100 = 66.7%", 1, 1), ("2/3 * 100 = 66.6%", 0, 1),
 ])
 def test_check_steps_counts_equations_and_those_that_hold(text, right, total):
