@@ -46,7 +46,7 @@ _SIGNS = str.maketrans({
     "\u00b0": ""})
 _LATEX = [
     # a mixed number, 1\frac{1}{2}
-    (re.compile(r"(?<![\d.])(\d{1,6})\\[dt]?frac\s*\{(\d{1,6})\}\s*\{(\d{1,6})\}"), r"(\1+(\2)/(\3))"),
+    (re.compile(r"(?<![\d.])(\d{1,6}) ?\\[dt]?frac\s*\{(\d{1,6})\}\s*\{(\d{1,6})\}"), r"(\1+(\2)/(\3))"),
     (re.compile(r"(?<![\d.])(\d{1,6})\\[dt]?frac\s*(\d)\s*(\d)"), r"(\1+(\2)/(\3))"),
     (re.compile(r"\\[dt]?frac\s*\{([^{}]{1,60})\}\s*\{([^{}]{1,60})\}"), r"((\1)/(\2))"),
     (re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)"), r"((\1)/(\2))"),
@@ -54,7 +54,9 @@ _LATEX = [
     (re.compile(r"\\div(?![A-Za-z])"), "/"),
     (re.compile(r"\\approx(?![A-Za-z])"), "~"),
     (re.compile(r"\\(?:left|right|quad|qquad|displaystyle)(?![A-Za-z])|\\[,;:! ]|\^\{?\\circ\}?|&"), ""),
-    (re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]{0,80})\}"), r" \1 "),
+    (re.compile(r"\\(?:text|mathrm|textbf|mbox|mathbf)\s*\{([^{}]{0,80})\}"), r" \1 "),
+    (re.compile(r"\\boxed\s*\{([^{}]{1,80})\}"), r" \1 "),
+    (re.compile(r"\^\{(-?\d{1,6})\}"), r"^(\1)"),
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"(\d)\{,\}(\d)"), r"\1,\2"),
     (re.compile(r"\\[\[\]()]"), " "),
@@ -165,6 +167,7 @@ def _equations(tokens: list[Token]) -> Iterator[Equation]:
         sides[0] = _without_lead(sides[0], tokens[max(0, start - 2):start])
         sides = [_trim(side, first=i == 0, last=i == len(sides) - 1) for i, side in enumerate(sides)]
         parts = _GOES_ON.match("".join(token.text + " " for token in tokens[stop:stop + 6]))
+        parts = parts or any(t.text == "*" and t.end - t.start == 2 for t in sides[-1])  # 1/3 of 150
         word = "".join(token.text for token in tokens[max(0, start - 1):start])
         label = len(sides[0]) == 1 and (  # 2 hours = 2 * 60, Day 2 = 3 * 5
             sides[0][0] in named or word[:1].isupper() and word.lower() not in _LEAD_IN)
