@@ -25,6 +25,7 @@ from minimath.config.load import find_recipe, load_config, words_of_own_judge
 from minimath.config.schema import STAGES
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
+from minimath.core.text import mask
 from minimath.models.load import pick_device
 from minimath.plan.needs import GIB, Planner
 
@@ -38,8 +39,8 @@ class AsWritten(yaml.SafeDumper):
 
 def plan(recipe: str | None, words: list[str]) -> dict:
     """Print what the stages need and what fits where; returns it. Raises UserError."""
-    card, path, words = parse(recipe, words)
-    words = words_of_own_judge(recipe, words, "OUT/judge") + words
+    card, path, given = parse(recipe, words)
+    words = words_of_own_judge(recipe, given, "OUT/judge") + given
     stages = {name: load_config(cls, recipe, words, allow_other=True) for name, cls in STAGES.items()}
     sft, rlaif, eval_ = stages.values()
     model, gib = sft.model, lambda size: f"{size / GIB:.2f}"
@@ -81,7 +82,8 @@ def plan(recipe: str | None, words: list[str]) -> dict:
         made |= {section: (made.get(section) or {}) | options for section, options in changes.items()}
         text = yaml.dump(made, Dumper=AsWritten, sort_keys=False)
         write_whole(path, f"# {recipe}, changed to fit {gib(card)} GiB\n{text}")
-        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+        same = f"; it is for minimath run with the same words: {mask(' '.join(given))}" if given else ""
+        console.print(f"written: {path}{same}", soft_wrap=True, highlight=False, markup=False)
     return {"stages": needs, "cards": cards}
 
 

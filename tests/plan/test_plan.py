@@ -276,6 +276,13 @@ def test_apply_writes_a_recipe_that_fits_and_keeps_the_rest(tmp_path, config_dir
     assert Planner(config_dir, "auto").changes(stages, GIB) == {}
 
 
+def test_apply_says_with_which_words_its_recipe_is_to_be_run(tmp_path, config_dir, capsys):
+    for words, said in (([f"model={config_dir}", "lora_r=8"], True), ([], False)):
+        (tmp_path / "mine.yaml").write_text("" if words else f"model: {config_dir}\n")
+        plan(str(tmp_path / "mine.yaml"), [*words, "card=4", "--apply", str(tmp_path / f"{said}.yaml")])
+        assert (f"with the same words: model={config_dir} lora_r=8" in capsys.readouterr().out) == said
+
+
 def test_what_costs_least_is_changed_first(config_dir):
     """Tokens of a pass, checkpointing, optimizer, host memory, 4-bit weights; rows are cut last; then nothing is."""
     planner = Planner(config_dir, "cuda")
