@@ -64,6 +64,13 @@ def test_summary_of_hand_made_records(checker):
     assert (summary["correct_steps"], summary["finished"]) == (0.5, 0.75)
 
 
+@pytest.mark.parametrize("correct", [True, False])
+def test_samples_that_are_all_correct_or_all_wrong_leave_an_interval(checker, correct):
+    records = [record(n, correct) for n in range(3) for _ in range(4)]
+    summary = summarise(records, EvalConfig(samples=4, temperature=1.0), checker)
+    assert summary["interval"] == wilson(3 * correct, 3)
+
+
 def test_a_budget_counts_only_completions_that_finished_within_it(checker):
     records = [record(0, True, tokens=10), record(1, True, tokens=11), record(2, True, tokens=9, finished=False)]
     summary = summarise(records, EvalConfig(budgets="9,10,11"), checker)
