@@ -107,6 +107,9 @@ def complete(folder: Path, cfg: EvalConfig, examples: list[Example]) -> dict:
     if dist.is_main():
         (folder / PART).unlink(missing_ok=True)  # killed just before it would have been removed
         if any(f"accuracy@{budget}" not in summary for budget in comma_list(cfg.budgets)):
+            if not records:
+                raise UserError(f"{folder / COMPLETIONS} is gone, and budgets={cfg.budgets} is counted from it: leave "
+                                "budgets= as it was, or start anew with another out=")
             summary |= at_budgets(records, cfg.budgets)
             write_whole(folder / EVAL, json.dumps(summary, indent=1) + "\n")
         print(f"{folder} holds the complete evaluation, nothing is left to do: accuracy {summary['accuracy']:.3f} "

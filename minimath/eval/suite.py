@@ -92,6 +92,8 @@ def read_known(name: str, cfg: EvalConfig) -> Problems:
                         f"{folder / name}.jsonl{'' if cfg.data.source else ' and add data=FOLDER'}") from error
     note = f"{len(examples)} problems" if len(examples) == known.size else \
         f"{source}: {len(examples)} problems, {name} as published has {known.size}"
+    if 0 < cfg.data.limit < len(examples):
+        note += f", of which limit={cfg.data.limit} takes the first"
     return Problems(cfg.replace(suite="", data=source, split=known.split), examples[:cfg.data.limit or None], note)
 
 

@@ -94,6 +94,9 @@ def test_a_complete_evaluation_gets_the_budgets_it_lacks_from_its_completions(op
     summary = evaluate(make_config(EvalConfig, **options, budgets="2,4", resume=True))
     assert (summary["accuracy@2"], summary["accuracy@4"]) == (2 / 5, 4 / 5)
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())["accuracy@2"] == 2 / 5
+    (tmp_path / "eval" / "completions.jsonl").unlink()
+    with pytest.raises(UserError, match="completions.jsonl is gone, and budgets=8 is counted from it"):
+        evaluate(make_config(EvalConfig, **options, budgets="8", resume=True))
 
 
 def test_an_engine_that_is_open_samples_the_same(tiny_dir, tmp_path):

@@ -112,7 +112,7 @@ def test_a_file_of_the_folder_needs_no_hub_and_another_size_is_said(monkeypatch,
     _, [example], note = sets["svamp"]
     assert (example.problem, example.answer) == ("Tom has 8 pens. How many are 8 and 7?", "15.0")
     assert "1 problems, svamp as published has 300" in note
-    assert sets["gsm8k"].cfg.data.source.endswith("gsm8k_test.jsonl")
+    assert sets["gsm8k"].cfg.data.source.endswith("gsm8k_test.jsonl") and "limit=3 takes" in sets["gsm8k"].note
 
 
 def test_without_hub_and_file_the_file_to_make_is_named(config, monkeypatch, folder):
