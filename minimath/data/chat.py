@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from minimath.core.errors import UserError
+from minimath.core.run_folder import say_once
 from minimath.data import template
 from minimath.data.rows import Example, split_hashes
 from minimath.data.template import CLOSE, OPEN, is_open, render, template_of
@@ -60,7 +61,11 @@ def _talk(tokenizer, problem: str | Example, system: str, prompt_template: str) 
     else:
         text = problem.problem if isinstance(problem, Example) else problem
         talk = [{"role": "user", "content": neutral(tokenizer, prompt_template.format(problem=text))}]
-    return [{"role": "system", "content": system}, *talk] if system else talk
+    talk = [{"role": "system", "content": system}, *talk] if system else talk
+    if talk[0]["role"] == "system" and template.drops_system(tokenizer):
+        say_once("warning: the model's chat template leaves system messages out: system= and those of the data have no "
+                 "effect; say it in prompt_template=")
+    return talk
 
 
 def _tokens(tokenizer, text: str) -> list[int]:

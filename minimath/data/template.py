@@ -56,6 +56,12 @@ def opens_thought(tokenizer, thinking: str = "auto", template_args: str = "") ->
     return OPEN in template_of(tokenizer) and is_open(prompt)
 
 
+@per_template
+def drops_system(tokenizer) -> bool:
+    """Tell whether the template leaves out what a system message says."""
+    return "MARK" not in render(tokenizer, [{"role": "system", "content": "MARK"}, *QUESTION], generate=True)
+
+
 def render(tokenizer, messages: list[dict], args: dict | None = None, *, generate: bool = False) -> str:
     """Write messages as text, always the same. UserError: the template refuses them."""
     if not template_of(tokenizer):

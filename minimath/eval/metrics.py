@@ -27,8 +27,8 @@ def summarise(records: list[dict], cfg: EvalConfig, checker: AnswerChecker) -> d
     steps = sum(r["steps"] for r in records)
     summary = {
         "problems": len(groups), "samples": k, "accuracy": statistics.fmean(rates),
-        "interval": (wilson(correct // k, len(groups)) if k == 1 or correct in (0, len(records))  # no draw differs there
-                     else bootstrap(rates, cfg.run.seed)),
+        "interval": bootstrap(rates, cfg.run.seed) if k > 1 and 0 < correct < len(records)  # else no draw differs
+        else wilson(correct // k, len(groups)),
         "mean_tokens": statistics.fmean(tokens), "median_tokens": statistics.median(tokens),
         "tokens_per_correct": sum(tokens) / correct if correct else None,
         "correct_steps": sum(r["correct_steps"] for r in records) / max(1, steps), "checked_steps": steps,

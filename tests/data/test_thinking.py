@@ -129,6 +129,15 @@ def test_dates_and_random_words_of_a_template_are_the_same_on_every_day(capsys):
     assert "2026" in tokenizer.decode(prompt_ids(thinker(GRANITE), "p", prompt_template="{problem}"))
 
 
+def test_a_template_that_leaves_system_messages_out_is_told(capsys):
+    say_once.cache_clear()
+    for condition, said in (("true", 0), ("m['role'] != 'system'", 1)):
+        tokenizer = thinker("{% for m in messages if " + condition + " %}{{ m['content'] }}{% endfor %}")
+        for system in ("", "Be brief."):
+            prompt_ids(tokenizer, "p", system=system, prompt_template="{problem}")
+        assert capsys.readouterr().err.count("leaves system messages out") == said
+
+
 def test_of_several_templates_the_default_is_meant():
     tokenizer, plain = thinker(SMOLLM3), thinker(SMOLLM3)
     tokenizer.chat_template = {"tool_use": QWEN35, "default": SMOLLM3}
