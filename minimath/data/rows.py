@@ -7,7 +7,7 @@ from decimal import Decimal
 
 from minimath.core.text import did_you_mean
 from minimath.data.readers import BadRow
-from minimath.data.template import CLOSE, with_thought
+from minimath.data.template import CLOSE, OPEN, with_thought
 from minimath.grading.answer import extract_answer
 
 COLUMNS = {
@@ -110,6 +110,8 @@ def to_example(row: Columns, where: str, need: Iterable[str]) -> Example:
         example.answer = split_hashes(example.solution)[1] or extract_answer(example.solution, strict=True) or ""
     if "solution" in need and not example.solution:
         raise row.missing("solution", "add a worked solution (column solution, completion or messages)")
+    if "solution" in need and example.solution.startswith(OPEN) and CLOSE not in example.solution:
+        raise BadRow("thought never ends", f"the solution was cut before its {CLOSE}: drop the row, or end it")
     if "answer" in need and not example.answer:
         raise row.missing("answer", "add a column answer, or end the solution with \\boxed{...} or #### ...")
     return example

@@ -33,6 +33,13 @@ def test_a_source_may_be_given_alone(tmp_path):
         assert load_examples(source)[0][0].answer == "5"
 
 
+@pytest.mark.parametrize("row", [{"problem": "p", "solution": "<think>So 2+3 is", "answer": "5"},
+                                 {"messages": [ASK, {"role": "assistant", "content": "<think>\nSo 2+3 is"}]}])
+def test_a_solution_that_was_cut_in_its_thought_is_refused_for_training(row):
+    assert "thought never ends" in refused(row, "solution")
+    assert one({"problem": "p", "solution": "<think>So 2+3 is", "answer": "5"}, "answer")[0].answer == "5"
+
+
 # ---- columns
 
 def test_the_problem_of_alpaca_is_instruction_and_input():
