@@ -276,7 +276,9 @@ def cast_adapters_down(model) -> None:
 
 
 def describe(model, cfg) -> str:
-    """Say device, dtype, quantisation and sizes of a stage's model on one line."""
+    """Say device, dtype, quantisation and sizes of a stage's model on one line.
+
+    On a second one, that rows may be longer than the model was made for."""
     options = cfg.model
     dtype, reason = pick_dtype(options.dtype, device := pick_device(options.device))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -285,4 +287,15 @@ def describe(model, cfg) -> str:
     quant = ", NF4 weights with double quantisation" if options.quant == "nf4" else ""
     kernels = "Triton kernels" if runs_triton(torch.empty(0, device=device)) else "chunked torch kernels"
     return (f"{options.name}: {device} ({card}), {str(dtype).removeprefix('torch.')} ({reason}){quant}, "
-            f"{stored / 1e6:.0f} MB of weights, {trained / 1e6:.2f} M trained, attention {options.attn}, {kernels}")
+            f"{stored / 1e6:.0f} MB of weights, {trained / 1e6:.2f} M trained, attention {options.attn}, {kernels}"
+            f"{beyond_context(model, cfg)}")
+
+
+def beyond_context(model, cfg) -> str:
+    """Warn, on a line of its own, of rows beyond the model's context; "" for none."""
+    most = getattr(base_causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    sampled = cfg.prompt.max_prompt_len + cfg.sampling.max_new_tokens if hasattr(cfg, "sampling") else 0
+    if not most or (longest := max(sampled, getattr(cfg, "max_len", 0))) <= most:
+        return ""
+    which = "max_prompt_len= and max_new_tokens=" if longest == sampled else "max_len="
+    return f"\nwarning: {which} allow rows of {longest} tokens, and {cfg.model.name} was made for {most}; what is behind that is mostly noise"

@@ -10,7 +10,7 @@ from engines import generate
 from toy import load, make_config, wake_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minimath.config.schema import EvalConfig
+from minimath.config.schema import EvalConfig, SFTConfig
 from minimath.core.checkpoint import save_adapter
 from minimath.core.errors import UserError
 from minimath.kernels.reference import full_logits
@@ -300,6 +300,15 @@ def test_describe_names_device_dtype_and_quantisation(nf4_dir):
     text = describe(model, cfg)
     assert all(part in text for part in (str(nf4_dir), "cpu", "bfloat16", "NF4", "double", "0.00 M trained"))
     assert "\n" not in text
+
+
+def test_rows_beyond_the_context_of_the_model_are_said(tiny_dir):
+    model, _ = load(tiny_dir)
+    for cls, options, which in ((SFTConfig, {"max_len": 4096}, ""), (SFTConfig, {"max_len": 4097}, "max_len="),
+                                (EvalConfig, {"max_new_tokens": 3072}, ""),
+                                (EvalConfig, {"max_new_tokens": 3073}, "max_new_tokens=")):
+        _, said, line = describe(model, make_config(cls, str(tiny_dir), **options)).partition("\n")
+        assert bool(said) == bool(which) and (not which or f"{which} allow rows of 4097 tokens" in line)
 
 
 @pytest.mark.parametrize(
