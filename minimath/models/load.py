@@ -298,4 +298,5 @@ def beyond_context(model, cfg) -> str:
     if not most or (longest := max(sampled, getattr(cfg, "max_len", 0))) <= most:
         return ""
     which = "max_prompt_len= and max_new_tokens=" if longest == sampled else "max_len="
-    return f"\nwarning: {which} allow rows of {longest} tokens, and {cfg.model.name} was made for {most}; what is behind that is mostly noise"
+    return f"\nwarning: {which} allow rows of {longest} tokens, and {cfg.model.name} was made for {most}; " \
+        "what is behind that is mostly noise"
