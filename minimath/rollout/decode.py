@@ -227,7 +227,7 @@ class Decode:
 
     def read(self, slots: list[int]) -> list[Row]:
         """Copy what slots have sampled to their rows, all at once."""
-        at = self.put(torch.tensor(slots))
+        at = self.put(torch.tensor(slots, dtype=torch.long))
         kept = [self.count[at, None].int(), self.ids[at].int(),
                 *(each[at].view(torch.int32) for each in (self.logp, self.full_logp))]
         count, ids, *logps = torch.cat(kept, 1).cpu().split([1, *3 * [self.max_new_tokens]], 1)

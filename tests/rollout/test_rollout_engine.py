@@ -198,12 +198,13 @@ def sampled_with_metrics(llama, **options):
 
 
 @pytest.mark.parametrize("sync", [1, 4])
-@pytest.mark.parametrize("where", ["run_step", "choose", "prefill", "admit"])
+@pytest.mark.parametrize("where", ["run_step", "choose", "prefill", "admit", "first prefill"])
 def test_out_of_memory_halves_the_batch_and_changes_no_completion(llama, monkeypatch, where, sync):
     monkeypatch.setitem(decoding.SYNC, "cpu", sync)
     whole, said = sampled(llama, max_num_seqs=8), []
+    first, where = where.startswith("first"), where.split()[-1]
     method = getattr(decoding.Decode, where)
-    failing = Failing(method, {2, 9} if where in ("run_step", "choose") else {1})
+    failing = Failing(method, {2, 9} if where in ("run_step", "choose") else {0 if first else 1})
     monkeypatch.setattr(decoding.Decode, where, lambda *args: failing(*args))
     again, metrics, _ = sampled_with_metrics(llama, max_num_seqs=8, say=said.append)
     assert ids_of(again) == ids_of(whole)
