@@ -41,6 +41,8 @@ def open_engine(engine: EngineOptions, sampling: SamplingOptions, policy: Policy
     rollout=auto says so where it falls back to transformers' generate. run_dir: where vLLM finds the adapters. Raises
     UserError for options that the engine does not have, and for a vLLM out of reach."""
     slower = ""
+    if engine.vllm_url and engine.rollout != "vllm":
+        raise UserError(f"vllm_url= would do nothing with rollout={engine.rollout}: add rollout=vllm, or leave it out")
     if engine.rollout == "auto" and not is_sharded(policy.model):  # ours reads the weights of a layer by itself
         try:
             return OwnEngine(engine, sampling, policy, seed=seed, say=say)

@@ -117,3 +117,9 @@ def test_a_caller_stops_by_asking_for_no_more(llama):
 def test_evaluation_takes_the_same_door(llama):
     with opened(llama, temperature=0.0) as engine:
         assert all(len(group) == 1 for group in engine.generate(prompts_of()))
+
+
+@pytest.mark.parametrize("rollout", ["auto", "transformers"])
+def test_the_url_of_a_server_that_nothing_would_ask_is_refused(llama, rollout):
+    with pytest.raises(UserError, match=f"vllm_url= would do nothing with rollout={rollout}: add rollout=vllm"):
+        opened(llama, rollout=rollout, vllm_url="http://127.0.0.1:8000")
