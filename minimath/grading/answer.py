@@ -60,7 +60,8 @@ def extract_answer(text: str, *, strict: bool = False) -> str | None:
     else the last number, with the formula around it. Boxes with nothing but commas, "and" or "or" between them are one
     list. strict=True: \\boxed only.
     """
-    text = text[-MAX_TAIL_CHARS:].rpartition(_THOUGHT)[2]
+    before, end, behind = text[-MAX_TAIL_CHARS:].partition(_THOUGHT)
+    text = behind if end else before                # a second </think> ends no thought, see data.template.behind_thought
     tagged = [] if strict else _ANSWER_TAG.findall(text)[-1:]
     boxed = _last_boxed((tagged or [text])[0])
     if boxed is not None or strict:
