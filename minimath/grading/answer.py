@@ -61,7 +61,7 @@ def extract_answer(text: str, *, strict: bool = False) -> str | None:
     list. strict=True: \\boxed only.
     """
     before, end, behind = text[-MAX_TAIL_CHARS:].partition(_THOUGHT)
-    text = behind if end else before                # a second </think> ends no thought, see data.template.behind_thought
+    text = behind if end else before                # as data.template.behind_thought: a second one ends none
     tagged = [] if strict else _ANSWER_TAG.findall(text)[-1:]
     boxed = _last_boxed((tagged or [text])[0])
     if boxed is not None or strict:

@@ -65,7 +65,7 @@ _RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\sqrt\s*(?:(\d|[a-z](?![a-z]))|\(([^()]*)\))", lambda match: rf"\sqrt{{{match[1] or match[2]}}}"),
     (r"\^\s*\(([^()]*)\)", r"^{\1}"),
     (r"\\exp\s*(?:\(([^()]*)\)|\{([^{}]*)\})", lambda match: f"e^{{{match[1] or match[2] or ''}}}"),
-    (r"\s+", " "))]
+    (r"\\pounds(?![A-Za-z])", " GBP "), (r"\s+", " "), (r"\A ?(?:[Aa]n?|[Tt]he) (?=[A-Za-z]{3,} ?\Z)", ""))]
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.S)
 _DOLLARS = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)(?<!\\)\$\$?")
 

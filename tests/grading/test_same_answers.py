@@ -53,7 +53,8 @@ def test_an_answer_equals_itself_in_unicode_and_ascii(checker):
     ("#### Final Answer\n42", "42", True), ("#### 2) Add\n\nWe get 9", "9", True), ("x\n#### C", "C", True),
     # thoughts
     (r"<think>\boxed{5}</think> so \boxed{6}", "6", True), (r"<think>\boxed{5}</think> so \boxed{6}", "5", False),
-    (r"<think>a</think> It is \boxed{5}</think>", "5", True), ("<think>The answer is 5</think>", "5", False), ("the answer is 5</think>\n\n6", "6", True),
+    (r"<think>a</think> It is \boxed{5}</think>", "5", True),
+    ("<think>The answer is 5</think>", "5", False), ("the answer is 5</think>\n\n6", "6", True),
     # tags
     ("<answer>7</answer> (checked 2 times)", "7", True), ("<answer>\n\\boxed{7}\n</answer>", "7", True),
     ("<answer>5</answer> no <answer>The answer is 7</answer>", "7", True), ("<answer>C) 15</answer>", "C", True),
