@@ -69,6 +69,9 @@ def evaluate_set(problems: Problems, load: Callable[[], Policy] | None = None) -
     with open_run(cfg.run.out, "eval", config=config_text(cfg), resume=cfg.run.resume,
                   deterministic=cfg.run.deterministic) as log:
         log.say(note)
+        if above := [n for n in comma_list(cfg.budgets) if int(n) > (longest := cfg.sampling.max_new_tokens)]:
+            log.say(f"warning: budgets={','.join(above)}: completions are cut at max_new_tokens={longest}, and what is "
+                    "cut counts as wrong there too")
         policy = load() if load else load_and_say(cfg, log)
         part = open_part(log, decides | {"model files": model_hash(policy)}, len(examples), cfg, policy)
         try:

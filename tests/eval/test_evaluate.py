@@ -66,6 +66,11 @@ def test_greedy_evaluation_end_to_end(options, tmp_path, capsys):
     assert "95% interval" in shown and "accuracy@8" in shown
 
 
+def test_a_budget_above_max_new_tokens_is_said_to_measure_the_cut(options, capsys):
+    evaluate(make_config(EvalConfig, **options, budgets="4,4096"))
+    assert f"budgets=4096: completions are cut at max_new_tokens={options['max_new_tokens']}" in capsys.readouterr().out
+
+
 def test_an_existing_evaluation_is_not_overwritten(options):
     evaluate(make_config(EvalConfig, **options))
     with pytest.raises(UserError, match="already holds") as caught:
@@ -86,11 +91,12 @@ def test_several_greedy_samples_are_refused(options, tmp_path):
     assert not (tmp_path / "eval").exists()
 
 
-def test_a_complete_evaluation_gets_the_budgets_it_lacks_from_its_completions(options, tmp_path):
+def test_a_complete_evaluation_gets_the_budgets_it_lacks_from_its_completions(options, tmp_path, capsys):
     evaluate(make_config(EvalConfig, **options))
     rows = [row | {"correct": True, "finished": True, "tokens": n}
             for n, row in enumerate(read_records(tmp_path / "eval"), 1)]
     (tmp_path / "eval" / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "warning: budgets" not in capsys.readouterr().out
     summary = evaluate(make_config(EvalConfig, **options, budgets="2,4", resume=True))
     assert (summary["accuracy@2"], summary["accuracy@4"]) == (2 / 5, 4 / 5)
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())["accuracy@2"] == 2 / 5
