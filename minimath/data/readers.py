@@ -18,6 +18,7 @@ from minimath.core.text import did_you_mean
 MAX_ROW_BYTES = 1_000_000  # longer is a broken file (a lost line end or quote), no problem with a solution
 BOM = b"\xef\xbb\xbf"
 OBJECT_ON_LINE_1 = re.compile(rb'\s*\{(?!\s*"data"\s*:)[^\r\n]*\}\s*([\r\n]|$)')  # jsonl under another name
+LIST = re.compile(rb"\s*\[\s*\{")  # json under another name
 SPLIT = r":\w[\w.+%:\[\]-]*"
 HUB_NAME = re.compile(rf"[A-Za-z0-9][\w.-]*/\w[\w.-]*(:\w[\w.-]*({SPLIT})?|:{SPLIT})?")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -111,6 +112,8 @@ def read_rows(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}: the file is UTF-16; save it as UTF-8")
         if suffix == ".json" and OBJECT_ON_LINE_1.match(head):
             suffix = ".jsonl"
+        elif suffix == ".jsonl" and LIST.match(head):  # whose last row alone is one without a comma
+            suffix = ".json"
         place, blank = f"{path}:" if suffix == ".jsonl" else f"{path}:row ", []
         for number, row in enumerate(READERS[suffix](path, head), 1):
             blank.append((f"{place}{number}", row))

@@ -275,6 +275,13 @@ def test_jsonl_under_the_name_json_loads(tmp_path):
     assert load(write(tmp_path, line() + b"\n" + line() + b"\n", "a.json"))[1].kept == 2
 
 
+def test_a_json_list_may_be_called_jsonl(tmp_path):
+    rows = [{"problem": name, "solution": "s"} for name in "abc"]
+    for text in (json.dumps(rows), "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", json.dumps(rows, indent=1)):
+        examples, report = load(write(tmp_path, text, "a.jsonl"))
+        assert [e.problem for e in examples] == ["a", "b", "c"] and not report.skipped
+
+
 def test_csv_rows_are_texts_and_numbered(tmp_path):
     text = 'problem,solution\r\n"two\nlines",007\r\nonly one cell\r\n 1,234\r\nb\xff,s4\r\nb\xff\r\na\0b,s\r\n'
     examples, report = load(write(tmp_path, text.encode("latin-1"), "a.csv"))
