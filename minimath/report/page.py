@@ -91,8 +91,8 @@ def write_page(runs: list[Path], out: Path) -> Path:
     except KeyError as error:
         raise UserError(f"{', '.join(map(str, runs))}: a record has no {error}: it was made by an earlier version of "
                         "minimath; evaluate or train again") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{', '.join(map(str, runs))}: a record is damaged ({error}); evaluate or train "
+    except (json.JSONDecodeError, FileNotFoundError) as error:
+        raise UserError(f"{', '.join(map(str, runs))}: a record is damaged or gone ({error}); evaluate or train "
                         "again") from None
     settings |= {f"{label}: environment": json.dumps(found, indent=1) for label, found in environments.items()}
     page = TEMPLATES.get_template("page.html").render(

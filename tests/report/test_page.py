@@ -138,6 +138,10 @@ def test_a_damaged_evaluation_is_said(folder, tmp_path):
     (tmp_path / "evaluation" / "eval.json").write_text('{"accuracy": 0.')
     with pytest.raises(UserError, match="evaluation: a record is damaged .*; evaluate or train again"):
         write_page([tmp_path / "evaluation"], tmp_path)
+    (tmp_path / "suite.json").write_text(json.dumps({"sets": {"x": (summary := json.loads(
+        (folder / "eval-sft" / "eval.json").read_text()))}, "mean": summary}))
+    with pytest.raises(UserError, match="or gone .*x/eval.json"):
+        write_page([tmp_path], tmp_path)
 
 
 def test_a_folder_with_an_equals_sign_is_a_run(folder, tmp_path, monkeypatch):
