@@ -85,9 +85,8 @@ def same_time(answer: str, gold: str) -> bool | None:
     if found and meant:
         return found[:3] == meant[:3] and (found[3] == meant[3] or not found[3] or not meant[3])
     for time, text, other in ((found, answer, gold), (meant, gold, answer)):
-        if time and not time[1] and ":" not in text:            # 5 pm and 5
-            number = plain_number(other)
-            return bool(number and number.value == time[0])
+        if time and not any(time[1:3]) and (number := plain_number(other)):  # 5:00 pm and 5
+            return number.value == time[0]
         if time and (time[3] or math.gcd(*time[:2]) != 1 or re.search(r":0\d", text)):
             return False
     a, b = _ratio(answer), _ratio(gold)
