@@ -55,7 +55,7 @@ _LATEX = [
     (re.compile(r"\\approx(?![A-Za-z])"), "~"),
     (re.compile(r"\\(?:left|right|quad|qquad|displaystyle)(?![A-Za-z])|\\[,;:! ]|\^\{?\\circ\}?|&"), ""),
     (re.compile(r"\\(?:text|mathrm|textbf|mbox|mathbf)\s*\{([^{}]{0,80})\}"), r" \1 "),
-    (re.compile(r"\\boxed\s*\{([^{}]{1,80})\}"), r" \1 "),
+    (re.compile(r"([=~]\s{0,3})\\boxed\s*\{([^{}]{1,80})\}"), r"\1\2;"),
     (re.compile(r"\^\{(-?\d{1,6})\}"), r"^(\1)"),
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"(\d)\{,\}(\d)"), r"\1,\2"),

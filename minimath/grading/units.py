@@ -23,7 +23,7 @@ _BEFORE = re.compile(r"([-+]?)\s*(?:US ?\$|(\$|USD|EUR|GBP|JPY|INR|R[sS]\.?))\s*
 _WORD = r"(?:[A-Za-z\u00b5$]+\.?|'s)(?:\s?\^\{?-?\d\}?)?"
 _AFTER = re.compile(rf"(.*?(?:[\d)}}%!]|\\pi))((?:\s*/\s*(?=day|min|sec|[A-Za-z]{{4}}))?\s*{_WORD}"      # $8/hour
                     rf"(?:(?:\s*[/\-]\s*|\s*\\cdot\s*|\s+|,\s)(?:{_WORD})){{0,7}})")
-_ASIDE = re.compile(r"(?<=[\dA-Za-z}%.])\s+\((?:[A-Za-z][A-Za-z\- ]{2,30}|=[^()]{1,40})\)(?=\s[A-Za-z]|$)")
+_ASIDE = re.compile(r"(?<=[\dA-Za-z}%.])\s+\((?:[A-Za-z][A-Za-z\- ]{2,60}|=[^()]{1,40})\)(?=\s[A-Za-z]|$)")
 # 3 times as many, 5 more apples; not 5 more than, 3 times half
 _COUNT = re.compile(r"(?<=\d) (?:times(?: (?:as|a|per|each|every) [a-z]+| more)?$|more(?= [a-z]+$|$))", re.I)
 # "The answer is 27", "approximately 5"
