@@ -51,6 +51,8 @@ class RewardOptions:
     """weight of judge wins; judge_weight + brevity_weight <= 0.5, so that correct always beats wrong"""
     format_weight: float = 0.0
     """weight of a well-formed final answer"""
+    step_weight: Share = 0.0
+    """taken off where an equation of the solution does not hold (17 + 5 = 23), be its answer correct or not"""
     overlong: Literal["mask", "penalty", "none"] = "mask"
     """completions that did not finish: left out, DAPO's soft penalty over the last fifth, or like others"""
 

@@ -270,8 +270,15 @@ class RLAIFConfig(Stage):
              f"{reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5, as brevity_weight=0.25 does (the "
              "former alone with brevity_scale=apart scale_advantage=group) and format_weight < 0.5, so that a correct "
              "answer always beats a wrong one"),
-            (self.loss.scale_advantage == "maxrl" and (reward.name != "judge" or reward.overlong == "penalty"),
-             "scale_advantage=maxrl divides by a mean reward above 0: use reward=judge with overlong=mask or none"),
+            (reward.name == "judge" and reward.judge_weight + (0.0 if free else brevity.weight) + reward.format_weight
+             + reward.step_weight >= 1, f"step_weight={reward.step_weight:g}: keep its sum with judge_weight, "
+             "format_weight and brevity_weight (but for brevity_scale=apart scale_advantage=group) below 1, so that a "
+             "correct answer always beats a wrong one"),
+            (reward.step_weight and reward.name != "judge", "step_weight is for reward=judge"),
+            (self.loss.scale_advantage == "maxrl" and (reward.name != "judge" or reward.overlong == "penalty"
+                                                       or reward.step_weight),
+             "scale_advantage=maxrl divides by a mean reward above 0: use reward=judge with overlong=mask or none, and "
+             "step_weight=0"),
             (brevity.name == "log" and brevity.yardstick == "shortest",
              "brevity=log scores only what is shorter than its yardstick, and nothing is shorter than the shortest: "
              "use brevity_yardstick=mean, or brevity=ratio"),

@@ -80,12 +80,13 @@ class Reward:
 
 
 class JudgeReward(Reward):
-    """Rewards correctness, judge wins, brevity and format.
+    """Rewards correctness, judge wins, brevity, format and steps that hold.
 
-    R_i = c_i (1 + judge_weight (2 w_i - 1) + brevity_weight l_i) + format_weight f_i. c_i in {0, 1}: correct; w_i in
-    [0, 1]: mean win probability over the other correct samples, 1/2 without a vote; l_i in [-1, 1]: `brevity`; f_i in
-    {0, 1}: `format_score`. The bounds of the weights keep every correct sample above every wrong one. With
-    brevity_scale=apart l_i is no part of R_i: `set_advantages` adds it."""
+    R_i = c_i (1 + judge_weight (2 w_i - 1) + brevity_weight l_i) + format_weight f_i - step_weight e_i. c_i in {0, 1}:
+    correct; w_i in [0, 1]: mean win probability over the other correct samples, 1/2 without a vote; l_i in [-1, 1]:
+    `brevity`; f_i in {0, 1}: `format_score`; e_i in {0, 1}: an equation of it does not hold, which also tells wrong
+    samples apart. The bounds of the weights keep every correct sample above every wrong one. With brevity_scale=apart
+    l_i is no part of R_i: `set_advantages` adds it."""
 
     def rewards(self, group: Group) -> list[float]:
         options, brevity_weight = self.options, self.control.weight - self.control.advantage_weight
@@ -94,7 +95,10 @@ class JudgeReward(Reward):
             s.parts = {"judge": s.win, "brevity": length, "format": format_score(s.solution)}
             judged = 0.0 if s.win is None else options.judge_weight * (2.0 * min(1.0, max(0.0, s.win)) - 1.0)
             correct = 1.0 + judged + brevity_weight * length if s.correct else 0.0
-            rewards.append(correct + options.format_weight * s.parts["format"])
+            faults = 0.0
+            if options.step_weight:
+                s.parts["wrong_step"] = faults = float(s.steps.right < s.steps.total)
+            rewards.append(correct + options.format_weight * s.parts["format"] - options.step_weight * faults)
         of_wrong = [r for r, s in zip(rewards, group.samples, strict=True) if not s.correct]
         assert all(r > max(of_wrong, default=-math.inf) for r, s in zip(rewards, group.samples) if s.correct), rewards
         return rewards

@@ -73,19 +73,32 @@ def test_correct_always_beats_wrong_whatever_the_judge_and_the_lengths_say():
         size = rng.randint(2, 8)
         judge_weight = rng.uniform(0, 0.5)
         weights = {"judge_weight": judge_weight, "brevity_weight": rng.uniform(0, 0.5 - judge_weight),
-                   "format_weight": rng.uniform(0, 0.4999)}
+                   "format_weight": (format_weight := rng.uniform(0, 0.4999)),
+                   "step_weight": rng.uniform(0, 0.4999 - format_weight)}
         correct = [rng.random() < 0.5 for _ in range(size)]
         group = group_of([rng.randint(1, 50) for _ in range(size)], correct,
                          [rng.choice([None, 0.0, 1.0, rng.uniform(-3, 3)]) for _ in range(size)],
                          [rng.random() < 0.5 for _ in range(size)])
+        for sample in group.samples:
+            sample.text += rng.choice(["", " 2 + 2 = 4", " 2 + 2 = 5"])
         out = rewards_of(group, overlong=rng.choice(["none", "penalty"]), max_new_tokens=50, **weights)
         lowest = min((r for r, ok in zip(out, correct) if ok), default=math.inf)
         assert lowest > max((r for r, ok in zip(out, correct) if not ok), default=-math.inf)
 
 
-@pytest.mark.parametrize("weights", [(0.3, 0.3, 0.0), (0.6, 0.0, 0.0), (0.25, 0.25, 0.5)])
+def test_a_step_that_does_not_hold_costs_whether_the_answer_is_correct_or_not():
+    group = group_of([9] * 5, [True, True, False, False, False], [None] * 5, [0] * 5)
+    for sample, text in zip(group.samples, ("2 + 2 = 4", "2 + 2 = 5, 1 + 1 = 2", "2 + 2 = 4", "2 + 2 = 5", "no sum")):
+        sample.text = text
+    assert rewards_of(group, brevity_weight=0.0, step_weight=0.5) == [1.0, 0.5, 0.0, -0.5, 0.0]
+    assert part_metrics([group])["reward/wrong_step"] == pytest.approx(0.4)
+    assert rewards_of(group, brevity_weight=0.0) == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert "step_weight=0" in RLAIFConfig(step_weight=0.5, brevity_weight=0.1, scale_advantage="maxrl").check()
+
+
+@pytest.mark.parametrize("weights", [(0.3, 0.3, 0.0), (0.6, 0.0, 0.0), (0.25, 0.25, 0.5), (0.2, 0.0, 0.3, 0.5)])
 def test_weights_that_let_a_wrong_answer_win_are_refused(weights):
-    names = ("judge_weight", "brevity_weight", "format_weight")
+    names = ("judge_weight", "brevity_weight", "format_weight", "step_weight")
     with pytest.raises(UserError, match="correct answer always beats"):
         load_config(RLAIFConfig, None, ["brevity_scale=together", *(f"{n}={w}" for n, w in zip(names, weights))])
 
