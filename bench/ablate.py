@@ -51,7 +51,7 @@ JUDGES = {  # judges trained beside each seed's SFT model: name -> what it chang
     "made": ["sampled=30", "held_out=1", "made=0.75"],  # the policy's own are held out: made faults alone teach
 }
 BEGUN = ["lr=3e-4", "steps=6", "brevity=minmax", "brevity_weight=0.2", "brevity_scale=together",
-         "brevity_control=none", "eval_every=0"]  # the demo's stage 2 when this was first measured
+         "brevity_control=none", "step_weight=0", "eval_every=0"]  # the demo's stage 2 when this was first measured
 TWO = ["updates_per_rollout=2"]
 ARMS = {  # name -> (the model it starts from, what it changes in the recipe); None: no training
     "base": ("", None),

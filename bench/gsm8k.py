@@ -38,7 +38,7 @@ ARMS = {  # name -> (the stage, the arm that it starts from, what it changes in 
     "sft-1": ("sft", "", ["epochs=1"]),
     "sft": ("sft", "", []),
     "rlaif": ("rlaif", "sft", []),
-    "right-only": ("rlaif", "sft", ["judge_weight=0", "brevity_weight=0"]),
+    "right-only": ("rlaif", "sft", ["judge_weight=0", "brevity_weight=0", "step_weight=0"]),
     "paper": ("rlaif", "sft", ["reward=paper"]),
     "sft-own": ("sft", "", ["steps=1820", "data={own}"]),  # SFT's steps, on its data and the policy's own solutions
 }

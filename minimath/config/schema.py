@@ -274,9 +274,8 @@ class RLAIFConfig(Stage):
              + reward.step_weight >= 1, f"step_weight={reward.step_weight:g}: keep its sum with judge_weight, "
              "format_weight and brevity_weight (but for brevity_scale=apart scale_advantage=group) below 1, so that a "
              "correct answer always beats a wrong one"),
-            (reward.step_weight and reward.name != "judge", "step_weight is for reward=judge"),
-            (self.loss.scale_advantage == "maxrl" and (reward.name != "judge" or reward.overlong == "penalty"
-                                                       or reward.step_weight),
+            (self.loss.scale_advantage == "maxrl" and (reward.name != "judge" or reward.step_weight
+                                                       or reward.overlong == "penalty"),
              "scale_advantage=maxrl divides by a mean reward above 0: use reward=judge with overlong=mask or none, and "
              "step_weight=0"),
             (brevity.name == "log" and brevity.yardstick == "shortest",
