@@ -106,7 +106,7 @@ KINDS = [
          chat({"role": "user", "content": [{"type": "image", "text": None}]}, ASSISTANT)),
     Kind("one cell", "wrong number of cells", cells=b"only one cell"),
     Kind("a comma without quotes", "wrong number of cells", cells=b"bad,1,200 + 1?,s,1"),
-    Kind("text after a quote", "", cells=b'bad,"p" and,s,1'),
+    Kind("text after a quote", "quote in the middle of a cell", cells=b'bad,"p" and,s,1'),
     *(kind(f"absurd unicode {n}", "", problem=f"p {text} p") for n, text in enumerate(ABSURD)),
     kind("special tokens in the text", "", problem=CONTROL, solution=CONTROL),
     kind("a repeated id", "", id="good-1"),

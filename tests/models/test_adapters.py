@@ -175,7 +175,7 @@ def test_tokens_without_a_row_are_said_at_loading_and_refused_where_they_are_use
     with pytest.raises(UserError, match="token '<think>' has no row"):
         evaluate(make_config(EvalConfig, str(beyond), data=[row], out=str(tmp_path / "eval")))
     with pytest.raises(UserError, match="token '<think>' has no row"):
-        sft(make_config(SFTConfig, str(beyond), data=[{"problem": "p", "solution": "<think>5"}], steps=1,
+        sft(make_config(SFTConfig, str(beyond), data=[{"problem": "p", "solution": "5<think>"}], steps=1,
                         out=str(tmp_path / "sft")))
 
 
