@@ -34,7 +34,7 @@ from minimath.report.figures import COLOURS, INK, new_figure, read_metrics, save
 STEPS, EVERY = 18, 3
 PLAIN = ["judge_weight=0"]  # length alone beside right or wrong
 CONTROL, APART = ["brevity_control=accuracy"], ["brevity_scale=apart", "brevity_weight=1"]
-STEPS = ["step_weight=0.5"]  # what an equation that does not hold takes from the reward
+SOUND = ["step_weight=0.5"]  # what an equation that does not hold takes from the reward
 TRUNCATE = ["brevity=truncate", "brevity_limit=50", "overlong=none"]
 CONCISE = ["teacher_system=Be concise. Put the final answer in \\boxed{}.", "reward=none", "verifier=none"]
 JUDGED = ["judge=self", "judge_adapter={judge}"]  # the ablation's: single solutions, trained on the policy's own
@@ -53,8 +53,8 @@ ARMS = {  # name -> what it changes in the demo's rlaif section
     "ratio-apart-control": [*PLAIN, "brevity=ratio", *APART, *CONTROL],
     "log-apart-control": [*PLAIN, "brevity=log", *APART, *CONTROL],
     "judge-apart-control": ["brevity=ratio", *APART, *CONTROL],  # right steps first, then shorter
-    "judge-steps-apart-control": [*STEPS, "brevity=ratio", *APART, *CONTROL],
-    "steps-apart": [*PLAIN, *STEPS, "brevity=ratio", *APART],
+    "judge-steps-apart-control": [*SOUND, "brevity=ratio", *APART, *CONTROL],
+    "steps-apart": [*PLAIN, *SOUND, "brevity=ratio", *APART],
     "judge-truncate": TRUNCATE,
     "judge-half-apart-control": ["judge_weight=0.5", "brevity=ratio", *APART, *CONTROL],
     "teacher-concise": ["teacher={sft}", *CONCISE],  # no answers: the SFT model, asked to be concise

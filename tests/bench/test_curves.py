@@ -29,6 +29,18 @@ def test_an_arm_is_options_that_go_together(arm):
     load_config(RLAIFConfig, "demo", words, "rlaif", allow_other=True)
 
 
+def test_an_arm_is_trained_for_all_steps_and_its_last_checkpoint_evaluated(tmp_path, monkeypatch):
+    stages, evaluated = [], []
+    monkeypatch.setattr(curves, "demo_model", lambda: "model")
+    monkeypatch.setattr(curves, "run_stage", lambda out, words, threads: stages.append(words))
+    monkeypatch.setattr(curves, "read_metrics", lambda path: [])
+    monkeypatch.setattr(curves, "evaluated", lambda folder, adapter, *_: evaluated.append(adapter.name))
+    options = curves.parse(["--work", str(tmp_path)])
+    assert curves.run_arm("judge-steps-apart-control", "1e-4", 0, options)["seed"] == 0
+    assert {"steps=18", "step_weight=0.5", "lr=1e-4"} <= set(stages[-1])
+    assert evaluated == ["step-000018", "curve-judge-steps-apart-control-1e-4-0"]
+
+
 def test_differences_are_to_the_sft_model_of_the_same_seed():
     facts = curves.figures([row(0, "1110", [4, 4, 4, 4], 0.9), row(1, "1000", [6, 6, 6, 6], 0.8)], SFT, "last")
     assert facts["correct"] == 50.0 and facts["correct_gap"] == 12.5 and facts["tokens_gap"] == -10.0
