@@ -245,6 +245,7 @@ class RLAIFConfig(Stage):
         judge, reward, brevity, teacher = self.judge, self.reward, self.brevity, self.teacher
         own, truncates = judge.name == "self", brevity.name == "truncate"
         free = brevity.scale == "apart" and self.loss.scale_advantage == "group"  # there correct is 2 above wrong
+        relative = reward.judge_weight + (0.0 if free else brevity.weight)  # among the correct ones
         longest, plain = self.sampling.max_new_tokens, JudgeOptions()
         idle = [f"judge_{name}=" for name in ("url", "model", "key_env", "timeout_s", "concurrency", "max_tokens")
                 if getattr(judge, name) != getattr(plain, name)]
@@ -264,16 +265,15 @@ class RLAIFConfig(Stage):
              "judge_refresh trains a judge_adapter= in use by a verifier= that tells right from wrong without it"),
             (self.majority_share != 0.5 and "majority" not in str(self.verifier),
              f"majority_share is for verifier=majority and majority+judge, not for verifier={self.verifier}"),
-            (reward.name == "judge" and (reward.judge_weight + (0.0 if free else brevity.weight) > 0.5
-                                         or reward.format_weight >= 0.5),
+            (reward.name == "judge" and (relative > 0.5 or reward.format_weight >= 0.5),
              f"judge_weight={reward.judge_weight:g}, brevity_weight={brevity.weight:g}, format_weight="
              f"{reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5, as brevity_weight=0.25 does (the "
              "former alone with brevity_scale=apart scale_advantage=group) and format_weight < 0.5, so that a correct "
              "answer always beats a wrong one"),
-            (reward.name == "judge" and reward.judge_weight + (0.0 if free else brevity.weight) + reward.format_weight
-             + reward.step_weight >= 1, f"step_weight={reward.step_weight:g}: keep its sum with judge_weight, "
-             "format_weight and brevity_weight (but for brevity_scale=apart scale_advantage=group) below 1, so that a "
-             "correct answer always beats a wrong one"),
+            (reward.name == "judge" and relative + reward.format_weight + reward.step_weight >= 1,
+             f"step_weight={reward.step_weight:g}: keep its sum with judge_weight, format_weight and brevity_weight "
+             "(but for brevity_scale=apart scale_advantage=group) below 1, so that a correct answer always beats a "
+             "wrong one"),
             (self.loss.scale_advantage == "maxrl" and (reward.name != "judge" or reward.step_weight
                                                        or reward.overlong == "penalty"),
              "scale_advantage=maxrl divides by a mean reward above 0: use reward=judge with overlong=mask or none, and "

@@ -35,9 +35,11 @@ def canary_watch(cfg: RLAIFConfig, judge: Judge | None) -> Callable[..., dict]:
     canary = Canary(cfg.run.seed, judge)
 
     def watch(step, groups: list) -> dict:
-        judge.when = f"step {step.number}" if step.due(cfg.judge.canary_every) else ""
+        if not step.due(cfg.judge.canary_every):
+            return {}
+        judge.when = f"step {step.number}"
         try:
-            return canary.metrics(groups) if judge.when else {}
+            return canary.metrics(groups)
         finally:
             judge.when = ""
 

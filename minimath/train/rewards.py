@@ -95,10 +95,10 @@ class JudgeReward(Reward):
             s.parts = {"judge": s.win, "brevity": length, "format": format_score(s.solution)}
             judged = 0.0 if s.win is None else options.judge_weight * (2.0 * min(1.0, max(0.0, s.win)) - 1.0)
             correct = 1.0 + judged + brevity_weight * length if s.correct else 0.0
-            faults = 0.0
+            rewards.append(correct + options.format_weight * s.parts["format"])
             if options.step_weight:
-                s.parts["wrong_step"] = faults = float(s.steps.right < s.steps.total)
-            rewards.append(correct + options.format_weight * s.parts["format"] - options.step_weight * faults)
+                s.parts["wrong_step"] = float(s.steps.right < s.steps.total)
+                rewards[-1] -= options.step_weight * s.parts["wrong_step"]
         of_wrong = [r for r, s in zip(rewards, group.samples, strict=True) if not s.correct]
         assert all(r > max(of_wrong, default=-math.inf) for r, s in zip(rewards, group.samples) if s.correct), rewards
         return rewards
@@ -141,11 +141,11 @@ class HookReward(Reward):
 
 def training_judge(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]) -> Judge | None:
     """Make the judge that the reward asks, or None, and try it; or UserError."""
+    plain = JudgeOptions()
     if not cfg.uses_judge():
-        if replace(cfg.judge, name="self") != JudgeOptions(name="self"):
+        if replace(cfg.judge, name=plain.name) != plain:
             say("the judge_... options have no effect: neither the reward nor the verifier asks a judge")
         return None
-    plain = JudgeOptions()
     if not cfg.judge.refresh and (cfg.judge.refresh_steps, cfg.judge.refresh_lr) != (
             plain.refresh_steps, plain.refresh_lr):
         say("judge_refresh_steps and judge_refresh_lr have no effect without judge_refresh=N")
