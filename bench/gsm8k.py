@@ -3,11 +3,12 @@
     python -m bench.gsm8k DATA --plan             # what it takes, in tokens and hours
     python -m bench.gsm8k DATA                    # seed 0; stopped by Ctrl-C or SIGTERM, the same command goes on
     python -m bench.gsm8k DATA --seeds 0 1 2
+    python -m bench.gsm8k DATA --train 1500 --rl-steps 18   # a slow machine: fewer problems, a shorter stage 2
     python -m bench.gsm8k --table                 # table and picture of what has been measured so far
 
 DATA holds gsm8k_train.jsonl and gsm8k_test.jsonl (problem, solution, answer). The recipe is
 minimath/recipes/gsm8k.yaml. The last 200 training problems are left out of training: they make the curve over epochs,
-and choose the checkpoint that stage 2 hands on. All models answer every test problem greedily, and the first 200 four
+and choose the checkpoint that stage 2 hands on. All models answer every test problem greedily, and the first 100 four
 times at temperature 0.7. Intervals, and differences to SFT problem by problem, are from a bootstrap over seeds and
 problems. Before it begins, it says how many test problems share 13 words in a row with a training row. Every stage is
 the command line in a process of its own. What every arm changes: ARMS below.
@@ -31,8 +32,8 @@ from minimath.core.files import write_whole
 from minimath.core.run_folder import EVAL, METRICS
 from minimath.report.figures import COLOURS, INK, new_figure, read_metrics, save_png
 
-HELD_OUT, FEW = 200, 200
-EPOCHS, STEPS, SAMPLES = 4, 36, 64  # of the recipe: stage 1; steps of stage 2, and samples in one
+HELD_OUT, FEW = 200, 100
+EPOCHS, BATCH, STEPS, SAMPLES = 4, 16, 36, 64  # of the recipe: stage 1; steps of stage 2, and samples in one
 ARMS = {  # name -> (the stage, the arm that it starts from, what it changes in the recipe)
     "base": None,
     "sft-1": ("sft", "", ["epochs=1"]),
@@ -50,6 +51,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("data", type=Path, nargs="?", help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[a for a in ARMS if a != "sft-own"], metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--train", type=int, metavar="N", help="train on the first N problems (default: all but 200)")
+    parser.add_argument("--rl-steps", type=int, default=STEPS, metavar="N", help="steps of stage 2 (default %(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of every stage")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gsm8k", help="folder of the runs")
@@ -64,12 +67,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 # ---- data
 
-def write_data(source: Path, folder: Path) -> dict:
-    """Write train, valid and test problems; return how many, and how many test problems overlap.
+def write_data(source: Path, folder: Path, first: int | None) -> dict:
+    """Write train, valid and test problems; return how many, and which test problems overlap with the training set.
 
-    A row is left as it is; train holds none of valid's problems."""
+    A row is left as it is; train holds the first rows, none of valid's."""
     train, test = (read(source / f"gsm8k_{name}.jsonl") for name in ("train", "test"))
-    sets = {"train": train[:-HELD_OUT], "valid": train[-HELD_OUT:], "test": test}
+    sets = {"train": train[:-HELD_OUT][:first], "valid": train[-HELD_OUT:], "test": test}
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in sets.items():
         write_whole(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -91,8 +94,8 @@ def ngrams(text: str) -> set[tuple[str, ...]]:
 
 # ---- running
 
-def run_arm(arm: str, seed: int, options) -> dict:
-    """Train one arm and evaluate it; return its row."""
+def run_arm(arm: str, seed: int, problems: int, options) -> dict:
+    """Train one arm, on that many problems, and evaluate it; return its row."""
     work, data = options.work, options.work / "data"
     common = [f"model={demo_model()}", f"seed={seed}", *options.set]
     out = work / f"{arm}-{seed}"
@@ -101,7 +104,9 @@ def run_arm(arm: str, seed: int, options) -> dict:
         if any("{own}" in word for word in changes):
             changes = [word.replace("{own}", str(own_solutions(seed, common, options))) for word in changes]
         held = [f"eval_data={data / 'valid.jsonl'}", "sample_every=0"]
-        run_stage(out, [stage, "gsm8k", f"data={data / 'train.jsonl'}", *common, *held, *changes,
+        length = [f"eval_every={problems // BATCH}"] if stage == "sft" else [
+            f"steps={options.rl_steps}", f"eval_every={max(1, options.rl_steps // 3)}"]
+        run_stage(out, [stage, "gsm8k", f"data={data / 'train.jsonl'}", *common, *held, *length, *changes,
                         *([f"adapter={work / f'{start}-{seed}'}"] if start else [])], options.threads)
     adapter = [f"adapter={out}"] if ARMS[arm] else []
     words = ["eval", "gsm8k", f"data={data / 'test.jsonl'}", *common, *adapter]
@@ -135,14 +140,14 @@ def plan(options, held: dict) -> Table:
     epoch = sum(len(ids) for ids in tokenizer([f"{r['problem']} {r['solution']}" for r in rows]).input_ids)
     epoch += 30 * len(rows)  # of the template and the answer's box
     answers = 130 * held["test"] + 4 * 130 * FEW
-    sampled = STEPS * SAMPLES * 110 + 4 * HELD_OUT * 110
+    sampled = options.rl_steps * SAMPLES * 110 + 4 * HELD_OUT * 110
     out = Table(title="tokens, and hours at 840 trained and 550 sampled tokens/s (2 cores of an AMD EPYC with bf16)")
     for name in ("arm", "trained, M", "sampled, M", "hours"):
         out.add_column(name, justify="left" if name == "arm" else "right")
     for arm in options.arms:
         epochs = {"sft-1": 1, "sft": EPOCHS, "sft-own": EPOCHS}.get(arm, 0)
         rl = bool(ARMS[arm]) and ARMS[arm][0] == "rlaif"
-        trained = epochs * epoch + rl * STEPS * SAMPLES * 110
+        trained = epochs * epoch + rl * options.rl_steps * SAMPLES * 110
         drawn = answers + rl * sampled + epochs * HELD_OUT * 110
         out.add_row(arm, f"{trained / 1e6:.1f}", f"{drawn / 1e6:.1f}", f"{(trained / 840 + drawn / 550) / 3600:.1f}")
     return out
@@ -202,7 +207,7 @@ def main(words: list[str] | None = None) -> int:
     rows = held["rows"]
     try:
         if not options.table:
-            held |= write_data(options.data, options.work / "data")
+            held |= write_data(options.data, options.work / "data", options.train)
             print(f"{held['train']} training problems, {held['valid']} held out, {held['test']} of the test; "
                   f"{len(held['overlap'])} test problems share {NGRAM} words in a row with a training row: "
                   f"{', '.join(held['overlap'][:8]) or 'none'}", flush=True)
@@ -210,7 +215,7 @@ def main(words: list[str] | None = None) -> int:
                 Console(width=None if sys.stdout.isatty() else 120).print(plan(options, held))
                 return 0
             for seed, arm in ((seed, arm) for seed in options.seeds for arm in options.arms):
-                rows[f"{arm}/{seed}"] = row = rows.get(f"{arm}/{seed}") or run_arm(arm, seed, options)
+                rows[f"{arm}/{seed}"] = row = rows.get(f"{arm}/{seed}") or run_arm(arm, seed, held["train"], options)
                 write_whole(options.out, json.dumps(held) + "\n")
                 print(f"{arm}/{seed}: {100 * row['accuracy']:.1f}%, {row['mean_tokens']:.0f} tokens", flush=True)
     except KeyboardInterrupt:

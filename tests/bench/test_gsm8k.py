@@ -26,16 +26,33 @@ def test_an_arm_is_options_of_the_recipe(arm):
     stage, _, changes = gsm8k.ARMS[arm]
     cfg = load_config(STAGES[stage], "gsm8k", ["data=x.jsonl", "model=m", *changes], stage)
     assert stage == "sft" or (cfg.steps, cfg.prompts_per_step * cfg.group_size) == (gsm8k.STEPS, gsm8k.SAMPLES)
-    assert arm != "sft" or (cfg.epochs, cfg.evaluation.eval_limit) == (gsm8k.EPOCHS, gsm8k.HELD_OUT)
+    assert arm != "sft" or (cfg.epochs, cfg.batch_size, cfg.evaluation.eval_limit) == (
+        gsm8k.EPOCHS, gsm8k.BATCH, gsm8k.HELD_OUT)
     assert load_config(EvalConfig, "gsm8k", [], "eval").budgets == "64,128,256"
 
 
 def test_a_test_problem_that_shares_13_words_with_a_training_row_is_named(tmp_path):
     write(tmp_path, "train", [("one", "a"), ("two\u2028lines", LONG + ".")] + [("x", "y")] * gsm8k.HELD_OUT)
     write(tmp_path, "test", [("another problem", ""), (LONG.upper() + "?", ""), (LONG[:40], "")])
-    held = gsm8k.write_data(tmp_path, tmp_path / "out")
+    held = gsm8k.write_data(tmp_path, tmp_path / "out", None)
     assert held == {"train": 2, "valid": gsm8k.HELD_OUT, "test": 3, "overlap": ["test/1"]}
     assert gsm8k.read(tmp_path / "out" / "train.jsonl")[1]["problem"] == "two\u2028lines"
+
+
+def test_fewer_problems_are_the_first_ones_and_the_overlap_is_still_with_all(tmp_path, monkeypatch):
+    write(tmp_path, "train", [("one", "a"), (LONG, "b")] + [("x", "y")] * gsm8k.HELD_OUT)
+    write(tmp_path, "test", [(LONG, "")])
+    held = gsm8k.write_data(tmp_path, tmp_path / "out", 1)
+    assert held == {"train": 1, "valid": gsm8k.HELD_OUT, "test": 1, "overlap": ["test/0"]}
+    ran = []
+    monkeypatch.setattr(gsm8k, "run_stage", lambda out, words, threads: ran.append(words))
+    monkeypatch.setattr(gsm8k, "row_of", lambda *args: {})
+    options = gsm8k.parse([str(tmp_path), "--work", str(tmp_path / "w"), "--rl-steps", "18"])
+    for arm in ("sft", "rlaif"):
+        with pytest.raises(FileNotFoundError):
+            gsm8k.run_arm(arm, 0, 160, options)
+    assert "eval_every=10" in ran[0] and not any(word.startswith("steps=") for word in ran[0])
+    assert "steps=18" in ran[3] and "eval_every=6" in ran[3]
 
 
 def test_the_table_and_the_picture_are_made_of_the_result_file(tmp_path, capsys):
