@@ -1,4 +1,4 @@
-"""Replies of a judge's endpoint on disk: no question is paid for twice.
+"""Replies of a judge's endpoint on disk: no vote is paid for twice.
 
 One SQLite file for all runs, with a hash of the request and the reply; never the prompt, a key, a header or an address.
 Once open it never raises: a cache that fails costs money, not the run, and says so once.
@@ -59,8 +59,8 @@ class ReplyCache:
         return (self._execute("SELECT value FROM replies WHERE key = ?", key) or [None])[0]
 
     def put(self, key: str, value: str) -> None:
-        """Keep a reply; the first one of a key stays."""
-        self._execute("INSERT OR IGNORE INTO replies (key, value) VALUES (?, ?)", key, value)
+        """Keep a reply in place of an earlier one of its key."""
+        self._execute("INSERT OR REPLACE INTO replies (key, value) VALUES (?, ?)", key, value)
 
     def _execute(self, statement: str, *values: str) -> tuple | None:
         """Run a statement, and return its first row."""

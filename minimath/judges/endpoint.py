@@ -149,16 +149,16 @@ class EndpointJudge(Judge):
     async def _ask(self, client, prompt: str) -> Reply | None:
         body = self._body(prompt, self.reply_form)
         key = reply_key(self.endpoint, body | ({"when": self.when} if self.when else {}))
-        if self.cache and (kept := self.cache.get(key)):
+        if self.cache and (kept := self.cache.get(key)) and vote(reply := Reply(*json.loads(kept))) is not None:
             self.counts["cache_hits"] += 1
-            return Reply(*json.loads(kept))
+            return reply
         try:
             reply = await self._request(client, body)
         except Failure as failure:
             self._failed_in_a_row += failure.kind not in PROMPTS_FAULT
             return None
         self._failed_in_a_row = 0
-        if self.cache:
+        if self.cache and vote(reply) is not None:  # else it is asked again
             self.cache.put(key, json.dumps(reply))
         return reply
 

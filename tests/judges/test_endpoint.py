@@ -439,13 +439,21 @@ def test_a_second_run_pays_nothing_and_votes_the_same(serve, tmp_path):
     assert judge.counts["cache_hits"] == 2 and judge.counts["requests"] == 1 and len(server.seen) == 4   # two pings
 
 
-def test_failures_are_not_kept_and_unreadable_replies_are(serve, tmp_path):
+def test_neither_failures_nor_unreadable_replies_are_kept(serve, tmp_path):
     url, server = serve(status(404), says("neither"), says("A"))
     with closing(ReplyCache(tmp_path)) as cache:
         judge = quick(url, cache=cache)
-        assert [votes(judge, "p") for _ in range(3)] == [[None]] * 3
-        assert len(server.seen) == 2 and judge.counts["unreadable"] == 2 and judge.counts["cache_hits"] == 1
-        assert votes(quick(url, cache=cache, model="another"), "p") == [1.0]     # is another question
+        assert [votes(judge, "p") for _ in range(4)] == [[None], [None], [1.0], [1.0]]
+        assert len(server.seen) == 3 and judge.counts["unreadable"] == judge.counts["cache_hits"] == 1
+
+
+def test_an_unreadable_reply_that_an_earlier_version_kept_is_asked_for_again(serve, tmp_path, monkeypatch):
+    url, server = serve(says("neither"), says("A"))
+    with closing(ReplyCache(tmp_path)) as cache:
+        with monkeypatch.context() as earlier:
+            earlier.setattr("minimath.judges.endpoint.vote", lambda reply: 0.5)
+            assert votes(quick(url, cache=cache), "p") == [0.5]
+        assert [votes(quick(url, cache=cache), "p") for _ in range(2)] == [[1.0], [1.0]] and len(server.seen) == 2
 
 
 def test_a_canary_of_a_later_step_asks_an_updated_endpoint_again_and_a_resumed_one_does_not(serve, tmp_path):
