@@ -102,7 +102,7 @@ class Lessons:
         if worked and worked.strip() not in (r["text"].strip() for r in solved.records):
             rows.append(self.labelled("worked", problem, worked))
         for record in solved.different():
-            question, right = asked(problem, record["text"]), record["correct"] and record["finished"]
+            question, right = asked(problem, record["text"]), record["correct"]  # one cut behind its box, too
             rows.append(self.single("own right" if right else "own wrong", question,
                                     step_labels(question, right, prefixes)))
         return [rows[start:start + MOST] for start in range(0, len(rows), MOST)]

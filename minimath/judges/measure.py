@@ -37,7 +37,7 @@ def grade_figures(judge: SelfJudge, held_out: list[Solved]) -> tuple[Calibration
     rows = [(number, each.example.problem, record) for number, each in enumerate(held_out)
             for record in each.records if record["text"].strip()]
     signs = judge.signs([asked(problem, record["text"]) for _, problem, record in rows])
-    known = [(number, r["correct"] and r["finished"], r["tokens"], *of_row[-1])
+    known = [(number, r["correct"], r["tokens"], *of_row[-1])
              for (number, _, r), of_row in zip(rows, signs, strict=True)
              if of_row is not None and np.isfinite(of_row[-1]).all()]
     if not known:

@@ -141,13 +141,12 @@ def test_a_text_is_one_row_however_often_it_was_sampled(make):
     assert len(rows) == len({tuple(row.ids) for row in rows}) == 5
 
 
-def test_right_and_unfinished_is_not_right(make, policy):
-    yes, no = verdict_ids(policy.tokenizer, YES_NO)
+def test_a_right_sample_that_was_cut_behind_its_box_is_as_right_as_one_that_ended_there(make, policy):
+    yes, _ = verdict_ids(policy.tokenizer, YES_NO)
     text = "1 + 1 = 2. \\boxed{2} and on"
-    [[row]] = make().sets([Solved(Example("p", "", "2"), [record(text, True, "2", finished=False)])])
-    assert whole(row) == no
-    [[row]] = make().sets([Solved(Example("p", "", "2"), [record(text, True, "2")])])
-    assert whole(row) == yes
+    [[ended]], [[cut]] = (make().sets([Solved(Example("p", "", "2"), [record(text, True, "2", finished=finished)])])
+                          for finished in (True, False))
+    assert whole(cut) == yes and (cut.ids, cut.targets()) == (ended.ids, ended.targets())  # shown up to the box
 
 
 # ---- pairs

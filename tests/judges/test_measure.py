@@ -39,12 +39,12 @@ def problem(n, *records):
 
 
 def mixed(n):
-    cut = record(f"right, but cut {n}", True, False)
+    cut = record(f"right, then cut {n}", True, False)
     return problem(n, record(f"right {n}", True), record(f"wrong {n}", False), cut)
 
 
 def sign(text):
-    return 3.0 if text.startswith("right") and "cut" not in text else -3.0
+    return 3.0 if text.startswith("right") else -3.0
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_grades_are_fitted_to_one_half_of_the_problems_and_measured_on_the_other
     assert figures["brier"] > 0.35 and figures["auc"] < 0.5  # own are then worth nothing
     assert figures["solutions"] == 16 and figures["auc_of_verdict"] == 0.5
     calibration, figures = grade_figures(Graded(sign), [mixed(k) for k in range(4)])
-    assert figures["right"] == pytest.approx(1 / 3)     # one that was cut is not right
+    assert figures["right"] == pytest.approx(2 / 3)     # one that was cut behind its answer is right
     assert figures["auc"] == figures["auc_within"] == 1.0 and figures["brier"] < 0.05 and calibration.temperature < 1
     assert figures["brier_of_the_mean"] == pytest.approx(2 / 9)
     assert sum(count for *_, count in figures["reliability"]) == 12
