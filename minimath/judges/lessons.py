@@ -58,7 +58,8 @@ class Lessons:
     def __init__(self, form: str, reader: Reader, max_len: int, seed: int):
         self.form, self.reader, self.max_len = form, reader, max_len
         self.rng, self.counts = random.Random(f"minimath judge lessons {seed}"), Counter()
-        self.attacks = [attack for attack in load_attacks(ATTACKS) if len(attack.text) < LONGEST_ATTACK]
+        self.attacks = [attack for attack in load_attacks(ATTACKS)
+                        if len(plant(attack._replace(place="alone"), "", "A", "B")) < LONGEST_ATTACK]
 
     def sets(self, solved: list[Solved], *, made: float = 0.0, attacked: float = 0.0) -> list[list[Encoded]]:
         """Make the rows of all problems.

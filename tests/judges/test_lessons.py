@@ -10,7 +10,7 @@ from toy import policy_of, write_problems
 from minimath.data.chat import IGNORE
 from minimath.data.examples import Example
 from minimath.judges import lessons as lessons_file
-from minimath.judges.attack import Attack
+from minimath.judges.attack import Attack, plant
 from minimath.judges.base import asked
 from minimath.judges.lessons import Lessons, Solved, own_pairs
 from minimath.judges.rows import YES_NO, Reader, verdict_ids
@@ -217,6 +217,12 @@ def attacked_rows(make, monkeypatch, form, places, count=60):
     lessons.attacks = [Attack("k", place, "MARK {me}") for place in places]
     rows = [row for _ in range(count) for row in lessons.attacked(lessons.rng.choice(solved()))]
     return rows, seen
+
+
+def test_no_string_that_is_taught_is_longer_than_its_bound_with_its_padding_in_it(make):
+    attacks = make().attacks
+    longest = max(len(plant(attack, "", "A", "B")) for attack in attacks)
+    assert longest <= lessons_file.LONGEST_ATTACK and len(attacks) > 60 and {a.place for a in attacks} == {*PLACES}
 
 
 @pytest.mark.parametrize("place", PLACES)
