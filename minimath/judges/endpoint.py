@@ -9,6 +9,7 @@ import os
 import random
 import re
 import ssl
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable
@@ -287,15 +288,18 @@ def in_own_loop(coroutine):
     The SDK draws its pauses from Python's generator, which is the run's: it is set back."""
     async def until_stopped():
         work = asyncio.ensure_future(coroutine)
-        while not work.done():
+        while not (work.done() or left.is_set()):
             interrupt.check()
             await asyncio.wait([work], timeout=interrupt.LOOK_S)
-        return work.result()
+        return work.done() and work.result()
 
-    state = random.getstate()
+    state, left = random.getstate(), threading.Event()
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:
-            return pool.submit(asyncio.run, until_stopped()).result()
+            try:
+                return pool.submit(asyncio.run, until_stopped()).result()
+            finally:
+                left.set()  # by Ctrl-C outside a run: nobody else ends the work
     finally:
         random.setstate(state)
 

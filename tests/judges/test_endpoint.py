@@ -1,5 +1,6 @@
 """The endpoint judge against a scripted OpenAI-compatible fault server on 127.0.0.1, in bounded time."""
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -486,11 +487,13 @@ def test_a_model_whose_log_probs_nobody_may_ask_for_is_asked_in_another_form(ser
     assert len(server.seen) == 1
 
 
-def test_a_stop_does_not_wait_for_a_server_that_hangs(serve):
+@pytest.mark.parametrize("within, raised", [
+    (interruptible, Interrupted), (lambda *_: contextlib.nullcontext(), KeyboardInterrupt)], ids=["a run", "a command"])
+def test_a_stop_does_not_wait_for_a_server_that_hangs(serve, within, raised):
     judge = quick(serve(sleeps)[0], timeout_s=4.0, retries=0)
     start = time.monotonic()
-    with interruptible((), lambda text: None):
+    with within((), lambda text: None):
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(Interrupted):
+        with pytest.raises(raised):
             judge.compare(PAIRS)
     assert time.monotonic() - start < 3
