@@ -227,9 +227,12 @@ class EndpointJudge(Judge):
 
         here = urllib.parse.urlsplit(self.base).hostname in ("localhost", "127.0.0.1", "::1")  # no way for a proxy
         local = {"trust_env": False, "verify": ssl.create_default_context()} if here else {}
-        http = Client(follow_redirects=False, timeout=timeout_s, **local)  # a redirect would carry the key elsewhere
-        return sdk.AsyncOpenAI(api_key=key or "none", base_url=self.base, timeout=timeout_s, max_retries=retries,
-                               http_client=http)
+        try:  # a redirect would carry the key elsewhere
+            return sdk.AsyncOpenAI(api_key=key or "none", base_url=self.base, timeout=timeout_s, max_retries=retries,
+                                   http_client=Client(follow_redirects=False, timeout=timeout_s, **local))
+        except Exception as error:  # of httpx, which names no class for all
+            raise UserError(f"judge_url={mask(self.base)!r}: {mask(str(error))}; correct the address, or the proxy "
+                            "(ALL_PROXY, HTTPS_PROXY, HTTP_PROXY) or SSL_CERT_FILE of the environment") from None
 
 
 def read_completion(text: str) -> tuple[Reply, dict[str, int]] | None:

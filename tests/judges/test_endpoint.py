@@ -218,6 +218,16 @@ def test_ping_passes_on_a_working_server_and_names_an_unreachable_one(serve):
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("url, name, value", [
+    ("http://h_\u00fc.example.invalid/v1", "NONE", ""), ("http://example.invalid/v1", "ALL_PROXY", "sock://me:secret@h:9"),
+    ("http://example.invalid/v1", "HTTP_PROXY", "h:x"), ("https://example.invalid/v1", "SSL_CERT_FILE", "/nowhere")])
+def test_an_address_a_proxy_or_certificates_that_the_client_cannot_take_get_one_line(monkeypatch, url, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="judge_url=.*; correct the address, or the proxy") as caught:
+        quick(url).ping()
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
 def test_a_key_with_line_breaks_is_refused_without_being_shown(serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret\r\nX-Evil: 1")
     url, server = serve(says("A"))
