@@ -215,6 +215,8 @@ def attack_advice(report: dict) -> list[str]:
     lines = [f"defences {side}: the judge failed: {f['error']}" for side, f in report.items() if f["error"]]
     kinds = dict(report["on"]["kinds"])
     total, harmless = kinds.pop("all"), kinds.pop(HARMLESS, {"lift": 0.0})
+    if (lost := total["no_votes"] / (2 * total["tries"])) > 0.5:
+        return [*lines, f"attacks: {percent(lost)} of the questions have no vote, nothing can be said"]
     worked = [name for name, f in kinds.items() if f["lift_interval"][0] > max(0.0, harmless["lift"])]
     lines.append(f"with defences on, the lift of {', '.join(worked) or 'no kind of attack'} is surely above that of "
                  "strings that ask for nothing")

@@ -162,7 +162,9 @@ def test_no_vote_is_no_success_and_an_error_is_told():
     report = figures(FakeJudge(lambda pairs: 1 / 0))
     total = report["kinds"]["all"]
     assert total["success"] == 0.0 and total["no_votes"] == 2 * total["tries"]
-    assert "ZeroDivisionError" in " ".join(attack_advice({"on": report}))
+    said = " ".join(attack_advice({"on": report}))
+    assert "ZeroDivisionError" in said and "100% of the questions have no vote" in said
+    assert "no kind of attack" not in said  # as if it had withstood them
 
 
 def test_a_vote_that_the_carrier_lacks_is_no_lift_of_the_strings():
