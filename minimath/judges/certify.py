@@ -63,14 +63,14 @@ def first(found: Iterable[bool]) -> int:
 def ask_known(judge: Judge, known: KnownRows, name: str, advance: Callable[[int], None] = lambda n: None) -> Answers:
     """Ask a judge: of form pair about the pairs, of another for grades and steps.
 
-    A solution that stands in several rows is asked about once. advance: 2 per pair, or per solution."""
+    A solution that stands in several rows is asked about once. advance: 2 per pair, or 1 per solution."""
     if judge.form == "pair":
         pairs = [Pair(known.solutions[i].problem, known.solutions[i].solution, known.solutions[j].solution)
                  for _, i, j in known.pairs]
         votes, error = ask_both(judge, [pair.both() for pair in pairs], advance)
         return Answers(name, votes, judge.soft, error=error)
     questions = list(dict.fromkeys(each.question for each in known.solutions))
-    told, error = ask(judge, questions, lambda n: advance(2 * n), chunk=32, put=judge.grade_all)
+    told, error = ask(judge, questions, advance, chunk=32, put=judge.grade_all)
     told = dict(zip(questions, told, strict=True))
     grades, of_steps = zip(*(told[each.question] or (None, None) for each in known.solutions))
     firsts = [None if steps is None else first(p < 0.5 for p in steps) for steps in of_steps]
@@ -80,7 +80,7 @@ def ask_known(judge: Judge, known: KnownRows, name: str, advance: Callable[[int]
 
 def questions_of(judge: Judge, known: KnownRows) -> int:
     """Count what `ask_known` asks."""
-    return 2 * len(known.pairs if judge.form == "pair" else {each.question for each in known.solutions})
+    return 2 * len(known.pairs) if judge.form == "pair" else len({each.question for each in known.solutions})
 
 
 def figures_of(answers: Answers, length: Answers, known: KnownRows, seed: int = 0) -> dict:

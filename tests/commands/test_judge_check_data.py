@@ -80,8 +80,8 @@ def test_a_perfect_judge_is_recommended_with_its_figures(check):
     assert [sum(name in line for line in lines) for name in result["data"]["judges"]] == [2] * 4  # in both tables
     assert "none of the 25 problems was in the judge's training (by hashes)" in out
     assert result["data"]["held_out"].startswith("none of the 25")
-    assert "self: cost per question: " in out and "25 prompt_tokens" in out  # 50 for a grade, none here for its steps
-    assert result["data"]["judges"]["self"]["cost"]["prompt_tokens"] == 25
+    assert "self: cost per question: " in out and "50 prompt_tokens" in out  # one forward gives a grade and its steps
+    assert result["data"]["judges"]["self"]["cost"]["prompt_tokens"] == 50
     assert "Brier score 0.010, 0.250 for always saying 0.50" in out
     assert result["data"]["judges"]["self"]["process"]["rows"]["f1"] == 1.0
     assert result["advice"][-1] in out and result["options"]["data"] == "rows.jsonl"

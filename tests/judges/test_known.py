@@ -235,7 +235,7 @@ def test_solutions_in_several_files_are_asked_about_once(tmp_path):
     known = read_known(DataOptions(source=f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl"))
     judge = Grader(lambda text: 0.5)
     answers = ask_known(judge, known, "fake")
-    assert len(known.solutions) == 4 and len(judge.asked) == 2 and questions_of(judge, known) == 4
+    assert len(known.solutions) == 4 and len(judge.asked) == 2 and questions_of(judge, known) == 2
     assert answers.scores == [0.5] * 4
 
 
