@@ -31,9 +31,10 @@ def solve_command(words: list[str]) -> None:
     """Run `minimath solve` with the words behind it. UserError: also for no problem."""
     problem, options = parse(words)
     cfg = load_config(EvalConfig, None, options)
-    unread = {"data": cfg.data.source, "suite": cfg.suite, "budgets": cfg.budgets, "out": cfg.run.out}
-    if name := next(filter(unread.get, unread), ""):
-        raise UserError(f"minimath solve reads no data and keeps nothing: {name}= is for minimath eval, leave it out")
+    for name, option in options_of(EvalConfig).items():
+        unread = option.group in ("data", "run") and name != "seed" or name in ("suite", "budgets")
+        if unread and cfg.value(name) != option.default:
+            raise UserError(f"minimath solve reads no data, keeps nothing: {name}= is for minimath eval, leave it out")
     problems = [problem] if problem else ask() if sys.stdin.isatty() else list(ask())
     if not problems:  # found out before the model loads
         raise UserError('minimath solve needs a problem: minimath solve "Tom has 3 apples ..." adapter=runs/... '

@@ -90,7 +90,8 @@ def test_a_problem_in_another_encoding_is_one_line(here, monkeypatch, errors):
         assert status == 2 and "not UTF-8" in error
 
 
-@pytest.mark.parametrize("option", ["data=problems.jsonl", "suite=gsm8k", "budgets=128", "out=runs/x"])
+@pytest.mark.parametrize("option", ["data=problems.jsonl", "suite=gsm8k", "budgets=128", "out=runs/x",
+                                    "limit=3", "split=train", "resume=true", "deterministic=true"])
 def test_an_option_of_eval_that_would_do_nothing_is_refused(here, option):
     status, _, error = here("solve", "1 + 1?", "model=missing", option)
     assert status == 2 and f"{option.partition('=')[0]}= is for minimath eval" in error
