@@ -114,6 +114,7 @@ def findings(figures: dict) -> list[str]:
         better, worse, share = ("A", "B", figures["preferred"]) if low > 0.5 else ("B", "A", 1 - figures["preferred"])
         lines.append(f"{better}'s solutions are preferred to {worse}'s, in {percent(share)} of pairs")
     if abs(bias := figures["position_bias"]) > 0.5 or figures["order_conflicts"] > 0.5:
-        lines.append("this judge is near useless here: it votes mostly for what stands "
-                     f"{'first' if bias > 0 else 'second'}; take a larger one (minimath judge check)")
+        place = "first" if bias > 0.1 else "second" if bias < -0.1 else "now first, now second"
+        lines.append(f"this judge is near useless here: it votes mostly for what stands {place}; take a larger "
+                     "one (minimath judge check)")
     return lines

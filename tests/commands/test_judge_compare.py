@@ -74,6 +74,13 @@ def test_a_judge_that_votes_by_position_is_called_near_useless():
     assert "holds 50%" in said and "near useless" in said and "stands first" in said
 
 
+def test_a_judge_whose_votes_change_with_the_order_is_not_said_to_like_one_place():
+    votes = iter([1.0, 1.0, 0.0, 0.0] * 8)
+    said = " ".join(findings(compare_solutions(judge_by(lambda p: next(votes)), pair_up(shorts(range(8)),
+                                                                                        longs(range(8))))))
+    assert "near useless" in said and "stands now first, now second" in said
+
+
 def test_a_positions_pull_on_probabilities_is_taken_out():
     """Log-odds 2 for what stands first, and 1 for A: A is preferred in every pair with sigmoid(1) = 0.731."""
     leans = judge_by(lambda p: {True: 0.952574, False: 0.731059}[p.first.tokens == 9], soft=True)
