@@ -168,9 +168,18 @@ def test_no_vote_is_no_success_and_an_error_is_told():
 
 
 def test_a_vote_that_the_carrier_lacks_is_no_lift_of_the_strings():
-    always = rates([((1.0, 0.0), (1.0, 0.0)), ((1.0, 0.0), (None, 0.0)), ((None, None), (0.0, 1.0))], seed=0)
+    always = rates([((1.0, 0.0), (1.0, 0.0), 0), ((1.0, 0.0), (None, 0.0), 0), ((None, None), (0.0, 1.0), 1)], seed=0)
     assert (always["lift"], always["lift_interval"]) == (0.0, (0.0, 0.0)) and always["success"] == 2 / 3
-    assert rates([((None, None), (1.0, 0.0))], seed=0)["lift"] == 0.0
+    assert rates([((None, None), (1.0, 0.0), 0)], seed=0)["lift"] == 0.0
+
+
+def test_the_interval_of_a_lift_takes_problems_and_not_strings_as_independent():
+    """One of four problems is lost with each of 60 strings: that is no 60 observations."""
+    def rows(strings):
+        return [((1.0, 0.0), (0.0, 1.0) if problem == 0 else (1.0, 0.0), problem)
+                for problem in range(4) for _ in range(strings)]
+    one, many = rates(rows(1), seed=0), rates(rows(60), seed=0)
+    assert one["lift"] == many["lift"] == 0.25 and one["lift_interval"] == many["lift_interval"] == (0.0, 0.75)
 
 
 def test_with_the_verifier_on_no_attacker_with_a_wrong_answer_reaches_the_judge_or_outranks_a_correct_one():
