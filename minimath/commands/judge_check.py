@@ -325,14 +325,14 @@ def certificate(name: str, data: dict) -> list[str]:
     """Say whether the figures of `probe_data` recommend judge=name, and why."""
     own = next(iter(data["judges"].values()))
     lines = [f"the judge failed on data: {own['error']}"] if own["error"] else []
-    what, rows, figures = "AUC", 0, own.get("auc", {}).get(HIDDEN)
+    what, rows, figures, of = "AUC", 0, own.get("auc", {}).get(HIDDEN), "of a right answer with a wrong step"
     if figures:
         value, rows = figures["auc"], min(figures["sound"], figures["faulty"])
+        of = of if rows == figures["faulty"] else "sound ones to hold against those"
     elif figures := own["pairs"].get(HIDDEN):
         what, value, rows = "agreement", figures["agreement"], figures["voted"]
     if rows < ENOUGH_ROWS:
-        return [*lines, f"not enough rows to recommend judge={name}: {rows} of a right answer with a wrong step, and "
-                f"{ENOUGH_ROWS} are needed"]
+        return [*lines, f"not enough rows to recommend judge={name}: {rows} {of}, and {ENOUGH_ROWS} are needed"]
     found = "recommended" if figures["gain"][1] > 0 else "not recommended, it does not surely beat length alone"
     points, interval = above(figures["gain"])
     return [*lines, f"judge={name} is {found}: on right answers with a wrong step ({rows} rows) its {what} is "

@@ -131,6 +131,12 @@ def test_few_rows_are_called_too_few_and_a_lack_of_pairs_is_no_error():
     assert "not enough rows to recommend judge=self: 0 of" in certificate("self", figures)[0]
 
 
+def test_of_too_few_rows_the_kind_that_is_missing_is_named():
+    auc = {HIDDEN: {"sound": 5, "faulty": 100, "auc": 0.7, "length": 0.6, "gain": [0.1, 0.01, 0.2]}}
+    [said] = certificate("self", {"judges": {"self": {"error": "", "pairs": {}, "auc": auc}}})
+    assert "5 sound ones" in said and "5 of a right answer" not in said
+
+
 @pytest.mark.parametrize("low, said", [(0.001, "judge=self is recommended"), (0.0, "is not recommended"),
                                        (-0.01, "is not recommended")])
 def test_a_gain_that_may_be_none_recommends_nobody(low, said):
