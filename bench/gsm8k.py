@@ -52,7 +52,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[a for a in ARMS if a != "sft-own"], metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--train", type=int, metavar="N", help="train on the first N problems (default: all but 200)")
-    parser.add_argument("--rl-steps", type=int, default=STEPS, metavar="N", help="steps of stage 2 (default %(default)s)")
+    parser.add_argument("--rl-steps", type=int, default=STEPS, metavar="N", help="steps of stage 2 (%(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of every stage")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gsm8k", help="folder of the runs")
