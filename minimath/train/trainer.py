@@ -188,7 +188,7 @@ class Trainer:
         cfg = self.cfg
         shared = cfg.shared(EvalConfig, "model", "prompt", "engine")
         if cfg.engine.rollout == "vllm":  # its engine has the sampling options of the rollouts
-            shared["rollout"] = "auto"
+            shared |= {"rollout": "auto", "vllm_url": ""}
         own = EvalConfig(**shared, max_new_tokens=cfg.evaluation.eval_max_new_tokens, seed=cfg.run.seed)
         self.owed = True
         try:

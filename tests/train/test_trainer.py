@@ -383,6 +383,12 @@ def test_the_run_s_own_options_decide_what_an_evaluation_samples(train, rl, monk
     assert [engine.max_num_seqs for engine in opened] == [3] * len(records) and list_checkpoints(run_dir)
 
 
+def test_a_run_whose_rollouts_a_vllm_server_samples_evaluates_in_this_process(train, data):
+    _, run_dir = train(eval_data=data, eval_every=1, eval_limit=2, eval_max_new_tokens=2, steps=1, rollout="vllm",
+                       vllm_url="http://127.0.0.1:9/v1")
+    assert [r["step"] for r in metrics(run_dir) if "eval/accuracy" in r] == [1]
+
+
 def test_an_evaluation_without_problems_is_refused(go):
     with pytest.raises(UserError, match="set eval_data="):
         go(eval_every=2)
