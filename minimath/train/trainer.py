@@ -259,6 +259,11 @@ class Trainer:
 
     def _finish(self) -> None:
         """Save what the last checkpoint lacks, and the adapter; say how far it got."""
+        if self._rng is None and (number := interrupt.requested()):  # before `steps`: these are no weights of the run
+            self.interrupted_by = number
+            self.log.say(f"{interrupt.reason()}: stopped before its first step; go on with out={self.log.run_dir} "
+                         "resume=true")
+            return
         check_finite(self.policy.params, self.optimizer.inner)
         if self.done > self.saved:
             self._write()

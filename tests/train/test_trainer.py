@@ -124,6 +124,20 @@ def test_an_interrupt_within_a_step_gives_it_up_and_ends_the_run_as_its_own_end_
     assert_same(go("broken", resume=True), unbroken)
 
 
+def test_an_interrupt_before_the_first_step_leaves_the_adapter_of_the_run_that_goes_on(go, tmp_path, capsys):
+    """As in a judge's ping. The weights there are those that the adapter began with."""
+    def interrupted(trainer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        interrupt.check()
+    before = adapter(go(total=2).log.run_dir)
+    for name in ("run", "new"):
+        trainer = go(name, begin=interrupted, resume=name == "run")
+        assert trainer.summary()["signal"] == signal.SIGTERM
+        assert "SIGTERM: stopped before its first step; go on with" in capsys.readouterr().out
+    assert same_tensors(adapter(tmp_path / "run"), before) and not (tmp_path / "new" / "adapter").exists()
+    assert go(resume=True).done == 4
+
+
 @pytest.mark.parametrize("how", ["signal", "stop file", "max_minutes"])
 def test_a_run_that_is_asked_to_end_finishes_its_step_and_keeps_it(go, tmp_path, capsys, monkeypatch, how):
     options, clock = {}, [0.0]
