@@ -95,6 +95,8 @@ def invert(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, tor
     rest = torch.minimum((level - before).clamp_(min=0), inside[:, -1:] * below)
     place = torch.searchsorted(inside, rest, right=True).clamp_(max=block - 1)
     token = (which * block + place)[:, 0]
+    if logits.shape[1] > size:  # NaN ends in the padding, of which no embedding knows
+        token.clamp_(max=size - 1)
     return token, torch.log(gather(weights.view(n, -1), token) / total[:, 0])
 
 

@@ -352,6 +352,14 @@ def test_first_tokens_of_many_samples_follow_the_model(llama):
     assert chi_square(counts, probs) < 26.1  # 8 d.o.f., p = 0.001
 
 
+@pytest.mark.parametrize("how", [Sampling(), Sampling(top_p=0.9)])
+@pytest.mark.parametrize("vocab", [50, 512])
+def test_nan_logits_choose_a_token_that_the_embedding_has_and_a_log_prob_that_says_so(vocab, how):
+    """A vocabulary of no nice size is padded; a token of the padding ended the run inside the embedding."""
+    token, logp, full = sample_tokens(torch.full((3, vocab), torch.nan), torch.tensor([0.0, 0.5, 0.999]), how)
+    assert ((token >= 0) & (token < vocab)).all() and logp.isnan().all() and full.isnan().all()
+
+
 def test_noise_at_the_top_never_picks_a_token_without_probability():
     logits = torch.tensor([[1.0, 2.0, -torch.inf, -torch.inf]])
     for noise in (1.0, 1 - 2**-24):  # the first is what rounding makes of a double just below 1
