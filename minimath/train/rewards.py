@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from minimath.config.options import as_number, user_function
+from minimath.config.options import as_number, options_of, user_function
 from minimath.config.schema import JudgeOptions, RLAIFConfig
 from minimath.core import dist
 from minimath.core.errors import UserError
@@ -146,13 +146,26 @@ def training_judge(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None])
         if replace(cfg.judge, name=plain.name) != plain:
             say("the judge_... options have no effect: neither the reward nor the verifier asks a judge")
         return None
-    if not cfg.judge.refresh and (cfg.judge.refresh_steps, cfg.judge.refresh_lr) != (
-            plain.refresh_steps, plain.refresh_lr):
-        say("judge_refresh_steps and judge_refresh_lr have no effect without judge_refresh=N")
     judge = make_judge(cfg.judge, policy, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, say=say)
     if dist.is_main():
         judge.ping()
     return judge
+
+
+def idle_options(cfg: RLAIFConfig) -> list[str]:
+    """Say what has no effect: no error, as a recipe may set it and the command line another reward."""
+    known, truncates, said = options_of(RLAIFConfig), cfg.brevity.name == "truncate", []
+    refreshes = cfg.judge.refresh or not cfg.uses_judge()  # where none is asked, training_judge says it of all
+    lengths = [name for name, option in known.items()
+               if option.group == "brevity" and not (truncates and name in ("brevity", "brevity_limit"))]
+    for needs, there, names in (
+            ("reward=judge", cfg.reward.name == "judge", ["judge_weight", "format_weight", "step_weight", *lengths]),
+            ("a teacher=", cfg.teacher.name, ["teacher_weight", "teacher_kl"]),
+            ("judge_refresh=N", refreshes, ["judge_refresh_steps", "judge_refresh_lr"])):
+        idle = [name for name in names if not there and cfg.value(name) != known[name].default]
+        if idle:
+            said.append(f"{' and '.join(idle)} {'have' if idle[1:] else 'has'} no effect without {needs}")
+    return said
 
 
 def make_reward(cfg: RLAIFConfig, judge: Judge | None) -> Reward:

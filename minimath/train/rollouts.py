@@ -15,7 +15,7 @@ from minimath.models.variants import is_sharded
 from minimath.rollout.transformers_engine import LOGP_TOLERANCE, logp_difference
 from minimath.train.curriculum import Problem
 from minimath.train.losses import PolicyRows, clip_hint, importance_weight
-from minimath.train.rewards import part_metrics
+from minimath.train.rewards import idle_options, part_metrics
 from minimath.train.verifier import Verifier
 
 ENGINE_METRICS = ("max_num_seqs", "seq_fill", "weights", "graph_replays", "plain_steps")
@@ -41,7 +41,7 @@ def encode_problems(cfg: RLAIFConfig, policy: Policy, examples: list[Example], r
     judge = f" with judge {cfg.judge.adapter or cfg.judge.name}" if cfg.uses_judge() else ""
     say(f"{len(problems)} problems ({len(examples) - len(problems)} too long), reward={reward}{judge}, "
         f"verifier={verifier}, loss={cfg.loss.name}")
-    if hint := clip_hint(cfg):
+    for hint in filter(None, [clip_hint(cfg), *idle_options(cfg)]):
         say(hint)
     return problems
 

@@ -18,6 +18,7 @@ from minimath.train.rewards import (
     JudgeReward,
     cosine_reward,
     format_score,
+    idle_options,
     length_reward,
     make_reward,
     overlong_penalty,
@@ -290,3 +291,23 @@ def test_none_for_every_sample_leaves_the_group_without_a_signal_and_a_nan_is_re
     assert not group.has_signal()
     with pytest.raises(UserError, match="or None for those that do not count"):
         rewards_of(group, reward=lambda samples, example: [None, 1, 1, 1, math.nan])
+
+
+# ---- options without effect
+
+@pytest.mark.parametrize("options, said", [
+    ({"step_weight": 0.5, "judge_weight": 0.1, "brevity": "log", "teacher_weight": 2.0, "teacher": "base"}, []),
+    ({"reward": "paper"}, []),
+    ({"reward": "paper", "step_weight": 0.5}, ["step_weight has no effect without reward=judge"]),
+    ({"reward": "paper", "judge_weight": 0.1, "format_weight": 0.2, "step_weight": 0.5, "brevity_counts": "thought"},
+     ["judge_weight and format_weight and step_weight and brevity_counts have no effect without reward=judge"]),
+    ({"reward": lambda samples, example: [], "brevity": "log"}, ["brevity has no effect without reward=judge"]),
+    ({"reward": "paper", "brevity": "truncate", "brevity_limit": 9, "overlong": "none"}, []),
+    ({"teacher_weight": 2.0, "teacher_kl": "full"},
+     ["teacher_weight and teacher_kl have no effect without a teacher="]),
+    ({"judge_refresh_steps": 3}, ["judge_refresh_steps has no effect without judge_refresh=N"]),
+    ({"judge_refresh_steps": 3, "judge_weight": 0.0}, []),  # training_judge says it of all judge_... options
+])
+def test_options_without_effect_are_no_error_but_are_named(options, said):
+    cfg = RLAIFConfig(**options)
+    assert cfg.check() == "" and idle_options(cfg) == said

@@ -373,8 +373,9 @@ def test_a_reward_of_the_users_own_trains_as_it_says_and_no_judge_is_asked(rl, u
     monkeypatch.setattr(rewards, "make_judge", lambda *a, **k: pytest.fail("a judge was made"))
     reward = "python:loop_rewards_for_test.fn" if how == "python:" else lambda samples, example: [
         s.tokens for s in samples]
-    rl(reward=reward, judge="openai", judge_url="http://127.0.0.1:9/v1", judge_model="m")
-    assert "the judge_... options have no effect" in capsys.readouterr().out
+    rl(reward=reward, judge="openai", judge_url="http://127.0.0.1:9/v1", judge_model="m", step_weight=0.5)
+    said = capsys.readouterr().out
+    assert "the judge_... options have no effect" in said and said.count("step_weight has no effect without") == 1
     groups = [g for kept, _ in updates for g in kept]
     assert groups and all(s.reward == s.tokens for g in groups for s in g.samples)
 
