@@ -8,6 +8,7 @@ import torch
 from minimath.config.schema import EngineOptions, SamplingOptions
 from minimath.core import dist
 from minimath.core.errors import UserError, is_out_of_memory
+from minimath.core.run_folder import say_once
 from minimath.models.decoding import decoding_linears
 from minimath.models.forward import base_causal_lm, compute_dtype, head, inference
 from minimath.models.linears import copied_bytes, is_4bit, packed_product
@@ -40,7 +41,11 @@ def open_engine(engine: EngineOptions, sampling: SamplingOptions, policy: Policy
 
     rollout=auto says so where it falls back to transformers' generate. run_dir: where vLLM finds the adapters. Raises
     UserError for options that the engine does not have, and for a vLLM out of reach."""
-    slower = ""
+    slower, cuts = "", [name for name in ("top_p", "min_p", "top_k")
+                        if getattr(sampling, name) != getattr(SamplingOptions(), name)]
+    if cuts and not sampling.temperature:
+        say_once(f"{' and '.join(cuts)} {'have' if cuts[1:] else 'has'} no effect at temperature=0, which takes the "
+                 "likeliest token")
     if engine.vllm_url and engine.rollout != "vllm":
         raise UserError(f"vllm_url= would do nothing with rollout={engine.rollout}: add rollout=vllm, or leave it out")
     if engine.rollout == "auto" and not is_sharded(policy.model):  # ours reads the weights of a layer by itself

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from minimath.config.schema import EngineOptions, SamplingOptions
 from minimath.core import interrupt
 from minimath.core.errors import Interrupted, UserError
+from minimath.core.run_folder import say_once
 from minimath.models.forward import base_causal_lm
 from minimath.models.fused import fused_layers
 from minimath.rollout.open import OWN_ENGINE_ONLY, OwnEngine, open_engine
@@ -51,6 +52,17 @@ def test_the_own_engine_samples_unless_told_otherwise(llama):
                                        "sampled_places", "graph_replays", "plain_steps"}
     with opened(llama, rollout="transformers") as engine:
         assert type(engine) is TransformersEngine and engine.metrics() == engine.state_dict() == {}
+
+
+def test_cuts_that_greedy_decoding_ignores_are_said_once(llama, capsys):
+    say_once.cache_clear()
+    for cuts in ({}, {"top_p": 0.9, "top_k": 5}, {"min_p": 0.1}):
+        for temperature in (0.7, 0.0, 0.0):
+            with open_engine(EngineOptions(), SamplingOptions(temperature=temperature, **cuts), llama):
+                pass
+    assert [line for line in capsys.readouterr().err.splitlines() if "effect" in line] == [
+        "top_p and top_k have no effect at temperature=0, which takes the likeliest token",
+        "min_p has no effect at temperature=0, which takes the likeliest token"]
 
 
 def test_both_engines_draw_the_same_completions(llama):
