@@ -157,5 +157,5 @@ def logp_difference(model, prompt: list[int], sample: Sample, temperature: float
     lm_head, ids = head(model), torch.tensor([prompt + sample.ids[:most]], device=base_causal_lm(model).device)
     hidden = hidden_states(model, ids[:, :-1])[0, len(prompt) - 1:]  # (n, D)
     logp = linear_logp(hidden, lm_head.weight, ids[0, len(prompt):], temperature=temperature or 1.0,
-                       **lm_head.kernel_args())
+                       rows=torch.arange(len(hidden), device=hidden.device), **lm_head.kernel_args())
     return float((logp.detach() - logp.new_tensor((sample.full_logp or sample.logp)[:most])).abs().median())

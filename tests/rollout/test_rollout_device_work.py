@@ -10,10 +10,12 @@ from device_work import on_a_card, policy_on_card
 from toy import make_config
 
 from minimath.config.schema import EngineOptions, SamplingOptions, SFTConfig
+from minimath.data.sample import Sample
 from minimath.models.forward import inference
 from minimath.rollout.blocks import Row
 from minimath.rollout.decode import Decode
 from minimath.rollout.open import OwnEngine, fast_decoding
+from minimath.rollout.transformers_engine import logp_difference
 
 PROMPTS = [list(range(4, 20)), list(range(4, 30)), list(range(4, 15))]
 
@@ -93,6 +95,16 @@ def test_rows_that_ended_are_read_in_one_copy(done):
 def test_rows_are_moved_by_one_index(done):
     """It was 24 copies for two layers, four more for each other one."""
     assert len(done["arrange"].copies) == 1 and not done["arrange"].waits
+
+
+def test_the_look_at_a_rollout_s_log_probs_reads_one_number(tiny_dir):
+    """It was three: the kernel was not told which rows count."""
+    with on_a_card() as work, torch.no_grad():
+        policy = policy_on_card(make_config(SFTConfig, str(tiny_dir), dtype="bf16"))
+        work.clear()
+        with inference(policy.model):
+            logp_difference(policy.model, [4, 5, 6], Sample([7, 8], [-1.0, -1.0], True), 1.0)
+    assert len(work.reads) == 1, work.reads
 
 
 def test_who_goes_on_is_known_from_the_look_before(done):
