@@ -37,7 +37,7 @@ class ProblemSampler:
         if self.curriculum == "none":
             chosen = stream_indices(self.cursor, count, size, self.seed)
         else:
-            ready = [i for i in range(size) if i not in set(taken)]
+            ready = sorted({*range(size)} - {*taken})
             ready += list(dict.fromkeys(taken))[:max(0, count - len(ready))]  # drawn longest ago first
             # the smallest -log u / w: Efraimidis and Spirakis 2006
             weights = np.array([chance_of_both(*self.counts.get(i, (0.0, 0.0)), self.group_size) for i in ready])
