@@ -4,9 +4,10 @@ import functools
 import torch
 
 from minimath.data.template import begins_in_thought, behind_thought
-from minimath.grading.answer import boxes
+from minimath.grading.answer import MAX_ANSWER_CHARS, boxes
 
 BOX = "\\boxed{"  # what thinking_budget ends with, and a completion goes on from
+LONGEST_BOX = 4 * MAX_ANSWER_CHARS + 64  # tokens, each of a character or more, that hold any which `boxes` finds
 
 
 class Flight:
@@ -41,6 +42,9 @@ class BoxWatch:
         return token in self.closing
 
     def closed(self, ids: list[int], prompt: list[int]) -> bool:
+        """Tell whether the last token closed the first box."""
+        if len(ids) > LONGEST_BOX and not boxes(self.tokenizer.decode(ids[-LONGEST_BOX:])):
+            return False
         text = self.tokenizer.decode(ids)  # with special tokens: the tags may be some
         if self.tokenizer.decode(prompt[-16:]).endswith(BOX):
             text = BOX + text

@@ -139,6 +139,18 @@ def test_the_watch_reads_boxes_that_span_tokens(llama):
         assert watch.closed(tokenizer.encode(text), begun) == closed
 
 
+def test_the_watch_reads_no_more_of_a_long_completion_than_a_box_can_hold(llama, monkeypatch):
+    """It read all of it at every closing brace."""
+    _, tokenizer = llama
+    watch, read, real = BoxWatch(tokenizer), [], type(tokenizer).decode
+    long = tokenizer.encode("so x^{2} " * 3000, add_special_tokens=False)
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: read.append(len(ids)) or real(self, ids))
+    assert not watch.closed(long, []) and max(read) < len(long) / 4
+    box = tokenizer.encode("\\boxed{\\frac{1}{2}}", add_special_tokens=False)
+    assert watch.closed(long + box, []) and not watch.closed(long + box[:-1], [])
+    assert watch.closed(tokenizer.encode("\\boxed{" + "1 + " * 390 + "1}", add_special_tokens=False), [])
+
+
 def test_loops_are_seen_from_four_turns_on():
     assert in_loop([5] * 16) and in_loop([1, 2, 3, 4] * 4)
     assert not in_loop([1, 2, 3, 4, 5] * 3 + [1]) and not in_loop(list(range(16)))
