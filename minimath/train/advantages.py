@@ -23,9 +23,9 @@ def set_advantages(groups: list[Group], scale: str, in_loss, brevity_weight: flo
             sample.advantage = value
         if brevity_weight:
             short = [s for s, ok in zip(group.samples, valid, strict=True) if ok and s.correct]
-            mean = statistics.fmean(s.parts["brevity"] for s in short) if short else 0.0
-            for sample in short:
-                sample.advantage += brevity_weight * (sample.parts["brevity"] - mean)
+            lengths = [s.parts["brevity"] for s in short]
+            for sample in short if len(set(lengths)) > 1 else ():  # a mean of equal ones may differ in its last bit
+                sample.advantage += brevity_weight * (sample.parts["brevity"] - statistics.fmean(lengths))
 
 
 def group_advantages(rewards, *, scale: str = "group", valid=None) -> torch.Tensor:

@@ -76,6 +76,14 @@ def test_brevity_apart_is_added_undivided_and_around_its_mean_over_the_correct_o
     np.testing.assert_allclose([s.advantage for s in group.samples], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("count", range(2, 9))
+def test_equally_long_correct_samples_are_no_signal(count):
+    """A mean of equal scores can be another in its last bit: groups of 3 and 6 were kept, and not refilled."""
+    group = group_of([1.0] * count, lengths=[math.cos(math.pi / 64)] * count)  # of brevity=cosine
+    set_advantages([group], "group", lambda sample: True, 1.0)
+    assert not group.has_signal()
+
+
 def test_where_all_are_correct_a_little_shorter_is_a_little_better_only_apart():
     def spread(rewards, lengths, weight):
         group = group_of(rewards, lengths=lengths)
