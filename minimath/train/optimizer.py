@@ -257,13 +257,13 @@ class LossScale:
     overflows halves it; 500 good steps in a row double it. Micikevicius et al. 2017, arXiv 1710.03740."""
 
     def __init__(self, model: torch.nn.Module):
-        fp16 = any(p.dtype == torch.float16 for p in model.parameters())
-        self.value, self.good = (2.0 ** 14 if fp16 else 1.0), 0
+        self.fp16 = any(p.dtype == torch.float16 for p in model.parameters())
+        self.value, self.good = (2.0 ** 14 if self.fp16 else 1.0), 0
 
     def update(self, stepped: bool) -> bool:
         """Adapt to a step; True when the scale overflowed, not the model."""
         if stepped:
-            self.good = self.good + 1 if self.value > 1 else 0
+            self.good = self.good + 1 if self.fp16 else 0
             if self.good == 500:
                 self.value, self.good = self.value * 2, 0
             return False

@@ -13,7 +13,7 @@ import torch
 
 from minimath.config.schema import OptimizerOptions, RLAIFConfig, SFTConfig
 from minimath.core.errors import UserError
-from minimath.train.optimizer import MOST_HALVINGS, Optimizer, check_finite, clip_and_step, make_optimizer
+from minimath.train.optimizer import MOST_HALVINGS, LossScale, Optimizer, check_finite, clip_and_step, make_optimizer
 
 NAMES = ["adamw", "adamw8bit", "paged_adamw8bit", "paged_adamw32bit"]
 
@@ -309,6 +309,14 @@ def test_an_overflow_of_the_fp16_loss_scale_is_halved_and_is_no_bad_step():
     for _ in range(4):
         assert optimizer.step(Rows([1]), overflows)["optim/stepped"] == 0
     assert optimizer.scale.value == first / 16 and optimizer.bad == 0
+
+
+def test_an_fp16_loss_scale_of_1_grows_again_and_that_of_other_types_stays():
+    for dtype, grown in ((torch.float16, 2.0), (torch.float32, 1.0)):
+        scale = LossScale(torch.nn.Linear(1, 1, dtype=dtype))
+        for stepped in [False] * 14 + [True] * 500:
+            scale.update(stepped)
+        assert scale.value == grown
 
 
 def test_two_updates_of_a_rollout_are_rolled_back_together():
