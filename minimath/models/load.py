@@ -161,9 +161,9 @@ def _new_adapter(model, cfg):
     options = cfg.adapter
     targets = options.lora_targets.replace(" ", "")
     init = {"default": True, "true": True, "false": False}.get(options.lora_init, options.lora_init)
-    rank, alpha, principal = options.lora_r, options.lora_alpha, variants.PRINCIPAL.fullmatch(options.lora_init)
-    if principal:  # of twice the rank, at the same scale
-        rank, alpha, init = 2 * rank, alpha * (2 ** 0.5 if options.rslora else 2), True
+    rank, alpha = variants.rank_of(options), options.lora_alpha
+    if principal := rank > options.lora_r:  # at the same scale
+        alpha, init = alpha * (2 ** 0.5 if options.rslora else 2), True
     elif init not in (True, False, "gaussian", "orthogonal"):
         raise UserError(f"lora_init={init!r}: use default, gaussian, orthogonal, pissa, pissa_niter_4 or olora")
     # Mamba's fused training kernel reads this weight past its adapter, and peft refuses it in some families

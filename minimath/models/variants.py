@@ -112,6 +112,11 @@ def in_step(model, batches: Iterator[tuple[list[int], dict]]) -> Iterator[tuple[
         yield batches[number] if number < len(batches) else ([], blank)
 
 
+def rank_of(options) -> int:
+    """Give the rank of a new adapter, which PiSSA and OLoRA double."""
+    return options.lora_r * (2 if PRINCIPAL.fullmatch(options.lora_init) else 1)
+
+
 @torch.no_grad()
 def begin_at_principal(model, init: str, name: str = "default") -> None:
     """Set the factors of an adapter of rank 2 r by `init`; its product is 0."""

@@ -29,6 +29,7 @@ from minimath.models.block_attention import PackedRows
 from minimath.models.fused import fused_layers
 from minimath.models.memory import fresh_cache, give_back, keeps_state
 from minimath.models.nodes import PIECE
+from minimath.models.variants import rank_of
 
 SHORT, LONG = (PIECE // 8, PIECE // 2, PIECE), (2 * PIECE, 4 * PIECE, 8 * PIECE)  # lengths at which passes are followed
 ROWS = 4  # and twice as many in a pass foretell more of them
@@ -98,7 +99,8 @@ def empty_model(config, cfg, dtype: torch.dtype):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.config.use_cache = False
-    return load._new_adapter(model.requires_grad_(False), cfg.replace(lora_init="default"))  # PiSSA makes no others
+    return load._new_adapter(model.requires_grad_(False), cfg.replace(
+        lora_init="default", lora_r=rank_of(cfg.adapter)))  # PiSSA can't begin without numbers
 
 
 def fuse(model, cfg):

@@ -27,6 +27,7 @@ from minimath.models.memory import (
     state_bytes,
 )
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
+from minimath.models.variants import rank_of
 from minimath.plan.footprint import Model
 from minimath.rollout.passes import PREFILL_TOKENS
 from minimath.rollout.sampling import Sampling
@@ -37,8 +38,8 @@ CONTEXT = GIB // 2  # CUDA's context, cuBLAS's workspace and kernels, outside to
 FRAGMENTATION = 0.06  # of what torch allocates, lost between its blocks or held inside kernels: an assumption
 UNIT, MOST_TOKENS = 256, 1 << 17  # micro_batch_tokens that are proposed: multiples of UNIT, up to MOST_TOKENS
 PLACES = 64  # of the engine: a row takes a multiple
-COUNTED_BY = ("dtype", "attn", "gradient_checkpointing", "offload", "lora_r", "lora_targets", "lora_dropout", "dora",
-              "shard", "compile")
+COUNTED_BY = ("dtype", "attn", "gradient_checkpointing", "offload", "lora_r", "lora_init", "lora_targets",
+              "lora_dropout", "dora", "shard", "compile")
 REMEDIES = (("attn", "eager", "sdpa"), ("gradient_checkpointing", False, True), ("optimizer", "adamw", "adamw8bit"),
             ("offload", False, True), ("quant", "none", "nf4"))  # option, its value, what takes less memory; by cost
 
@@ -130,10 +131,10 @@ class Planner:
 
     def second_adapter(self, cfg: RLAIFConfig, folder: str) -> tuple[list[int], int]:
         """Count an adapter beside the policy's: weights of each tensor, bytes with casts."""
-        share, model = 1.0, self.model(cfg)
+        share, model, rank = 1.0, self.model(cfg), rank_of(cfg.adapter)
         with contextlib.suppress(UserError):  # not there yet: of the policy's rank
             config = read_json(find_adapter(folder) / "adapter_config.json")
-            share = config.get("r", cfg.adapter.lora_r) / cfg.adapter.lora_r
+            share = config.get("r", rank) / rank
         sizes = [int(share * p.numel()) for p in model.trained]
         return sizes, 4 * sum(sizes) + sum(int(share * size) for size in model.casts)
 

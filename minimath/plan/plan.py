@@ -6,7 +6,7 @@
   --apply FILE   write the recipe with what makes it fit; default: RECIPE-24gb.yaml; no file is overwritten
   key=value      any option of the recipe, as in minimath run
 
-A judge_adapter counts with the rank that it has, one that the run trains itself with lora_r.
+A judge_adapter counts with the rank that it has, one that the run trains itself with the policy's.
 
 Planned is the worst case: rows of full length that fill micro_batch_tokens, every completion as long as it may be.
 A card is taken to be of sm_80 or later, where attention needs no masks. What offload=true moves to host memory is said

@@ -44,7 +44,7 @@ def config_dir(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("options", [
     {}, {"quant": "nf4"}, {"dtype": "bf16", "optimizer": "adamw8bit"},
-    {"lora_targets": "q_proj,v_proj", "lora_r": 128, "optimizer": "adamw8bit"}, {"dora": True}])
+    {"lora_targets": "q_proj,v_proj", "lora_r": 128, "optimizer": "adamw8bit"}, {"dora": True}, {"lora_init": "pissa"}])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_bytes_that_stay_are_exact(tmp_path, family, options):
     folder = tiny_model(tmp_path, family)
