@@ -1,6 +1,7 @@
 """minimath export: the merged model is the live adapter, or it is not written. GGUF: test_gguf_file.py."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,17 @@ def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left on device.*bytes are free"):
         export([f"adapter={run}", f"out={tmp_path / 'new'}", *SMALL])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sigterm_while_it_writes_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "card", lambda **_: os.kill(os.getpid(), signal.SIGTERM) or "")
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            export([f"adapter={run}", f"out={tmp_path / 'new'}", *SMALL])
+        assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("words, said", [
