@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minimath.config.schema import ModelOptions
 from minimath.core import dist
-from minimath.core.errors import UserError
+from minimath.core.errors import UserError, is_out_of_memory
 from minimath.core.files import read_json
 from minimath.core.hub import without_network
 from minimath.core.run_folder import find_adapter, say_once
@@ -246,7 +246,7 @@ def add_adapter(model, folder: Path, name: str):
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().replace(":\n    ", ": ").splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextlib.contextmanager
@@ -262,7 +262,9 @@ def _load_errors(name: str, what: str):
         hint = f"{offline}; {hint}"
     try:
         yield
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+    except Exception as error:  # a config's validation and the tokenizers have kinds of their own
+        if is_out_of_memory(error):
+            raise
         kind = "no sound safetensors file, " if isinstance(error, SafetensorError) else ""
         raise UserError(f"cannot load the {what} of model={name!r}: {kind}{first_line(error)} ({hint})") from None
 

@@ -90,7 +90,7 @@ def refuse_other_base(trained_on: str, given: str, adapter: str) -> None:
             _ = os.path.isdir(name) or without_network()
             config = AutoConfig.from_pretrained(name).get_text_config()
             shapes.append(f"hidden size {config.hidden_size}, vocabulary {config.vocab_size}")
-        except (OSError, ValueError, KeyError, AttributeError):  # moved away, or needs the model's own code
+        except Exception:  # moved away, needs the model's own code, or is refused
             shapes.append("")
     if all(shapes) and shapes[0] != shapes[1]:
         raise UserError(f"{adapter} was trained on {trained_on} ({shapes[0]}) and can't fit "

@@ -1,6 +1,8 @@
 """Loading: adapters, 4-bit weights that stay trainable, what the config says of the head, errors in one line."""
 
+import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from minimath.core.errors import UserError
 from minimath.kernels.reference import full_logits
 from minimath.models.forward import adapter_off, head, hidden_states, inference
 from minimath.models.load import describe, pick_device, pick_dtype
+from minimath.plan.needs import Planner
 
 IDS = torch.arange(10, 26)[None]  # (1, 16)
 
@@ -215,6 +218,32 @@ def test_a_folder_with_broken_weights_is_named(tiny_dir, tmp_path):
     with pytest.raises(UserError) as caught:
         load(tmp_path)
     assert str(tmp_path) in one_line(caught)
+
+
+@pytest.mark.parametrize("file, text, said", [
+    ("config.json", {"hidden_size": "32"}, "expected int, got str"),
+    ("config.json", {"hidden_size": 30}, "not a multiple of the number of attention heads"),
+    ("tokenizer.json", [], "tokenizer"),
+])
+def test_a_folder_with_a_file_that_transformers_refuses_is_named(tiny_dir, tmp_path, file, text, said):
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | text if text else text))
+    with pytest.raises(UserError, match=said) as caught:
+        load(tmp_path / "model")
+    assert str(tmp_path) in one_line(caught)
+    if file == "config.json":
+        with pytest.raises(UserError, match=said):
+            Planner(str(tmp_path / "model"), "cpu")
+
+
+def test_a_card_too_small_for_the_weights_is_no_fault_of_the_folder(tiny_dir, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(tiny_dir)
 
 
 def test_a_missing_adapter_is_named(tiny_dir, tmp_path):
