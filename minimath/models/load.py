@@ -128,9 +128,11 @@ def _load_base(options: ModelOptions, device: torch.device):
         for shard_name in read_json(index)["weight_map"].values() if index.is_file() else ():
             if not str(shard_name).endswith(".safetensors"):
                 raise ValueError(f"{index.name} names {shard_name!r}: only safetensors files are read")
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             options.name, dtype=dtype, attn_implementation=options.attn, trust_remote_code=options.trust_remote_code,
-            use_safetensors=True, **place)
+            use_safetensors=True, output_loading_info=True, **place)
+        if lacking := sorted(info["missing_keys"]):  # transformers makes them up
+            raise ValueError(f"its files lack {len(lacking)} of a causal LM's weights, such as {lacking[0]}")
     if not place and not options.shard:
         model.to(device)
     variants.keep_4bit_weights_trainable(model)

@@ -237,6 +237,13 @@ def test_a_folder_with_a_file_that_transformers_refuses_is_named(tiny_dir, tmp_p
             Planner(str(tmp_path / "model"), "cpu")
 
 
+def test_a_model_without_its_head_is_refused_and_not_given_a_random_one(tmp_path):
+    AutoModelForCausalLM.from_pretrained(tiny.tiny_model(tmp_path, "llama-untied")).model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="lack 1 of a causal LM's weights, such as lm_head.weight") as caught:
+        load(tmp_path)
+    assert str(tmp_path) in one_line(caught)
+
+
 def test_a_card_too_small_for_the_weights_is_no_fault_of_the_folder(tiny_dir, monkeypatch):
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
