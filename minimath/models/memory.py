@@ -18,6 +18,7 @@ MOST_SLOTS = {"cpu": 128, "cuda": 512}  # beyond, a step takes longer in proport
 EXPECTED = 0.5  # of the tokens that rows may sample, held at a time, before any were seen: all grow to the limit
 KEEP = 0.8  # of the free memory that may be needed where a rollout's buffers stay
 SHARE = {"cpu": 0.5, "cuda": 0.85}  # of the free memory that a rollout may take
+CGROUP = Path("/sys/fs/cgroup")  # of a container
 KEEPERS = weakref.WeakSet()  # what holds memory for its next use, and gives it back by close()
 _BYTES = weakref.WeakKeyDictionary()  # of a model's state
 
@@ -92,9 +93,11 @@ def free_bytes(device: torch.device) -> int:
     except (OSError, StopIteration):
         return 0
     try:
-        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
-    except (OSError, ValueError):
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        # what files were read is counted as used, and gives way
+        return free if limit == "max" else min(free, int(limit) - int(used) + int(counts["inactive_file"]))
+    except (OSError, ValueError, KeyError):
         return free
 
 

@@ -337,6 +337,14 @@ def test_free_memory_is_read_from_this_machine():
     assert memory.free_bytes(torch.device("cpu")) > 10**7
 
 
+def test_files_that_a_container_has_read_do_not_count_as_its_memory(tmp_path, monkeypatch):
+    texts = {"memory.max": "9000000", "memory.current": "8000000", "memory.stat": "anon 1\ninactive_file 3000000\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.free_bytes(torch.device("cpu")) == 4_000_000
+
+
 def test_the_batch_stays_full_while_completions_wait(llama, monkeypatch):
     counts, step = [], decoding.Decode.step
     monkeypatch.setattr(decoding.Decode, "step", lambda self: (counts.append((len(self.rows), bool(self.queue))),
