@@ -175,7 +175,9 @@ def round_to(model, dtype: torch.dtype) -> None:
 def new_folder(out: Path):
     """Yield a hidden folder that becomes `out` when all is on the disk, or is removed."""
     partial = out.with_name(f".tmp-{os.getpid()}-{out.name}")
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -186,7 +188,8 @@ def new_folder(out: Path):
         raise UserError(f"out={out}: {error}; {free_bytes(out):,} bytes are free; choose another out=") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        signal.signal(signal.SIGTERM, before)
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)
 
 
 def file_name(cfg: ExportConfig) -> str:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,16 @@ def test_a_sigterm_while_it_writes_leaves_nothing(run, tmp_path, monkeypatch):
         assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_folder_is_written_in_a_thread_too(tmp_path):
+    def write():
+        with module.new_folder(tmp_path / "new") as partial:
+            (partial / "file").write_text("x")
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(write).result()
+    assert (tmp_path / "new" / "file").read_text() == "x"
 
 
 @pytest.mark.parametrize("words, said", [
