@@ -7,6 +7,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
@@ -28,8 +29,10 @@ CANARY_RISE = 0.15  # of the win rate of wrong completions, and at least CANARY_
 CANARY_SIGMAS = 3.5  # every canary of a run is another chance of a false alarm
 
 
-def canary_watch(cfg: RLAIFConfig, judge: Judge | None) -> Callable[..., dict]:
-    """Return f(step, groups) -> metrics, by which the judge compares pairs of known order now and then."""
+def canary_watch(cfg: RLAIFConfig, judge: Judge | None, run_dir: str | Path) -> Callable[..., dict]:
+    """Return f(step, groups) -> metrics, by which the judge compares pairs of known order now and then.
+
+    An endpoint's kept replies count in this run folder alone, where a resumed run asks again."""
     if judge is None or not cfg.judge.canary_every or not dist.is_main():
         return lambda step, groups: {}
     canary = Canary(cfg.run.seed, judge)
@@ -37,7 +40,7 @@ def canary_watch(cfg: RLAIFConfig, judge: Judge | None) -> Callable[..., dict]:
     def watch(step, groups: list) -> dict:
         if not step.due(cfg.judge.canary_every):
             return {}
-        judge.when = f"step {step.number}"
+        judge.when = f"{Path(run_dir).resolve()} step {step.number}"
         try:
             return canary.metrics(groups)
         finally:

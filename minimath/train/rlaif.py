@@ -55,7 +55,8 @@ def rlaif(cfg: RLAIFConfig) -> dict:
     with Trainer(cfg, "rlaif", examples) as trainer:
         policy, say = trainer.policy, trainer.log.say
         judge = verifier.judge = training_judge(cfg, policy, say)
-        reward, canary, monitor = make_reward(cfg, judge), canary_watch(cfg, judge), CollapseMonitor()
+        reward, monitor = make_reward(cfg, judge), CollapseMonitor()
+        canary = canary_watch(cfg, judge, trainer.log.run_dir)
         brevity, teacher = reward.control, open_teacher(cfg, policy, say)
         refresh = JudgeRefresh(cfg, policy, judge, say)
         problems = encode_problems(cfg, policy, examples, report, say)

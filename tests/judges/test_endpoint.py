@@ -467,16 +467,16 @@ def test_an_unreadable_reply_that_an_earlier_version_kept_is_asked_for_again(ser
         assert [votes(quick(url, cache=cache), "p") for _ in range(2)] == [[1.0], [1.0]] and len(server.seen) == 2
 
 
-def test_a_canary_of_a_later_step_asks_an_updated_endpoint_again_and_a_resumed_one_does_not(serve, tmp_path):
+def test_a_canary_of_a_later_step_or_another_run_asks_an_updated_endpoint_again_a_resumed_one_not(serve, tmp_path):
     cfg, seen = RLAIFConfig(judge_canary_every=2), []
     url, server = serve(says("A"))
     with closing(ReplyCache(tmp_path)) as cache:
-        for number, verdict in ((2, "A"), (4, "B"), (4, "A")):
+        for number, verdict, run in ((2, "A", "runs/1"), (4, "B", "runs/1"), (4, "A", "runs/1"), (4, "A", "runs/2")):
             server.script = [says(verdict)]
-            watch = canary_watch(cfg, quick(url, cache=cache))
+            watch = canary_watch(cfg, quick(url, cache=cache), run)
             assert watch(Step(number - 1, None, 0.0), []) == {}
             seen.append((watch(Step(number, None, 0.0), [])["canary/position_bias"], len(server.seen)))
-    assert seen == [(1.0, 48), (-1.0, 96), (-1.0, 96)]
+    assert seen == [(1.0, 48), (-1.0, 96), (-1.0, 96), (1.0, 144)]
 
 
 @pytest.mark.parametrize("key", ["1", "a", "A", "null", "EMPTY"])
