@@ -94,7 +94,8 @@ def read_part(path: Path, problems: int, samples: int) -> tuple[dict[Job, Sample
 
 def fingerprint(cfg: EvalConfig, examples: list[Example]) -> dict:
     """Collect what decides the completions and is known before the model is loaded."""
-    problems = hashlib.sha256(json.dumps([e.problem for e in examples]).encode()).hexdigest()
+    asked = [e.asked() if e.messages else e.problem for e in examples]
+    problems = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     folder = find_adapter(cfg.adapter.path) if cfg.adapter.path else None
     adapter = " ".join(sha256(folder / name)[:16] for name in ADAPTER_FILES) if folder else "none"
     dtype, _ = pick_dtype(cfg.model.dtype, pick_device(cfg.model.device))

@@ -6,6 +6,7 @@ from toy import make_config, policy_of
 
 import minimath.eval.evaluate as module
 from minimath.config.schema import EvalConfig, RLAIFConfig
+from minimath.core.errors import UserError
 from minimath.data.examples import load_examples
 from minimath.eval.sample import SampleConfig, kept_rows
 from minimath.train.rollouts import encode_problems
@@ -29,6 +30,18 @@ def test_an_evaluation_asks_with_all_turns(tiny_dir, tmp_path, monkeypatch, aske
     module.evaluate(make_config(EvalConfig, tiny_dir, data=ROWS, max_new_tokens=2, prompt_template="Q: {problem}",
                                 out=str(tmp_path / "out")))
     assert [tiny_tokenizer.decode(prompt) for prompt in seen[0].values()] == asked
+
+
+def test_an_evaluation_does_not_go_on_with_other_turns_around_the_same_question(tiny_dir, tmp_path):
+    def of(system):
+        talk = [{"role": "system", "content": system}, *TALK[1:2]]
+        return make_config(EvalConfig, tiny_dir, data=[{"messages": talk, "answer": "6"}], max_new_tokens=2,
+                           out=str(tmp_path / "out"), resume=(tmp_path / "out").exists())
+
+    first, again = (module.evaluate(of("Answer in base 7.")) for _ in range(2))
+    assert again["tokens_per_s"] == first["tokens_per_s"]
+    with pytest.raises(UserError, match="data was '1 problems"):
+        module.evaluate(of("Answer in base 10."))
 
 
 def test_stage_2_asks_with_all_turns(tiny_dir, asked, tiny_tokenizer):
