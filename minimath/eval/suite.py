@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from minimath.config.schema import DataOptions, EvalConfig
 from minimath.core.errors import UserError
+from minimath.core.run_folder import ADAPTER, CONFIG, ENVIRONMENT, EVAL, REPORT, STOP, SUITE
 from minimath.core.text import comma_list, did_you_mean
 from minimath.data.examples import Example, describe_report, load_examples
 from minimath.data.readers import SUFFIXES
@@ -31,7 +32,8 @@ SETS = {
     "aime25": KnownSet("math-ai/aime25", "test", 30),
     "svamp": KnownSet("ChilleD/SVAMP", "test", 300, "Body, Question and Answer"),
 }
-OWN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # it becomes a folder
+OWN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # it becomes a folder, and must not look like what a run keeps there
+TAKEN = {ADAPTER, CONFIG, ENVIRONMENT, EVAL, REPORT, STOP, SUITE}
 AVERAGED = ("accuracy", "mean_tokens", "tokens_per_correct", "correct_steps", "finished", "thinking",
             "mean_thought_tokens", "mean_answer_tokens")
 SUMMED = ("problems", "checker_timeouts", "bad_gold")
@@ -61,8 +63,9 @@ def chosen_sets(text: str) -> dict[str, str]:
         name, equals, file = (part.strip() for part in item.partition("="))
         if not equals and name not in SETS:
             raise UserError(f"suite={text}: unknown set {name!r}{did_you_mean(name.lower(), SETS)}; {known}")
-        if equals and not (file and OWN_NAME.fullmatch(name)):
-            raise UserError(f"suite={text}: {item!r} must be NAME=FILE, with a name of letters, digits, _, . and -")
+        if equals and not (file and OWN_NAME.fullmatch(name) and name.lower() not in TAKEN):
+            raise UserError(f"suite={text}: {item!r} must be NAME=FILE, with a name of letters, digits, _, . and - "
+                            f"that is none of {', '.join(sorted(TAKEN))}")
         if name in chosen:
             raise UserError(f"suite={text}: {name!r} occurs twice; leave one out, or give it another name")
         chosen[name] = file

@@ -68,6 +68,7 @@ def test_an_unknown_set_is_named_with_the_nearest(config):
 @pytest.mark.parametrize("words, error", [
     ({"sets": ","}, "names no set"), ({"sets": "gsm8k,gsm8k"}, "occurs twice"),
     ({"sets": "a/b=x.jsonl"}, "NAME=FILE"), ({"sets": "mine="}, "NAME=FILE"),
+    ({"sets": "gsm8k,stop=x.jsonl"}, "'stop=x.jsonl' must be .* none of adapter"), ({"sets": "Eval.json=x"}, "none of"),
     ({"data": "x.jsonl"}, "data=x.jsonl: no such folder; .* gsm8k.jsonl.* suite=gsm8k,math500,NAME=FILE"),
     ({"data": "/nowhere"}, "no such folder"), ({"samples": 4}, "would repeat one text"),
 ])
