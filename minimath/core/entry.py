@@ -19,7 +19,8 @@ if "OMP_WAIT_POLICY" not in os.environ:  # some 20 us and not 7 ms: as fast alon
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT}  # a user can mend
+OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT,  # a user can mend
+             errno.ENOTDIR, errno.EEXIST}  # a file where a folder is to be
 
 
 def run_command(action: Callable[[], object]) -> int:

@@ -57,7 +57,7 @@ def report(words: list[str]) -> dict:
 
 def write_page(runs: list[Path], out: Path) -> Path:
     """Write report.html of the run folders. UserError: one has nothing to report."""
-    evaluations, stages, suites, environments, settings = {}, {}, {}, {}, {}
+    evaluations, stages, suites, settings = {}, {}, {}, {}
     names = [run.name or run.absolute().name for run in runs]  # of the folder that `.` is, too
     labels = {run: name if names.count(name) == 1 else str(run) for run, name in zip(runs, names)}
     for run, label in labels.items():
@@ -65,23 +65,23 @@ def write_page(runs: list[Path], out: Path) -> Path:
         if (run / folder.SUITE).is_file():
             suites[label] = run
         else:  # an evaluation or a stage, or a whole run, which has folders of both
-            places = [(label, run, run), *((name, folder.evaluation_folder(run, arm), run / arm)
-                                           for arm, name in folder.ARMS.items())]
-            found = {prefix + name: at for name, at, _ in places if (at / folder.EVAL).is_file()}
-            trained = {prefix + name.removeprefix("SFT + "): at for name, _, at in places
-                       if (at / folder.METRICS).is_file()}
+            places = [(label, label, run, run), *(
+                (prefix + name, prefix + name.removeprefix("SFT + "), folder.evaluation_folder(run, arm), run / arm)
+                for arm, name in folder.ARMS.items())]
+            found = {name: at for name, _, at, _ in places if (at / folder.EVAL).is_file()}
+            trained = {name: at for _, name, _, at in places if (at / folder.METRICS).is_file()}
             if not (found or trained):
                 raise UserError(f"{run}: no evaluation and no training to report (a folder of minimath run, demo, sft, "
                                 f"rlaif or eval is expected; of a suite, one with {folder.SUITE}: its last set is "
                                 "complete)")
             evaluations, stages = evaluations | found, stages | trained
-        if (run / folder.ENVIRONMENT).is_file():
-            environments[label] = read_json(run / folder.ENVIRONMENT)
         for at in dict.fromkeys((run, *trained.values())):
             settings |= {f"{prefix}{at.name}/{file.name}": file.read_text(encoding="utf-8")
                          for file in sorted(at.glob("*.yaml"))}
     (out / PICTURES).mkdir(parents=True, exist_ok=True)
     try:
+        environments = {label: read_json(run / folder.ENVIRONMENT) for run, label in labels.items()
+                        if (run / folder.ENVIRONMENT).is_file()}
         results = {name: read_json(at / folder.SUITE) for name, at in suites.items()}
         sets = {one: {name: suites[name] / one for name, other in results.items() if one in other["sets"]}
                 for result in results.values() for one in result["sets"]}  # of all suites

@@ -21,7 +21,8 @@ from minimath.core.errors import UserError
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`\nCUDA kernel errors"),
      "error: out of memory (CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`): try"),
     (PermissionError(13, "Permission denied", "/root/run"), "error: /root/run: Permission denied; choose another"),
-    (OSError(36, "File name too long", "x"), "error: x: File name too long")])
+    (OSError(36, "File name too long", "x"), "error: x: File name too long"),
+    (NotADirectoryError(20, "Not a directory", "x/plots"), "error: x/plots: Not a directory; choose another")])
 def test_what_a_user_can_put_right_is_one_line_and_a_status(capsys, error, said):
     def action():
         raise error

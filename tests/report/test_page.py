@@ -106,6 +106,9 @@ def test_several_runs_stand_beside_each_other(folder, tmp_path, capsys):
     result = report([str(folder), str(other), f"out={tmp_path / 'both'}"])
     both = (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
     assert result["page"].endswith("report.html") and "my-run: base" in both and "other: SFT + RLAIF" in both
+    one = write_page([folder / "eval-sft", other / "eval-rlaif", other / "sft"], tmp_path / "parts")
+    page = one.read_text(encoding="utf-8")
+    assert "<td>eval-sft</td>" in page and "<td>eval-rlaif</td>" in page and "Training: sft<" in page
 
 
 def test_runs_of_one_name_are_told_apart_and_each_keeps_its_settings(folder, tmp_path):
@@ -136,6 +139,10 @@ def test_the_judges_means_are_of_the_steps_that_had_a_vote(tmp_path):
 def test_a_damaged_evaluation_is_said(folder, tmp_path):
     shutil.copytree(folder / "eval-rlaif", tmp_path / "evaluation")
     (tmp_path / "evaluation" / "eval.json").write_text('{"accuracy": 0.')
+    with pytest.raises(UserError, match="evaluation: a record is damaged .*; evaluate or train again"):
+        write_page([tmp_path / "evaluation"], tmp_path)
+    shutil.copy(folder / "eval-sft" / "eval.json", tmp_path / "evaluation")
+    (tmp_path / "evaluation" / "environment.json").write_text("")
     with pytest.raises(UserError, match="evaluation: a record is damaged .*; evaluate or train again"):
         write_page([tmp_path / "evaluation"], tmp_path)
     (tmp_path / "suite.json").write_text(json.dumps({"sets": {"x": (summary := json.loads(
