@@ -24,6 +24,7 @@ _PROSE = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Za-z]{2,} [A-Za-z]{2,})"
 _LETTERS = re.compile(r"(?=.*[A-Za-z])"             # brackets alone are no words
                       r"(?:\\(?:angle|triangle|overline|vec|widehat|overrightarrow|parallel|perp)|[A-Za-z{}\s'])+")
 _PRODUCT = re.compile(r"[abcdfghj-npq-z]{2}")       # xy is yx; no is not on
+_THOUSANDS = re.compile(r"(?<=\d)k(?= [a-z]|\Z)")    # K may be kelvin
 _INEQUALITY = re.compile(r"[<>]|\\[lg]eq(?![A-Za-z])")
 _LEFT_SIDE = re.compile(r"([^=<>]*[A-Za-z][^=<>]*)=")
 _EQUATION = re.compile(r"(?<![<>!=\\])=(?!=)")
@@ -50,6 +51,7 @@ class Comparison:
         if exact.strip() and rounded:
             return self._rounded(exact.strip(), rounded.strip(), gold, depth)
         number, gold_number = read_number(answer), read_number(gold)
+        number = number or gold_number and read_number(_THOUSANDS.sub("*10^3", answer))  # in a gold 20k, k is a name
         if number and gold_number and not _other_names(answer, gold):
             return same_number(number, gold_number)
         answer, gold = _canonical(answer, gold)

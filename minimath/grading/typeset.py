@@ -51,6 +51,7 @@ _RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\not\s*=|\\ne(?![A-Za-z])|!=", r"\\neq "), (r"\\backslash(?![A-Za-z])", r"\\setminus "),
     (r"\\(?:times|ast)(?![A-Za-z])|(?<!\*)\*(?!\*)", r"\\cdot "), (r"\*\*", "^"), (r"\\div(?![A-Za-z])", "/"),
     (r"\\(?:ldots|dots|cdots|dotsc|dotsb)(?![A-Za-z])|\.{3,}", "..."),
+    (r"(?<![\d.,])(\d{0,20}\.\d{0,20}?)(\d{1,6}?)\2{2,20}\.\.\.(?!\d)", r"\1\\overline{\2}"),  # 0.333..., three times
     (r"\\lbrace(?![A-Za-z])", r"\\{"), (r"\\rbrace(?![A-Za-z])", r"\\}"),
     (r"\\(?:colon|ratio)(?![A-Za-z])", ":"), (r"\\(?:vert|lvert|rvert|mid)(?![A-Za-z])", "|"),
     (rf"(?<![\\A-Za-z])({_NAMES})(?![A-Za-z])", r"\\\1 "), (r"(?<=\d)(pi|sqrt)(?![A-Za-z])", r"\\\1 "),
