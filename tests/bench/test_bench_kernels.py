@@ -53,6 +53,20 @@ def test_a_peer_that_fails_is_a_result_and_ours_failing_is_an_error(monkeypatch,
         kernels.measure(kernels.Shape(5, 4, 40), "fp32", "cpu", 1)
 
 
+def test_until_all_is_timed_a_method_sees_one_number_of_tokens(monkeypatch):
+    """Another one would make torch.compile run what it compiles for any number, in place of what is timed."""
+    seen = []
+
+    def method(hidden, weight, target):
+        seen.append(len(hidden))
+        return kernels.eager(hidden, weight, target)
+
+    monkeypatch.setattr(kernels, "methods", lambda device: {"minimath": method})
+    monkeypatch.setattr(kernels, "cold_in_child", lambda *words: None)
+    kernels.measure(kernels.Shape(300, 4, 40), "fp32", "cpu", 3)
+    assert seen[:8] == 8 * [300] and seen[8:] == [kernels.ERROR_ROWS]  # a warm-up and three rounds of two phases
+
+
 def test_on_a_known_card_times_are_given_as_a_share_of_its_roofline(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "methods", lambda device: TWO)
     monkeypatch.setattr(kernels, "cold_in_child", lambda *words: None)
