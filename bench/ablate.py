@@ -13,13 +13,15 @@ differences to `heuristic` from one over the same draws of both. readable: how o
 the arm's solution easier to read than that of its SFT model, both being correct, with the position taken out (--readers
 0 leaves it out). The default reader is the base model itself; --reader names a better one, as the judge options of
 `minimath judge check`. judging: the judge's time, of the rollouts'; labels: of a verifier without answers, how many are
-those of the exact answer. Writes bench/results/ablate-<device>.json, a row at a time, and a picture of it.
+those of the exact answer, over all steps. Writes bench/results/ablate-<device>.json, a row at a time, and a picture of
+it; runs of another --model or --set want another --work and --out.
 """
 import argparse
 import json
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,6 +54,7 @@ JUDGES = {  # judges trained beside each seed's SFT model: name -> what it chang
 }
 BEGUN = ["lr=3e-4", "steps=6", "brevity=minmax", "brevity_weight=0.2", "brevity_scale=together",
          "brevity_control=none", "step_weight=0", "eval_every=0"]  # the demo's stage 2 when this was first measured
+AS_IT_IS = {"model": "", "set": []}  # settings of the demo's model and options
 TWO = ["updates_per_rollout=2"]
 ARMS = {  # name -> (the model it starts from, what it changes in the recipe); None: no training
     "base": ("", None),
@@ -83,6 +86,8 @@ ARMS = {  # name -> (the model it starts from, what it changes in the recipe); N
     "rl-paper": ("", ["reward=paper"]),
 }
 
+JUDGE_TRAINING, SAVING = threading.Lock(), threading.Lock()
+
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.ablate", description=__doc__.split("\n")[0])
@@ -101,10 +106,28 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="only the table and picture of what the result file holds")
     options = parser.parse_args(words)
     options.out = options.out or RESULTS / f"ablate-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
+    options.work = options.work.resolve()  # stages run in the root of the checkout
     return options
 
 
 # ---- running
+
+def keep_settings(work: Path, out: Path, held: dict, settings: dict) -> None:
+    """Note what the runs of a work folder and the rows of a result file are made with.
+
+    held: what the file holds. Raises UserError when they were made with other settings.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = work / "settings.json"
+    folder = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else settings
+    file = held.get("settings", AS_IT_IS if held.get("rows") else settings)
+    for where, before, option in ((work, folder, "--work"), (out, file, "--out")):
+        if before != settings:
+            raise UserError(f"{where} has runs with {json.dumps(before)}, asked now: {json.dumps(settings)}; not to be "
+                            f"compared with one another: give those again, or another {option}")
+    write_whole(beside, json.dumps(settings) + "\n")
+
 
 def run_stage(out: Path, words: list[str], threads: int) -> None:
     """Run one stage by the command line, unless it is done; a stopped one goes on.
@@ -150,7 +173,8 @@ def run_arm(arm: str, seed: int, options, url: str, threads: int) -> dict:
 def train_judge(work: Path, name: str, seed: int, words: list[str], threads: int) -> Path:
     """Train a judge on stage 1's problems, unless that is done; return its folder."""
     judge = work / f"judge-{name}-{seed}"
-    run_stage(judge, ["judge", "train", "demo", f"data={work / 'data' / 'train.jsonl'}", *words], threads)
+    with JUDGE_TRAINING:  # arms side by side ask for the same one
+        run_stage(judge, ["judge", "train", "demo", f"data={work / 'data' / 'train.jsonl'}", *words], threads)
     return judge
 
 
@@ -168,12 +192,25 @@ def row_of(arm: str, seed: int, folder: Path, metrics: Path | None) -> dict:
         judged = [s for s in steps if s.get("judge/comparisons")]
         asking = sum(s.get("judge/seconds", 0) + s.get("verifier/seconds", 0) for s in steps)
         row["judging"] = asking / max(1e-9, sum(s["time/rollout"] for s in steps) - asking)  # of the rollouts' time
-        row |= {name: s[name] for s in steps[-1:] for name in s if name.startswith("verifier/")}
+        row |= labels_of(steps)
         asked = sum(s["judge/comparisons"] for s in judged)
         row["judge"] = {"comparisons": asked, "no_votes": sum(s["judge/no_votes"] for s in judged)} | {
             name: sum(s[f"judge/{name}"] * s["judge/comparisons"] for s in judged) / max(1, asked)
             for name in ("position_bias", "order_conflicts")}
     return row
+
+
+def labels_of(steps: list[dict]) -> dict:
+    """Average over all steps what a verifier without answers tells of its labels.
+
+    verifier/agrees weighs a step by its decided groups, whose labels it is a share of.
+    """
+    out = {}
+    for name in ("verifier/decided", "verifier/share", "verifier/agrees"):
+        told = [(s[name], s["verifier/decided"] if name == "verifier/agrees" else 1.0) for s in steps if name in s]
+        if told:
+            out[name] = sum(value * weight for value, weight in told) / sum(weight for _, weight in told)
+    return out
 
 
 def run_all(options, rows: dict[str, dict], save) -> list[str]:
@@ -214,7 +251,7 @@ def run_all(options, rows: dict[str, dict], save) -> list[str]:
 def read_all(options, rows: dict[str, dict], save) -> None:
     """Add `readable` to the rows of arms that start from SFT."""
     due = [row for row in rows.values() if ARMS[row["arm"]][0] and row["arm"] != "sft" and "readable" not in row
-           and (options.work / f"eval-sft-{row['seed']}").exists()]
+           and all((options.work / f"eval-{arm}-{row['seed']}").exists() for arm in (row["arm"], "sft"))]
     if not due or not options.readers:
         return
     words = [f"model={options.model or demo_model()}", "judge_rubric=readability"]
@@ -341,11 +378,15 @@ def main(words: list[str] | None = None) -> int:
     rows, failed = held.pop("rows"), []
 
     def save() -> None:
-        lines = ",\n".join(f'  "{name}": {json.dumps(rows[name])}' for name in sorted(rows))
-        write_whole(options.out, json.dumps(held)[:-1] + ", " * bool(held) + f'"rows": {{\n{lines}\n}}}}\n')
+        with SAVING:  # of two arms that end at once
+            lines = ",\n".join(f'  "{name}": {json.dumps(rows[name])}' for name in sorted(rows))
+            write_whole(options.out, json.dumps(held)[:-1] + ", " * bool(held) + f'"rows": {{\n{lines}\n}}}}\n')
 
     if not options.table:
         try:
+            settings = {"model": Path(options.model).name, "set": list(options.set)}
+            keep_settings(options.work, options.out, held | {"rows": rows}, settings)
+            held["settings"] = settings
             failed = run_all(options, rows, save)
             read_all(options, rows, save)
         except UserError as error:

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.ablate import curve_of, interval, row_of, run_stage, train_judge, values_of
+from bench.ablate import AS_IT_IS, curve_of, interval, keep_settings, row_of, run_stage, train_judge, values_of
 from bench.measure import RESULTS, ROOT
 from minimath.commands.demo import DemoConfig, demo_model, write_problems
 from minimath.config.load import load_config
@@ -83,7 +83,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="only the table and picture of what the result file holds")
     parser.add_argument("--against", choices=ARMS, default="", metavar="ARM",
                         help="the arm, at the same rate, that the others are held against; default: SFT")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    options.work = options.work.resolve()  # stages run in the root of the checkout
+    return options
 
 
 # ---- running
@@ -210,6 +212,12 @@ def main(words: list[str] | None = None) -> int:
         write_whole(options.out, f'{{"sft": {{\n{lines[0]}\n}}, "rows": {{\n{lines[1]}\n}}}}\n')
 
     if not options.table:
+        try:
+            keep_settings(options.work, options.out, {}, AS_IT_IS)
+            demo_model()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         write_problems(load_config(DemoConfig, "demo", [], "demo", allow_other=True), options.work / "data", 1.0)
         for seed, rate, arm in ((s, r, a) for s in options.seeds for r in options.rates for a in options.arms):
             common, key = [f"model={demo_model()}", f"seed={seed}"], f"{arm}/{rate}/{seed}"

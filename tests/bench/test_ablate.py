@@ -1,6 +1,8 @@
 """bench.ablate: its intervals, and the command end to end on a tiny model."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -54,6 +56,54 @@ def test_the_command_trains_evaluates_reads_and_goes_on_where_it_was(tmp_path, c
     out.with_suffix(".png").unlink()
     assert ablate.main(["--out", str(out), "--table"]) == 0
     assert "heuristic" in capsys.readouterr().out and out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("again, told", [
+    ({}, ""), ({"--set": "rlaif.lr=1e-4"}, "another --work"), ({"--model": "other"}, "another --work"),
+    ({"--set": "demo.test_problems=4", "--work": "new"}, "another --out"),
+    ({"--set": "rlaif.lr=1e-4", "--work": "new", "--out": "new.json"}, "")])
+def test_rows_and_runs_of_other_settings_are_not_gone_on_with(tmp_path, monkeypatch, capsys, again, told):
+    def run_all(options, rows, save):
+        rows.update({f"base/{seed}": row("base", seed, "10", [4, 4]) for seed in options.seeds})
+        save()
+        return []
+
+    monkeypatch.setattr(ablate, "run_all", run_all)
+    words = {"--seeds": "0", "--readers": "0", "--work": "work", "--out": "result.json"}
+    monkeypatch.chdir(tmp_path)
+    assert ablate.main([each for pair in words.items() for each in pair]) == 0
+    assert ablate.main([each for pair in (words | again).items() for each in pair]) == (2 if told else 0)
+    assert told in capsys.readouterr().err
+
+
+def test_rows_of_the_demo_s_settings_from_before_these_were_kept_are_gone_on_with(tmp_path):
+    held = {"rows": {"base/0": row("base", 0, "10", [4, 4])}}
+    ablate.keep_settings(tmp_path / "one", tmp_path / "out.json", held, {"model": "", "set": []})
+    with pytest.raises(ablate.UserError, match="another --out"):
+        ablate.keep_settings(tmp_path / "two", tmp_path / "out.json", held, {"model": "", "set": ["rlaif.steps=9"]})
+
+
+def test_two_arms_side_by_side_train_their_judge_once(tmp_path, monkeypatch):
+    running = []
+
+    def run_stage(out, words, threads):
+        assert not running, "the judge's folder is in use"
+        running.append(out)
+        time.sleep(0.05)
+        running.clear()
+
+    monkeypatch.setattr(ablate, "run_stage", run_stage)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: ablate.train_judge(tmp_path, "single", 0, [], 1), range(2)))
+    assert found == 2 * [tmp_path / "judge-single-0"]
+
+
+def test_labels_are_those_of_all_steps_by_decided_groups():
+    steps = [{"verifier/decided": 0.75, "verifier/share": 0.5, "verifier/agrees": 1.0, "verifier/seconds": 3.0},
+             {"verifier/decided": 0.25, "verifier/share": 0.7, "verifier/agrees": 0.6}, {"verifier/decided": 0.0}]
+    assert ablate.labels_of(steps) == pytest.approx(
+        {"verifier/decided": 1 / 3, "verifier/share": 0.6, "verifier/agrees": 0.9})
+    assert ablate.labels_of([{"loss": 1.0}]) == {}
 
 
 def test_an_arm_that_fails_is_named_with_its_log_and_the_others_go_on(tmp_path, capsys):
