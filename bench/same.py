@@ -99,10 +99,12 @@ def collect(folder: Path) -> dict:
 
 
 def compare(before: dict, after: dict) -> int:
-    """Print what differs; returns the number of differences."""
+    """Print what differs, and what failed; returns the number of both."""
     differences = 0
     for name in sorted(before.keys() | after.keys()):
-        numbers, found = 0, []
+        numbers = 0
+        found = ["  it failed, so it says nothing of the numbers"] * any(
+            "failed" in each.get(name, {}) for each in (before, after))
         for what in sorted(before.get(name, {}).keys() | after.get(name, {}).keys()):
             a, b = before.get(name, {}).get(what), after.get(name, {}).get(what)
             rows = list(zip(a, b)) if isinstance(a, list) and isinstance(b, list) and len(a) == len(b) else [(a, b)]
