@@ -4,8 +4,9 @@
 
 Two workers take turns (bench.turns): `follows` is minimath as its command line runs it (threads follow what others
 leave free, core/threads.py; short spins, core/entry.py); `fixed` is torch's own choice: as many threads as cores, and
-spins of libgomp's default length. A round of a worker is a rollout of 64 sequences and SFT steps over one batch of 8
-made problems, with nothing beside, then with the busy processes. The first --settle seconds of each are not counted.
+spins of libgomp's default length. A round of a worker is a part of a rollout (64 prompts x 64 samples, as many side by
+side as minimath takes by itself: 128) and SFT steps over one batch of 8 made problems, with nothing beside, then with
+the busy processes. The first --settle seconds of each are not counted.
 
 tokens/s of the rollout, seconds per SFT step: medians over rounds. slower: busy against quiet of that worker, paired by
 round. A round begins when nothing else runs, or after --patience seconds. others: cores that other processes used, by
@@ -24,12 +25,12 @@ import minimath.core.entry  # noqa: F401  before torch: it sets how long threads
 from bench import train, turns
 from bench.measure import RESULTS, machine, positive
 
-SEQS, BATCH = 64, 8
+PROMPTS, SAMPLES, BATCH = 64, 64, 8
 VARIANTS = {"follows": {}, "fixed": {"OMP_NUM_THREADS": str(os.cpu_count()), "GOMP_SPINCOUNT": "300000"}}
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-    parser = train.common_parser("busy", __doc__)
+    parser = train.common_parser("busy", __doc__, peers=False)
     parser.add_argument("--rounds", type=positive, default=3, help="rounds of each worker")
     parser.add_argument("--seconds", type=float, default=8.0, help="measured, of each of the four parts of a round")
     parser.add_argument("--settle", type=float, default=8.0, help="before them")
@@ -64,7 +65,7 @@ def run_worker(spec: dict, pause) -> None:
     cfg = config_of(spec)
     policy = load_policy(cfg, train=True)
     touch(policy.model)
-    optimizer, examples = Optimizer(policy, cfg, print), examples_of("minimath", SEQS)
+    optimizer, examples = Optimizer(policy, cfg, print), examples_of("minimath", PROMPTS)
     rows = [encode(policy.tokenizer, each, prompt_template="{problem}", max_len=cfg.max_len) for each in examples]
     sampling = SamplingOptions(temperature=1.0, max_new_tokens=spec["max_new_tokens"])
 
@@ -72,7 +73,7 @@ def run_worker(spec: dict, pause) -> None:
         """Tokens sampled so far, after every decode step."""
         done, prompts = 0, [policy.prompt_ids(each) for each in examples]
         with open_engine(cfg.engine, sampling, policy) as engine:
-            for finished in engine.stream(prompts, 64):
+            for finished in engine.stream(prompts, SAMPLES):
                 done += sum(len(sample.ids) for *_, sample in finished)
                 yield done + sum(len(ids) for *_, ids in engine.running())
 

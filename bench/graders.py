@@ -233,6 +233,7 @@ def main(words: list[str] | None = None) -> int:
                             ("Math-Verify's tests", options.tests), ("variants of gold answers", options.data)):
             if not given:
                 print(f"left out: {name} (not given)")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         results = run(peers, sets)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Where the time of an SFT step goes, and how far it is from the bound that its matrix products set.
 
-    python -m bench.parts                 # SmolLM2-135M, bf16, 8 examples of GSM8K a step, this machine's CPU
+    python -m bench.parts                 # SmolLM2-135M, bf16, 8 made problems a step, this machine's CPU
     python -m bench.parts --data FILE     # other problems, as minimath sft reads them
 
 Two variants take turns, each a whole `update` of train.sft: `fused` is what runs; `plain` has transformers' layers with
@@ -27,7 +27,7 @@ GROUPS = {"products": ("aten::mm", "aten::addmm", "mkldnn"), "attention": ("aten
 
 
 def parse(words: list[str] | None = None):
-    parser = train.common_parser("parts", __doc__)
+    parser = train.common_parser("parts", __doc__, peers=False)
     parser.add_argument("--data", default="", help="problems with solutions; default: made ones")
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--rounds", type=positive, default=3)
@@ -124,6 +124,7 @@ def run(options, model: str) -> None:
           f"{statistics.median(rates) / 1e9:.0f} GFLOP/s")
     path = options.out or (None if options.tiny else RESULTS / "parts-cpu.json")
     if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
         result = facts | {"product GFLOP/s": [rate / 1e9 for rate in rates], "steps": taken, "summary": rows}
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

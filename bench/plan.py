@@ -211,6 +211,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="settings with this word in their name")
     options = parser.parse_args()
+    if not any(options.only in name for name in SETTINGS):
+        parser.error(f"--only {options.only!r} is in none of: {'; '.join(SETTINGS)}")
     transformers.utils.logging.disable_progress_bar()
     where, path = machine("cpu"), RESULTS / "plan-cpu.json"
     known = {each["setting"]: each for each in json.loads(path.read_text())["settings"]} if path.exists() else {}

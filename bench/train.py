@@ -51,13 +51,18 @@ LORA = {"lora_r": 16, "lora_alpha": 32.0, "lora_targets": "all-linear", "optimiz
         "gradient_checkpointing": False}
 
 
-def common_parser(module: str, doc: str) -> argparse.ArgumentParser:
-    """Make a parser with the options of every comparison of whole loops."""
+def common_parser(module: str, doc: str, *, peers: bool = True) -> argparse.ArgumentParser:
+    """Make a parser with the options of every comparison of whole loops.
+
+    peers: with those of a comparison with other packages, on a card too.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m bench.{module}", description=doc.split("\n")[0])
     parser.add_argument("--model", default="", help="folder or hub id; default: the demo's SmolLM2-135M-Instruct")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.set_defaults(device="cpu")
+    if peers:
+        parser.add_argument("--device", choices=("cpu", "cuda"))
+        parser.add_argument("--generate-batch", type=positive, default=64, help="rows per call of a peer's generate")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the frozen base")
-    parser.add_argument("--generate-batch", type=positive, default=64, help="rows per call of a peer's generate")
     parser.add_argument("--micro-batch-tokens", type=positive, default=2048, help="tokens per forward pass")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model, to try the benchmark itself")
     parser.add_argument("--out", type=Path, help=f"result file; default: bench/results/{module}-<device>.json")

@@ -9,7 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from bench import train, train_worker, turns
+from bench import busy, parts, same, train, train_worker, turns
 from bench.measure import ROOT
 from minimath.core.errors import UserError
 
@@ -82,6 +82,29 @@ def test_saving_one_stage_keeps_the_other(tmp_path):
     train.save(path, "rlaif bf16", {"b": 2})
     train.save(path, "sft bf16", {"a": 3})
     assert json.loads(path.read_text()) == {"sft bf16": {"a": 3}, "rlaif bf16": {"b": 2}}
+
+
+def test_a_run_that_failed_in_both_records_is_not_the_same_numbers(capsys):
+    record = {"tiny/sft": {"failed": "error: no such option"}, "tiny/eval": {"eval.json": [{"accuracy": 0.5}]}}
+    assert same.compare(record, record) == 1 and "it failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [busy, parts])
+@pytest.mark.parametrize("words", [["--device", "cuda"], ["--generate-batch", "4"]])
+def test_what_runs_on_a_cpu_alone_takes_no_option_that_it_would_ignore(module, words, capsys):
+    assert module.parse([]).device == "cpu"
+    with pytest.raises(SystemExit):
+        module.parse(words)
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_the_planner_s_settings_are_named_to_who_asks_for_another(monkeypatch, capsys):
+    from bench import plan
+
+    monkeypatch.setattr(sys, "argv", ["bench.plan", "--only", "qwen9"])
+    with pytest.raises(SystemExit):
+        plan.main()
+    assert "qwen2 rollout nf4" in capsys.readouterr().err
 
 
 def test_missing_trl_is_one_line_with_the_install_command(monkeypatch, capsys):
