@@ -6,7 +6,8 @@
     python -m bench.compile --space    # which tiles of logp_kernel are worth having, per chip
 
 Prints registers, spills, stack, shared memory, occupancy, and the tensor and memory instructions of the inner loop per
-kernel and chip; writes bench/results/compile.json (compile-peers.json, compile-space.json). Exits 1 if anything spills
+kernel and chip; writes bench/results/compile.json unless it is of --quick or --arch (compile-peers.json,
+compile-space.json: always). Exits 1 if anything spills
 to memory, needs more shared memory than the chip has (triton.compile does not check that: it builds a kernel for
 131,072 B on a chip with 101,376 B), or moves an aligned tile in pieces under 16 bytes.
 """
@@ -336,7 +337,8 @@ def main() -> int:
         return other.run(archs, everything=options.all, workers=options.workers)
     rows = compile_all(quick=options.quick, archs=archs, workers=options.workers)
     show(rows if options.all else worst_rows(rows), "Ahead-of-time compilation")
-    measure.write_rows(measure.RESULTS / "compile.json", rows)
+    if not (options.quick or options.arch):  # a part must not take the place of all
+        measure.write_rows(measure.RESULTS / "compile.json", rows)
     bad = [row for row in rows if not row["ok"]]
     if bad and not options.all:
         show(bad, "Failing")
