@@ -144,18 +144,40 @@ def _evaluate(node: ast.expr) -> Fraction:
     return a ** int(b)
 
 
-_UNITS = re.compile("(?<=[nc])w{1,3}(?=e)")  # of the kinds of tokens: words between a number and "="
+# of the kinds of tokens: words between a number and "=", a number and an operator, a rate as in $3/cup
+_UNITS, _RATE = re.compile("(?<=[nc])w{1,3}(?=e)"), re.compile("(?<=n)ow{1,3}(?=[oev])")
+_INSIDE = re.compile("(?<=n)(w{1,4})(?=([ov])[no](w{0,4}))")
+_NO_UNITS = {"and", "or", "more", "less", "fewer", "times", "plus", "minus", "percent", "dozen", "dozens", "hundred",
+             "thousand", "million", "billion"} | _SCALES
+
+
+def _without_units(tokens: list[Token]) -> tuple[list[Token], set[Token]]:
+    """Drop the units that change no equation; return also the numbers that one follows.
+
+    A policy that is rewarded for right steps else writes wrong ones with units, which nobody reads."""
+    kinds = "".join("v" if token.kind == "word" and len(token.text) == 1 else token.kind[0] for token in tokens)
+    found = [match.span() for match in _UNITS.finditer(kinds)]  # 5 + 3 red apples = 8
+    found += [match.span() for match in _RATE.finditer(kinds) if tokens[match.start()].text == "/"]
+    named, signs = {tokens[start - 1] for start, _ in found}, {}
+    for match in _INSIDE.finditer(kinds):  # 4 pens * $3/pen = $12; 5 red apples + 3 red apples
+        words, others = ([t.text.lower().rstrip("s") for t in tokens[slice(*match.span(g))]] for g in (1, 3))
+        at = match.start(2)
+        sign = "*" if tokens[at].text in "xX" else tokens[at].text
+        twice = sign == "/" and [t.text for t in tokens[at + 2:at + 3]] == ["/"]  # 2 miles / 1/6 hour
+        if words == others if sign in "+-" else (
+                sign in "*/" and not twice and words[0] != "of" and not _NO_UNITS & {*words}):
+            found.append(match.span(1))
+            signs[at] = tokens[at]._replace(kind="op", text=sign)
+    dropped = {i for span in found for i in range(*span)}
+    return [signs.get(i, token) for i, token in enumerate(tokens) if i not in dropped], named
 
 
 def _equations(tokens: list[Token]) -> Iterator[Equation]:
     """Yield the neighbours in each chain "a = b = ..." that can be read.
 
-    A side that touches a variable or a unit inside can't.
+    A side that touches a variable can't, nor a sum of unlike units.
     """
-    kinds = "".join("v" if token.kind == "word" and len(token.text) == 1 else token.kind[0] for token in tokens)
-    units = {i for match in _UNITS.finditer(kinds) for i in range(*match.span())}  # "5 + 3 red apples = 8"
-    named = {tokens[match.start() - 1] for match in _UNITS.finditer(kinds)}
-    tokens = [token for i, token in enumerate(tokens) if i not in units]
+    tokens, named = _without_units(tokens)
     for start, stop in _between(tokens, "word", "break"):
         chain = tokens[start:stop]
         sides = [chain[i:j] for i, j in _between(chain, "eq")]
@@ -251,7 +273,7 @@ def check_steps(text: str) -> StepCount:
     """Count the arithmetic equations of a solution and how many hold.
 
     `a + b = c = d` is one equation per "=" with an operator on a side of it. Decimals may be rounded to the digits
-    shown. Sides with variables, units in the middle, or anything else that is not arithmetic are left out.
+    shown. Sides with variables, sums of unlike units, or anything else that is not arithmetic are left out.
     """
     verdicts = [equation.holds for equation in _equations(_tokens(_normal(text[-MAX_TEXT_CHARS:])))]
     return StepCount(sum(verdicts), len(verdicts))

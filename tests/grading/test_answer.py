@@ -233,6 +233,13 @@ def test_the_child_gets_no_secrets(monkeypatch):
     ("x + 5 + 3 = 12", 0, 0), ("2x + 3 = 7", 0, 0), ("y = 3 + 4 = 7", 1, 1), ("half of 10 + 2 = 7", 0, 0),
     ("5 = 5", 0, 0), ("the answer = 5", 0, 0), ("3 apples + 4 = 7", 0, 0), ("", 0, 0),
     ("1/0 = 3", 0, 0), ("9^9^9^9 = 3", 0, 0),
+    # units change nothing in a product, a rate or a sum of one unit; 30 minutes are not 30 hours, a dozen is not 1
+    ("7 bus trips * $10/bus trip = $70", 1, 1), ("4 pens x $1.5 each = $18", 0, 1), ("12 apples x 2 = 24", 1, 1),
+    ("$26/adult * 2 adults = $54", 0, 1), ("4 hours * 3 degrees per hour = 12 degrees", 1, 1),
+    ("110 goats + 10 goats + 1 goat = 120 goats", 0, 1), ("6 cups - 2 cups of tea = 4 cups", 0, 0),
+    ("2 hours + 30 minutes = 150 minutes", 0, 0), ("3 dozen * $2 = $72", 0, 0), ("2 bags of ice * 3 = 7", 0, 1),
+    ("2 miles / 1/6 hour = 12 miles/hour", 0, 0), ("$15/hour = 15 * 7 = $105", 1, 1), ("3 more - 2 less = 5", 0, 0),
+    ("30 pens - 1/5 pens = 24", 0, 0), ("x is 9 because - 18/-2 = 9", 0, 0),
     # 3 remainder 2 is not 3, nor a root what is under it; nor does a clock count in tenths
     ("17 / 5 = 3 remainder 2", 0, 0), ("17 / 5 = 3, with a remainder of 2", 0, 0), ("15 / 5 = 3 R 0", 1, 1),
     ("\u221a16 + 1 = 5", 0, 0), ("9:30 + 15 = 9:45", 0, 0), ("3 * 4\u00b2 = 48. 60 + 4 = 8\u00b2", 2, 2),
