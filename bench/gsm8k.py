@@ -9,9 +9,10 @@
 DATA holds gsm8k_train.jsonl and gsm8k_test.jsonl (problem, solution, answer). The recipe is
 minimath/recipes/gsm8k.yaml. The last 200 training problems are left out of training: they make the curve over epochs,
 and choose the checkpoint that stage 2 hands on. All models answer every test problem greedily, and the first 100 four
-times at temperature 0.7. Intervals, and differences to SFT problem by problem, are from a bootstrap over seeds and
-problems. Before it begins, it says how many test problems share 13 words in a row with a training row. Every stage is
-the command line in a process of its own. What every arm changes: ARMS below.
+times at temperature 0.7. The interval of a single seed's accuracy is Wilson's; others, and differences to SFT problem
+by problem, are from a bootstrap over seeds and problems. Before it begins, it says how many test problems share 13
+words in a row with a training row. Every stage is the command line in a process of its own. What every arm changes:
+ARMS below.
 """
 import argparse
 import json
@@ -30,6 +31,7 @@ from minimath.commands.demo import demo_model
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
 from minimath.core.run_folder import EVAL, METRICS
+from minimath.core.stats import wilson
 from minimath.report.figures import COLOURS, INK, new_figure, read_metrics, save_png
 
 HELD_OUT, FEW = 200, 100
@@ -167,7 +169,8 @@ def table(rows: dict[str, dict]) -> Table:
         if not mine:
             continue
         correct, tokens = (np.array([values_of(row, what) for row in mine]) for what in ("correct", "tokens"))
-        low, high = interval(correct)
+        low, high = interval(correct) if len(mine) > 1 else 100 * np.array(wilson(
+            round(correct.sum() / 100), correct.size))
         gap, theirs = "", {row["seed"]: row for row in rows.values() if row["arm"] == "sft"}
         if arm != "sft" and (both := [row for row in mine if row["seed"] in theirs]):
             values = np.array([values_of(r, "correct") - values_of(theirs[r["seed"]], "correct") for r in both])
@@ -193,10 +196,11 @@ def plot(rows: dict[str, dict], path: Path) -> None:
                 axis.plot(steps, 100 * accuracy, "-o", markersize=3, color=colour, label=arm)
                 right.plot(steps, tokens, ":", color=colour)
         axis.set(xlabel=label, ylim=(0, None))
-        axis.legend(fontsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize=8, loc="lower left")
         right.set(ylim=(0, None))
     axes[0].set_ylabel(f"accuracy, % of {HELD_OUT} held-out (solid)", color=INK)
-    figure.suptitle("dotted, right: mean tokens", fontsize=9)
+    right.set_ylabel("mean tokens (dotted)", color=INK)
     save_png(figure, path)
 
 
