@@ -197,7 +197,8 @@ def plot(rows: dict[str, dict], path: Path) -> None:
                 right.plot(steps, tokens, ":", color=colour)
         axis.set(xlabel=label, ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(fontsize=8, loc="lower left")
+        if axis.lines:
+            axis.legend(fontsize=8, loc="lower left")
         right.set(ylim=(0, None))
     axes[0].set_ylabel(f"accuracy, % of {HELD_OUT} held-out (solid)", color=INK)
     right.set_ylabel("mean tokens (dotted)", color=INK)
