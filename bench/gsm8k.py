@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.ablate import curve_of, interval, row_of, run_stage, values_of
+from bench.ablate import curve_of, interval, keep_settings, row_of, run_stage, values_of
 from bench.measure import RESULTS, ROOT
 from minimath.commands.demo import demo_model
 from minimath.core.errors import UserError
@@ -62,6 +62,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="only say what the arms take")
     parser.add_argument("--table", action="store_true", help="only the table and picture of what the result file holds")
     options = parser.parse_args(words)
+    options.work = options.work.resolve()  # stages run in the root of the checkout
     if not options.data and not options.table:
         parser.error("DATA is missing: the folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
     return options
@@ -138,7 +139,7 @@ def own_solutions(seed: int, common: list[str], options) -> Path:
 def plan(options, held: dict) -> Table:
     """Say what a seed's arms take: tokens, and hours at the rates of this machine."""
     from transformers import AutoTokenizer
-    tokenizer, rows = AutoTokenizer.from_pretrained(demo_model()), read(options.work / "data" / "train.jsonl")
+    tokenizer, rows = AutoTokenizer.from_pretrained(demo_model()), read(options.work / "plan" / "train.jsonl")
     epoch = sum(len(ids) for ids in tokenizer([f"{r['problem']} {r['solution']}" for r in rows]).input_ids)
     epoch += 30 * len(rows)  # of the template and the answer's box
     answers = 130 * held["test"] + 4 * 130 * FEW
@@ -212,7 +213,11 @@ def main(words: list[str] | None = None) -> int:
     rows = held["rows"]
     try:
         if not options.table:
-            held |= write_data(options.data, options.work / "data", options.train)
+            settings = {"train": options.train, "rl_steps": options.rl_steps, "set": options.set}
+            if not options.plan:
+                keep_settings(options.work, options.out, held, settings)
+            folder = options.work / ("plan" if options.plan else "data")
+            held |= write_data(options.data, folder, options.train) | {"settings": settings}
             print(f"{held['train']} training problems, {held['valid']} held out, {held['test']} of the test; "
                   f"{len(held['overlap'])} test problems share {NGRAM} words in a row with a training row: "
                   f"{', '.join(held['overlap'][:8]) or 'none'}", flush=True)

@@ -55,6 +55,20 @@ def test_fewer_problems_are_the_first_ones_and_the_overlap_is_still_with_all(tmp
     assert "steps=18" in ran[3] and "eval_every=6" in ran[3]
 
 
+def test_rows_of_other_settings_are_not_gone_on_with(tmp_path, monkeypatch, capsys):
+    write(tmp_path, "train", [("one", "a"), ("two", "b")] + [("x", "y")] * gsm8k.HELD_OUT)
+    write(tmp_path, "test", [("z", "")])
+    made = {"curve": [[0, 0.1, 90.0]], "steps": 1}
+    monkeypatch.setattr(gsm8k, "run_arm", lambda arm, seed, *_: row(arm, "10", seed=seed, **made))
+    command = [str(tmp_path), "--work", str(tmp_path / "w"), "--out", str(tmp_path / "x.json"), "--arms"]
+    assert gsm8k.main([*command, "sft", "--train", "1"]) == 0
+    before = (tmp_path / "w" / "data" / "train.jsonl").read_bytes()
+    assert gsm8k.main([*command, "base"]) == 1 and "another --work" in capsys.readouterr().out
+    assert (tmp_path / "w" / "data" / "train.jsonl").read_bytes() == before
+    assert gsm8k.main([*command, "base", "--train", "1"]) == 0
+    assert sorted(json.loads((tmp_path / "x.json").read_text())["rows"]) == ["base/0", "sft/0"]
+
+
 def test_the_table_and_the_picture_are_made_of_the_result_file(tmp_path, capsys):
     out = tmp_path / "gsm8k.json"
     curve = {"curve": [[0, 0.1, 90.0], [10, 0.2, 60.0]], "steps": 10}
