@@ -147,8 +147,7 @@ def _evaluate(node: ast.expr) -> Fraction:
 # of the kinds of tokens: words between a number and "=", a number and an operator, a rate as in $3/cup
 _UNITS, _RATE = re.compile("(?<=[nc])w{1,3}(?=e)"), re.compile("(?<=n)ow{1,3}(?=[oev])")
 _INSIDE = re.compile("(?<=n)(w{1,4})(?=([ov])[no](w{0,4}))")
-_NO_UNITS = {"and", "or", "more", "less", "fewer", "times", "plus", "minus", "percent", "dozen", "dozens", "hundred",
-             "thousand", "million", "billion"} | _SCALES
+_NO_UNITS = {"and", "or", "more", "fewer", "percent", "dozen", "hundred", "thousand", "million", "billion"} | _SCALES
 
 
 def _without_units(tokens: list[Token]) -> tuple[list[Token], set[Token]]:
