@@ -24,6 +24,11 @@ def named_values(text: str) -> dict:
         raise ValueError(text) from error
 
 
+def no_effect(names: list[str], where: str) -> str:
+    """Say of options that they do nothing there: "a and b have no effect ..."."""
+    return f"{' and '.join(names)} {'have' if names[1:] else 'has'} no effect {where}"
+
+
 def did_you_mean(name: str, options) -> str:
     """Suggest the closest option in parentheses, or return ""."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)

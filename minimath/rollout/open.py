@@ -9,6 +9,7 @@ from minimath.config.schema import EngineOptions, SamplingOptions
 from minimath.core import dist
 from minimath.core.errors import UserError, is_out_of_memory
 from minimath.core.run_folder import say_once
+from minimath.core.text import no_effect
 from minimath.models.decoding import decoding_linears
 from minimath.models.forward import base_causal_lm, compute_dtype, head, inference
 from minimath.models.linears import copied_bytes, is_4bit, packed_product
@@ -44,8 +45,7 @@ def open_engine(engine: EngineOptions, sampling: SamplingOptions, policy: Policy
     slower, cuts = "", [name for name in ("top_p", "min_p", "top_k")
                         if getattr(sampling, name) != getattr(SamplingOptions(), name)]
     if cuts and not sampling.temperature:
-        say_once(f"{' and '.join(cuts)} {'have' if cuts[1:] else 'has'} no effect at temperature=0, which takes the "
-                 "likeliest token")
+        say_once(no_effect(cuts, "at temperature=0, which takes the likeliest token"))
     if engine.vllm_url and engine.rollout != "vllm":
         raise UserError(f"vllm_url= would do nothing with rollout={engine.rollout}: add rollout=vllm, or leave it out")
     if engine.rollout == "auto" and not is_sharded(policy.model):  # ours reads the weights of a layer by itself

@@ -15,6 +15,7 @@ from minimath.config.options import as_number, options_of, user_function
 from minimath.config.schema import JudgeOptions, RLAIFConfig
 from minimath.core import dist
 from minimath.core.errors import UserError
+from minimath.core.text import no_effect
 from minimath.data.sample import Group
 from minimath.grading.answer import extract_answer
 from minimath.judges.judge import Judge, judge_groups, make_judge
@@ -164,7 +165,7 @@ def idle_options(cfg: RLAIFConfig) -> list[str]:
             ("judge_refresh=N", refreshes, ["judge_refresh_steps", "judge_refresh_lr"])):
         idle = [name for name in names if not there and cfg.value(name) != known[name].default]
         if idle:
-            said.append(f"{' and '.join(idle)} {'have' if idle[1:] else 'has'} no effect without {needs}")
+            said.append(no_effect(idle, f"without {needs}"))
     return said
 
 
