@@ -111,13 +111,16 @@ class Verifier(contextlib.AbstractContextManager):
             self.count(group, own)
 
     def grades(self, groups: list[Group], answers: list[list[str]]) -> list[list[float | None]]:
-        """Ask the judge once about each text of a problem; None where nothing is asked or told."""
-        def question(group: Group, sample: Sample, answer: str) -> Asked | None:
-            due = self.kind == "majority+judge" or self.kind == "judge" and sample.finished and answer
+        """Ask the judge once about each text of a problem; None where nothing is asked or told.
+
+        Where a group has one answer, votes of any weight end alike: nothing is asked."""
+        def question(group: Group, sample: Sample, answer: str, split: bool) -> Asked | None:
+            due = self.kind == "majority+judge" and split or self.kind == "judge" and sample.finished and answer
             return asked(group.example.problem, sample.solution) if due else None
 
-        due = [[question(group, *each) for each in zip(group.samples, own, strict=True)]
-               for group, own in zip(groups, answers, strict=True)]
+        split = [len({key(typeset(answer)) for answer in own}) > 1 for own in answers]
+        due = [[question(group, *each, apart) for each in zip(group.samples, own, strict=True)]
+               for group, own, apart in zip(groups, answers, split, strict=True)]
         questions, started = list(dict.fromkeys(q for of_group in due for q in of_group if q)), time.monotonic()
         told, error = ask(self.judge, questions, put=self.judge.grade) if questions else ([], "")
         grade = {q: None if p is None or not 0 <= p <= 1 else float(p) for q, p in zip(questions, told, strict=True)}

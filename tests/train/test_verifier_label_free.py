@@ -148,10 +148,19 @@ def test_a_missing_grade_votes_with_one_half():
 
 
 def test_equal_texts_are_asked_about_once_and_all_groups_together():
-    judge, groups = Grader(dict.fromkeys(boxes("789"), 0.9)), [group_of(boxes("7787")), group_of(boxes("99"))]
+    judge, groups = Grader(dict.fromkeys(boxes("789"), 0.9)), [group_of(boxes("7787")), group_of(boxes("989"))]
     with Verifier("majority+judge", judge=judge) as marks:
         marks.mark(groups)
     assert [len(questions) for questions in judge.asked] == [3] and all(group.decided for group in groups)
+
+
+def test_grades_that_could_change_no_label_are_not_asked_for():
+    for answers, labels in ((["7", "7", "7"], [1] * 3), (["", ""], [0] * 2)):
+        judge = Grader({})  # KeyError where it is asked
+        assert marked("majority+judge", group_of(boxes(answers)), judge)[:2] == (labels, any(labels))
+        assert judge.asked == []
+    judge = Grader(dict(zip(boxes(["7", ""]), [0.2, 0.9])))
+    assert marked("majority+judge", group_of(boxes(["7", "7", ""])), judge)[:2] == ([0] * 3, False)  # 0.4 of 1.3
 
 
 def test_a_judge_that_raises_is_said_once_and_costs_its_own_grades_alone():
