@@ -54,7 +54,7 @@ ARMS = {  # name -> what it changes in the demo's rlaif section
     "log-apart-control": [*PLAIN, "brevity=log", *APART, *CONTROL],
     "judge-apart-control": ["brevity=ratio", *APART, *CONTROL],  # right steps first, then shorter
     "judge-steps-apart-control": [*SOUND, "brevity=ratio", *APART, *CONTROL],
-    "judge-steps-1-apart-control": ["step_weight=1", "brevity=ratio", *APART, *CONTROL],
+    "judge-steps-more-apart-control": ["step_weight=0.75", "brevity=ratio", *APART, *CONTROL],
     "steps-apart": [*PLAIN, *SOUND, "brevity=ratio", *APART],
     "judge-truncate": TRUNCATE,
     "judge-half-apart-control": ["judge_weight=0.5", "brevity=ratio", *APART, *CONTROL],
