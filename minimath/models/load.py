@@ -162,12 +162,9 @@ def _new_adapter(model, cfg):
     """Add a LoRA adapter in fp32: in bf16 it loses updates below 1/256 of a weight."""
     options = cfg.adapter
     targets = options.lora_targets.replace(" ", "")
-    init = {"default": True, "true": True, "false": False}.get(options.lora_init, options.lora_init)
-    rank, alpha = variants.rank_of(options), options.lora_alpha
+    rank, alpha, init = variants.rank_of(options), options.lora_alpha, variants.PLAIN.get(options.lora_init, True)
     if principal := rank > options.lora_r:  # at the same scale
-        alpha, init = alpha * (2 ** 0.5 if options.rslora else 2), True
-    elif init not in (True, False, "gaussian", "orthogonal"):
-        raise UserError(f"lora_init={init!r}: use default, gaussian, orthogonal, pissa, pissa_niter_4 or olora")
+        alpha *= 2 ** 0.5 if options.rslora else 2
     # Mamba's fused training kernel reads this weight past its adapter, and peft refuses it in some families
     mamba = targets == "all-linear" and any(hasattr(m, "A_log") and hasattr(m, "D") for m in model.modules())
     left_out = ["out_proj"] if mamba else None

@@ -23,6 +23,7 @@ from minimath.core.errors import UserError
 from minimath.data.chat import IGNORE
 
 PRINCIPAL = re.compile(r"pissa(_niter_(\d+))?|olora")
+PLAIN = {"default": True, "true": True, "false": False, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations of peft
 
 
@@ -113,8 +114,11 @@ def in_step(model, batches: Iterator[tuple[list[int], dict]]) -> Iterator[tuple[
 
 
 def rank_of(options) -> int:
-    """Give the rank of a new adapter, which PiSSA and OLoRA double."""
-    return options.lora_r * (2 if PRINCIPAL.fullmatch(options.lora_init) else 1)
+    """Give the rank of a new adapter, which PiSSA and OLoRA double. Raises UserError."""
+    if not (principal := PRINCIPAL.fullmatch(options.lora_init)) and options.lora_init not in PLAIN:
+        raise UserError(f"lora_init={options.lora_init!r}: use default, gaussian, orthogonal, pissa, pissa_niter_4 "
+                        "or olora")
+    return options.lora_r * (2 if principal else 1)
 
 
 @torch.no_grad()

@@ -64,6 +64,11 @@ def test_bytes_that_stay_are_exact(tmp_path, family, options):
     assert need["optimizer state"] + books == bench.optimizer_state(optimizer)
 
 
+def test_an_initialisation_that_no_run_takes_is_refused(config_dir):
+    with pytest.raises(UserError, match="lora_init='pisa': use default, gaussian"):
+        Planner(config_dir, "cpu").training(SFTConfig(device="cpu", lora_init="pisa"))
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_bytes_of_a_judges_adapter_are_exact(tmp_path, dtype):
     folder = tiny_model(tmp_path, "llama")
