@@ -6,7 +6,9 @@ same as without. A forward is work of all processes: each must do as many, with 
 
 PiSSA (arXiv 2404.02948) and OLoRA (2406.01775): peft takes the initial product B0 A0 off the base, which reference,
 self-judge, drift and export stand on. Here the adapter itself takes it off: W + s (B A - B0 A0), one LoRA of twice the
-rank whose second half does not train, a form that peft saves too (path_initial_model_for_weight_conversion)."""
+rank whose second half does not train, a form that peft saves too (path_initial_model_for_weight_conversion). So it is
+in the run that makes it, resumed too. For a run that begins with it by adapter=, it is a plain LoRA of that rank, as it
+is for peft: both halves train, and with A and B near A0 and B0 a step moves W about twice as far."""
 import functools
 import re
 from collections.abc import Iterator

@@ -103,6 +103,15 @@ def test_a_run_keeps_the_second_half_and_saves_a_plain_adapter(tiny_dir, tmp_pat
         assert torch.equal(states(loaded), base)
 
 
+def test_a_run_that_begins_with_such_an_adapter_trains_both_halves(tiny_dir, tmp_path):
+    run = trained(tiny_dir, tmp_path, lora_init="pissa")
+    model, _ = load(tiny_dir, SFTConfig, train=True, adapter=str(run))
+    hidden_states(model, IDS).sum().backward()
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            assert param.grad[:, :4].abs().sum() > 0 and param.grad[:, 4:].abs().sum() > 0, name
+
+
 def test_an_adapter_that_changed_its_base_and_unknown_initialisations_are_refused(tiny_dir, tmp_path):
     model, _ = load(tiny_dir, SFTConfig, train=True)
     folder = tmp_path / "adapter"
