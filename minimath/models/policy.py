@@ -18,6 +18,9 @@ from minimath.data.template import CLOSE, OPEN, opens_thought
 from minimath.models.forward import base_causal_lm
 from minimath.models.load import add_adapter, load_model
 
+SHAPES = {"hidden_size": "hidden size", "intermediate_size": "intermediate size", "num_hidden_layers": "layers",
+          "num_attention_heads": "heads", "num_key_value_heads": "key heads", "vocab_size": "vocabulary"}
+
 
 @dataclass(eq=False)
 class Policy:
@@ -89,12 +92,13 @@ def refuse_other_base(trained_on: str, given: str, adapter: str) -> None:
         try:
             _ = os.path.isdir(name) or without_network()
             config = AutoConfig.from_pretrained(name).get_text_config()
-            shapes.append(f"hidden size {config.hidden_size}, vocabulary {config.vocab_size}")
+            shapes.append({name: getattr(config, name, None) for name in SHAPES})
         except Exception:  # moved away, needs the model's own code, or is refused
-            shapes.append("")
-    if all(shapes) and shapes[0] != shapes[1]:
-        raise UserError(f"{adapter} was trained on {trained_on} ({shapes[0]}) and can't fit "
-                        f"model={given} ({shapes[1]}): leave model= out, or give that base")
+            return say_once(f"warning: model={given}, but {adapter} was trained on {trained_on}")
+    if differing := [name for name in SHAPES if shapes[0][name] != shapes[1][name]]:
+        its, others = (", ".join(f"{SHAPES[name]} {shape[name]}" for name in differing) for shape in shapes)
+        raise UserError(f"{adapter} was trained on {trained_on} ({its}) and can't fit model={given} ({others}): leave "
+                        "model= out, or give that base")
     say_once(f"warning: model={given}, but {adapter} was trained on {trained_on}")
 
 

@@ -166,14 +166,18 @@ def test_what_can_not_stand_beside_another_adapter_is_refused(tiny_dir, tmp_path
         add_adapter(model, folder, "jud")
 
 
-def test_a_judge_of_another_base_is_refused_by_its_shapes(tiny_dir, tmp_path):
+@pytest.mark.parametrize("name, value, says", [
+    ("hidden_size", 64, "hidden size 64"), ("num_hidden_layers", 3, "layers 3"),
+    ("intermediate_size", 96, "intermediate size 96"), ("num_attention_heads", 2, "heads 2"),
+    ("num_key_value_heads", 4, "key heads 4")])
+def test_a_judge_of_another_base_is_refused_by_what_differs(tiny_dir, tmp_path, name, value, says):
     policy, folder = policy_of(tiny_dir, SFTConfig, train=True), saved(tiny_dir, tmp_path / "judge")
     other = tiny_model(tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    (other / "config.json").write_text(json.dumps(config | {name: value}))
     mine = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(mine | {"base_model_name_or_path": str(other)}))
-    with pytest.raises(UserError, match="the adapter in .*judge was trained on .*hidden size 64.*can't fit"):
+    with pytest.raises(UserError, match=fr"the adapter in .*judge was trained on .* .{says}. and can't fit .*\d+.: le"):
         policy.add_adapter(folder, "judge")
 
 
