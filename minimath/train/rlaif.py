@@ -57,12 +57,11 @@ def rlaif(cfg: RLAIFConfig) -> dict:
         judge = verifier.judge = training_judge(cfg, policy, say)
         reward, monitor = make_reward(cfg, judge), CollapseMonitor()
         canary = canary_watch(cfg, judge, trainer.log.run_dir)
-        brevity, teacher = reward.control, open_teacher(cfg, policy, say)
-        refresh = JudgeRefresh(cfg, policy, judge, say)
+        brevity, refresh = reward.control, JudgeRefresh(cfg, policy, judge, say)
         problems = encode_problems(cfg, policy, examples, report, say)
         sampler = ProblemSampler(cfg.curriculum, problems, cfg.group_size, cfg.run.seed)
-        with verifier, refresh.saved_in(trainer.log.run_dir), open_engine(
-                cfg.engine, cfg.sampling, policy, seed=cfg.run.seed, run_dir=trainer.log.run_dir, say=say) as engine:
+        with (verifier, open_teacher(cfg, policy, say) as teacher, refresh.saved_in(trainer.log.run_dir), open_engine(
+                cfg.engine, cfg.sampling, policy, seed=cfg.run.seed, run_dir=trainer.log.run_dir, say=say) as engine):
             trainer.track(sampler=sampler, monitor=monitor, engine=engine, judge=refresh, brevity=brevity)
             for step in trainer.steps(cfg.steps):
                 engine.max_new_tokens = brevity.limit(step.progress, cfg.sampling.max_new_tokens)

@@ -34,10 +34,11 @@ TEACHER = "teacher"  # name of its adapter
 CAP = 5.0  # nats that the log-ratio of a token counts at most
 
 
-class Teacher:
+class Teacher(contextlib.AbstractContextManager):
     """Tells how likely the policy's tokens are.
 
-    It is the policy's model inside `active`, with its adapter or another or none; a second model; or a server."""
+    It is the policy's model inside `active`, with its adapter or another or none; a second model; or a server, which
+    on exit is left."""
 
     def __init__(self, cfg: RLAIFConfig, policy: Policy, server: TeacherServer | None = None,
                  active: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext):
@@ -45,6 +46,10 @@ class Teacher:
         system = self.options.system or cfg.prompt.system
         self.policy = replace(policy, prompt=replace(policy.prompt, system=system))  # how problems are put to it
         self.batch: PolicyBatch | None = None  # of the step, behind the teacher's prompts
+
+    def __exit__(self, *error):
+        if self.server:
+            self.server.close()
 
     def teach(self, batch: PolicyBatch, groups: list[Group], optimizer) -> dict:
         """Add to the advantages of a batch's tokens, or prepare for `kl`; return metrics.
@@ -103,11 +108,11 @@ def teacher_quant(device: str) -> str:
     return "nf4" if device.startswith("cuda") else "none"
 
 
-def open_teacher(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]) -> Teacher | None:
-    """Make the teacher that teacher= names, or None. Raises UserError."""
+def open_teacher(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]) -> contextlib.AbstractContextManager:
+    """Open the teacher that teacher= names, or None. Raises UserError."""
     name, kind = cfg.teacher.name, teacher_kind(cfg)
     if not kind:
-        return None
+        return contextlib.nullcontext()
     if kind == "server":
         return Teacher(cfg, policy, TeacherServer(cfg.teacher, policy, say, cfg.sampling.max_new_tokens))
     if kind == "policy":

@@ -233,4 +233,25 @@ def test_options_that_do_not_go_together_are_refused_with_what_to_do(words, said
 
 def test_no_teacher_is_none(ending_dir):
     cfg, policy, *_ = taught(ending_dir)
-    assert open_teacher(cfg, policy, print) is None
+    with open_teacher(cfg, policy, print) as teacher:
+        assert teacher is None
+
+
+def test_a_server_is_left_when_the_run_ends_and_when_it_fails(rl, monkeypatch):
+    left = []
+
+    class Server:
+        def __init__(self, *options):
+            left.append(False)
+
+        def logps(self, rows):
+            return [[-1.0] * len(completion) for _, completion in rows]
+
+        def close(self):
+            left[-1] = True
+
+    monkeypatch.setattr("minimath.train.teacher.TeacherServer", Server)
+    rl("ends", teacher="http://127.0.0.1:9/v1", steps=1)
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        rl("fails", teacher="http://127.0.0.1:9/v1", steps=1, verifier=lambda text, example: 1 / 0)
+    assert left == [True, True]
