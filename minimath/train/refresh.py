@@ -23,7 +23,7 @@ from minimath.models.forward import adapter_named
 from minimath.models.policy import Policy
 from minimath.train.judge import learn
 from minimath.train.optimizer import Optimizer
-from minimath.train.verifier import answer_of
+from minimath.train.verifier import NEEDS_ANSWER, answer_of
 
 LONGEST = 4096  # tokens of a row: longer ones are cut
 
@@ -32,11 +32,13 @@ class JudgeRefresh:
     """Trains the judge's adapter for a few steps, every judge_refresh steps of the run.
 
     The groups since the last time are kept, and with weights and moments in the checkpoints. A group that the verifier
-    did not decide teaches nothing, nor does a problem of the canary, which is held out."""
+    did not decide teaches nothing, nor does a problem of the canary, which is held out, nor a completion that was cut,
+    of which a user's function is not asked."""
 
     def __init__(self, cfg: RLAIFConfig, policy: Policy, judge: Judge | None, say: Callable[[str], None]):
         self.every, self.steps, self.size = cfg.judge.refresh, cfg.judge.refresh_steps, cfg.prompts_per_step
         self.policy, self.judge, self.say, self.seed, self.done = policy, judge, say, cfg.run.seed, 0
+        self.marks_cut = cfg.verifier in (*NEEDS_ANSWER, "majority")
         self.newest: list[dict] = []  # problem and records of each group
         self.learnt: set[str] = set()  # hashes of problems
         if self.every:
@@ -65,7 +67,8 @@ class JudgeRefresh:
         """Take in a step's groups; where a refresh is due, train, and return its loss."""
         if not self.every:
             return {}
-        self.newest += [{"problem": group.example.problem, "records": [record_of(s) for s in group.samples]}
+        self.newest += [{"problem": group.example.problem,
+                         "records": [record_of(s) for s in group.samples if s.finished or self.marks_cut]}
                         for group in groups
                         if group.decided and problem_hash(group.example.problem) not in self.held_out]
         if not step.due(self.every) or not self.newest:

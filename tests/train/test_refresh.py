@@ -147,12 +147,12 @@ def test_memory_that_runs_out_in_a_refresh_is_tried_again_and_gives_the_same_jud
 @pytest.fixture
 def refreshed(ending_dir, judge):
     """refreshed(**card) -> (JudgeRefresh of a policy that trains, the policy, its judge)."""
-    def make(form="single", every=1, **card):
+    def make(form="single", every=1, verifier="exact", **card):
         policy = policy_of(ending_dir, RLAIFConfig, train=True, lora_r=4)
         wake_adapter(policy.model, 0.1)
         own = SelfJudge(JudgeOptions(adapter=judge(form, **card)), policy)
         cfg = make_config(RLAIFConfig, ending_dir, judge="self", judge_adapter="x", judge_refresh=every,
-                          judge_refresh_lr=1e-2, prompts_per_step=2, seed=3)
+                          judge_refresh_lr=1e-2, prompts_per_step=2, seed=3, verifier=verifier)
         return JudgeRefresh(cfg, policy, own, lambda text: None), policy, own
     return make
 
@@ -205,6 +205,15 @@ def test_groups_are_kept_until_a_refresh_is_due_and_undecided_ones_teach_nothing
     weights = [p.detach().clone() for p in refresh.params]
     assert refresh.learn(step(4), [group("d", decided=False)]) == {} and refresh.done == 1
     assert all(torch.equal(a, b) for a, b in zip(weights, refresh.params))
+
+
+@pytest.mark.parametrize("verifier, taught", [(lambda text, example: True, 3), ("exact", 4), ("majority", 4)])
+def test_a_cut_completion_of_which_a_users_function_was_not_asked_teaches_nothing(refreshed, verifier, taught):
+    refresh, _, _ = refreshed(every=2, verifier=verifier)
+    of_one = group()
+    of_one.samples[1].finished = False  # marked as wrong, unread
+    refresh.learn(step(1), [of_one])
+    assert [len(each["records"]) for each in refresh.newest] == [taught]
 
 
 def test_a_pair_judge_learns_nothing_of_groups_without_pairs(refreshed):
