@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from minimath.config.options import as_number, options_of, user_function
-from minimath.config.schema import JudgeOptions, RLAIFConfig
+from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
 from minimath.core.errors import UserError
 from minimath.core.text import no_effect
@@ -142,10 +142,7 @@ class HookReward(Reward):
 
 def training_judge(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None]) -> Judge | None:
     """Make the judge that the reward asks, or None, and try it; or UserError."""
-    plain = JudgeOptions()
     if not cfg.uses_judge():
-        if replace(cfg.judge, name=plain.name) != plain:
-            say("the judge_... options have no effect: neither the reward nor the verifier asks a judge")
         return None
     judge = make_judge(cfg.judge, policy, micro_batch_tokens=cfg.optimizer.micro_batch_tokens, say=say)
     if dist.is_main():
@@ -155,18 +152,21 @@ def training_judge(cfg: RLAIFConfig, policy: Policy, say: Callable[[str], None])
 
 def idle_options(cfg: RLAIFConfig) -> list[str]:
     """Say what has no effect: no error, as a recipe may set it and the command line another reward."""
-    known, truncates, said = options_of(RLAIFConfig), cfg.brevity.name == "truncate", []
-    refreshes = cfg.judge.refresh or not cfg.uses_judge()  # where none is asked, training_judge says it of all
-    lengths = [name for name, option in known.items()
-               if option.group == "brevity" and not (truncates and name in ("brevity", "brevity_limit"))]
-    for needs, there, names in (
-            ("reward=judge", cfg.reward.name == "judge", ["judge_weight", "format_weight", "step_weight", *lengths]),
-            ("a teacher=", cfg.teacher.name, ["teacher_weight", "teacher_kl"]),
-            ("judge_refresh=N", refreshes, ["judge_refresh_steps", "judge_refresh_lr"])):
-        idle = [name for name in names if not there and cfg.value(name) != known[name].default]
-        if idle:
-            said.append(no_effect(idle, f"without {needs}"))
-    return said
+    known, form, idle = options_of(RLAIFConfig), cfg.brevity.name, {}  # option: where it does nothing
+    judging = [name for name, option in known.items() if option.group == "judge" and name != "judge"]
+    lengths = [name for name in known if name.startswith("brevity_") and name != "brevity_limit"]
+    for where, there, names in (
+            (f"with brevity={form}", form != "truncate", lengths),
+            ("without reward=judge", cfg.reward.name == "judge", ["judge_weight", "format_weight", "step_weight",
+                                                                  *["brevity"] * (form != "truncate"), *lengths]),
+            (f"with brevity={form}", form in ("ratio", "log"), ["brevity_yardstick"]),
+            ("without a teacher=", cfg.teacher.name, ["teacher_weight", "teacher_kl"]),
+            ("where neither reward nor verifier asks a judge", cfg.uses_judge(), judging),
+            ("without judge_refresh=N", cfg.judge.refresh, ["judge_refresh_steps", "judge_refresh_lr"])):
+        for name in names if not there else ():
+            if cfg.value(name) != known[name].default:
+                idle.setdefault(name, where)
+    return [no_effect([name for name in idle if idle[name] == where], where) for where in dict.fromkeys(idle.values())]
 
 
 def make_reward(cfg: RLAIFConfig, judge: Judge | None) -> Reward:

@@ -306,7 +306,18 @@ def test_none_for_every_sample_leaves_the_group_without_a_signal_and_a_nan_is_re
     ({"teacher_weight": 2.0, "teacher_kl": "full"},
      ["teacher_weight and teacher_kl have no effect without a teacher="]),
     ({"judge_refresh_steps": 3}, ["judge_refresh_steps has no effect without judge_refresh=N"]),
-    ({"judge_refresh_steps": 3, "judge_weight": 0.0}, []),  # training_judge says it of all judge_... options
+    ({"judge_refresh_steps": 3, "judge_weight": 0.0, "judge_rubric": "code"},
+     ["judge_rubric and judge_refresh_steps have no effect where neither reward nor verifier asks a judge"]),
+    ({"brevity": "truncate", "brevity_limit": 9, "overlong": "none", "brevity_weight": 0.5, "brevity_control": "none",
+      "brevity_yardstick": "shortest", "judge_weight": 0.1},
+     ["brevity_weight and brevity_yardstick and brevity_control have no effect with brevity=truncate"]),
+    ({"brevity": "truncate", "brevity_limit": 9, "overlong": "none", "brevity_counts": "thought", "reward": "paper",
+      "step_weight": 0.5}, ["brevity_counts has no effect with brevity=truncate",
+                            "step_weight has no effect without reward=judge"]),
+    ({"brevity": "minmax", "brevity_yardstick": "shortest"},
+     ["brevity_yardstick has no effect with brevity=minmax"]),
+    ({"brevity": "minmax", "brevity_yardstick": "shortest", "reward": "paper"},
+     ["brevity and brevity_yardstick have no effect without reward=judge"]),
 ])
 def test_options_without_effect_are_no_error_but_are_named(options, said):
     cfg = RLAIFConfig(**options)
