@@ -7,7 +7,7 @@ Small random models of four families go through minimath's own code (an optimize
 rollout) while every storage that comes and goes is counted, operations of bitsandbytes from the inside; to
 that comes what the loaded model stores. Rows have unlike lengths, so that masks are needed, and fill the micro-batches:
 the case that the plan is made for. Predicted is what minimath plan adds up, without its margins for a card. The second
-error is of what comes and goes alone, which the weights cannot flatter.
+error is of what comes and goes alone, which the weights cannot flatter. A setting's row holds what it was measured on.
 """
 import argparse
 import json
@@ -215,13 +215,17 @@ def main() -> int:
         parser.error(f"--only {options.only!r} is in none of: {'; '.join(SETTINGS)}")
     transformers.utils.logging.disable_progress_bar()
     where, path = machine("cpu"), RESULTS / "plan-cpu.json"
-    known = {each["setting"]: each for each in json.loads(path.read_text())["settings"]} if path.exists() else {}
+    held = json.loads(path.read_text()) if path.exists() else {"settings": []}
+    known = {each["setting"]: each for each in held["settings"]}
+    for each in known.values():
+        each.setdefault("machine", held.get("machine"))  # one for all rows, in a file of before
     for name in SETTINGS:
         if options.only in name:
             known[name] = compare(name)
             print(json.dumps(known[name]), file=sys.stderr, flush=True)
+            known[name]["machine"] = where
             found = [known[each] for each in SETTINGS if each in known]
-            result = {"machine": where, "model": MODEL, "summary": summary(found), "settings": found}
+            result = {"model": MODEL, "summary": summary(found), "settings": found}
             path.write_text(json.dumps(result, indent=1) + "\n")
     table = Table("setting", "predicted MB", "measured MB", "error", "of what comes and goes")
     for each in found:

@@ -107,6 +107,23 @@ def test_the_planner_s_settings_are_named_to_who_asks_for_another(monkeypatch, c
     assert "qwen2 rollout nf4" in capsys.readouterr().err
 
 
+def test_a_setting_of_the_planner_keeps_the_machine_that_it_was_measured_on(monkeypatch, tmp_path):
+    from bench import plan
+
+    figures = {"predicted_mb": 1.0, "measured_mb": 1.0, "error": 0.0, "error_above": 0.0}
+    before = {"machine": {"commit": "a"}, "settings": [{"setting": "llama padded fp32", **figures}]}
+    (tmp_path / "plan-cpu.json").write_text(json.dumps(before))
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    monkeypatch.setattr(plan, "compare", lambda name: {"setting": name, **figures})
+    for commit, name in (("b", "qwen2 rollout nf4"), ("c", "qwen3 padded bf16")):
+        monkeypatch.setattr(plan, "machine", lambda device, commit=commit: {"commit": commit})
+        monkeypatch.setattr(sys, "argv", ["bench.plan", "--only", name])
+        assert plan.main() == 0
+    rows = json.loads((tmp_path / "plan-cpu.json").read_text())["settings"]
+    assert {row["setting"]: row["machine"]["commit"] for row in rows} == {
+        "llama padded fp32": "a", "qwen2 rollout nf4": "b", "qwen3 padded bf16": "c"}
+
+
 def test_missing_trl_is_one_line_with_the_install_command(monkeypatch, capsys):
     found = importlib.util.find_spec
     monkeypatch.setattr(
