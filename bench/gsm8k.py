@@ -34,7 +34,7 @@ from minimath.core.run_folder import EVAL, METRICS
 from minimath.core.stats import wilson
 from minimath.report.figures import COLOURS, INK, new_figure, read_metrics, save_png
 
-HELD_OUT, FEW = 200, 100
+HELD_OUT, FEW, OWN = 200, 100, 2000
 EPOCHS, BATCH, STEPS, SAMPLES = 4, 16, 36, 64  # of the recipe: stage 1; steps of stage 2, and samples in one
 ARMS = {  # name -> (the stage, the arm that it starts from, what it changes in the recipe)
     "base": None,
@@ -43,7 +43,7 @@ ARMS = {  # name -> (the stage, the arm that it starts from, what it changes in 
     "rlaif": ("rlaif", "sft", []),
     "right-only": ("rlaif", "sft", ["judge_weight=0", "brevity_weight=0", "step_weight=0"]),
     "paper": ("rlaif", "sft", ["reward=paper"]),
-    "sft-own": ("sft", "", ["steps=1820", "data={own}"]),  # SFT's steps, on its data and the policy's own solutions
+    "sft-own": ("sft", "", ["data={own}"]),  # on SFT's data and the policy's own solutions, as many steps as SFT
 }
 NGRAM = 13
 
@@ -105,7 +105,9 @@ def run_arm(arm: str, seed: int, problems: int, options) -> dict:
     if ARMS[arm]:
         stage, start, changes = ARMS[arm]
         if any("{own}" in word for word in changes):
-            changes = [word.replace("{own}", str(own_solutions(seed, common, options))) for word in changes]
+            own = own_solutions(seed, problems, common, options)
+            changes = [word.replace("{own}", str(own)) for word in changes]
+            changes += [f"steps={EPOCHS * -(-problems // BATCH)}"]  # in whole batches an epoch
         held = [f"eval_data={data / 'valid.jsonl'}", "sample_every=0"]
         length = [f"eval_every={problems // BATCH}"] if stage == "sft" else [
             f"steps={options.rl_steps}", f"eval_every={max(1, options.rl_steps // 3)}"]
@@ -126,11 +128,11 @@ def run_arm(arm: str, seed: int, problems: int, options) -> dict:
     return row
 
 
-def own_solutions(seed: int, common: list[str], options) -> Path:
-    """Sample the SFT model's own solutions of 2,000 problems; return training rows and theirs in a file."""
+def own_solutions(seed: int, problems: int, common: list[str], options) -> Path:
+    """Sample the SFT model's own solutions of OWN problems at most; return training rows and theirs in a file."""
     data, folder = options.work / "data", options.work / f"own-{seed}"
     run_stage(folder, ["sample", "gsm8k", f"data={data / 'train.jsonl'}", *common, "samples=4", "temperature=1",
-                       "limit=2000", f"adapter={options.work / f'sft-{seed}'}"], options.threads)
+                       f"limit={min(OWN, problems)}", f"adapter={options.work / f'sft-{seed}'}"], options.threads)
     both = folder / "with-train.jsonl"
     write_whole(both, "".join((each / "train.jsonl").read_text(encoding="utf-8") for each in (data, folder)))
     return both

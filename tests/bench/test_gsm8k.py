@@ -55,6 +55,18 @@ def test_fewer_problems_are_the_first_ones_and_the_overlap_is_still_with_all(tmp
     assert "steps=18" in ran[3] and "eval_every=6" in ran[3]
 
 
+@pytest.mark.parametrize("problems, sampled, steps", [(7273, 2000, 1820), (1500, 1500, 376)])
+def test_sft_on_own_solutions_has_as_many_problems_and_steps_as_sft(tmp_path, monkeypatch, problems, sampled, steps):
+    ran = []
+    monkeypatch.setattr(gsm8k, "run_stage", lambda out, words, threads: ran.append(words))
+    for name in ("data", "own-0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").touch()
+    with pytest.raises(FileNotFoundError):
+        gsm8k.run_arm("sft-own", 0, problems, gsm8k.parse([str(tmp_path), "--work", str(tmp_path)]))
+    assert f"limit={sampled}" in ran[0] and f"steps={steps}" in ran[1]
+
+
 def test_rows_of_other_settings_are_not_gone_on_with(tmp_path, monkeypatch, capsys):
     write(tmp_path, "train", [("one", "a"), ("two", "b")] + [("x", "y")] * gsm8k.HELD_OUT)
     write(tmp_path, "test", [("z", "")])
