@@ -149,9 +149,13 @@ def test_help_shows_default_and_meaning_of_each_option(here):
         (["rlaif", "loss_type=grpo"], "is now called 'loss'"),
     ],
 )
-def test_slips_get_one_line_with_the_nearest_name(tmp_path, words, said):
-    done = minimath(*words, cwd=tmp_path)
-    assert_one_line(done.returncode, done.stdout, done.stderr, said)
+def test_slips_get_one_line_with_the_nearest_name(here, words, said):
+    assert_one_line(*here(*words), said)
+
+
+def test_a_slip_is_the_exit_status_of_the_process(tmp_path):
+    done = minimath("sfft", cwd=tmp_path)
+    assert_one_line(done.returncode, done.stdout, done.stderr, "did you mean 'sft'?")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from bench import rollout, rollout_worker, train, turns
-from bench.measure import ROOT
 from minimath.core.errors import UserError
 
 TINY = [
@@ -235,15 +234,16 @@ def test_missing_trl_is_one_line_with_the_install_command(monkeypatch, capsys):
     assert "bench.rollout" in err and "pip install -e '.[bench]'" in err and err.count("\n") == 1
 
 
-def run_tiny(out: Path, *words: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.rollout", *TINY, "--out", str(out), *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return {"printed": done.stdout, **json.loads(out.read_text())}
+@pytest.fixture
+def run_tiny(capsys):
+    """run_tiny(FILE, WORDS) -> what is printed and written; the engines are processes of their own."""
+
+    def run(out: Path, *words: str) -> dict:
+        status, (said, error) = rollout.main([*TINY, "--out", str(out), *words]), capsys.readouterr()
+        assert status == 0, error
+        return {"printed": said, **json.loads(out.read_text())}
+
+    return run
 
 
 def check(result: dict, engines: list[str]) -> None:
@@ -257,7 +257,7 @@ def check(result: dict, engines: list[str]) -> None:
     assert result["settings"]["max_num_seqs"] and result["versions"]["transformers"] and result["date"]
 
 
-def test_tiny_run_writes_rates_ratios_and_settings(tmp_path):
+def test_tiny_run_writes_rates_ratios_and_settings(tmp_path, run_tiny):
     result = run_tiny(
         tmp_path / "new" / "r.json",
         "--only",
@@ -273,7 +273,7 @@ def test_tiny_run_writes_rates_ratios_and_settings(tmp_path):
 
 
 @pytest.mark.slow
-def test_tiny_run_of_all_engines_and_whole_steps(tmp_path):
+def test_tiny_run_of_all_engines_and_whole_steps(tmp_path, run_tiny):
     pytest.importorskip("trl")
     result = run_tiny(
         tmp_path / "r.json",
