@@ -14,7 +14,8 @@ the arm's solution easier to read than that of its SFT model, both being correct
 0 leaves it out). The default reader is the base model itself; --reader names a better one, as the judge options of
 `minimath judge check`. judging: the judge's time, of the rollouts'; labels: of a verifier without answers, how many are
 those of the exact answer, over all steps. Writes bench/results/ablate-<device>.json, a row at a time, and a picture of
-it; runs of another --model or --set want another --work and --out.
+it; runs of another --model or --set want another --work and --out. A stage that was done with other options, an arm
+having changed, is not gone on with.
 """
 import argparse
 import json
@@ -25,6 +26,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -132,20 +134,37 @@ def keep_settings(work: Path, out: Path, held: dict, settings: dict) -> None:
 def run_stage(out: Path, words: list[str], threads: int) -> None:
     """Run one stage by the command line, unless it is done; a stopped one goes on.
 
-    Raises UserError when it fails.
+    The file `done` holds its words. Raises UserError when it fails, or was done with other words.
     """
-    done = out / "done"
+    done, asked = out / "done", lasting(out.parent, words)
     if done.exists():
+        before = json.loads(done.read_text(encoding="utf-8") or "null")  # null: from before words were kept
+        if before not in (None, asked):
+            then, now = ([word for word in some if word not in others] for some, others in
+                         ((before, asked), (asked, before)))
+            raise UserError(f"{out} was made with other options (then {' '.join(then) or 'without these'}; now "
+                            f"{' '.join(now) or 'without those'}): remove that folder and those of what starts from "
+                            "it, or give another --work")
         return
     resume = ["resume=true"] if out.exists() and any(out.iterdir()) else []
     out.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(out.with_name(out.name + ".log"), "a", encoding="utf-8") as log:
-        status = subprocess.run([sys.executable, "-m", "minimath", *words, f"out={out}", *resume], cwd=ROOT, env=env,
-                                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT).returncode
+        status = run_words([*words, f"out={out}", *resume], threads, log)
     if status:
         raise UserError(f"{' '.join(words[:2])} ended with status {status}; see {log.name}")
-    done.touch()
+    write_whole(done, json.dumps(asked) + "\n")
+
+
+def run_words(words: list[str], threads: int, log: TextIO) -> int:
+    """Run the command line in a process of its own; return its exit status."""
+    return subprocess.run([sys.executable, "-m", "minimath", *words], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log,
+                          stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+
+
+def lasting(work: Path, words: list[str]) -> list[str]:
+    """Leave out of a stage's words where this machine has folders, and the port of a server of this start."""
+    return [f"model={Path(word[6:]).name}" if word.startswith("model=") else word.replace(f"={work}/", "=")
+            for word in words if not word.startswith("judge_url=")]
 
 
 def run_arm(arm: str, seed: int, options, url: str, threads: int) -> dict:

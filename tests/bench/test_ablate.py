@@ -1,6 +1,8 @@
 """bench.ablate: its intervals, and the command end to end on a tiny model."""
 
+import contextlib
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,10 +12,25 @@ from tiny import write_tiny
 
 from bench import ablate
 from bench.llama_server import missing
+from minimath.cli import main
 
 QUICK = ["sft.steps=2", "sft.batch_size=2", "rlaif.steps=1", "rlaif.prompts_per_step=2", "rlaif.group_size=2",
          "rlaif.max_new_tokens=6", "eval.max_new_tokens=6", "dtype=fp32", "demo.train_problems=8", "demo.rl_problems=6",
          "demo.test_problems=4", "demo.step_counts=1"]
+
+
+@pytest.fixture
+def stages_here(monkeypatch):
+    """stages_here(COMMAND ...): stages run in this process, since each of their own imports torch, but for those."""
+    real = ablate.run_words
+
+    def here(words, threads, log):
+        monkeypatch.setattr(sys, "argv", ["minimath", *words])
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            return main()
+
+    return lambda *commands: monkeypatch.setattr(
+        ablate, "run_words", lambda words, *rest: (real if words[0] in commands else here)(words, *rest))
 
 
 def row(arm, seed, correct, tokens):
@@ -42,7 +59,8 @@ def test_differences_are_paired_by_seed_and_problem():
     assert "correct_gap" not in ablate.figures(rows, "heuristic") and ablate.figures(rows, "grpo") is None
 
 
-def test_the_command_trains_evaluates_reads_and_goes_on_where_it_was(tmp_path, capsys):
+def test_the_command_trains_evaluates_reads_and_goes_on_where_it_was(tmp_path, capsys, stages_here):
+    stages_here()
     out = tmp_path / "result.json"
     words = ["--model", str(write_tiny(tmp_path / "model")), "--work", str(tmp_path / "work"), "--out", str(out),
              "--arms", "base", "sft", "heuristic", "--seeds", "5", "--set", *QUICK]
@@ -106,7 +124,32 @@ def test_labels_are_those_of_all_steps_by_decided_groups():
     assert ablate.labels_of([{"loss": 1.0}]) == {}
 
 
-def test_an_arm_that_fails_is_named_with_its_log_and_the_others_go_on(tmp_path, capsys):
+def test_a_stage_is_a_process_with_a_log_and_a_mark_when_it_is_done(tmp_path):
+    ablate.run_stage(tmp_path / "stage", ["--help"], 1)  # comes without torch
+    assert "minimath demo" in (tmp_path / "stage.log").read_text()
+    assert json.loads((tmp_path / "stage" / "done").read_text()) == ["--help"]
+
+
+def test_a_stage_that_was_done_with_other_words_is_refused(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(ablate, "run_words", lambda words, threads, log: ran.append(words) or 0)
+
+    def run(work, rate, home="/home/a", port=1):
+        words = ["rlaif", "demo", f"model={home}/SmolLM2", f"adapter={work / 'sft-0'}", f"lr={rate}"]
+        ablate.run_stage(work / "lr-0", [*words, f"judge_url=http://127.0.0.1:{port}/v1"], port)
+
+    run(tmp_path / "work", "1e-4")
+    moved = (tmp_path / "work").rename(tmp_path / "moved")
+    run(moved, "1e-4", home="/home/b", port=2)
+    with pytest.raises(ablate.UserError, match=r"moved/lr-0 .*lr=1e-4; now lr=3e-4.* remove .* another --work"):
+        run(moved, "3e-4")
+    (moved / "lr-0" / "done").write_text("")  # from before words were kept
+    run(moved, "3e-4")
+    assert len(ran) == 1
+
+
+def test_an_arm_that_fails_is_named_with_its_log_and_the_others_go_on(tmp_path, capsys, stages_here):
+    stages_here("rlaif")
     words = ["--model", str(write_tiny(tmp_path / "model")), "--work", str(tmp_path / "work"), "--arms", "base", "rl",
              "--out", str(tmp_path / "result.json"), "--seeds", "0", "--set", *QUICK, "rlaif.max_prompt_len=1"]
     assert ablate.main(words) == 1
