@@ -57,6 +57,7 @@ JUDGES = {  # judges trained beside each seed's SFT model: name -> what it chang
 BEGUN = ["lr=3e-4", "steps=6", "brevity=minmax", "brevity_weight=0.2", "brevity_scale=together",
          "brevity_control=none", "step_weight=0", "eval_every=0"]  # the demo's stage 2 when this was first measured
 AS_IT_IS = {"model": "", "set": []}  # settings of the demo's model and options
+READ_BY = {"reader": ["judge=self"], "readers": 48}  # of rows from before that was kept
 TWO = ["updates_per_rollout=2"]
 ARMS = {  # name -> (the model it starts from, what it changes in the recipe); None: no training
     "base": ("", None),
@@ -99,8 +100,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="", help="folder or hub id; default: the demo's SmolLM2-135M-Instruct")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
                         help="options of every arm, such as rlaif.steps=12 or eval.limit=64")
-    parser.add_argument("--readers", type=int, default=48, help="pairs read per arm and seed; 0: none")
-    parser.add_argument("--reader", nargs="+", default=["judge=self"], metavar="KEY=VALUE", help="who reads them")
+    parser.add_argument("--readers", type=int, default=READ_BY["readers"], help="pairs read per arm and seed; 0: none")
+    parser.add_argument("--reader", nargs="+", default=READ_BY["reader"], metavar="KEY=VALUE", help="who reads them")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablate", help="folder of the runs")
     parser.add_argument("--out", type=Path, help="result file; default: bench/results/ablate-<device>.json")
     parser.add_argument("--reference", choices=ARMS, default=REFERENCE, metavar="ARM",
@@ -268,7 +269,12 @@ def run_all(options, rows: dict[str, dict], save) -> list[str]:
 # ---- readability
 
 def read_all(options, rows: dict[str, dict], save) -> None:
-    """Add `readable` to the rows of arms that start from SFT."""
+    """Add `readable` to the rows of arms that start from SFT; say which have it of another reader."""
+    asked = {"reader": options.reader, "readers": options.readers}
+    kept = sorted(name for name, row in rows.items() if "readable" in row and row.get("read_by", READ_BY) != asked)
+    if kept and options.readers:
+        print(f"{', '.join(kept)}: read before, with another --reader or --readers, and not again; for that take "
+              f"`readable` out of these rows of {options.out}", flush=True)
     due = [row for row in rows.values() if ARMS[row["arm"]][0] and row["arm"] != "sft" and "readable" not in row
            and all((options.work / f"eval-{arm}-{row['seed']}").exists() for arm in (row["arm"], "sft"))]
     if not due or not options.readers:
@@ -283,6 +289,7 @@ def read_all(options, rows: dict[str, dict], save) -> None:
         votes = judge.compare([each for pair in pairs for each in pair.both()])
         both = [pair for pair in zip(votes[::2], votes[1::2], strict=True) if None not in pair]
         row["reader"] = f"{judge.name}, {Path(cfg.model.name).name}" if cfg.judge.name == "self" else judge.name
+        row["read_by"] = asked
         row["readable"] = [round(both_orders(*pair, judge.soft), 4) for pair in both]
         save()
 

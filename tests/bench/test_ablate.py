@@ -71,6 +71,9 @@ def test_the_command_trains_evaluates_reads_and_goes_on_where_it_was(tmp_path, c
     assert rows["heuristic/5"]["readable"] == [] and "self" in rows["heuristic/5"]["reader"]  # never correct
     before = out.read_text()
     assert ablate.main(words) == 0 and out.read_text() == before  # nothing is run again
+    assert "read before" not in capsys.readouterr().out
+    assert ablate.main([*words, "--readers", "7"]) == 0 and out.read_text() == before
+    assert "heuristic/5: read before, with another --reader or --readers" in capsys.readouterr().out
     out.with_suffix(".png").unlink()
     assert ablate.main(["--out", str(out), "--table"]) == 0
     assert "heuristic" in capsys.readouterr().out and out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
