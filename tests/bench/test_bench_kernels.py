@@ -79,8 +79,11 @@ def test_on_a_known_card_times_are_given_as_a_share_of_its_roofline(monkeypatch,
 
 
 def test_a_tiny_run_writes_table_json_and_plot_with_ratios_and_cold_calls(monkeypatch, capsys, tmp_path):
-    """The real command, its fresh processes included; two methods, since compiling the peers takes minutes."""
+    """The real command; two methods, since compiling the peers takes minutes, and fresh processes for ours alone."""
+    in_child = kernels.cold_in_child
     monkeypatch.setattr(kernels, "methods", lambda device: TWO)
+    monkeypatch.setattr(kernels, "cold_in_child", lambda name, *rest: (
+        in_child if name == "minimath" else kernels.cold)(name, *rest))
     assert run(monkeypatch, "--shapes", "37x8x203", "--dtypes", "fp32", "--rounds", 2, "--out", tmp_path) == 0
     facts = json.loads((tmp_path / "kernels-cpu.json").read_text())
     assert facts["rounds"] == 2 and facts["versions"]["torch"] == torch.__version__ and facts["date"]
