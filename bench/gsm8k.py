@@ -107,7 +107,7 @@ def run_arm(arm: str, seed: int, problems: int, options) -> dict:
         if any("{own}" in word for word in changes):
             own = own_solutions(seed, problems, common, options)
             changes = [word.replace("{own}", str(own)) for word in changes]
-            changes += [f"steps={EPOCHS * -(-problems // BATCH)}"]  # in whole batches an epoch
+            changes += [f"steps={EPOCHS * problems // BATCH}"]  # as many as of SFT
         held = [f"eval_data={data / 'valid.jsonl'}", "sample_every=0"]
         length = [f"eval_every={problems // BATCH}"] if stage == "sft" else [
             f"steps={options.rl_steps}", f"eval_every={max(1, options.rl_steps // 3)}"]
