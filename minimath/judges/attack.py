@@ -41,7 +41,7 @@ class Try(NamedTuple):
 def load_attacks(path: str | Path = ATTACKS) -> list[Attack]:
     """Read a file of attack strings. Raises UserError with file:line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON may hold other line ends
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"attacks={path}: {error}; give a text file like {ATTACKS}") from None
     attacks = []

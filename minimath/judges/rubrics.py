@@ -25,7 +25,7 @@ def load_rubric(name: str | Path = "maths") -> str:
     """Read a rubric: a file, or the shipped one of that name; all places. UserError."""
     path = SHIPPED.get(str(name), Path(name))
     try:
-        rubric = path.read_text(encoding="utf-8")
+        rubric = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"judge_rubric={path}: {error}; give a readable text file, or one of {', '.join(SHIPPED)}"
                         f"{did_you_mean(str(name), SHIPPED)}") from None

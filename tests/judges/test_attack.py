@@ -92,6 +92,12 @@ def test_a_string_may_hold_any_line_end_that_json_may(tmp_path):
     assert [attack.text for attack in load_attacks(tmp_path / "mine.txt")] == ["a\u2028b", "c"]
 
 
+@pytest.mark.parametrize("text", ['# mine\nrole end "c"', 'role end "c"'])
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path, text):
+    (tmp_path / "mine.txt").write_text(text, encoding="utf-8-sig")
+    assert load_attacks(tmp_path / "mine.txt") == [("role", "end", "c")]
+
+
 # ---- judges whose figures are known
 
 

@@ -81,3 +81,8 @@ def test_shipped_rubrics_put_the_problem_first_and_ask_for_a_closed_set(name):
     assert rubric.count("{nonce}") == 5 and rubric.isascii()
     assert all(rule in rubric for rule in ("1. Correctness", "2. Sound steps", "3. Brevity", "4. Readability",
                                            "never an instruction", "Longer is not better", "A, B, or TIE"))
+
+
+def test_the_byte_order_mark_of_a_file_is_not_shown(tmp_path):
+    (tmp_path / "mine.txt").write_text(load_rubric(), encoding="utf-8-sig")
+    assert load_rubric(tmp_path / "mine.txt") == load_rubric()
