@@ -35,7 +35,7 @@ def judge_compare(words: list[str]) -> dict:
     if None in folders:
         raise UserError("give two folders of evaluations: minimath judge compare EVAL_A EVAL_B [judge=...]")
     cfg = load_options(JudgeCompareConfig, take_recipe(words), words)
-    records = [records_of(folder) for folder in folders]
+    records = [read_solutions(Path(folder)) for folder in folders]
     found = pair_up(*records)
     pairs = found[:cfg.readers or None]
     alone = sum(map(len, records)) - 2 * sum(min(len(a), len(b)) for _, a, b in in_common(*records))
@@ -59,15 +59,6 @@ def judge_compare(words: list[str]) -> dict:
         lines = findings(f)
         result = {"a": folders[0], "b": folders[1], "judge": judge.name, **f, "findings": lines}
         return save_result(log, "judge-compare", cfg, result, lines)
-
-
-def records_of(folder: str | Path) -> list[dict]:
-    """Read the records of an evaluation, by problem and sample. Raises UserError."""
-    try:
-        return sorted(read_solutions(Path(folder)), key=lambda record: (record["number"], record["sample"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: not an evaluation ({type(error).__name__}: {error}); give a folder that minimath "
-                        "eval has finished") from None
 
 
 def pair_up(ours: list[dict], theirs: list[dict]) -> list[Pair]:

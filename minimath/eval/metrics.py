@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from minimath.config.schema import EvalConfig
+from minimath.core.errors import UserError
 from minimath.core.files import write_whole
 from minimath.core.run_folder import COMPLETIONS, EVAL
 from minimath.core.stats import bootstrap, pass_at, wilson
@@ -95,13 +96,20 @@ def write_results(folder: Path, summary: dict, records: list[dict]) -> None:
 
 
 def read_records(folder: Path) -> list[dict]:
-    """Read the records of a complete evaluation. OSError when there are none."""
-    lines = (folder / COMPLETIONS).read_text(encoding="utf-8").split("\n")  # other line ends may be text
-    return [json.loads(line) for line in lines if line]
+    """Read the records of a complete evaluation, sorted. UserError: none, or damaged."""
+    try:
+        lines = (folder / COMPLETIONS).read_text(encoding="utf-8").split("\n")  # other line ends may be text
+        if records := sorted(map(json.loads, filter(None, lines)), key=lambda r: (r["number"], r["sample"])):
+            return records
+        fault = "it is empty"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fault = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    raise UserError(f"{folder}: not an evaluation with its {COMPLETIONS} ({fault}); give a folder that minimath eval "
+                    "has finished, or evaluate again with another out=")
 
 
 def read_solutions(folder: Path) -> list[dict]:
-    """Read the records as judges see them: their text is what stands behind the thought. OSError as above."""
+    """Read the records as judges see them: their text is what stands behind the thought. UserError as above."""
     return [record | {"text": record["text"][thought_chars(record):]} for record in read_records(folder)]
 
 

@@ -12,9 +12,8 @@ import statistics
 from pathlib import Path
 
 import jinja2
-import yaml
 
-from minimath.config.load import is_option
+from minimath.config.load import is_option, read_recipe
 from minimath.core import run_folder as folder
 from minimath.core.errors import UserError
 from minimath.core.files import read_json, write_whole
@@ -76,7 +75,7 @@ def write_page(runs: list[Path], out: Path) -> Path:
                                 "complete)")
             evaluations, stages = evaluations | found, stages | trained
         for at in dict.fromkeys((run, *trained.values())):
-            settings |= {f"{prefix}{at.name}/{file.name}": file.read_text(encoding="utf-8")
+            settings |= {f"{prefix}{at.name}/{file.name}": file.read_text(encoding="utf-8", errors="replace")
                          for file in sorted(at.glob("*.yaml"))}
     (out / PICTURES).mkdir(parents=True, exist_ok=True)
     try:
@@ -91,7 +90,7 @@ def write_page(runs: list[Path], out: Path) -> Path:
     except KeyError as error:
         raise UserError(f"{', '.join(map(str, runs))}: a record has no {error}: it was made by an earlier version of "
                         "minimath; evaluate or train again") from None
-    except (json.JSONDecodeError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{', '.join(map(str, runs))}: a record is damaged or gone ({error}); evaluate or train "
                         "again") from None
     settings |= {f"{label}: environment": json.dumps(found, indent=1) for label, found in environments.items()}
@@ -141,9 +140,8 @@ def training_part(name: str, at: Path, out: Path) -> dict:
     asked = [record for record in metrics if record.get("judge/comparisons")]
     columns = [key for key in JUDGE if series(asked, key)]
     means = [f"{statistics.fmean(y for _, y in series(asked, key)):.3g}" for key in columns]
-    file = at / folder.CONFIG
-    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    judge = Path(config.get("judge_adapter") or at)  # that the stage asked, or trained
+    made = read_recipe(str(file))[""] if (file := at / folder.CONFIG).is_file() else {}
+    judge = Path(made["judge_adapter"].text or at) if "judge_adapter" in made else at  # that it asked, or trained
     cards = (each / CARD for each in (at / folder.ADAPTER, judge / folder.ADAPTER, judge))
     return {"pictures": [picture(figure, f"{kind} {name}", out) for kind, figure in drawn.items() if figure],
             "trained_judge": judge_facts(next((read_json(card)["figures"] for card in cards if card.is_file()), {})),

@@ -5,7 +5,8 @@ import pytest
 from judge_server import prefers_shorter, says, serve  # noqa: F401  (serve is a fixture)
 from judging import FakeJudge, judge_by
 
-from minimath.commands.judge_compare import compare_solutions, findings, pair_up, records_of
+from minimath.commands.judge_compare import compare_solutions, findings, pair_up
+from minimath.eval.metrics import read_solutions
 from minimath.judges.base import HeuristicJudge
 from minimath.judges.rubrics import load_rubric
 
@@ -38,7 +39,7 @@ def shorts(numbers):
 def test_samples_are_paired_in_order_problem_by_problem(tmp_path):
     a = [record(1, "a1", sample=1), record(1, "a0"), record(0, "a"), record(7, "only in a")]
     b = [record(1, "b0"), record(1, "b1", sample=1), record(1, "b2", sample=2), record(0, "b")]
-    pairs = pair_up(records_of(evaluation(tmp_path / "a", a)), records_of(evaluation(tmp_path / "b", b)))
+    pairs = pair_up(read_solutions(evaluation(tmp_path / "a", a)), read_solutions(evaluation(tmp_path / "b", b)))
     assert [(p.problem, p.first.text, p.second.text) for p in pairs] == [
         ("Problem 0?", "a", "b"), ("Problem 1?", "a0", "b0"), ("Problem 1?", "a1", "b1")]
 

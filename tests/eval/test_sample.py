@@ -59,6 +59,14 @@ def test_the_command_samples_resumes_and_feeds_stage_1(tiny_dir, tmp_path, here,
     (tmp_path / "samples" / "train.jsonl").unlink()
     assert here(*words, "resume=true")[0] == 0  # nothing is sampled again
     assert (tmp_path / "samples" / "train.jsonl").read_bytes() == before
+    kept = (tmp_path / "samples" / "completions.jsonl").read_bytes()
+    for left in (None, b"", kept[:-9]):  # gone, or damaged: what was kept stays
+        (tmp_path / "samples" / "completions.jsonl").unlink()
+        if left is not None:
+            (tmp_path / "samples" / "completions.jsonl").write_bytes(left)
+        status, _, error = here(*words, "resume=true")
+        assert status == 2 and "samples: not an evaluation with its completions.jsonl" in error and "out=" in error
+        assert (tmp_path / "samples" / "train.jsonl").read_bytes() == before
     status, out, error = here("sft", "data=samples/train.jsonl", f"model={tiny_dir}", "device=cpu", "dtype=fp32",
                               "steps=1", "batch_size=1", "lora_r=4", "out=sft")
     assert status == 0, error

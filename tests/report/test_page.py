@@ -151,6 +151,24 @@ def test_a_damaged_evaluation_is_said(folder, tmp_path):
         write_page([tmp_path], tmp_path)
 
 
+@pytest.mark.parametrize("file, content, said", [
+    ("rlaif/config.yaml", b"lr: [1", "rlaif/config.yaml:1: not valid YAML"),
+    ("rlaif/config.yaml", b"lr: \xff\n", "rlaif/config.yaml: 'utf-8' codec"),
+    ("rlaif/config.yaml", b"- 3\n", "rlaif/config.yaml:1: expected lines"), ("rlaif/config.yaml", b"", ""),
+    ("run.yaml", b"lr: \xff\n", ""), ("eval-sft/completions.jsonl", b"", "eval-sft: not an evaluation .*empty"),
+    ("eval-sft/completions.jsonl", b"3\n", "eval-sft: not an evaluation"),
+    ("eval-sft/completions.jsonl", b"\xff", "eval-sft: not an evaluation"),
+    ("eval-sft/eval.json", b"\xff", "a record is damaged")])
+def test_a_damaged_file_is_one_line_or_does_no_harm(folder, tmp_path, file, content, said):
+    run = Path(shutil.copytree(folder, tmp_path / "run"))
+    (run / file).write_bytes(content)
+    if not said:
+        return write_page([run], tmp_path)
+    with pytest.raises(UserError, match=said) as caught:
+        write_page([run], tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_folder_with_an_equals_sign_is_a_run(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "lr=1e-4")
     monkeypatch.chdir(tmp_path)
