@@ -23,10 +23,12 @@ from minimath.models.load import pick_device, pick_dtype
 from minimath.models.policy import Policy
 
 Job = tuple[int, int]  # the problem's place in the data, and the sample
-# Every other option decides the completions. Model, adapter, dtype and data are told apart by what they lead to; device
-# and max_num_seqs change rounding only, and may have to change (another card, less memory); budgets come afterwards.
-NOT_DECISIVE = {"model", "adapter", "dtype", "data", "split", "limit", "strict", "device", "max_num_seqs", "budgets",
-                "trust_remote_code", "out", "resume", "deterministic", "shard", "suite"}
+# Every other option decides the completions. Model, adapter, dtype and data are told apart by what they lead to;
+# device, max_num_seqs and vLLM's place change rounding only, and may have to change (another card, less memory, another
+# port); budgets come afterwards, and compile is for training.
+NOT_DECISIVE = {"model", "adapter", "dtype", "data", "split", "limit", "strict", "device", "max_num_seqs", "vllm_url",
+                "vllm_gpu_share", "budgets", "compile", "trust_remote_code", "out", "resume", "deterministic", "shard",
+                "suite"}
 
 
 class PartFile:

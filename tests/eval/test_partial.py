@@ -251,6 +251,8 @@ def test_an_option_decides_unless_it_is_known_not_to(tiny_dir):
     assert set(told) == names - NOT_DECISIVE | {"model", "adapter", "dtype", "data"}
     sampling = make_config(SampleConfig, tiny_dir, keep=2, samples=1, temperature=0)
     assert fingerprint(sampling, examples) == told  # what is kept is chosen afterwards
+    moved = make_config(EvalConfig, tiny_dir, vllm_url="http://127.0.0.1:8001/v1", vllm_gpu_share=0.8, compile=True)
+    assert fingerprint(moved, examples) == told  # another port, another share of a card
 
 
 def test_max_num_seqs_and_budgets_may_change(run, interrupt):
