@@ -6,6 +6,8 @@ import numpy as np
 
 from minimath.core.errors import UserError
 
+AT_ONCE = 1 << 20  # values that a bootstrap draws at once
+
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Compute Wilson's score interval of a proportion, 95% for z = 1.96."""
@@ -17,9 +19,10 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def bootstrap(values: list[float], seed: int, draws: int = 2000) -> tuple[float, float]:
     """Percentile bootstrap 95% interval of the mean of per-problem values."""
-    array = np.asarray(values)
-    picks = np.random.default_rng(seed).integers(0, len(array), (draws, len(array)))
-    low, high = np.percentile(array[picks].mean(1), [2.5, 97.5])
+    array, rng, n = np.asarray(values), np.random.default_rng(seed), len(values)
+    rows = max(1, AT_ONCE // n)  # the same draws as all at once, which takes gigabytes for 100,000 problems
+    means = [array[rng.integers(0, n, (min(rows, draws - i), n))].mean(1) for i in range(0, draws, rows)]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)
 
 

@@ -1,10 +1,12 @@
 """Intervals and paired comparisons against published values, brute force and the normal approximation."""
 import itertools
 import statistics
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from minimath.core import stats
 from minimath.core.errors import UserError
 from minimath.core.stats import bootstrap, paired, pass_at, wilson
 
@@ -36,6 +38,23 @@ def test_bootstrap_covers_the_mean_and_narrows_with_more_problems():
     few = bootstrap(values[:25], 0)
     assert few[1] - few[0] > 2 * (high - low)
     assert bootstrap([0.5] * 9, 0) == (0.5, 0.5) and bootstrap(values, 0) == bootstrap(values, 0)
+
+
+@pytest.mark.parametrize("n, at_once", [(7, 1 << 20), (7, 21), (1001, 1 << 20), (1001, 5)])
+def test_bootstrap_in_pieces_is_bit_for_bit_that_of_all_draws_at_once(n, at_once, monkeypatch):
+    values = np.random.default_rng(1).random(n)
+    picks = np.random.default_rng(5).integers(0, n, (2000, n))
+    monkeypatch.setattr(stats, "AT_ONCE", at_once)
+    assert bootstrap(values.tolist(), 5) == tuple(np.percentile(values[picks].mean(1), [2.5, 97.5]))
+
+
+def test_bootstrap_of_many_problems_needs_little_memory():
+    tracemalloc.start()
+    try:
+        bootstrap([0.0, 1.0] * 50_000, 0, draws=40)
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_paired_differences_are_narrower_than_unpaired_ones_and_skip_other_problems():
