@@ -23,6 +23,7 @@ FIELDS = {"logprobs": {"logprobs": True, "top_logprobs": TOP},  # of a chat requ
 INSTEAD = ("refusal", "reasoning_content", "reasoning", "thinking")  # fields of servers that tell an answer from others
 THOUGHT = re.compile(r"\s*(<think(ing)?>|\[THINK\]|\u25c1think\u25b7|<\|channel\|>analysis)")
 THOUGHT_END = re.compile(r"</think(ing)?>|\[/THINK\]|\u25c1/think\u25b7|<\|channel\|>final<\|message\|>")
+TAIL = 100  # characters that hold the end of a thought, of 28 at most, and the white space behind it
 _BEFORE = "json|the|my|final|better|solution|verdict|answer|choice|option|is|boxed|text"  # words before a verdict
 
 
@@ -70,7 +71,7 @@ def likeliest_tokens(choice: dict, thinks: bool = False) -> list:
     try:
         positions, said, start = (choice.get("logprobs") or {}).get("content") or [], "", 0
         for n, position in enumerate(positions if thinks else [], 1):
-            said += position["token"]
+            said = (said + position["token"])[-TAIL:]  # not all of it again for every token
             start = n if THOUGHT_END.search(said) and not split_thought(said)[2] else start
         for position in positions[start:] if start or not thinks else []:
             if any(c.isalnum() for c in position["token"]):

@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from minimath.judges import verdict
 from minimath.judges.verdict import Reply, read_reply, soft_vote, text_vote, vote
 
 
@@ -57,3 +58,24 @@ def test_log_probs_of_thoughts_are_not_the_vote():
         assert vote(read_reply({"message": message, "logprobs": listed})) == 0.0
     listed = {"content": thought}  # of a server that cuts the mark out
     assert read_reply({"message": {"content": "B", "reasoning": "A look"}, "logprobs": listed}) == Reply("B")
+
+
+def test_a_long_thought_with_log_probs_is_not_searched_again_for_every_token(monkeypatch):
+    searched = []
+
+    class Counted:
+        def __init__(self, pattern):
+            self.pattern = pattern
+
+        def search(self, text):
+            searched.append(len(text))
+            return self.pattern.search(text)
+
+        def finditer(self, text):
+            return self.pattern.finditer(text)
+
+    monkeypatch.setattr(verdict, "THOUGHT_END", Counted(verdict.THOUGHT_END))
+    tokens = [" word"] * 1000 + ["</thi", "nk>", *["\n"] * 300, "B", " word"]
+    listed = {"content": [{"token": token, "top_logprobs": [{"token": token, "logprob": -0.1}]} for token in tokens]}
+    reply = read_reply({"message": {"content": "".join(tokens)}, "logprobs": listed})
+    assert reply.top == [["B", -0.1]] and sum(searched) < 200 * len(tokens)
