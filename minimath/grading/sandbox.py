@@ -31,7 +31,7 @@ from minimath.grading.numbers import read_number, rounds_to
 MEMORY_BYTES = 512 << 20      # of a worker's address space; after its imports it has 70 MiB
 WORKERS = 8                   # questions at a time; more threads wait
 ALARM_SHARE, WAIT_SHARE = 0.75, 0.95  # of the time limit: the worker's alarm, and when the caller waits no longer
-START_S = 120.0               # sympy imports slowly on a loaded machine
+START_S = 600.0               # seconds of work, and minutes beside jobs that go first
 PRECISION, MAX_PRECISION = 60, 400  # digits
 POINTS = 12                   # at which two expressions are compared that sympy cannot bring together
 LATE = "late"                 # the reply of a worker that ran out of time or memory
@@ -99,12 +99,15 @@ class BoundedChild(contextlib.AbstractContextManager):
                                             start_new_session=True)  # Ctrl-C is for this process to hear
         self.starts += 1
         self._control.settimeout(START_S)
-        with contextlib.suppress(OSError):
+        fault = "ended as it started; try `python -c 'import math_verify'`, and reinstall math-verify if that fails"
+        try:
             if self._control.recv(1):
                 return
+        except OSError as error:                    # reset: it ended
+            if isinstance(error, TimeoutError):
+                fault = f"was not ready in {START_S:g} s: this machine is too busy; try again (a run with resume=true)"
         self.close()
-        raise UserError("answer checker: the math-verify child process did not start; try "
-                        "`python -c 'import math_verify'`, and reinstall math-verify if that fails")
+        raise UserError(f"answer checker: the math-verify child process {fault}")
 
     def close(self):
         """End the child and its workers; the next question starts it again."""

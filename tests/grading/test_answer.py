@@ -5,9 +5,11 @@ import time
 
 import pytest
 
+from minimath.core.errors import UserError
+from minimath.grading import sandbox
 from minimath.grading.answer import AnswerChecker, extract_answer, final_answer
 from minimath.grading.numbers import plain_number
-from minimath.grading.sandbox import MEMORY_BYTES
+from minimath.grading.sandbox import MEMORY_BYTES, BoundedChild
 from minimath.grading.steps import check_steps
 
 
@@ -177,6 +179,18 @@ def test_a_dead_child_is_replaced():
         checker.process.kill()
         checker.process.wait()
         assert checker.equal("y+1", "1+y") and checker.starts == 2
+
+
+def test_a_child_that_is_late_is_told_from_one_that_cannot_start(monkeypatch):
+    with BoundedChild(timeout_s=1.0) as child, monkeypatch.context() as patch:
+        patch.setattr(sandbox, "START_S", 0.001)
+        with pytest.raises(UserError, match="not ready in 0.001 s: this machine is too busy; try again") as caught:
+            child.ask("equal", "1", "x")
+        assert "reinstall" not in str(caught.value) and child.process is None
+        patch.setattr(sandbox, "START_S", 60.0)
+        patch.setattr(sandbox.sys, "executable", "/bin/false")
+        with pytest.raises(UserError, match="ended as it started; try .* reinstall math-verify"):
+            child.ask("equal", "1", "x")
 
 
 def test_unreadable_gold_pays_nobody_and_is_counted(checker):
