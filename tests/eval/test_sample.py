@@ -61,7 +61,7 @@ def test_the_command_samples_resumes_and_feeds_stage_1(tiny_dir, tmp_path, here,
     assert (tmp_path / "samples" / "train.jsonl").read_bytes() == before
     kept = (tmp_path / "samples" / "completions.jsonl").read_bytes()
     for left in (None, b"", kept[:-9]):  # gone, or damaged: what was kept stays
-        (tmp_path / "samples" / "completions.jsonl").unlink()
+        (tmp_path / "samples" / "completions.jsonl").unlink(missing_ok=True)
         if left is not None:
             (tmp_path / "samples" / "completions.jsonl").write_bytes(left)
         status, _, error = here(*words, "resume=true")
