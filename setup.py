@@ -37,7 +37,7 @@ setup(
     packages=[*find_packages(include=["minimath", "minimath.*"]), "minimath.kernels"],
     package_dir={"minimath.kernels": "kernels"},
     package_data={"minimath": ["*.txt", "recipes/*.yaml", "recipes/*.json", "judges/*.txt", "judges/*.json",
-                               "data/*.json", "report/*.html", "report/*.css", "export/card.md"]},
+                               "data/*.json", "report/*.html", "report/*.css"]},
     # Bounded below the next major, where names may go; triton has broken in minor releases, and each torch wants its
     # own. .ci/constraints.txt has the versions that were tried together, .ci/oldest the lower bounds, tried so too.
     install_requires=[

@@ -13,7 +13,7 @@ from minimath.core.run_folder import CONFIG, find_adapter, say_once
 PROMPT = [name for name, option in options_of(SFTConfig).items()
           if option.group == "prompt" and name != "max_prompt_len"]  # options that make a prompt what it is
 SHAPE = [name for name, option in options_of(SFTConfig).items() if option.group == "adapter" and name != "adapter"]
-READ = ["model", *PROMPT, *SHAPE, "data", "split", "quant", "attn", "steps", "lr"]  # of a run, maybe someone else's
+READ = ["model", *PROMPT, *SHAPE, "data", "split", "quant", "attn"]  # of a run, maybe someone else's
 
 
 def run_options(folder: Path) -> dict:

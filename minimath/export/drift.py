@@ -10,7 +10,6 @@ from minimath.config.schema import EvalConfig
 from minimath.core.errors import UserError
 from minimath.data.examples import load_examples
 from minimath.data.problems import make_problems
-from minimath.export.model_card import shown
 from minimath.models.forward import base_causal_lm, compute_dtype, inference
 from minimath.models.policy import Policy
 from minimath.rollout.open import open_engine
@@ -40,6 +39,11 @@ def drift_texts(policy: Policy, cfg: EvalConfig, count: int) -> tuple[list[tuple
     with open_engine(cfg.engine, cfg.sampling, policy) as engine:
         texts = [(prompt, sample.ids) for prompt, [sample] in zip(prompts, engine.generate(prompts))]
     return texts, f"{len(texts)} problems of {shown(source)}"
+
+
+def shown(text: str) -> str:
+    """A path without its folders; anything else as it is."""
+    return Path(text).name if text.startswith(("/", ".", "~")) or Path(text).exists() else text
 
 
 def completion_logits(model, texts) -> list[torch.Tensor]:

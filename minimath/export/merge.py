@@ -23,11 +23,11 @@ from minimath.config.options import Stage
 from minimath.config.schema import AdapterPath, Count, EvalConfig
 from minimath.config.trained import PROMPT, base_of, run_options
 from minimath.core.errors import UserError
-from minimath.core.files import flush_to_disk, free_bytes, read_json
-from minimath.core.run_folder import ADAPTER, EVAL, evaluation_folder, find_adapter
+from minimath.core.files import flush_to_disk, free_bytes
+from minimath.core.run_folder import find_adapter
 from minimath.data.template import chat_args, template_as_asked
 from minimath.export.drift import Drift, compare, completion_logits, drift_texts
-from minimath.export.model_card import card, modelfile
+from minimath.export.modelfile import modelfile
 from minimath.models.load import describe
 from minimath.models.policy import Policy, load_policy
 
@@ -81,8 +81,7 @@ def export(words: list[str]) -> dict:
     """Run the command; returns {"folder": path, "drift": {...}}. UserError: no folder."""
     cfg = load_config(ExportConfig, None, words, "export")
     folder = find_adapter(cfg.adapter.path)
-    run, adapter = run_options(folder), read_json(folder / "adapter_config.json")
-    base = cfg.model or base_of(folder)
+    run, base = run_options(folder), cfg.model or base_of(folder)
     if not base:
         raise UserError(f"{folder} does not say which base it was trained on; add model=FOLDER or a hub id")
     load = EvalConfig(**{key: run[key] for key in (*PROMPT, "data", "split") if key in run},
@@ -90,26 +89,21 @@ def export(words: list[str]) -> dict:
                       max_new_tokens=cfg.drift_tokens, trust_remote_code=cfg.trust_remote_code,
                       attn="eager" if run.get("attn") == "eager" else "sdpa")  # a GPU's may be missing here
     try:
-        policy, drift, measured = merge_and_measure(cfg, load, "nf4" if run.get("quant") == "nf4" else "none")
+        policy, drift = merge_and_measure(cfg, load, "nf4" if run.get("quant") == "nf4" else "none")
     except torch.OutOfMemoryError:
         raise UserError(f"device={cfg.device} lacks the memory; use device=cpu, or dtype=bf16 for half of it") from None
-    out, made = Path(cfg.out).absolute(), folder.parent if folder.name == ADAPTER else Path(cfg.adapter.path)
-    evaluations = (made / EVAL, evaluation_folder(made.parent, made.name) / EVAL)  # the second of a whole run
-    evaluation = next((read_json(path) for path in evaluations if path.is_file()), {})
+    out = Path(cfg.out).absolute()
     with new_folder(out) as partial:
         write_model(policy, partial, cfg)
-        text = card(name=out.name, base=base, adapter=adapter, run=run, prompt=policy.prompt, drift=measured,
-                    evaluation=evaluation, usage=usage(cfg, policy, out.name))
-        (partial / "README.md").write_text(text, encoding="utf-8")
     files = sorted(out.iterdir())
     size = sum(path.stat().st_size for path in files)
     print(f"{cfg.out}: {', '.join(path.name for path in files)} ({size / 1e6:.0f} MB)\n"
-          f"to share or use it:\nhf upload OWNER/NAME {shlex.quote(cfg.out)} --private\n{usage(cfg, policy, cfg.out)}")
+          f"to share or use it:\nhf upload OWNER/NAME {shlex.quote(cfg.out)} --private\n{usage(cfg, policy)}")
     return {"folder": cfg.out, "drift": drift._asdict()}
 
 
-def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[Policy, Drift, str]:
-    """Load what was trained on `quant` weights, merge it, measure and word the drift.
+def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[Policy, Drift]:
+    """Load what was trained on `quant` weights, merge it, measure and say the drift.
 
     Raises UserError above max_drift."""
     policy = load_policy(in_training := load.replace(quant=quant), train=False)
@@ -139,16 +133,15 @@ def merge_and_measure(cfg: ExportConfig, load: EvalConfig, quant: str) -> tuple[
     if quant != "none":
         before, why = "4-bit model in training", ("The base lacks the rounding of the 4-bit weights: evaluate the "
                                                   "adapter with quant=none")
-    measured = (f"drift, {before} to merged {kind} weights, on {source}: mean KL {drift.kl:.2e} nats a token, greedy "
-                f"token the same on {drift.agreement:.1%} of {drift.tokens} tokens")
-    print(measured)
+    print(f"drift, {before} to merged {kind} weights, on {source}: mean KL {drift.kl:.2e} nats a token, greedy token "
+          f"the same on {drift.agreement:.1%} of {drift.tokens} tokens")
     if not drift.kl <= cfg.max_drift:  # also nan
         raise UserError(f"the merged model is not the one that was trained: mean KL {drift.kl:.2e} is above max_drift="
                         f"{cfg.max_drift:g}, nothing was written. {why}. If its answers are good enough, raise "
                         "max_drift")
     if cfg.to == "safetensors":
         policy.model.to(dtype)
-    return policy, drift, measured
+    return policy, drift
 
 
 def merge(model):
@@ -197,19 +190,19 @@ def file_name(cfg: ExportConfig) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(cfg.out).absolute().name, flags=re.ASCII).strip("-.") or "model"
 
 
-def usage(cfg: ExportConfig, policy: Policy, folder: str) -> str:
-    """Write the lines that a shell runs to use the model in `folder`."""
+def usage(cfg: ExportConfig, policy: Policy) -> str:
+    """Write the lines that a shell runs to use the model."""
     if cfg.to == "safetensors":
         prompt = policy.prompt
-        words = [f"model={folder}", f"system={prompt.system}", f"prompt_template={prompt.prompt_template}"]
+        words = [f"model={cfg.out}", f"system={prompt.system}", f"prompt_template={prompt.prompt_template}"]
         words += [f"thinking={prompt.thinking}"] if prompt.thinking != "auto" else []  # the rest is in the template
         return f'minimath solve "PROBLEM" {shlex.join(words)}'
     name, template = file_name(cfg), str(policy.tokenizer.chat_template)
     args = chat_args(policy.tokenizer, policy.prompt.thinking, policy.prompt.template_args)
     args = {key: value for key, value in args.items() if key in template and key != "date"}
     switches = f" --jinja --chat-template-kwargs {shlex.quote(json.dumps(args))}" if args else ""
-    return (f"llama-server -m {shlex.quote(f'{folder}/{name}-{cfg.gguf_type}.gguf')}{switches}   # llama.cpp alone\n"
-            f"cd {shlex.quote(folder)} && ollama create {name} -f Modelfile && ollama run {name} \"PROBLEM\"")
+    return (f"llama-server -m {shlex.quote(f'{cfg.out}/{name}-{cfg.gguf_type}.gguf')}{switches}   # llama.cpp alone\n"
+            f"cd {shlex.quote(cfg.out)} && ollama create {name} -f Modelfile && ollama run {name} \"PROBLEM\"")
 
 
 def write_model(policy: Policy, folder: Path, cfg: ExportConfig) -> None:

@@ -74,14 +74,11 @@ def test_weights_are_rounded_once_and_are_no_further_off_than_those_of_pefts_own
 
 # ---- the command
 
-def test_the_folder_is_the_model_with_its_tokenizer_a_card_and_the_dtype_of_the_base(
-        tmp_path, tiny_dir, here, monkeypatch):
+def test_the_folder_is_the_model_with_its_tokenizer_and_the_dtype_of_the_base(tmp_path, tiny_dir, here, monkeypatch):
     base = in_bf16(tmp_path / "base", tiny_dir)
     write_problems(tmp_path / "problems.jsonl", n=4)
     monkeypatch.setenv("HOME", str(tmp_path))
     run = awake_run(tmp_path / "runs" / "sft", base, data="~/problems.jsonl", system="Be brief.")
-    (tmp_path / "runs" / "eval-sft").mkdir()
-    (tmp_path / "runs" / "eval-sft" / "eval.json").write_text(json.dumps({"accuracy": 0.25, "problems": 8}))
     status, out, err = here("export", f"adapter={run}", "out=new", *SMALL)
     assert status == 0, err
     assert "on 2 problems of problems.jsonl: mean KL" in out
@@ -92,13 +89,7 @@ def test_the_folder_is_the_model_with_its_tokenizer_a_card_and_the_dtype_of_the_
     wanted, tokenizer = live(run)
     assert compare(completion_logits(wanted, texts_of(tokenizer)),
                    completion_logits(model.float(), texts_of(tokenizer))).kl < 1e-3
-    card = (folder / "README.md").read_text()
-    for part in ("base model: base", "r 4, lora_alpha 8", "on down_proj, gate_proj, k_proj, o_proj,",
-                 "data: problems.jsonl", "mean KL",
-                 "accuracy before the merge: 0.25", "    Be brief.", "Licence: not stated",
-                 "minimath solve \"PROBLEM\" model=new 'system=Be brief.'"):
-        assert part in card, part
-    assert str(tmp_path) not in card and "license:" not in card
+    assert "minimath solve \"PROBLEM\" model=new 'system=Be brief.'" in out
     assert not list(tmp_path.glob(".tmp*"))
 
 
@@ -138,14 +129,14 @@ def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "card", full)  # the last thing written
+    monkeypatch.setattr(module, "flush_to_disk", full)  # when all is written
     with pytest.raises(UserError, match="No space left on device.*bytes are free"):
         export([f"adapter={run}", f"out={tmp_path / 'new'}", *SMALL])
     assert not list(tmp_path.iterdir())
 
 
 def test_a_sigterm_while_it_writes_leaves_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "card", lambda **_: os.kill(os.getpid(), signal.SIGTERM) or "")
+    monkeypatch.setattr(module, "flush_to_disk", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with pytest.raises(SystemExit, match="143"):
@@ -203,7 +194,6 @@ def test_a_run_on_4_bit_weights_is_merged_into_the_16_bit_base_and_held_against_
     merged = merge(live(run_on_4_bit, quant="none")[0])
     for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "new").state_dict().items():
         torch.testing.assert_close(weight, merged.state_dict()[name])
-    assert "4-bit model in training" in (tmp_path / "new" / "README.md").read_text()
     # the figure is that of the 4-bit model: measured here on its own, on the same problems
     cfg = EvalConfig(model=yaml.safe_load((run_on_4_bit / "config.yaml").read_text())["model"], device="cpu",
                      dtype="fp32", adapter=str(run_on_4_bit), prompt_template=PLAIN, quant="nf4", temperature=0.0,

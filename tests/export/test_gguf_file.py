@@ -20,7 +20,7 @@ from minimath.core.errors import UserError
 from minimath.data.chat import prompt_ids
 from minimath.export.drift import completion_logits
 from minimath.export.merge import export, merge
-from minimath.export.model_card import chatml_parts, modelfile
+from minimath.export.modelfile import chatml_parts, modelfile
 from minimath.models.policy import Policy
 from minimath.rollout.open import open_engine
 

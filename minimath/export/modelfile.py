@@ -1,41 +1,11 @@
-"""Write the texts beside an exported model: its card and the Modelfile of Ollama."""
+"""Write the Modelfile of Ollama beside an exported model."""
 import json
 import re
-from pathlib import Path
-from textwrap import indent
 
 from minimath.config.schema import PromptOptions
 from minimath.core.errors import UserError
 from minimath.data.chat import turn_end
 from minimath.data.template import chat_args, render, template_of
-
-CARD = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-FIGURES = ("problems", "accuracy", "interval", "mean_tokens", "correct_steps", "finished")
-
-
-def card(*, name: str, base: str, adapter: dict, run: dict, prompt: PromptOptions, evaluation: dict, drift: str,
-         usage: str) -> str:
-    """Write README.md.
-
-    adapter: peft's options; run: minimath's; evaluation: a summary, or {}. A path is told by its last name only."""
-    targets = adapter.get("target_modules") or "its layers"
-    targets = {targets} if isinstance(targets, str) else {name.rpartition(".")[2] for name in targets}
-    shape = [f"{key} {adapter[key]}" for key in ("r", "lora_alpha", "use_rslora", "use_dora") if key in adapter]
-    facts = {"base model": shown(base),
-             "adapter": f"{', '.join(shape)}, on {', '.join(sorted(targets))}",
-             **{key: shown(str(run[key])) for key in ("data", "quant", "steps", "lr") if run.get(key)},
-             **({"thinking": prompt.thinking} if prompt.thinking != "auto" else {}),
-             **{f"{key} before the merge": evaluation[key] for key in FIGURES if key in evaluation}}
-    texts = {"system": prompt.system or "(none)", "user": prompt.prompt_template, "usage": usage}
-    return CARD.format(
-        name=name, base=shown(base), drift=drift, facts="\n".join(f"- {key}: {value}" for key, value in facts.items()),
-        hub_base=f"base_model: {base}\n" if base.count("/") == 1 and not Path(base).exists() else "",
-        **{key: indent(text, "    ") for key, text in texts.items()})  # unlike a fence: no text can end it
-
-
-def shown(text: str) -> str:
-    """A path without its folders; anything else as it is."""
-    return Path(text).name if text.startswith(("/", ".", "~")) or Path(text).exists() else text
 
 
 def modelfile(tokenizer, gguf_name: str, prompt: PromptOptions) -> str:
