@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
-from minimath.config.renamed import REMOVED, RENAMED, RENAMED_VALUES
+from minimath.config.renamed import RENAMED, RENAMED_VALUES
 from minimath.core.errors import UserError
 from minimath.core.text import KEEPS_SECRETS_OUT, comma_list, did_you_mean, is_plain_url, mask, named_values
 
@@ -245,11 +245,9 @@ def _option(name: str, group: str, field: dataclasses.Field, default, docs: dict
 
 
 def unknown_option(name: str, known) -> str:
-    """Say of no option's name what it is now, why it left, or the nearest one."""
+    """Say of no option's name what it is now, or the nearest one."""
     if name in RENAMED:
         return f"{name!r} is now called {RENAMED[name]!r}"
-    if name in REMOVED:
-        return f"{name!r} is no longer an option: {REMOVED[name]}"
     return f"unknown key {name!r}{did_you_mean(name, known)}"
 
 

@@ -1,4 +1,4 @@
-"""Options of earlier versions: what they are called now, or what to do instead. Old recipes are answered with these."""
+"""Options of earlier versions: what they are called now. Old recipes are answered with these."""
 
 RENAMED = {
     "gate": "verifier", "slots": "max_num_seqs", "micro_tokens": "micro_batch_tokens", "loss_type": "loss",
@@ -7,39 +7,3 @@ RENAMED = {
 }
 RENAMED_VALUES = {("judge", "rules"): "heuristic", ("judge_fallback", "rules"): "heuristic",
                   ("reward", "rules"): "paper"}
-REMOVED = {
-    "double_quant": "nf4 scales are always quantised too",
-    "liger": "norms, rotations and gated activations of the layers are minimath's own kernels now",
-    "beta1": "Adam's decay is 0.9", "beta2": "Adam's decay is 0.999",
-    "min_lr_ratio": "the schedule ends at 0; lr_schedule=constant holds the rate",
-    "label_smoothing": "minimath.kernels.linear_cross_entropy has it for a loop of your own",
-    "z_loss": "minimath.kernels.linear_cross_entropy has it for a loop of your own",
-    "on_save_error": "a checkpoint that can't be written is said, and tried again at the next save",
-    "keep": "the three newest checkpoints and the best one are kept",
-    "push": "upload the folder with `hf upload OWNER/NAME FOLDER --private`",
-    "log_every": "every step is logged",
-    "data_format": "the shape of a row is read off its columns",
-    "repetition_penalty": "it biases the log-probs that training needs; loop_guard=N cuts loops",
-    "vllm_model": "the model that the server serves is taken",
-    "vllm_key_env": "the key is read from $VLLM_API_KEY",
-    "vllm_timeout_s": "a request to the server is given up after 20 minutes",
-    "vllm_adapter_dir": "adapters lie in the run folder: put out= where the server sees it",
-    "min_solve_rate": "use curriculum=learnable", "max_solve_rate": "use curriculum=learnable",
-    "reward_parts": "reward=paper is the paper's sum; for another one give reward=python:module.fn",
-    "judge_retries": "a request is tried again three times",
-    "judge_verdict": "the richest form that the server has is found at the start",
-    "judge_step_s": "all requests of a rollout round together get 20 times judge_timeout_s",
-    "judge_breaker": "16 failures in a row end the requests of a rollout round",
-    "judge_cache": "replies are kept under $MINIMATH_CACHE, else ~/.cache/minimath",
-    "judge_price_in": "multiply judge_prompt_tokens of metrics.jsonl by your price",
-    "judge_price_out": "multiply judge_completion_tokens of metrics.jsonl by your price",
-    "judge_max_chars": "candidates are shown up to 4,000 characters",
-    "clip_dual": "loss=cispo bounds every weight",
-    "kl": "the KL's gradient is the unbiased one",
-    "importance": "importance weights are truncated at importance_cap",
-    "minibatches": "each pass over a rollout is one optimizer step; use updates_per_rollout",
-    "overlong_buffer": "the penalty grows over the last fifth of max_new_tokens",
-    "shared_prefix": "a group's prompt is computed once where that saves 15% of the tokens",
-    "suite_samples": "use samples=, or one evaluation per set",
-    "suite_temperature": "use temperature=, or one evaluation per set",
-}

@@ -9,7 +9,7 @@ import yaml
 
 from minimath.config.load import RECIPES, config_of_words, config_text, load_config, plain_values
 from minimath.config.options import Bound, Main, Stage, options_of
-from minimath.config.renamed import REMOVED, RENAMED, RENAMED_VALUES
+from minimath.config.renamed import RENAMED, RENAMED_VALUES
 from minimath.config.schema import STAGES, EvalConfig, LossOptions, RLAIFConfig, SFTConfig
 from minimath.core.errors import UserError
 
@@ -261,16 +261,6 @@ def test_an_old_name_answers_with_the_new_one(tmp_path, old, new):
     with pytest.raises(UserError, match=says):
         cls(**{old: 1})
     assert old not in options_of(cls) and new in options_of(cls)
-
-
-@pytest.mark.parametrize("old", REMOVED)
-def test_a_removed_option_says_why_or_what_to_do(tmp_path, old):
-    path = recipe(tmp_path, f"{old}: 1\n")
-    for args in ((None, [f"{old}=1"]), (path, [])):
-        with pytest.raises(UserError) as error:
-            load_config(RLAIFConfig, *args)
-        assert f"{old!r} is no longer an option: {REMOVED[old]}" in str(error.value)
-    assert not any(old in options_of(cls) for cls in STAGES.values()) and old not in RENAMED
 
 
 @pytest.mark.parametrize("name, old", RENAMED_VALUES)
