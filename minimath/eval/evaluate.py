@@ -8,7 +8,7 @@ Several sets of problems (suite.py) share the model, which is loaded once:
 
 Completions are kept as they finish: after an interrupt, a crash or kill -9 the same command with resume=true goes on.
 A set is complete where eval.json (metrics.py) stands in its folder beside completions.jsonl, a suite where suite.json
-does: {"model", "adapter", "sets": {NAME: summary}, "mean"}, with the folder of each set below it."""
+does: {"model", "adapter", "sets": {NAME: summary}}, with the folder of each set below it."""
 import contextlib
 import functools
 import itertools
@@ -32,7 +32,7 @@ from minimath.data.sample import Sample
 from minimath.eval.budget import limited_stream
 from minimath.eval.metrics import COLUMNS, at_budgets, read_records, summarise, table_row, write_results
 from minimath.eval.partial import PartFile, fingerprint, model_hash, open_part, refuse_changes
-from minimath.eval.suite import Problems, mean_of, read_own, read_sets, suite_table
+from minimath.eval.suite import Problems, read_own, read_sets, suite_table
 from minimath.grading.answer import AnswerChecker, final_answer
 from minimath.models.load import describe
 from minimath.models.policy import Policy, load_policy
@@ -151,9 +151,9 @@ def evaluate_suite(cfg: EvalConfig) -> dict:
                 log.say(f"{len(summaries)} of {len(sets)} sets are complete; the same command with out={log.run_dir} "
                         "resume=true goes on")
                 raise
-        result = {"model": cfg.model.name, "adapter": cfg.adapter.path, "sets": summaries, "mean": mean_of(summaries)}
+        result = {"model": cfg.model.name, "adapter": cfg.adapter.path, "sets": summaries}
         write_whole(log.run_dir / SUITE, json.dumps(result, indent=1) + "\n")
-        log.table(f"{cfg.adapter.path or cfg.model.name} (in the mean each set counts the same)", *suite_table(result))
+        log.table(cfg.adapter.path or cfg.model.name, *suite_table(result))
     return result
 
 

@@ -1,10 +1,8 @@
-"""Read the sets of problems of a suite, and average over them.
+"""Read the sets of problems of a suite, and show their figures.
 
 Problems come from the folder data=FOLDER (NAME.jsonl or NAME_test.jsonl; also csv, parquet, ...), and what it lacks
 from the hub."""
-import math
 import re
-import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,9 +32,6 @@ SETS = {
 }
 OWN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # it becomes a folder, and must not look like what a run keeps there
 TAKEN = {ADAPTER, CONFIG, ENVIRONMENT, EVAL, REPORT, STOP, SUITE}
-AVERAGED = ("accuracy", "mean_tokens", "tokens_per_correct", "correct_steps", "finished", "thinking",
-            "mean_thought_tokens", "mean_answer_tokens")
-SUMMED = ("problems", "checker_timeouts", "bad_gold")
 
 
 class Problems(NamedTuple):
@@ -100,24 +95,11 @@ def read_known(name: str, cfg: EvalConfig) -> Problems:
     return Problems(cfg.replace(suite="", data=source, split=known.split), examples[:cfg.data.limit or None], note)
 
 
-def mean_of(summaries: dict[str, dict]) -> dict:
-    """Average over the sets, each counting the same; figures that a set lacks are left out.
-
-    The interval of the mean accuracy is put together from those of the independent sets (MOVER: Zou, Huang and Zhang
-    2009, "A note on confidence interval estimation for a linear function of binomial proportions")."""
-    rows = list(summaries.values())
-    names = [*AVERAGED, *(key for key in rows[0] if "@" in key)]
-    mean: dict = {key: sum(row.get(key, 0) for row in rows) for key in SUMMED}
-    mean |= {key: statistics.fmean(row[key] for row in rows) for key in names
-             if all(row.get(key) is not None for row in rows)}
-    below, above = (math.hypot(*(row["interval"][end] - row["accuracy"] for row in rows)) / len(rows) for end in (0, 1))
-    return mean | {"interval": (max(0.0, mean["accuracy"] - below), min(1.0, mean["accuracy"] + above))}
-
-
 def suite_table(result: dict) -> tuple[list[str], list[list[str]]]:
-    """Word what suite.json holds as columns and rows: the sets, then the mean."""
-    k = max(summary["samples"] for summary in result["sets"].values())
-    more = [key for key in result["mean"] if key in (f"pass@{k}", f"maj@{k}") or key.startswith("accuracy@")]
+    """Word what suite.json holds as columns, and a row for each set."""
+    first, *others = sets = list(result["sets"].values())
+    more = [key for key in first if all(key in one for one in others) and (
+        key in (f"pass@{first['samples']}", f"maj@{first['samples']}") or key.startswith("accuracy@"))]
     rows = [[name, str(one["problems"]), *table_row(name, one)[1:], *(f"{100 * one[key]:.1f}%" for key in more)]
-            for name, one in (*result["sets"].items(), ("mean", result["mean"]))]
+            for name, one in zip(result["sets"], sets)]
     return ["set", "problems", *COLUMNS[1:], *more], rows

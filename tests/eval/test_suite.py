@@ -16,7 +16,7 @@ from minimath.eval import evaluate as evaluation
 from minimath.eval.evaluate import evaluate
 from minimath.eval.metrics import read_records
 from minimath.eval.partial import PartFile
-from minimath.eval.suite import SETS, chosen_sets, mean_of, read_sets
+from minimath.eval.suite import SETS, chosen_sets, read_sets
 from minimath.grading.answer import AnswerChecker
 from minimath.report.page import report
 
@@ -142,7 +142,6 @@ def test_own_problems_are_a_set_and_unreadable_gold_answers_are_counted(config, 
     result = evaluate(config(f"mine={tmp_path / 'my.jsonl'},math500"))
     assert list(result["sets"]) == ["mine", "math500"]
     assert [result["sets"][name]["bad_gold"] for name in ("mine", "math500")] == [1, 0]
-    assert (result["mean"]["bad_gold"], result["mean"]["checker_timeouts"], result["mean"]["problems"]) == (1, 0, 5)
     [line] = [line for line in capsys.readouterr().out.splitlines() if "gave up" in line]
     assert "the gold answer of 1 problem" in line and "'}{' (bad)" in line
 
@@ -164,10 +163,10 @@ def test_each_set_is_what_a_lone_evaluation_leaves_and_the_model_is_loaded_once(
 def test_samples_and_budgets_have_columns_of_their_own(config, capsys):
     result = evaluate(config(samples=4, temperature=0.9, budgets="8000,16000"))
     assert all(one["avg@4"] == one["accuracy"] and {"pass@4", "maj@4"} <= set(one) for one in result["sets"].values())
-    *_, header, _, first, second, mean = capsys.readouterr().out.splitlines()
+    *_, header, _, first, second = capsys.readouterr().out.splitlines()
     assert header.split() == ("set problems accuracy 95% interval mean tokens tokens per correct correct steps "
                               "finished pass@4 maj@4 accuracy@8000 accuracy@16000").split()
-    assert [line.split()[:2] for line in (first, second, mean)] == [["gsm8k", "4"], ["math500", "3"], ["mean", "7"]]
+    assert [line.split()[:2] for line in (first, second)] == [["gsm8k", "4"], ["math500", "3"]]
 
 
 def test_a_completion_beyond_the_budget_is_wrong_in_the_table_too(config, monkeypatch, capsys, tmp_path):
@@ -182,22 +181,9 @@ def test_a_completion_beyond_the_budget_is_wrong_in_the_table_too(config, monkey
     capsys.readouterr()
     result = evaluate(config(budgets="4,5", resume=True))  # complete, and asked for budgets that it lacks
     assert [result["sets"][name]["accuracy@4"] for name in lengths] == pytest.approx([1 / 2, 1 / 3])
-    assert result["mean"]["accuracy@5"] == pytest.approx((3 / 4 + 1 / 3) / 2)
-    *_, header, _, first, second, mean = capsys.readouterr().out.splitlines()
+    *_, header, _, first, second = capsys.readouterr().out.splitlines()
     assert header.split()[-2:] == ["accuracy@4", "accuracy@5"]
-    assert [line.split()[-2:] for line in (first, second, mean)] == [
-        ["50.0%", "75.0%"], ["33.3%", "33.3%"], ["41.7%", "54.2%"]]
-
-
-def test_the_mean_counts_each_set_the_same_and_its_interval_is_narrower():
-    def summary(problems, accuracy, low, high, **more):
-        return {"problems": problems, "samples": 1, "accuracy": accuracy, "interval": (low, high), "mean_tokens": 10,
-                "tokens_per_correct": None, "correct_steps": 1, "finished": 1, **more}
-
-    mean = mean_of({"a": summary(1000, 0.2, 0.16, 0.26), "b": summary(10, 0.8, 0.77, 0.88, **{"pass@4": 1})})
-    assert mean["accuracy"] == pytest.approx(0.5) and mean["problems"] == 1010
-    assert mean["interval"] == pytest.approx((0.5 - 0.05 / 2, 0.5 + 0.10 / 2))  # 3-4-5 and 6-8-10
-    assert "tokens_per_correct" not in mean and "pass@4" not in mean and mean["mean_tokens"] == 10
+    assert [line.split()[-2:] for line in (first, second)] == [["50.0%", "75.0%"], ["33.3%", "33.3%"]]
 
 
 # ---- interrupts
@@ -259,8 +245,7 @@ def test_a_complete_suite_is_read_without_its_model_and_grows_by_a_set(config, t
         evaluate(config("gsm8k"))
     first = evaluate(config("gsm8k,math500", resume=True))
     monkeypatch.setattr(evaluation, "load_and_say", lambda *_: pytest.fail("a model was loaded"))
-    assert evaluate(config("gsm8k,math500", resume=True)) == json.loads(json.dumps(first)) | {
-        "mean": mean_of(first["sets"])}
+    assert evaluate(config("gsm8k,math500", resume=True)) == json.loads(json.dumps(first))
 
 
 def test_a_changed_option_is_refused_before_other_sets_are_sampled(config, tmp_path):
@@ -284,7 +269,7 @@ def test_the_command_writes_what_the_report_compares(here, options, folder, tmp_
     for seed in (1, 2):
         status, out, err = here("eval", *words, "temperature=1", f"seed={seed}", f"out=runs/model{seed}")
         assert status == 0, err
-        assert out.splitlines()[-1].startswith("mean ")
+        assert out.splitlines()[-1].startswith("math500 ")
     result = report(["runs/model1", "runs/model2", "out=both"])
     page = (tmp_path / result["page"]).read_text(encoding="utf-8")
     assert page.count("<h2>Suite: model") == 2 and page.count("against model1") == 2  # a set each

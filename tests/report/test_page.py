@@ -145,8 +145,8 @@ def test_a_damaged_evaluation_is_said(folder, tmp_path):
     (tmp_path / "evaluation" / "environment.json").write_text("")
     with pytest.raises(UserError, match="evaluation: a record is damaged .*; evaluate or train again"):
         write_page([tmp_path / "evaluation"], tmp_path)
-    (tmp_path / "suite.json").write_text(json.dumps({"sets": {"x": (summary := json.loads(
-        (folder / "eval-sft" / "eval.json").read_text()))}, "mean": summary}))
+    (tmp_path / "suite.json").write_text(json.dumps({"sets": {"x": json.loads(
+        (folder / "eval-sft" / "eval.json").read_text())}}))
     with pytest.raises(UserError, match="or gone .*x/eval.json"):
         write_page([tmp_path], tmp_path)
 
