@@ -14,7 +14,7 @@ from minimath.core.errors import UserError
 from minimath.core.text import did_you_mean
 
 # Where each command is; loaded when it is asked for: help and errors come at once
-COMMANDS = {"sft": "train.sft.sft", "rlaif": "commands.run.rlaif", "eval": "eval.evaluate.evaluate",
+COMMANDS = {"sft": "train.sft.sft", "rlaif": "train.rlaif.rlaif", "eval": "eval.evaluate.evaluate",
             "sample": "eval.sample.sample", "run": "commands.run.run", "plan": "plan.plan.plan",
             "demo": "commands.demo.demo", "solve": "commands.solve.solve_command", "report": "report.page.report",
             "judge train": "train.judge.judge_train",

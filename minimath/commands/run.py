@@ -31,10 +31,10 @@ from minimath.eval.evaluate import evaluate
 from minimath.eval.metrics import COLUMNS, table_row
 from minimath.judges.card import JudgeCard
 from minimath.judges.rubrics import load_rubric
-from minimath.report.page import JUDGE_PLOT, judge_facts, write_judge_plot, write_page
+from minimath.report.page import judge_facts, write_page
 from minimath.train.judge import JudgeConfig, judge_train
 from minimath.train.rewards import make_reward
-from minimath.train.rlaif import rlaif as train_rlaif
+from minimath.train.rlaif import rlaif
 from minimath.train.sft import sft
 from minimath.train.verifier import Verifier
 
@@ -204,19 +204,10 @@ def how_to_go_on(log: RunLog, command: str, minutes: Callable[[], float]):
         raise
 
 
-def rlaif(cfg: RLAIFConfig) -> dict:
-    """Run stage 2, then draw judge.png; returns the stage's summary. Raises UserError."""
-    summary = train_rlaif(cfg)
-    if dist.is_main():
-        draw(JUDGE_PLOT, lambda: write_judge_plot(Path(summary["run_dir"])), print)
-    return summary
-
-
-def draw(what: str, write: Callable[[], Path | None], say: Callable[[str], None]) -> None:
-    """Write a picture or a page, and say where it is or why it failed; never raises."""
+def draw(what: str, write: Callable[[], Path], say: Callable[[str], None]) -> None:
+    """Write a page, and say where it is or why it failed; never raises."""
     try:
-        if path := write():
-            say(f"{what}: {path}")
+        say(f"{what}: {write()}")
     except Exception as error:
         say(f"{what} could not be written, everything else is saved ({type(error).__name__}: {error}); "
             "minimath report RUN tries again")

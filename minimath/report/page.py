@@ -27,7 +27,6 @@ from minimath.report import figures
 from minimath.report.figures import read_metrics, series
 
 PICTURES = "plots"
-JUDGE_PLOT = "judge.png"
 PANELS = {"reward": ["reward/mean"], "loss": ["loss"], "gradient norm": ["optim/grad_norm"],
           "share": ["rollout/correct", "rollout/finished", "eval/accuracy"],
           "tokens": ["rollout/tokens", "rollout/correct_tokens", "eval/tokens"],
@@ -99,14 +98,6 @@ def write_page(runs: list[Path], out: Path) -> Path:
         settings=settings, **parts)
     write_whole(out / folder.REPORT, page)
     return out / folder.REPORT
-
-
-def write_judge_plot(run: Path) -> Path | None:
-    """Draw judge.png in the folder of an RL run whose canary pairs were judged."""
-    if not (figure := figures.judged(read_metrics(run / folder.METRICS))):
-        return None
-    figures.save_png(figure, run / JUDGE_PLOT)
-    return run / JUDGE_PLOT
 
 
 def evaluation_part(evaluations: dict[str, Path], out: Path, of_set: str) -> dict:

@@ -159,3 +159,8 @@ def test_a_recipe_in_the_run_folder_is_not_overwritten_by_the_options_of_a_stage
     with pytest.raises(UserError, match="eval.yaml is no file of a run"):
         run(recipe, [f"out={tmp_path / 'mine'}"])
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["eval.yaml"]
+
+
+def test_a_page_that_fails_is_said_and_costs_no_run(capsys):
+    run_module.draw("report.html", lambda: 1 / 0, print)
+    assert "report.html could not be written, everything else is saved (ZeroDivisionError" in capsys.readouterr().out

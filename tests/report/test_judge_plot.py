@@ -6,8 +6,7 @@ import struct
 import pytest
 from matplotlib.figure import Figure
 
-from minimath.report.figures import draw_gap, judged, read_metrics, series
-from minimath.report.page import write_judge_plot
+from minimath.report.figures import draw_gap, judged, read_metrics, save_png, series
 
 HACKED = [{"step": i, "rollout/correct": 0.5, "rollout/tokens": 100.0 + i, "reward/mean": 0.5,
            **({"canary/pairs": 24, "canary/worse_wins": 0.1, "canary/rollout_pairs": 8,
@@ -35,16 +34,17 @@ def write(folder, rows, rest=""):
     return folder
 
 
-def assert_picture(path):
-    """A PNG of some size that has both axes."""
-    data = path.read_bytes()
+def assert_picture(folder):
+    """What is drawn of a run is a PNG of some size that has both axes."""
+    save_png(judged(read_metrics(folder / "metrics.jsonl")), folder / "judge.png")
+    data = (folder / "judge.png").read_bytes()
     width, height = struct.unpack(">II", data[16:24])
     assert data.startswith(b"\x89PNG") and width > 800 and height > 600 and len(data) > 20_000
 
 
 @pytest.mark.parametrize("rows", [HACKED, HACKED[4:5], HACKED[3:5]], ids=["60", "1", "2"])
 def test_a_picture_is_written_of_many_points_and_of_few(tmp_path, rows):
-    assert_picture(write_judge_plot(write(tmp_path, rows)))
+    assert_picture(write(tmp_path, rows))
 
 
 def test_missing_figures_are_left_out_and_the_others_drawn():
@@ -72,4 +72,4 @@ def test_a_line_that_a_kill_left_unfinished_is_skipped(tmp_path):
     folder.mkdir()
     write(folder, HACKED, '{"step": 61, "rollout/correct": 0.')
     assert read_metrics(folder / "metrics.jsonl") == HACKED
-    assert_picture(write_judge_plot(folder))
+    assert_picture(folder)
