@@ -22,7 +22,7 @@ def record(number, text=SHORT, correct=True, tokens=9, sample=0, **more):
 def evaluation(folder, records):
     folder.mkdir(parents=True)
     (folder / "completions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    return str(folder)
+    return folder
 
 
 def longs(numbers):

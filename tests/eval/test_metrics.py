@@ -11,8 +11,8 @@ from minimath.grading.answer import AnswerChecker
 
 
 def record(number, correct, answer="1", tokens=10, finished=True, steps=(1, 2)):
-    return {"number": number, "id": "", "problem": "p", "gold": "1", "answer": answer, "correct": correct,
-            "tokens": tokens, "finished": finished, "correct_steps": steps[0], "steps": steps[1]}
+    return {"number": number, "sample": 0, "id": "", "problem": "p", "gold": "1", "answer": answer,
+            "correct": correct, "tokens": tokens, "finished": finished, "correct_steps": steps[0], "steps": steps[1]}
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,6 @@ def test_a_folder_is_written_in_a_thread_too(tmp_path):
     (["out=new", "to=onnx"], "to must be one of safetensors, gguf"),
     (["out=new", "gguf_type=q4_k"], "f16, bf16, q8_0"),
     (["out=new", "drift_tokens=0"], "drift_tokens must be above 0"),
-    (["out=new", "push=me/x"], "hf upload"),
     (["out=."], "not an empty folder"),
     (["out=link"], "link exists already"),
     (["out=mine.txt/new"], "mine.txt is no folder"),

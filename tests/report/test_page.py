@@ -163,7 +163,8 @@ def test_a_damaged_file_is_one_line_or_does_no_harm(folder, tmp_path, file, cont
     run = Path(shutil.copytree(folder, tmp_path / "run"))
     (run / file).write_bytes(content)
     if not said:
-        return write_page([run], tmp_path)
+        write_page([run], tmp_path)
+        return
     with pytest.raises(UserError, match=said) as caught:
         write_page([run], tmp_path)
     assert "\n" not in str(caught.value)
