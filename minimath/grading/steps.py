@@ -144,8 +144,8 @@ def _evaluate(node: ast.expr) -> Fraction:
     return a ** int(b)
 
 
-# of the kinds of tokens: words between a number and "=", a number and an operator, a rate as in $3/cup
-_UNITS, _RATE = re.compile("(?<=[nc])w{1,3}(?=e)"), re.compile("(?<=n)ow{1,3}(?=[oev])")
+# of the kinds of tokens: words between a number and "=", a number and an operator, a rate as in $3/cup, 4 eggs/hen
+_UNITS, _RATE = re.compile("(?<=[nc])w{1,3}(?=e)"), re.compile("(?<=n)w{0,3}(o)w{1,3}(?=[oev])")
 _INSIDE = re.compile("(?<=n)(w{1,4})(?=([ov])[no](w{0,4}))")
 _NO_UNITS = {"and", "or", "more", "fewer", "percent", "dozen", "hundred", "thousand", "million", "billion"} | _SCALES
 
@@ -156,8 +156,11 @@ def _without_units(tokens: list[Token]) -> tuple[list[Token], set[Token]]:
     A policy that is rewarded for right steps else writes wrong ones with units, which nobody reads."""
     kinds = "".join("v" if token.kind == "word" and len(token.text) == 1 else token.kind[0] for token in tokens)
     found = [match.span() for match in _UNITS.finditer(kinds)]  # 5 + 3 red apples = 8
-    found += [match.span() for match in _RATE.finditer(kinds) if tokens[match.start()].text == "/"]
-    named, signs = {tokens[start - 1] for start, _ in found}, {}
+    rates = [match for match in _RATE.finditer(kinds) if tokens[match.start(1)].text == "/"
+             and not _NO_UNITS & {token.text.lower() for token in tokens[match.start():match.start(1)]}]
+    found += [match.span() for match in rates]
+    named = {tokens[start - 1] for start, _ in found}
+    signs = {m.end(): tokens[m.end()]._replace(kind="op", text="*") for m in rates if tokens[m.end()].text in "xX"}
     for match in _INSIDE.finditer(kinds):  # 4 pens * $3/pen = $12; 5 red apples + 3 red apples
         words, others = ([t.text.lower().rstrip("s") for t in tokens[slice(*match.span(g))]] for g in (1, 3))
         at = match.start(2)
@@ -220,7 +223,8 @@ def _without_lead(side: list[Token], before: list[Token]) -> list[Token]:
             return side[i:] if signed else []
         if before and before[-1].kind == "word":
             word, scale = before[-1], before[0 if before[-1].text == "of" else -1].text.lower()
-            variable = len(word.text) == 1 and word.text not in "aAI"
+            short = len(before) > 1 and before[-2].text in "'\u2019" and before[-2].end == word.start  # that's 3 * 5
+            variable = len(word.text) == 1 and word.text not in "aAI" and not short
             if variable or word.end == token.start or (i == 0 and scale in _SCALES):
                 return []
         clock = (len(before) > 1 and before[-1].text == ":" and before[-2].kind == "num" and len(token.text) == 2
