@@ -255,8 +255,8 @@ def test_the_child_gets_no_secrets(monkeypatch):
     ("2 miles / 1/6 hour = 12 miles/hour", 0, 0), ("$15/hour = 15 * 7 = $105", 1, 1), ("3 more - 2 less = 5", 0, 0),
     ("so that's 3*500 = $15000", 0, 1), ("it\u2019s 3*5 = 15", 1, 1), ("s 3*5 = 15", 0, 0),
     ("10 rows * 20 flowers/row = 200 flowers", 1, 1), ("66 fish * 3 blue stripes/fish = 182", 0, 1),
-    ("40 hours/week x 52 weeks = 2080 hours", 1, 1), ("3 dozen eggs/box * 2 = 72", 0, 0), ("5 pens - 3/4 pens = 2", 0, 0),
-    ("30 pens - 1/5 pens = 24", 0, 0), ("x is 9 because - 18/-2 = 9", 0, 0),
+    ("40 hours/week x 52 weeks = 2080 hours", 1, 1), ("3 dozen eggs/box * 2 = 72", 0, 0),
+    ("30 pens - 1/5 pens = 24", 0, 0), ("5 pens - 3/4 pens = 2", 0, 0), ("x is 9 because - 18/-2 = 9", 0, 0),
     # 3 remainder 2 is not 3, nor a root what is under it; nor does a clock count in tenths
     ("17 / 5 = 3 remainder 2", 0, 0), ("17 / 5 = 3, with a remainder of 2", 0, 0), ("15 / 5 = 3 R 0", 1, 1),
     ("\u221a16 + 1 = 5", 0, 0), ("9:30 + 15 = 9:45", 0, 0), ("3 * 4\u00b2 = 48. 60 + 4 = 8\u00b2", 2, 2),
