@@ -219,7 +219,7 @@ class AnswerChecker(BoundedChild):
             return LATE
 
     def _reply(self, *question: str) -> str:
-        """Put a question whose reply is kept: a busy machine is late once, what hangs is late again."""
+        """Put a question whose reply is kept: a worker that was killed is late once, what hangs is late again."""
         reply = self.ask(*question)
         if reply == LATE and question not in self._late:
             self._late.add(question)

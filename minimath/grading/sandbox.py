@@ -30,7 +30,7 @@ from minimath.grading.numbers import read_number, rounds_to
 
 MEMORY_BYTES = 512 << 20      # of a worker's address space; after its imports it has 70 MiB
 WORKERS = 8                   # questions at a time; more threads wait
-ALARM_SHARE, WAIT_SHARE = 0.75, 0.95  # of the time limit: the worker's alarm, and when the caller waits no longer
+WAIT_TIMES = 15               # of the time limit, by the clock: on a busy machine a worker gets its seconds slowly
 START_S = 600.0               # seconds of work, and minutes beside jobs that go first
 PRECISION, MAX_PRECISION = 60, 400  # digits
 POINTS = 12                   # at which two expressions are compared that sympy cannot bring together
@@ -45,7 +45,8 @@ WARM_UP = ((r"2\sqrt{3}", r"\sqrt{12}"), ("x^2+2x+1", "(x+1)^2"), (r"x \in [2,5)
 class BoundedChild(contextlib.AbstractContextManager):
     """Put questions to the workers; a context manager, usable from any thread.
 
-    The child starts with the first question. A reply comes within `timeout_s` by the clock, that start apart.
+    The child starts with the first question. A reply takes at most `timeout_s` of a worker's processor time, so that
+    what else the machine does changes no verdict, and WAIT_TIMES times that by the clock.
     `timeouts` counts the questions without one, for want of time or memory; `starts` the starts of the child.
     """
 
@@ -66,7 +67,7 @@ class BoundedChild(contextlib.AbstractContextManager):
         kind: equal (gold, answer) -> right, wrong, bad gold; match (pattern, text) -> right, wrong. Raises UserError
         only when the child can't start.
         """
-        question = json.dumps([ALARM_SHARE * self.timeout_s, kind, first, second]) + "\n"
+        question = json.dumps([self.timeout_s, kind, first, second]) + "\n"
         (process, worker), reply = self._slots.get(), b""
         try:
             with self._lock:
@@ -77,7 +78,7 @@ class BoundedChild(contextlib.AbstractContextManager):
                     with theirs, contextlib.suppress(OSError):  # the child died just now: no one will reply
                         socket.send_fds(self._control, [b"w"], [theirs.fileno()])
             with contextlib.suppress(OSError):      # TimeoutError too; b"" is a worker that died
-                worker.settimeout(WAIT_SHARE * self.timeout_s)
+                worker.settimeout(WAIT_TIMES * self.timeout_s)
                 worker.sendall(question.encode())
                 reply = worker.recv(100)
             with self._lock:
@@ -148,7 +149,7 @@ def _work(connection: socket.socket) -> None:
     """Reply to questions, one a line; the alarm's default action ends the process."""
     for line in connection.makefile("rb"):
         seconds, kind, first, second = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             if kind == "equal":
                 reply = _equal(first, second)
@@ -158,7 +159,7 @@ def _work(connection: socket.socket) -> None:
             raise                                   # who knows what it left half done: this worker ends
         except Exception:                           # any: the parser was not made for hostile text
             reply = "wrong"
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         connection.sendall(reply.encode())
 
 

@@ -1,7 +1,9 @@
 """Answers and steps. The LaTeX answers below are of the forms of MATH (Hendrycks et al., MIT licence)."""
 import os
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -146,6 +148,16 @@ def test_a_pattern_that_never_ends_is_no_match_and_the_next_one_is_checked(check
     assert not checker.matches(r"\boxed{" + "a" * 60 + "!}", "(a+)+$") and checker.timeouts == late + 1
     checker.timeout_s = 20.0
     assert checker.matches(r"so \boxed{ AAA }", "(a+)+$") and checker.starts == 1
+
+
+def test_a_worker_that_gets_no_processor_for_a_while_is_not_late():
+    with BoundedChild(timeout_s=1.0) as child, ThreadPoolExecutor(1) as pool:
+        assert child.ask("equal", "x+1", "1+x") == "right"
+        os.killpg(child.process.pid, signal.SIGSTOP)
+        reply = pool.submit(child.ask, "equal", "y+1", "1+y")
+        time.sleep(1.5)
+        os.killpg(child.process.pid, signal.SIGCONT)
+        assert reply.result() == "right" and child.timeouts == 0
 
 
 def test_a_question_does_not_wait_for_hanging_ones_of_other_threads():
