@@ -199,7 +199,7 @@ def run(options: argparse.Namespace, model: str) -> None:
 
 def main(words: list[str] | None = None) -> int:
     options = parse(words)
-    with_trl = any(PEERS.get(name, {}).get("engine") == "trl" for name in options.engines)
+    with_trl = options.only != "pool" and any(PEERS.get(name, {}).get("engine") == "trl" for name in options.engines)
     return train.run_on_model(options, run, "bench.rollout" if with_trl else "")
 
 
