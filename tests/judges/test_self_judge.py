@@ -80,8 +80,7 @@ def test_verdicts_of_a_shared_tree_equal_those_of_prompts_apart(tmp_path, family
             if getattr(module, "sliding_window", None):
                 module.sliding_window = 4096
     prompts, verdicts = group_prompts(tokenizer), verdict_ids(tokenizer)
-    monkeypatch.setattr(self_judge_file, "TREE_TOKENS", 400)          # several trees, cut anywhere
-    monkeypatch.setattr(self_judge_file, "EAGER_TOKENS", 400)
+    monkeypatch.setattr(self_judge_file, "EAGER_TOKENS", 400)          # several trees, cut anywhere
     with torch.no_grad():
         model.eval()
         shared, computed = logps(model, prompts, verdicts, 1 << 20)
@@ -113,7 +112,8 @@ def test_trees_hold_every_prompt_once_and_keep_the_token_budget():
     assert tree_packs(prompts, 1) == [([4], 2), ([0], 3), ([3], 3), ([1], 4), ([2], 1)]
 
 
-def test_judging_a_group_shares_its_prompts_and_restores_nothing_else(policy):
+def test_judging_a_group_shares_its_prompts_and_restores_nothing_else(policy, monkeypatch):
+    monkeypatch.setattr(self_judge_file, "EAGER_TOKENS", 2048)            # the tiny tokenizer's prompts are long
     groups = [group("Tom has 12 apples and buys 7 more. " * 3, [GOOD, LONG, UNSOUND, Fixed(r"15 \boxed{15}")])]
     shared, apart = self_judge(policy), self_judge(policy, 1)
     wins, stats = judge_groups(shared, groups)
