@@ -159,7 +159,8 @@ class Model:
                       and not heads.softcap and heads.dim % 8 == 0 and heads.dim <= 256)  # from sm_80 on
         self.by_rows = self.flash or fused and device == "cpu"  # rows do not see each other
         self.layers = config.get_text_config().num_hidden_layers
-        counts = (self.layers,) if self.layers <= 3 * few else (2 * few, 3 * few)  # the first layer is unlike others
+        least = 2 if few == 1 else few  # the first layer is unlike others
+        counts = (self.layers,) if self.layers <= least + few else (least, least + few)
         self.models = {n: traceable(config, cfg, dtype, n, self.fake) for n in counts}
         self.followed = functools.cache(self.followed)
 
@@ -169,7 +170,7 @@ class Model:
         Rows of `length` tokens, padded, or together behind one another (a part of a row, too), maybe behind a common
         prompt. Raises UserError."""
         tokens = int(prompt + rows * length)
-        short, _, long = lengths = LONG if tokens > PIECE else SHORT
+        short, _, long = lengths = LONG if self.pieces and tokens > PIECE else SHORT
         if self.flash:
             one, more, keys = (self.followed(*what) for what in ((short, 1), (long, 1), (short, 1, short)))
             further, copied = (tokens - short) / (long - short), math.ceil(rows) * prompt / short
