@@ -243,6 +243,7 @@ def rollouts_halved(full: bool, train) -> Tally:
     return tally
 
 
+@mock.patch.object(self_judge, "EAGER_TOKENS", self_judge.TREE_TOKENS)  # passes of several prompts, as on a card
 def judge_halved(full: bool, train) -> Tally:
     """The model that judges itself votes the same in smaller passes; that they are smaller is said."""
     tally = Tally("out_of_memory: the judge in smaller passes")
