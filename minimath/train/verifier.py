@@ -115,10 +115,10 @@ class Verifier(contextlib.AbstractContextManager):
 
         Where a group has one answer, votes of any weight end alike: nothing is asked."""
         def question(group: Group, sample: Sample, answer: str, split: bool) -> Asked | None:
-            due = self.kind == "majority+judge" and split or self.kind == "judge" and sample.finished and answer
+            due = split or self.kind == "judge" and sample.finished and answer
             return asked(group.example.problem, sample.solution) if due else None
 
-        split = [len({key(typeset(answer)) for answer in own}) > 1 for own in answers]
+        split = [self.kind == "majority+judge" and len({key(typeset(answer)) for answer in own}) > 1 for own in answers]
         due = [[question(group, *each, apart) for each in zip(group.samples, own, strict=True)]
                for group, own, apart in zip(groups, answers, split, strict=True)]
         questions, started = list(dict.fromkeys(q for of_group in due for q in of_group if q)), time.monotonic()
