@@ -30,6 +30,7 @@ from minimath.grading.numbers import read_number, rounds_to
 
 MEMORY_BYTES = 512 << 20      # of a worker's address space; after its imports it has 70 MiB
 WORKERS = 8                   # questions at a time; more threads wait
+ALARM_SHARE = 0.75            # of the time limit, for the worker's alarm; the rest is for its death and replacement
 WAIT_TIMES = 15               # of the time limit, by the clock: on a busy machine a worker gets its seconds slowly
 START_S = 600.0               # seconds of work, and minutes beside jobs that go first
 PRECISION, MAX_PRECISION = 60, 400  # digits
@@ -67,7 +68,7 @@ class BoundedChild(contextlib.AbstractContextManager):
         kind: equal (gold, answer) -> right, wrong, bad gold; match (pattern, text) -> right, wrong. Raises UserError
         only when the child can't start.
         """
-        question = json.dumps([self.timeout_s, kind, first, second]) + "\n"
+        question = json.dumps([ALARM_SHARE * self.timeout_s, kind, first, second]) + "\n"
         (process, worker), reply = self._slots.get(), b""
         try:
             with self._lock:

@@ -1,8 +1,8 @@
 """Hostile maths and hostile patterns for the answer checker: it says wrong in time, and goes on saying right.
 
-The limit is 2 s of a worker's processor time for each call, and half a second for its death and replacement. What a
-busy machine adds is measured, not guessed: the kernel's count of the time for which this process, the checker's child
-and its workers were ready to run but had no core (schedstat) is allowed on top.
+The limit is 2 s for each call, a worker's death and replacement included. What a busy machine adds is measured, not
+guessed: the kernel's count of the time for which this process, the checker's child and its workers were ready to run
+but had no core (schedstat) is allowed on top.
 """
 import random
 import threading
@@ -14,7 +14,7 @@ from harness import Tally
 from minimath.grading.answer import AnswerChecker
 from minimath.grading.sandbox import MEMORY_BYTES
 
-LIMIT_S, THREADS = 2.5, 8
+LIMIT_S, THREADS = 2.0, 8
 GOLD = r"\sqrt{12}+\pi"  # equals nothing below
 TOKENS = (r"\frac", r"\sqrt", r"\left(", r"\right]", r"\begin{pmatrix}", r"\end{cases}", r"\sum_", r"\int^", r"\text{",
           "{", "}", "^", "_", "&", r"\\", "$", "$$", "x", "-", "=", r"\in", r"\cup", r"\infty", "12", ",", ".", "%",
