@@ -97,8 +97,9 @@ def write_results(folder: Path, summary: dict, records: list[dict]) -> None:
 
 def read_records(folder: Path) -> list[dict]:
     """Read the records of a complete evaluation, sorted. UserError: none, or damaged."""
+    path = folder / COMPLETIONS
     try:
-        lines = (folder / COMPLETIONS).read_text(encoding="utf-8").split("\n")  # other line ends may be text
+        lines = path.read_text(encoding="utf-8").split("\n")  # other line ends may be text
         if records := sorted(map(json.loads, filter(None, lines)), key=lambda r: (r["number"], r["sample"])):
             return records
         fault = "it is empty"
