@@ -501,8 +501,10 @@ def test_a_model_whose_log_probs_nobody_may_ask_for_is_asked_in_another_form(ser
 def hears_ctrl_c(*_):
     """What a command in the foreground does; a shell starts one in the background with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("within, raised", [(interruptible, Interrupted), (hears_ctrl_c, KeyboardInterrupt)],
