@@ -47,6 +47,7 @@ def test_fewer_problems_are_the_first_ones_and_the_overlap_is_still_with_all(tmp
     ran = []
     monkeypatch.setattr(gsm8k, "run_stage", lambda out, words, threads: ran.append(words))
     monkeypatch.setattr(gsm8k, "row_of", lambda *args: {})
+    monkeypatch.setattr(gsm8k, "demo_model", lambda: "model")
     options = gsm8k.parse([str(tmp_path), "--work", str(tmp_path / "w"), "--rl-steps", "18"])
     for arm in ("sft", "rlaif"):
         with pytest.raises(FileNotFoundError):
@@ -59,6 +60,7 @@ def test_fewer_problems_are_the_first_ones_and_the_overlap_is_still_with_all(tmp
 def test_sft_on_own_solutions_has_as_many_problems_and_steps_as_sft(tmp_path, monkeypatch, problems, sampled, steps):
     ran = []
     monkeypatch.setattr(gsm8k, "run_stage", lambda out, words, threads: ran.append(words))
+    monkeypatch.setattr(gsm8k, "demo_model", lambda: "model")
     for name in ("data", "own-0"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.jsonl").touch()

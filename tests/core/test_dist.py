@@ -139,18 +139,21 @@ def test_a_model_cannot_judge_itself_when_it_is_sharded(folder, tiny_dir, here):
 
 
 def test_two_processes_go_on_where_a_stop_file_ended_them(folder, tiny_dir, here):
-    words = ["sft", *SMALL, f"model={tiny_dir}", "data=train.jsonl", "batch_size=5", "lora_dropout=0", "save_every=4"]
-    status, out, err = here(*words, "steps=6", "out=whole")
+    """The reward function makes the stop file in the second step."""
+    (folder / "hook.py").write_text(HOOK.replace("    return", """
+    from pathlib import Path
+    if Path("two/checkpoints/step-000001").exists():
+        Path("two/stop").touch()
+    return"""))
+    words = ["rlaif", *SMALL, *RL, f"model={tiny_dir}", "data=train.jsonl", "steps=4"]
+    status, out, err = here(*words, "out=whole")
     assert status == 0, out + err
-    (folder / "two").mkdir()
-    (folder / "two" / "stop").touch()  # it is there at the first look, so after no step
-    stopped = launch(2, *words, "steps=6", "out=two", cwd=folder)
-    assert "stop file: stopped after step 0 of 6" in stopped.stdout, stopped.stdout + stopped.stderr
+    stopped = launch(2, *words, "save_every=1", "out=two", cwd=folder)
+    assert "stop file: stopped after step 2 of 4" in stopped.stdout, stopped.stdout + stopped.stderr
     assert not (folder / "two" / "stop").exists()
-    part = launch(2, *words, "steps=3", "out=two", "resume=true", cwd=folder)
-    assert part.returncode == 0, part.stdout + part.stderr
-    rest = launch(2, *words, "steps=6", "out=two", "resume=true", cwd=folder)
-    assert rest.returncode == 0 and "resumed after step 3" in rest.stdout, rest.stdout + rest.stderr
+    (folder / "hook.py").write_text(HOOK)
+    rest = launch(2, *words, "out=two", "resume=true", cwd=folder)
+    assert rest.returncode == 0 and "resumed after step 2" in rest.stdout, rest.stdout + rest.stderr
     assert_same_records(metrics(folder / "two"), metrics(folder / "whole"))
 
 

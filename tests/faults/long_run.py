@@ -19,7 +19,7 @@ OBJECTS_A_STEP = 0.5
 OBJECTS = 32  # what a first evaluation or plot leaves for good: in a short run it weighs more than the steps
 NOTES = 40  # evenly over the run; a full collection of garbage goes before each
 LOG_BYTES_A_STEP = 4096
-STEPS = {"sft": (2000, 160), "rlaif": (500, 40)}  # full, fast
+STEPS = {"sft": (2000, 80), "rlaif": (500, 40)}  # full, fast
 
 
 def run(full: bool, folder: Path) -> list[Tally]:

@@ -126,7 +126,7 @@ def test_vocabulary_of_several_blocks_with_extreme_logits():
 
 
 def test_nothing_of_size_tokens_times_vocab_is_allocated_on_the_triton_path():
-    n, v, budget = 150, 523, 1 << 15
+    n, v, budget = 67, 301, 1 << 14
     hidden, weight, _, target = problem(torch.float32, n=n, d=16, v=v, bias=False)
     weight.requires_grad_(False)
     with LargestStorage(hidden, weight) as used:

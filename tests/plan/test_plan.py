@@ -331,16 +331,13 @@ def test_unknown_model_is_one_line(here):
     assert status == 2 and err.startswith("error: model='nobody/nothing'") and err.count("\n") == 1
 
 
-def test_command_prints_stages_and_cards(here, config_dir):
-    status, out, _ = here("plan", f"model={config_dir}", "device=cpu", "card=2")
+def test_command_prints_stages_and_cards_and_a_judge_that_the_run_trains(here, config_dir):
+    words = [f"model={config_dir}", "device=cpu", "card=2"]
+    status, out, _ = here("plan", *words)
     assert status == 0 and "RLAIF rollout" in out and "together" in out and "as it is" in out
-
-
-def test_a_judge_that_the_run_trains_is_a_line_of_the_table(here, config_dir):
-    words = ["plan", f"model={config_dir}", "device=cpu", "card=2"]
-    assert "judge's adapter" not in here(*words)[1]
+    assert "judge's adapter" not in out and "shard=true is not counted" not in out
     Path("r.yaml").write_text("judge_train:\n")
-    assert "judge's adapter" in here("plan", "r.yaml", *words[1:])[1]
+    assert "judge's adapter" in here("plan", "r.yaml", *words)[1]
 
 
 def test_the_memory_asked_is_that_of_the_card_that_trains(monkeypatch, config_dir, capsys):
@@ -352,7 +349,5 @@ def test_the_memory_asked_is_that_of_the_card_that_trains(monkeypatch, config_di
 
 
 def test_a_sharded_base_is_said_not_to_be_counted(here, tiny_dir):
-    words = ["plan", f"model={tiny_dir}", "device=cpu", "card=1"]
-    assert "shard=true is not counted" not in here(*words)[1]
-    status, out, err = here(*words, "shard=true", "judge=heuristic")
+    status, out, err = here("plan", f"model={tiny_dir}", "device=cpu", "card=1", "shard=true", "judge=heuristic")
     assert status == 0 and "shard=true is not counted" in out, out + err

@@ -181,20 +181,18 @@ def signal_at(process, run_dir: Path, step: int, number) -> str:
     return process.communicate(timeout=900)[0]
 
 
-@pytest.mark.parametrize(
-    "options", [{"packing": False}, {"packing": True, "lora_dropout": 0.2, "micro_batch_tokens": 200}]
-)
-def test_resume_after_kill_is_bitwise_equal(tiny_dir, data, tmp_path, train, one_thread, options):
+def test_resume_after_signals_is_bitwise_equal(tiny_dir, data, tmp_path, train, one_thread):
+    """As a user meets it; every moment and other options: tests/faults/resume_sft.py."""
+    options = {"packing": True, "lora_dropout": 0.2, "micro_batch_tokens": 200}
     _, unbroken = train("unbroken", **OPTIONS, **options)
     run_dir = tmp_path / "killed"
     process = start(run_dir, tiny_dir, data, **options)
-    if options["packing"]:  # stopped by SIGTERM first: a checkpoint of the step reached, and exit status 143
-        said = signal_at(process, run_dir, 3, signal.SIGTERM)
-        assert process.returncode == 143 and "resume=true" in said, said
-        done = len(metrics(run_dir))
-        newest = list_checkpoints(run_dir)[0]
-        assert done < STEPS and json.loads((newest / "state.json").read_text())["done"] == done
-        process = start(run_dir, tiny_dir, data, resume=True, **options)
+    said = signal_at(process, run_dir, 3, signal.SIGTERM)  # a checkpoint of the step reached, and exit status 143
+    assert process.returncode == 143 and "resume=true" in said, said
+    done = len(metrics(run_dir))
+    newest = list_checkpoints(run_dir)[0]
+    assert done < STEPS and json.loads((newest / "state.json").read_text())["done"] == done
+    process = start(run_dir, tiny_dir, data, resume=True, **options)
     said = signal_at(process, run_dir, 5, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL and len(metrics(run_dir)) < STEPS, said
     process = start(run_dir, tiny_dir, data, resume=True, **options)
