@@ -219,10 +219,11 @@ class RLAIFConfig(Stage):
     brevity: BrevityOptions
     teacher: TeacherOptions
     loss: LossOptions
-    verifier: Literal["exact", "regex", "none", "majority", "judge", "majority+judge"] | Callable = "exact"
-    """what is correct: equal answers, the answer as a pattern, all; without answers: most of a group, judge, both"""
+    verifier: Literal["exact", "regex", "none", "majority", "majority+steps", "judge", "majority+judge"
+                      ] | Callable = "exact"
+    """what is correct: equal answers, a pattern, all; without answers: most of a group (or its sound ones), a judge"""
     majority_share: Share = 0.5
-    """least share of a group's votes that the winning answer needs, for verifier=majority and majority+judge"""
+    """least share of a group's votes that the winning answer needs, for verifier=majority, +steps and +judge"""
     steps: Count = 100
     """rollout steps"""
     prompts_per_step: Count = 8
@@ -264,7 +265,7 @@ class RLAIFConfig(Stage):
             (judge.refresh and not (judge.adapter and self.uses_judge() and self.verifier not in (*BY_JUDGE, "none")),
              "judge_refresh trains a judge_adapter= in use by a verifier= that tells right from wrong without it"),
             (self.majority_share != 0.5 and "majority" not in str(self.verifier),
-             f"majority_share is for verifier=majority and majority+judge, not for verifier={self.verifier}"),
+             f"majority_share is for verifier=majority, +steps and +judge, not for verifier={self.verifier}"),
             (reward.name == "judge" and (relative > 0.5 or reward.format_weight >= 0.5),
              f"judge_weight={reward.judge_weight:g}, brevity_weight={brevity.weight:g}, format_weight="
              f"{reward.format_weight:g}: keep judge_weight + brevity_weight <= 0.5, as brevity_weight=0.25 does (the "

@@ -23,7 +23,7 @@ from minimath.models.forward import adapter_named
 from minimath.models.policy import Policy
 from minimath.train.judge import learn
 from minimath.train.optimizer import Optimizer
-from minimath.train.verifier import NEEDS_ANSWER, answer_of
+from minimath.train.verifier import BY_VOTES, NEEDS_ANSWER, answer_of
 
 LONGEST = 4096  # tokens of a row: longer ones are cut
 
@@ -38,7 +38,7 @@ class JudgeRefresh:
     def __init__(self, cfg: RLAIFConfig, policy: Policy, judge: Judge | None, say: Callable[[str], None]):
         self.every, self.steps, self.size = cfg.judge.refresh, cfg.judge.refresh_steps, cfg.prompts_per_step
         self.policy, self.judge, self.say, self.seed, self.done = policy, judge, say, cfg.run.seed, 0
-        self.marks_cut = cfg.verifier in (*NEEDS_ANSWER, "majority")
+        self.marks_cut = cfg.verifier in (*NEEDS_ANSWER, *BY_VOTES)
         self.newest: list[dict] = []  # problem and records of each group
         self.learnt: set[str] = set()  # hashes of problems
         if self.every:

@@ -16,7 +16,8 @@ from minimath.grading.typeset import key, typeset
 from minimath.judges.base import Asked, Judge, asked
 from minimath.judges.compare import ask
 
-NEEDS_ANSWER, LABEL_FREE = ("exact", "regex"), ("majority", *BY_JUDGE)
+NEEDS_ANSWER, BY_VOTES = ("exact", "regex"), ("majority", "majority+steps")
+LABEL_FREE = (*BY_VOTES, *BY_JUDGE)
 # Of a group with 64 answers of different wording: with all others, that were 2,016 comparisons of up to 2 s each
 MOST_COMPARED = 8  # answers, those with most votes first, that one of another wording is compared with
 MOST_LATE = 4      # comparisons of a group that run out of time; after them only the wording counts
@@ -34,6 +35,7 @@ class Verifier(contextlib.AbstractContextManager):
       regex: the final answer matches the reference answer, a regular expression, from end to end, within a time limit
       majority: the final answer is that of most samples of the group, of at least majority_share of all of them and
         the only largest one (TTRL, arXiv 2504.16084)
+      majority+steps: as majority, of the samples in which every equation holds; the others neither vote nor count
       judge: it finished, has an answer, and the judge's grade is at least 1/2
       majority+judge: as majority, with the grades as votes, 1/2 for one that is missing; a sample without an answer
         adds to all votes alone
@@ -103,12 +105,18 @@ class Verifier(contextlib.AbstractContextManager):
                 group.decided = not any(may and grade is None for may, grade in zip(correct, of_group, strict=True))
                 correct = [may and group.decided and grade >= 0.5 for may, grade in zip(correct, of_group, strict=True)]
             else:
-                winner, share = self.vote(own, [0.5 if grade is None else grade for grade in of_group])
+                winner, share = self.vote(own, self.weights(group, of_group))
                 self.sums["share"] += share
                 group.decided, correct = bool(winner), [i in winner for i in range(len(own))]
             for sample, is_correct in zip(group.samples, correct, strict=True):
                 sample.correct = is_correct
             self.count(group, own)
+
+    def weights(self, group: Group, grades: list[float | None]) -> list[float]:
+        """Weigh the vote of each sample."""
+        if self.kind == "majority+steps":
+            return [float(sample.steps.right == sample.steps.total) for sample in group.samples]
+        return [0.5 if grade is None else grade for grade in grades]
 
     def grades(self, groups: list[Group], answers: list[list[str]]) -> list[list[float | None]]:
         """Ask the judge once about each text of a problem; None where nothing is asked or told.

@@ -266,7 +266,7 @@ def test_a_refresh_without_a_judge_to_train_or_marks_to_train_it_on_is_refused(r
 
 # ---- label-free, through the loop
 
-@pytest.mark.parametrize("verifier", ["majority", "judge", "majority+judge"])
+@pytest.mark.parametrize("verifier", ["majority", "majority+steps", "judge", "majority+judge"])
 def test_runs_without_answers_log_what_their_labels_are_worth(rl_judged, judge, verifier, tmp_path):
     rows = [{"problem": f"Tom has {k} apples and buys {k + 7} more. How many?"} for k in range(2, 8)]
     (tmp_path / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -275,7 +275,7 @@ def test_runs_without_answers_log_what_their_labels_are_worth(rl_judged, judge, 
     for of_step in metrics(run):
         assert 0 <= of_step["verifier/decided"] <= 1 and "verifier/agrees" not in of_step
         assert ("verifier/share" in of_step) == (verifier != "judge")
-        assert ("verifier/no_grades" in of_step) == (verifier != "majority")
+        assert ("verifier/no_grades" in of_step) == ("judge" in verifier)
 
 
 def test_an_untrained_judge_can_grade_and_one_that_compares_pairs_cannot_verify(rl, rl_judged, judge):

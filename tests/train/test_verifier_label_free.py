@@ -137,6 +137,16 @@ def test_grades_are_weights_of_votes():
     assert graded("majority+judge", [*answers, "", ""], [0.25] * 3 + [1, 0.75, 1, 0.25])[:2] == ([0] * 7, False)
 
 
+def test_with_steps_only_those_vote_whose_equations_hold():
+    texts = [f"{equation} The answer is \\boxed{{{answer}}}." for equation, answer in (
+        ("2 + 2 = 5.", 7), ("3 + 3 = 7.", 7), ("1 + 6 = 8.", 7), ("4 + 4 = 8.", 8), ("", 8), ("9 - 1 = 8.", 9))]
+    assert marked("majority", group_of(texts))[:2] == ([1, 1, 1, 0, 0, 0], True)
+    labels, decided, metrics = marked("majority+steps", group_of(texts))
+    assert (labels, decided, metrics["verifier/share"]) == ([0, 0, 0, 1, 1, 0], True, 2 / 3)
+    assert marked("majority+steps", group_of([*texts, "1 + 1 = 3, so \\boxed{8}"]))[0] == [0, 0, 0, 1, 1, 0, 1]
+    assert marked("majority+steps", group_of(texts[:3]))[:2] == ([0] * 3, False)  # none votes
+
+
 def test_grades_that_tie_or_are_all_zero_decide_nothing():
     assert graded("majority+judge", ["7", "7", "8"], [0.25, 0.5, 0.75])[:2] == ([0] * 3, False)
     assert graded("majority+judge", ["7", "7", "8"], [0.0] * 3)[:2] == ([0] * 3, False)
@@ -195,7 +205,7 @@ def test_a_verifier_that_asks_a_judge_wants_one_that_grades_solutions():
                 pass
     with Verifier("majority", judge=pairs), Verifier("judge", judge=Grader({})):
         pass
-    assert [verifier_columns(kind) for kind in LABEL_FREE] == [()] * 3
+    assert [verifier_columns(kind) for kind in LABEL_FREE] == [()] * len(LABEL_FREE)
 
 
 # ---- what it says, and what it pays
