@@ -65,9 +65,11 @@ ARMS = {  # name -> what it changes in the demo's rlaif section
     "teacher-longer-truncate": ["teacher={longer}", "teacher_weight=0.1", *PLAIN, *TRUNCATE],
     "trained-apart-control": [*JUDGED, "brevity=ratio", *APART, *CONTROL],  # by a judge that was trained, not by rules
     "trained-steps": [*JUDGED, *SOUND, "brevity_weight=0"],  # right, sound, that judge; nothing asks for length
-    "majority": ["verifier=majority", *PLAIN, "brevity=ratio", *APART, *CONTROL],  # no answers, as the next five
+    "majority": ["verifier=majority", *PLAIN, "brevity=ratio", *APART, *CONTROL],  # no answers, as the next six
     "majority-share": ["verifier=majority", "majority_share=0.65", *PLAIN, "brevity=ratio", *APART, *CONTROL],
     "majority+steps": ["verifier=majority+steps", *SOUND, "brevity=ratio", *APART, *CONTROL],
+    "majority+steps-share": ["verifier=majority+steps", "majority_share=0.65", *PLAIN, *SOUND, "brevity=ratio", *APART,
+                             *CONTROL],
     "majority-steps": ["verifier=majority", *SOUND, "brevity=ratio", *APART, *CONTROL],  # the demo's recipe, and votes
     "majority+judge": ["verifier=majority+judge", *JUDGED, *PLAIN, "brevity=ratio", *APART, *CONTROL],
     "judge-verifier": ["verifier=judge", *JUDGED, *PLAIN, "brevity=ratio", *APART, *CONTROL],
