@@ -86,16 +86,16 @@ def write_page(runs: list[Path], out: Path) -> Path:
         parts = {"suites": {name: suite_table(result) for name, result in results.items()},
                  "evaluations": [evaluation_part(at, out, one) for one, at in {"": evaluations, **sets}.items() if at],
                  "training": {name: training_part(name, at, out) for name, at in stages.items()}}
+        settings |= {f"{label}: environment": json.dumps(found, indent=1) for label, found in environments.items()}
+        page = TEMPLATES.get_template("page.html").render(
+            marked_lines=marked_lines, runs=list(labels.values()), environments=list(environments.values()),
+            settings=settings, **parts)
     except KeyError as error:
         raise UserError(f"{', '.join(map(str, runs))}: a record has no {error}: it was made by an earlier version of "
-                        "minimath; evaluate or train again") from None
-    except (ValueError, FileNotFoundError) as error:
+                        "minimath; evaluate or train again") from error
+    except (ValueError, TypeError, FileNotFoundError, jinja2.UndefinedError) as error:  # json, but not what we write
         raise UserError(f"{', '.join(map(str, runs))}: a record is damaged or gone ({error}); evaluate or train "
-                        "again") from None
-    settings |= {f"{label}: environment": json.dumps(found, indent=1) for label, found in environments.items()}
-    page = TEMPLATES.get_template("page.html").render(
-        marked_lines=marked_lines, runs=list(labels.values()), environments=list(environments.values()),
-        settings=settings, **parts)
+                        "again") from error
     write_whole(out / folder.REPORT, page)
     return out / folder.REPORT
 

@@ -158,7 +158,8 @@ def test_a_damaged_evaluation_is_said(folder, tmp_path):
     ("run.yaml", b"lr: \xff\n", ""), ("eval-sft/completions.jsonl", b"", "eval-sft: not an evaluation .*empty"),
     ("eval-sft/completions.jsonl", b"3\n", "eval-sft: not an evaluation"),
     ("eval-sft/completions.jsonl", b"\xff", "eval-sft: not an evaluation"),
-    ("eval-sft/eval.json", b"\xff", "a record is damaged")])
+    ("eval-sft/eval.json", b"\xff", "a record is damaged"), ("eval-sft/eval.json", b"[]", "a record is damaged"),
+    ("environment.json", b"3", "a record is damaged"), ("environment.json", b'{"started": "2026"}', "is damaged")])
 def test_a_damaged_file_is_one_line_or_does_no_harm(folder, tmp_path, file, content, said):
     run = Path(shutil.copytree(folder, tmp_path / "run"))
     (run / file).write_bytes(content)
