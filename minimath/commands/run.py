@@ -54,8 +54,8 @@ def run(recipe: str | None, overrides: list[str], *, full: bool = False, command
         raise UserError(f"{out} already holds a run; add resume=true to go on with it, or choose another out=")
     if dist.is_main():
         run_folder.refuse_foreign(out, *(f"{name}.yaml" for name in cfgs), run_folder.SUMMARY, run_folder.MINUTES)
-    minutes = clock(out / run_folder.MINUTES)
-    with RunLog(out, f"minimath {command}") as log, how_to_go_on(log, command, minutes):
+    with RunLog(out, f"minimath {command}") as log, \
+            how_to_go_on(log, command, minutes := clock(out / run_folder.MINUTES, log.say)):
         if cfgs["sft"].run.resume and not begun:
             log.say(f"{out} holds no run to go on with: beginning one")
         if trains_on(cfgs):
@@ -136,9 +136,13 @@ def judge_config(recipe: str, words: list[str], sft_cfg: SFTConfig, rl_cfg: RLAI
     return cfg.replace(**{name: value for name, value in taken.items() if name not in own})
 
 
-def clock(path: Path) -> Callable[[], float]:
+def clock(path: Path, say: Callable[[str], None]) -> Callable[[], float]:
     """Make a function that keeps in a file, and returns, a run's minutes, those of earlier processes included."""
-    started, before = time.monotonic(), float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+    started, before = time.monotonic(), 0.0
+    try:
+        before = float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+    except ValueError:
+        say(f"{path} is damaged: the minutes of this run are counted from here on")
 
     def minutes() -> float:
         now = before + (time.monotonic() - started) / 60

@@ -164,3 +164,10 @@ def test_a_recipe_in_the_run_folder_is_not_overwritten_by_the_options_of_a_stage
 def test_a_page_that_fails_is_said_and_costs_no_run(capsys):
     run_module.draw("report.html", lambda: 1 / 0, print)
     assert "report.html could not be written, everything else is saved (ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_minutes_that_a_crash_left_empty_are_said_and_counted_anew(tmp_path, capsys):
+    for text, least, said in (("", 0, "minutes is damaged"), ("7.5\n", 7.5, "")):
+        (tmp_path / "minutes").write_text(text)
+        assert least <= run_module.clock(tmp_path / "minutes", print)() < least + 1
+        assert said in capsys.readouterr().out
