@@ -145,15 +145,15 @@ def plan(options, held: dict) -> Table:
     epoch = sum(len(ids) for ids in tokenizer([f"{r['problem']} {r['solution']}" for r in rows]).input_ids)
     epoch += 30 * len(rows)  # of the template and the answer's box
     answers = 130 * held["test"] + 4 * 130 * FEW
-    sampled = options.rl_steps * SAMPLES * 110 + 4 * HELD_OUT * 110
     out = Table(title="tokens, and hours at 840 trained and 550 sampled tokens/s (2 cores of an AMD EPYC with bf16)")
     for name in ("arm", "trained, M", "sampled, M", "hours"):
         out.add_column(name, justify="left" if name == "arm" else "right")
     for arm in options.arms:
         epochs = {"sft-1": 1, "sft": EPOCHS, "sft-own": EPOCHS}.get(arm, 0)
         rl = bool(ARMS[arm]) and ARMS[arm][0] == "rlaif"
-        trained = epochs * epoch + rl * options.rl_steps * SAMPLES * 110
-        drawn = answers + rl * sampled + epochs * HELD_OUT * 110
+        updates, own = rl * options.rl_steps * SAMPLES, 4 * min(OWN, held["train"]) if arm == "sft-own" else 0
+        trained = epochs * epoch + 110 * updates
+        drawn = answers + 110 * (updates + own + HELD_OUT * (4 if rl else epochs))
         out.add_row(arm, f"{trained / 1e6:.1f}", f"{drawn / 1e6:.1f}", f"{(trained / 840 + drawn / 550) / 3600:.1f}")
     return out
 

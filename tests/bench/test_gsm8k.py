@@ -1,5 +1,6 @@
 """bench.gsm8k: its arms can run, what overlaps is named, and its table holds differences to SFT."""
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,3 +97,18 @@ def test_the_table_and_the_picture_are_made_of_the_result_file(tmp_path, capsys)
 def test_missing_data_is_named(tmp_path, capsys):
     assert gsm8k.main([str(tmp_path), "--work", str(tmp_path / "w"), "--out", str(tmp_path / "x.json")]) == 1
     assert "gsm8k_train.jsonl is missing" in capsys.readouterr().out
+
+
+def test_the_plan_counts_what_sft_on_own_solutions_samples_for_itself(tmp_path, monkeypatch):
+    class Words:
+        def __call__(self, texts):
+            return SimpleNamespace(input_ids=[text.split() for text in texts])
+
+    monkeypatch.setattr(gsm8k, "demo_model", lambda: "model")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: Words())
+    options = gsm8k.parse([str(tmp_path), "--work", str(tmp_path), "--arms", "sft", "sft-own"])
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "train.jsonl").write_text(json.dumps({"problem": "p", "solution": "s"}) + "\n")
+    for problems, more in ((7273, 0.88), (1500, 0.66)):  # 4 x 2000 or 1500 solutions of 110 tokens
+        sft, own = gsm8k.plan(options, {"test": 0, "train": problems}).columns[2].cells
+        assert float(own) - float(sft) == pytest.approx(more, abs=0.11)
