@@ -15,7 +15,7 @@ the arm's solution easier to read than that of its SFT model, both being correct
 `minimath judge check`. judging: the judge's time, of the rollouts'; labels: of a verifier without answers, how many are
 those of the exact answer, over all steps. Writes bench/results/ablate-<device>.json, a row at a time, and a picture of
 it; runs of another --model or --set want another --work and --out. A stage that was done with other options, an arm
-having changed, is not gone on with.
+having changed, is not gone on with, and of a row that was it is said.
 """
 import argparse
 import json
@@ -141,11 +141,8 @@ def run_stage(out: Path, words: list[str], threads: int) -> None:
     if done.exists():
         before = json.loads(done.read_text(encoding="utf-8") or "null")  # null: from before words were kept
         if before not in (None, asked):
-            then, now = ([word for word in some if word not in others] for some, others in
-                         ((before, asked), (asked, before)))
-            raise UserError(f"{out} was made with other options (then {' '.join(then) or 'without these'}; now "
-                            f"{' '.join(now) or 'without those'}): remove that folder and those of what starts from "
-                            "it, or give another --work")
+            raise UserError(f"{out} was made with other options ({difference(before, asked)}): remove that folder and "
+                            "those of what starts from it, or give another --work")
         return
     resume = ["resume=true"] if out.exists() and any(out.iterdir()) else []
     out.mkdir(parents=True, exist_ok=True)
@@ -154,6 +151,28 @@ def run_stage(out: Path, words: list[str], threads: int) -> None:
     if status:
         raise UserError(f"{' '.join(words[:2])} ended with status {status}; see {log.name}")
     write_whole(done, json.dumps(asked) + "\n")
+
+
+def difference(before: list[str], asked: list[str]) -> str:
+    """Say what two lists of words do not have in common."""
+    then, now = ([word for word in some if word not in others] for some, others in ((before, asked), (asked, before)))
+    return f"then {' '.join(then) or 'without these'}; now {' '.join(now) or 'without those'}"
+
+
+def say_changed(rows: dict[str, dict], words: dict[str, list[str]], out: Path) -> None:
+    """Say which rows are of an arm that has other words now; rows of before these were kept are taken as they are."""
+    for name, row in rows.items():
+        if (now := words.get(row["arm"])) != (then := row.get("words", now)):
+            print(f"{name}: measured with other options ({difference(then, now or [])}), and not again; for that take "
+                  f"this row out of {out}", flush=True)
+
+
+def words_of(arm: str) -> list[str]:
+    """List what makes an arm: the model it starts from, its options, those of the judge that is trained for it."""
+    start, changes = ARMS[arm]
+    judges = [f"judge_train.{word}" for name, words in JUDGES.items() if f"{{{name}}}" in " ".join(changes or [])
+              for word in words]
+    return [f"from={start}", *judges, *([] if changes is None else [*BEGUN, *changes])]
 
 
 def run_words(words: list[str], threads: int, log: TextIO) -> int:
@@ -244,7 +263,7 @@ def run_all(options, rows: dict[str, dict], save) -> list[str]:
 
     def one(job: tuple[str, int]) -> None:
         try:
-            rows[key(*job)] = run_arm(*job, options, url, threads)
+            rows[key(*job)] = run_arm(*job, options, url, threads) | {"words": words_of(job[0])}
             save()
             print(f"{key(*job)}: {100 * rows[key(*job)]['accuracy']:.1f}%, {rows[key(*job)]['mean_tokens']:.1f} tokens",
                   flush=True)
@@ -402,6 +421,7 @@ def main(words: list[str] | None = None) -> int:
     options = parse(words)
     held = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"rows": {}}
     rows, failed = held.pop("rows"), []
+    say_changed(rows, {arm: words_of(arm) for arm in ARMS}, options.out)
 
     def save() -> None:
         with SAVING:  # of two arms that end at once

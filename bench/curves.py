@@ -22,7 +22,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.ablate import AS_IT_IS, curve_of, interval, keep_settings, row_of, run_stage, train_judge, values_of
+from bench.ablate import (
+    AS_IT_IS,
+    curve_of,
+    interval,
+    keep_settings,
+    row_of,
+    run_stage,
+    say_changed,
+    train_judge,
+    values_of,
+)
 from bench.measure import RESULTS, ROOT
 from minimath.commands.demo import DemoConfig, demo_model, write_problems
 from minimath.config.load import load_config
@@ -96,12 +106,16 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 # ---- running
 
+def words_of(arm: str) -> list[str]:
+    return [*UNTIL_NOW, *ARMS[arm]]
+
+
 def run_arm(arm: str, rate: str, seed: int, options) -> dict:
     """Train one arm, evaluate its last and its kept checkpoint; return its row."""
     work, data = options.work, options.work / "data"
     common = [f"model={demo_model()}", f"seed={seed}"]
     sft = stage_1(work, "sft", common, [], options.threads)
-    changes = [word.replace("{sft}", str(sft)) for word in ARMS[arm]]
+    changes = [word.replace("{sft}", str(sft)) for word in words_of(arm)]
     if any("{judge}" in word for word in changes):
         judge = train_judge(work, "single", seed, [*common, f"adapter={sft}"], options.threads)
         changes = [word.replace("{judge}", str(judge)) for word in changes]
@@ -111,9 +125,9 @@ def run_arm(arm: str, rate: str, seed: int, options) -> dict:
     out = work / f"curve-{arm}-{rate}-{seed}"
     run_stage(out, ["rlaif", "demo", *common, f"adapter={sft}", f"data={data / 'rl.jsonl'}", f"steps={STEPS}",
                     f"lr={rate}", f"eval_data={data / 'valid.jsonl'}", f"eval_every={EVERY}", "eval_limit=128",
-                    "eval_max_new_tokens=200", "final=best", "sample_every=0", *UNTIL_NOW, *changes], options.threads)
+                    "eval_max_new_tokens=200", "final=best", "sample_every=0", *changes], options.threads)
     metrics = read_metrics(out / METRICS)
-    row = {"arm": arm, "rate": rate, "seed": seed, "curve": curve_of(metrics)}
+    row = {"arm": arm, "rate": rate, "seed": seed, "words": words_of(arm), "curve": curve_of(metrics)}
     row["weights"] = [m["brevity/weight"] for m in metrics if "brevity/weight" in m]
     for name, adapter in (("last", out / "checkpoints" / f"step-{STEPS:06d}"), ("kept", out)):
         row[name] = evaluated(work / f"eval-{out.name}-{name}", adapter, common, options)
@@ -212,6 +226,7 @@ def main(words: list[str] | None = None) -> int:
     options, failed = parse(words), []
     held = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"sft": {}, "rows": {}}
     rows, sft = held["rows"], held["sft"]
+    say_changed(rows, {arm: words_of(arm) for arm in ARMS}, options.out)
 
     def save() -> None:
         lines = [",\n".join(f'  "{name}": {json.dumps(part[name])}' for name in sorted(part)) for part in (sft, rows)]

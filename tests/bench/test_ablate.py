@@ -68,6 +68,7 @@ def test_the_command_trains_evaluates_reads_and_goes_on_where_it_was(tmp_path, c
     rows = json.loads(out.read_text())["rows"]
     assert sorted(rows) == ["base/5", "heuristic/5", "sft/5"]
     assert all(len(r["correct"]) == len(r["tokens"]) == r["problems"] == 4 for r in rows.values())
+    assert all(r["words"] == ablate.words_of(r["arm"]) for r in rows.values())
     assert rows["heuristic/5"]["readable"] == [] and "self" in rows["heuristic/5"]["reader"]  # never correct
     before = out.read_text()
     assert ablate.main(words) == 0 and out.read_text() == before  # nothing is run again
@@ -149,6 +150,17 @@ def test_a_stage_that_was_done_with_other_words_is_refused(tmp_path, monkeypatch
     (moved / "lr-0" / "done").write_text("")  # from before words were kept
     run(moved, "3e-4")
     assert len(ran) == 1
+
+
+def test_a_row_of_an_arm_that_has_changed_is_said_and_an_older_one_is_taken_as_it_is(tmp_path, monkeypatch, capsys):
+    rows = {f"trained/{seed}": row("trained", seed, "10", [4, 4]) for seed in (0, 1)}
+    rows["trained/1"]["words"] = ablate.words_of("trained")
+    (out := tmp_path / "result.json").write_text(json.dumps({"rows": rows}))
+    assert ablate.main(["--out", str(out), "--table"]) == 0 and "trained/" not in capsys.readouterr().out
+    monkeypatch.setitem(ablate.ARMS, "trained", ("sft", ["judge=self", "judge_adapter={pair}"]))
+    assert ablate.main(["--out", str(out), "--table"]) == 0
+    assert "trained/1: measured with other options (then judge_adapter={single}; now judge_train.form=pair " \
+        "judge_adapter={pair}), and not again" in (said := capsys.readouterr().out) and "trained/0" not in said
 
 
 def test_an_arm_that_fails_is_named_with_its_log_and_the_others_go_on(tmp_path, capsys, stages_here):

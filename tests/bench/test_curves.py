@@ -36,7 +36,8 @@ def test_an_arm_is_trained_for_all_steps_and_its_last_checkpoint_evaluated(tmp_p
     monkeypatch.setattr(curves, "read_metrics", lambda path: [])
     monkeypatch.setattr(curves, "evaluated", lambda folder, adapter, *_: evaluated.append(adapter.name))
     options = curves.parse(["--work", str(tmp_path)])
-    assert curves.run_arm("judge-steps-apart-control", "1e-4", 0, options)["seed"] == 0
+    row = curves.run_arm("judge-steps-apart-control", "1e-4", 0, options)
+    assert row["seed"] == 0 and row["words"] == [*curves.UNTIL_NOW, *curves.ARMS["judge-steps-apart-control"]]
     assert {"steps=18", "step_weight=0.5", "lr=1e-4"} <= set(stages[-1])
     assert evaluated == ["step-000018", "curve-judge-steps-apart-control-1e-4-0"]
 
@@ -59,7 +60,17 @@ def test_the_table_and_the_picture_are_made_of_the_result_file(tmp_path, capsys)
     out.write_text(json.dumps({"sft": {str(seed): each for seed, each in SFT.items()},
                                "rows": {"ratio/1e-4/0": row(0, "1110", [4, 4, 4, 4], 0.9)}}))
     assert curves.main(["--table", "--out", str(out)]) == 0
-    assert "ratio" in capsys.readouterr().out and out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "ratio" in (said := capsys.readouterr().out) and "measured with other" not in said
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_of_an_arm_that_has_changed_is_said(tmp_path, capsys):
+    words = [word for word in curves.words_of("ratio") if word != "brevity=ratio"]
+    out, kept = tmp_path / "curves.json", row(0, "1110", [4] * 4, 0.9) | {"words": words}
+    out.write_text(json.dumps({"sft": {"0": SFT[0]}, "rows": {"ratio/1e-4/0": kept}}))
+    assert curves.main(["--table", "--out", str(out)]) == 0
+    said = "ratio/1e-4/0: measured with other options (then without these; now brevity=ratio)"
+    assert said in capsys.readouterr().out
 
 
 def test_arms_can_be_held_against_another_one_on_the_seeds_that_both_have(tmp_path, capsys):
