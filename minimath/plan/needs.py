@@ -69,6 +69,24 @@ def with_tokens(cfg, tokens: int):
     return cfg.replace(micro_batch_tokens=tokens, max_new_tokens=new)
 
 
+def rank_in(folder: str, rank: int) -> int:
+    """Read the rank of the adapter in a folder; `rank` where none is yet."""
+    with contextlib.suppress(UserError):
+        return read_json(find_adapter(folder) / "adapter_config.json").get("r", rank) if folder else rank
+    return rank
+
+
+def going_on(cfg, before: SFTConfig | None = None):
+    """Give a stage the shape of the adapter that it goes on with: of adapter=, or of what the stage before leaves.
+
+    That is a plain LoRA, whatever it began as."""
+    if before:
+        cfg = cfg.replace(**before.shared(type(cfg), "adapter") | {"adapter": cfg.adapter.path or before.adapter.path})
+    elif not cfg.adapter.path:
+        return cfg
+    return cfg.replace(lora_r=rank_in(cfg.adapter.path, rank_of(cfg.adapter)), lora_init="default")
+
+
 class Planner:
     """Tell what a model needs, by what it is for, and what a card holds; all in bytes."""
 
@@ -131,10 +149,8 @@ class Planner:
 
     def second_adapter(self, cfg: RLAIFConfig, folder: str) -> tuple[list[int], int]:
         """Count an adapter beside the policy's: weights of each tensor, bytes with casts."""
-        share, model, rank = 1.0, self.model(cfg), rank_of(cfg.adapter)
-        with contextlib.suppress(UserError):  # not there yet: of the policy's rank
-            config = read_json(find_adapter(folder) / "adapter_config.json")
-            share = config.get("r", rank) / rank
+        model, rank = self.model(cfg), rank_of(cfg.adapter)
+        share = rank_in(folder, rank) / rank  # not there yet: of the policy's rank
         sizes = [int(share * p.numel()) for p in model.trained]
         return sizes, 4 * sum(sizes) + sum(int(share * size) for size in model.casts)
 

@@ -6,7 +6,8 @@
   --apply FILE   write the recipe with what makes it fit; default: RECIPE-24gb.yaml; no file is overwritten
   key=value      any option of the recipe, as in minimath run
 
-A judge_adapter counts with the rank that it has, one that the run trains itself with the policy's.
+adapter= and judge_adapter= count with the rank that they have; in a recipe with a section sft RLAIF goes on with the
+adapter that SFT leaves, and a judge that the run trains has the rank of that.
 
 Planned is the worst case: rows of full length that fill micro_batch_tokens, every completion as long as it may be.
 A card is taken to be of sm_80 or later, where attention needs no masks. What offload=true moves to host memory is said
@@ -21,13 +22,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from minimath.config.load import find_recipe, load_config, words_of_own_judge
+from minimath.config.load import find_recipe, load_config, read_recipe, read_words, words_of_own_judge
 from minimath.config.schema import STAGES
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
 from minimath.core.text import mask
 from minimath.models.load import pick_device
-from minimath.plan.needs import GIB, Planner
+from minimath.plan.needs import GIB, Planner, going_on
 
 CARDS = (8, 12, 16, 24, 32)  # GiB
 
@@ -42,7 +43,9 @@ def plan(recipe: str | None, words: list[str]) -> dict:
     card, path, given = parse(recipe, words)
     words = words_of_own_judge(recipe, given, "OUT/judge") + given
     stages = {name: load_config(cls, recipe, words, allow_other=True) for name, cls in STAGES.items()}
-    sft, rlaif, eval_ = stages.values()
+    sft = stages["sft"] = going_on(stages["sft"])
+    both = "sft" in {*read_recipe(recipe), *read_words(words)}
+    rlaif = stages["rlaif"] = going_on(stages["rlaif"], sft if both else None)
     model, gib = sft.model, lambda size: f"{size / GIB:.2f}"
     transformers.utils.logging.set_verbosity_error()
     if not card and model.device != "cpu" and torch.cuda.is_available():
@@ -60,8 +63,8 @@ def plan(recipe: str | None, words: list[str]) -> dict:
                      *(str(cards[-1][name] or "-") for name in ("sft", "rlaif", "max_num_seqs")), " ".join(said))
     shown = next((each["card"] for each in cards if each["fits"]), cards[-1]["card"])
     needs = {"SFT": planner.training(sft), "RLAIF update": planner.training(rlaif)}
-    evaluated = sft.replace(quant=eval_.model.quant, dtype=eval_.model.dtype)
-    for name, base, cfg in (("RLAIF rollout", rlaif, rlaif), ("eval", evaluated, eval_)):
+    evaluated = sft.replace(quant=stages["eval"].model.quant, dtype=stages["eval"].model.dtype)
+    for name, base, cfg in (("RLAIF rollout", rlaif, rlaif), ("eval", evaluated, stages["eval"])):
         seqs = cfg.engine.max_num_seqs or max(1, planner.most_seqs(base, cfg, shown))
         needs[f"{name}\nmax_num_seqs={seqs}"] = planner.rollout(base, cfg, seqs, shown)
     table = Table("GiB", *needs, title=f"{model.name} on {gib(shown)} GiB")

@@ -96,6 +96,28 @@ def test_the_bytes_of_a_judges_adapter_are_exact(tmp_path, dtype):
     assert "judge's adapter" not in planner.stays(cfg.replace(judge_weight=0.0), optimizer=True)
 
 
+def test_stage_2_counts_with_the_adapter_that_it_goes_on_with(tmp_path, monkeypatch):
+    """adapter='s rank, or in a recipe with a section sft that of SFT's; pissa's is twice lora_r."""
+    model, _ = load_model(SFTConfig(model=str(tiny_model(tmp_path / "m", "llama")), device="cpu", lora_r=6), train=True)
+    adapter = save_adapter(model, tmp_path / "run" / "adapter").parent
+    monkeypatch.setattr(plan_module, "Planner", lambda *_: SimpleNamespace(changes=seen))
+    recipe, found = tmp_path / "r.yaml", []
+
+    def seen(stages, card):
+        found.append([(stages[name].adapter.lora_r, stages[name].adapter.lora_init) for name in ("sft", "rlaif")])
+        raise UserError("seen")
+
+    for sft, words, rank in (("sft:\n  lora_r: 64\n", [], 64), ("", ["sft.lora_r=8", "sft.lora_init=pissa"], 16),
+                             ("", [f"rlaif.adapter={adapter}"], 6), ("", ["rlaif.adapter=nowhere"], 4), ("", [], 4),
+                             ("sft:\n  lora_r: 64\n", ["rlaif.adapter=nowhere"], 64),
+                             ("sft:\n  lora_r: 64\n", [f"adapter={adapter}"], 6)):
+        recipe.write_text(f"{sft}rlaif:\n  lora_r: 4\n")
+        with pytest.raises(UserError, match="seen"):
+            plan(str(recipe), ["card=1", *words])
+        assert found[-1][1] == (rank, "default"), (sft, words)
+    assert found[1][0] == (8, "pissa") and found[-1][0] == (6, "default")
+
+
 def test_a_teacher_counts_as_what_it_is(tmp_path):
     folder, larger = (tiny_model(tmp_path / name, family) for name, family in (("a", "llama"), ("b", "qwen2")))
     options = {"model": str(folder), "device": "cpu", "dtype": "bf16"}
