@@ -31,7 +31,7 @@ from minimath.data.examples import Example
 from minimath.data.sample import Sample
 from minimath.eval.budget import limited_stream
 from minimath.eval.metrics import COLUMNS, at_budgets, read_records, summarise, table_row, write_results
-from minimath.eval.partial import PartFile, fingerprint, model_hash, open_part, refuse_changes
+from minimath.eval.partial import Job, fingerprint, model_hash, open_part, part_record, refuse_changes
 from minimath.eval.suite import Problems, read_own, read_sets, suite_table
 from minimath.grading.answer import AnswerChecker, final_answer
 from minimath.models.load import describe
@@ -73,18 +73,18 @@ def evaluate_set(problems: Problems, load: Callable[[], Policy] | None = None) -
             log.say(f"warning: budgets={','.join(above)}: completions are cut at max_new_tokens={longest}, and what is "
                     "cut counts as wrong there too")
         policy = load() if load else load_and_say(cfg, log)
-        part = open_part(log, decides | {"model files": model_hash(policy)}, len(examples), cfg, policy)
+        done = open_part(log, decides | {"model files": model_hash(policy)}, len(examples), cfg, policy)
         try:
-            summary, records = evaluate_policy(policy, examples, cfg, log, part)
+            summary, records = evaluate_policy(policy, examples, cfg, log, done)
         except Interrupted:
             part_of_more = load or len(stop_files(log.run_dir)) > 1  # a suite, or a run of the whole recipe
             go_on = "" if part_of_more else f"; the same command with out={log.run_dir} resume=true goes on"
-            log.say(f"{interrupt.reason()}: stopped, {len(part.done)} of {len(examples) * cfg.samples} completions are "
+            log.say(f"{interrupt.reason()}: stopped, {len(done)} of {len(examples) * cfg.samples} completions are "
                     f"done{go_on}")
             raise
         if dist.is_main():
             write_results(log.run_dir, summary, records)
-            part.path.unlink(missing_ok=True)
+            (log.run_dir / PART).unlink(missing_ok=True)
         name = cfg.adapter.path or cfg.model.name
         log.table(f"{name} on {len(examples)} problems", COLUMNS, [table_row(name, summary)])
         if "thinking" in summary:
@@ -158,13 +158,13 @@ def evaluate_suite(cfg: EvalConfig) -> dict:
 
 
 def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, log: RunLog,
-                    part: PartFile | None = None, engine=None) -> tuple[dict, list[dict]]:
+                    done: dict[Job, Sample] | None = None, engine=None) -> tuple[dict, list[dict]]:
     """Sample and grade; returns the summary, and a record per completion.
 
-    Several processes take a share of the problems each, and all return the whole. part: where completions are kept as
-    they finish, with those that an earlier process left; None, within a training: nowhere. engine: an open one;
-    None: the one that cfg describes. Raises Interrupted, and UserError when no prompt fits."""
-    part, longest = part or PartFile(), cfg.prompt.max_prompt_len
+    Several processes take a share of the problems each, and all return the whole. done: completions that an earlier
+    process left, to which those that finish are added, in the part file too; None, within a training: nowhere. engine:
+    an open one; None: the one that cfg describes. Raises Interrupted, and UserError when no prompt fits."""
+    keep, done, longest = done is not None, {} if done is None else done, cfg.prompt.max_prompt_len
     prompts = [policy.prompt_ids(example) for example in examples]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
     if not fits:
@@ -172,14 +172,14 @@ def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, lo
     if len(fits) < len(prompts):
         log.say(f"{len(prompts) - len(fits)} problems are longer than max_prompt_len={longest} and count as wrong")
     mine, started = dist.shard(fits), time.perf_counter()
-    new_tokens = sample_completions(policy, {i: prompts[i] for i in mine}, cfg, log, part, engine)
+    new_tokens = sample_completions(policy, {i: prompts[i] for i in mine}, cfg, log, done, keep, engine)
     seconds = time.perf_counter() - started
     with AnswerChecker() as checker:
         graded, unreadable = [], []
         for i in mine:
             interrupt.check()
             before = checker.bad_gold
-            graded.append([grade(i, s, examples[i], part.done[i, s], checker) for s in range(cfg.samples)])
+            graded.append([grade(i, s, examples[i], done[i, s], checker) for s in range(cfg.samples)])
             unreadable += [examples[i]] if checker.bad_gold > before else []
         records, unreadable = list(itertools.chain(*dist.gather(graded))), dist.gather(unreadable)
         counts = dist.all_reduce_sum({"timeouts": checker.timeouts, "tokens": new_tokens})  # before those of maj@k
@@ -193,12 +193,12 @@ def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, lo
     return summary, records
 
 
-def sample_completions(policy: Policy, prompts: dict[int, list[int]], cfg: EvalConfig, log: RunLog, part: PartFile,
-                       engine) -> int:
-    """Sample what `part` lacks of prompts, by the problem's place in the data; count the tokens."""
+def sample_completions(policy: Policy, prompts: dict[int, list[int]], cfg: EvalConfig, log: RunLog,
+                       done: dict[Job, Sample], keep: bool, engine) -> int:
+    """Add to done what it lacks of prompts, by the problem's place in the data; count the tokens."""
     numbers, started = list(prompts), time.perf_counter()
-    skip = {(p, s) for p, i in enumerate(numbers) for s in range(cfg.samples) if (i, s) in part.done}
-    old_tokens, new_tokens, count = sum(part.done[numbers[p], s].tokens for p, s in skip), 0, len(skip)
+    skip = {(p, s) for p, i in enumerate(numbers) for s in range(cfg.samples) if (i, s) in done}
+    old_tokens, new_tokens, count = sum(done[numbers[p], s].tokens for p, s in skip), 0, len(skip)
     opened = contextlib.nullcontext(engine) if engine else open_engine(
         cfg.engine, cfg.sampling, policy, seed=cfg.run.seed, run_dir=log.run_dir, say=log.say)
     with log.progress(len(prompts) * cfg.samples, "evaluating", done=count) as advance, opened as engine, \
@@ -206,7 +206,9 @@ def sample_completions(policy: Policy, prompts: dict[int, list[int]], cfg: EvalC
                                               keys=numbers, skip=skip)) as stream:
         for finished in stream:
             for p, s, sample in finished:
-                part.add(numbers[p], s, sample)
+                done[numbers[p], s] = sample
+                if keep:  # what other processes sample is sampled again after an interrupt
+                    log.append(PART, part_record((numbers[p], s), sample))
                 new_tokens, count = new_tokens + sample.tokens, count + 1
                 advance(1, tok_s=new_tokens / (time.perf_counter() - started),
                         mean_tokens=(old_tokens + new_tokens) / count)

@@ -11,7 +11,6 @@ from pathlib import Path
 from minimath.config.load import plain_values
 from minimath.config.options import options_of
 from minimath.config.schema import EvalConfig
-from minimath.core import dist
 from minimath.core.checkpoint import ADAPTER_FILES
 from minimath.core.errors import UserError
 from minimath.core.files import read_json, sha256, write_whole
@@ -31,32 +30,13 @@ NOT_DECISIVE = {"model", "adapter", "dtype", "data", "split", "limit", "strict",
                 "suite"}
 
 
-class PartFile:
-    """The completions that are done, and the file that keeps them; None: nowhere."""
-
-    def __init__(self, path: Path | None = None, done: dict[Job, Sample] | None = None):
-        self.path, self.done = path, done or {}
-
-    def add(self, number: int, sample: int, completion: Sample) -> None:
-        """Append one completion. Raises UserError when the disk is full: a resume drops the torn line."""
-        self.done[number, sample] = completion
-        try:
-            if self.path and dist.is_main():  # what other processes sample is sampled again after an interrupt
-                with open(self.path, "a", encoding="ascii") as file:
-                    file.write(part_lines({(number, sample): completion}))
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; free some space, then go on with "
-                            "resume=true") from None
+def part_record(job: Job, one: Sample) -> dict:
+    """Make the line of a completion."""
+    return {"number": job[0], "sample": job[1], "ids": one.ids, "finished": one.finished}
 
 
-def part_lines(done: dict[Job, Sample]) -> str:
-    """Write completions as lines of the part file."""
-    return "".join(json.dumps({"number": number, "sample": sample, "ids": one.ids, "finished": one.finished}) + "\n"
-                   for (number, sample), one in done.items())
-
-
-def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy: Policy) -> PartFile:
-    """Start the part file of log.run_dir, or with resume read what is there.
+def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy: Policy) -> dict[Job, Sample]:
+    """Begin the part file of log.run_dir, or with resume return what is in it.
 
     Damaged lines are dropped and told. Raises UserError when `decides` differs from what the evaluation began with."""
     path, done = log.run_dir / PART, {}
@@ -66,7 +46,7 @@ def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy
         if dropped:
             log.say(f"{path}: {dropped} line{'s' * (dropped > 1)} cut off or damaged, as a kill or a crash leaves "
                     "them: dropped, and sampled again")
-            write_whole(path, part_lines(done))
+            write_whole(path, "".join(json.dumps(part_record(*item)) + "\n" for item in done.items()))
         for completion in done.values():
             completion.text = policy.decode(completion.ids)
             completion.thought = policy.thought_tokens(completion.ids, completion.text)
@@ -74,7 +54,7 @@ def open_part(log: RunLog, decides: dict, problems: int, cfg: EvalConfig, policy
     elif cfg.run.resume:
         log.say(f"no completion in {log.run_dir} yet: starting with the first")
     write_whole(log.run_dir / FINGERPRINT, json.dumps(decides, indent=1) + "\n")
-    return PartFile(path, done)
+    return done
 
 
 def read_part(path: Path, problems: int, samples: int) -> tuple[dict[Job, Sample], int]:

@@ -25,7 +25,7 @@ from minimath.core.run_folder import EVAL_CONFIG, FINGERPRINT, PART
 from minimath.data.examples import Example
 from minimath.data.sample import Sample
 from minimath.eval.evaluate import evaluate, evaluate_policy
-from minimath.eval.partial import NOT_DECISIVE, PartFile, fingerprint, read_part
+from minimath.eval.partial import NOT_DECISIVE, fingerprint, part_record, read_part
 from minimath.eval.sample import SampleConfig
 
 
@@ -61,7 +61,7 @@ def done_at(path, problems, samples):
 @pytest.fixture
 def interrupt(monkeypatch):
     """interrupt(n): a real SIGINT comes when the nth completion from now on has been kept; 0: none comes."""
-    add = PartFile.add
+    add = RunLog.append
 
     def at(n):
         left = [n]
@@ -72,7 +72,7 @@ def interrupt(monkeypatch):
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        monkeypatch.setattr(PartFile, "add", counted)
+        monkeypatch.setattr(RunLog, "append", counted)
 
     return at
 
@@ -185,13 +185,13 @@ def test_kill_9_loses_at_most_what_was_running(run, options, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_there(tmp_path):
-    part = PartFile(tmp_path / PART)
-    part.add(0, 0, Sample([1, 2], [], True))
-    full = PartFile(Path("/dev/full"))
-    if not full.path.exists():
+    if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    with pytest.raises(UserError, match="resume=true"):
-        full.add(0, 1, Sample([3], [], False))
+    with RunLog(tmp_path, "test") as log:
+        log.append(PART, part_record((0, 0), Sample([1, 2], [], True)))
+        (tmp_path / "full").symlink_to("/dev/full")
+        with pytest.raises(UserError, match="resume=true"):
+            log.append("full", part_record((0, 1), Sample([3], [], False)))
     assert done_at(tmp_path / PART, 1, 2) == {(0, 0): ([1, 2], True)} and read_part(tmp_path / PART, 1, 2)[1] == 0
 
 

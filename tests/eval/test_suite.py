@@ -11,11 +11,11 @@ from toy import make_config, write_problems
 from minimath.config.schema import EvalConfig
 from minimath.core import interrupt
 from minimath.core.errors import Interrupted, UserError
+from minimath.core.log import RunLog
 from minimath.core.run_folder import PART, SUITE
 from minimath.eval import evaluate as evaluation
 from minimath.eval.evaluate import evaluate
 from minimath.eval.metrics import read_records
-from minimath.eval.partial import PartFile
 from minimath.eval.suite import SETS, chosen_sets, read_sets
 from minimath.grading.answer import AnswerChecker
 from minimath.report.page import report
@@ -194,7 +194,7 @@ def test_stopped_within_and_between_sets_and_resumed_equals_unbroken(config, tmp
     """Two interrupts: while the nth completion is kept, and when the results of the first set are being written."""
     more = {"samples": 2, "temperature": 1.0}
     evaluate(config(out="unbroken", **more))
-    add, write, count = PartFile.add, evaluation.write_results, [0, 0]
+    add, write, count = RunLog.append, evaluation.write_results, [0, 0]
 
     def interrupted_add(self, *completion):
         add(self, *completion)
@@ -208,7 +208,7 @@ def test_stopped_within_and_between_sets_and_resumed_equals_unbroken(config, tmp
         if count[1] == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(PartFile, "add", interrupted_add)
+    monkeypatch.setattr(RunLog, "append", interrupted_add)
     monkeypatch.setattr(evaluation, "write_results", interrupted_write)
     stops = []
     for attempt in range(4):
@@ -226,14 +226,14 @@ def test_stopped_within_and_between_sets_and_resumed_equals_unbroken(config, tmp
 
 
 def test_a_stop_file_in_the_folder_of_the_suite_stops_the_set(config, tmp_path, monkeypatch):
-    add = PartFile.add
+    add = RunLog.append
 
     def touch(self, *completion):
         add(self, *completion)
         (tmp_path / "suite" / "stop").touch()
 
     monkeypatch.setattr(interrupt, "LOOK_S", 0)
-    monkeypatch.setattr(PartFile, "add", touch)
+    monkeypatch.setattr(RunLog, "append", touch)
     with pytest.raises(Interrupted):
         evaluate(config())
     assert (tmp_path / "suite" / "gsm8k" / PART).exists() and not (tmp_path / "suite" / "math500").exists()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from toy import before_call, make_config, metrics, same_tensors, without_times
 
 from minimath.core.errors import Interrupted, UserError
-from minimath.eval.partial import PartFile
+from minimath.core.log import RunLog
 from minimath.judges.calibrate import Calibration
 from minimath.judges.card import read_card
 from minimath.judges.known import problem_hash
@@ -78,7 +78,7 @@ def test_stopped_while_it_samples_and_resumed_equals_unbroken(judge, tmp_path, m
     stop_file = tmp_path / "broken" / "stop"
     for number, how in ((3, kill()), (9, stop_file.touch), (20, kill(signal.SIGTERM))):
         with monkeypatch.context() as patch:
-            before_call(patch, PartFile, "add", number, how)
+            before_call(patch, RunLog, "append", number, how)
             patch.setattr("minimath.core.interrupt.LOOK_S", 0.0)
             with pytest.raises(Interrupted):
                 judge("broken", steps=3, resume=(tmp_path / "broken").exists())
