@@ -5,6 +5,7 @@ import inspect
 import sys
 import textwrap
 from pathlib import Path
+from pkgutil import resolve_name
 
 from minimath.config.load import config_of_words, take_recipe
 from minimath.config.options import Option, options_of
@@ -14,12 +15,15 @@ from minimath.core.errors import UserError
 from minimath.core.text import did_you_mean
 
 # Where each command is; loaded when it is asked for: help and errors come at once
-COMMANDS = {"sft": "train.sft.sft", "rlaif": "train.rlaif.rlaif", "eval": "eval.evaluate.evaluate",
-            "sample": "eval.sample.sample", "run": "commands.run.run", "plan": "plan.plan.plan",
-            "demo": "commands.demo.demo", "solve": "commands.solve.solve_command", "report": "report.page.report",
-            "judge train": "train.judge.judge_train",
-            "judge check": "commands.judge_check.judge_check", "judge compare": "commands.judge_compare.judge_compare",
-            "export": "export.merge.export", "doctor": "commands.doctor.doctor"}
+COMMANDS = {"sft": "train.sft:sft", "rlaif": "train.rlaif:rlaif", "eval": "eval.evaluate:evaluate",
+            "sample": "eval.sample:sample", "run": "commands.run:run", "plan": "plan.plan:plan",
+            "demo": "commands.demo:demo", "solve": "commands.solve:solve_command", "report": "report.page:report",
+            "judge train": "train.judge:judge_train",
+            "judge check": "commands.judge_check:judge_check", "judge compare": "commands.judge_compare:judge_compare",
+            "export": "export.merge:export", "doctor": "commands.doctor:doctor"}
+CONFIGS = {"sample": "eval.sample:SampleConfig", "export": "export.merge:ExportConfig",
+           "judge train": "train.judge:JudgeConfig", "judge check": "commands.judge_check:JudgeCheckConfig",
+           "judge compare": "commands.judge_compare:JudgeCompareConfig"}  # those that are not a stage's
 OF_OPTIONS = ("sft", "rlaif", "eval", "sample", "judge train")  # take a config
 OF_RECIPE = ("run", "plan")  # take a recipe and words; the others take words
 SHARED = ("sft", "rlaif", "eval", "run")  # commands that several processes can share; see core/dist.py
@@ -44,37 +48,29 @@ def dispatch(command: str, words: list[str]):
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{did_you_mean(command, COMMANDS)}; see minimath --help")
     if helped:
-        print(help_text(command))
-        return None
+        return print(help_text(command))
     if started_together() and command not in SHARED:
         raise UserError(f"minimath {command} is made for one process; accelerate launch and torchrun are for "
                         f"{', '.join(SHARED)}")
-    function = load(COMMANDS[command])
+    function = resolve_name(f"minimath.{COMMANDS[command]}")
     if command in OF_OPTIONS:
         return function(config_of_words(config_class(command), words, command.replace(" ", "_")))
     return function(take_recipe(words), words) if command in OF_RECIPE else function(words)
 
 
-def load(path: str):
-    """Import what "package.module.name" of minimath names."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(f"minimath.{module}"), name)
-
-
 def config_class(command: str):
     """The class of the options of a command, None for one that takes words."""
-    own = {"sample": "eval.sample.SampleConfig", "export": "export.merge.ExportConfig",
-           "judge train": "train.judge.JudgeConfig", "judge check": "commands.judge_check.JudgeCheckConfig",
-           "judge compare": "commands.judge_compare.JudgeCompareConfig"}
-    return load(own[command]) if command in own else {**STAGES, "solve": STAGES["eval"]}.get(command)
+    if command in CONFIGS:
+        return resolve_name(f"minimath.{CONFIGS[command]}")
+    return {**STAGES, "solve": STAGES["eval"]}.get(command)
 
 
 def help_text(command: str) -> str:
     """Say what a command is for, and all the options that it takes."""
-    file, cls = COMMANDS[command].rpartition(".")[0].replace(".", "/"), config_class(command)
+    file, cls = COMMANDS[command].partition(":")[0].replace(".", "/"), config_class(command)
     if cls is None or command in ("judge check", "judge compare"):  # read, not imported: it comes at once
         text = ast.get_docstring(ast.parse(Path(__file__).parent.joinpath(f"{file}.py").read_text(encoding="utf-8")))
-        names = load("commands.judge_check.option_names")(cls) if cls else ()
+        names = resolve_name("minimath.commands.judge_check:option_names")(cls) if cls else ()
         return f"{text}\n\n{options_help(cls, command, names)}" if cls else text
     takes = {"solve": '["PROBLEM"] ', "export": ""}.get(command, "[RECIPE.yaml] ")
     return f"minimath {command} {takes}key=value ...\n{inspect.getdoc(cls)}\n\n{options_help(cls, command)}"
