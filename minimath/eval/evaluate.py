@@ -158,12 +158,12 @@ def evaluate_suite(cfg: EvalConfig) -> dict:
 
 
 def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, log: RunLog,
-                    done: dict[Job, Sample] | None = None, engine=None) -> tuple[dict, list[dict]]:
+                    done: dict[Job, Sample] | None = None) -> tuple[dict, list[dict]]:
     """Sample and grade; returns the summary, and a record per completion.
 
     Several processes take a share of the problems each, and all return the whole. done: completions that an earlier
-    process left, to which those that finish are added, in the part file too; None, within a training: nowhere. engine:
-    an open one; None: the one that cfg describes. Raises Interrupted, and UserError when no prompt fits."""
+    process left, to which those that finish are added, in the part file too; None, within a training: nowhere. Raises
+    Interrupted, and UserError when no prompt fits."""
     keep, done, longest = done is not None, {} if done is None else done, cfg.prompt.max_prompt_len
     prompts = [policy.prompt_ids(example) for example in examples]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
@@ -172,7 +172,7 @@ def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, lo
     if len(fits) < len(prompts):
         log.say(f"{len(prompts) - len(fits)} problems are longer than max_prompt_len={longest} and count as wrong")
     mine, started = dist.shard(fits), time.perf_counter()
-    new_tokens = sample_completions(policy, {i: prompts[i] for i in mine}, cfg, log, done, keep, engine)
+    new_tokens = sample_completions(policy, {i: prompts[i] for i in mine}, cfg, log, done, keep)
     seconds = time.perf_counter() - started
     with AnswerChecker() as checker:
         graded, unreadable = [], []
@@ -194,14 +194,13 @@ def evaluate_policy(policy: Policy, examples: list[Example], cfg: EvalConfig, lo
 
 
 def sample_completions(policy: Policy, prompts: dict[int, list[int]], cfg: EvalConfig, log: RunLog,
-                       done: dict[Job, Sample], keep: bool, engine) -> int:
+                       done: dict[Job, Sample], keep: bool) -> int:
     """Add to done what it lacks of prompts, by the problem's place in the data; count the tokens."""
     numbers, started = list(prompts), time.perf_counter()
     skip = {(p, s) for p, i in enumerate(numbers) for s in range(cfg.samples) if (i, s) in done}
     old_tokens, new_tokens, count = sum(done[numbers[p], s].tokens for p, s in skip), 0, len(skip)
-    opened = contextlib.nullcontext(engine) if engine else open_engine(
-        cfg.engine, cfg.sampling, policy, seed=cfg.run.seed, run_dir=log.run_dir, say=log.say)
-    with log.progress(len(prompts) * cfg.samples, "evaluating", done=count) as advance, opened as engine, \
+    with open_engine(cfg.engine, cfg.sampling, policy, seed=cfg.run.seed, run_dir=log.run_dir, say=log.say) as engine, \
+            log.progress(len(prompts) * cfg.samples, "evaluating", done=count) as advance, \
             contextlib.closing(limited_stream(engine, cfg.thinking_budget, list(prompts.values()), cfg.samples,
                                               keys=numbers, skip=skip)) as stream:
         for finished in stream:

@@ -1,5 +1,6 @@
 """One evaluation end to end: what it grades, counts, says and leaves."""
 
+import contextlib
 import json
 import statistics
 
@@ -16,7 +17,6 @@ from minimath.eval.evaluate import evaluate, evaluate_policy
 from minimath.eval.metrics import read_records
 from minimath.grading.answer import AnswerChecker
 from minimath.grading.sandbox import LATE, BoundedChild
-from minimath.rollout.open import open_engine
 
 
 @pytest.fixture
@@ -26,13 +26,15 @@ def options(tiny_dir, tmp_path):
 
 
 @pytest.fixture
-def run(tiny_dir, tmp_path):
+def run(tiny_dir, tmp_path, monkeypatch):
     """run(examples, engine, **options) -> (summary, records) of a tiny model, or of an engine."""
     def run(examples, engine=None, **options):
         policy = policy_of(tiny_dir, max_new_tokens=4, **options)
         cfg = make_config(EvalConfig, tiny_dir, max_new_tokens=4, **options)
+        if engine:
+            monkeypatch.setattr(module, "open_engine", lambda *args, **options: contextlib.nullcontext(engine))
         with RunLog(tmp_path / "log", "test") as log:
-            return evaluate_policy(policy, examples, cfg, log, engine=engine)
+            return evaluate_policy(policy, examples, cfg, log)
 
     return run
 
@@ -103,18 +105,6 @@ def test_a_complete_evaluation_gets_the_budgets_it_lacks_from_its_completions(op
     (tmp_path / "eval" / "completions.jsonl").unlink()
     with pytest.raises(UserError, match="completions.jsonl is gone, and budgets=8 is counted from it"):
         evaluate(make_config(EvalConfig, **options, budgets="8", resume=True))
-
-
-def test_an_engine_that_is_open_samples_the_same(tiny_dir, tmp_path):
-    """The random streams are those of problem and sample, not of the engine."""
-    examples = [Example(f"{n} + 1 = ?", answer="2") for n in range(3)]
-    cfg = make_config(EvalConfig, tiny_dir, max_new_tokens=4, samples=2, temperature=1.0)
-    policy = policy_of(tiny_dir)
-    with RunLog(tmp_path / "log", "test") as log, open_engine(cfg.engine, cfg.sampling, policy) as engine:
-        _, records = evaluate_policy(policy, examples, cfg, log)
-        assert len({record["text"] for record in records}) > 1
-        for _ in range(2):
-            assert evaluate_policy(policy, examples, cfg, log, engine=engine)[1] == records
 
 
 # ---- what is counted

@@ -260,7 +260,7 @@ def evaluations(monkeypatch):
     def script(scores, do=lambda n: None):
         asked = []
 
-        def evaluate_policy(policy, examples, cfg, log, part=None, engine=None):
+        def evaluate_policy(policy, examples, cfg, log):
             asked.append(cfg)
             do(len(asked))
             accuracy, tokens = scores[min(len(asked), len(scores)) - 1]
