@@ -30,11 +30,9 @@ from typing import TextIO
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from bench.llama_server import serve
-from bench.measure import RESULTS, ROOT, machine, positive
+from bench.measure import RESULTS, ROOT, machine, new_table, positive, show
 from minimath.commands.demo import DemoConfig, demo_model, write_problems
 from minimath.config.load import load_config
 from minimath.config.schema import RLAIFConfig
@@ -209,6 +207,13 @@ def run_arm(arm: str, seed: int, options, url: str, threads: int) -> dict:
     return row_of(arm, seed, folder, work / f"{arm}-{seed}" / METRICS if changes is not None else None)
 
 
+def stage_1(work: Path, name: str, common: list[str], changes: list[str], threads: int) -> Path:
+    """Run SFT unless that is done; return its folder. common: model= and seed=."""
+    out = work / f"{name}-{common[1].removeprefix('seed=')}"
+    run_stage(out, ["sft", "demo", *common, f"data={work / 'data' / 'train.jsonl'}", *changes], threads)
+    return out
+
+
 def train_judge(work: Path, name: str, seed: int, words: list[str], threads: int) -> Path:
     """Train a judge on stage 1's problems, unless that is done; return its folder."""
     judge = work / f"judge-{name}-{seed}"
@@ -278,8 +283,8 @@ def run_all(options, rows: dict[str, dict], save) -> list[str]:
         pool = stack.enter_context(ThreadPoolExecutor(options.jobs))
         sft = sorted({seed for arm, seed in due if ARMS[arm][0]})
         for seed in [seed for seed in options.seeds if seed in sft]:
-            words = [f"model={options.model}", f"seed={seed}", f"data={options.work / 'data' / 'train.jsonl'}"]
-            run_stage(options.work / f"sft-{seed}", ["sft", "demo", *words, *options.set], os.cpu_count() or 1)
+            common = [f"model={options.model}", f"seed={seed}"]
+            stage_1(options.work, "sft", common, options.set, os.cpu_count() or 1)
             list(pool.map(one, [job for job in due if job[1] == seed]))
         list(pool.map(one, [job for job in due if job[1] not in sft]))
     return failed
@@ -369,12 +374,11 @@ def values_of(row: dict, name: str) -> np.ndarray:
     return np.array([100.0 * int(c) for c in row["correct"]] if name == "correct" else row["tokens"], dtype=float)
 
 
-def table(rows: dict[str, dict], reference: str) -> Table:
+def table(rows: dict[str, dict], reference: str):
     problems = next(iter(rows.values()))["problems"]
-    out = Table(title=f"{problems} held-out problems; 95% intervals; differences to {reference}")
-    for name in ("arm", "seeds", "accuracy, %", "difference", "tokens", "difference", "correct steps", "readable, %",
-                 "judging", "labels"):
-        out.add_column(name, justify="left" if name == "arm" else "right")
+    names = ("arm", "seeds", "accuracy, %", "difference", "tokens", "difference", "correct steps", "readable, %",
+             "judging", "labels")
+    out = new_table(f"{problems} held-out problems; 95% intervals; differences to {reference}", names)
     for arm in ARMS:
         if facts := figures(rows, arm, reference):
             shown = ("correct", "correct_gap", "tokens", "tokens_gap", "readable")
@@ -439,7 +443,7 @@ def main(words: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
     if rows:
-        Console(width=None if sys.stdout.isatty() else 160).print(table(rows, options.reference))
+        show(table(rows, options.reference), 160)
         plot(rows, options.out.with_suffix(".png"), options.reference)
     return 1 if failed else 0
 

@@ -19,8 +19,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from bench.ablate import (
     AS_IT_IS,
@@ -30,10 +28,11 @@ from bench.ablate import (
     row_of,
     run_stage,
     say_changed,
+    stage_1,
     train_judge,
     values_of,
 )
-from bench.measure import RESULTS, ROOT
+from bench.measure import RESULTS, ROOT, new_table, show
 from minimath.commands.demo import DemoConfig, demo_model, write_problems
 from minimath.config.load import load_config
 from minimath.core.errors import UserError
@@ -134,13 +133,6 @@ def run_arm(arm: str, rate: str, seed: int, options) -> dict:
     return row
 
 
-def stage_1(work: Path, name: str, common: list[str], changes: list[str], threads: int) -> Path:
-    seed = common[1].removeprefix("seed=")
-    words = ["sft", "demo", *common, f"data={work / 'data' / 'train.jsonl'}", *changes]
-    run_stage(work / f"{name}-{seed}", words, threads)
-    return work / f"{name}-{seed}"
-
-
 def evaluated(folder: Path, adapter: Path, common: list[str], options) -> dict:
     words = ["eval", "demo", *common, f"data={options.work / 'data' / 'test.jsonl'}", f"adapter={adapter}"]
     run_stage(folder, words, options.threads)
@@ -176,11 +168,10 @@ def groups(rows: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
     return dict(sorted(found.items(), key=lambda each: (list(ARMS).index(each[0][0]), -float(each[0][1]))))
 
 
-def table(rows: dict[str, dict], sft: dict[int, dict], against: str = "") -> Table:
-    out = Table(title=f"after {STEPS} steps, against {against or 'the SFT model'} of the same seed (95% intervals)")
-    for name in ("arm", "rate", "seeds", "checkpoint", "accuracy, %", "difference", "tokens", "fewer", "right steps",
-                 "wrong steps a problem", "meets the bar"):
-        out.add_column(name, justify="left" if name in ("arm", "checkpoint") else "right")
+def table(rows: dict[str, dict], sft: dict[int, dict], against: str = ""):
+    out = new_table(f"after {STEPS} steps, against {against or 'the SFT model'} of the same seed (95% intervals)", (
+        "arm", "rate", "seeds", "checkpoint", "accuracy, %", "difference", "tokens", "fewer", "right steps",
+        "wrong steps a problem", "meets the bar"), left=("checkpoint",))
     found = groups(rows)
     for (arm, rate), mine in found.items():
         for name in ("last", "kept") if arm != against else ():
@@ -254,8 +245,7 @@ def main(words: list[str] | None = None) -> int:
                 failed.append(key)
                 print(f"{key}: {error}", flush=True)
     if rows:
-        Console(width=None if sys.stdout.isatty() else 200).print(
-            table(rows, {int(s): row for s, row in sft.items()}, options.against))
+        show(table(rows, {int(s): row for s, row in sft.items()}, options.against), 200)
         plot(rows, options.out.with_suffix(".png"))
     return 1 if failed else 0
 

@@ -22,11 +22,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from bench.grader_cases import Case, generated_cases, qwen_cases, test_cases
-from bench.measure import RESULTS, machine, positive
+from bench.measure import RESULTS, machine, new_table, positive, show
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
 from minimath.core.stats import wilson
@@ -184,10 +181,9 @@ def run(peers: list[Peer], sets: dict[str, list[Case]], say=print) -> dict:
     return results
 
 
-def table(results: dict) -> Table:
-    out = Table(title="agreement with peers' graders; right: of the cases whose truth is known")
-    for column in ("set", "peer", "cases", "agree, % (95%)", "known", "we right", "they right", "only we", "only they"):
-        out.add_column(column, justify="left" if column in ("set", "peer") else "right")
+def table(results: dict):
+    out = new_table("agreement with peers' graders; right: of the cases whose truth is known", (
+        "set", "peer", "cases", "agree, % (95%)", "known", "we right", "they right", "only we", "only they"), ("peer",))
     for name, result in results.items():
         for peer, facts in result["peers"].items():
             low, high = (100 * end for end in facts["interval"])
@@ -239,7 +235,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(by_kind(results))
-    Console(width=None if sys.stdout.isatty() else 160).print(table(results))
+    show(table(results), 160)
     write_whole(options.out, saved({"machine": machine("cpu"), "sets": results}))
     return 0
 

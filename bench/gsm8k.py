@@ -22,11 +22,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from bench.ablate import curve_of, interval, keep_settings, row_of, run_stage, values_of
-from bench.measure import RESULTS, ROOT
+from bench.measure import RESULTS, ROOT, new_table, show
 from minimath.commands.demo import demo_model
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
@@ -138,16 +136,15 @@ def own_solutions(seed: int, problems: int, common: list[str], options) -> Path:
     return both
 
 
-def plan(options, held: dict) -> Table:
+def plan(options, held: dict):
     """Say what a seed's arms take: tokens, and hours at the rates of this machine."""
     from transformers import AutoTokenizer
     tokenizer, rows = AutoTokenizer.from_pretrained(demo_model()), read(options.work / "plan" / "train.jsonl")
     epoch = sum(len(ids) for ids in tokenizer([f"{r['problem']} {r['solution']}" for r in rows]).input_ids)
     epoch += 30 * len(rows)  # of the template and the answer's box
     answers = 130 * held["test"] + 4 * 130 * FEW
-    out = Table(title="tokens, and hours at 840 trained and 550 sampled tokens/s (2 cores of an AMD EPYC with bf16)")
-    for name in ("arm", "trained, M", "sampled, M", "hours"):
-        out.add_column(name, justify="left" if name == "arm" else "right")
+    out = new_table("tokens, and hours at 840 trained and 550 sampled tokens/s (2 cores of an AMD EPYC with bf16)",
+                    ("arm", "trained, M", "sampled, M", "hours"))
     for arm in options.arms:
         epochs = {"sft-1": 1, "sft": EPOCHS, "sft-own": EPOCHS}.get(arm, 0)
         rl = bool(ARMS[arm]) and ARMS[arm][0] == "rlaif"
@@ -160,13 +157,11 @@ def plan(options, held: dict) -> Table:
 
 # ---- figures
 
-def table(rows: dict[str, dict]) -> Table:
-    out = Table(title="GSM8K test, greedy; 95% intervals; differences to SFT of the same seed, in points")
+def table(rows: dict[str, dict]):
     budgets = sorted({name for row in rows.values() for name in row if name.startswith("accuracy@")},
                      key=lambda name: int(name.split("@")[1]))
-    for name in ("model", "seeds", "accuracy, %", "against SFT", "tokens", "per correct", "right steps", "avg@4, %",
-                 *budgets):
-        out.add_column(name, justify="left" if name == "model" else "right")
+    out = new_table("GSM8K test, greedy; 95% intervals; differences to SFT of the same seed, in points", (
+        "model", "seeds", "accuracy, %", "against SFT", "tokens", "per correct", "right steps", "avg@4, %", *budgets))
     for arm in ARMS:
         mine = sorted((row for row in rows.values() if row["arm"] == arm), key=lambda row: row["seed"])
         if not mine:
@@ -224,7 +219,7 @@ def main(words: list[str] | None = None) -> int:
                   f"{len(held['overlap'])} test problems share {NGRAM} words in a row with a training row: "
                   f"{', '.join(held['overlap'][:8]) or 'none'}", flush=True)
             if options.plan:
-                Console(width=None if sys.stdout.isatty() else 120).print(plan(options, held))
+                show(plan(options, held), 120)
                 return 0
             for seed, arm in ((seed, arm) for seed in options.seeds for arm in options.arms):
                 rows[f"{arm}/{seed}"] = row = rows.get(f"{arm}/{seed}") or run_arm(arm, seed, held["train"], options)
@@ -237,7 +232,7 @@ def main(words: list[str] | None = None) -> int:
         print(error, flush=True)
         return 1
     if rows:
-        Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
+        show(table(rows), 200)
         plot(rows, options.out.with_suffix(".png"))
     return 0
 

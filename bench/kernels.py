@@ -238,12 +238,11 @@ def show(rows: list[dict]) -> None:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Draw time of forward plus backward and peak memory, by shape and dtype."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     groups = list(dict.fromkeys((row["shape"], row["dtype"]) for row in rows))
     names = list(dict.fromkeys(row["method"] for row in rows))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+    figure = Figure(figsize=(11, 3.6))
+    axes = figure.subplots(1, 2)
     panels = (("forward+backward median s", 1e3, "forward + backward, ms (median)"),
               ("forward+backward peak bytes", 1e-6, "peak extra memory, MB"))
     for axis, (key, factor, label) in zip(axes, panels):
@@ -259,7 +258,6 @@ def plot(rows: list[dict], path: Path) -> None:
     axes[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def parse_shape(text: str) -> Shape:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -58,6 +59,19 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
     return int(text)
+
+
+def new_table(title: str, names, left=()):
+    """Make a rich Table: its columns stand right, but the first and those of `left`."""
+    from rich.table import Column, Table
+    return Table(*(Column(name, justify="left" if name in (names[0], *left) else "right") for name in names),
+                 title=title)
+
+
+def show(table, width: int, always: bool = False) -> None:
+    """Print a table: as wide as the terminal, elsewhere or always `width` columns."""
+    from rich.console import Console
+    Console(width=None if sys.stdout.isatty() and not always else width).print(table)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

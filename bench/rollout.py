@@ -37,11 +37,8 @@ import argparse
 import statistics
 import sys
 
-from rich.console import Console
-from rich.table import Table
-
 from bench import train
-from bench.measure import RESULTS, positive
+from bench.measure import RESULTS, new_table, positive, show
 from bench.turns import start_worker, take_turns
 
 OURS = "minimath"
@@ -116,11 +113,9 @@ def summarise(steps: dict[str, list[dict]]) -> list[dict]:
     return rows
 
 
-def table_of(title: str, rows: list[dict], failed: dict[str, str]) -> Table:
-    table = Table(title=title)
-    for name in ("engine", "seconds", "tokens/s", "speed", "speed, range", "peak MB", "memory", "seq fill",
-                 "rows", "mean length", "finished"):
-        table.add_column(name, justify="left" if name == "engine" else "right")
+def table_of(title: str, rows: list[dict], failed: dict[str, str]):
+    table = new_table(title, ("engine", "seconds", "tokens/s", "speed", "speed, range", "peak MB", "memory", "seq fill",
+                              "rows", "mean length", "finished"))
     for row in rows:
         speed, spread, memory = train.compared(row)
         table.add_row(row["engine"], f"{row['seconds']:.1f}", f"{row['tokens/s']:.0f}", speed, spread,
@@ -165,7 +160,7 @@ def measure_rollouts(options: argparse.Namespace, model: str, failed: dict[str, 
     rows = summarise(steps)
     shape = f"{options.prompts} prompts x {options.samples} samples, at most {options.max_new_tokens} tokens"
     title = f"rollouts {options.dtype}: {shape}; speed and memory are {rows[0]['engine']}'s against that engine"
-    Console(width=140).print(table_of(title, rows, failed))
+    show(table_of(title, rows, failed), 140, always=True)
     return {**facts, "engines": {name: {**DEFAULTS, **engine} for name, engine in engines.items()}, "summary": rows,
             "failed": failed, "rounds": steps}
 
@@ -174,7 +169,7 @@ def measure_steps(options: argparse.Namespace, model: str, failed: dict[str, str
     facts, asked = about(options, model), train_options(options)
     steps = train.measure("rlaif", asked, model, warm_up=0, failed=failed)
     rows = train.summarise(steps)
-    Console(width=130).print(train.table_of(f"whole rlaif {options.dtype}", rows))
+    show(train.table_of(f"whole rlaif {options.dtype}", rows), 130, always=True)
     for row in rows[1:]:
         print(f"{row['trainer']}: its step takes {row['minimath against it']['step speed']:.2f} times as long")
     return {**facts, "trainers": {name: {**train.DEFAULTS, **train.TRAINERS[name]} for name in asked.trainers},

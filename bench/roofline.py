@@ -133,13 +133,12 @@ def show(rows: list[dict], cards: list[Card]) -> None:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Draw loss+gradient time over the two-product floor, three heads at most."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     heads = list(dict.fromkeys(row["head"] for row in rows))
     heads = heads if len(heads) <= 3 else [heads[0], heads[len(heads) // 2], heads[-1]]
     top = 6.0
-    figure, axes = plt.subplots(len(heads), 1, figsize=(11, 2.6 * len(heads) + 0.8), sharex=True, squeeze=False)
+    figure = Figure(figsize=(11, 2.6 * len(heads) + 0.8))
+    axes = figure.subplots(len(heads), 1, sharex=True, squeeze=False)
     for axis, head in zip(axes[:, 0], heads):
         mine = [row for row in rows if row["head"] == head]
         for place, name in enumerate(METHODS):
@@ -161,7 +160,6 @@ def plot(rows: list[dict], path: Path) -> None:
                      "the time of two matrix products at full rate;\nbars cut at 6 carry their value", fontsize=8)
     figure.tight_layout(rect=(0, 0, 1, 0.96))
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def parse_card(text: str) -> Card:

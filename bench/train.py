@@ -24,10 +24,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from bench.measure import PACKAGES, RESULTS, ROOT, machine, positive
+from bench.measure import PACKAGES, RESULTS, ROOT, machine, new_table, positive, show
 from bench.turns import start_worker, take_turns
 from minimath.core.errors import UserError
 
@@ -145,11 +142,9 @@ def summarise(steps: dict[str, list[dict]], ours: str = OURS) -> list[dict]:
     return rows
 
 
-def table_of(stage: str, rows: list[dict]) -> Table:
-    table = Table(title=f"one {stage.upper()} step; speed and memory are minimath's against that trainer")
-    for name in ("trainer", "step s", "rollout s", "update s", "tokens/s", "peak MB", "speed", "speed, range",
-                 "memory"):
-        table.add_column(name, justify="left" if name == "trainer" else "right")
+def table_of(stage: str, rows: list[dict]):
+    table = new_table(f"one {stage.upper()} step; speed and memory are minimath's against that trainer", (
+        "trainer", "step s", "rollout s", "update s", "tokens/s", "peak MB", "speed", "speed, range", "memory"))
     for row in rows:
         phases = (f"{row[key]:.2f}" if key in row else "" for key in ("seconds", "rollout_seconds", "update_seconds"))
         table.add_row(row["trainer"], *phases, f"{row['tokens/s']:.0f}", megabytes(row["peak_extra_bytes"]),
@@ -191,7 +186,7 @@ def run(options: argparse.Namespace, model: str) -> None:
     for stage in [options.only] if options.only else ["sft", "rlaif"]:
         facts, steps = about(options, stage, model), measure(stage, options, model)
         rows, key = summarise(steps), f"{stage} {options.dtype}"
-        Console(width=130).print(table_of(key, rows))
+        show(table_of(key, rows), 130, always=True)
         if path:
             trainers = {name: {**DEFAULTS, **TRAINERS[name]} for name in steps}
             save(path, key, {**facts, "trainers": trainers, "summary": rows, "steps": steps})

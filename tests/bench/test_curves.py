@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from bench import curves
+from bench import ablate, curves
 from minimath.config.load import load_config
 from minimath.config.schema import RLAIFConfig
 
@@ -32,7 +32,8 @@ def test_an_arm_is_options_that_go_together(arm):
 def test_an_arm_is_trained_for_all_steps_and_its_last_checkpoint_evaluated(tmp_path, monkeypatch):
     stages, evaluated = [], []
     monkeypatch.setattr(curves, "demo_model", lambda: "model")
-    monkeypatch.setattr(curves, "run_stage", lambda out, words, threads: stages.append(words))
+    for module in (ablate, curves):
+        monkeypatch.setattr(module, "run_stage", lambda out, words, threads: stages.append(words))
     monkeypatch.setattr(curves, "read_metrics", lambda path: [])
     monkeypatch.setattr(curves, "evaluated", lambda folder, adapter, *_: evaluated.append(adapter.name))
     options = curves.parse(["--work", str(tmp_path)])
