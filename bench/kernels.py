@@ -12,7 +12,6 @@ first call takes, and the first at another number of tokens. On a GPU that bench
 a share of its roofline. Writes kernels-<device>.json and .png to bench/results, or to the folder named by --out.
 """
 import argparse
-import ctypes
 import json
 import os
 import statistics
@@ -31,7 +30,7 @@ from rich.table import Table
 from minimath.kernels import linear_cross_entropy, reference
 
 from .cards import Card, card_named, nearest_names
-from .measure import RESULTS, ROOT, machine, positive, resident_bytes, told_path
+from .measure import RESULTS, ROOT, machine, peak_bytes, positive, reset_peak, told_path
 from .work import share_of_roofline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,19 +113,9 @@ def peak_extra_bytes(method, phase, arguments, device: str) -> int:
     """Measure the highest memory during one warm call above what is held before it."""
     phase(method, *arguments)
     arguments[0].grad = None
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        phase(method, *arguments)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what the warm call freed must not hide what the next one takes
-    before = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = reset_peak(device)
     phase(method, *arguments)
-    return resident_bytes("VmHWM") - before
+    return peak_bytes(device) - before
 
 
 class Cold(NamedTuple):

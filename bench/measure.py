@@ -1,6 +1,7 @@
 """What every measurement here says of itself and of this process."""
 import argparse
 import contextlib
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -52,6 +53,28 @@ def resident_bytes(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"no {key} in /proc/self/status")
+
+
+def reset_peak(device: str) -> int:
+    """Begin to count the most that is held; return the bytes held now: of the allocator, on a CPU resident (Linux)."""
+    if device == "cuda":
+        import torch
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed must not hide what comes
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    return resident_bytes("VmRSS")
+
+
+def peak_bytes(device: str) -> int:
+    """Measure the most bytes held since reset_peak."""
+    if device == "cuda":
+        import torch
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    return resident_bytes("VmHWM")
 
 
 def positive(text: str) -> int:

@@ -7,7 +7,6 @@ optimizer step, tells what it measured as one JSON line on stdout, and goes on w
 printed goes to stderr. It ends at the end of its stdin. The spec: bench.train.
 """
 import contextlib
-import ctypes
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.measure import resident_bytes
+from bench.measure import peak_bytes, reset_peak, resident_bytes
 
 
 class Turns:
@@ -33,36 +32,18 @@ class Turns:
             torch.cuda.synchronize()
         now = time.perf_counter()
         if self.started is None:
-            self.reset_peak()
+            if self.device == "cuda" or sys.platform == "linux":  # weights are loaded, no step has run
+                self.loaded_bytes = reset_peak(self.device)
+            if self.device != "cuda" and self.loaded_bytes:
+                stay_within_memory()
             facts = {"loaded_bytes": self.loaded_bytes}
         else:
-            facts = {"seconds": now - self.started, **facts, "peak_extra_bytes": self.peak_extra_bytes()}
+            peak = self.loaded_bytes and peak_bytes(self.device) - self.loaded_bytes  # None where that is unknown
+            facts = {"seconds": now - self.started, **facts, "peak_extra_bytes": peak}
         print(json.dumps(facts), file=self.stdout, flush=True)
         if not sys.stdin.readline():
             raise SystemExit(0)
         self.started = time.perf_counter()
-
-    def reset_peak(self) -> None:
-        """Count memory from here on: weights are loaded, no step has run."""
-        if self.device == "cuda":
-            import torch
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            self.loaded_bytes = torch.cuda.memory_allocated()
-        elif sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)  # what loading freed must not hide what a step takes
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            self.loaded_bytes = resident_bytes("VmRSS")
-            stay_within_memory()
-
-    def peak_extra_bytes(self) -> int | None:
-        """Measure the peak since reset_peak above what was held then; None if unknown."""
-        if self.loaded_bytes is None:
-            return None
-        if self.device == "cuda":
-            import torch
-            return torch.cuda.max_memory_allocated() - self.loaded_bytes
-        return resident_bytes("VmHWM") - self.loaded_bytes
 
 
 def stay_within_memory() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import minimath.core.entry  # noqa: F401  before torch: it sets how threads and allocators work
-from bench.measure import ROOT, machine
+from bench.measure import ROOT, machine, peak_bytes, reset_peak
 
 PACKAGES = ("triton", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "cut-cross-entropy")
 SHAPE = "Qwen/Qwen2.5-0.5B"  # in minimath/recipes/shapes.json
@@ -147,12 +147,9 @@ def peak_into(device: str, row: dict) -> Iterator[None]:
         return
     import torch
     gc.collect()  # a model that was used before hangs in circles
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = reset_peak(device)
     yield
-    sync(device)
-    peak = torch.cuda.max_memory_allocated()
+    peak = peak_bytes(device)
     row |= {"peak bytes": peak, "peak bytes above": peak - before, "reserved bytes": torch.cuda.max_memory_reserved()}
 
 
