@@ -73,28 +73,21 @@ def kernel_function(name: str, module: str = ""):
     return function
 
 
-def split_config(config: dict) -> tuple[dict, dict]:
-    """Split a kernel's config into compile-time constants and launch options."""
-    options = {key: value for key, value in config.items() if key.startswith("num_")}
-    return {key: value for key, value in config.items() if key not in options}, options
-
-
-def logp_case(arch: str, dtype, config: dict, bias: bool, cap: bool, precision: str, even: bool, aligned: bool):
-    constants, options = split_config(config)
-    types = dict.fromkeys(OPERANDS, POINTER[dtype]) | TYPES
+def logp_case(arch: str, dtype, config: dict, bias: bool, cap: bool, precision: str, even: bool, aligned: bool) -> Case:
     fixed = {"HAS_BIAS": bias, "HAS_CAP": cap, "PRECISION": precision, "UPCAST": False, "EVEN_D": even}
-    variant = f"bias={bias:d} cap={cap:d} even={even:d} {precision}" + ("" if aligned else " unaligned")
-    name = str(dtype).split(".")[1]
-    return Case("logp_kernel", arch, name, variant, types, constants | fixed, options, aligned)
+    variant = f"bias={bias:d} cap={cap:d} even={even:d} {precision}"
+    return case_of("logp_kernel", arch, dtype, config, fixed, aligned, variant)
 
 
-def row_case(kernel: str, arch: str, dtype, config: dict, flags: dict, aligned: bool) -> Case:
-    constants, options = split_config(config)
-    words = [f"{name.removeprefix('HAS_').lower()}={value or 0:d}" for name, value in flags.items()]
+def case_of(kernel: str, arch: str, dtype, config: dict, flags: dict, aligned: bool, variant: str = "") -> Case:
+    """Make a case of a kernel's config, whose num_ are launch options, and of flags, which tell it from others."""
+    options = {key: value for key, value in config.items() if key.startswith("num_")}
+    constants = {key: value for key, value in config.items() if key not in options} | flags
+    words = [variant] if variant else [f"{name.removeprefix('HAS_').lower()}={value or 0:d}"
+                                       for name, value in flags.items()]
     types = dict.fromkeys(OPERANDS, POINTER[dtype]) | TYPES
-    variant = " ".join([*words, *([] if aligned else ["unaligned"])])
-    name = str(dtype).split(".")[1]
-    return Case(kernel, arch, name, variant, types, constants | flags, options, aligned)
+    name, variant = str(dtype).split(".")[1], " ".join([*words, *([] if aligned else ["unaligned"])])
+    return Case(kernel, arch, name, variant, types, constants, options, aligned)
 
 
 def row_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
@@ -103,7 +96,7 @@ def row_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
     Whole tiles, and without quick also the narrow ones of a small vocabulary.
     """
     common, tiles = (import_module(f"minimath.kernels.{each}") for each in ("common", "tile_triton"))
-    found = [row_case(name, arch, dtype, tiles.pull_config(896), {}, aligned)
+    found = [case_of(name, arch, dtype, tiles.pull_config(896), {}, aligned)
              for name in ("pull_kernel", "kl_pull_kernel")]
     if not aligned:  # the workspace's rows are aligned, whatever the vocabulary; the hidden size may be odd
         return found
@@ -112,9 +105,9 @@ def row_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
         choices = (True,) if quick else (False, True)
         for cap in choices:
             flags = {"HAS_CAP": cap}
-            found.append(row_case("gradient_kernel", arch, dtype, config, flags, aligned))
-            found += [row_case("tile_kernel", arch, dtype, config, flags | {"KEEP": keep}, aligned) for keep in choices]
-            found += [row_case("kl_kernel", arch, dtype, config, flags | {"HAS_BIAS": bias, "KEEP": keep}, aligned)
+            found.append(case_of("gradient_kernel", arch, dtype, config, flags, aligned))
+            found += [case_of("tile_kernel", arch, dtype, config, flags | {"KEEP": keep}, aligned) for keep in choices]
+            found += [case_of("kl_kernel", arch, dtype, config, flags | {"HAS_BIAS": bias, "KEEP": keep}, aligned)
                       for bias, keep in product(choices, choices)]
     return found
 
@@ -144,7 +137,7 @@ def layer_cases(arch: str, dtype, aligned: bool, *, quick: bool) -> list[Case]:
         config, flags = layer.row_config(width, arch), {"OFFSET": int(again)}
         wanted += [("norm_kernel", config, flags | {"AGAIN": again}),
                    ("norm_backward_kernel", config, flags | ({"residual": None} if again else {}))]
-    return [row_case(kernel, arch, dtype, config, flags, aligned) for kernel, config, flags in wanted]
+    return [case_of(kernel, arch, dtype, config, flags, aligned) for kernel, config, flags in wanted]
 
 
 def decode_cases(arch: str, dtype, *, quick: bool) -> list[Case]:
@@ -155,12 +148,12 @@ def decode_cases(arch: str, dtype, *, quick: bool) -> list[Case]:
         config = decode.attend_config(arch, dtype, group, size)
         fixed = {"SPLIT": decode.SPLIT, "PAGE": decode.PAGE, "UPCAST": False}
         flags = {"HAS_CAP": cap, "DIM": size}
-        case = found[size, cap, config["ROWS"]] = row_case("attend_kernel", arch, dtype, config | fixed, flags, True)
+        case = found[size, cap, config["ROWS"]] = case_of("attend_kernel", arch, dtype, config | fixed, flags, True)
         if arch.startswith("gfx") and decode.takes(arch, dtype, size, True):
             found[size, cap, config["ROWS"], "large"] = over_2_gib(case)
         if not quick or dtype != torch.float32:  # which differs in the last store
             config = decode.merge_config(arch, size) | fixed
-            found[size] = row_case("merge_kernel", arch, dtype, config, {"DIM": size}, True)
+            found[size] = case_of("merge_kernel", arch, dtype, config, {"DIM": size}, True)
     return [case for case in found.values() if decode.takes(arch, dtype, case.constants["DIM"], False)]
 
 
