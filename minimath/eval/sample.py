@@ -7,7 +7,6 @@ section 3.1), in train.jsonl, ready for `minimath sft data=`. Sampling is an eva
 with resume=true goes on."""
 import json
 import statistics
-from dataclasses import field
 from pathlib import Path
 
 from minimath.config.schema import Count, DataOptions, EvalConfig, SamplingOptions, Share
@@ -22,8 +21,8 @@ TRAIN = "train.jsonl"
 
 class SampleConfig(EvalConfig):
     """Rejection sampling: the options of an evaluation, and what is kept."""
-    data: DataOptions = field(default_factory=DataOptions)
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    data: DataOptions  # an evaluation's are of the split test, and greedy
+    sampling: SamplingOptions
     samples: Count = 8
     """solutions sampled per problem"""
     keep: Count = 1

@@ -93,7 +93,7 @@ def write_page(runs: list[Path], out: Path) -> Path:
     except KeyError as error:
         raise UserError(f"{', '.join(map(str, runs))}: a record has no {error}: it was made by an earlier version of "
                         "minimath; evaluate or train again") from error
-    except (ValueError, TypeError, FileNotFoundError, jinja2.UndefinedError) as error:  # json, but not what we write
+    except (ValueError, TypeError, AttributeError, FileNotFoundError, jinja2.UndefinedError) as error:
         raise UserError(f"{', '.join(map(str, runs))}: a record is damaged or gone ({error}); evaluate or train "
                         "again") from error
     write_whole(out / folder.REPORT, page)
