@@ -90,25 +90,31 @@ ARMS = {  # name -> (the model it starts from, what it changes in the recipe); N
 JUDGE_TRAINING, SAVING = threading.Lock(), threading.Lock()
 
 
-def parse(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.ablate", description=__doc__.split("\n")[0])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="default: all")
+def arms_parser(module: str, doc: str, arms, out: Path, *, work: str = "ablate") -> argparse.ArgumentParser:
+    """Make a parser with the options of every comparison of arms."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{module}", description=doc.split("\n")[0])
+    parser.add_argument("--arms", nargs="+", choices=arms, default=list(arms), metavar="ARM",
+                        help="default: %(default)s")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--work", type=lambda text: Path(text).resolve(),  # stages run in the root of the checkout
+                        default=ROOT.resolve() / "runs" / work, help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=out, help="result file; default: bench/results/" + out.name)
+    parser.add_argument("--table", action="store_true", help="only the table and picture of what the result file holds")
+    return parser
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = arms_parser("ablate", __doc__, ARMS, RESULTS / f"ablate-{device}.json")
     parser.add_argument("--jobs", type=positive, default=1, help="arms side by side; the threads are shared out")
     parser.add_argument("--model", default="", help="folder or hub id; default: the demo's SmolLM2-135M-Instruct")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
                         help="options of every arm, such as rlaif.steps=12 or eval.limit=64")
     parser.add_argument("--readers", type=int, default=READ_BY["readers"], help="pairs read per arm and seed; 0: none")
     parser.add_argument("--reader", nargs="+", default=READ_BY["reader"], metavar="KEY=VALUE", help="who reads them")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablate", help="folder of the runs")
-    parser.add_argument("--out", type=Path, help="result file; default: bench/results/ablate-<device>.json")
     parser.add_argument("--reference", choices=ARMS, default=REFERENCE, metavar="ARM",
                         help=f"the arm that the others are held against; default: {REFERENCE}")
-    parser.add_argument("--table", action="store_true", help="only the table and picture of what the result file holds")
-    options = parser.parse_args(words)
-    options.out = options.out or RESULTS / f"ablate-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
-    options.work = options.work.resolve()  # stages run in the root of the checkout
-    return options
+    return parser.parse_args(words)
 
 
 # ---- running

@@ -13,7 +13,6 @@ model of the same seed, problem by problem, with 95% intervals from a bootstrap 
 all steps accuracy not below SFT's (mean difference at least -1 point), half the tokens, no smaller share of right
 steps.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 
 from bench.ablate import (
     AS_IT_IS,
+    arms_parser,
     curve_of,
     interval,
     keep_settings,
@@ -32,7 +32,7 @@ from bench.ablate import (
     train_judge,
     values_of,
 )
-from bench.measure import RESULTS, ROOT, new_table, show
+from bench.measure import RESULTS, new_table, show
 from minimath.commands.demo import DemoConfig, demo_model, write_problems
 from minimath.config.load import load_config
 from minimath.core.errors import UserError
@@ -87,20 +87,13 @@ UNTIL_NOW = ["brevity=minmax", "brevity_control=none", "brevity_scale=together",
              "judge_weight=0.2", "step_weight=0", "overlong=mask"]  # of the demo, which every arm begins from
 
 
-def parse(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.curves", description=__doc__.split("\n")[0])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+def parse(words: list[str] | None = None):
+    parser = arms_parser("curves", __doc__, ARMS, RESULTS / "curves-cpu.json")
     parser.add_argument("--rates", nargs="+", default=["3e-4", "1e-4"], help="peak learning rates")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablate", help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=RESULTS / "curves-cpu.json")
-    parser.add_argument("--table", action="store_true", help="only the table and picture of what the result file holds")
     parser.add_argument("--against", choices=ARMS, default="", metavar="ARM",
                         help="the arm, at the same rate, that the others are held against; default: SFT")
-    options = parser.parse_args(words)
-    options.work = options.work.resolve()  # stages run in the root of the checkout
-    return options
+    return parser.parse_args(words)
 
 
 # ---- running

@@ -14,7 +14,6 @@ by problem, are from a bootstrap over seeds and problems. Before it begins, it s
 words in a row with a training row. Every stage is the command line in a process of its own. What every arm changes:
 ARMS below.
 """
-import argparse
 import json
 import re
 import signal
@@ -23,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.ablate import curve_of, interval, keep_settings, row_of, run_stage, values_of
-from bench.measure import RESULTS, ROOT, new_table, show
+from bench.ablate import arms_parser, curve_of, interval, keep_settings, row_of, run_stage, values_of
+from bench.measure import RESULTS, new_table, show
 from minimath.commands.demo import demo_model
 from minimath.core.errors import UserError
 from minimath.core.files import write_whole
@@ -46,21 +45,16 @@ ARMS = {  # name -> (the stage, the arm that it starts from, what it changes in 
 NGRAM = 13
 
 
-def parse(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gsm8k", description=__doc__.split("\n")[0])
+def parse(words: list[str] | None = None):
+    parser = arms_parser("gsm8k", __doc__, ARMS, RESULTS / "gsm8k-cpu.json", work="gsm8k")
+    parser.set_defaults(arms=[arm for arm in ARMS if arm != "sft-own"], seeds=[0])
     parser.add_argument("data", type=Path, nargs="?", help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[a for a in ARMS if a != "sft-own"], metavar="ARM")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--train", type=int, metavar="N", help="train on the first N problems (default: all but 200)")
     parser.add_argument("--rl-steps", type=int, default=STEPS, metavar="N", help="steps of stage 2 (%(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of every stage")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gsm8k", help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gsm8k-cpu.json")
     parser.add_argument("--plan", action="store_true", help="only say what the arms take")
-    parser.add_argument("--table", action="store_true", help="only the table and picture of what the result file holds")
     options = parser.parse_args(words)
-    options.work = options.work.resolve()  # stages run in the root of the checkout
     if not options.data and not options.table:
         parser.error("DATA is missing: the folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
     return options
