@@ -1,15 +1,19 @@
 """Files that are written whole or not at all, and read again only when they are what was written."""
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from minimath.core import dist
 from minimath.core.errors import UserError
+
+LEFT_S = 3600.0  # after which a hidden file is no longer being written
 
 
 def cache_home() -> Path:
@@ -21,11 +25,15 @@ def cache_home() -> Path:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file, in process 0: whole, or the old file stays.
 
-    Raises UserError when the disk is full or not writable."""
+    Of two processes that write it at once the last one wins. Raises UserError when the disk is full or not writable."""
     if not dist.is_main():
         return
-    temp = path.with_name(f".tmp-{path.name}")
+    temp = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
+        for leftover in path.parent.glob(f".tmp-*{glob.escape(path.name)}"):  # of killed processes, not of one at work
+            with contextlib.suppress(OSError):
+                if time.time() - leftover.stat().st_mtime > LEFT_S:
+                    leftover.unlink()
         temp.write_text(text, encoding="utf-8")
         flush_to_disk(temp)
         os.replace(temp, path)

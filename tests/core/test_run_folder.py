@@ -1,5 +1,8 @@
 """Run folders: what they hold, who may go on with them, one writer, no way out of them; files written whole."""
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,3 +146,22 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.undo()
     write_whole(path, "new")
     assert path.read_text() == "new"
+
+
+def test_processes_that_write_one_file_at_once_all_succeed(tmp_path):
+    path = tmp_path / "report.html"
+    code = ("import sys\nfrom pathlib import Path\nfrom minimath.core.files import write_whole\n"
+            "for i in range(200): write_whole(Path(sys.argv[1]), sys.argv[2] * 1000)")
+    writers = [subprocess.Popen([sys.executable, "-c", code, path, letter], stderr=subprocess.PIPE, text=True)
+               for letter in "ab"]
+    assert [writer.communicate()[1] for writer in writers] == ["", ""]
+    assert path.read_text() in ("a" * 1000, "b" * 1000) and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_writers_left_is_removed_by_a_later_one(tmp_path):
+    path, old, new = tmp_path / "a[1].json", tmp_path / ".tmp-1-a[1].json", tmp_path / ".tmp-2-a[1].json"
+    for leftover in (old, new):
+        leftover.write_text("half")
+    os.utime(old, (0, time.time() - 2 * files.LEFT_S))
+    write_whole(path, "whole")
+    assert sorted(tmp_path.iterdir()) == [new, path]  # that process may still be at work
