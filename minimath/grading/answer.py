@@ -1,6 +1,4 @@
 """Extract final answers from texts and compare them. Nothing here is ever eval'd."""
-from __future__ import annotations
-
 import functools
 import itertools
 import re
@@ -13,6 +11,7 @@ from minimath.grading.units import NOT_UNITS
 
 MAX_ANSWER_CHARS = 400        # a longer "answer" is wrong: the longest gold answer of MATH-500 has 53
 MAX_TAIL_CHARS = 1 << 17      # of a text, its end is read for an answer: a hostile megabyte would take 0.7 s
+MAX_KEPT = 10_000             # replies of math-verify
 MAX_PARAGRAPH = 2000          # characters before the last number, in which a formula around it is looked for
 
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.S)
@@ -209,21 +208,15 @@ class AnswerChecker(BoundedChild):
     def __init__(self, timeout_s: float = 2.0):
         super().__init__(timeout_s)
         self.bad_gold = 0
-        self._late: set[tuple[str, ...]] = set()
-        self._kept = functools.lru_cache(maxsize=10_000)(self._reply)
+        self._kept: dict[tuple[str, ...], str] = {}  # replies; "" for what was late once, maybe for a worker's death
 
     def _ask(self, *question: str) -> str:
-        try:
-            return self._kept(*question)
-        except TimeoutError:
-            return LATE
-
-    def _reply(self, *question: str) -> str:
-        """Put a question whose reply is kept: a worker that was killed is late once, what hangs is late again."""
-        reply = self.ask(*question)
-        if reply == LATE and question not in self._late:
-            self._late.add(question)
-            raise TimeoutError
+        kept = reply = self._kept.get(question)
+        if not kept:
+            reply = self.ask(*question)
+            self._kept[question] = "" if reply == LATE and kept is None else reply
+            if len(self._kept) > MAX_KEPT:
+                self._kept.clear()
         return reply
 
     def check(self, text: str, gold: str, finished: bool = True) -> bool:

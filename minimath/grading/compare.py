@@ -2,8 +2,6 @@
 
 What one reader has read is never handed on in the hope of another verdict.
 """
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 

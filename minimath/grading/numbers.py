@@ -1,6 +1,4 @@
 """Read an answer that is one number, whole or not at all, and compare such numbers. Exact (fractions.Fraction)."""
-from __future__ import annotations
-
 import functools
 import math
 import re

@@ -2,8 +2,6 @@
 
 The parts stay texts, to be compared as answers. What can be read in two ways, as (1,2), is read in both.
 """
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable

@@ -8,8 +8,6 @@ off the main thread; re has none at all. So neither runs in this process:
 The child imports math-verify once (a second), then does nothing but fork: it reads no question and so never hangs. A
 worker that runs out of time or memory dies alone, and the next one is forked in milliseconds.
 """
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

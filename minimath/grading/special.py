@@ -2,8 +2,6 @@
 
 Each function returns a verdict, or None where none of the two typeset answers has its form.
 """
-from __future__ import annotations
-
 import math
 import re
 from fractions import Fraction

@@ -4,8 +4,6 @@ The share of correct steps `a op b = c` is a tripwire, not a quality score: most
 arithmetic. Text of a model is hostile input: every function runs in time linear in its length, numbers and powers are
 bounded, and nothing is eval'd. Exact throughout (fractions.Fraction).
 """
-from __future__ import annotations
-
 import ast
 import operator
 import re

@@ -2,8 +2,6 @@
 
 White space between two digits is kept, as one space: `3 1/2` is not `31/2`. Linear in the length of the text.
 """
-from __future__ import annotations
-
 import re
 import unicodedata
 

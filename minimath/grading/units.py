@@ -3,8 +3,6 @@
 Two different units are two answers, and so are two different things that are counted; one side may leave them out.
 Nothing is converted but cents.
 """
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 
