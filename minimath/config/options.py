@@ -14,11 +14,18 @@ import types
 from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
-from minimath.config.renamed import RENAMED, RENAMED_VALUES
 from minimath.core.errors import UserError
 from minimath.core.text import KEEPS_SECRETS_OUT, comma_list, did_you_mean, is_plain_url, mask, named_values
 
 HOOK = re.compile(r"python:([^\W\d]\w*\.)+[^\W\d]\w*")  # what stands for a callable outside of Python
+# options of earlier versions: what they are called now
+RENAMED = {
+    "gate": "verifier", "slots": "max_num_seqs", "micro_tokens": "micro_batch_tokens", "loss_type": "loss",
+    "beta": "kl_coef", "lam_judge": "judge_weight", "lam_length": "brevity_weight", "lam_format": "format_weight",
+    "judge_plan": "judge_pairs", "suite_data": "data",
+}
+RENAMED_VALUES = {("judge", "rules"): "heuristic", ("judge_fallback", "rules"): "heuristic",
+                  ("reward", "rules"): "paper"}
 
 
 class Main:
@@ -193,7 +200,6 @@ class Stage:
         return getattr(self, option.group) if option.group else self
 
     def value(self, name: str):
-        """The value of an option by its name."""
         option = options_of(type(self))[name]
         return getattr(self._holder(option), option.attribute)
 

@@ -238,11 +238,6 @@ class RLAIFConfig(Stage):
     """problems drawn: in the order of the data, or by the chance that a group holds correct and wrong ones"""
 
     def check(self) -> str:
-        """What is wrong with options together, or ""."""
-        return next((fault for wrong, fault in self._faults() if wrong), "")
-
-    def _faults(self) -> list[tuple[object, str]]:
-        """List what would be wrong, if its first part is true."""
         judge, reward, brevity, teacher = self.judge, self.reward, self.brevity, self.teacher
         own, truncates = judge.name == "self", brevity.name == "truncate"
         free = brevity.scale == "apart" and self.loss.scale_advantage == "group"  # there correct is 2 above wrong
@@ -250,7 +245,7 @@ class RLAIFConfig(Stage):
         longest, plain = self.sampling.max_new_tokens, JudgeOptions()
         idle = [f"judge_{name}=" for name in ("url", "model", "key_env", "timeout_s", "concurrency", "max_tokens")
                 if getattr(judge, name) != getattr(plain, name)]
-        return [
+        faults = [
             (self.sampling.temperature <= 0,
              "temperature must be above 0 in rlaif: a group of greedy completions is one text"),
             (self.uses_judge() and judge.name == "openai" and not (judge.url and judge.model),
@@ -296,6 +291,7 @@ class RLAIFConfig(Stage):
             (self.teacher_is_server() and (teacher.kl == "full" or self.sampling.temperature != 1),
              f"teacher={teacher.name} tells log-probs at temperature 1, and of single tokens: use temperature=1 and "
              "teacher_kl=sampled")]
+        return next((fault for wrong, fault in faults if wrong), "")
 
     def teacher_is_server(self) -> bool:
         return "://" in self.teacher.name
@@ -331,7 +327,6 @@ class EvalConfig(Stage):
     """comma list of gsm8k, math500, aime24, aime25, svamp and NAME=FILE, one by one; data= may name their folder"""
 
     def check(self) -> str:
-        """What is wrong with options together, or ""."""
         if self.samples > 1 and self.sampling.temperature == 0:
             return f"samples={self.samples} with temperature=0 would repeat one text; set temperature=0.6, or samples=1"
         if self.thinking_budget >= self.sampling.max_new_tokens:

@@ -49,7 +49,6 @@ def local_card() -> str:
 
 
 def barrier() -> None:
-    """Return when all processes have come here."""
     if state():
         state().wait_for_everyone()
 
@@ -86,11 +85,6 @@ def all_reduce_sum(numbers: dict[str, float]) -> dict[str, float]:
     parts = of_all(numbers)
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
-
-
-def all_reduce_max(value: float) -> float:
-    """Find the greatest value: a signal that reached one process stops all."""
-    return max(of_all(value))
 
 
 @torch.no_grad()

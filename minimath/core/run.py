@@ -5,23 +5,12 @@ import os
 import sys
 from collections.abc import Iterator
 
-from minimath.core import dist
+from minimath.core import dist, run_folder
 from minimath.core.checkpoint import list_checkpoints
 from minimath.core.files import write_whole
 from minimath.core.interrupt import interruptible
 from minimath.core.log import RunLog
-from minimath.core.run_folder import (
-    COMPLETIONS,
-    CONFIG,
-    METRICS,
-    SAMPLES,
-    lock_run,
-    new_run_folder,
-    refuse_foreign,
-    refuse_held,
-    refuse_links,
-    stop_files,
-)
+from minimath.core.run_folder import CONFIG, lock_run
 from minimath.core.same_bits import SAID, same_bits
 
 
@@ -45,12 +34,13 @@ def open_run(out: str, command: str, *, config: str, resume: bool, trackers: str
     deterministic: as same_bits has it, until the run ends. Raises UserError when the folder already holds a run that is
     not being resumed: nothing is ever overwritten."""
     keep_freed_memory()
-    run_dir, evaluation = new_run_folder(out, command, resume=resume), command == "eval"
+    run_dir, evaluation = run_folder.new_run_folder(out, command, resume=resume), command == "eval"
     dist.barrier()  # until all have chosen the same folder, the first must not begin to fill it
     if dist.is_main():
-        refuse_links(run_dir)
-        refuse_held(run_dir, evaluation=evaluation, resume=resume)
-        refuse_foreign(run_dir, CONFIG, METRICS, SAMPLES, COMPLETIONS)
+        run_folder.refuse_links(run_dir)
+        run_folder.refuse_held(run_dir, evaluation=evaluation, resume=resume)
+        written = CONFIG, run_folder.METRICS, run_folder.SAMPLES, run_folder.COMPLETIONS
+        run_folder.refuse_foreign(run_dir, *written)
     with same_bits(deterministic), lock_run(run_dir), RunLog(run_dir, f"minimath {command}", trackers) as log:
         if not (resume and list_checkpoints(run_dir)):  # else the trainer does, if the options are those of one
             write_whole(run_dir / CONFIG, config)
@@ -59,7 +49,7 @@ def open_run(out: str, command: str, *, config: str, resume: bool, trackers: str
         if deterministic:
             log.say(SAID)
         dist.barrier()
-        files = stop_files(run_dir)
+        files = run_folder.stop_files(run_dir)
         log.say(f"to stop it cleanly: Ctrl-C, or touch {files[0]}")
         kept = "stopping; the completions that have ended are kept" if evaluation else \
             "stopping after this step with a checkpoint"

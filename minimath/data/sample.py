@@ -38,7 +38,6 @@ class Sample:
 
     @cached_property
     def steps(self) -> StepCount:
-        """The arithmetic steps of the solution."""
         return check_steps(self.solution)
 
 
@@ -53,5 +52,4 @@ class Group:
     decided: bool = True
 
     def has_signal(self) -> bool:
-        """Whether any sample has an advantage."""
         return any(sample.advantage for sample in self.samples)

@@ -111,7 +111,7 @@ def in_step(model, batches: Iterator[tuple[list[int], dict]]) -> Iterator[tuple[
     one = torch.zeros((1, 1), dtype=torch.long)
     blank = {"input_ids": one, "position_ids": one, "attention_mask": torch.ones_like(one),
              "target": torch.full((1,), IGNORE)}
-    for number in range(int(dist.all_reduce_max(len(batches)))):
+    for number in range(max(dist.of_all(len(batches)))):
         yield batches[number] if number < len(batches) else ([], blank)
 
 

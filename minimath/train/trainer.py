@@ -179,7 +179,7 @@ class Trainer:
     def _left(self) -> float:
         """Seconds until max_minutes are over; the same on all processes."""
         minutes = self.cfg.run.max_minutes
-        return -dist.all_reduce_max(time.monotonic() - self.started - 60 * minutes) if minutes else math.inf
+        return -max(dist.of_all(time.monotonic() - self.started - 60 * minutes)) if minutes else math.inf
 
     # ---- evaluation within training
 
@@ -291,7 +291,7 @@ class Trainer:
         """Load the newest sound checkpoint; say changed options; drop lost metrics."""
         state = checkpoint.load_checkpoint(self.log.run_dir, model=self.policy.model, optimizer=self.optimizer.inner)
         self.done = self.saved = state["done"] if state else 0
-        if dist.all_reduce_max(self.done) > self.done:
+        if max(dist.of_all(self.done)) > self.done:
             raise UserError(f"process {dist.rank()} found {self.done} steps in {self.log.run_dir}, another one more: "
                             "all machines need the same run folder, on a drive that they share")
         truncate_metrics(self.log.run_dir, self.done if state else -1)  # what it began with is evaluated again

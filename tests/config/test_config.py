@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from minimath.config.load import RECIPES, config_of_words, config_text, load_config, plain_values
-from minimath.config.options import Bound, Main, Stage, options_of
-from minimath.config.renamed import RENAMED, RENAMED_VALUES
+from minimath.config.options import RENAMED, RENAMED_VALUES, Bound, Main, Stage, options_of
 from minimath.config.schema import STAGES, EvalConfig, LossOptions, RLAIFConfig, SFTConfig
 from minimath.core.errors import UserError
 

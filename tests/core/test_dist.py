@@ -186,7 +186,7 @@ def test_shares_come_together_again_and_sums_are_of_all(tmp_path):
         assert dist.gather([f"only {me}"] if me == 2 else []) == ["only 2"]
         assert dist.broadcast({"of": me}) == {"of": 0}
         assert dist.all_reduce_sum({"a": 1.0, "b": float(me)}) == {"a": 3.0, "b": 3.0}
-        assert dist.all_reduce_max(float(me)) == 2.0
+        assert dist.of_all(float(me)) == [0.0, 1.0, 2.0]
         a, b = torch.nn.Parameter(torch.full((2, 2), float(me))), torch.nn.Parameter(torch.zeros(3).bfloat16())
         dist.broadcast_parameters([a])
         assert a.sum() == 0
