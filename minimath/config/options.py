@@ -111,9 +111,13 @@ class Option(NamedTuple):
 
 
 def whole_number(text: str) -> int:
-    if not (number := float(text)).is_integer():  # 1e3 is a whole number; nan and inf are none
-        raise ValueError(text)
-    return int(number)
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)  # 1e3 is a whole number too
+        if not number.is_integer():  # also true of nan and inf
+            raise
+        return int(number)
 
 
 BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
