@@ -2,8 +2,6 @@
 
 Notation of the linear head (`head`): N tokens, D hidden size, V vocabulary; a tile of logits has C rows and K columns.
 """
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

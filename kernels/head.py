@@ -10,8 +10,6 @@ The four statistics of a row and their gradients in z, with p = softmax(z) and t
     mean_logp = mean_j z_j - lse        1/V - p_j
 so any loss of them is known to the kernels by four numbers a row, its derivatives in the four ("coefs").
 """
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -75,7 +73,7 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | None  # (V,)
 
     @staticmethod
-    def zeros(tensors, needs) -> Gradients:
+    def zeros(tensors, needs) -> "Gradients":
         """Zeroed buffers for (hidden, weight, bias), each only if needed."""
         sums = wide(tensors[0].dtype)
         dtypes = (sums if tensors[0].dtype == torch.float16 else tensors[0].dtype, sums, sums)

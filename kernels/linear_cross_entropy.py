@@ -7,9 +7,6 @@ without the (N, V) logits. What torch's has and this has not: class probabilitie
 class dimension, and label smoothing together with class weights; each raises a ValueError that says so. What this has
 beside: softcap and logit_scale, a loss in fp32 whatever the input, and work only for the rows that count.
 """
-
-from __future__ import annotations
-
 import torch
 
 from .linear_logp import linear_logp

@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import torch
 
-from .common import architecture, differentiable, jit, on_device, runs_as_it_is, runs_triton, tl, triton, wide
+from .common import architecture, differentiable, jit, on_device, runs_as_it_is, runs_triton, tl, wide
 from .head import Chunk, Gradients, Scaling, cast_operands, check_arguments, slack_and_lift
 from .tile_torch import blocks_of
-from .tile_triton import pull_config, row_config, touchable
+from .tile_triton import launch_pull, row_config, touchable
 from .tiles import LOWEST, room, tiles
 
 # Rows of the running numbers of a chunk, (SUMS, C): m, sum e, c, sum e phi; the teacher's shift and sum; and of the
@@ -142,12 +142,7 @@ def triton_kl(chunk: Chunk, logits, bias, sums, *, keep: bool) -> None:
 
 def triton_kl_pull(pulled, part, sums) -> None:
     """kl_pull_kernel: pulled (2 C, D) fp32, part (2 C, D), sums (9, C) fp32."""
-    assert pulled.stride(1) == part.stride(1) == sums.stride(1) == 1
-    width, config = pulled.shape[1], pull_config(pulled.shape[1])
-    blocks = triton.cdiv(width, config["BLOCK"])
-    with on_device(pulled):
-        kl_pull_kernel[(len(pulled) // 2 * blocks,)](pulled, part, sums, pulled.stride(0), part.stride(0),
-                                                     sums.stride(0), width, blocks, **config)
+    launch_pull(kl_pull_kernel, len(pulled) // 2, pulled, part, sums, sums.stride(0))
 
 
 def torch_kl(chunk: Chunk, logits, bias, sums, *, keep: bool) -> None:

@@ -7,8 +7,6 @@ those numbers alone gives the derivative in each statistic, and the gradient in 
 already. With a frozen weight that is two products of N * V * D, the least there is, and nothing of size N x V exists.
 Backward is a multiplication by the incoming scalar.
 """
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,9 +1,6 @@
 """The specification: the operations in plain torch with the full (N, V) logits, in the dtype of the input
 but at least fp32. In float64 it is what every kernel is measured against. Use it for small inputs only.
 """
-
-from __future__ import annotations
-
 import torch
 
 from .common import wide

@@ -1,7 +1,5 @@
 """The passes over one tile of logits (C rows, K columns of the vocabulary) in torch: the path of the CPU and of devices
 without Triton. `tiles` says what they compute."""
-from __future__ import annotations
-
 import math
 
 import torch

@@ -126,15 +126,19 @@ def tile(chunk: Chunk, logits, first: int, sums, factor, *, keep: bool, all_four
             HAS_CAP=chunk.scaling.softcap > 0, KEEP=keep, **row_config(chunk.columns, architecture(logits.device)))
 
 
-def pull(pulled, logits, part, factor) -> None:
-    """pulled (C, D) fp32 <- factor (C,) * pulled + logits (C, K) @ part (K, D), by pull_kernel."""
-    part, width = logits @ part, pulled.shape[1]
+def launch_pull(kernel, rows: int, pulled, part, numbers, *strides: int) -> None:
+    """Run pull_kernel, or one like it, for `rows` rows and all blocks of D; strides: of numbers."""
     assert pulled.stride(1) == part.stride(1) == 1
-    config = pull_config(width)
+    width, config = pulled.shape[1], pull_config(pulled.shape[1])
     blocks = triton.cdiv(width, config["BLOCK"])
     with on_device(pulled):
-        pull_kernel[(len(pulled) * blocks,)](pulled, part, factor, pulled.stride(0), part.stride(0), width, blocks,
-                                             **config)
+        kernel[(rows * blocks,)](pulled, part, numbers, pulled.stride(0), part.stride(0), *strides, width, blocks,
+                                 **config)
+
+
+def pull(pulled, logits, part, factor) -> None:
+    """pulled (C, D) fp32 <- factor (C,) * pulled + logits (C, K) @ part (K, D), by pull_kernel."""
+    launch_pull(pull_kernel, len(pulled), pulled, logits @ part, factor)
 
 
 def gradient(chunk: Chunk, logits, first: int, numbers, coefs) -> None:
