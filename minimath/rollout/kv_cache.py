@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -43,36 +43,39 @@ class Place(NamedTuple):
     table: torch.Tensor | None  # (n, pages) cells to put behind one another; None: attention reads them where they are
 
 
-class Kept:
-    """What every layer can do; as it stands, what one does that keeps nothing."""
+class SlotLayer(LinearAttentionLayer, DynamicLayer):
+    """What a batch keeps of a layer: keys and values, convolution and recurrent state, both or neither.
 
-    def tensors(self) -> list[torch.Tensor]:
-        return []
-
-    def fill(self, prefilled, what: Fill) -> None:
-        """Copy rows of a prefilled layer."""
-
-    def move(self, sources, targets, old, new, places: int) -> None:
-        """Copy slots `sources` to `targets`, and the first places of cells `old` to `new`, all at once."""
-
-    def at(self, place: Place) -> None:
-        """Stand at the coming step: its rows are the first n."""
-
-
-class NoLayer(Kept, DummyLayer):
-    """Neither keys and values nor state."""
-
-
-class SlotLayer(Kept, DynamicLayer):
-    """Keys and values of a layer, (cells, H, page, Dh); of the keys the page is innermost where products read them."""
+    keys, values (cells, H, page, Dh); of the keys the page is innermost where products read them. Of the states
+    (slots, ...) a step changes in place the rows that it is given."""
 
     def __init__(self, prefilled, blocks: Blocks):
         DynamicLayer.__init__(self)
-        self.keys, self.values = (old.new_zeros(blocks.cells, old.shape[1], blocks.page, old.shape[3])
-                                  for old in (prefilled.keys, prefilled.values))
-        if blocks.width > 1 or self.keys.device.type not in FIXED_SHAPES:
-            self.keys = self.keys.view(*self.keys.shape[:2], -1, blocks.page).transpose(2, 3)
-        self.is_initialized, self.place = True, None  # set for the coming forward
+        LinearAttentionLayer.__init__(self, number_of_states=getattr(prefilled, "number_of_states", 0))
+        self.whole, self.cells, self.is_initialized, self.place = {}, [], True, None
+        if states_of(prefilled):
+            self.whole = {name: {i: old.new_zeros(blocks.slots, *old.shape[1:])
+                                 for i, old in getattr(prefilled, name).items() if old is not None}
+                          for name in ("conv_states", "recurrent_states")}
+            for name in ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state",
+                         "conv_kernel_size"):
+                setattr(self, name, dict(getattr(prefilled, name)))
+        self.states = [each for kept in self.whole.values() for each in kept.values()]
+        if getattr(prefilled, "keys", None) is not None:
+            self.keys, self.values = (old.new_zeros(blocks.cells, old.shape[1], blocks.page, old.shape[3])
+                                      for old in (prefilled.keys, prefilled.values))
+            if blocks.width > 1 or self.keys.device.type not in FIXED_SHAPES:
+                self.keys = self.keys.view(*self.keys.shape[:2], -1, blocks.page).transpose(2, 3)
+            self.cells = [self.keys, self.values]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return self.states + self.cells
+
+    def at(self, place: Place) -> None:
+        """Stand at the coming step: its rows are the first n."""
+        self.place = place
+        for name, kept in self.whole.items():
+            getattr(self, name).update((i, each[:len(place.cells)]) for i, each in kept.items())
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write one token (n, H, 1, Dh) per row at its place; return all cells, or the rows that they make."""
@@ -81,15 +84,17 @@ class SlotLayer(Kept, DynamicLayer):
         self.values[cells, :, inside] = value_states[:, :, 0]
         if table is None:
             return self.keys, self.values
-        return tuple(together(each, table)[:, :, :length] for each in (self.keys, self.values))
+        return tuple(together(each, table)[:, :, :length] for each in self.cells)
 
     def get_seq_length(self) -> int:
         return self.place.length - 1  # without the token that the coming forward adds
 
-    def tensors(self) -> list[torch.Tensor]:
-        return [self.keys, self.values]
-
     def fill(self, prefilled, what: Fill) -> None:
+        """Copy rows of a prefilled layer."""
+        for mine, theirs in zip(self.states, states_of(prefilled), strict=True):
+            mine[what.slots] = theirs.index_select(0, what.source)
+        if not self.cells:
+            return
         places, page = prefilled.keys.shape[2], self.keys.shape[2]
         if what.padding is not None:
             order = (torch.arange(places, device=self.keys.device) + what.padding[:, None]) % places
@@ -102,59 +107,11 @@ class SlotLayer(Kept, DynamicLayer):
             mine[what.cells, :, :cut.shape[3]] = cut[what.rows, :, what.pages]
 
     def move(self, sources, targets, old, new, places: int) -> None:
-        for buffer in (self.keys, self.values) if len(old) else ():
-            buffer[new, :, :places] = buffer[old, :, :places]
-
-    def at(self, place: Place) -> None:
-        self.place = place
-
-
-class StateLayer(Kept, LinearAttentionLayer):
-    """Convolution and recurrent state of one layer; a step changes in place the rows that it is given."""
-
-    def __init__(self, prefilled, blocks: Blocks):
-        LinearAttentionLayer.__init__(self, number_of_states=prefilled.number_of_states)
-        self.whole = {name: {i: old.new_zeros(blocks.slots, *old.shape[1:])
-                             for i, old in getattr(prefilled, name).items() if old is not None}
-                      for name in ("conv_states", "recurrent_states")}
-        self.states = [each for kept in self.whole.values() for each in kept.values()]
-        for name in ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state",
-                     "conv_kernel_size"):
-            setattr(self, name, dict(getattr(prefilled, name)))
-
-    def tensors(self) -> list[torch.Tensor]:
-        return self.states + super().tensors()
-
-    def fill(self, prefilled, what: Fill) -> None:
-        for mine, theirs in zip(self.states, states_of(prefilled), strict=True):
-            mine[what.slots] = theirs.index_select(0, what.source)
-        super().fill(prefilled, what)
-
-    def move(self, sources, targets, *cells) -> None:
+        """Copy slots `sources` to `targets`, and the first places of cells `old` to `new`, all at once."""
         for each in self.states:
             each[targets] = each[sources]
-        super().move(sources, targets, *cells)
-
-    def at(self, place: Place) -> None:
-        for name, kept in self.whole.items():
-            getattr(self, name).update((i, each[:len(place.cells)]) for i, each in kept.items())
-        super().at(place)
-
-
-class BothLayer(StateLayer, SlotLayer):
-    """State, and keys and values beside it."""
-
-    def __init__(self, prefilled, blocks: Blocks):
-        SlotLayer.__init__(self, prefilled, blocks)
-        StateLayer.__init__(self, prefilled, blocks)
-
-
-def slots_of(prefilled, blocks: Blocks) -> Kept:
-    """Make the layer that keeps of a batch what a prefilled layer keeps of its rows."""
-    keys, states = getattr(prefilled, "keys", None) is not None, bool(states_of(prefilled))
-    if not keys and not states:
-        return NoLayer()
-    return (BothLayer if keys and states else StateLayer if states else SlotLayer)(prefilled, blocks)
+        for each in self.cells if len(old) else ():
+            each[new, :, :places] = each[old, :, :places]
 
 
 class SlotCache(Cache):
@@ -164,7 +121,7 @@ class SlotCache(Cache):
         """Make a pool of zeros, as of a prefilled cache.
 
         Once: buffers that grow leave holes in the heap, and recorded steps hold their addresses."""
-        super().__init__(layers=[slots_of(layer, blocks) for layer in prefilled.layers])
+        super().__init__(layers=[SlotLayer(layer, blocks) for layer in prefilled.layers])
         self.blocks, device = blocks, next((t.device for layer in self.layers for t in layer.tensors()), None)
         self.table = torch.zeros(blocks.slots, blocks.pages, dtype=torch.long, device=device)
 
@@ -183,7 +140,7 @@ class SlotCache(Cache):
             mine.fill(theirs, what)
 
     def move(self, *what) -> None:
-        """Move rows and cells, see Kept."""
+        """Move rows and cells, see SlotLayer."""
         for layer in self.layers:
             layer.move(*what)
 

@@ -132,7 +132,9 @@ def test_a_recorded_step_waits_for_nothing(tmp_path, name, monkeypatch):
 
 
 def test_a_layer_that_forgets_its_state_is_noticed(family, monkeypatch):
-    monkeypatch.setattr(kv_cache.StateLayer, "fill", lambda *rows: None)
+    fill = kv_cache.SlotLayer.fill
+    monkeypatch.setattr(kv_cache.SlotLayer, "fill", lambda layer, *rows: (
+        fill(layer, *rows), [state.zero_() for state in layer.states]))
     with pytest.raises(UserError, match="FalconH1ForCausalLM decodes from our cache .* away from a whole pass"):
         engine_of(*family("falcon_h1"))
 
