@@ -107,13 +107,12 @@ def hidden_states(model, input_ids: torch.Tensor, *, attention_mask=None, positi
     """Compute the final hidden states, after the last norm, without the LM head.
 
     input_ids (B, T) -> (B, T, D). rows: where the rows of a pass stand among its B T tokens, a list of Segment or its
-    fields; attention_mask is not needed beside it, and on a card nothing is read back. Without rows and attention_mask,
-    position_ids that restart at 0 tell packed examples apart."""
+    fields; attention_mask is not needed beside it. Without both each line is a row."""
     base, shape = base_causal_lm(model), input_ids.shape
     if kwargs.get("past_key_values") is None:
         by_rows = takes_rows(model)
         if rows is None and attention_mask is None and by_rows:
-            rows = rows_of(shape, position_ids)
+            rows = [(start, shape[1]) for start in range(0, shape.numel(), shape[1])]
         rows, on_cpu = [Segment(*row) for row in rows or ()], base.device.type == "cpu"
         branches = any(not isinstance(row.before, range) for row in rows)
         if rows and by_rows and not (on_cpu and branches):  # Segments takes no branches
@@ -154,14 +153,6 @@ def is_masked(model, rows: list[Segment], shape) -> bool:
     whole = len(rows) == shape[0] and all(row.length == shape[1] for row in rows)
     return any(row.before for row in rows) or (
         bool(rows) and not whole and base_causal_lm(model).device.type == "cuda" and takes_mask(model))
-
-
-def rows_of(shape, position_ids) -> list[Segment]:
-    """Find the rows of a pass (B, T) without a mask: packed if B is 1."""
-    many, width = shape
-    restarts = (position_ids[0] == 0).nonzero().flatten().tolist() if many == 1 and position_ids is not None else []
-    starts = restarts if restarts[:1] == [0] else range(0, many * width, width)
-    return [Segment(start, end - start) for start, end in zip(starts, [*starts[1:], many * width], strict=True)]
 
 
 def rows_mask(model, rows: list[Segment], shape, position_ids) -> torch.Tensor | dict:
