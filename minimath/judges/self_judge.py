@@ -163,9 +163,10 @@ def plan_passes(model, prompts: list[list[int]], micro_batch_tokens: int) -> tup
 
 
 def takes_trees(model, longest: int) -> bool:
-    """Tell whether attention takes what a tree's tokens see: no short window, either."""
-    window = forward.sliding_window(model)
-    return forward.takes_mask(model) and not (window and window < longest)
+    """Tell whether attention takes what a tree's tokens see, by a mask or by rows: no short window, either."""
+    window, on_cpu = forward.sliding_window(model), base_causal_lm(model).device.type == "cpu"
+    takes = forward.takes_mask(model) or not on_cpu and forward.takes_rows(model)
+    return takes and not (window and window < longest)
 
 
 def tree_packs(prompts: list[list[int]], limit: int) -> list[tuple[list[int], int]]:

@@ -229,6 +229,15 @@ def test_rows_of_a_mask_on_a_card_begin_where_sdpa_takes_them(tmp_path):
         assert mask.dtype == torch.bfloat16
 
 
+def test_a_judge_shares_prompts_on_a_card_by_rows_under_flash_attention_2_too(tmp_path, monkeypatch):
+    with on_a_card():
+        model = policy_on_card(make_config(SFTConfig, str(tiny_model(tmp_path)), dtype="bf16")).model
+        forward.text_config(model)._attn_implementation = "flash_attention_2"
+        for flash in (True, False):
+            monkeypatch.setattr(forward, "takes_flash", lambda *_, flash=flash: flash)
+            assert self_judge.takes_trees(model, 10) == flash
+
+
 @pytest.mark.parametrize("tree", [True, False])
 def test_a_judgement_is_read_from_a_card_once(tmp_path, monkeypatch, tree):
     prompts = [[1, 2, 3, *range(n)] for n in (3, 9, 20, 31)]
