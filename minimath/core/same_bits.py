@@ -25,33 +25,32 @@ def same_bits(asked: bool) -> Iterator[None]:
         return
     given = os.environ.get(WORKSPACE)
     os.environ.setdefault(WORKSPACE, SIZES[0])
-    switches = ((torch.backends.cudnn, "deterministic", True), (torch.backends.cudnn, "benchmark", False),
-                (torch.utils.deterministic, "fill_uninitialized_memory", False))  # with NaN, in every empty tensor
-    before = [(where, name, getattr(where, name)) for where, name, _ in switches]
     try:
-        for switch in switches:
-            setattr(*switch)
-        with deterministic(True):
+        with setting(True, (torch.backends.cudnn, "deterministic", True), (torch.backends.cudnn, "benchmark", False),
+                     (torch.utils.deterministic, "fill_uninitialized_memory", False)):  # with NaN, in empty tensors
             if given not in (None, *SIZES) or has_begun():
                 why = f"it is {given!r}" if given else "products have run without it"
                 raise UserError(f"deterministic=true needs the environment variable {WORKSPACE}={SIZES[0]} from the "
                                 f"start, and {why}: export {WORKSPACE}={SIZES[0]}, then start again")
             yield
     finally:
-        for switch in before:
-            setattr(*switch)
         if given is None and not torch.cuda.is_initialized():
             del os.environ[WORKSPACE]
 
 
 @contextlib.contextmanager
-def deterministic(asked: bool) -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(asked)
+def setting(mode: bool, *switches: tuple) -> Iterator[None]:
+    """Set torch's mode, and switches (where, name, value), inside."""
+    mode_before, before = torch.get_deterministic_debug_mode(), [(*at, getattr(*at)) for *at, _ in switches]
+    torch.use_deterministic_algorithms(mode)
+    for switch in switches:
+        setattr(*switch)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.use_deterministic_algorithms(mode_before > 0, warn_only=mode_before == 1)
+        for switch in before:
+            setattr(*switch)
 
 
 @contextlib.contextmanager
@@ -59,7 +58,7 @@ def in_any_order() -> Iterator[None]:
     """Let torch run inside what it does not call deterministic: running sums on a card.
 
     Those of many rows, one block of threads each, are; a single long one is added up by many blocks at once."""
-    with deterministic(False) if torch.are_deterministic_algorithms_enabled() else contextlib.nullcontext():
+    with setting(False) if torch.are_deterministic_algorithms_enabled() else contextlib.nullcontext():
         yield
 
 
