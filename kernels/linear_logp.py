@@ -184,10 +184,9 @@ class _LinearLogp(torch.autograd.Function):
     def backward(ctx, *grad_stats):
         *operands, out = ctx.saved_tensors
         grads = Gradients.zeros(operands[:3], ctx.needs_input_grad)
-        if any(each is not None for each in grad_stats):
-            for index, chunk in chunks(*operands, *ctx.options):
-                coefs = TokenStats(*(None if each is None else each.index_select(0, index) for each in grad_stats))
-                gradient_tiles(chunk, index, TokenStats(*out.index_select(1, index)), coefs, grads)
+        for index, chunk in chunks(*operands, *ctx.options):
+            coefs = TokenStats(*(None if each is None else each.index_select(0, index) for each in grad_stats))
+            gradient_tiles(chunk, index, TokenStats(*out.index_select(1, index)), coefs, grads)
         cast = (None if grad is None else grad.to(like.dtype) for grad, like in zip(grads, operands))
         return *cast, None, None, None, None, None
 

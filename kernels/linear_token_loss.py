@@ -1,11 +1,8 @@
 """Loss and gradient of any per-token loss of the targets' log-probs under a linear head, in one sweep.
 
-C rows at a time (`tiles`): the logits of a tile of the vocabulary go into a small reused workspace; one pass turns
-them into running sums and, in place, into unnormalised probabilities; a matrix product pulls the weight's rows
-together under them. After the last tile the caller's loss function maps the C log-probs to C losses, autograd on
-those numbers alone gives the derivative in each statistic, and the gradient in hidden is a scaled sum of what is there
-already. With a frozen weight that is two products of N * V * D, the least there is, and nothing of size N x V exists.
-Backward is a multiplication by the incoming scalar.
+After the last tile of C rows (`tiles`) the caller's loss function maps their log-probs to losses, autograd on those
+numbers alone gives the derivative in each statistic, and the gradient in hidden is a scaled sum of what is there
+already: with a frozen weight two products of N * V * D, the least there is. Backward multiplies by a scalar.
 """
 from collections.abc import Callable
 
