@@ -25,16 +25,6 @@ ATTENTION = "minimath_slots"
 FIXED_SHAPES = ("cuda",)  # devices whose steps have one shape for each number of rows, as recording needs it
 
 
-class Fill(NamedTuple):
-    """What goes into slots: rows of a prefilled batch, and pages of theirs into cells."""
-    slots: slice
-    source: torch.Tensor  # (k,) rows of the batch
-    padding: torch.Tensor | None  # (B,) how much stands before each row of the batch, and is left out; None: behind
-    cells: torch.Tensor  # (m,)
-    rows: torch.Tensor  # (m,) of the batch
-    pages: torch.Tensor  # (m,) of those
-
-
 class Place(NamedTuple):
     """Where the first n rows write in a step, and what they see."""
     cells: torch.Tensor  # (n,)
@@ -89,22 +79,22 @@ class SlotLayer(LinearAttentionLayer, DynamicLayer):
     def get_seq_length(self) -> int:
         return self.place.length - 1  # without the token that the coming forward adds
 
-    def fill(self, prefilled, what: Fill) -> None:
-        """Copy rows of a prefilled layer."""
+    def fill(self, prefilled, slots: slice, source, padding, cells, rows, pages) -> None:
+        """Copy rows of a prefilled layer, as SlotCache.fill."""
         for mine, theirs in zip(self.states, states_of(prefilled), strict=True):
-            mine[what.slots] = theirs.index_select(0, what.source)
+            mine[slots] = theirs.index_select(0, source)
         if not self.cells:
             return
         places, page = prefilled.keys.shape[2], self.keys.shape[2]
-        if what.padding is not None:
-            order = (torch.arange(places, device=self.keys.device) + what.padding[:, None]) % places
+        if padding is not None:
+            order = (torch.arange(places, device=self.keys.device) + padding[:, None]) % places
         for mine, theirs in ((self.keys, prefilled.keys), (self.values, prefilled.values)):
-            if what.padding is not None:
+            if padding is not None:
                 theirs = theirs.gather(2, order[:, None, :, None].expand_as(theirs))
             if places > page:
                 theirs = pad(theirs, (0, 0, 0, -places % page))
             cut = theirs.unflatten(2, (-1, min(page, places)))
-            mine[what.cells, :, :cut.shape[3]] = cut[what.rows, :, what.pages]
+            mine[cells, :, :cut.shape[3]] = cut[rows, :, pages]
 
     def move(self, sources, targets, old, new, places: int) -> None:
         """Copy slots `sources` to `targets`, and the first places of cells `old` to `new`, all at once."""
@@ -134,10 +124,12 @@ class SlotCache(Cache):
         self.table.view(-1)[places] = cells
 
     def fill(self, first: int, prefilled: DynamicCache, source: torch.Tensor, pages: torch.Tensor, padding=None):
-        """Copy rows `source` [k] of a batch into the slots from `first` on, and pages [3, m] into cells: see Fill."""
-        what = Fill(slice(first, first + len(source)), source, padding, *pages)
+        """Copy rows `source` [k] of a batch into the slots from `first` on.
+
+        pages [3, m]: cells, rows of the batch, and their pages that go there. padding [B]: how much stands before each
+        row of the batch, and is left out; None: it stands behind."""
         for mine, theirs in zip(self.layers, prefilled.layers, strict=True):
-            mine.fill(theirs, what)
+            mine.fill(theirs, slice(first, first + len(source)), source, padding, *pages)
 
     def move(self, *what) -> None:
         """Move rows and cells, see SlotLayer."""
