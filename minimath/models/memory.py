@@ -121,18 +121,13 @@ def sampling_bytes(vocab: int, how, device: str) -> int:
     return 4 * rows * vocab
 
 
-def expected_places(prompt: float, new: int, share: float = EXPECTED) -> int:
-    """Say how many places of the cache a row takes at a time: its prompt, and a share of the tokens it may sample."""
-    return int(prompt + share * new)
-
-
 def fitting_rows(model, longest: int, expected: int, wanted: int, how, *, asked: int = 0, free: int | None = None,
                  held: int = 0) -> tuple[int, int]:
     """Find how many sequences decode side by side, from 1 to `wanted`, and the places of the pool for their tokens.
 
-    longest, expected: places that a row takes at most, and at a time. asked: how many, whatever memory there is. The
-    pool holds all at full length where there is room, at least one. free: bytes, else what the device has. held: bytes
-    that the last rollout's cache holds, for this one."""
+    longest, expected: places that a row takes at most, and at a time (its prompt, a share of its tokens). asked: how
+    many, whatever memory there is. The pool holds all at full length where there is room, at least one. free: bytes,
+    else what the device has. held: bytes that the last rollout's cache holds, for this one."""
     device = forward.base_causal_lm(model).device
     free = free_bytes(device) if free is None else free
     most = min(wanted, asked or MOST_SLOTS.get(device.type, 64))

@@ -18,14 +18,7 @@ from minimath.core.text import did_you_mean
 from minimath.data.batch import tail_length
 from minimath.kernels.common import tile_shape
 from minimath.models.load import DTYPES, first_line
-from minimath.models.memory import (
-    MOST_SLOTS,
-    cache_bytes_per_token,
-    expected_places,
-    keeps_state,
-    sampling_bytes,
-    state_bytes,
-)
+from minimath.models.memory import EXPECTED, MOST_SLOTS, cache_bytes_per_token, keeps_state, sampling_bytes, state_bytes
 from minimath.models.prefix import EAGER_TOKENS, LEAST_SAVED
 from minimath.models.variants import rank_of
 from minimath.plan.footprint import Model
@@ -225,7 +218,7 @@ class Planner:
         # the pool needs what rows hold at a time, and takes what is left of the card, up to all of them at full length
         left = card if self.device == "cpu" else int((card - CONTEXT) / (1 + FRAGMENTATION))
         left -= sum(rows.values()) + fixed
-        least = max(longest, seqs * expected_places(prompt, new))
+        least = max(longest, seqs * int(prompt + EXPECTED * new))
         rows["keys and values"] = fixed + max(least * token, min(seqs * longest * token, left))
         return self.on_card(rows)
 

@@ -13,15 +13,7 @@ from minimath.core.text import no_effect
 from minimath.models.decoding import decoding_linears
 from minimath.models.forward import base_causal_lm, compute_dtype, head, inference
 from minimath.models.linears import copied_bytes, is_4bit, packed_product
-from minimath.models.memory import (
-    EXPECTED,
-    KEEPERS,
-    expected_places,
-    fitting_rows,
-    free_bytes,
-    has_room_beside,
-    sampling_bytes,
-)
+from minimath.models.memory import EXPECTED, KEEPERS, fitting_rows, free_bytes, has_room_beside, sampling_bytes
 from minimath.models.policy import Policy
 from minimath.models.variants import is_sharded
 from minimath.rollout.blocks import Row
@@ -90,7 +82,7 @@ class OwnEngine(Engine):
             self._kept = None  # before there is another: there is no room for both
         batch, self._kept = self._kept or Decode(self), None
         longest, (copy, copied) = len(jobs[0].prompt) + self.max_new_tokens, room_for_copies(model)
-        expected = expected_places(statistics.fmean(len(job.prompt) for job in jobs), self.max_new_tokens, self.share)
+        expected = int(statistics.fmean(len(job.prompt) for job in jobs) + self.share * self.max_new_tokens)
         most, places = fitting_rows(model, longest, expected, len(jobs), self.how, asked=self.max_num_seqs,
                                     held=batch.held_bytes() - copied)
         with inference(model), fast_decoding(model, most, copy) as fast:
