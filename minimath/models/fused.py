@@ -39,9 +39,8 @@ class FusedLayer:
             self.norm_after, self.mlp_norm, self.mlp_norm_after = (
                 after, norm_of(layer.pre_feedforward_layernorm), norm_of(layer.post_feedforward_layernorm))
         self.head_norms = [norm_of(attn.q_norm), norm_of(attn.k_norm)] if hasattr(attn, "q_norm") else []
-        self.softcap = getattr(attn, "attn_logit_softcapping", None)
         self.heads = Heads(config.num_attention_heads, config.num_key_value_heads, attn.head_dim, attn.scaling,
-                           self.softcap)
+                           getattr(attn, "attn_logit_softcapping", None))
 
     def turned(self, qkv: torch.Tensor) -> torch.Tensor:
         """View the heads of q and k in qkv (N, width): (N, queries + keys, Dh)."""
@@ -69,7 +68,7 @@ class FusedLayer:
             module = sys.modules[type(self.attn).__module__]
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.attn.config._attn_implementation,
                                                            module.eager_attention_forward)
-            more = {"softcap": self.softcap} if self.softcap else {}
+            more = {"softcap": self.heads.softcap} if self.heads.softcap else {}
             out, _ = attend(self.attn, q, k, v, attention_mask, dropout=0.0, scaling=self.attn.scaling,
                             sliding_window=window, position_ids=position_ids, use_cache=use_cache,
                             **more, **kwargs)

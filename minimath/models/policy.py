@@ -1,5 +1,6 @@
 """The one model in memory with its tokenizer: policy, reference, judge and evaluated model are all this."""
 import bisect
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,6 @@ class Policy:
 
     @property
     def params(self) -> list[torch.nn.Parameter]:
-        """The parameters that train."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def trainable(self) -> set[str]:
@@ -85,17 +85,16 @@ class Policy:
 
 def refuse_other_base(trained_on: str, given: str, adapter: str) -> None:
     """Raise UserError when an adapter's base has other shapes; warn of another name."""
-    shapes = []
+    shapes, differing = [], []
     if trained_on in ("", given) or same_place(trained_on, given):
         return
-    for name in (trained_on, given):
-        try:
+    with contextlib.suppress(Exception):  # moved away, needs the model's own code, or is refused
+        for name in (trained_on, given):
             _ = os.path.isdir(name) or without_network()
             config = AutoConfig.from_pretrained(name).get_text_config()
             shapes.append({name: getattr(config, name, None) for name in SHAPES})
-        except Exception:  # moved away, needs the model's own code, or is refused
-            return say_once(f"warning: model={given}, but {adapter} was trained on {trained_on}")
-    if differing := [name for name in SHAPES if shapes[0][name] != shapes[1][name]]:
+        differing = [name for name in SHAPES if shapes[0][name] != shapes[1][name]]
+    if differing:
         its, others = (", ".join(f"{SHAPES[name]} {shape[name]}" for name in differing) for shape in shapes)
         raise UserError(f"{adapter} was trained on {trained_on} ({its}) and can't fit model={given} ({others}): leave "
                         "model= out, or give that base")

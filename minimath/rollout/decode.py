@@ -93,7 +93,6 @@ class Decode:
                 "graph_replays": self.graphs.replays, "plain_steps": self.steps - self.graphs.replays}
 
     def running(self) -> list[tuple[int, int, list[int]]]:
-        """List (prompt, sample, ids so far) of the rows that decode."""
         return [(*row.job.place, self.ids[i, :count].tolist())
                 for i, (row, count) in enumerate(zip(self.rows, self.count.tolist()))]
 

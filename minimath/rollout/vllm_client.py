@@ -199,7 +199,6 @@ class Server(Client):
         self.model = name
 
     def unload(self, name: str) -> None:
-        """Drop an adapter."""
         self._ask("/unload_lora_adapter", {"lora_name": name}).result()
 
     def sleep(self) -> None:
