@@ -10,7 +10,7 @@ that it has, nor the size of the pool change a bit of its result.
 import torch
 
 from . import decode_attention_triton as fused
-from .common import architecture, runs_as_it_is, runs_triton
+from .common import architecture, runs_as_it_is, runs_triton, wide
 
 
 @runs_as_it_is
@@ -54,5 +54,4 @@ def in_torch(query, keys, values, length, scale: float, window: int, softcap: fl
     if window:
         outside = outside | (place < end - window)
     scores = scores.masked_fill(outside, torch.finfo(scores.dtype).min)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(-1, dtype=wide).masked_fill(outside, 0).to(values.dtype) @ values
+    return scores.softmax(-1, dtype=wide(scores.dtype)).masked_fill(outside, 0).to(values.dtype) @ values

@@ -225,8 +225,8 @@ def sweep(hidden, teacher_hidden, weight, bias, scaling: Scaling, workspace_byte
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, *others):
-        grad = Gradients.zeros((hidden, None, None), (True, False, False)).hidden
+    def forward(ctx, pull, hidden, *others):
+        grad = Gradients.zeros((hidden, None, None), (pull, False, False)).hidden
         ctx.save_for_backward(grad)
         ctx.dtype = hidden.dtype
         return sweep(hidden, *others, grad)
@@ -235,7 +235,7 @@ class _LinearKL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_kl):
         (grad,) = ctx.saved_tensors
-        return (grad * grad_kl[:, None]).to(ctx.dtype), None, None, None, None, None
+        return None, (grad * grad_kl[:, None]).to(ctx.dtype), None, None, None, None, None
 
 
 @runs_as_it_is
@@ -266,9 +266,6 @@ def linear_kl(hidden, teacher_hidden, weight, *, bias=None, temperature=1.0, sof
             raise ValueError(f"linear_kl has a gradient in hidden alone: pass {name}.detach(), or freeze it")
     other, _, _ = cast_operands(teacher_hidden, weight, bias)
     hidden, weight, bias = cast_operands(hidden, weight, bias)
-    arguments = hidden, other.to(hidden.dtype), weight, bias, scaling, workspace_bytes
     with torch.autocast(hidden.device.type, enabled=False):
-        if differentiable(hidden):
-            return _LinearKL.apply(*arguments)
-        with torch.no_grad():
-            return sweep(*arguments, None)
+        return _LinearKL.apply(differentiable(hidden), hidden, other.to(hidden.dtype), weight, bias, scaling,
+                               workspace_bytes)

@@ -171,9 +171,9 @@ def forward_stats(hidden, weight, bias, target, rows, scaling: Scaling, workspac
 
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        *operands, scaling, workspace_bytes, all_four = arguments
-        out = forward_stats(*operands, scaling, workspace_bytes, all_four=all_four, in_tiles=True)
+    def forward(ctx, in_tiles, all_four, *arguments):
+        *operands, scaling, workspace_bytes = arguments
+        out = forward_stats(*arguments, all_four=all_four, in_tiles=in_tiles)
         ctx.save_for_backward(*operands, out)
         ctx.options = scaling, workspace_bytes
         ctx.set_materialize_grads(False)
@@ -183,12 +183,12 @@ class _LinearLogp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grad_stats):
         *operands, out = ctx.saved_tensors
-        grads = Gradients.zeros(operands[:3], ctx.needs_input_grad)
+        grads = Gradients.zeros(operands[:3], ctx.needs_input_grad[2:])
         for index, chunk in chunks(*operands, *ctx.options):
             coefs = TokenStats(*(None if each is None else each.index_select(0, index) for each in grad_stats))
             gradient_tiles(chunk, index, TokenStats(*out.index_select(1, index)), coefs, grads)
         cast = (None if grad is None else grad.to(like.dtype) for grad, like in zip(grads, operands))
-        return *cast, None, None, None, None, None
+        return None, None, *cast, None, None, None, None
 
 
 @runs_as_it_is
@@ -207,9 +207,5 @@ def linear_logp(hidden, weight, target, *, bias=None, temperature=1.0, softcap=0
     rows = kept_rows(target, ignore_index, len(weight), rows)
     arguments = hidden, weight, bias, target, rows, scaling, workspace_bytes
     with torch.autocast(hidden.device.type, enabled=False):
-        if differentiable(hidden, weight, bias):
-            stats = TokenStats(*_LinearLogp.apply(*arguments, return_stats))
-        else:
-            with torch.no_grad():
-                stats = TokenStats(*forward_stats(*arguments, all_four=return_stats))
+        stats = TokenStats(*_LinearLogp.apply(differentiable(hidden, weight, bias), return_stats, *arguments))
     return stats if return_stats else stats.logp
