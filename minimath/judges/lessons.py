@@ -14,7 +14,7 @@ from minimath.data.template import behind_thought
 from minimath.grading.answer import answer_end
 from minimath.grading.steps import equations
 from minimath.judges.attack import ATTACKS, bare_prompt, load_attacks, plant
-from minimath.judges.base import Asked, Pair, Solution, asked
+from minimath.judges.base import Asked, Pair, Solution, asked, split_steps
 from minimath.judges.faults import FAULTS, make_faults
 from minimath.judges.pairs import solution
 from minimath.judges.rows import Reader, pair_row, single_row
@@ -99,13 +99,13 @@ class Lessons:
         if self.form == "pair":
             return [self.pair(pair.kind, pair.both()) for pair in own_pairs(solved)]
         problem, rows, worked = solved.example.problem, [], solved.worked()
-        prefixes = Prefixes([(asked(problem, r["text"]), r["correct"]) for r in solved.records])
+        ends = ends_of(solved)
         if worked and worked.strip() not in (r["text"].strip() for r in solved.records):
             rows.append(self.labelled("worked", problem, worked))
         for record in solved.different():
             question, right = asked(problem, record["text"]), record["correct"]  # one cut behind its box, too
             rows.append(self.single("own right" if right else "own wrong", question,
-                                    step_labels(question, right, prefixes)))
+                                    step_labels(question, right, ends)))
         return [rows[start:start + MOST] for start in range(0, len(rows), MOST)]
 
     def made(self, solved: Solved) -> list[Encoded]:
@@ -185,29 +185,25 @@ def computed(step: str) -> list[tuple[str, bool]]:
             for equation in equations(step[:20_000])]
 
 
-class Prefixes:
-    """Counts how often samples of one problem end right behind the same equations."""
+def ends_of(solved: Solved) -> dict[tuple[str, ...], bool]:
+    """Tell of equations so far whether any sample ends right behind them, where known.
 
-    def __init__(self, samples: list[tuple[Asked, bool]]):
-        """samples: each, and whether it is correct."""
-        self.right, self.seen = Counter(), Counter()
-        for question, correct in samples:
-            so_far = ()
-            for equation, _ in (each for step in question.steps for each in computed(step)):
-                so_far += equation,
-                self.seen[so_far] += 1
-                self.right[so_far] += correct
-
-    def leads_to_right(self, so_far: tuple[str, ...]) -> bool | None:
-        """Tell whether a right end follows the equations so far; None: not known."""
-        return True if self.right[so_far] else False if self.seen[so_far] >= LEAST_SEEN else None
+    How a wrong one that was cut would have ended is not known."""
+    right, seen = Counter(), Counter()
+    for record in solved.records:
+        so_far, steps = (), split_steps(record["text"]) if record["correct"] or record["finished"] else ()
+        for equation, _ in (each for step in steps for each in computed(step)):
+            so_far += equation,
+            seen[so_far] += 1
+            right[so_far] += record["correct"]
+    return {so_far: right[so_far] > 0 for so_far, count in seen.items() if right[so_far] or count >= LEAST_SEEN}
 
 
-def step_labels(question: Asked, correct: bool, prefixes: Prefixes | None = None) -> list[bool | None]:
+def step_labels(question: Asked, correct: bool, ends: dict[tuple[str, ...], bool]) -> list[bool | None]:
     """Label each step of a sample, and its whole; None: not known.
 
     A step is wrong from the first equation on that does not hold. Without one, all steps of a right solution are right;
-    those of a wrong one are as `prefixes` tells. What stands behind the answer is not shown, and changes nothing."""
+    those of a wrong one are as `ends_of` tells. What stands behind the answer is not shown, and changes nothing."""
     labels, so_far, sound, left = [], (), True, answer_end("".join(question.steps))
     for step in question.steps:
         step, left = step[:max(0, left)], left - len(step)
@@ -217,7 +213,7 @@ def step_labels(question: Asked, correct: bool, prefixes: Prefixes | None = None
         found = computed(step)
         so_far += tuple(equation for equation, _ in found)
         sound &= all(holds for _, holds in found)
-        known = True if correct else prefixes.leads_to_right(so_far) if prefixes else None
+        known = True if correct else ends.get(so_far)
         if known is not True and labels and labels[-1] is False:  # nothing mends what is wrong
             known = False
         labels.append(known if sound else False)
