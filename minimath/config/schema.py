@@ -240,7 +240,7 @@ class RLAIFConfig(Stage):
     def check(self) -> str:
         judge, reward, brevity, teacher = self.judge, self.reward, self.brevity, self.teacher
         own, truncates = judge.name == "self", brevity.name == "truncate"
-        free = brevity.scale == "apart" and self.loss.scale_advantage == "group"  # there correct is 2 above wrong
+        free = truncates or brevity.scale == "apart" and self.loss.scale_advantage == "group"  # where correct is 2 more
         relative = reward.judge_weight + (0.0 if free else brevity.weight)  # among the correct ones
         longest, plain = self.sampling.max_new_tokens, JudgeOptions()
         idle = [f"judge_{name}=" for name in ("url", "model", "key_env", "timeout_s", "concurrency", "max_tokens")

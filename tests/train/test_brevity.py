@@ -141,8 +141,10 @@ def test_options_that_do_not_go_together_are_refused_with_what_to_do(words, said
         load_config(RLAIFConfig, None, words)
 
 
-def test_apart_a_weight_of_one_is_taken():
-    assert load_config(RLAIFConfig, None, ["brevity_weight=1", "brevity_scale=apart"]).brevity.weight == 1.0
+@pytest.mark.parametrize("words", [["brevity_scale=apart"], ["brevity_scale=together", "brevity=truncate",
+                                                             "brevity_limit=60", "overlong=none"]])
+def test_a_weight_of_one_is_taken_apart_and_where_there_is_no_term(words):
+    assert load_config(RLAIFConfig, None, ["brevity_weight=1", *words]).brevity.weight == 1.0
 
 
 def test_truncate_lets_max_new_tokens_fall_evenly_from_the_first_step_to_the_last():
