@@ -99,7 +99,10 @@ class JudgeRefresh:
         tensors = state["tensors"]
         if [p.shape for p in self.params] != [w.shape for name, w in tensors.items() if name[:6] == "weight"]:
             raise UserError("judge_adapter is not the one that this run has refreshed so far: give that, or a new out=")
-        self.newest, self.done, self.learnt = state["newest"], state["done"], set(state["learnt"])
+        if (learnt := state.get("learnt")) is None:  # of an older minimath
+            self.say("the checkpoint does not say which problems the judge has learnt from so far: RUN/judge will not "
+                     "name them, so check that judge on data that this run does not train on")
+        self.newest, self.done, self.learnt = state["newest"], state["done"], set(learnt or ())
         self.optimizer.restore(tensors, state["numbers"], where="the judge's state")
         self.optimizer.load_state_dict(state["optimizer"])
         self.state = self.optimizer.snapshot()  # torch's optimizers change the moments that they were given

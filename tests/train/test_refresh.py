@@ -257,6 +257,18 @@ def test_its_state_comes_back_and_does_not_change_afterwards(refreshed):
     assert not same_tensors(one.state_dict()["tensors"], before)
 
 
+def test_a_checkpoint_of_before_the_judges_problems_were_kept_goes_on_and_says_what_is_not_known(refreshed):
+    one, _, _ = refreshed()
+    one.learn(step(), [group("a")])
+    state = one.state_dict()
+    del state["learnt"]
+    two, _, _ = refreshed()
+    two.say = (said := []).append
+    two.load_state_dict(state)
+    assert "check that judge on data that this run does not train on" in said[0]
+    assert (two.done, two.learnt) == (1, set()) and same_tensors(two.state_dict()["tensors"], state["tensors"])
+
+
 @pytest.mark.parametrize("options", [{"judge_adapter": ""}, {"judge_weight": 0.0}, {"reward": "paper"},
                                      {"verifier": "judge"}, {"verifier": "majority+judge"}, {"verifier": "none"}])
 def test_a_refresh_without_a_judge_to_train_or_marks_to_train_it_on_is_refused(rl_judged, judge, options):
