@@ -32,6 +32,7 @@ SECRET = 8  # characters of a key that is one: x and EMPTY, given to a local ser
 PROBE = "Reply with the letter A."
 PROMPTS_FAULT = {"http_400", "http_413", "http_422"}  # says nothing about the next prompt
 FORM_REFUSED = {"http_400", "http_422", "http_501", "http_500"}  # the last: llama-cpp-python without logits_all
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)  # of a server's JSON
 FAULTS = {"timeout", "unreachable", "garbage", "unreadable", "given_up", "out_of_time"}
 
 
@@ -219,10 +220,10 @@ class EndpointJudge(Judge):
                     counts["request_seconds"] += time.monotonic() - start
                 if response.status_code >= 300:
                     counts[f"http_{response.status_code}"] += 1
-                elif read_completion(response.text) is None:  # a proxy's page: asked for again, as a bad gateway is
+                elif isinstance(status := read_completion(response.text), int):
                     counts["garbage"] += 1
                     text = f"the reply is not a chat completion in JSON: {response.text}"
-                    return type(response)(error_code(response.text), request=request, text=text)
+                    return type(response)(status, request=request, text=text)
                 return response
 
         here = urllib.parse.urlsplit(self.base).hostname in ("localhost", "127.0.0.1", "::1")  # no way for a proxy
@@ -235,16 +236,24 @@ class EndpointJudge(Judge):
                             "(ALL_PROXY, HTTPS_PROXY, HTTP_PROXY) or SSL_CERT_FILE of the environment") from None
 
 
-def read_completion(text: str) -> tuple[Reply, dict[str, int]] | None:
-    """Read a chat completion and the tokens that it reports; None for anything else."""
-    try:
+def read_completion(text: str) -> tuple[Reply, dict[str, int]] | int:
+    """Read a chat completion and the tokens that it reports; of anything else the HTTP status that it stands for.
+
+    That is what an error inside a 200 names, else 502, as of a bad gateway: a proxy's page is asked for again."""
+    body = {}
+    with contextlib.suppress(*UNREADABLE):
         body = json.loads(text) if text.lstrip().startswith("{") else whole_of_stream(text)
         usage = body.get("usage") or {}
         tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
         choice = body["choices"][0]
-        return None if body.get("error") or choice.get("error") else (read_reply(choice), tokens)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
-        return None
+        if not (body.get("error") or choice.get("error")):
+            return read_reply(choice), tokens
+    with contextlib.suppress(*UNREADABLE):
+        choice = (body.get("choices") or [{}])[0]
+        error = next((e for e in (body.get("error"), choice.get("error"), body) if isinstance(e, dict)), {})
+        if 400 <= (status := int(error.get("code") or error.get("status"))) < 600:
+            return status
+    return 502
 
 
 def whole_of_stream(text: str) -> dict:
@@ -261,17 +270,6 @@ def whole_of_stream(text: str) -> dict:
     return {"usage": next((chunk["usage"] for chunk in chunks[::-1] if chunk.get("usage")), None),
             "choices": [{"message": {name: "".join(parts) for name, parts in said.items() if parts},
                          "finish_reason": end, "logprobs": {"content": logged}}] if choices else []}
-
-
-def error_code(text: str) -> int:
-    """Find the HTTP status that an error inside a 200 names; 502: asked for again."""
-    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
-        body = json.loads(text)
-        choice = (body.get("choices") or [{}])[0]
-        error = next((e for e in (body.get("error"), choice.get("error"), body) if isinstance(e, dict)), {})
-        if 400 <= int(error.get("code") or error.get("status")) < 600:
-            return int(error.get("code") or error["status"])
-    return 502
 
 
 def retry_after(response) -> float | None:
