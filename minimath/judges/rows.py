@@ -17,11 +17,12 @@ from minimath.judges.rubrics import defuse, judge_prompt
 from minimath.models.policy import Policy
 
 SIGNS = "+-*/=^.<>"
-LETTERS = [("A", "B", "TIE")]
-YES_NO = [("Yes", "No"), ("Y", "N")]  # the second for vocabularies of letters
+LETTERS = ("A", "B", "TIE"),
+YES_NO = ("Yes", "No"), ("Y", "N")  # the second for vocabularies of letters
 
 
-def verdict_ids(tokenizer, choices: list[tuple[str, ...]] = LETTERS) -> list[int]:
+@functools.lru_cache(maxsize=4)
+def verdict_ids(tokenizer, choices: tuple[tuple[str, ...], ...] = LETTERS) -> list[int]:
     """Find the first tokens of verdicts, bare or after a space. Raises UserError.
 
     Of the choices the first whose first two words are one token each, and all of which begin differently."""
@@ -95,14 +96,6 @@ class Reader:
         text = self.tokenizer.decode([token]).strip()
         return bool(text) and all(c.isdecimal() or c in SIGNS for c in text)
 
-    @functools.cached_property
-    def letters(self) -> list[int]:
-        return verdict_ids(self.tokenizer)
-
-    @functools.cached_property
-    def yes_no(self) -> list[int]:
-        return verdict_ids(self.tokenizer, YES_NO)
-
     def pair(self, pair: Pair) -> list[int]:
         return chat_ids(self.tokenizer, self.prompt(self.rubric, pair, self.specials), *self.switches)
 
@@ -112,7 +105,7 @@ def single_row(reader: Reader, question: Asked, right: list[bool | None], max_le
 
     Where a right solution has no verdict, its next token is trained: a judge that can solve the problems tells right
     from wrong better (the joint objective of arXiv 2110.14168, section 4.2)."""
-    reading, (yes, no), targets = reader.read(question), reader.yes_no, {}
+    reading, (yes, no), targets = reader.read(question), verdict_ids(reader.tokenizer, YES_NO), {}
     if all(right):
         targets = {place - 1: reading.ids[place] for place in range(reading.prompt, len(reading.ids))}
     targets |= {end: yes if known else no for end, known in zip(reading.ends, right, strict=True) if known is not None}
@@ -121,7 +114,7 @@ def single_row(reader: Reader, question: Asked, right: list[bool | None], max_le
 
 def pair_row(reader: Reader, pair: Pair, first_wins: bool, max_len: int) -> Encoded:
     """Make a training row of a pair in this order."""
-    ids, (a, b, _) = reader.pair(pair), reader.letters
+    ids, (a, b, _) = reader.pair(pair), verdict_ids(reader.tokenizer)
     return row(ids, len(ids) - 1, {len(ids) - 1: a if first_wins else b}, max_len)
 
 

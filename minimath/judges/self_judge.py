@@ -21,7 +21,7 @@ from minimath.data.batch import collate_padded, like_lengths, tail_length
 from minimath.data.chat import Encoded
 from minimath.judges.base import Asked, Judge, Pair, asked, better
 from minimath.judges.card import JUDGE, JudgeCard, read_card
-from minimath.judges.rows import Reader
+from minimath.judges.rows import LETTERS, YES_NO, Reader, verdict_ids
 from minimath.judges.rubrics import load_rubric
 from minimath.kernels import linear_logp
 from minimath.models import forward
@@ -69,7 +69,7 @@ class SelfJudge(Judge):
         self.by_rubric = self.form == "pair" and not self.card.rubric
         self.model, self.micro_batch_tokens = policy.model, micro_batch_tokens
         self.reader = Reader(policy, rubric)
-        self.verdicts = self.reader.letters if self.form == "pair" else self.reader.yes_no
+        self.verdicts = verdict_ids(policy.tokenizer, LETTERS if self.form == "pair" else YES_NO)
         config = base_causal_lm(self.model).config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", None) or 1 << 30
 
