@@ -3,6 +3,8 @@
 From the end of a solution alone little is learnt, so its steps are labelled by two sources that cost nothing: the exact
 arithmetic of every equation, and what became of other samples of the problem that had computed the same so far, as
 Math-Shepherd counts it by rolling on from each prefix (arXiv 2312.08935)."""
+import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -222,8 +224,5 @@ def step_labels(question: Asked, correct: bool, ends: dict[tuple[str, ...], bool
 
 def labels_from(question: Asked, first_wrong: int | None) -> list[bool]:
     """Label each step, and the whole, of a text whose first fault is at an offset; None: it has none."""
-    labels, end = [], 0
-    for step in question.steps:
-        end += len(step)
-        labels.append(first_wrong is None or end <= first_wrong)
-    return [*labels, first_wrong is None]
+    ends = itertools.accumulate(map(len, question.steps))
+    return [first_wrong is None or end <= first_wrong for end in (*ends, math.inf)]

@@ -66,8 +66,8 @@ def make_nonce(*texts: str) -> str:
 
 def judge_prompt(rubric: str, pair: Pair, specials: list[str] = ()) -> str:
     """Fill the rubric's places in one pass, so that no text opens one of its own."""
-    parts = {"problem": pair.problem, "first": pair.first.text, "second": pair.second.text}
-    nonce = pair.nonce or make_nonce(*parts.values())
-    parts = {name: clean(text, specials) for name, text in parts.items()} | {
-        "problem": defuse(pair.problem, specials).strip(), "nonce": nonce}  # whole: a box in it is no final answer
+    problem, first, second = pair.problem, pair.first.text, pair.second.text
+    parts = {"problem": defuse(problem, specials).strip(),  # whole: a box in it is no final answer
+             "first": clean(first, specials), "second": clean(second, specials),
+             "nonce": pair.nonce or make_nonce(problem, first, second)}
     return re.sub(r"\{(" + "|".join(parts) + r")\}", lambda match: parts[match.group(1)], rubric)
