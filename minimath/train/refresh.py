@@ -3,14 +3,14 @@
 A judge knows the faults of the policy that it was trained beside; RL makes another one of that. The policy's adapter
 is not touched: the judge's is the active one and alone has gradients."""
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from minimath.config.schema import RLAIFConfig
 from minimath.core import dist
 from minimath.core.checkpoint import save_adapter
 from minimath.core.errors import Interrupted, UserError
+from minimath.core.log import RunLog
 from minimath.core.state import stream_seed
 from minimath.data.batch import step_indices
 from minimath.data.examples import Example
@@ -28,16 +28,17 @@ from minimath.train.verifier import BY_VOTES, NEEDS_ANSWER, answer_of
 LONGEST = 4096  # tokens of a row: longer ones are cut
 
 
-class JudgeRefresh:
+class JudgeRefresh(contextlib.AbstractContextManager):
     """Trains the judge's adapter for a few steps, every judge_refresh steps of the run.
 
     The groups since the last time are kept, and with weights and moments in the checkpoints. A group that the verifier
     did not decide teaches nothing, nor does a problem of the canary, which is held out, nor a completion that was cut,
-    of which a user's function is not asked."""
+    of which a user's function is not asked. On exit, stopped in a rollout too, the judge as it is goes to RUN/judge, if
+    it learnt anything."""
 
-    def __init__(self, cfg: RLAIFConfig, policy: Policy, judge: Judge | None, say: Callable[[str], None]):
+    def __init__(self, cfg: RLAIFConfig, policy: Policy, judge: Judge | None, log: RunLog):
         self.every, self.steps, self.size = cfg.judge.refresh, cfg.judge.refresh_steps, cfg.prompts_per_step
-        self.policy, self.judge, self.say, self.seed, self.done = policy, judge, say, cfg.run.seed, 0
+        self.policy, self.judge, self.log, self.seed, self.done = policy, judge, log, cfg.run.seed, 0
         self.marks_cut = cfg.verifier in (*NEEDS_ANSWER, *BY_VOTES)
         self.newest: list[dict] = []  # problem and records of each group
         self.learnt: set[str] = set()  # hashes of problems
@@ -46,7 +47,7 @@ class JudgeRefresh:
             self.params = [p for name, p in policy.model.named_parameters() if f".{JUDGE}." in name]
             self.lessons = Lessons(judge.form, judge.reader, LONGEST, seed=cfg.run.seed)
             with self.training():
-                self.optimizer = Optimizer(policy, cfg.replace(lr=cfg.judge.refresh_lr, updates_per_rollout=1), say)
+                self.optimizer = Optimizer(policy, cfg.replace(lr=cfg.judge.refresh_lr, updates_per_rollout=1), log.say)
             self.state = self.optimizer.snapshot()  # a copy: what a checkpoint holds must not change under it
 
     @contextlib.contextmanager
@@ -92,35 +93,25 @@ class JudgeRefresh:
 
     def load_state_dict(self, state: dict) -> None:
         if not self.every and state.get("done"):
-            self.say("judge_refresh=0: the judge is that of judge_adapter again, not what it learnt in "
-                     f"{state['done']} refreshes of this run; judge_adapter=RUN/judge has that")
+            self.log.say("judge_refresh=0: the judge is that of judge_adapter again, not what it learnt in "
+                         f"{state['done']} refreshes of this run; judge_adapter=RUN/judge has that")
         if not self.every or not state:
             return
         tensors = state["tensors"]
         if [p.shape for p in self.params] != [w.shape for name, w in tensors.items() if name[:6] == "weight"]:
             raise UserError("judge_adapter is not the one that this run has refreshed so far: give that, or a new out=")
         if (learnt := state.get("learnt")) is None:  # of an older minimath
-            self.say("the checkpoint does not say which problems the judge has learnt from so far: RUN/judge will not "
-                     "name them, so check that judge on data that this run does not train on")
+            self.log.say("the checkpoint does not say which problems the judge has learnt from so far: RUN/judge will "
+                         "not name them, so check that judge on data that this run does not train on")
         self.newest, self.done, self.learnt = state["newest"], state["done"], set(learnt or ())
         self.optimizer.restore(tensors, state["numbers"], where="the judge's state")
         self.optimizer.load_state_dict(state["optimizer"])
         self.state = self.optimizer.snapshot()  # torch's optimizers change the moments that they were given
 
-    @contextlib.contextmanager
-    def saved_in(self, run_dir: Path) -> Iterator[None]:
-        """Write the judge as it is at the end to RUN/judge, if it learnt anything; stopped in a rollout, too."""
-        try:
-            yield
-        except Interrupted:
-            self.save(run_dir)
-            raise
-        self.save(run_dir)
-
-    def save(self, run_dir: Path) -> None:
-        if self.every and self.done and dist.is_main():
+    def __exit__(self, kind, *_) -> None:
+        if kind in (None, Interrupted) and self.every and self.done and dist.is_main():
             card = replace(self.judge.card, problems=sorted({*self.judge.card.problems, *self.learnt}))
-            write_card(save_adapter(self.policy.model, run_dir / JUDGE, name=JUDGE), card)
+            write_card(save_adapter(self.policy.model, self.log.run_dir / JUDGE, name=JUDGE), card)
 
 
 def record_of(sample) -> dict:

@@ -57,10 +57,10 @@ def rlaif(cfg: RLAIFConfig) -> dict:
         judge = verifier.judge = training_judge(cfg, policy, say)
         reward, monitor = make_reward(cfg, judge), CollapseMonitor()
         canary = canary_watch(cfg, judge, trainer.log.run_dir)
-        brevity, refresh = reward.control, JudgeRefresh(cfg, policy, judge, say)
+        brevity, refresh = reward.control, JudgeRefresh(cfg, policy, judge, trainer.log)
         problems = encode_problems(cfg, policy, examples, report, say)
         sampler = ProblemSampler(cfg.curriculum, problems, cfg.group_size, cfg.run.seed)
-        with (verifier, open_teacher(cfg, policy, say) as teacher, refresh.saved_in(trainer.log.run_dir), open_engine(
+        with (verifier, open_teacher(cfg, policy, say) as teacher, refresh, open_engine(
                 cfg.engine, cfg.sampling, policy, seed=cfg.run.seed, run_dir=trainer.log.run_dir, say=say) as engine):
             trainer.track(sampler=sampler, monitor=monitor, engine=engine, judge=refresh, brevity=brevity)
             for step in trainer.steps(cfg.steps):

@@ -145,7 +145,7 @@ def test_memory_that_runs_out_in_a_refresh_is_tried_again_and_gives_the_same_jud
 # ---- what a refresh does and does not
 
 @pytest.fixture
-def refreshed(ending_dir, judge):
+def refreshed(ending_dir, judge, tmp_path):
     """refreshed(**card) -> (JudgeRefresh of a policy that trains, the policy, its judge)."""
     def make(form="single", every=1, verifier="exact", **card):
         policy = policy_of(ending_dir, RLAIFConfig, train=True, lora_r=4)
@@ -153,7 +153,7 @@ def refreshed(ending_dir, judge):
         own = SelfJudge(JudgeOptions(adapter=judge(form, **card)), policy)
         cfg = make_config(RLAIFConfig, ending_dir, judge="self", judge_adapter="x", judge_refresh=every,
                           judge_refresh_lr=1e-2, prompts_per_step=2, seed=3, verifier=verifier)
-        return JudgeRefresh(cfg, policy, own, lambda text: None), policy, own
+        return JudgeRefresh(cfg, policy, own, SimpleNamespace(say=print, run_dir=tmp_path)), policy, own
     return make
 
 
@@ -227,7 +227,8 @@ def test_problems_of_the_canary_are_held_out_and_all_others_stand_in_the_card(re
     refresh, _, own = refreshed(pairs=[["held out?", "right", "wrong"]])
     refresh.learn(step(), [group("held out?"), group("seen?")])
     refresh.learn(step(), [group("another?")])
-    refresh.save(tmp_path)
+    with refresh:
+        pass
     card = read_card(tmp_path / JUDGE)
     assert set(card.problems) == {"aa", problem_hash("seen?"), problem_hash("another?")}  # it was {"aa"}
     assert card.pairs == own.card.pairs and own.card.problems == ["aa"]
@@ -236,7 +237,8 @@ def test_problems_of_the_canary_are_held_out_and_all_others_stand_in_the_card(re
 def test_a_judge_that_learnt_nothing_is_not_saved(refreshed, tmp_path):
     refresh, _, _ = refreshed()
     refresh.learn(step(), [group(decided=False)])
-    refresh.save(tmp_path)
+    with refresh:
+        pass
     assert not (tmp_path / JUDGE).exists()
 
 
@@ -263,7 +265,7 @@ def test_a_checkpoint_of_before_the_judges_problems_were_kept_goes_on_and_says_w
     state = one.state_dict()
     del state["learnt"]
     two, _, _ = refreshed()
-    two.say = (said := []).append
+    two.log.say = (said := []).append
     two.load_state_dict(state)
     assert "check that judge on data that this run does not train on" in said[0]
     assert (two.done, two.learnt) == (1, set()) and same_tensors(two.state_dict()["tensors"], state["tensors"])
