@@ -33,18 +33,14 @@ def canary_watch(cfg: RLAIFConfig, judge: Judge | None, run_dir: str | Path) -> 
     """Return f(step, groups) -> metrics, by which the judge compares pairs of known order now and then.
 
     An endpoint's kept replies count in this run folder alone, where a resumed run asks again."""
-    if judge is None or not cfg.judge.canary_every or not dist.is_main():
-        return lambda step, groups: {}
-    canary = Canary(cfg.run.seed, judge)
+    canary = Canary(cfg.run.seed, judge) if judge and cfg.judge.canary_every and dist.is_main() else None
 
     def watch(step, groups: list) -> dict:
-        if not step.due(cfg.judge.canary_every):
+        if canary is None or not step.due(cfg.judge.canary_every):
             return {}
         judge.when = f"{Path(run_dir).resolve()} step {step.number}"
-        try:
-            return canary.metrics(groups)
-        finally:
-            judge.when = ""
+        metrics, judge.when = canary.metrics(groups), ""
+        return metrics
 
     return watch
 
