@@ -50,22 +50,35 @@ class Optimizer:
         tensors) -> (loss (), already divided by what the whole step is divided by, and figures () by name: sums over
         the trained tokens, whose means are the metrics). Nothing is read from the device before all is launched. A step
         whose loss or gradient is not finite changes no weight; UserError after BAD_STEPS of them in a row."""
-        def forward_backward(micro_batch_tokens: int) -> Sums:
-            sums = Sums(batch.trained_tokens)
+        device, totals = self.params[0].device, {}
+        wide = torch.float32 if device.type == "mps" else torch.float64  # which has no fp64
+
+        def forward_backward(micro_batch_tokens: int) -> tuple[tuple[str, ...], torch.Tensor | None]:
+            names, sums = (), None
             for indices, tensors in batch.micro_batches(micro_batch_tokens):
-                follow_load(self.params[0].device, self.say)
+                follow_load(device, self.say)
                 loss, figures = loss_of_micro_batch(indices, tensors)
                 (loss * self.scale.value).backward()
-                sums.add(loss.detach(), figures)
+                new = torch.stack([loss.detach(), *figures.values()]).to(wide)
+                new[1:] /= batch.trained_tokens
+                names, sums = ("loss", *figures), new + (0.0 if sums is None else sums)
                 del loss  # and with it masks and whatever else hangs on its graph, before the next forward pass
-            return sums
+            return names, sums
 
-        sums = self.retry_on_oom(forward_backward, batch.lengths)
+        def read(norm: torch.Tensor) -> float:
+            """Take totals and norm off the device; NaN where the loss is not: a finite gradient means nothing then."""
+            if sums is not None:
+                *values, norm = torch.cat([sums, norm.to(sums)[None]]).tolist()  # all in one copy
+                totals.update(zip(names, values, strict=True))
+            totals.update(dist.all_reduce_sum(totals))
+            return float(norm) if math.isfinite(totals.get("loss", 0.0)) else math.nan
+
+        names, sums = self.retry_on_oom(forward_backward, batch.lengths)
         dist.all_reduce_gradients(self.params)
         norm, stepped = clip_and_step(self.inner, self.params, self.cfg.optimizer.max_grad_norm, self.lr,
-                                      scale=self.scale.value, read=sums.read)
+                                      scale=self.scale.value, read=read)
         self.taken += 1
-        return sums.totals | self._count(norm, stepped, sums.totals["loss"])
+        return totals | self._count(norm, stepped, totals["loss"])
 
     def skip_step(self, *, finite: bool) -> dict:
         """Count a step without a batch: not finite if samples come from NaN logits."""
@@ -156,34 +169,6 @@ class Optimizer:
 
     def _of_memory(self) -> dict:
         return {name: value for name, value in self.cfg.to_dict().items() if name in BEAR_ON_MEMORY}
-
-
-class Sums:
-    """The loss and figures of a step's micro-batches, on their device until the step needs them.
-
-    Sums are fp64, in the order of the micro-batches, as Python would add them up."""
-
-    def __init__(self, count: int):
-        self.count, self.names, self.values = count, (), None
-        self.totals: dict[str, float] = {}  # after `read`: of all processes
-
-    def add(self, loss: torch.Tensor, figures: dict[str, torch.Tensor]) -> None:
-        """Add a micro-batch: its loss as it is, its figures divided by the count."""
-        wide = torch.float32 if loss.device.type == "mps" else torch.float64  # which has no fp64
-        new = torch.stack([loss, *figures.values()]).to(wide)
-        new[1:] /= self.count
-        self.values = new + (torch.zeros_like(new) if self.values is None else self.values)
-        self.names = ("loss", *figures)
-
-    def read(self, norm: torch.Tensor) -> float:
-        """Take over the totals; return the norm of the gradient, NaN where the loss is not finite.
-
-        A loss that is not finite can have a finite gradient, which means nothing."""
-        if self.values is not None:
-            *values, norm = torch.cat([self.values, norm.to(self.values)[None]]).tolist()  # all in one copy
-            self.totals = dict(zip(self.names, values, strict=True))
-        self.totals = dist.all_reduce_sum(self.totals)
-        return float(norm) if math.isfinite(self.totals.get("loss", 0.0)) else math.nan
 
 
 def make_optimizer(params: Iterable[torch.nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:
