@@ -16,10 +16,6 @@ FILE = "replies.sqlite"
 MOST = 500_000  # replies, some 256 MB with their log-probs: when a run opens the file, older ones go
 
 
-def cache_folder() -> Path:
-    return cache_home() / "judge"
-
-
 def reply_key(url: str, body: dict) -> str:
     """Hash the address and the whole request body: a change of any asks again."""
     text = json.dumps(["reply 2", url, body], sort_keys=True)  # the number: of the form in which replies are kept
@@ -29,9 +25,9 @@ def reply_key(url: str, body: dict) -> str:
 class ReplyCache:
     """Key -> reply text in `folder`/replies.sqlite, for several threads and processes."""
 
-    def __init__(self, folder: str | Path, say: Callable[[str], None] = print):
-        """Open or make the file; one that is damaged is set aside. Raises UserError."""
-        self.path, self.say, self.failed = Path(folder) / FILE, say, False
+    def __init__(self, folder: str | Path = "", say: Callable[[str], None] = print):
+        """Open or make the file, by default that of all runs; one that is damaged is set aside. Raises UserError."""
+        self.path, self.say, self.failed = Path(folder or cache_home() / "judge") / FILE, say, False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.path.touch(mode=0o600)  # for its owner only, before SQLite makes it for all

@@ -6,7 +6,7 @@ from minimath.config.schema import JudgeOptions
 from minimath.core.errors import UserError
 from minimath.data.sample import Group
 from minimath.judges.base import HeuristicJudge, Judge, Pair, Solution
-from minimath.judges.cache import ReplyCache, cache_folder
+from minimath.judges.cache import ReplyCache
 from minimath.judges.compare import ask_both, both_orders, choose_pairs, percent, tally, win_probabilities
 from minimath.judges.endpoint import EndpointJudge, is_fault
 from minimath.judges.rubrics import make_nonce
@@ -22,7 +22,7 @@ def make_judge(options: JudgeOptions, policy: Policy | None = None, *, micro_bat
     elif options.name == "self":
         judge = SelfJudge(options, policy, micro_batch_tokens=micro_batch_tokens, say=say)
     else:
-        judge = EndpointJudge(options, say=say, cache=ReplyCache(cache_folder(), say))
+        judge = EndpointJudge(options, say=say, cache=ReplyCache(say=say))
     if options.rubric != JudgeOptions().rubric and not judge.by_rubric:
         own = " was trained with its own words" if judge.form == "pair" and judge.name == "self" else " reads no rubric"
         say(f"judge_rubric={options.rubric} has no effect: this judge{own}")

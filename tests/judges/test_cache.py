@@ -11,7 +11,7 @@ import pytest
 
 from minimath.core.errors import UserError
 from minimath.judges import cache as judge_cache
-from minimath.judges.cache import FILE, ReplyCache, cache_folder, reply_key
+from minimath.judges.cache import FILE, ReplyCache, reply_key
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "A or B?"}], "temperature": 0}
 
@@ -100,14 +100,18 @@ def test_threads_and_processes_share_it(tmp_path):
 
 
 def test_the_folder_follows_the_environment(tmp_path, monkeypatch):
+    def folder():
+        with closing(ReplyCache()) as cache:
+            return cache.path.parent
+
     monkeypatch.setenv("MINIMATH_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path / "judge"
+    assert folder() == tmp_path / "judge"
     monkeypatch.delenv("MINIMATH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "minimath" / "judge"
+    assert folder() == tmp_path / "xdg" / "minimath" / "judge"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache_folder() == tmp_path / "home" / ".cache" / "minimath" / "judge"
+    assert folder() == tmp_path / "home" / ".cache" / "minimath" / "judge"
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
