@@ -1,12 +1,4 @@
-"""Solutions whose faults people have marked: pairs, and solutions step by step.
-
-Rows of three shapes, told apart by their columns:
-
-    problem, better, worse         also chosen and rejected, texts or chats; kind: what the fault is
-    problem, steps, label          ProcessBench (arXiv 2412.06559): label is the index of the first wrong step, or -1;
-                                   final_answer_correct: true or false
-    problem, original, modified    PRMBench (arXiv 2501.03124): lists of steps; error_steps, from 1; class: of the fault
-"""
+"""Solutions whose faults people have marked: pairs, and solutions step by step; README.md has the shapes of rows."""
 import hashlib
 import os
 import random
@@ -188,7 +180,7 @@ def place_of(value, name: str, least: int, most: int) -> int:
 
 
 def labelled(problem: str, steps: tuple[str, ...], values: dict, source: str) -> Known:
-    """Make a solution of ProcessBench's columns."""
+    """Make a solution of ProcessBench's columns; arXiv 2412.06559."""
     label, right = place_of(values["label"], "label", -1, len(steps) - 1), values.get("final_answer_correct")
     if right is not None and not isinstance(right, bool):
         raise BadRow("final_answer_correct has the wrong type", f"{type(right).__name__} instead of true or false")
@@ -199,7 +191,7 @@ def labelled(problem: str, steps: tuple[str, ...], values: dict, source: str) ->
 
 
 def modified(problem: str, original: tuple[str, ...], steps: tuple[str, ...], values: dict, source: str) -> Known:
-    """Make the second solution of PRMBench's columns.
+    """Make the second solution of PRMBench's columns; arXiv 2501.03124.
 
     Without error_steps it is sound, as in its class of multiple solutions."""
     marks = values.get("error_steps")

@@ -1,13 +1,7 @@
 """Pairs of solutions of which one is better, and the canary, which asks about such pairs during a run.
 
-A plain correct solution of a made problem stands against one with a fault, its kind:
-
-    wrong       one intermediate result is wrong and carried on to a wrong answer; same words, same length
-    wrong_long  the same fault in a padded solution: a judge that likes length falls for it
-    unsound     one step is wrong, the final answer is correct
-    long        correct and sound, padded to several times the length
-
-Of a run's own: held_out, of a trained judge's card, and rollout, a wrong sample against a correct one of its group."""
+A plain correct solution of a made problem stands against one of KINDS. Of a run's own: held_out, of a trained judge's
+card, and rollout, a wrong sample against a correct one of its group."""
 import random
 import re
 from collections.abc import Callable
@@ -23,6 +17,7 @@ from minimath.judges.compare import ask_both, tally
 from minimath.judges.faults import SIZES
 from minimath.judges.rewrite import put, read, shown
 
+# An intermediate result is wrong and carried on to the answer; the same, padded; one step alone is wrong; padded alone
 KINDS = ("wrong", "wrong_long", "unsound", "long")
 BEHIND_THE_VERIFIER = ("unsound", "long")  # both solutions correct: what a judge decides in training
 HELD_OUT = 24  # pairs of a trained judge's card

@@ -5,9 +5,7 @@ r"""A judge of our own: a second adapter of the policy's base, trained by stage 
 
 The policy samples k solutions of every problem, and the answers label them for nothing; made faults stand beside them
 (judges/faults.py), for faults of the policy's own are what a judge must know and made ones do not carry over (arXiv
-2512.02389). form=single learns P(right and sound) of one solution, with a verdict after every step; form=pair which of
-two is better, both orders of every pair, so that no place can help. A share of the problems is held out: on their
-solutions the probabilities are calibrated and the judge is measured. adapter/judge.json keeps all that.
+2512.02389). On solutions of held-out problems its probabilities are calibrated, and it is measured (judges/measure.py).
 """
 import gc
 from dataclasses import field
@@ -77,7 +75,6 @@ class JudgeConfig(Stage):
     """longest row in tokens, longer ones are cut"""
 
     def check(self) -> str:
-        """What is wrong with options together, or ""."""
         if self.rubric != "brief" and self.form != "pair":
             return f"rubric={self.rubric} is what form=pair is shown: a judge of form={self.form} reads no rubric"
         if self.sampled and not self.samples:

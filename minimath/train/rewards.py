@@ -1,9 +1,4 @@
-"""Rewards of the samples of one problem.
-
-`reward=judge` is RLAIF: correct or not, the share of comparisons won before an AI judge, and brevity among the correct
-ones. `reward=paper` is the paper's stage 2 (arXiv 2507.08267 section 3.2), without a judge. `reward=python:module.fn`,
-or a callable, is the user's own. All lengths are in tokens, and every minimum and maximum is taken over one group.
-"""
+"""Rewards of the samples of one problem. Lengths are in tokens, every minimum and maximum is taken over one group."""
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -103,7 +98,7 @@ class JudgeReward(Reward):
 
 
 class PaperReward(Reward):
-    """R_i = format_i + cosine_i + length_i: the paper's stage 2, without a judge.
+    """R_i = format_i + cosine_i + length_i: the paper's stage 2 (arXiv 2507.08267 section 3.2), without a judge.
 
     As published, a long correct sample (0.1 - 0.5) can get less than a well-formed wrong one (1 - 0.1)."""
 
