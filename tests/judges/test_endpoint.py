@@ -325,6 +325,7 @@ def test_streams_and_thoughts_are_read(serve, reply):
     ('{"object": "error", "message": "bad", "code": 401}', "HTTP 401"),
     (completion({"content": ""}, "error", error={"message": "upstream died", "code": 503}), "HTTP 503 .*upstream died"),
     ('data: {"error": {"message": "upstream died"}}\n\n', "upstream died"),
+    ('data: {"error": {"message": "no such model", "code": 404}}\n\n', "HTTP 404 .*no such model"),
     ('{"choices": [], "detail": "filtered"}', "filtered")])
 def test_what_gives_no_verdict_is_told_at_ping_and_is_no_vote(serve, reply, hint):
     url, _ = serve(status(200, reply))
