@@ -28,7 +28,7 @@ from minimath.core.errors import UserError
 from minimath.core.files import write_whole
 from minimath.core.log import RunLog, clean
 from minimath.core.run_folder import held_run, new_run_folder
-from minimath.core.text import comma_list, did_you_mean
+from minimath.core.text import comma_list, did_you_mean, mask
 from minimath.data.examples import describe_report
 from minimath.eval.evaluate import load_and_say
 from minimath.judges.attack import ATTACKS, HARMLESS, attack_judge, bare_prompt, load_attacks, make_tries
@@ -105,7 +105,7 @@ def load_options(cls: type[RLAIFConfig], recipe: str | None, words: list[str]):
     known = option_names(cls)
     for word in words:
         if (name := option_named(word)) not in known:
-            raise UserError(f"{word!r}: no option of this command{did_you_mean(name, known)}; see --help")
+            raise UserError(f"{mask(word)!r}: no option of this command{did_you_mean(name, known)}; see --help")
     cfg = load_config(cls, recipe, words, "rlaif")
     return as_trained(cfg.replace(adapter=cfg.judge.adapter)).replace(adapter="")  # it judges on the base it has
 

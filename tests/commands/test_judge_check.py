@@ -171,6 +171,7 @@ def test_the_command_asks_an_endpoint_counts_its_cost_and_switches_its_defences_
     (["judge", "check", "probes=pairs", "attacks=mine.txt"], "attacks= is for the probe attacks"),
     (["judge", "check", "probes=pairs,data"], "the probe data needs data=FILE"),
     (["judge", "check", "judge_adapter=x", "judge_refresh=2"], "no option of this command"),
+    (["judge", "check", "judge_kye=sk-1234567890abcdef"], "'judge_kye=***': no option of this command"),
     (["judge", "check", "judge=oracle"], "heuristic"),
     (["judge", "check", "judge=rules"], "now called judge=heuristic"),
     (["judge", "check", "attacks=gone.txt"], "gone.txt"), (["judge", "check", "judge=openai"], "judge_url")])

@@ -165,7 +165,7 @@ def test_a_torn_or_damaged_line_is_dropped_and_told(run, interrupt, tmp_path, ca
 
 
 def test_kill_9_loses_at_most_what_was_running(run, options, tmp_path):
-    longer = {"max_new_tokens": 100, "samples": 6, "max_num_seqs": 4}
+    longer = {"max_new_tokens": 80, "samples": 4, "max_num_seqs": 4}
     words = [f"{name}={value}" for name, value in {**options, **longer}.items()]
     words += ["prompt_template={problem}", "device=cpu", "dtype=fp32", f"out={tmp_path / 'run'}"]
     part = tmp_path / "run" / PART
@@ -179,8 +179,8 @@ def test_kill_9_loses_at_most_what_was_running(run, options, tmp_path):
         time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    done = read_part(part, 7, 6)[0]
-    assert 0 < len(done) < 42
+    done = read_part(part, 7, 4)[0]
+    assert 0 < len(done) < 28
     assert run("run", resume=True, **longer) == run("unbroken", **longer)
 
 

@@ -171,8 +171,8 @@ def test_the_loop_guard_cuts_a_completion_and_marks_it_as_not_finished(llama):
     assert shorter > 0
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("options", [{"loop_guard": 32, "temperature": 0.2}, {"stop_boxed": True}])
+@pytest.mark.parametrize("options, fixed", [
+    ({"loop_guard": 32, "temperature": 0.2}, False), ({"stop_boxed": True}, True)])
 def test_early_ends_do_not_depend_on_the_batch_or_on_when_the_host_looks(llama, monkeypatch, options, fixed):
     monkeypatch.setattr(BoxWatch, "may_close", lambda self, token: token == 60)
     monkeypatch.setattr(BoxWatch, "closed", lambda self, ids, prompt: 60 in ids)
