@@ -4,6 +4,7 @@ import statistics
 
 import torch
 
+from minimath.core.errors import UserError
 from minimath.data.sample import Group
 
 
@@ -50,4 +51,6 @@ def group_advantages(rewards, *, scale: str = "group", valid=None) -> torch.Tens
     elif scale == "maxrl":
         mean = (rewards * valid).sum(1, keepdim=True) / count
         centred = centred / mean.clamp(min=1e-12)
+    elif scale != "none":
+        raise UserError(f"scale_advantage={scale!r}: use group, none, rloo or maxrl")
     return torch.where(deviation > 1e-8, centred, 0.0).float()

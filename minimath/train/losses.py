@@ -38,7 +38,9 @@ def token_weights(loss: str, lengths: list[int], max_new_tokens: int) -> list[fl
         return [1 / tokens] * len(lengths)
     if loss in ("grpo", "gspo"):
         return [1 / (count * max(1, n)) for n in lengths]
-    return [1 / (count * max_new_tokens)] * len(lengths)
+    if loss == "dr_grpo":
+        return [1 / (count * max_new_tokens)] * len(lengths)
+    raise ValueError(f"unknown loss {loss!r}")
 
 
 def policy_loss(data: PolicyRows, options: LossOptions):

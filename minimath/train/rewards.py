@@ -1,4 +1,5 @@
 """Rewards of the samples of one problem. Lengths are in tokens, every minimum and maximum is taken over one group."""
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -94,6 +95,8 @@ class JudgeReward(Reward):
             if options.step_weight:
                 s.parts["wrong_step"] = float(s.steps.right < s.steps.total)
                 rewards[-1] -= options.step_weight * s.parts["wrong_step"]
+        of_wrong = [r for r, s in zip(rewards, group.samples, strict=True) if not s.correct]
+        assert all(r > max(of_wrong, default=-math.inf) for r, s in zip(rewards, group.samples) if s.correct), rewards
         return rewards
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from minimath.core.errors import UserError
 from minimath.data.examples import Example
 from minimath.data.sample import Group, Sample
 from minimath.train.advantages import group_advantages, set_advantages
@@ -42,6 +43,11 @@ def test_groups_without_variance_get_exact_zeros():
     out = group_advantages([[1.0, 1.0, 1.0], [0.1, 0.1, 0.1], [1.0, 0.0, 1.0], [2.0, 3.0, 4.0]],
                            valid=[[1, 1, 1], [1, 1, 1], [1, 0, 1], [0, 0, 0]])
     assert out.dtype == torch.float32 and (out == 0).all()
+
+
+def test_unknown_scale_is_a_user_error():
+    with pytest.raises(UserError, match="scale_advantage"):
+        group_advantages([[1.0, 0.0]], scale="batch")
 
 
 def test_advantages_are_set_on_the_samples_and_a_reward_that_is_no_number_reaches_the_loss():

@@ -178,6 +178,8 @@ def test_token_weights():
             1 / (2 * 6),
         ]  # completions weigh the same
     assert token_weights("dr_grpo", [2, 6, 0], 10) == [1 / (2 * 10)] * 3  # does not depend on the lengths
+    with pytest.raises(ValueError, match="ppo"):
+        token_weights("ppo", [1], 1)
 
 
 def test_nll_equals_cross_entropy():
