@@ -116,7 +116,7 @@ class Shown:
         text = text.rstrip("\ufffd")  # half of a character in UTF-8 waits
         while (end := text.find("\n", self.count)) >= 0:
             steps = check_steps(behind_thought(text[:end], self.thinks).rpartition("\n")[2])
-            mark = "" if not steps.total else "  [correct]" if steps.right == steps.total else "  [WRONG]"
+            mark = "" if not steps.total else "  [correct]" if steps.sound else "  [WRONG]"
             print(printable(text[self.count:end]) + mark)
             self.count = end + 1
         print(printable(text[self.count:]), end="", flush=True)

@@ -22,6 +22,11 @@ class StepCount(NamedTuple):
     right: int
     total: int
 
+    @property
+    def sound(self) -> bool:
+        """Whether every equation holds, or there is none."""
+        return self.right == self.total
+
 
 class Token(NamedTuple):
     kind: str      # "num", "op", "eq", "open", "close", "word", "break"

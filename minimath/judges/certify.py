@@ -51,7 +51,7 @@ def heuristic(known: KnownRows) -> Answers:
     for each in known.solutions:
         right, total = each.solution.steps
         scores.append((right / total if total else 0.0, -each.solution.tokens))
-        wrong_steps.append(first([count.right < count.total for count in map(check_steps, each.steps)]))
+        wrong_steps.append(first([not count.sound for count in map(check_steps, each.steps)]))
     return by_scores("heuristic", known, scores, wrong_steps=wrong_steps)
 
 

@@ -93,7 +93,7 @@ class JudgeReward(Reward):
             correct = 1.0 + judged + brevity_weight * length if s.correct else 0.0
             rewards.append(correct + options.format_weight * s.parts["format"])
             if options.step_weight:
-                s.parts["wrong_step"] = float(s.steps.right < s.steps.total)
+                s.parts["wrong_step"] = float(not s.steps.sound)
                 rewards[-1] -= options.step_weight * s.parts["wrong_step"]
         of_wrong = [r for r, s in zip(rewards, group.samples, strict=True) if not s.correct]
         assert all(r > max(of_wrong, default=-math.inf) for r, s in zip(rewards, group.samples) if s.correct), rewards

@@ -115,7 +115,7 @@ class Verifier(contextlib.AbstractContextManager):
     def weights(self, group: Group, grades: list[float | None]) -> list[float]:
         """Weigh the vote of each sample."""
         if self.kind == "majority+steps":
-            return [float(sample.steps.right == sample.steps.total) for sample in group.samples]
+            return [float(sample.steps.sound) for sample in group.samples]
         return [0.5 if grade is None else grade for grade in grades]
 
     def grades(self, groups: list[Group], answers: list[list[str]]) -> list[list[float | None]]:
