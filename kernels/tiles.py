@@ -18,9 +18,15 @@ from typing import NamedTuple
 
 import torch
 
-from . import tile_torch, tile_triton
 from .common import runs_triton, tile_shape, wide
 from .head import Chunk, Gradients, Scaling, TokenStats, raw_target_logit, row_spans
+from .tile_torch import gradient as torch_gradient
+from .tile_torch import new_scratch
+from .tile_torch import pull as torch_pull
+from .tile_torch import tile as torch_tile
+from .tile_triton import gradient as triton_gradient
+from .tile_triton import pull as triton_pull
+from .tile_triton import tile as triton_tile
 
 LOWEST = -1e30  # shift of a row before its first tile: finite, so that 0 * (LOWEST - m) is 0
 
@@ -39,7 +45,7 @@ def room(hidden, weight, rows: int, workspace_bytes: int | None, *, logits: int 
     sizes, columns = tile_shape(rows, len(weight), itemsize, workspace_bytes, kind)
     most = max(sizes, default=0)
     workspace = torch.empty(logits * most * columns, dtype=hidden.dtype, device=hidden.device)
-    blocks = None if runs_triton(hidden) else tile_torch.new_scratch(hidden, most, min(columns, len(weight)), scratch)
+    blocks = None if runs_triton(hidden) else new_scratch(hidden, most, min(columns, len(weight)), scratch)
     return sizes, (workspace, columns, blocks)
 
 
@@ -91,16 +97,17 @@ def forward_tiles(chunk: Chunk, *, pull: bool, all_four: bool = True):
     """(TokenStats, RowEnd, pulled (C, D) or None without `pull`) of a chunk.
 
     Without all_four, entropy and mean_logp may come back as 0."""
-    x, dtype, passes = chunk.x, wide(chunk.x.dtype), tile_triton if runs_triton(chunk.x) else tile_torch
+    x, dtype, on_triton = chunk.x, wide(chunk.x.dtype), runs_triton(chunk.x)
+    tile, pull_tile = (triton_tile, triton_pull) if on_triton else (torch_tile, torch_pull)
     sums = torch.zeros((4, len(x)), dtype=dtype, device=x.device)
     sums[0] = LOWEST
     factor = torch.ones(len(x), dtype=dtype, device=x.device)
     pulled = torch.zeros_like(x, dtype=dtype) if pull else None
     for first, part, logits in tiles(chunk):
-        passes.tile(chunk, logits, first, sums, factor, keep=pull, all_four=all_four)
+        tile(chunk, logits, first, sums, factor, keep=pull, all_four=all_four)
         if pull:
-            passes.pull(pulled, logits, part, factor)
-    return *finish(chunk, sums, all_four=all_four or passes is tile_triton), pulled
+            pull_tile(pulled, logits, part, factor)
+    return *finish(chunk, sums, all_four=all_four or on_triton), pulled
 
 
 def pulled_gradient(chunk: Chunk, pulled, end: RowEnd, coefs: TokenStats) -> torch.Tensor:
@@ -126,7 +133,7 @@ def gradient_tiles(chunk: Chunk, rows, stats: TokenStats, coefs: TokenStats, gra
     """Add a chunk's share to the gradient buffers, making its logits again.
 
     rows (C,) int64: their places in grads.hidden; stats, coefs (C,) each."""
-    x, passes = chunk.x, tile_triton if runs_triton(chunk.x) else tile_torch
+    x, gradient_tile = chunk.x, triton_gradient if runs_triton(chunk.x) else torch_gradient
     coefs = torch.stack([torch.zeros_like(stats.logp) if each is None else each for each in coefs])
     unit = None
     if x.dtype == torch.float16:  # in range by a power of two near the largest coefficient, which changes no digit
@@ -136,7 +143,7 @@ def gradient_tiles(chunk: Chunk, rows, stats: TokenStats, coefs: TokenStats, gra
     numbers = torch.stack((-torch.expm1(stats.logp), stats.entropy, stats.lse))
     total = None if grads.hidden is None else torch.zeros_like(x, dtype=wide(x.dtype))
     for first, part, logits in tiles(chunk):
-        passes.gradient(chunk, logits, first, numbers, coefs)
+        gradient_tile(chunk, logits, first, numbers, coefs)
         span = slice(first, first + len(part))
         if total is not None:
             total.add_(logits @ part)

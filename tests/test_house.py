@@ -22,8 +22,9 @@ def imports_of(path: Path, known: set[str]) -> dict[str, bool]:
     found = {}
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+        if isinstance(node, ast.ImportFrom):  # kernels/ alone has relative ones
+            base = ".".join(filter(None, ("minimath.kernels" * (node.level > 0), node.module)))
+            names = [f"{base}.{alias.name}" for alias in node.names] + [base]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         else:
