@@ -128,7 +128,7 @@ def tile(chunk: Chunk, logits, first: int, sums, factor, *, keep: bool, all_four
 
 def launch_pull(kernel, rows: int, pulled, part, numbers, *strides: int) -> None:
     """Run pull_kernel, or one like it, for `rows` rows and all blocks of D; strides: of numbers."""
-    assert pulled.stride(1) == part.stride(1) == 1
+    assert pulled.stride(1) == part.stride(1) == numbers.stride(-1) == 1
     width, config = pulled.shape[1], pull_config(pulled.shape[1])
     blocks = triton.cdiv(width, config["BLOCK"])
     with on_device(pulled):
