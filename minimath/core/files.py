@@ -30,7 +30,7 @@ def write_whole(path: Path, text: str) -> None:
         return
     temp = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        for leftover in path.parent.glob(f".tmp-*{glob.escape(path.name)}"):  # of killed processes, not of one at work
+        for leftover in path.parent.glob(f".tmp-[0-9]*-{glob.escape(path.name)}"):  # of killed processes
             with contextlib.suppress(OSError):
                 if time.time() - leftover.stat().st_mtime > LEFT_S:
                     leftover.unlink()
