@@ -48,7 +48,8 @@ def dispatch(command: str, words: list[str]):
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{did_you_mean(command, COMMANDS)}; see minimath --help")
     if helped:
-        return print(help_text(command))
+        print(help_text(command))
+        return None
     if started_together() and command not in SHARED:
         raise UserError(f"minimath {command} is made for one process; accelerate launch and torchrun are for "
                         f"{', '.join(SHARED)}")
